@@ -1,0 +1,1 @@
+"""Talking to language models: engines, routing, caching, settings. Knows nothing of any experiment."""

@@ -1,0 +1,138 @@
+"""The /v1/completions body and what its answer means; shared by both HTTP engines.
+
+Bodies are joined from bytes that the prompts already hold, and answers are read with orjson alone: a pool of 256
+prompts is 18 MB of JSON, and the client must not be the slow part of a step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+import orjson
+
+from core.llm_api.errors import ConfigurationError, MissingLabel, TransientError
+from core.llm_api.types import LabelLogprobs, LabelTokens, Prompt
+from core.settings import MissingLabelPolicy
+
+PARSER_VERSION: Final = 1
+"""Raise when the same answer would be read as other numbers; part of every cache key."""
+
+VLLM_MINUS_INFINITY: Final = -9999.0
+"""vLLM writes log-probabilities of -inf, which JSON cannot hold, as this number."""
+
+TOP_LOGPROBS: Final = 20
+"""Alternatives asked for where labels cannot be asked for by name; vLLM's default --max-logprobs."""
+
+K = TypeVar("K", str, int)
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """One answer, in the prompts' order: the listed log-probabilities of each prompt's next token, nats, by token.
+
+    prompt_tokens: what the server counted for the whole request; 0 where it does not say.
+    """
+
+    top: list[dict[str, float]]
+    prompt_tokens: int
+
+
+def token_key(token_id: int) -> str:
+    """How vLLM names a token under return_tokens_as_token_ids; by id, because tokens may decode alike."""
+    return f"token_id:{token_id}"
+
+
+def vllm_fields(model: str, labels: LabelTokens | None, *, top: int = TOP_LOGPROBS) -> dict[str, object]:
+    """The fields of a vLLM request, less its prompt: exactly these labels' logprobs, or the top ones if labels is None.
+
+    logprob_token_ids needs `logprobs` to be set, to any number.
+    """
+    fields: dict[str, object] = {
+        "model": model,
+        "max_tokens": 1,
+        "temperature": 0,
+        "logprobs": top if labels is None else 1,
+        "return_tokens_as_token_ids": True,
+    }
+    if labels is not None:
+        fields["logprob_token_ids"] = list(labels.ids)
+    return fields
+
+
+def token_body(fields: Mapping[str, object], prompts: Sequence[Prompt]) -> bytes:
+    """One request for many prompts of token ids, joined from their segments' JSON without serializing a token.
+
+    Raises ValueError for a prompt without tokens, which was laid out for an engine that is asked in text.
+    """
+    arrays = [prompt.json for prompt in prompts]
+    if b"[]" in arrays:
+        raise ValueError(f"prompt {prompts[arrays.index(b'[]')].name!r} has no token ids")
+    return b'%b,"prompt":[%b]}' % (orjson.dumps(fields)[:-1], b",".join(arrays))
+
+
+def text_body(fields: Mapping[str, object], prompt: Prompt) -> bytes:
+    """One request for one prompt of text."""
+    return orjson.dumps({**fields, "prompt": prompt.text})
+
+
+def read_answers(body: bytes, prompts: Sequence[Prompt]) -> Answers:
+    """Check a 2xx body against the prompts it answers, and put its choices in their order.
+
+    Raises TransientError for a body that is truncated, malformed or holds other choices than were asked for, and
+    ConfigurationError where the server leaves logprobs out.
+    """
+    try:
+        parsed = orjson.loads(body)
+        choices = sorted(parsed["choices"], key=lambda choice: int(choice["index"]))
+        indexes = [choice["index"] for choice in choices]
+    except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise TransientError(f"the answer is truncated or malformed ({type(error).__name__}).") from None
+    if indexes != list(range(len(prompts))):
+        raise TransientError(f"asked for {len(prompts)} choices, one a prompt, and got {len(indexes)} or other ones.")
+    top = [_first_token(choice, prompt.name) for choice, prompt in zip(choices, prompts, strict=True)]
+    usage = parsed.get("usage")
+    counted = usage.get("prompt_tokens") if isinstance(usage, dict) else None
+    return Answers(top, counted if isinstance(counted, int) else 0)
+
+
+def label_logprobs(
+    top: Mapping[K, float], true: K, false: K, *, missing: MissingLabelPolicy, name: str
+) -> LabelLogprobs:
+    """Log P(True) and log P(False) from one prompt's listed log-probabilities, nats.
+
+    missing="floor" gives a label that is not listed the lowest log-probability that is: an upper bound of the truth,
+    since the server lists the most probable tokens. Where both are missing there is no evidence at all, and their
+    log-odds would come out as 0 nats; that is always an error, as is a NaN. Raises MissingLabel naming the prompt.
+    """
+    for key in (true, false):
+        value = top.get(key)
+        if value is not None and math.isnan(value):
+            raise MissingLabel(f"prompt {name!r}: the logprob of {key!r} is NaN.", hint="Check the model's dtype.")
+    finite = {key: value for key, value in top.items() if math.isfinite(value) and value > VLLM_MINUS_INFINITY}
+    absent = [key for key in (true, false) if key not in finite]
+    if not absent:
+        return LabelLogprobs(finite[true], finite[false])
+    if missing == "error" or len(absent) == 2:
+        names = " and ".join(map(repr, absent))
+        raise MissingLabel(
+            f"prompt {name!r}: no finite log-probability for {names} among the {len(top)} that the answer lists.",
+            hint="End the prompt right before the label."
+            + (" Or set missing_label to floor." if len(absent) == 1 else ""),
+        )
+    floor = min(finite.values())
+    return LabelLogprobs(finite.get(true, floor), finite.get(false, floor), floored=True)
+
+
+def _first_token(choice: dict[str, Any], name: str) -> dict[str, float]:
+    logprobs = choice.get("logprobs")
+    if logprobs is None:
+        raise ConfigurationError("the server returns no logprobs, which ICM's scores are made of.")
+    try:
+        top = logprobs["top_logprobs"][0]
+        # Some servers write null for -inf.
+        return {key: -math.inf if value is None else float(value) for key, value in top.items()}
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise TransientError(f"prompt {name!r}: no logprobs of its next token ({type(error).__name__}).") from None

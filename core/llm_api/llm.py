@@ -1,0 +1,244 @@
+"""ModelAPI: one call scores a whole pool. Every prompt goes through: cache -> in-flight twin -> engine.
+
+async with open_model_api(settings, model="meta-llama/Llama-3.1-8B") as api:
+    labels = await api.label_tokens()
+    scores = await api.score(prompts, labels)
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+from core.llm_api.direct_llm import DirectEngine, DirectOptions
+from core.llm_api.errors import ConfigurationError
+from core.llm_api.external_llm import ExternalAPI
+from core.llm_api.rate_limit import RateLimiter
+from core.llm_api.response_cache import ResponseCache, cache_key
+from core.llm_api.retry import RetryPolicy
+from core.llm_api.tokens import resolve_label_tokens
+from core.llm_api.transport import HttpOptions
+from core.llm_api.types import (
+    Engine,
+    EngineAnswer,
+    EngineIdentity,
+    LabelLogprobs,
+    LabelTokens,
+    PoolScores,
+    PrefixCacheCounters,
+    Prompt,
+    ScoreStats,
+)
+from core.llm_api.vllm_llm import VLLMClient
+from core.settings import Settings
+
+
+class ModelAPI:
+    """An engine behind a cache. Prompts are never sent twice at once, and finished answers outlive a failure.
+
+    accept_floored: whether cached answers that lacked a label and were floored count (see missing_label).
+    """
+
+    def __init__(self, engine: Engine, *, cache: ResponseCache | None = None, accept_floored: bool = False) -> None:
+        self.stats = ScoreStats()
+        self._engine = engine
+        self._cache = cache
+        self._accept_floored = accept_floored
+        self._identity: EngineIdentity | None = None
+        # A future is set to None where its owner failed or was cancelled: whoever waits then asks by itself.
+        self._in_flight: dict[bytes, asyncio.Future[LabelLogprobs | None]] = {}
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def start(self) -> EngineIdentity:
+        """Connect and check the model. Raises an APIError that says what to do; everything is closed then."""
+        try:
+            self._identity = await self._engine.start()
+        except BaseException:
+            await self.aclose()
+            raise
+        return self._identity
+
+    async def aclose(self) -> None:
+        """Close the engine and the cache; idempotent."""
+        try:
+            await self._engine.aclose()
+        finally:
+            if self._cache is not None:
+                self._cache.close()
+
+    @property
+    def identity(self) -> EngineIdentity:
+        """Who answers. Raises RuntimeError before start()."""
+        if self._identity is None:
+            raise RuntimeError("ModelAPI was not started; use `async with`")
+        return self._identity
+
+    async def tokenize(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]] | None:
+        """Token ids of each text; None where the engine is asked in text."""
+        return await self._engine.tokenize(texts, special=special)
+
+    async def label_tokens(self, true: str = " True", false: str = " False") -> LabelTokens:
+        """The labels as single tokens of this model. See resolve_label_tokens."""
+        return await resolve_label_tokens(self._engine, true, false)
+
+    async def prefix_cache(self) -> PrefixCacheCounters | None:
+        """The engine's prefix-cache counters since it started; None where it has none."""
+        return await self._engine.prefix_cache()
+
+    async def kv_cache_tokens(self) -> int | None:
+        """How many tokens the engine's KV cache holds; None where it does not say."""
+        return await self._engine.kv_cache_tokens()
+
+    async def score(self, prompts: Sequence[Prompt], labels: LabelTokens) -> PoolScores:
+        """Log-probabilities of both labels after every prompt, in order.
+
+        PoolScores.prompt_tokens counts the tokens that this call sent to the engine; cached answers cost none. Raises
+        an APIError if any prompt fails; what was answered before that is in the cache.
+        """
+        self._check_lengths(prompts)
+        keys = [cache_key(self.identity, labels, prompt.digest) for prompt in prompts]
+        wanted = dict(zip(keys, prompts, strict=True))  # of equal prompts the first keeps its place
+        self.stats.asked += len(prompts)
+        self.stats.in_flight_hits += len(prompts) - len(wanted)
+        answers = self._cached(list(wanted))
+        self.stats.cache_hits += len(answers)
+        prompt_tokens = 0
+        while missing := [key for key in wanted if key not in answers]:
+            twins = {key: self._in_flight[key] for key in missing if key in self._in_flight}
+            own = {key: wanted[key] for key in missing if key not in twins}
+            if own:
+                fresh, tokens = await self._ask(own, labels)
+                answers.update(fresh)
+                prompt_tokens += tokens
+            if twins:
+                # asyncio.wait, because awaiting a future directly would cancel it for its owner when we are cancelled.
+                await asyncio.wait(twins.values())
+                theirs = {key: answer for key, future in twins.items() if (answer := future.result()) is not None}
+                self.stats.in_flight_hits += len(theirs)
+                answers.update(theirs)
+        return PoolScores(tuple(answers[key] for key in keys), prompt_tokens)
+
+    async def _ask(self, own: dict[bytes, Prompt], labels: LabelTokens) -> tuple[dict[bytes, LabelLogprobs], int]:
+        """Send prompts that nobody else has in flight: (answers, prompt tokens)."""
+        keys = list(own)
+        loop = asyncio.get_running_loop()
+        futures: dict[bytes, asyncio.Future[LabelLogprobs | None]] = {key: loop.create_future() for key in keys}
+        self._in_flight.update(futures)
+        answers: dict[bytes, LabelLogprobs] = {}
+
+        def settle(start: int, answer: EngineAnswer) -> None:
+            part = dict(zip(keys[start : start + len(answer.logprobs)], answer.logprobs, strict=True))
+            self._count(answer)
+            if self._cache is not None:
+                self._cache.put_many(part)
+            answers.update(part)
+            for key, logprobs in part.items():
+                futures[key].set_result(logprobs)
+
+        try:
+            whole = await self._engine.score(list(own.values()), labels, on_answer=settle)
+        finally:
+            for key, future in futures.items():
+                del self._in_flight[key]
+                if not future.done():
+                    future.set_result(None)
+        return answers, whole.prompt_tokens
+
+    def _cached(self, keys: list[bytes]) -> dict[bytes, LabelLogprobs]:
+        if self._cache is None:
+            return {}
+        found = self._cache.get_many(keys)
+        self.stats.damaged_rows = self._cache.damaged
+        return {key: answer for key, answer in found.items() if self._accept_floored or not answer.floored}
+
+    def _count(self, answer: EngineAnswer) -> None:
+        self.stats.engine_prompts += len(answer.logprobs)
+        self.stats.prompt_tokens += answer.prompt_tokens
+        self.stats.requests += answer.requests
+        self.stats.retries += answer.retries
+        self.stats.floored += sum(logprobs.floored for logprobs in answer.logprobs)
+
+    def _check_lengths(self, prompts: Sequence[Prompt]) -> None:
+        """One prompt that is too long would fail its whole request, with a message that does not name it."""
+        limit = self.identity.max_model_len
+        if limit is None:
+            return
+        for prompt in prompts:
+            if prompt.num_tokens >= limit:  # the label itself needs one token
+                raise ConfigurationError(
+                    f"prompt {prompt.name!r} has {prompt.num_tokens} tokens; {self.identity.model} takes {limit - 1}.",
+                    hint="Use a smaller pool, shorter claims, or a server with a larger --max-model-len.",
+                )
+
+
+def open_model_api(
+    settings: Settings,
+    *,
+    model: str,
+    use_vllm: bool | None = None,
+    direct: bool = False,
+    direct_options: DirectOptions | None = None,
+) -> ModelAPI:
+    """The ModelAPI that flags and settings ask for; not yet started.
+
+    direct runs vLLM in this process. Else the first of these that says something decides: use_vllm (the flag),
+    USE_VLLM, a configured VLLM_BASE_URL, a configured LLAMA_API_BASE. Raises ConfigurationError where none does.
+    """
+    if direct and use_vllm is False:
+        raise ConfigurationError("vLLM in this process was asked for and vLLM was ruled out.", hint="Drop one flag.")
+    engine = _engine(settings, model, use_vllm, direct_options or DirectOptions() if direct else None)
+    cache = None if settings.cache_path is None else ResponseCache(settings.cache_path)
+    return ModelAPI(engine, cache=cache, accept_floored=settings.missing_label == "floor")
+
+
+def _engine(settings: Settings, model: str, use_vllm: bool | None, direct: DirectOptions | None) -> Engine:
+    if direct is not None:
+        return DirectEngine(
+            model,
+            direct,
+            revision=settings.model_revision or "",
+            hf_token=settings.hf_token,
+            missing_label=settings.missing_label,
+        )
+    chosen = use_vllm if use_vllm is not None else settings.use_vllm
+    if chosen is None and not settings.vllm_configured and settings.llama_api_base is None:
+        raise ConfigurationError(
+            "no model server is configured.",
+            hint="Set VLLM_BASE_URL (your own vLLM server) or LLAMA_API_BASE (an OpenAI-compatible API) in SECRETS.",
+        )
+    options = HttpOptions(
+        connect_timeout=settings.connect_timeout,
+        read_timeout=settings.read_timeout,
+        max_concurrent_requests=settings.max_concurrent_requests,
+        retry=RetryPolicy(max_attempts=settings.max_attempts, deadline=settings.retry_deadline),
+    )
+    if chosen or (chosen is None and settings.vllm_configured):
+        return VLLMClient(
+            settings.vllm_url,
+            model,
+            api_key=settings.vllm_api_key,
+            revision=settings.model_revision or "",
+            prompts_per_request=settings.prompts_per_request,
+            missing_label=settings.missing_label,
+            options=options,
+        )
+    if settings.llama_api_base is None:
+        raise ConfigurationError("vLLM is ruled out and LLAMA_API_BASE is not set.", hint="Set it, or allow vLLM.")
+    return ExternalAPI(
+        settings.llama_api_base,
+        model,
+        api_key=settings.api_key,
+        limiter=RateLimiter(settings.requests_per_minute, settings.tokens_per_minute),
+        missing_label=settings.missing_label,
+        options=options,
+    )

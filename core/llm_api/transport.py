@@ -1,0 +1,185 @@
+"""One HTTP server: a session, a bounded number of requests in flight, and a typed error for everything that goes wrong.
+
+The only file that touches aiohttp on the client's side and the only one that sees a key. `send` is one attempt; `call`
+puts a concurrency slot and retries around an attempt, parsing included, so that a truncated body is asked for again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeVar
+
+import aiohttp
+import orjson
+from pydantic import SecretStr
+
+from core.llm_api.errors import (
+    APIError,
+    ConfigurationError,
+    RateLimited,
+    RequestRejected,
+    ServerUnreachable,
+    TransientError,
+)
+from core.llm_api.retry import RetryPolicy, parse_retry_after, with_retries
+
+T = TypeVar("T")
+
+MESSAGE_LIMIT: Final = 300
+"""Characters of a server's own error message that we pass on."""
+KEEPALIVE: Final = 4.0
+"""Seconds an idle connection is kept. vLLM (uvicorn) closes its end after 5 s; reusing one then resets the request."""
+
+
+@dataclass(frozen=True, slots=True)
+class HttpOptions:
+    """How patient and how parallel a client is. Timeouts in seconds; there is no total timeout, on purpose."""
+
+    connect_timeout: float = 10.0
+    read_timeout: float = 900.0
+    max_concurrent_requests: int = 64
+    retry: RetryPolicy = field(default_factory=RetryPolicy)
+
+
+class HttpTransport:
+    """Requests to one server. `key_name` is the setting that holds the key, for hints; `absent` says how to get one."""
+
+    def __init__(
+        self, base_url: str, *, key: SecretStr | None, key_name: str, options: HttpOptions, absent: str = ""
+    ) -> None:
+        self.base_url = base_url
+        self.contacted = False
+        self._key = key
+        self._key_name = key_name
+        self._options = options
+        self._absent = absent
+        self._slots = asyncio.Semaphore(options.max_concurrent_requests)
+        self._session: aiohttp.ClientSession | None = None
+
+    def __repr__(self) -> str:
+        return f"HttpTransport({self.base_url!r})"
+
+    async def call(self, attempt: Callable[[], Awaitable[T]]) -> tuple[T, int]:
+        """Run `attempt` in a slot, with retries: (result, retries). The slot is free while waiting to retry."""
+
+        async def in_slot() -> T:
+            async with self._slots:
+                return await attempt()
+
+        return await with_retries(in_slot, self._options.retry, contacted=lambda: self.contacted)
+
+    async def send(self, method: str, path: str, body: bytes | None = None) -> bytes:
+        """One attempt: the body of a 2xx answer. Raises a typed APIError for everything else."""
+        url = self.base_url + path
+        # BytesIO is written in pieces; one `bytes` of many MB would block the event loop, and aiohttp warns of it.
+        payload = None if body is None else io.BytesIO(body)
+        headers = {"Content-Type": "application/json"} if body is not None else {}
+        if self._key is not None:
+            headers["Authorization"] = f"Bearer {self._key.get_secret_value()}"
+        try:
+            # A redirect would carry the key to another host, so none is followed.
+            async with self._open().request(
+                method, url, data=payload, headers=headers, allow_redirects=False
+            ) as response:
+                self.contacted = True
+                content = await response.read()
+                status, answered = response.status, response.headers
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise self._connection_error(error, url) from None
+        if 200 <= status < 300:
+            return content
+        raise self._status_error(status, content, answered, url)
+
+    async def aclose(self) -> None:
+        """Close the connections; idempotent."""
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
+    def _open(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            # The slots bound the number of requests; a second bound in the connector could only starve /metrics.
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE)
+            timeout = aiohttp.ClientTimeout(
+                total=None, sock_connect=self._options.connect_timeout, sock_read=self._options.read_timeout
+            )
+            self._session = aiohttp.ClientSession(connector=connector, timeout=timeout)
+        return self._session
+
+    def _connection_error(self, error: Exception, url: str) -> APIError:
+        name = type(error).__name__
+        match error:
+            case aiohttp.InvalidURL():
+                return ConfigurationError(f"{url} is not a valid URL.")
+            case aiohttp.ClientConnectorCertificateError() | aiohttp.ClientConnectorSSLError():
+                return ConfigurationError(f"no trusted TLS connection to {self.base_url} ({name}).")
+            case aiohttp.ClientConnectorError() | aiohttp.ConnectionTimeoutError():
+                return ServerUnreachable(f"no server answers at {self.base_url} ({name}).", hint=self._absent)
+            case TimeoutError():
+                silent = self._options.read_timeout
+                return TransientError(f"{url} sent nothing for {silent:g} s.", hint="Raise read_timeout if it is slow.")
+            case _:
+                return TransientError(f"the connection to {url} broke ({name}).")
+
+    def _status_error(self, status: int, content: bytes, headers: Mapping[str, str], url: str) -> APIError:
+        said = self._redact(server_message(content))
+        message = f"HTTP {status} from {url}" + (f": {said}" if said else "")
+        wait = parse_retry_after(headers.get("Retry-After"))
+        if status == 429:
+            return RateLimited(message, retry_after=wait)
+        if status in (408, 425) or (status >= 500 and status not in (501, 505)):
+            return TransientError(message, retry_after=wait)
+        return RequestRejected(message, status=status, hint=self._hint(status))
+
+    def _hint(self, status: int) -> str:
+        match status:
+            case 401 | 403 if self._key is None:
+                return f"Set {self._key_name} in SECRETS or the environment."
+            case 401 | 403:
+                return f"Check {self._key_name} in SECRETS or the environment."
+            case 400 | 422:
+                return "Check the prompt's length against the model's, and the request against the server's version."
+            case 404:
+                return "Check the URL and the model's name."
+            case 413:
+                return "Lower prompts_per_request."
+            case _ if 300 <= status < 400:
+                return "Redirects are not followed; use the final URL."
+            case _:
+                return ""
+
+    def _redact(self, text: str) -> str:
+        """Servers like to repeat the key that they refuse."""
+        key = self._key.get_secret_value() if self._key is not None else ""
+        return text.replace(key, "***") if key else text
+
+
+def server_message(content: bytes) -> str:
+    """What the body of an error says, on one line, at most MESSAGE_LIMIT characters; "" where it says nothing."""
+    try:
+        parsed = orjson.loads(content)
+    except orjson.JSONDecodeError:
+        parsed = None
+    if isinstance(parsed, dict):
+        inner = parsed.get("error", parsed)
+        found = inner.get("message") or inner.get("detail") if isinstance(inner, dict) else inner
+        text = found if isinstance(found, str) else orjson.dumps(found).decode() if found else ""
+    else:
+        text = content.decode(errors="replace")
+    text = " ".join(text.split())
+    return text if len(text) <= MESSAGE_LIMIT else text[:MESSAGE_LIMIT] + "..."
+
+
+async def all_or_cancel(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Run calls at once, started in order: their results in order. The first failure cancels the rest and is raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(call) for call in calls]
+    except BaseExceptionGroup as failures:
+        first = failures.exceptions[0]
+        # `from None` would wipe the cause that RetriesExhausted carries.
+        raise first from first.__cause__
+    return [task.result() for task in tasks]

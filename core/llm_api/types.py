@@ -1,0 +1,246 @@
+"""The words the model layer speaks: segments, prompts, label log-probabilities, and the engine protocol.
+
+A prompt is a path of *segments*. A segment (the instruction, one claim's question, one label) is tokenized and
+serialized once and shared by every prompt that contains it, so laying out N prompts of N demonstrations costs
+N * N references instead of N * N tokenizations.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol, runtime_checkable
+
+
+class Segment:
+    """A piece of a prompt: its text and, where the engine speaks token ids, its tokens.
+
+    Compared by identity of content; `json` is the comma-joined decimal form of the token ids, encoded once, from
+    which request bodies and cache keys are joined.
+    """
+
+    __slots__ = ("json", "text", "tokens")
+
+    def __init__(self, text: str, tokens: Sequence[int] | None = None) -> None:
+        self.text = text
+        self.tokens: tuple[int, ...] | None = None if tokens is None else tuple(tokens)
+        self.json: bytes = b"" if tokens is None else ",".join(map(str, tokens)).encode()
+
+    def __len__(self) -> int:
+        """Number of tokens; 0 where the engine does not speak token ids."""
+        return 0 if self.tokens is None else len(self.tokens)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Segment) and (self.text, self.tokens) == (other.text, other.tokens)
+
+    def __hash__(self) -> int:
+        return hash((self.text, self.tokens))
+
+    def __repr__(self) -> str:
+        return f"Segment({self.text!r}, {len(self)} tokens)"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Segments in order, ending right before the label. `name` says in errors which claim was asked."""
+
+    segments: tuple[Segment, ...]
+    name: str = ""
+
+    @property
+    def num_tokens(self) -> int:
+        """Length in tokens; 0 where the segments carry text only."""
+        return sum(map(len, self.segments))
+
+    @property
+    def text(self) -> str:
+        """The segments' texts, joined."""
+        return "".join(s.text for s in self.segments)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Token ids, shape [num_tokens]. Empty where the segments carry text only."""
+        return [t for s in self.segments if s.tokens for t in s.tokens]
+
+    @cached_property
+    def json(self) -> bytes:
+        """The token ids as a JSON array, joined from the segments' encoded pieces."""
+        return b"[" + b",".join([s.json for s in self.segments if s.json]) + b"]"
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of what the engine is sent: the token ids if there are any, else the text."""
+        content = self.json if self.segments and self.segments[0].tokens is not None else self.text.encode()
+        return hashlib.sha256(content).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class LabelTokens:
+    """The two answers whose log-probabilities are compared, each exactly one token of the served model.
+
+    Text and id of each; ids are None for an engine that is asked in text.
+    """
+
+    true: str = " True"
+    false: str = " False"
+    true_id: int | None = None
+    false_id: int | None = None
+
+    @property
+    def ids(self) -> tuple[int, int]:
+        """(true, false) token ids. Raises ValueError where the engine was never asked for them."""
+        if self.true_id is None or self.false_id is None:
+            raise ValueError("these label tokens carry no token ids")
+        return self.true_id, self.false_id
+
+
+@dataclass(frozen=True, slots=True)
+class LabelLogprobs:
+    """log P(True) and log P(False) of the token after one prompt, in nats.
+
+    `floored` marks an answer that lacked a label token and was floored by request (`--missing_label floor`).
+    """
+
+    true: float
+    false: float
+    floored: bool = False
+
+    @property
+    def log_odds(self) -> float:
+        """log P(True | prompt) - log P(False | prompt), nats. The s_i of Wen et al. 2025, section 2."""
+        return self.true - self.false
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.true) and math.isfinite(self.false)):
+            raise ValueError(f"label log-probabilities must be finite, got {self.true} and {self.false}")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineAnswer:
+    """What an engine says to one batch: one LabelLogprobs a prompt, in order, and what it cost."""
+
+    logprobs: list[LabelLogprobs]
+    prompt_tokens: int
+    requests: int = 1
+    retries: int = 0
+
+
+OnAnswer = Callable[[int, EngineAnswer], None]
+"""Called as on_answer(start, answer) when prompts[start : start + len(answer.logprobs)] of a batch are answered."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixCacheCounters:
+    """Tokens that a vLLM engine looked up in, and found in, its prefix cache since it started.
+
+    From vllm:prefix_cache_queries_total and vllm:prefix_cache_hits_total (vLLM's production metrics).
+    """
+
+    queries: int = 0
+    hits: int = 0
+
+    def __sub__(self, earlier: PrefixCacheCounters) -> PrefixCacheCounters:
+        return PrefixCacheCounters(self.queries - earlier.queries, self.hits - earlier.hits)
+
+    @property
+    def computed(self) -> int:
+        """Prompt tokens the engine had to compute."""
+        return self.queries - self.hits
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of prompt tokens read from the cache, 0 to 1."""
+        return self.hits / self.queries if self.queries else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineIdentity:
+    """Everything about an engine that can change an answer; part of every cache key and of run.json.
+
+    fingerprint: what the engine answered to a fixed short prompt, so that other weights, another precision or
+    another kernel behind the same model name are told apart.
+    """
+
+    kind: str
+    model: str
+    root: str = ""
+    revision: str = ""
+    version: str = ""
+    determinism: str = ""
+    fingerprint: str = ""
+    max_model_len: int | None = None
+
+    def describe(self) -> str:
+        """One line for a user."""
+        version = f" {self.version}" if self.version else ""
+        return f"{self.model} on {self.kind}{version} (fingerprint {self.fingerprint[:12] or 'none'})"
+
+
+@dataclass(slots=True)
+class ScoreStats:
+    """Running totals of a ModelAPI, for progress bars and summaries. All counts, tokens in tokens."""
+
+    asked: int = 0
+    cache_hits: int = 0
+    in_flight_hits: int = 0
+    engine_prompts: int = 0
+    prompt_tokens: int = 0
+    requests: int = 0
+    retries: int = 0
+    floored: int = 0
+    damaged_rows: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        """The totals by name."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+@dataclass(frozen=True, slots=True)
+class PoolScores:
+    """One LabelLogprobs a prompt, in the prompts' order, however each was come by."""
+
+    logprobs: tuple[LabelLogprobs, ...]
+    prompt_tokens: int = field(default=0)
+
+    @property
+    def log_odds(self) -> list[float]:
+        """log-odds, nats, shape [num_prompts]."""
+        return [lp.log_odds for lp in self.logprobs]
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """What ModelAPI needs of an engine. Three exist: VLLMClient, DirectEngine, ExternalAPI."""
+
+    async def start(self) -> EngineIdentity:
+        """Connect, check the model and its logprobs, and say who is there. Raises an APIError with what to do."""
+        ...
+
+    async def tokenize(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]] | None:
+        """Token ids of each text, with the model's special tokens if asked; None: the engine is asked in text."""
+        ...
+
+    async def score(
+        self, prompts: Sequence[Prompt], labels: LabelTokens, *, on_answer: OnAnswer | None = None
+    ) -> EngineAnswer:
+        """The label log-probabilities of every prompt, in order. All or none: any failure raises an APIError.
+
+        `on_answer` hears of every finished request before score returns, so that what was answered before a failure
+        is not lost.
+        """
+        ...
+
+    async def prefix_cache(self) -> PrefixCacheCounters | None:
+        """The engine's prefix-cache counters, or None where it has none to show."""
+        ...
+
+    async def kv_cache_tokens(self) -> int | None:
+        """How many tokens the engine's KV cache holds, or None where it does not say."""
+        ...
+
+    async def aclose(self) -> None:
+        """Give back connections and processes; idempotent."""
+        ...

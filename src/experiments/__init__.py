@@ -1,0 +1,1 @@
+"""Command lines. They know every module and decide nothing."""

@@ -1,0 +1,281 @@
+"""The search of ICM as a state machine: state + random numbers + scores -> proposals and the next state.
+
+Algorithm 1 of Wen et al. 2025 with its consistency repair (algorithm 2). Nothing here asks a model: `propose` names a
+claim, `explore` yields labelings it wants evaluated, `advance` applies an outcome, live or read back from a journal.
+Random numbers of iteration n come from a generator seeded by (seed, n) alone, so a search can stop, resume, or look
+ahead without changing a draw.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from typing import Literal
+
+import numpy as np
+
+from src.icm.consistency import Consistency, Constraint, Labels
+from src.icm.objective import Evaluation, Objective
+from src.icm.prefix_tree import Layout, TreeLayout, UpstreamLayout
+
+Scheduler = Literal["log", "log-upstream", "exp"]
+Stop = Literal["labelled", "K"]
+LayoutName = Literal["tree", "upstream"]
+
+SIBLING_WEIGHT = 100  # of an unlabelled claim whose group has a labelled member, against 1 (published code)
+
+
+class Stream(IntEnum):
+    """Independent streams of random numbers drawn from one seed."""
+
+    POOL = 0
+    SEEDS = 1
+    LAYOUT = 2
+    STEP = 3
+
+
+def generator(seed: int, stream: Stream, index: int = 0) -> np.random.Generator:
+    """The generator of one purpose (and one iteration) of a run."""
+    return np.random.default_rng([seed, stream, index])
+
+
+@dataclass(frozen=True, slots=True)
+class SearchSettings:
+    """The flags of the published code, and what it lacks. Temperatures are in units of U.
+
+    decay: the paper's beta in scheduler "log", the base of the power in "exp", unused in "log-upstream".
+    patience: proposals in a row that change nothing before stop "labelled" ends (see `finished`).
+    max_tail: appended demonstrations after which the tree is built anew.
+    """
+
+    seed: int = 27565976
+    num_seed: int = 8
+    K: int = 3000
+    consistency_fix_K: int = 10
+    decay: float = 0.99
+    initial_T: float = 10.0
+    final_T: float = 0.01
+    scheduler: Scheduler = "log"
+    stop: Stop = "labelled"
+    patience: int = 30
+    layout: LayoutName = "tree"
+    max_tail: int = 16
+
+    def temperature(self, iteration: int, accepted: int) -> float:
+        """T of iteration n = 0, 1, ... after `accepted` accepted changes.
+
+        "log": max(T_min, T_0 / (1 + beta * ln(n + 1))), the paper's algorithm 1 with its n counted from 1.
+        "log-upstream": the published code's T_0 / (1 + 2 ln(1 + accepted)), which ignores --decay.
+        "exp": the published code's T_0 * decay ** accepted.
+        """
+        if self.scheduler == "log":
+            cooled = self.initial_T / (1 + self.decay * math.log(iteration + 1))
+        elif self.scheduler == "log-upstream":
+            cooled = self.initial_T / (1 + 2 * math.log(1 + accepted))
+        else:
+            cooled = self.initial_T * self.decay**accepted
+        return max(self.final_T, cooled)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What stays the same through a search: the pool's groups and constraints, the objective, the settings."""
+
+    groups: tuple[str, ...]
+    consistency: Consistency
+    objective: Objective
+    settings: SearchSettings
+
+    @property
+    def size(self) -> int:
+        return len(self.groups)
+
+    def new_layout(self, labelled: Sequence[int], rebuilds: int = 0) -> Layout:
+        if self.settings.layout == "upstream":
+            return UpstreamLayout.build(labelled)
+        return TreeLayout.build(labelled, self.groups, generator(self.settings.seed, Stream.LAYOUT, rebuilds))
+
+    def seed_labels(self) -> Labels:
+        """Random labels, half True and half False, for the first num_seed claims of the pool; the rest None."""
+        count = min(self.settings.num_seed, self.size)
+        rng = generator(self.settings.seed, Stream.SEEDS)
+        odd = [bool(rng.random() < 0.5)] * (count % 2)
+        drawn = rng.permutation(np.array([True] * (count // 2) + [False] * (count // 2) + odd, dtype=bool))
+        return (*drawn.tolist(), *([None] * (self.size - count)))
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A labeling that wants evaluating, and the order in which its demonstrations stand."""
+
+    labels: Labels
+    layout: Layout
+
+
+@dataclass(frozen=True, slots=True)
+class SearchState:
+    """Where a search stands. `unchanged` counts proposals in a row that changed nothing, `refused` the claims they
+    were about."""
+
+    iteration: int
+    labels: Labels
+    layout: Layout
+    evaluation: Evaluation
+    accepted: int = 0
+    unchanged: int = 0
+    refused: frozenset[int] = frozenset()
+    rebuilds: int = 0
+
+    @property
+    def labelled(self) -> tuple[int, ...]:
+        return tuple(i for i, label in enumerate(self.labels) if label is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one iteration asked, found and decided; everything that `advance` and a journal need.
+
+    labels, evaluation: the accepted labeling and its worth; None where nothing changed.
+    proposed_utility: U of the best labeling tried, None where the predicted label was the current one.
+    """
+
+    claim: int
+    log_odds: float
+    predicted: bool
+    temperature: float
+    tried: int = 0
+    proposed_utility: float | None = None
+    probability: float | None = None
+    labels: Labels | None = None
+    evaluation: Evaluation | None = None
+
+    @property
+    def accepted(self) -> bool:
+        return self.labels is not None
+
+
+def proposal_weights(labels: Labels, groups: Sequence[str]) -> np.ndarray:
+    """Sampling weights, shape [N]: SIBLING_WEIGHT for unlabelled claims with a labelled group member, else 1."""
+    started = Counter(group for group, label in zip(groups, labels, strict=True) if label is not None)
+    return np.array(
+        [SIBLING_WEIGHT if label is None and started[g] else 1 for g, label in zip(groups, labels, strict=True)],
+        dtype=np.float64,
+    )
+
+
+def propose(problem: Problem, state: SearchState) -> int:
+    """The claim whose label iteration `state.iteration` reconsiders."""
+    weights = proposal_weights(state.labels, problem.groups)
+    rng = generator(problem.settings.seed, Stream.STEP, state.iteration)
+    return int(rng.choice(problem.size, p=weights / weights.sum()))
+
+
+def predicted_label(problem: Problem, state: SearchState, log_odds: float) -> bool:
+    """argmax P(y | x, D without x), against the pool's mean log-odds where the objective is calibrated."""
+    return log_odds > state.evaluation.offset
+
+
+def flipped(labels: Labels, changes: Mapping[int, bool]) -> Labels:
+    """`labels` with some of them replaced."""
+    return tuple(changes.get(i, label) for i, label in enumerate(labels))
+
+
+def explore(
+    problem: Problem, start: Candidate, iteration: int, known: Mapping[Labels, Evaluation] | None = None
+) -> Generator[list[Candidate], list[Evaluation], tuple[Candidate, Evaluation, int]]:
+    """Repair the inconsistencies of `start`: yields labelings to evaluate, is sent their worth, returns the best.
+
+    Every round takes a broken constraint of the best labeling so far and tries every assignment of the pair that
+    the constraint allows; it stops when nothing is broken, every broken pair was tried, or after
+    consistency_fix_K rounds. `known` evaluations are not asked again. Also returns how many were asked.
+    """
+    rng = np.random.default_rng([problem.settings.seed, Stream.STEP, iteration, 1])
+    worth = dict(known or {})
+    tried: set[tuple[Labels, Constraint]] = set()
+    best, contenders, asked = start.labels, [start.labels], 0
+    for repair in range(problem.settings.consistency_fix_K + 1):
+        broken = [c for c in problem.consistency.broken(best) if (best, c) not in tried]
+        last = not broken or repair == problem.settings.consistency_fix_K
+        if not last:
+            constraint = broken[int(rng.integers(len(broken)))]
+            tried.add((best, constraint))
+            pair = constraint.first, constraint.second
+            contenders += [
+                flipped(best, dict(zip(pair, values, strict=True))) for values in constraint.relation.assignments
+            ]
+        unknown = [labels for labels in dict.fromkeys(contenders) if labels not in worth]
+        if unknown:
+            evaluations = yield [Candidate(labels, start.layout) for labels in unknown]
+            worth.update(zip(unknown, evaluations, strict=True))
+            asked += len(unknown)
+        # max() keeps the first of equals: the proposal as it was made, then the earlier repair.
+        best = max(contenders, key=lambda labels: worth[labels].utility)
+        contenders = [best]
+        if last:
+            break
+    return Candidate(best, start.layout), worth[best], asked
+
+
+def decide(problem: Problem, state: SearchState, utility: float) -> tuple[bool, float, float]:
+    """(accepted, acceptance probability, temperature): Metropolis on U, without overflow for large gains."""
+    temperature = problem.settings.temperature(state.iteration, state.accepted)
+    gain = utility - state.evaluation.utility
+    probability = 1.0 if gain >= 0 else math.exp(gain / temperature)
+    draw = np.random.default_rng([problem.settings.seed, Stream.STEP, state.iteration, 2]).random()
+    return bool(draw < probability), probability, temperature
+
+
+def advance(problem: Problem, state: SearchState, outcome: Outcome) -> SearchState:
+    """The state after one iteration."""
+    if outcome.labels is None or outcome.evaluation is None:
+        return replace(
+            state,
+            iteration=state.iteration + 1,
+            unchanged=state.unchanged + 1,
+            refused=state.refused | {outcome.claim},
+        )
+    layout = state.layout
+    if state.labels[outcome.claim] is None:
+        layout = layout.append(outcome.claim)
+    return replace(
+        state,
+        iteration=state.iteration + 1,
+        labels=outcome.labels,
+        layout=layout,
+        evaluation=outcome.evaluation,
+        accepted=state.accepted + 1,
+        unchanged=0,
+        refused=frozenset(),
+    )
+
+
+def wants_rebuild(problem: Problem, state: SearchState) -> bool:
+    """Whether the tail has grown past what it is worth keeping."""
+    return state.layout.tail_length >= problem.settings.max_tail
+
+
+def rebuilt_layout(problem: Problem, state: SearchState) -> Layout:
+    """The layout of the next rebuild. Its scores replace the state's, so that U is compared within one layout."""
+    return problem.new_layout(state.labelled, state.rebuilds + 1)
+
+
+def rebuild(state: SearchState, layout: Layout, evaluation: Evaluation) -> SearchState:
+    """The state in a new layout: same labels, scores as that layout gives them."""
+    return replace(state, layout=layout, evaluation=evaluation, rebuilds=state.rebuilds + 1)
+
+
+def finished(problem: Problem, state: SearchState) -> bool:
+    """K iterations, or `patience` proposals in a row without a change once no claim is left to try.
+
+    A claim is left to try while it has no label and was not proposed since the last change: U is a mean, so a search
+    may refuse to take in a claim that it cannot predict, and would otherwise propose it until K.
+    """
+    settings = problem.settings
+    if state.iteration >= settings.K:
+        return True
+    if settings.stop == "K" or state.unchanged < settings.patience:
+        return False
+    return all(label is not None or claim in state.refused for claim, label in enumerate(state.labels))

@@ -1,0 +1,189 @@
+"""In which order the demonstrations of each leave-one-out prompt stand, so that a prefix cache computes little.
+
+`TreeLayout` halves the pool again and again. A question about one half sees the other half's demonstrations first,
+then those of the quarter beside its own, and so on down; prompts asked depth first share every edge of that binary
+tree, N * log2(N) demonstrations instead of N * N / 2. Labels added since the tree was built stand in a *tail* after
+it, so that adding one costs each prompt one demonstration and its question. `UpstreamLayout` is the published code's
+order: the pool's, with the asked claim left out.
+
+A claim's siblings (same group, often the opposite answer) must not stand next to its question, or their labels give
+the answer away: members of a group part at the root, and siblings in the tail move up behind the root's edge.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain
+from typing import Protocol
+
+import numpy as np
+
+Node = int | tuple["Node", "Node"]
+Context = tuple[int, ...]
+
+
+class Layout(Protocol):
+    """An order of demonstrations for every question about a pool. Claims are pool positions."""
+
+    @property
+    def questions(self) -> tuple[int, ...]:
+        """The labelled claims, in the order in which a prefix cache is best asked about them."""
+        ...
+
+    @property
+    def tail_length(self) -> int:
+        """How many demonstrations were appended since the layout was built."""
+        ...
+
+    def context(self, claim: int) -> Context:
+        """The other labelled claims in the order in which a question about `claim` (labelled or not) sees them."""
+        ...
+
+    def append(self, claim: int) -> Layout:
+        """The layout with one more labelled claim."""
+        ...
+
+    def rebuild(self, rng: np.random.Generator) -> Layout:
+        """The same claims laid out anew, with no tail."""
+        ...
+
+
+@dataclass(frozen=True)
+class UpstreamLayout:
+    """The published code's order: labelled claims as they stand in the pool, whole groups together."""
+
+    labelled: tuple[int, ...]
+
+    @classmethod
+    def build(cls, labelled: Iterable[int]) -> UpstreamLayout:
+        return cls(tuple(sorted(labelled)))
+
+    @property
+    def questions(self) -> tuple[int, ...]:
+        return self.labelled
+
+    @property
+    def tail_length(self) -> int:
+        return 0
+
+    def context(self, claim: int) -> Context:
+        return tuple(other for other in self.labelled if other != claim)
+
+    def append(self, claim: int) -> UpstreamLayout:
+        return UpstreamLayout.build((*self.labelled, claim))
+
+    def rebuild(self, rng: np.random.Generator) -> UpstreamLayout:
+        return self
+
+
+@dataclass(frozen=True)
+class TreeLayout:
+    """A binary tree over the claims labelled when it was built, and a tail of those labelled since.
+
+    groups: the group of every claim of the pool (length N). Groups, not labels: a layout stays as labels flip.
+    """
+
+    groups: tuple[str, ...]
+    root: Node | None = None
+    tail: tuple[int, ...] = ()
+
+    @classmethod
+    def build(cls, labelled: Iterable[int], groups: Sequence[str], rng: np.random.Generator) -> TreeLayout:
+        """A tree over `labelled` in a random order drawn from `rng`, members of a group parted at the root."""
+        order = rng.permutation(np.array(sorted(labelled), dtype=np.int64)).tolist()
+        return cls(tuple(groups), _halve(order, groups) if order else None)
+
+    @property
+    def tail_length(self) -> int:
+        return len(self.tail)
+
+    @property
+    def questions(self) -> tuple[int, ...]:
+        return (*self._paths, *self.tail)
+
+    def context(self, claim: int) -> Context:
+        path = self._paths[claim] if claim in self._paths else self._spine(claim)
+        tail = [other for other in self.tail if other != claim]
+        siblings = [other for other in tail if self._are_siblings(claim, other)]
+        newest = [other for other in tail if not self._are_siblings(claim, other)]
+        first_edge, *edges = path if path else ((),)
+        return self._part_from_siblings(claim, (*first_edge, *siblings, *chain.from_iterable(edges), *newest))
+
+    def append(self, claim: int) -> TreeLayout:
+        if claim in self._paths or claim in self.tail:
+            raise ValueError(f"claim {claim} is already laid out")
+        return replace(self, tail=(*self.tail, claim))
+
+    def rebuild(self, rng: np.random.Generator) -> TreeLayout:
+        return TreeLayout.build(self.questions, self.groups, rng)
+
+    @cached_property
+    def _paths(self) -> dict[int, tuple[Context, ...]]:
+        """The edges from the root to each claim of the tree, depth first."""
+        return dict(_walk(self.root, ())) if self.root is not None else {}
+
+    def _spine(self, claim: int) -> tuple[Context, ...]:
+        """The whole tree as seen by a claim outside it: both root edges, the one with siblings first."""
+        if self.root is None:
+            return ()
+        if isinstance(self.root, int):
+            return ((self.root,),)
+        left, right = (_leaves(half) for half in self.root)
+        nearest_in_left, nearest_in_right = (
+            max((i for i, other in enumerate(half) if self._are_siblings(claim, other)), default=-1)
+            for half in (left, right)
+        )
+        return (left, right) if nearest_in_left > nearest_in_right else (right, left)
+
+    def _are_siblings(self, claim: int, other: int) -> bool:
+        return self.groups[claim] == self.groups[other]
+
+    def _part_from_siblings(self, claim: int, context: Context) -> Context:
+        """`context`, its last non-sibling moved to the end if a sibling stood there (tiny or one-group pools)."""
+        if not context or not self._are_siblings(claim, context[-1]):
+            return context
+        for position in range(len(context) - 1, -1, -1):
+            if not self._are_siblings(claim, context[position]):
+                return (*context[:position], *context[position + 1 :], context[position])
+        return context
+
+
+def _halve(claims: Sequence[int], groups: Sequence[str]) -> Node:
+    """A balanced binary tree over `claims`; every group is split as evenly as it goes at every node."""
+    if len(claims) == 1:
+        return claims[0]
+    members: dict[str, list[int]] = defaultdict(list)
+    for claim in claims:
+        members[groups[claim]].append(claim)
+    left: list[int] = []
+    right: list[int] = []
+    for group in members.values():
+        half = len(group) // 2
+        left += group[:half]
+        right += group[half : 2 * half]
+        if len(group) % 2:
+            (left if len(left) < len(right) else right).append(group[-1])
+    return _halve(left, groups), _halve(right, groups)
+
+
+def _leaves(node: Node) -> Context:
+    if isinstance(node, int):
+        return (node,)
+    return (*_leaves(node[0]), *_leaves(node[1]))
+
+
+def _walk(node: Node, path: tuple[Context, ...]) -> Iterable[tuple[int, tuple[Context, ...]]]:
+    if isinstance(node, int):
+        yield node, path
+        return
+    left, right = node
+    yield from _walk(left, (*path, _leaves(right)))
+    yield from _walk(right, (*path, _leaves(left)))
+
+
+def distinct_demonstrations(contexts: Iterable[Context]) -> int:
+    """Demonstrations an unlimited prefix cache computes for these contexts: the edges of their trie."""
+    return len({context[: end + 1] for context in contexts for end in range(len(context))})

@@ -1,0 +1,90 @@
+"""From claims to prompts: every claim is tokenized once, every prompt is a path of ready segments.
+
+A question ends right before the label; a demonstration is question + label token + separator. Tokenizing segments
+apart fixes the token sequence of every prompt, whatever stands around a claim; where a tokenizer would merge across
+a segment's end, the sequence differs from tokenizing the whole text, and it is the sequence that the model is asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from core.llm_api.types import LabelTokens, Prompt, Segment
+from src.icm.consistency import Label
+
+SEPARATOR = "\n\n"
+
+
+@dataclass(frozen=True)
+class PromptBook:
+    """All segments of a pool: the model's own prefix (BOS), N questions, 2 N demonstrations."""
+
+    prefix: Segment
+    questions: tuple[Segment, ...]
+    demonstrations: tuple[tuple[Segment, Segment], ...]
+
+    @classmethod
+    def build(
+        cls,
+        texts: Sequence[str],
+        labels: LabelTokens,
+        *,
+        tokens: Sequence[Sequence[int]] | None = None,
+        prefix_tokens: Sequence[int] = (),
+        separator_tokens: Sequence[int] = (),
+    ) -> PromptBook:
+        """Segments of N question texts. `tokens`: token ids of each text, None for an engine asked in text."""
+        questions = []
+        demonstrations = []
+        for position, text in enumerate(texts):
+            ids = None if tokens is None else tokens[position]
+            questions.append(Segment(text, ids))
+            demonstrations.append(
+                (
+                    _demonstration(text, labels.false, ids, labels.false_id, separator_tokens),
+                    _demonstration(text, labels.true, ids, labels.true_id, separator_tokens),
+                )
+            )
+        prefix = Segment("", None if tokens is None else prefix_tokens)
+        return cls(prefix, tuple(questions), tuple(demonstrations))
+
+    def prompt(self, claim: int, context: Sequence[int], labels: Sequence[Label]) -> Prompt:
+        """The question about `claim` after the demonstrations `context`, each with its label in `labels`."""
+        demonstrations = self.demonstrations
+        segments = [self.prefix]
+        for other in context:
+            label = labels[other]
+            if label is None:
+                raise ValueError(f"claim {other} has no label to demonstrate")
+            segments.append(demonstrations[other][label])
+        segments.append(self.questions[claim])
+        return Prompt(tuple(segments), name=f"claim {claim}")
+
+    def longest_prompt(self, size: int) -> int:
+        """Tokens of the longest prompt once the first `size` claims are labelled, whichever claim of the book is
+        asked; 0 for an engine asked in text. Labels are one token each, so their values do not matter."""
+        sizes = [len(true) for _, true in self.demonstrations[:size]]
+        total = len(self.prefix) + sum(sizes)
+        own = [*sizes, *([0] * (len(self.questions) - size))]
+        return max((total - left_out + len(q) for left_out, q in zip(own, self.questions, strict=True)), default=0)
+
+    def claims_that_fit(self, max_tokens: int, size: int) -> int:
+        """How many of the first `size` claims, taken in order, could label each other within `max_tokens`."""
+        longest = max(map(len, self.questions), default=0)
+        used = len(self.prefix) + longest
+        for count, (_, true) in enumerate(self.demonstrations[:size], start=1):
+            used += len(true)
+            if used > max_tokens:
+                return count
+        return size
+
+
+def _demonstration(
+    text: str, label: str, ids: Sequence[int] | None, label_id: int | None, separator: Sequence[int]
+) -> Segment:
+    if ids is None:
+        return Segment(text + label + SEPARATOR)
+    if label_id is None:
+        raise ValueError("token ids need label token ids")
+    return Segment(text + label + SEPARATOR, (*ids, label_id, *separator))

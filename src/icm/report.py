@@ -1,0 +1,68 @@
+"""What a run says of itself: agreement with gold, warnings, rows of labels.jsonl. Text and plain values only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from src.icm.consistency import Label
+from src.icm.objective import Evaluation, wilson_interval
+from src.icm.testbeds import Claim
+
+COLLAPSE_SHARE = 0.95
+COLLAPSE_MIN_LABELS = 16
+
+
+def agreement(agreeing: int, compared: int) -> str:
+    """'0.84 (54 of 64, 95% interval 0.74 to 0.91)'; Wilson interval."""
+    if compared == 0:
+        return "unknown (no gold labels)"
+    low, high = wilson_interval(agreeing, compared)
+    return f"{agreeing / compared:.2f} ({agreeing} of {compared}, 95% interval {low:.2f} to {high:.2f})"
+
+
+def collapse_warning(labels: Sequence[Label]) -> str | None:
+    """One line of advice where nearly all labels are the same, None otherwise."""
+    known = [label for label in labels if label is not None]
+    if len(known) < COLLAPSE_MIN_LABELS:
+        return None
+    true_share = sum(known) / len(known)
+    if COLLAPSE_SHARE > true_share > 1 - COLLAPSE_SHARE:
+        return None
+    side = "True" if true_share > 0.5 else "False"
+    return (
+        f"{sum(label == (side == 'True') for label in known)} of {len(known)} labels are {side}: the search is "
+        "collapsing to one label, which is the most predictable labeling of all for a model that leans to one answer. "
+        "Try --calibrate mean, see whether U of gold-like labels can win at all with --check, or use a larger model."
+    )
+
+
+def check_table(worth: Mapping[str, Evaluation], calibration: str) -> str:
+    """The table of --check: labeling, U, mean signed log-odds, inconsistent pairs; then what it means."""
+    lines = [f"{'labeling':<14}{'U':>10}{'predictability':>17}{'inconsistent':>15}   (calibration: {calibration})"]
+    for name, evaluation in worth.items():
+        lines.append(
+            f"{name:<14}{evaluation.utility:>10.2f}{evaluation.predictability:>12.3f} nat{evaluation.inconsistent:>15}"
+        )
+    gold = worth.get("gold")
+    if gold is None:
+        lines.append("No gold labels: compare U of a finished run with U of the constant labelings above.")
+    else:
+        rivals = [name for name, evaluation in worth.items() if name != "gold" and evaluation.utility >= gold.utility]
+        if rivals:
+            lines.append(
+                f"U(gold) is not the highest ({', '.join(rivals)} beat it): on this pool ICM has no reason to find the "
+                "gold labels. Try --calibrate mean, another --alpha, or a larger model."
+            )
+        else:
+            lines.append("U(gold) is the highest: ICM's precondition holds on this pool.")
+    return "\n".join(lines)
+
+
+def label_row(claim: Claim, label: Label, log_odds: float | None, by: str) -> dict[str, Any]:
+    """One line of labels.jsonl. log_odds in nats; by: "icm" for a label of the search, else how it was predicted."""
+    row: dict[str, Any] = {"row": claim.row, "consistency_id": claim.group, "question": claim.question}
+    row["choice"] = claim.choice
+    if claim.choice_2 is not None:
+        row["choice_2"] = claim.choice_2
+    return row | {"label": label, "log_odds": log_odds, "gold": claim.gold, "by": by}

@@ -1,0 +1,98 @@
+"""Labelings to hold ICM against: zero-shot, many-shot with given labels, and the objective's precondition.
+
+Each is a pipeline of its own; all share the pool's tokenized segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from core.llm_api.llm import ModelAPI
+from core.llm_api.types import LabelTokens, PoolScores, Prompt
+from src.icm.annealing import Candidate, Problem
+from src.icm.consistency import Label, Labels
+from src.icm.objective import Evaluation, accuracy, auc
+from src.icm.prompts import PromptBook
+from src.pipeline.pipeline import Pipeline
+from src.pipeline.search import PoolScorer
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Labels of a set of claims by the sign of their log-odds.
+
+    log_odds: nats, by position. offset: subtracted before taking the sign (0, or the mean where calibrated).
+    """
+
+    log_odds: dict[int, float]
+    offset: float
+
+    @property
+    def labels(self) -> dict[int, bool]:
+        return {claim: value > self.offset for claim, value in self.log_odds.items()}
+
+    def agreement(self, gold: Sequence[Label]) -> tuple[int, int]:
+        """(agreeing, compared) with gold over the predicted claims whose gold label is known."""
+        labels = self.labels
+        claims = list(labels)
+        return accuracy([labels[c] for c in claims], [gold[c] for c in claims])
+
+    def auc(self, gold: Sequence[Label]) -> float | None:
+        """Area under the ROC curve over the claims whose gold label is known."""
+        known = [(value, gold[c]) for c, value in self.log_odds.items() if gold[c] is not None]
+        return auc([value for value, _ in known], [bool(label) for _, label in known])
+
+
+async def predict(
+    api: ModelAPI,
+    book: PromptBook,
+    tokens: LabelTokens,
+    claims: Sequence[int],
+    *,
+    demonstrations: Sequence[int] = (),
+    labels: Sequence[Label] = (),
+    calibrated: bool = False,
+    name: str = "zero-shot",
+) -> Prediction:
+    """Predict `claims` after the same demonstrations for all of them (none: zero-shot).
+
+    demonstrations: book positions, in the order they stand in the prompt. labels: by book position.
+    """
+
+    def prompts(asked: Sequence[int]) -> Sequence[Prompt]:
+        return [book.prompt(claim, demonstrations, labels) for claim in asked]
+
+    def prediction(asked: Sequence[int], scores: PoolScores) -> Prediction:
+        log_odds = dict(zip(asked, scores.log_odds, strict=True))
+        offset = float(np.mean(scores.log_odds)) if calibrated and log_odds else 0.0
+        return Prediction(log_odds, offset)
+
+    pipeline = Pipeline(name, api)
+    asked = pipeline.load("claims", lambda: claims)
+    scores = pipeline.query("log-odds", pipeline.transform("prompts", prompts, asked), tokens)
+    result = pipeline.evaluate("labels", prediction, asked, scores)
+    return (await pipeline.run())[result]
+
+
+def reference_labelings(size: int, gold: Sequence[Label], rng: np.random.Generator) -> dict[str, Labels]:
+    """What U must be able to tell apart: gold and flipped (where gold is known), all True, all False, random."""
+    known = all(label is not None for label in gold)
+    labelings: dict[str, Labels] = {"gold": tuple(gold)} if known else {}
+    labelings["all True"] = (True,) * size
+    labelings["all False"] = (False,) * size
+    if known:
+        labelings["flipped gold"] = tuple(not label for label in gold)
+    labelings["random"] = tuple((rng.random(size) < 0.5).tolist())
+    return labelings
+
+
+async def check_precondition(
+    scorer: PoolScorer, problem: Problem, labelings: Mapping[str, Labels]
+) -> dict[str, Evaluation]:
+    """U of each labeling of the whole pool, in one layout. ICM can find gold only if gold's U is the highest."""
+    layout = problem.new_layout(range(problem.size))
+    evaluations = await scorer.evaluate([Candidate(labels, layout) for labels in labelings.values()])
+    return dict(zip(labelings, evaluations, strict=True))

