@@ -19,8 +19,8 @@ def write_atomically(path: Path, content: bytes | str) -> None:
             os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files private; these are results to share
-        os.replace(temporary, path)
+        Path(temporary).chmod(0o666 & ~umask)  # mkstemp makes files private; these are results to share
+        Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise

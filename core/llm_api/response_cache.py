@@ -193,7 +193,8 @@ def _enter_wal(db: sqlite3.Connection) -> None:
 
 
 def _checksum(key: bytes, true: float, false: float, floored: bool) -> int:
-    return zlib.crc32(key + struct.pack(">dd?", true, false, floored))
+    # SQLite gives -0.0, the logprob of a certain token, back as 0.0; adding 0.0 makes both the same bits.
+    return zlib.crc32(key + struct.pack(">dd?", true + 0.0, false + 0.0, floored))
 
 
 def _decode(key: Any, true: Any, false: Any, floored: Any, checksum: Any) -> LabelLogprobs | None:

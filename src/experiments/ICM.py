@@ -29,7 +29,7 @@ if __package__ in (None, ""):  # run as a script, from any folder, without an in
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from core.llm_api.errors import APIError, ConfigurationError, ServerUnreachable
-from core.llm_api.llm import ModelAPI, open_model_api
+from core.llm_api.llm import open_model_api
 from core.llm_api.types import EngineIdentity
 from core.settings import Settings
 from src.icm.annealing import LayoutName, Scheduler, SearchSettings, Stop
@@ -55,56 +55,106 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=_HelpFormatter,
     )
     data = parser.add_argument_group("data")
-    data.add_argument("--testbed", default="gsm8k", choices=list(TESTBEDS), help="which data set; builtin ships with it")
+    data.add_argument("--testbed", default="gsm8k", choices=list(TESTBEDS), help="builtin ships with the code")
     data.add_argument("--data", type=Path, metavar="FILE", help="your own .json, .jsonl or .csv instead of a testbed")
     data.add_argument("--data_dir", type=Path, default=REPOSITORY / "data", help="where the testbeds' files lie")
     data.add_argument("--batch_size", type=_at_least(2), default=256, help="claims in the pool (whole groups)")
-    data.add_argument("--consistency", choices=get_args(ConsistencyMode), default="gold-free",
-                      help="constraints between claims of a group; upstream reproduces keys that leak gold labels")
-    data.add_argument("--label_rest", action="store_true",
-                      help="then label the file's other claims with the pool's labels as demonstrations")
+    data.add_argument(
+        "--consistency",
+        choices=get_args(ConsistencyMode),
+        default="gold-free",
+        help="constraints between claims of a group; upstream reproduces keys that leak gold labels",
+    )
+    data.add_argument(
+        "--label_rest",
+        action="store_true",
+        help="then label the file's other claims with the pool's labels as demonstrations",
+    )
 
     model = parser.add_argument_group("model")
     model.add_argument("--model", default="meta-llama/Llama-3.1-70B", help="name under which the model is served")
-    model.add_argument("--use_vllm", action=argparse.BooleanOptionalAction, default=None,
-                       help="a vLLM server without rate limits, or an external API; default: whichever is configured")
+    model.add_argument(
+        "--use_vllm",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="a vLLM server without rate limits, or an external API; default: whichever is configured",
+    )
     model.add_argument("--direct", action="store_true", help="vLLM in this process, no server; --model is a path or id")
-    model.add_argument("--missing_label", choices=("error", "floor"), default=None,
-                       help="an answer without a label token: stop, or floor it and count it (default: error)")
-    model.add_argument("--prompts_per_request", type=_at_least(1), default=None,
-                       help="split a pool into requests of this many prompts (default: one request)")
+    model.add_argument(
+        "--missing_label",
+        choices=("error", "floor"),
+        default=None,
+        help="an answer without a label token: stop, or floor it and count it (default: error)",
+    )
+    model.add_argument(
+        "--prompts_per_request",
+        type=_at_least(1),
+        default=None,
+        help="split a pool into requests of this many prompts (default: one request)",
+    )
     model.add_argument("--read_timeout", type=float, default=None, help="seconds a server may take for one answer")
 
     search = parser.add_argument_group("search")
     search.add_argument("--alpha", type=float, default=30.0, help="weight of mutual predictability in U")
     search.add_argument("--seed", type=_at_least(0), default=defaults.seed, help="of the pool, the labels, the search")
-    search.add_argument("--num_seed", type=_at_least(0), default=defaults.num_seed, help="claims labelled at random first")
+    search.add_argument("--num_seed", type=_at_least(0), default=defaults.num_seed, help="claims labelled at random")
     search.add_argument("--K", type=_at_least(0), default=defaults.K, help="iterations at most")
-    search.add_argument("--consistency_fix_K", type=_at_least(0), default=defaults.consistency_fix_K,
-                        help="repairs tried for an inconsistent proposal")
-    search.add_argument("--decay", type=float, default=defaults.decay,
-                        help="the paper's beta with --scheduler log; the base with exp")
+    search.add_argument(
+        "--consistency_fix_K",
+        type=_at_least(0),
+        default=defaults.consistency_fix_K,
+        help="repairs tried for an inconsistent proposal",
+    )
+    search.add_argument(
+        "--decay", type=float, default=defaults.decay, help="the paper's beta with --scheduler log; the base with exp"
+    )
     search.add_argument("--initial_T", type=float, default=defaults.initial_T, help="first temperature, units of U")
     search.add_argument("--final_T", type=float, default=defaults.final_T, help="lowest temperature, units of U")
-    search.add_argument("--scheduler", choices=get_args(Scheduler), default=defaults.scheduler,
-                        help="log: T0/(1+decay*ln(n)); log-upstream: T0/(1+2*ln(1+accepted)); exp: T0*decay^accepted")
-    search.add_argument("--stop", choices=get_args(Stop), default=defaults.stop,
-                        help="labelled: once all are labelled and --patience proposals changed nothing; K: after K")
+    search.add_argument(
+        "--scheduler",
+        choices=get_args(Scheduler),
+        default=defaults.scheduler,
+        help="log: T0/(1+decay*ln(n)); log-upstream: T0/(1+2*ln(1+accepted)); exp: T0*decay^accepted",
+    )
+    search.add_argument(
+        "--stop",
+        choices=get_args(Stop),
+        default=defaults.stop,
+        help="labelled: once all are labelled and --patience proposals changed nothing; K: after K",
+    )
     search.add_argument("--patience", type=_at_least(1), default=defaults.patience, help="see --stop")
-    search.add_argument("--calibrate", choices=get_args(Calibration), default="none",
-                        help="mean: subtract the pool's mean log-odds from every score (changes the objective)")
-    search.add_argument("--layout", choices=get_args(LayoutName), default=defaults.layout,
-                        help="order of demonstrations: prefix tree, or the published code's fixed order")
-    search.add_argument("--max_tail", type=_at_least(1), default=defaults.max_tail,
-                        help="labels appended to the tree before it is rebuilt (less if the KV cache is small)")
+    search.add_argument(
+        "--calibrate",
+        choices=get_args(Calibration),
+        default="none",
+        help="mean: subtract the pool's mean log-odds from every score (changes the objective)",
+    )
+    search.add_argument(
+        "--layout",
+        choices=get_args(LayoutName),
+        default=defaults.layout,
+        help="order of demonstrations: prefix tree, or the published code's fixed order",
+    )
+    search.add_argument(
+        "--max_tail",
+        type=_at_least(1),
+        default=defaults.max_tail,
+        help="labels appended to the tree before it is rebuilt (less if the KV cache is small)",
+    )
 
     run = parser.add_argument_group("run")
     run.add_argument("--run", metavar="NAME", help="folder under --runs_dir (default: made from the settings)")
     run.add_argument("--runs_dir", type=Path, default=REPOSITORY / "runs", help="where runs and cached scores are kept")
-    run.add_argument("--check", action="store_true",
-                     help="only measure whether ICM can work here: U of gold, constant, flipped and random labels")
-    run.add_argument("--is_complete", action="store_true",
-                     help="only tell whether this run is finished: exit code 0 and its summary, or 1")
+    run.add_argument(
+        "--check",
+        action="store_true",
+        help="only measure whether ICM can work here: U of gold, constant, flipped and random labels",
+    )
+    run.add_argument(
+        "--is_complete",
+        action="store_true",
+        help="only tell whether this run is finished: exit code 0 and its summary, or 1",
+    )
     run.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
 
@@ -155,8 +205,10 @@ async def _run(args: argparse.Namespace) -> int:
     if args.is_complete:
         return 1
     if args.consistency == "upstream" and args.testbed in ("truthfulQA", "truthfulQA-preference", "alpaca"):
-        print("warning: --consistency upstream makes its keys from gold labels: accuracy is not unsupervised",
-              file=sys.stderr)
+        print(
+            "warning: --consistency upstream makes its keys from gold labels: accuracy is not unsupervised",
+            file=sys.stderr,
+        )
     api = open_model_api(
         Settings.load(
             {
@@ -289,10 +341,12 @@ def _same_engine(folder: RunFolder, known: Mapping[str, Any], identity: EngineId
     changed = [name for name in ("model", "root", "revision", "version") if known.get(name) != now[name]]
     if changed:
         told = ", ".join(f"{name} {known.get(name)!r}, now {now[name]!r}" for name in changed)
-        raise BadInput(f"{folder.path}: was started on another engine ({told}). Start that one again, or use another --run")
+        raise BadInput(f"{folder.path}: was started on another engine ({told}). Start that one, or use another --run")
     if known.get("fingerprint") != now["fingerprint"]:
-        logging.warning("the engine answers a fixed prompt differently than when this run began (other hardware, "
-                        "precision or kernels?): its scores differ slightly from the run's first part")
+        logging.warning(
+            "the engine answers a fixed prompt differently than when this run began (other hardware, "
+            "precision or kernels?): its scores differ slightly from the run's first part"
+        )
 
 
 def _identity_record(identity: EngineIdentity) -> dict[str, Any]:
@@ -308,20 +362,26 @@ def _task() -> asyncio.Task[Any]:
 def _print_summary(folder: RunFolder, document: Mapping[str, Any]) -> None:
     result, settings, cost = document["result"], document["settings"], document["cost"]
     calibration = settings["calibrate"]
-    print(f"{settings['testbed']}: {result['labelled']} claims labelled by {document['engine']['model']} in "
-          f"{result['iterations']} iterations, {cost['seconds']:.0f} s (calibration: {calibration})")
+    print(
+        f"{settings['testbed']}: {result['labelled']} claims labelled by {document['engine']['model']} in "
+        f"{result['iterations']} iterations, {cost['seconds']:.0f} s (calibration: {calibration})"
+    )
     print(f"  agreement with gold  {agreement(*result['icm'])}")
     print(f"  zero-shot            {agreement(*result['zero_shot'])}")
     print(f"  zero-shot calibrated {agreement(*result['zero_shot_calibrated'])}")
     for by, counts in result["predicted"].items():
         outside = "not taken in by the search" if by == "predicted" else "outside the pool"
         print(f"  {by:<20} {agreement(*counts)}  (claims {outside}, labelled from the pool's labels)")
-    print(f"  U {result['U']:.2f}: {settings['alpha']:g} x {result['predictability']:.3f} nat - "
-          f"{result['inconsistent']} inconsistent pairs; {result['true_labels']} of {result['labelled']} True")
+    print(
+        f"  U {result['U']:.2f}: {settings['alpha']:g} x {result['predictability']:.3f} nat - "
+        f"{result['inconsistent']} inconsistent pairs; {result['true_labels']} of {result['labelled']} True"
+    )
     computed = cost["tokens_computed"]
     if computed:
         total = computed + cost["tokens_cached"]
-        print(f"  prompt tokens {total:,.0f}, computed {computed:,.0f} (prefix cache hit rate {1 - computed / total:.3f})")
+        print(
+            f"  prompt tokens {total:,.0f}, computed {computed:,.0f} (prefix cache hit rate {1 - computed / total:.3f})"
+        )
     if document["model_api"]["floored"]:
         print(f"  {document['model_api']['floored']} answers lacked a label token and were floored")
     print(f"  labels {folder.labels_path}\n  curves {folder.curves_path}\n  log    {folder.log_path}")

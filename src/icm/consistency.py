@@ -58,9 +58,7 @@ class Consistency:
         self._by_claim = dict(by_claim)
 
     @classmethod
-    def of_groups(
-        cls, groups: Sequence[str], relation: Callable[[int, int], Relation | None]
-    ) -> Consistency:
+    def of_groups(cls, groups: Sequence[str], relation: Callable[[int, int], Relation | None]) -> Consistency:
         """Constraints from `relation(i, j)` for every pair i < j of pool positions that share a group."""
         members: dict[str, list[int]] = defaultdict(list)
         for position, group in enumerate(groups):

@@ -91,9 +91,9 @@ def replay(problem: Problem, records: Iterable[Mapping[str, Any]]) -> SearchStat
 def _apply(problem: Problem, state: SearchState | None, record: Mapping[str, Any]) -> SearchState:
     event = record["event"]
     if event == "start":
-        labels = flipped((None,) * problem.size, _claims(record["labels"]))
-        layout = problem.new_layout([i for i, label in enumerate(labels) if label is not None])
-        return SearchState(0, labels, layout, _evaluation(problem, labels, record))
+        seeds = flipped((None,) * problem.size, _claims(record["labels"]))
+        layout = problem.new_layout([i for i, label in enumerate(seeds) if label is not None])
+        return SearchState(0, seeds, layout, _evaluation(problem, seeds, record))
     if state is None:
         raise JournalMismatch("it does not begin with a start")
     if event == "rebuild":
@@ -131,5 +131,3 @@ def _claims(mapping: Mapping[str, bool]) -> dict[int, bool]:
 def _evaluation(problem: Problem, labels: Labels, record: Mapping[str, Any]) -> Evaluation:
     log_odds = {int(claim): float(value) for claim, value in record["scores"].items()}
     return problem.objective.evaluate(labels, log_odds, problem.consistency)
-
-

@@ -45,9 +45,7 @@ class Objective:
     alpha: float
     calibration: Calibration = "none"
 
-    def evaluate(
-        self, labels: Sequence[Label], log_odds: Mapping[int, float], consistency: Consistency
-    ) -> Evaluation:
+    def evaluate(self, labels: Sequence[Label], log_odds: Mapping[int, float], consistency: Consistency) -> Evaluation:
         """U of `labels` (length N) given s_i of every labelled claim. Raises ValueError where one is missing."""
         labelled = [i for i, label in enumerate(labels) if label is not None]
         if set(labelled) != set(log_odds):

@@ -64,7 +64,9 @@ class Testbed:
         missing = [column for column in self.columns if row.get(column) in (None, "")]
         if missing:
             raise BadInput(f"lacks the column{'s' if len(missing) > 1 else ''} {', '.join(missing)}")
-        fields = {key: str(row[key]) for key in ("question", "choice", "choice_2", "answer") if row.get(key) is not None}
+        fields = {
+            key: str(row[key]) for key in ("question", "choice", "choice_2", "answer") if row.get(key) is not None
+        }
         shown = {k: v.replace("\n", "") if self.strip_newlines and k != "question" else v for k, v in fields.items()}
         group = row.get("consistency_id")
         return Claim(

@@ -21,7 +21,11 @@ class SearchProgress:
         self._by_iteration = pool.problem.settings.stop == "K"
         total = pool.problem.settings.K if self._by_iteration else pool.problem.size
         self._bar = tqdm(
-            total=total, unit="step" if self._by_iteration else "claim", disable=quiet, dynamic_ncols=True, smoothing=0.1
+            total=total,
+            unit="step" if self._by_iteration else "claim",
+            disable=quiet,
+            dynamic_ncols=True,
+            smoothing=0.1,
         )
         self._started = False
         self._warned = False

@@ -53,14 +53,19 @@ class RunFolder:
             self._lock = (self.path / ".lock").open("wb")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            self._close()
             raise BadInput(f"{self.path}: another process is working on this run") from None
         except OSError as error:
+            self._close()
             raise BadInput(f"{self.path}: cannot be written ({error.strerror})") from None
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._close()
+
+    def _close(self) -> None:
         for file in (self._log, self._lock):
             if file is not None:
                 file.close()
@@ -132,7 +137,11 @@ def environment() -> dict[str, Any]:
 def _git(*arguments: str) -> str | None:
     try:
         done = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True, timeout=10, check=True
+            ["git", "-C", str(Path(__file__).parent), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return None

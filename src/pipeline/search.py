@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-
 from core.llm_api.llm import ModelAPI
 from core.llm_api.types import LabelTokens, PoolScores, PrefixCacheCounters, Prompt
 from src.icm.annealing import (
@@ -203,5 +202,3 @@ async def _explore(
     except StopIteration as stop:
         result: tuple[Candidate, Evaluation, int] = stop.value
         return result
-
-

@@ -3,8 +3,8 @@
     async with FakeVLLM() as server:
         client = VLLMClient(server.url, server.model)
 
-Its log-odds are a function of the prompt's tokens alone (`log_odds`, replaceable), so that whole ICM searches can run on
-it and repeat. Tokens: one for each word with the space before it, each mark and each newline; ids by hash, so that
+Its log-odds are a function of the prompt's tokens alone (`log_odds`, replaceable), so that whole ICM searches can run
+on it and repeat. Tokens: one for each word with the space before it, each mark and each newline; ids by hash, so that
 tokenizing pieces that start at spaces equals tokenizing the whole. It counts a prefix cache of blocks of 16 tokens.
 """
 
@@ -159,13 +159,13 @@ class FakeVLLM:
                 lines += [f'vllm:prefix_cache_{name}_total{{engine="{engine}",model_name="{self.model}"}} {share:.1f}']
             lines += [f'vllm:prefix_cache_{name}_created{{engine="0"}} 1.79e+09']
         config = 'block_size="16",cache_dtype="auto",num_gpu_blocks="4096",sliding_window="None"'
-        lines += [f'vllm:cache_config_info{{{config},engine="0"}} 1.0', f'vllm:cache_config_info{{{config}}} 1.0']
+        lines += [f'vllm:cache_config_info{{{config},engine="0"}} 1.0', f"vllm:cache_config_info{{{config}}} 1.0"]
         return web.Response(text="\n".join(lines))
 
     async def _tokenize(self, request: web.Request) -> web.Response:
         body = await request.json()
         text = body["prompt"]
-        tokens = [t for t in encode(text)]
+        tokens = encode(text)
         if self.split_labels and text in _FIXED:
             tokens = [32, _FIXED[text]]
         if body.get("add_special_tokens", True):

@@ -208,7 +208,9 @@ def test_rebuild_when_the_tail_is_long() -> None:
         labels = tuple(True if i == claim else label for i, label in enumerate(state.labels))
         state = advance(p, state, Outcome(claim, 1.0, True, 1.0, labels=labels, evaluation=worth(0.0)))
     assert wants_rebuild(p, state)
-    assert not wants_rebuild(problem(8, layout="upstream", max_tail=1), state_of(problem(8, layout="upstream"), (True,) * 8))
+    assert not wants_rebuild(
+        problem(8, layout="upstream", max_tail=1), state_of(problem(8, layout="upstream"), (True,) * 8)
+    )
 
 
 def test_stop_labelled_waits_for_all_labels_and_patience() -> None:

@@ -1,0 +1,197 @@
+#!/usr/bin/env python3
+"""Turn one section of configs/vllm_config.yaml into the command that starts a vLLM server.
+
+    python scripts/vllm_command.py 8B --port 8000 --max-model-len 65536
+
+Prints one shell-quoted line, `env NAME=VALUE ... PYTHON -m vllm.entrypoints.openai.api_server --model ...`; whoever wants
+to start it uses scripts/launch_vllm_server.sh. Exit code 2: it could not start, one line says why and what to do.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import yaml
+
+REPO_ROOT: Final = Path(__file__).resolve().parents[1]
+CONFIG: Final = REPO_ROOT / "configs" / "vllm_config.yaml"
+HIDDEN: Final = ("gpu", "other")
+DEFAULT_HOST: Final = "127.0.0.1"
+DEFAULT_PORT: Final = 8000
+
+Option = str | int | float | bool
+
+
+class LaunchError(Exception):
+    """The server cannot be started; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One size of the configuration with what it inherits, as vLLM is told it."""
+
+    model: str
+    env: dict[str, str]
+    options: dict[str, Option]
+
+
+def read_section(size: str, config: Path = CONFIG) -> Section:
+    """The section `size`; anything that looks like a folder or a Hugging Face id gets the section `other`.
+
+    Raises LaunchError for an unknown size or a malformed file.
+    """
+    try:
+        sections = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise LaunchError(f"cannot read {config}: {error}") from None
+    if not isinstance(sections, dict) or not all(isinstance(s, dict) for s in sections.values()):
+        raise LaunchError(f"{config}: expected one section a size")
+    sizes = [name for name in sections if name not in HIDDEN]
+    if size in sizes:
+        return _resolve(size, sections, config)
+    if "/" in size or Path(size).is_dir():
+        other = _resolve("other", sections, config)
+        return Section(size, other.env, other.options)
+    raise LaunchError(f"unknown size {size!r}: give one of {', '.join(sizes)}, a folder, or a Hugging Face id")
+
+
+def _resolve(name: str, sections: Mapping[str, Mapping[str, object]], config: Path) -> Section:
+    """`name` on top of what it inherits. Raises LaunchError for keys that mean nothing, or a circle."""
+    model, env, options = "", {}, {}
+    for link in reversed(_chain(name, sections, config)):
+        section = sections[link]
+        if unknown := set(section) - {"inherit", "model", "env", "options"}:
+            raise LaunchError(f"{config}, section {link}: unknown key {sorted(unknown)[0]!r}")
+        model = str(section.get("model") or model)
+        env |= {key: str(value) for key, value in _mapping(section, "env", config).items()}
+        options |= _mapping(section, "options", config)
+    return Section(model, env, options)
+
+
+def _chain(name: str, sections: Mapping[str, Mapping[str, object]], config: Path) -> list[str]:
+    chain: list[str] = []
+    link: object = name
+    while link is not None:
+        if link not in sections or link in chain:
+            raise LaunchError(f"{config}, section {name}: cannot inherit from {link!r}")
+        chain.append(str(link))
+        link = sections[str(link)].get("inherit")
+    return chain
+
+
+def _mapping(section: Mapping[str, object], key: str, config: Path) -> dict[str, Option]:
+    value = section.get(key) or {}
+    if not isinstance(value, dict) or not all(isinstance(v, Option) for v in value.values()):
+        raise LaunchError(f"{config}: {key} must be `name: value` lines")
+    return value
+
+
+def locate_model(model: str, root: Path = REPO_ROOT) -> str:
+    """The model as vLLM is told it: an absolute folder, or a Hugging Face id as it stands. Raises LaunchError."""
+    for folder in (Path(model).expanduser(), root / model):
+        if (folder / "config.json").is_file():
+            return str(folder.resolve())
+    if model.startswith("models/"):
+        raise LaunchError(f"there is no model in {model}: run `make setup-local MODEL={Path(model).name}` first")
+    if model.startswith((".", "/", "~")) or Path(model).is_dir() or model.count("/") != 1:
+        raise LaunchError(f"there is no model in {model}: a folder with a config.json was expected")
+    return model
+
+
+def serve_options(section: Section, extra: Sequence[str]) -> list[str]:
+    """vLLM's arguments but for --model; an option among `extra` replaces the section's own."""
+    given = {name for argument in extra if argument.startswith("--") for name in _names(argument)}
+    arguments: list[str] = []
+    for name, value in section.options.items():
+        if name in given:
+            continue
+        if isinstance(value, bool):
+            arguments.append(f"--{'' if value else 'no-'}{name}")
+        else:
+            arguments += [f"--{name}", str(value)]
+    return [*arguments, *extra]
+
+
+def _names(argument: str) -> set[str]:
+    """The names of the options that `argument` replaces: its own, and the one it is the negation of."""
+    name = argument[2:].split("=", 1)[0].replace("_", "-") if "." not in argument.split("=", 1)[0] else argument[2:].split("=", 1)[0]
+    return {name, name.removeprefix("no-")}
+
+
+def take(name: str, arguments: Sequence[str], default: str) -> tuple[str, list[str]]:
+    """The value of `--name VALUE` or `--name=VALUE`, the last one given, and the arguments without it."""
+    value, rest, position = default, [], 0
+    while position < len(arguments):
+        argument = arguments[position]
+        if argument == f"--{name}":
+            if position + 1 == len(arguments):
+                raise LaunchError(f"--{name} needs a value")
+            value, position = arguments[position + 1], position + 1
+        elif argument.startswith(f"--{name}="):
+            value = argument.split("=", 1)[1]
+        else:
+            rest.append(argument)
+        position += 1
+    return value, rest
+
+
+def check_port(host: str, text: str) -> int:
+    """The port as a number. Raises LaunchError where it is none, or something listens there already."""
+    if not text.isdigit() or not 1 <= int(text) <= 65535:
+        raise LaunchError(f"--port {text}: a port is a number between 1 and 65535")
+    port = int(text)
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        if error.errno == 98:
+            raise LaunchError(f"port {port} on {host} is in use: stop what runs there, or give another --port") from None
+        raise LaunchError(f"cannot listen on {host} port {port}: {error.strerror}") from None
+    return port
+
+
+def command(arguments: Sequence[str], environ: Mapping[str, str], config: Path = CONFIG) -> tuple[dict[str, str], list[str]]:
+    """(environment to add, argv) of the server that `SIZE [OPTION ...]` asks for. Raises LaunchError."""
+    if not arguments or arguments[0].startswith("-"):
+        raise LaunchError("usage: launch_vllm_server.sh {405B|70B|8B|local|PATH_OR_HF_ID} [--port P] [--host H] [--print]")
+    size, *rest = arguments
+    section = read_section(size, config)
+    wanted, rest = take("model", rest, section.model)
+    if size == "local" and "/" not in wanted:
+        wanted = f"models/{wanted}"
+    host, rest = take("host", rest, DEFAULT_HOST)
+    port_text, rest = take("port", rest, str(DEFAULT_PORT))
+    model = locate_model(wanted)
+    served, rest = take("served-model-name", rest, Path(model).name if model.startswith("/") else model)
+    if importlib.util.find_spec("vllm") is None:
+        how = "run `make setup-local`" if size == "local" else f"{sys.executable} -m pip install '.[gpu]'"
+        raise LaunchError(f"vLLM is not installed for {sys.executable}: {how}")
+    port = check_port(host, port_text)
+    argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", served]
+    argv += ["--host", host, "--port", str(port), *serve_options(section, rest)]
+    return {name: value for name, value in section.env.items() if name not in environ}, argv
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    try:
+        env, argv = command(sys.argv[1:] if arguments is None else arguments, os.environ)
+    except LaunchError as error:
+        print(f"launch_vllm_server: {error}", file=sys.stderr)
+        return 2
+    print(shlex.join(["env", *(f"{name}={value}" for name, value in env.items()), *argv]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import json
+import math
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core.llm_api.completions import label_logprobs, read_answers, token_body, vllm_fields
+from core.llm_api.errors import ConfigurationError, MissingLabel, TransientError
+from core.llm_api.types import LabelTokens, Prompt, Segment
+
+LABELS = LabelTokens(true_id=7, false_id=9)
+
+
+def prompts(n: int) -> list[Prompt]:
+    return [Prompt((Segment("x", [i, 1]), Segment("", []), Segment("y", [2])), name=f"claim {i}") for i in range(n)]
+
+
+def body(n: int, **changes: object) -> dict:
+    choices = [{"index": i, "logprobs": {"top_logprobs": [{"a": -float(i), "b": -2}]}} for i in range(n)]
+    return {"choices": choices, "usage": {"prompt_tokens": 5 * n}} | changes
+
+
+def test_body_is_joined_from_the_prompts_own_json() -> None:
+    sent = orjson.loads(token_body(vllm_fields("m", LABELS), prompts(2)))
+    assert sent == {
+        "model": "m", "max_tokens": 1, "temperature": 0, "logprobs": 1, "return_tokens_as_token_ids": True,
+        "logprob_token_ids": [7, 9], "prompt": [[0, 1, 2], [1, 1, 2]],
+    }  # fmt: skip
+
+
+def test_body_for_top_logprobs() -> None:
+    sent = orjson.loads(token_body(vllm_fields("m", None), prompts(1)))
+    assert sent["logprobs"] == 20
+    assert "logprob_token_ids" not in sent
+
+
+def test_prompt_without_tokens_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="claim q"):
+        token_body(vllm_fields("m", None), [*prompts(1), Prompt((Segment("text"),), name="claim q")])
+
+
+@given(st.permutations(range(6)))
+def test_choices_are_put_in_the_prompts_order(order: list[int]) -> None:
+    answer = body(6)
+    answer["choices"] = [answer["choices"][i] for i in order]
+    read = read_answers(orjson.dumps(answer), prompts(6))
+    assert [top["a"] for top in read.top] == [-0.0, -1, -2, -3, -4, -5]
+    assert read.prompt_tokens == 30
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"",
+        b"<html>",
+        b"[]",
+        b"null",
+        b"{}",
+        orjson.dumps(body(2))[:-20],
+        orjson.dumps(body(1)),
+        orjson.dumps(body(3)),
+        orjson.dumps(body(2, choices=[body(2)["choices"][0]] * 2)),
+        orjson.dumps(body(2, choices=[{"index": "x"}, {"index": 0}])),
+        orjson.dumps(body(2, choices=None)),
+        orjson.dumps(body(2, choices=[{"index": 0, "logprobs": {"top_logprobs": []}}, {"index": 1, "logprobs": {}}])),
+        orjson.dumps(body(2, choices=[{"index": i, "logprobs": {"top_logprobs": [None]}} for i in (0, 1)])),
+        json.dumps(body(2)).replace("-2", "NaN").encode(),
+    ],
+)
+def test_unusable_bodies_may_be_asked_for_again(answer: bytes) -> None:
+    with pytest.raises(TransientError):
+        read_answers(answer, prompts(2))
+
+
+def test_an_answer_without_logprobs_is_final() -> None:
+    with pytest.raises(ConfigurationError, match="no logprobs"):
+        read_answers(orjson.dumps(body(1, choices=[{"index": 0, "logprobs": None}])), prompts(1))
+
+
+@pytest.mark.parametrize("usage", [None, {}, {"prompt_tokens": None}, {"prompt_tokens": "7"}])
+def test_usage_may_be_missing(usage: object) -> None:
+    assert read_answers(orjson.dumps(body(1, usage=usage)), prompts(1)).prompt_tokens == 0
+
+
+def read(top: dict[str, float], missing: str = "error"):
+    return label_logprobs(top, "T", "F", missing=missing, name="claim 3")
+
+
+def test_both_labels() -> None:
+    answer = read({"T": -1.0, "F": -3.0, "x": -9.0})
+    assert (answer.true, answer.false, answer.floored, answer.log_odds) == (-1, -3, False, 2)
+
+
+@pytest.mark.parametrize("absent", [{}, {"T": -math.inf}, {"T": -9999.0}])
+def test_a_missing_label_is_an_error_that_names_the_prompt(absent: dict[str, float]) -> None:
+    with pytest.raises(MissingLabel, match=r"'claim 3'.*'T'"):
+        read({"F": -1.0, "x": -2.0} | absent)
+
+
+@pytest.mark.parametrize("absent", [{}, {"T": -math.inf}, {"T": -9999.0}])
+def test_floor_is_the_lowest_listed(absent: dict[str, float]) -> None:
+    answer = read({"F": -1.0, "x": -2.5, "y": -2.0} | absent, missing="floor")
+    assert (answer.true, answer.false, answer.floored) == (-2.5, -1.0, True)
+
+
+@pytest.mark.parametrize("missing", ["error", "floor"])
+@pytest.mark.parametrize("top", [{}, {"x": -1.0}, {"T": -math.inf, "F": -9999.0, "x": -1.0}])
+def test_both_labels_missing_is_never_a_score(top: dict[str, float], missing: str) -> None:
+    with pytest.raises(MissingLabel, match="'T' and 'F'"):
+        read(top, missing)
+
+
+@pytest.mark.parametrize("missing", ["error", "floor"])
+def test_nan_is_never_floored(missing: str) -> None:
+    with pytest.raises(MissingLabel, match="NaN"):
+        read({"T": math.nan, "F": -1.0, "x": -2.0}, missing)
+
+
+@given(
+    st.dictionaries(st.sampled_from(["T", "F", "x", "y"]), st.floats(allow_nan=True, allow_infinity=True)),
+    st.sampled_from(["error", "floor"]),
+)
+def test_whatever_is_listed_a_score_is_finite_or_an_error(top: dict[str, float], missing: str) -> None:
+    try:
+        answer = read(top, missing)
+    except MissingLabel:
+        return
+    assert math.isfinite(answer.log_odds) or abs(answer.log_odds) == math.inf  # difference of two finite numbers
+    assert math.isfinite(answer.true)
+    assert math.isfinite(answer.false)
+    assert answer.floored == (not {"T", "F"} <= {k for k, v in top.items() if math.isfinite(v) and v > -9999})

@@ -1,0 +1,177 @@
+"""DirectEngine against a stand-in for the vllm module; tests of the `real_server` kind cover the real one."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from types import ModuleType, SimpleNamespace
+
+import pytest
+from pydantic import SecretStr
+
+from core.llm_api.direct_llm import DirectEngine, DirectOptions
+from core.llm_api.errors import APIError, ConfigurationError, MissingLabel, RequestRejected
+from core.llm_api.types import Engine, EngineAnswer, LabelTokens, PrefixCacheCounters, Prompt, Segment
+from tests.core.fake_server import BOS, FALSE, TRUE, encode, hashed_log_odds, label_distribution
+
+KEY = "hf_planted0123456789"
+LABELS = LabelTokens(true_id=TRUE, false_id=FALSE)
+
+
+class FakeLLM:
+    made: list[FakeLLM]
+    failure: Exception | None = None
+
+    def __init__(self, *, model: str, **arguments: object) -> None:
+        if self.failure:
+            raise self.failure
+        self.arguments, self.calls, self.threads = arguments, [], set()
+        self.stopped = 0
+        core = SimpleNamespace(shutdown=self._shutdown)
+        cache = SimpleNamespace(num_gpu_blocks=10, block_size=16, kv_cache_size_tokens=None)
+        self.llm_engine = SimpleNamespace(
+            model_config=SimpleNamespace(model=model, max_model_len=2048),
+            vllm_config=SimpleNamespace(cache_config=cache),
+            engine_core=core,
+        )
+        type(self).made.append(self)
+
+    def _shutdown(self) -> None:
+        self.stopped += 1
+
+    def get_tokenizer(self) -> SimpleNamespace:
+        return SimpleNamespace(encode=lambda text, add_special_tokens: [BOS] * add_special_tokens + encode(text))
+
+    def get_metrics(self) -> list[SimpleNamespace]:
+        names = ["prefix_cache_queries", "prefix_cache_hits", "prefix_cache_queries", "num_requests"]
+        return [SimpleNamespace(name=f"vllm:{name}", value=10 + i) for i, name in enumerate(names)]
+
+    def generate(self, inputs: list[dict], parameters: SimpleNamespace, use_tqdm: bool) -> list[SimpleNamespace]:
+        assert not use_tqdm
+        self.calls.append(parameters)
+        self.threads.add(threading.current_thread().name)
+        outputs = []
+        for one in inputs:
+            tokens = one["prompt_token_ids"]
+            if len(tokens) > 2048:
+                raise ValueError("prompt too long. ")
+            if tokens[0] == 666:
+                raise RuntimeError("engine died")
+            true, false = label_distribution(hashed_log_odds(tokens))
+            every = {TRUE: true, FALSE: false} | {t: -5.0 - i for i, t in enumerate(range(300, 330))}
+            wanted = getattr(parameters, "logprob_token_ids", None)
+            listed = {t: every.get(t, -30.0) for t in wanted} if wanted else dict(list(every.items())[:20])
+            entry = {
+                t: SimpleNamespace(logprob=lp) for t, lp in listed.items() if t not in self.arguments.get("drop", ())
+            }
+            outputs.append(SimpleNamespace(outputs=[SimpleNamespace(logprobs=[entry])]))
+        return outputs
+
+
+@pytest.fixture
+def vllm(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    module = ModuleType("vllm")
+    FakeLLM.made, FakeLLM.failure = [], None
+    module.LLM, module.SamplingParams, module.__version__ = FakeLLM, SimpleNamespace, "0.32.0"
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    return module
+
+
+def prompts(n: int) -> list[Prompt]:
+    return [Prompt((Segment("q", [5, i]),), name=f"claim {i}") for i in range(n)]
+
+
+async def test_a_pool_in_one_call_off_the_event_loops_thread(vllm: ModuleType) -> None:
+    engine = DirectEngine("/models/x", DirectOptions(dtype="bfloat16", max_model_len=2048, extra={"seed": 1}))
+    assert isinstance(engine, Engine)
+    identity = await engine.start()
+    (llm,) = FakeLLM.made
+    assert llm.arguments == {
+        "dtype": "bfloat16", "tensor_parallel_size": 1, "enforce_eager": False, "enable_prefix_caching": True,
+        "trust_remote_code": False, "disable_log_stats": False, "max_model_len": 2048, "seed": 1,
+    }  # fmt: skip
+    assert (identity.kind, identity.version, identity.max_model_len) == ("vllm-direct", "0.32.0", 2048)
+    assert identity.fingerprint
+    assert engine.exact_labels
+    heard: list[int] = []
+    answer = await engine.score(prompts(5), LABELS, on_answer=lambda start, part: heard.append(len(part.logprobs)))
+    assert [a.log_odds for a in answer.logprobs] == pytest.approx([hashed_log_odds([5, i]) for i in range(5)])
+    assert (answer.prompt_tokens, heard) == (10, [5])
+    asked = vars(llm.calls[-1])
+    assert asked["logprob_token_ids"] == [TRUE, FALSE]
+    assert asked["logprobs"] == 2  # vLLM 0.32 refuses any other number
+    assert asked["max_tokens"] == 1
+    assert all(name.startswith("vllm") for name in llm.threads)
+    assert await engine.score([], LABELS) == EngineAnswer([], 0, requests=0)
+    assert await engine.tokenize([" True"], special=True) == [[BOS, TRUE]]
+    assert await engine.prefix_cache() == PrefixCacheCounters(10 + 12, 11)
+    assert await engine.kv_cache_tokens() == 160
+    await engine.aclose()
+    await engine.aclose()
+    assert llm.stopped == 1
+
+
+async def test_an_older_vllm_lists_its_top_20(vllm: ModuleType) -> None:
+    def old(**parameters: object) -> SimpleNamespace:
+        if "logprob_token_ids" in parameters:
+            raise TypeError("Unexpected keyword argument 'logprob_token_ids'")
+        return SimpleNamespace(**parameters)
+
+    vllm.SamplingParams = old
+    engine = DirectEngine("m")
+    await engine.start()
+    assert not engine.exact_labels
+    answer = await engine.score(prompts(1), LABELS)
+    assert answer.logprobs[0].log_odds == pytest.approx(hashed_log_odds([5, 0]))
+    assert FakeLLM.made[0].calls[-1].logprobs == 20
+    await engine.aclose()
+
+
+async def test_errors_are_typed(vllm: ModuleType) -> None:
+    engine = DirectEngine("m", DirectOptions(extra={"drop": {TRUE}}))
+    await engine.start()
+    with pytest.raises(MissingLabel, match="claim 0"):
+        await engine.score(prompts(1), LABELS)
+    with pytest.raises(RequestRejected, match=r"prompt too long\.$"):
+        await engine.score([Prompt((Segment("x", [5] * 3000),))], LABELS)
+    with pytest.raises(APIError, match="engine died"):
+        await engine.score([Prompt((Segment("x", [666]),))], LABELS)
+    with pytest.raises(ValueError, match="claim t"):
+        await engine.score([Prompt((Segment("text"),), name="claim t")], LABELS)
+    await engine.aclose()
+
+
+async def test_a_model_that_does_not_load(vllm: ModuleType) -> None:
+    FakeLLM.failure = OSError(f"no such model, token {KEY}")
+    engine = DirectEngine("nowhere", hf_token=SecretStr(KEY))
+    with pytest.raises(ConfigurationError, match="did not start with 'nowhere': no such model") as caught:
+        await engine.start()
+    assert KEY not in str(caught.value) + repr(vars(engine))
+    await engine.aclose()
+
+
+async def test_revision_and_token_reach_vllm(vllm: ModuleType) -> None:
+    engine = DirectEngine("m", revision="abc", hf_token=SecretStr(KEY))
+    assert (await engine.start()).revision == "abc"
+    arguments = FakeLLM.made[0].arguments
+    assert (arguments["revision"], arguments["tokenizer_revision"], arguments["hf_token"]) == ("abc", "abc", KEY)
+    await engine.aclose()
+
+
+async def test_kernels_named_in_the_environment_are_part_of_the_identity(
+    vllm: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    engine = DirectEngine("m")
+    assert (await engine.start()).determinism == "VLLM_BATCH_INVARIANT=1"
+    await engine.aclose()
+
+
+async def test_vllm_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    engine = DirectEngine("m")
+    with pytest.raises(ConfigurationError, match="VLLM_BASE_URL"):
+        await engine.start()
+    await engine.aclose()
+    with pytest.raises(RuntimeError):
+        await engine.tokenize(["x"])

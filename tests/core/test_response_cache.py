@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import dataclasses
+import logging
+import multiprocessing
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from core.llm_api import response_cache
+from core.llm_api.errors import ConfigurationError
+from core.llm_api.response_cache import ResponseCache, cache_key
+from core.llm_api.types import EngineIdentity, LabelLogprobs, LabelTokens
+
+IDENTITY = EngineIdentity("vllm", "m", "/r", "rev", "1", "det", "print", 100)
+LABELS = LabelTokens(true_id=1, false_id=2)
+
+
+def key(i: int) -> bytes:
+    return cache_key(IDENTITY, LABELS, f"{i:064x}")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "deep" / "cache.sqlite"
+
+
+def test_answers_come_back_exactly_and_survive_closing(path: Path) -> None:
+    answers = {key(i): LabelLogprobs(-0.1 - i / 3, -(2.0**-40) * i, floored=i % 2 == 1) for i in range(1200)}
+    with ResponseCache(path) as cache:
+        cache.put_many(answers)
+    with ResponseCache(path) as cache:
+        assert cache.get_many([*answers, key(9999)]) == answers
+        assert len(cache) == 1200
+        assert cache.get_many([]) == {}
+        cache.put_many({})
+
+
+def test_a_second_answer_replaces_the_first(path: Path) -> None:
+    with ResponseCache(path) as cache:
+        cache.put_many({key(0): LabelLogprobs(-1, -2, floored=True)})
+        cache.put_many({key(0): LabelLogprobs(-3, -4)})
+        assert cache.get_many([key(0)]) == {key(0): LabelLogprobs(-3, -4)}
+
+
+def test_one_query_for_hundreds_of_keys(path: Path) -> None:
+    with ResponseCache(path) as cache:
+        statements: list[str] = []
+        cache._db.set_trace_callback(statements.append)
+        cache.get_many([key(i) for i in range(400)])
+        assert len(statements) == 1
+        statements.clear()
+        cache.put_many({key(i): LabelLogprobs(-1, -2) for i in range(400)})
+        assert [s for s in statements if not s.startswith("INSERT")] == ["BEGIN IMMEDIATE", "COMMIT"]
+
+
+@pytest.mark.parametrize("name", ["kind", "model", "root", "revision", "version", "determinism", "fingerprint"])
+def test_every_field_of_the_identity_is_in_the_key(name: str) -> None:
+    assert cache_key(dataclasses.replace(IDENTITY, **{name: "other"}), LABELS, "d") != cache_key(IDENTITY, LABELS, "d")
+
+
+def test_the_key_knows_labels_prompt_and_parser_but_not_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = cache_key(IDENTITY, LABELS, "d")
+    assert len(base) == 32
+    assert cache_key(dataclasses.replace(IDENTITY, max_model_len=5), LABELS, "d") == base
+    swapped = LabelTokens(true_id=2, false_id=1)
+    others = {cache_key(IDENTITY, swapped, "d"), cache_key(IDENTITY, LABELS, "e")}
+    others.add(cache_key(IDENTITY, LabelTokens("Yes", "No", 1, 2), "d"))
+    monkeypatch.setattr(response_cache, "PARSER_VERSION", 99)
+    others.add(cache_key(IDENTITY, LABELS, "d"))
+    assert len(others | {base}) == 5
+
+
+@pytest.mark.parametrize(
+    "damage", ["true_logprob = -0.5", "floored = 1", "checksum = checksum + 1", "false_logprob = 'x'"]
+)
+def test_a_damaged_row_is_a_miss_counted_and_reported_once(
+    path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with ResponseCache(path) as cache:
+        cache.put_many({key(i): LabelLogprobs(-1, -2) for i in range(3)})
+        cache._db.execute(f"UPDATE answers SET {damage} WHERE key IN (?, ?)", (key(0), key(1)))
+        with caplog.at_level(logging.WARNING):
+            assert set(cache.get_many([key(0), key(1), key(2)])) == {key(2)}
+        assert cache.damaged == 2
+        assert len(caplog.records) == 1
+        cache.put_many({key(0): LabelLogprobs(-7, -8)})
+        assert cache.get_many([key(0)]) == {key(0): LabelLogprobs(-7, -8)}
+
+
+def test_a_row_under_anothers_key_is_damaged(path: Path) -> None:
+    with ResponseCache(path) as cache:
+        cache.put_many({key(0): LabelLogprobs(-1, -2)})
+        cache._db.execute("UPDATE answers SET key = ?", (key(1),))
+        assert cache.get_many([key(1)]) == {}
+
+
+def test_wal_and_version(path: Path) -> None:
+    ResponseCache(path).close()
+    db = sqlite3.connect(path)
+    assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert db.execute("PRAGMA user_version").fetchone() == (1,)
+    db.execute("PRAGMA user_version=2")
+    db.close()
+    with pytest.raises(ConfigurationError, match="newer version"):
+        ResponseCache(path)
+
+
+def test_a_file_that_is_no_database(path: Path) -> None:
+    path.parent.mkdir()
+    path.write_bytes(b"this is text, not SQLite " * 100)
+    with pytest.raises(ConfigurationError, match=r"cache.sqlite.*[Mm]ove it away"):
+        ResponseCache(path)
+
+
+def test_a_corrupt_database(path: Path) -> None:
+    with ResponseCache(path) as cache:
+        cache.put_many({key(i): LabelLogprobs(-1, -2) for i in range(2000)})
+    content = bytearray(path.read_bytes())
+    content[4096:] = b"\xa5" * (len(content) - 4096)
+    path.write_bytes(content)
+    with pytest.raises(ConfigurationError, match=r"[Mm]ove it away"), ResponseCache(path) as cache:
+        cache.get_many([key(i) for i in range(2000)])
+
+
+def test_somebody_elses_database_is_left_alone(path: Path) -> None:
+    path.parent.mkdir()
+    db = sqlite3.connect(path)
+    db.execute("CREATE TABLE theirs (x)")
+    db.commit()
+    db.close()
+    with pytest.raises(ConfigurationError, match="something else"):
+        ResponseCache(path)
+
+
+def test_a_directory_in_its_place(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="cannot use the cache"):
+        ResponseCache(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigurationError, match="cannot use the cache"):
+        ResponseCache(tmp_path / "file" / "cache.sqlite")
+
+
+def test_a_lock_held_too_long(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(response_cache, "BUSY_TIMEOUT", 0.05)
+    with ResponseCache(path) as cache:
+        other = sqlite3.connect(path, isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(ConfigurationError, match="locked"):
+            cache.put_many({key(0): LabelLogprobs(-1, -2)})
+        other.execute("ROLLBACK")
+        other.close()
+        cache.put_many({key(0): LabelLogprobs(-1, -2)})  # the failed transaction is not left open
+
+
+def _write(path: str, worker: int) -> None:
+    with ResponseCache(path) as cache:
+        for i in range(40):
+            cache.put_many({key(1000 * worker + i): LabelLogprobs(-worker - 1, -i), key(5): LabelLogprobs(-1, -2)})
+            assert key(5) in cache.get_many([key(5)])
+
+
+def test_several_processes_at_once(path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_write, args=(str(path), n)) for n in (1, 2, 3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    with ResponseCache(path) as cache:
+        assert len(cache) == 3 * 40 + 1
+        assert cache.get_many([key(2039)]) == {key(2039): LabelLogprobs(-3, -39)}

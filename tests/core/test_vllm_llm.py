@@ -1,0 +1,385 @@
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import time
+
+import pytest
+from pydantic import SecretStr
+
+from core.llm_api.errors import (
+    ConfigurationError,
+    MissingLabel,
+    RateLimited,
+    RequestRejected,
+    RetriesExhausted,
+    ServerUnreachable,
+    TransientError,
+)
+from core.llm_api.retry import RetryPolicy
+from core.llm_api.tokens import resolve_label_tokens
+from core.llm_api.transport import HttpOptions
+from core.llm_api.types import Engine, EngineAnswer, LabelTokens, Prompt, Segment
+from core.llm_api.vllm_llm import VLLMClient
+from tests.core.fake_server import FALSE, TRUE, FakeVLLM, Fault, hashed_log_odds
+
+KEY = "sk-planted-0123456789"
+LABELS = LabelTokens(true_id=TRUE, false_id=FALSE)
+QUICK = RetryPolicy(max_attempts=3, deadline=10, base=0.01, cap=0.02)
+
+
+def client(server: FakeVLLM, *, options: HttpOptions | None = None, **kwargs: object) -> VLLMClient:
+    options = options or HttpOptions(retry=QUICK, read_timeout=5)
+    return VLLMClient(server.url, kwargs.pop("model", server.model), options=options, **kwargs)
+
+
+def prompts(n: int, length: int = 3) -> list[Prompt]:
+    return [Prompt((Segment("d", [7] * length), Segment("q", [i])), name=f"claim {i}") for i in range(n)]
+
+
+async def started(server: FakeVLLM, **kwargs: object) -> VLLMClient:
+    engine = client(server, **kwargs)
+    await engine.start()
+    return engine
+
+
+async def test_identity(server: FakeVLLM) -> None:
+    engine = client(server, revision="main")
+    assert isinstance(engine, Engine)
+    with pytest.raises(RuntimeError):
+        _ = engine.exact_labels
+    identity = await engine.start()
+    assert engine.exact_labels
+    assert (identity.kind, identity.model, identity.root) == ("vllm", "fake-8b", "/models/fake")
+    assert (identity.version, identity.revision, identity.max_model_len) == ("0.26.0+fake", "main", 8192)
+    canary = server.completions[0]
+    assert len(canary["prompt"][0]) < 16
+    assert canary["logprobs"] == 20
+    assert await engine.start() == identity
+    await engine.aclose()
+    await engine.aclose()
+
+
+async def test_the_fingerprint_tells_models_of_one_name_apart() -> None:
+    prints = set()
+    for salt in ("", "", "other"):
+        async with FakeVLLM(salt=salt) as server:
+            engine = client(server)
+            prints.add((await engine.start()).fingerprint)
+            await engine.aclose()
+    assert len(prints) == 2
+
+
+async def test_a_pool_is_one_request_in_order(server: FakeVLLM) -> None:
+    engine = await started(server)
+    server.shuffle = True
+    pool = prompts(300)
+    answer = await engine.score(pool, LABELS)
+    assert [a.log_odds for a in answer.logprobs] == pytest.approx([hashed_log_odds(p.token_ids) for p in pool])
+    assert (answer.requests, answer.retries, answer.prompt_tokens) == (1, 0, 300 * 4)
+    assert [body["prompt"] for body in server.pools] == [[p.token_ids for p in pool]]
+    assert server.pools[0]["logprob_token_ids"] == [TRUE, FALSE]
+    assert server.pools[0]["max_tokens"] == 1
+    assert not server.pools[0].get("echo")
+    await engine.aclose()
+
+
+async def test_no_request_is_larger_than_vllm_allows(server: FakeVLLM) -> None:
+    engine = await started(server)
+    assert (await engine.score(prompts(1025, 1), LABELS)).requests == 2
+    assert sorted(len(body["prompt"]) for body in server.pools) == [1, 1024]
+    assert await engine.score([], LABELS) == EngineAnswer([], 0, requests=0)
+    await engine.aclose()
+
+
+async def test_splitting_keeps_order_and_bounds_concurrency(server: FakeVLLM) -> None:
+    options = HttpOptions(retry=QUICK, max_concurrent_requests=3)
+    engine = await started(server, options=options, prompts_per_request=2)
+    server.latency = 0.02
+    heard: list[tuple[int, int]] = []
+    pool = prompts(15)
+    answer = await engine.score(pool, LABELS, on_answer=lambda start, part: heard.append((start, len(part.logprobs))))
+    assert [a.log_odds for a in answer.logprobs] == pytest.approx([hashed_log_odds(p.token_ids) for p in pool])
+    assert [body["prompt"][0][-1] for body in server.pools] == list(range(0, 15, 2))
+    assert server.max_in_flight == 3
+    assert sorted(heard) == [(start, 2) for start in range(0, 14, 2)] + [(14, 1)]
+    assert answer.requests == 8
+    await engine.aclose()
+
+
+async def test_the_first_failure_cancels_the_others(server: FakeVLLM) -> None:
+    engine = await started(server, prompts_per_request=1)
+    server.latency = 5
+    server.faults = [
+        Fault(status=400, body={"error": {"message": "bad prompt"}}, only=lambda b: b["prompt"][0][-1] == 2)
+    ]
+    server.latency = 0
+    server.faults.append(Fault(delay=30, times=None))
+    began = time.monotonic()
+    with pytest.raises(RequestRejected, match="bad prompt"):
+        await engine.score(prompts(5), LABELS)
+    assert time.monotonic() - began < 5
+    await asyncio.sleep(0.1)
+    assert server.in_flight == 0
+    assert server.aborted == 4  # closing the connections makes vLLM drop the prompts
+    await engine.aclose()
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault(status=500, body={"error": {"message": "boom"}}),
+        Fault(status=503, body="busy", headers={"Retry-After": "0"}),
+        Fault(status=429, body={}, headers={"Retry-After": "0"}),
+        Fault(status=408),
+        Fault(disconnect=True),
+        Fault(truncate=True),
+        Fault(patch=lambda answer: answer["choices"].pop()),
+        Fault(patch=lambda answer: answer.pop("choices")),
+        Fault(patch=lambda answer: answer["choices"][0].update(index=1)),
+    ],
+)
+async def test_what_may_pass_is_asked_again(server: FakeVLLM, fault: Fault) -> None:
+    engine = await started(server)
+    server.faults = [Fault(**{**vars(fault), "patch": _in_place(fault.patch), "times": 1})]
+    answer = await engine.score(prompts(3), LABELS)
+    assert answer.retries == 1
+    assert [a.log_odds for a in answer.logprobs] == pytest.approx([hashed_log_odds(p.token_ids) for p in prompts(3)])
+    await engine.aclose()
+
+
+def _in_place(patch):
+    def run(answer):
+        patch(answer)
+        return answer
+
+    return run if patch else None
+
+
+@pytest.mark.parametrize(
+    ("fault", "cause"),
+    [
+        (Fault(status=500, body={"error": {"message": "x" * 5000}}, times=None), TransientError),
+        (Fault(status=429, headers={"Retry-After": "0"}, times=None), RateLimited),
+        (Fault(truncate=True, times=None), TransientError),
+        (Fault(disconnect=True, times=None), TransientError),
+    ],
+)
+async def test_retries_end(server: FakeVLLM, fault: Fault, cause: type[Exception]) -> None:
+    engine = await started(server)
+    server.faults = [fault]
+    with pytest.raises(RetriesExhausted, match="after 3 attempts") as caught:
+        await engine.score(prompts(1), LABELS)
+    assert isinstance(caught.value.__cause__, cause)
+    assert len(server.pools) == 3
+    assert len(str(caught.value)) < 500
+    await engine.aclose()
+
+
+@pytest.mark.parametrize(
+    ("status", "hint"),
+    [
+        (400, "length"),
+        (401, "VLLM_API_KEY"),
+        (403, "VLLM_API_KEY"),
+        (404, "URL"),
+        (413, "prompts_per_request"),
+        (422, ""),
+    ],
+)
+async def test_final_statuses_are_asked_once_and_say_what_to_do(server: FakeVLLM, status: int, hint: str) -> None:
+    engine = await started(server)
+    server.faults = [Fault(status=status, body={"error": {"message": "the server's words"}}, times=None)]
+    with pytest.raises(RequestRejected, match="the server's words") as caught:
+        await engine.score(prompts(1), LABELS)
+    assert caught.value.status == status
+    assert hint in caught.value.hint
+    assert len(server.pools) == 1
+    await engine.aclose()
+
+
+async def test_retry_after_is_waited_for(server: FakeVLLM) -> None:
+    engine = await started(server)
+    server.faults = [Fault(status=429, headers={"Retry-After": "0.3"})]
+    began = time.monotonic()
+    await engine.score(prompts(1), LABELS)
+    assert 0.3 <= time.monotonic() - began < 2
+    await engine.aclose()
+
+
+async def test_the_slot_is_free_while_waiting_to_retry(server: FakeVLLM) -> None:
+    options = HttpOptions(retry=RetryPolicy(max_attempts=2, base=0.01), max_concurrent_requests=1)
+    engine = await started(server, options=options, prompts_per_request=1)
+    server.faults = [Fault(status=429, headers={"Retry-After": "0.5"}, only=lambda b: b["prompt"][0][-1] == 0)]
+    finished: list[int] = []
+    await engine.score(prompts(3), LABELS, on_answer=lambda start, _: finished.append(start))
+    assert finished == [1, 2, 0]
+    await engine.aclose()
+
+
+async def test_a_silent_server_times_out_and_a_slow_one_does_not(server: FakeVLLM) -> None:
+    engine = await started(server, options=HttpOptions(retry=RetryPolicy(1), read_timeout=0.3))
+    server.latency = 0.1
+    await engine.score(prompts(1), LABELS)
+    server.latency = 3
+    with pytest.raises(RetriesExhausted, match=r"sent nothing for 0\.3 s"):
+        await engine.score(prompts(1), LABELS)
+    await engine.aclose()
+
+
+async def test_connections_are_not_kept_as_long_as_vllm_keeps_them(server: FakeVLLM) -> None:
+    engine = await started(server)
+    assert engine._http._open().connector._keepalive_timeout < 5
+    await engine.aclose()
+
+
+async def test_no_server_at_start_is_final_and_says_how_to_start_one() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    engine = VLLMClient(url, "m", options=HttpOptions(retry=RetryPolicy(base=10)))
+    began = time.monotonic()
+    with pytest.raises(ServerUnreachable, match=r"scripts/launch_vllm_server\.sh local") as caught:
+        await engine.start()
+    assert url in str(caught.value)
+    assert time.monotonic() - began < 2
+    await engine.aclose()
+
+
+async def test_a_server_that_restarts_is_waited_for() -> None:
+    server = FakeVLLM()
+    await server.__aenter__()
+    engine = await started(server, options=HttpOptions(retry=RetryPolicy(50, base=0.05, cap=0.05)))
+    await server.__aexit__()
+    asking = asyncio.create_task(engine.score(prompts(1), LABELS))
+    await asyncio.sleep(0.2)
+    assert not asking.done()
+    async with server:
+        assert (await asking).retries > 0
+    await engine.aclose()
+
+
+async def test_a_wrong_model_is_named_with_what_is_served(server: FakeVLLM) -> None:
+    engine = client(server, model="llama-405b")
+    with pytest.raises(ConfigurationError, match="serves 'fake-8b', not 'llama-405b'"):
+        await engine.start()
+    await engine.aclose()
+
+
+@pytest.mark.parametrize("support", ["ignored", "rejected"])
+async def test_an_old_server_is_asked_for_its_top_20(support: str, caplog: pytest.LogCaptureFixture) -> None:
+    async with FakeVLLM(exact_labels=support) as server:
+        engine = await started(server)
+        assert not engine.exact_labels
+        assert "top 20" in caplog.text
+        answer = await engine.score(prompts(4), LABELS)
+        assert [a.log_odds for a in answer.logprobs] == pytest.approx(
+            [hashed_log_odds(p.token_ids) for p in prompts(4)]
+        )
+        assert server.pools[0]["logprobs"] == 20
+        assert "logprob_token_ids" not in server.pools[0]
+        await engine.aclose()
+
+
+async def test_a_server_with_fewer_logprobs() -> None:
+    async with FakeVLLM(exact_labels="ignored", max_logprobs=5) as server:
+        engine = await started(server)
+        await engine.score(prompts(1), LABELS)
+        assert server.completions[-1]["logprobs"] == 5
+        await engine.aclose()
+
+
+async def test_a_missing_label_names_its_prompt_and_is_not_retried() -> None:
+    async with FakeVLLM(exact_labels="ignored") as server:
+        engine = await started(server)
+        server.drop = {TRUE}
+        with pytest.raises(MissingLabel, match=r"'claim 0'.*token_id:5852"):
+            await engine.score(prompts(2), LABELS)
+        assert len(server.pools) == 1
+        await engine.aclose()
+
+
+async def test_a_missing_label_is_floored_by_request() -> None:
+    async with FakeVLLM(exact_labels="ignored") as server:
+        engine = await started(server, missing_label="floor")
+        server.drop = {TRUE}
+        (answer,) = (await engine.score(prompts(1), LABELS)).logprobs
+        assert answer.floored
+        assert answer.true < answer.false
+        server.drop = {TRUE, FALSE}
+        with pytest.raises(MissingLabel):
+            await engine.score(prompts(1), LABELS)
+        await engine.aclose()
+
+
+async def test_a_server_without_logprobs() -> None:
+    async with FakeVLLM(logprobs=False) as server:
+        engine = client(server)
+        with pytest.raises(ConfigurationError, match="no logprobs"):
+            await engine.start()
+        await engine.aclose()
+
+
+async def test_tokenize(server: FakeVLLM) -> None:
+    engine = await started(server)
+    plain, special = await engine.tokenize([" True", "a b"]), await engine.tokenize([" True"], special=True)
+    assert (plain[0], len(plain[1]), special) == ([TRUE], 2, [[1, TRUE]])
+    assert await engine.tokenize([]) == []
+    assert await resolve_label_tokens(engine) == LabelTokens(" True", " False", TRUE, FALSE)
+    server.split_labels = True
+    assert (await resolve_label_tokens(engine)).true == "True"
+    await engine.aclose()
+
+
+async def test_prefix_cache_and_capacity(server: FakeVLLM) -> None:
+    engine = await started(server)
+    before = await engine.prefix_cache()
+    await engine.score(prompts(4, length=64), LABELS)
+    asked = await engine.prefix_cache() - before
+    assert (asked.queries, asked.hits) == (4 * 65, 3 * 64)
+    assert await engine.kv_cache_tokens() == 4096 * 16
+    server.metrics = False
+    assert await engine.prefix_cache() is None
+    assert await engine.kv_cache_tokens() is None
+    await engine.aclose()
+
+
+async def test_the_key_is_sent_and_shown_nowhere(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG):
+        async with FakeVLLM(api_key=KEY) as server:
+            engine = await started(server, api_key=SecretStr(KEY))
+            assert server.authorizations[0] == f"Bearer {KEY}"
+            server.faults = [Fault(status=500, body={"error": {"message": f"key {KEY} broke"}}, times=None)]
+            with pytest.raises(RetriesExhausted) as caught:
+                await engine.score(prompts(1), LABELS)
+            await engine.aclose()
+            wrong = client(server, api_key=SecretStr(KEY + "wrong"))
+            with pytest.raises(RequestRejected, match="Check VLLM_API_KEY") as refused:
+                await wrong.start()
+            await wrong.aclose()
+            none = client(server)
+            with pytest.raises(RequestRejected, match="Set VLLM_API_KEY"):
+                await none.start()
+            await none.aclose()
+    seen = [str(caught.value), repr(caught.value), repr(caught.value.__cause__), str(refused.value), caplog.text]
+    seen += [repr(vars(o)) for o in (engine, engine._http, wrong._http)] + [repr(engine), repr(engine._http)]
+    assert not any(KEY in text for text in seen)
+    assert any("broke" in text for text in seen)
+
+
+async def test_redirects_do_not_carry_the_key_away(server: FakeVLLM) -> None:
+    engine = await started(server)
+    server.faults = [Fault(status=307, headers={"Location": "http://127.0.0.1:9/"})]
+    with pytest.raises(RequestRejected, match="not followed"):
+        await engine.score(prompts(1), LABELS)
+    await engine.aclose()
+
+
+async def test_a_large_body_travels_whole(server: FakeVLLM) -> None:
+    engine = await started(server)
+    shared = Segment("d", list(range(100_000, 107_000)))
+    pool = [Prompt((shared, Segment("q", [i]))) for i in range(60)]
+    answer = await engine.score(pool, LABELS)
+    assert answer.logprobs[59].log_odds == pytest.approx(hashed_log_odds(pool[59].token_ids))
+    await engine.aclose()

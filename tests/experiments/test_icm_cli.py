@@ -1,0 +1,290 @@
+"""The command line against a fake server in another process: whole runs, resuming after kills, bad input."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.core.fake_server import FakeVLLM
+
+SCRIPT = Path(__file__).resolve().parents[2] / "src" / "experiments" / "ICM.py"
+
+
+def signed_by_words(tokens: Sequence[int]) -> float:
+    """A model whose answer depends on every token of the prompt, more on the last ones."""
+    total = sum(((token * 2654435761) % 1000 - 499.5) / 500 * (3 if i > len(tokens) - 12 else 0.2)
+                for i, token in enumerate(tokens))  # fmt: skip
+    return max(-8.0, min(8.0, total))
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[FakeVLLM]:
+    async with FakeVLLM(log_odds=signed_by_words) as fake:
+        yield fake
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "claims.jsonl"
+    rows = [
+        {"question": f"Is {n} even?", "choice": answer, "label": int((n % 2 == 0) == (answer == "yes")),
+         "consistency_id": n}
+        for n in range(12) for answer in ("yes", "no")
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+class Command:
+    """ICM.py in a process of its own, against one server and one folder of runs."""
+
+    def __init__(self, url: str, data: Path, runs: Path) -> None:
+        self.runs = runs
+        self.arguments = [
+            *(sys.executable, str(SCRIPT), "--data", str(data), "--model", "fake-8b", "--runs_dir", str(runs)),
+            *("--quiet", "--num_seed", "4", "--batch_size", "16", "--max_tail", "4"),
+        ]
+        self.environment = {**os.environ, "VLLM_BASE_URL": url, "ICM_SECRETS": os.devnull}
+
+    async def start(self, *more: str) -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(
+            *self.arguments,
+            *more,
+            env=self.environment,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+
+    async def __call__(self, *more: str) -> tuple[int, str, str]:
+        process = await self.start(*more)
+        out, err = await process.communicate()
+        assert process.returncode is not None
+        return process.returncode, out.decode(), err.decode()
+
+    def labels(self, run: str) -> bytes:
+        return (self.runs / run / "labels.jsonl").read_bytes()
+
+    def log(self, run: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.runs / run / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def icm(server: FakeVLLM, data: Path, tmp_path: Path) -> Command:
+    return Command(server.url, data, tmp_path / "runs")
+
+
+async def test_a_run_writes_its_labels_curves_and_journal(icm: Command) -> None:
+    code, out, err = await icm("--run", "a", "--label_rest")
+    assert code == 0, err
+    folder = icm.runs / "a"
+    rows = [json.loads(line) for line in icm.labels("a").splitlines()]
+    assert len(rows) == 24
+    assert sum(row["by"] != "many-shot" for row in rows) == 16
+    assert all(isinstance(row["label"], bool) and isinstance(row["log_odds"], float) for row in rows)
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert str(folder / "labels.jsonl") in out
+    assert "agreement with gold" in out
+    steps = [record for record in icm.log("a") if record["event"] == "step"]
+    assert [step["iteration"] for step in steps] == list(range(len(steps)))
+    assert {"claim", "accepted", "U", "T", "labelled", "tokens_sent", "seconds"} <= steps[0].keys()
+    assert any("tokens_cached" in step for step in steps)
+    run = json.loads((folder / "run.json").read_text())
+    assert run["settings"]["alpha"] == 30
+    assert run["engine"]["fingerprint"]
+
+
+async def test_a_finished_run_is_shown_without_a_server(icm: Command, server: FakeVLLM) -> None:
+    assert (await icm("--run", "a", "--is_complete"))[0] == 1
+    assert (await icm("--run", "a"))[0] == 0
+    asked = len(server.requests)
+    icm.environment["VLLM_BASE_URL"] = "http://127.0.0.1:9"
+    code, out, _ = await icm("--run", "a", "--is_complete")
+    assert code == 0
+    assert "agreement" in out
+    assert len(server.requests) == asked
+
+
+async def test_the_same_seed_gives_the_same_labels_and_asks_nothing_twice(icm: Command, server: FakeVLLM) -> None:
+    await icm("--run", "a")
+    asked = len(server.completions)
+    await icm("--run", "b")
+    assert icm.labels("a") == icm.labels("b")
+    assert len(server.completions) - asked <= 2  # the canary and the probe; every score came from the cache
+    await icm("--run", "c", "--seed", "1")
+    assert icm.labels("c") != icm.labels("a")
+
+
+async def test_a_layout_changes_prompts_not_the_pool(icm: Command) -> None:
+    assert (await icm("--run", "a", "--layout", "upstream"))[0] == 0
+    assert (await icm("--run", "b"))[0] == 0
+    rows = [[json.loads(line)["row"] for line in icm.labels(run).splitlines()] for run in "ab"]
+    assert rows[0] == rows[1]
+
+
+async def test_killed_at_any_moment_it_ends_with_the_same_labels(icm: Command, server: FakeVLLM) -> None:
+    await icm("--run", "whole", "--read_timeout", "60")
+    (icm.runs / "responses.sqlite").unlink()
+    server.latency = 0.02
+    kills = 0
+    for attempt in range(30):
+        process = await icm.start("--run", "killed")
+        try:
+            async with asyncio.timeout(0.9 + 0.11 * attempt):
+                await process.communicate()
+        except TimeoutError:
+            process.send_signal(signal.SIGKILL)
+            await process.communicate()
+            kills += 1
+        if (icm.runs / "killed" / "labels.jsonl").exists():
+            break
+    assert kills >= 3
+    assert (await icm("--run", "killed"))[0] == 0
+    assert icm.labels("killed") == icm.labels("whole")
+
+    def decisions(run: str) -> list[tuple[Any, ...]]:
+        return [(r["event"], r.get("claim"), r.get("accepted"), r["U"]) for r in icm.log(run)]
+
+    assert decisions("killed") == decisions("whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_an_interrupted_run_says_how_to_go_on(icm: Command, server: FakeVLLM, number: int) -> None:
+    server.latency = 0.05
+    process = await icm.start("--run", "a")
+    while not (icm.runs / "a" / "log.jsonl").exists():
+        await asyncio.sleep(0.02)
+    process.send_signal(number)
+    _, err = await asyncio.wait_for(process.communicate(), 10)
+    assert process.returncode == 130
+    assert "Nothing is lost" in err.decode()
+    assert "--run a" in err.decode()
+    assert "Traceback" not in err.decode()
+    assert (await icm("--run", "a"))[0] == 0
+
+
+async def test_other_flags_on_the_same_run_are_refused(icm: Command) -> None:
+    await icm("--run", "a")
+    code, _, err = await icm("--run", "a", "--alpha", "7")
+    assert code == 2
+    assert "--alpha 30.0, now 7.0" in err
+
+
+async def test_a_server_with_another_version_is_refused_mid_run(icm: Command, server: FakeVLLM) -> None:
+    await icm("--run", "a")
+    run = icm.runs / "a" / "run.json"
+    document = json.loads(run.read_text())
+    del document["result"]
+    document["engine"]["version"] = "0.0.1"
+    run.write_text(json.dumps(document))
+    code, _, err = await icm("--run", "a")
+    assert code == 2
+    assert "0.0.1" in err
+
+
+async def test_check_measures_the_precondition_and_stops(icm: Command) -> None:
+    code, out, err = await icm("--run", "a", "--check", "--calibrate", "mean")
+    assert code == 0, err
+    for labeling in ("gold", "all True", "all False", "flipped gold", "random"):
+        assert labeling in out
+    assert "calibration: mean" in out
+    assert not (icm.runs / "a" / "labels.jsonl").exists()
+
+
+async def test_data_without_gold_reports_no_accuracy(icm: Command, data: Path) -> None:
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    data.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "label"}) + "\n" for row in rows))
+    code, out, err = await icm("--run", "a")
+    assert code == 0, err
+    assert "unknown (no gold labels)" in out
+
+
+async def test_a_missing_label_stops_or_is_floored_and_counted(icm: Command, server: FakeVLLM) -> None:
+    server.exact_labels = "ignored"
+    server.drop = {7983}  # ' False'
+    code, _, err = await icm("--run", "a")
+    assert code == 1
+    assert "claim" in err
+    code, out, err = await icm("--run", "b", "--missing_label", "floor")
+    assert code == 0, err
+    assert "were floored" in out
+
+
+BAD = [
+    (["--data", "none.jsonl"], "none.jsonl: not found"),
+    (["--model", "other"], "fake-8b"),
+    (["--batch_size", "1"], "must be at least 2"),
+    (["--testbed", "nope"], "nope"),
+    (["--alhpa", "3"], "unrecognized arguments"),
+    (["--run", "../x"], "not a path"),
+    (["--initial_T", "0"], "must be above 0"),
+]
+
+
+@pytest.mark.parametrize(("flags", "complaint"), BAD)
+async def test_bad_input_is_one_clear_line_and_exit_code_2(icm: Command, flags: list[str], complaint: str) -> None:
+    code, _, err = await icm(*flags)
+    assert code == 2
+    assert complaint in err
+    assert "Traceback" not in err
+
+
+async def test_a_server_that_is_not_up_is_named_with_the_command_that_starts_one(icm: Command) -> None:
+    icm.environment["VLLM_BASE_URL"] = "http://127.0.0.1:9"
+    started = time.monotonic()
+    code, _, err = await icm()
+    assert code == 2
+    assert "http://127.0.0.1:9" in err
+    assert "launch_vllm_server.sh" in err
+    assert time.monotonic() - started < 30
+
+
+async def test_claims_that_do_not_fit_the_context_are_counted(icm: Command, server: FakeVLLM) -> None:
+    server.max_model_len = 150
+    code, _, err = await icm()
+    assert code == 2
+    assert "16 claims need prompts of up to" in err
+    assert "of them fit" in err
+    assert len(server.completions) <= 2  # canary and probe
+
+
+async def test_malformed_secrets_name_the_line_not_the_content(icm: Command, tmp_path: Path) -> None:
+    secrets = tmp_path / "SECRETS"
+    secrets.write_text("API_KEY=abc\nthis is sk-hidden\n")
+    icm.environment["ICM_SECRETS"] = str(secrets)
+    code, _, err = await icm()
+    assert code == 2
+    assert "2" in err
+    assert "sk-hidden" not in err
+
+
+async def test_no_key_is_written_anywhere(icm: Command, server: FakeVLLM) -> None:
+    server.api_key = "sk-planted-key"
+    icm.environment["VLLM_API_KEY"] = "sk-planted-key"
+    code, out, err = await icm("--run", "a")
+    assert code == 0, err
+    assert "sk-planted-key" not in out + err
+    for path in icm.runs.rglob("*"):
+        if path.is_file():
+            assert b"sk-planted-key" not in path.read_bytes(), path
+    icm.environment["VLLM_API_KEY"] = "sk-wrong-key"
+    code, out, err = await icm("--run", "b")
+    assert code != 0
+    assert "sk-wrong-key" not in out + err
+
+
+def test_help_describes_every_flag() -> None:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True, check=True, timeout=60
+    )
+    for flag in ("--alpha", "--decay", "--layout", "--calibrate", "--check", "--consistency_fix_K"):
+        assert flag in done.stdout

@@ -1,0 +1,60 @@
+"""Prompts are paths of segments, tokenized once."""
+
+from __future__ import annotations
+
+import pytest
+
+from core.llm_api.types import LabelTokens
+from src.icm.prompts import PromptBook
+
+LABELS = LabelTokens(" True", " False", 1, 2)
+
+
+def book() -> PromptBook:
+    return PromptBook.build(
+        ["q0", "q1", "q2"],
+        LABELS,
+        tokens=[[10, 11], [20], [30, 31, 32]],
+        prefix_tokens=[99],
+        separator_tokens=[7, 7],
+    )
+
+
+def test_a_prompt_is_prefix_demonstrations_question() -> None:
+    prompt = book().prompt(1, (2, 0), (True, None, False))
+    assert prompt.token_ids == [99, 30, 31, 32, 2, 7, 7, 10, 11, 1, 7, 7, 20]
+    assert prompt.text == "q2 False\n\nq0 True\n\nq1"
+    assert prompt.json == b"[99,30,31,32,2,7,7,10,11,1,7,7,20]"
+    assert prompt.num_tokens == 13
+
+
+def test_segments_are_shared_between_prompts() -> None:
+    b = book()
+    first, second = b.prompt(1, (0,), (True, True, True)), b.prompt(2, (0,), (True, True, True))
+    assert first.segments[1] is second.segments[1]
+
+
+def test_unlabelled_demonstrations_are_refused() -> None:
+    with pytest.raises(ValueError, match="no label"):
+        book().prompt(1, (0,), (None, None, None))
+
+
+def test_prompts_in_text_have_no_tokens_but_their_own_digest() -> None:
+    b = PromptBook.build(["q0", "q1"], LabelTokens())
+    prompt = b.prompt(0, (1,), (None, True))
+    assert prompt.text == "q1 True\n\nq0"
+    assert prompt.num_tokens == 0
+    assert prompt.digest != b.prompt(0, (1,), (None, False)).digest
+
+
+def test_longest_prompt_by_hand() -> None:
+    # demonstrations: 5, 4, 6 tokens; questions: 2, 1, 3; prefix 1
+    assert book().longest_prompt(3) == max(1 + 15 - 5 + 2, 1 + 15 - 4 + 1, 1 + 15 - 6 + 3)
+    assert book().longest_prompt(2) == 1 + 5 + 4 + 3  # claim 2 is asked, not demonstrated
+
+
+def test_claims_that_fit() -> None:
+    assert book().claims_that_fit(1 + 3 + 5 + 4, 3) == 3
+    assert book().claims_that_fit(1 + 3 + 5, 3) == 2
+    assert book().claims_that_fit(1 + 3, 3) == 1
+    assert book().claims_that_fit(1000, 3) == 3

@@ -1,0 +1,58 @@
+"""Run folders: torn journals, damaged files, two processes on one run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from src.icm.testbeds import BadInput
+from src.pipeline.run_folder import RunFolder, environment
+
+
+def test_a_torn_last_line_is_cut_off(tmp_path: Path) -> None:
+    with RunFolder(tmp_path / "r") as folder:
+        folder.append_log({"n": 1})
+        folder.append_log({"n": 2})
+    path = tmp_path / "r" / "log.jsonl"
+    whole = path.read_bytes()
+    for cut in range(whole.index(b"\n") + 1, len(whole)):
+        path.write_bytes(whole[:cut])
+        with RunFolder(tmp_path / "r") as folder:
+            assert folder.read_log() == [{"n": 1}]
+            folder.append_log({"n": 3})
+            assert folder.read_log() == [{"n": 1}, {"n": 3}]
+
+
+def test_a_damaged_middle_line_is_refused_with_its_number(tmp_path: Path) -> None:
+    with RunFolder(tmp_path / "r") as folder:
+        folder.log_path.write_bytes(b'{"n": 1}\n{"n"\n{"n": 3}\n')
+        with pytest.raises(BadInput, match=r"log\.jsonl:2: is damaged"):
+            folder.read_log()
+
+
+def test_two_processes_cannot_share_a_run(tmp_path: Path) -> None:
+    with RunFolder(tmp_path / "r"):
+        with pytest.raises(BadInput, match="another process"):
+            RunFolder(tmp_path / "r").__enter__()
+    with RunFolder(tmp_path / "r"):
+        pass
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b'{"format": 99}'])
+def test_damaged_or_newer_run_files_are_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(BadInput, match=r"run\.json"):
+        RunFolder(tmp_path).read_run()
+
+
+def test_run_json_round_trip_and_absence(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "r")
+    assert folder.read_run() is None
+    folder.write_run({"settings": {"alpha": 1.5}})
+    assert folder.read_run() == {"format": 1, "settings": {"alpha": 1.5}}
+    assert [p.name for p in (tmp_path / "r").iterdir()] == ["run.json"]  # no temporary file left
+
+
+def test_environment_names_versions() -> None:
+    assert environment()["packages"]["numpy"]
