@@ -132,7 +132,7 @@ class HttpTransport:
             return RateLimited(message, retry_after=wait)
         if status in (408, 425) or (status >= 500 and status not in (501, 505)):
             return TransientError(message, retry_after=wait)
-        return RequestRejected(message, status=status, hint=self._hint(status))
+        return RequestRejected(message.rstrip(".") + ".", status=status, hint=self._hint(status))
 
     def _hint(self, status: int) -> str:
         match status:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar, cast, get_type_hints
 
 import orjson
-from pydantic import TypeAdapter, ValidationError
+from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
 from core.files import write_atomically
 from core.llm_api.llm import ModelAPI
@@ -148,9 +148,9 @@ def _result_type(function: Callable[..., Any]) -> TypeAdapter[Any] | None:
     target = function.func if isinstance(function, partial) else function
     try:
         declared = get_type_hints(target).get("return")
-    except (NameError, TypeError):
+        return None if declared is None else TypeAdapter(declared)
+    except (NameError, TypeError, PydanticUserError):  # the last: a type that pydantic cannot read back
         return None
-    return None if declared is None else TypeAdapter(declared)
 
 
 def _digest_of_call(function: Callable[..., Any], inputs: Sequence[Any]) -> str | None:

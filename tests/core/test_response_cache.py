@@ -154,6 +154,17 @@ def test_a_lock_held_too_long(path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         cache.put_many({key(0): LabelLogprobs(-1, -2)})  # the failed transaction is not left open
 
 
+def test_a_transaction_that_fails_halfway_leaves_nothing(path: Path) -> None:
+    with ResponseCache(path) as cache:
+        abort = "BEGIN SELECT RAISE(ABORT, 'no'); END"
+        cache._db.execute(f"CREATE TRIGGER t BEFORE INSERT ON answers WHEN new.true_logprob < -8 {abort}")
+        with pytest.raises(ConfigurationError):
+            cache.put_many({key(0): LabelLogprobs(-1, -2), key(1): LabelLogprobs(-9, -2)})
+        assert len(cache) == 0
+        cache.put_many({key(0): LabelLogprobs(-1, -2)})
+        assert len(cache) == 1
+
+
 def _write(path: str, worker: int) -> None:
     with ResponseCache(path) as cache:
         for i in range(40):

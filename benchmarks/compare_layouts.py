@@ -1,0 +1,149 @@
+"""How much does the order of demonstrations change the leave-one-out scores? The tree against other orders.
+
+    VLLM_BASE_URL=http://localhost:8000 python benchmarks/compare_layouts.py --testbed truthfulQA-preference \
+        --model gemma-3-270m --size 32
+
+Scores the same claims with gold labels as demonstrations in several layouts and compares each with the published
+code's order: correlation, mean signed log-odds, accuracy, how often the sign differs. Random orders (another one for
+every question) are the yardstick: a layout is innocent if it differs from upstream's no more than they do. "siblings
+together" is the layout not to use: there a claim's sibling is the last demonstration before its question.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from core.llm_api.llm import open_model_api
+from core.settings import Settings
+from src.icm.annealing import SearchSettings
+from src.icm.objective import Objective
+from src.icm.prefix_tree import TreeLayout, UpstreamLayout
+from src.icm.testbeds import TESTBEDS, BadInput
+from src.pipeline.datafiles import load_testbed
+from src.pipeline.labelling import Labelling, Pool, prepare
+
+Order = Callable[[int], Sequence[int]]
+
+
+def siblings_together(size: int) -> Order:
+    """A tree that halves the pool as it stands, groups side by side: the sibling is the last demonstration."""
+
+    def context(claim: int) -> Sequence[int]:
+        low, high, path = 0, size, []
+        while high - low > 1:
+            middle = (low + high) // 2
+            inside, outside = ((low, middle), (middle, high)) if claim < middle else ((middle, high), (low, middle))
+            path += list(range(*outside))
+            low, high = inside
+        return path
+
+    return context
+
+
+def layouts(pool: Pool, draws: int) -> dict[str, list[Order]]:
+    """Every layout that is compared, several draws of the random ones."""
+    size, groups = len(pool.claims), pool.problem.groups
+    named: dict[str, list[Order]] = {"upstream's order": [UpstreamLayout.build(range(size)).context]}
+    trees, tails, randoms = [], [], []
+    for draw in range(draws):
+        rng = np.random.default_rng([2024, draw])
+        trees.append(TreeLayout.build(range(size), groups, rng).context)
+        order = rng.permutation(size).tolist()
+        grown = TreeLayout.build(order[: size * 3 // 4], groups, rng)
+        for claim in order[size * 3 // 4 :]:
+            grown = grown.append(claim)
+        tails.append(grown.context)
+        shuffled = {claim: [o for o in rng.permutation(size).tolist() if o != claim] for claim in range(size)}
+        randoms.append(shuffled.__getitem__)
+    named["tree, cold"] = trees
+    named["tree, a quarter appended"] = tails
+    named["random order per question"] = randoms
+    if len(set(groups)) < size:
+        named["siblings together (do not use)"] = [siblings_together(size)]
+    return named
+
+
+async def measure(args: argparse.Namespace) -> dict[str, object]:
+    """Score every layout; returns the table's numbers."""
+    testbed, claims, path = load_testbed(args.testbed, args.data_dir)
+    settings = SearchSettings(seed=args.seed)
+    pool = prepare(
+        testbed,
+        claims,
+        path,
+        batch_size=args.size,
+        consistency="gold-free",
+        objective=Objective(1.0),
+        settings=settings,
+    )
+    pool = Pool(pool.testbed, pool.claims, (), pool.problem, pool.data_digest)
+    gold = pool.gold
+    if None in gold:
+        raise BadInput("this comparison demonstrates gold labels, and some claims have none")
+    signs = np.array([1.0 if label else -1.0 for label in gold])
+    async with open_model_api(Settings.load({"cache_path": args.cache}), model=args.model) as api:
+        labelling = await Labelling.open(pool, api)
+        scores: dict[str, list[np.ndarray]] = {}
+        for name, orders in layouts(pool, args.draws).items():
+            for order in orders:
+                prompts = [labelling.book.prompt(c, order(c), gold) for c in range(len(gold))]
+                answer = await api.score(prompts, labelling.tokens)
+                scores.setdefault(name, []).append(np.array(answer.log_odds))
+                print(f"  scored: {name}", file=sys.stderr)
+        engine = labelling.identity.describe()
+    reference = scores["upstream's order"][0]
+    rows = []
+    for name, drawn in scores.items():
+        rows.append(
+            {
+                "layout": name,
+                "draws": len(drawn),
+                "mean_signed": [round(float(np.mean(signs * s)), 3) for s in drawn],
+                "accuracy": [round(float(np.mean((s > 0) == (signs > 0))), 3) for s in drawn],
+                "correlation": [round(float(np.corrcoef(reference, s)[0, 1]), 3) for s in drawn],
+                "sign_differs": [round(float(np.mean((s > 0) != (reference > 0))), 3) for s in drawn],
+            }
+        )
+    return {"testbed": args.testbed, "claims": len(gold), "engine": engine, "rows": rows}
+
+
+def main() -> int:
+    """Print the table; with --json also write it."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--testbed", default="truthfulQA-preference", choices=list(TESTBEDS))
+    parser.add_argument("--data_dir", type=Path, default=Path("data"))
+    parser.add_argument("--model", default="gemma-3-270m")
+    parser.add_argument("--size", type=int, default=32, help="claims")
+    parser.add_argument("--draws", type=int, default=3, help="of every random layout")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cache", type=Path, default=None, help="response cache to use and fill")
+    parser.add_argument("--json", type=Path, default=None)
+    args = parser.parse_args()
+    try:
+        result = asyncio.run(measure(args))
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    rows = result["rows"]
+    assert isinstance(rows, list)
+    print(f"{result['testbed']}, {result['claims']} claims, gold labels, {result['engine']}")
+    print(f"{'layout':<32}{'mean signed log-odds':<26}{'accuracy':<22}{'r with upstream':<22}sign differs")
+    for row in rows:
+        columns = [" ".join(f"{v:.2f}" for v in row[k]) for k in ("mean_signed", "accuracy", "correlation", "sign_differs")]
+        print(f"{row['layout']:<32}{columns[0]:<26}{columns[1]:<22}{columns[2]:<22}{columns[3]}")
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

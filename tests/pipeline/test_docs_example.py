@@ -1,0 +1,41 @@
+"""The experiment in docs/pipeline.md runs as it is printed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import sys
+from pathlib import Path
+
+from tests.core.fake_server import FakeVLLM
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+async def test_the_documented_experiment_runs(tmp_path: Path) -> None:
+    text = (REPOSITORY / "docs" / "pipeline.md").read_text()
+    [code] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 35
+    script = tmp_path / "experiment.py"
+    script.write_text(code)
+    async with FakeVLLM() as server:
+        environment = {
+            **os.environ,
+            "VLLM_BASE_URL": server.url,
+            "ICM_SECRETS": os.devnull,
+            "PYTHONPATH": str(REPOSITORY),
+        }
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            str(script),
+            "fake-8b",
+            cwd=tmp_path,
+            env=environment,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        out, err = await process.communicate()
+    assert process.returncode == 0, err.decode()
+    assert "mean change of the log-odds" in out.decode()
+    assert (tmp_path / "runs" / "wording" / "mean-change.json").exists()
