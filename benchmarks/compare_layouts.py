@@ -53,10 +53,12 @@ def layouts(pool: Pool, draws: int) -> dict[str, list[Order]]:
     """Every layout that is compared, several draws of the random ones."""
     size, groups = len(pool.claims), pool.problem.groups
     named: dict[str, list[Order]] = {"upstream's order": [UpstreamLayout.build(range(size)).context]}
-    trees, tails, randoms = [], [], []
+    trees, anchored, anchored4, tails, randoms = [], [], [], [], []
     for draw in range(draws):
         rng = np.random.default_rng([2024, draw])
         trees.append(TreeLayout.build(range(size), groups, rng).context)
+        anchored.append(TreeLayout.build(range(size), groups, rng, anchors=2).context)
+        anchored4.append(TreeLayout.build(range(size), groups, rng, anchors=4).context)
         order = rng.permutation(size).tolist()
         grown = TreeLayout.build(order[: size * 3 // 4], groups, rng)
         for claim in order[size * 3 // 4 :]:
@@ -65,6 +67,8 @@ def layouts(pool: Pool, draws: int) -> dict[str, list[Order]]:
         shuffled = {claim: [o for o in rng.permutation(size).tolist() if o != claim] for claim in range(size)}
         randoms.append(shuffled.__getitem__)
     named["tree, cold"] = trees
+    named["tree, 2 anchors"] = anchored
+    named["tree, 4 anchors"] = anchored4
     named["tree, a quarter appended"] = tails
     named["random order per question"] = randoms
     if len(set(groups)) < size:
@@ -138,7 +142,9 @@ def main() -> int:
     print(f"{result['testbed']}, {result['claims']} claims, gold labels, {result['engine']}")
     print(f"{'layout':<32}{'mean signed log-odds':<26}{'accuracy':<22}{'r with upstream':<22}sign differs")
     for row in rows:
-        columns = [" ".join(f"{v:.2f}" for v in row[k]) for k in ("mean_signed", "accuracy", "correlation", "sign_differs")]
+        columns = [
+            " ".join(f"{v:.2f}" for v in row[k]) for k in ("mean_signed", "accuracy", "correlation", "sign_differs")
+        ]
         print(f"{row['layout']:<32}{columns[0]:<26}{columns[1]:<22}{columns[2]:<22}{columns[3]}")
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -3,13 +3,14 @@
     with VLLMServer(model="gemma-3-270m", log=Path("runs/vllm.log")) as server:
         ...  # server.url, server.model
 
-The server gets a process group of its own. The group is stopped (SIGTERM, then SIGKILL after 10 s) when the block ends: normally, by
-an exception, by Ctrl-C, by SIGTERM or SIGHUP. Where this process dies without a word (SIGKILL, out of memory), a guardian
-that waits on a pipe sees the pipe close and stops the group instead.
+The server gets a process group of its own. The group is stopped (SIGTERM, then SIGKILL after 10 s) when the block ends:
+normally, by an exception, by Ctrl-C, by SIGTERM or SIGHUP. Where this process dies without a word (SIGKILL, out of
+memory), a guardian that waits on a pipe sees the pipe close and stops the group instead.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -32,13 +33,16 @@ GRACE: Final = 10.0
 POLL: Final = 0.25
 
 # Reads one line from standard input; at the end of file without one, its parent is gone and it stops the group.
+# POSIX sh takes a process group only in the form `kill -s NAME -- -GROUP`.
 _GUARDIAN: Final = """
 read -r done && exit 0
-kill -TERM "$1" 2>/dev/null
-for _ in $(seq 50); do sleep 0.2; kill -0 -- "-$1" 2>/dev/null || exit 0; done
-kill -KILL -- "-$1" 2>/dev/null
+kill -s TERM "$1" 2>/dev/null
+for _ in 1 2 3 4 5 6 7 8 9 10; do sleep 1; kill -s 0 -- "-$1" 2>/dev/null || exit 0; done
+kill -s KILL -- "-$1" 2>/dev/null
 """
-_LOG_PREFIX: Final = re.compile(r"^(\([^)]*pid=\d+\)\s*)?((DEBUG|INFO|WARNING|ERROR)\s+[\d-]+ [\d:]+ )?(\[[^\]]*\]\s*)?")
+_LOG_PREFIX: Final = re.compile(
+    r"^(\([^)]*pid=\d+\)\s*)?((DEBUG|INFO|WARNING|ERROR)\s+[\d-]+ [\d:]+ )?(\[[^\]]*\]\s*)?"
+)
 _ESCAPES: Final = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _HINTS: Final = (
     ("is in use", "Stop what runs on that port."),
@@ -57,8 +61,8 @@ class VLLMServer:
     """Context manager that runs scripts/launch_vllm_server.sh. Not reusable, not shared between threads.
 
     size: what the launcher is given; model: name of a folder in models/, for size "local" only. port: default is a free
-    one. options: passed to vLLM. log: file that gets the server's output, appended to. timeout: seconds until the server
-    must answer. launcher: the command instead of scripts/launch_vllm_server.sh; it must understand --port.
+    one. options: passed to vLLM. log: file that gets the server's output, appended to. timeout: seconds until the
+    server must answer. launcher: the command instead of scripts/launch_vllm_server.sh; it must understand --port.
     """
 
     def __init__(
@@ -182,7 +186,9 @@ class VLLMServer:
         lines = self._last_lines(12)
         text = "\n".join(self._last_lines(200))
         hint = next((hint for sign, hint in _HINTS if sign in text), f"The whole log is in {self.log}")
-        return ServerFailed("\n".join([f"{what}. It said last:", *(f"  {line}" for line in lines), *([hint] if hint else [])]))
+        return ServerFailed(
+            "\n".join([f"{what}. It said last:", *(f"  {line}" for line in lines), *([hint] if hint else [])])
+        )
 
     @staticmethod
     def _dismiss(guardian: subprocess.Popen[bytes]) -> None:
@@ -259,10 +265,8 @@ def end_group(process: subprocess.Popen[bytes], grace: float = GRACE) -> None:
         time.sleep(0.05)
     while group_members(process.pid) and time.monotonic() < deadline:
         time.sleep(0.05)
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
     while group_members(process.pid):
         time.sleep(0.05)

@@ -61,8 +61,8 @@ MODELS: Final[dict[str, Weights]] = {
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         megabytes=253,
         origin="google/gemma-3-270m (base model), as a Q4_K_M GGUF",
-        terms="Gemma 3 270M is subject to the Gemma Terms of Use, https://ai.google.dev/gemma/terms, its prohibited-use\n"
-        "policy included. Making and using this model means accepting them. (MODEL=smollm2-135m is Apache-2.0.)",
+        terms="Gemma 3 270M is subject to the Gemma Terms of Use, https://ai.google.dev/gemma/terms, with its\n"
+        "prohibited-use policy. Making and using this model means accepting them. (MODEL=smollm2-135m is Apache-2.0.)",
         notices=(f"{_GEMMA}/data/NOTICE.md", f"{_GEMMA}/data/GEMMA_TERMS.html"),
         bos="<bos>",
     ),

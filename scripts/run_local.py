@@ -26,46 +26,37 @@ if str(REPO_ROOT) not in sys.path:  # run as a script, without an installed pack
 from core.vllm_server import ServerFailed, VLLMServer  # noqa: E402
 
 ICM: Final = REPO_ROOT / "src" / "experiments" / "ICM.py"
-# What a run on the built-in claims needs to end within minutes on two cores; each can be given again, and differently.
-DEFAULTS: Final = {"--testbed": "builtin"}
 
 
 def icm_command(model: str, given: Sequence[str]) -> list[str]:
-    """ICM.py with the defaults of a local run wherever `given` does not say otherwise."""
+    """ICM.py on the built-in claims, unless `given` names other data; every other setting is ICM.py's default."""
     names = {argument.split("=", 1)[0] for argument in given}
-    defaults = [part for name, value in DEFAULTS.items() if name not in names for part in (name, value)]
-    if "--data" in names and "--testbed" not in names:
-        defaults = [part for name, value in DEFAULTS.items() if name != "--testbed" and name not in names for part in (name, value)]
-    return [sys.executable, str(ICM), "--model", model, *defaults, *given]
+    testbed = [] if names & {"--testbed", "--data"} else ["--testbed", "builtin"]
+    return [sys.executable, str(ICM), "--model", model, *testbed, *given]
 
 
 def run_icm(command: Sequence[str], url: str) -> int:
-    """Run ICM.py against `url` to its end and return its exit code; Ctrl-C and SIGTERM are left to it.
+    """Run ICM.py against `url` to its end and return its exit code, passing on Ctrl-C and SIGTERM.
 
-    A terminal sends Ctrl-C to it as well as to us: it saves, says how to resume, and ends, and we wait for that.
+    It is put into a process group of its own, because a terminal's Ctrl-C would otherwise reach it twice: it takes the
+    first one for "save and end", the second for "end now".
     """
     environment = {**os.environ, "VLLM_BASE_URL": url, "USE_VLLM": "true"}
-    process = subprocess.Popen(command, env=environment)
+    process = subprocess.Popen(command, env=environment, process_group=0)
     try:
         while True:
             try:
                 return process.wait()
             except KeyboardInterrupt:
-                continue
+                process.send_signal(signal.SIGINT)
     finally:
-        if process.poll() is None:  # we were told to end (SIGTERM): so is it, and it gets the time to save
-            process.send_signal(signal.SIGTERM)
+        if process.poll() is None:  # SIGTERM or SIGHUP told us to end
+            process.terminate()
             try:
                 process.wait(30)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-
-
-def is_complete(command: Sequence[str]) -> bool | int:
-    """Whether the run is complete (its summary was printed then); an exit code where the command itself is wrong."""
-    code = subprocess.run([*command, "--is_complete"], check=False).returncode
-    return code == 0 if code in (0, 1) else code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -78,15 +69,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, rest = parser.parse_known_args(arguments)
     command = icm_command(options.model, rest)
 
-    complete = is_complete(command)
-    if complete is True:
-        return 0
-    if complete is not False:
-        return complete
+    # Prints the summary of a complete run (0), nothing of an unfinished one (1), and complains about bad input (2).
+    if (code := subprocess.run([*command, "--is_complete"], check=False).returncode) != 1:
+        return code
     prepare = [sys.executable, str(REPO_ROOT / "scripts" / "prepare_model.py"), "--model", options.model]
-    if not (REPO_ROOT / "models" / options.model / "provenance.json").is_file():
-        if code := subprocess.run(prepare, check=False).returncode:
-            return code
+    missing = not (REPO_ROOT / "models" / options.model / "provenance.json").is_file()
+    if missing and (code := subprocess.run(prepare, check=False).returncode):
+        return code
     try:
         with VLLMServer(model=options.model, log=options.server_log) as server:
             return run_icm(command, server.url)

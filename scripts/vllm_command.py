@@ -3,18 +3,19 @@
 
     python scripts/vllm_command.py 8B --port 8000 --max-model-len 65536
 
-Prints one shell-quoted line, `env NAME=VALUE ... PYTHON -m vllm.entrypoints.openai.api_server --model ...`; whoever wants
-to start it uses scripts/launch_vllm_server.sh. Exit code 2: it could not start, one line says why and what to do.
+Prints one shell-quoted line, `env NAME=VALUE ... PYTHON -m vllm.entrypoints.openai.api_server --model ...`; whoever
+wants to start it uses scripts/launch_vllm_server.sh. Exit code 2: it could not start, one line says why and what to do.
 """
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 import shlex
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -65,7 +66,9 @@ def read_section(size: str, config: Path = CONFIG) -> Section:
 
 def _resolve(name: str, sections: Mapping[str, Mapping[str, object]], config: Path) -> Section:
     """`name` on top of what it inherits. Raises LaunchError for keys that mean nothing, or a circle."""
-    model, env, options = "", {}, {}
+    model = ""
+    env: dict[str, str] = {}
+    options: dict[str, Option] = {}
     for link in reversed(_chain(name, sections, config)):
         section = sections[link]
         if unknown := set(section) - {"inherit", "model", "env", "options"}:
@@ -108,22 +111,21 @@ def locate_model(model: str, root: Path = REPO_ROOT) -> str:
 
 def serve_options(section: Section, extra: Sequence[str]) -> list[str]:
     """vLLM's arguments but for --model; an option among `extra` replaces the section's own."""
-    given = {name for argument in extra if argument.startswith("--") for name in _names(argument)}
+    given = {_name(argument) for argument in extra if argument.startswith("--")}
     arguments: list[str] = []
-    for name, value in section.options.items():
-        if name in given:
+    for option, value in section.options.items():
+        if _name(f"--{option}") in given:
             continue
         if isinstance(value, bool):
-            arguments.append(f"--{'' if value else 'no-'}{name}")
+            arguments.append(f"--{'' if value else 'no-'}{option}")
         else:
-            arguments += [f"--{name}", str(value)]
+            arguments += [f"--{option}", str(value)]
     return [*arguments, *extra]
 
 
-def _names(argument: str) -> set[str]:
-    """The names of the options that `argument` replaces: its own, and the one it is the negation of."""
-    name = argument[2:].split("=", 1)[0].replace("_", "-") if "." not in argument.split("=", 1)[0] else argument[2:].split("=", 1)[0]
-    return {name, name.removeprefix("no-")}
+def _name(argument: str) -> str:
+    """What `--some-option=1`, `--some_option` and `--no-some-option` are all about."""
+    return argument[2:].split("=", 1)[0].replace("_", "-").removeprefix("no-")
 
 
 def take(name: str, arguments: Sequence[str], default: str) -> tuple[str, list[str]]:
@@ -154,17 +156,26 @@ def check_port(host: str, text: str) -> int:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except OSError as error:
-        if error.errno == 98:
-            raise LaunchError(f"port {port} on {host} is in use: stop what runs there, or give another --port") from None
+        if error.errno == errno.EADDRINUSE:
+            raise LaunchError(
+                f"port {port} on {host} is in use: stop what runs there, or give another --port"
+            ) from None
         raise LaunchError(f"cannot listen on {host} port {port}: {error.strerror}") from None
     return port
 
 
-def command(arguments: Sequence[str], environ: Mapping[str, str], config: Path = CONFIG) -> tuple[dict[str, str], list[str]]:
+def command(
+    arguments: Sequence[str], environ: Mapping[str, str], config: Path = CONFIG
+) -> tuple[dict[str, str], list[str]]:
     """(environment to add, argv) of the server that `SIZE [OPTION ...]` asks for. Raises LaunchError."""
     if not arguments or arguments[0].startswith("-"):
-        raise LaunchError("usage: launch_vllm_server.sh {405B|70B|8B|local|PATH_OR_HF_ID} [--port P] [--host H] [--print]")
+        raise LaunchError(
+            "usage: launch_vllm_server.sh {405B|70B|8B|local|PATH_OR_HF_ID} [--port P] [--host H] [--print]"
+        )
     size, *rest = arguments
+    if any(_name(argument) == "api-key" for argument in rest if argument.startswith("--")):
+        # An argument is seen by everyone who can list processes, and by whoever reads the log.
+        raise LaunchError("give the key in the environment instead: VLLM_API_KEY=...")
     section = read_section(size, config)
     wanted, rest = take("model", rest, section.model)
     if size == "local" and "/" not in wanted:
@@ -179,7 +190,15 @@ def command(arguments: Sequence[str], environ: Mapping[str, str], config: Path =
     port = check_port(host, port_text)
     argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", served]
     argv += ["--host", host, "--port", str(port), *serve_options(section, rest)]
-    return {name: value for name, value in section.env.items() if name not in environ}, argv
+    return {name: value for name, value in _environment(section.env) if name not in environ}, argv
+
+
+def _environment(env: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """`{prefix}` is the folder of this interpreter's environment; a file named so is left out where it is missing."""
+    for name, value in env.items():
+        filled = value.replace("{prefix}", sys.prefix)
+        if filled == value or Path(filled).exists():
+            yield name, filled
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

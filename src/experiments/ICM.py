@@ -136,10 +136,23 @@ def build_parser() -> argparse.ArgumentParser:
         help="order of demonstrations: prefix tree, or the published code's fixed order",
     )
     search.add_argument(
+        "--anchors",
+        type=_at_least(0),
+        default=defaults.anchors,
+        help="labels that stand last in every prompt of a tree, the same for all",
+    )
+    search.add_argument(
         "--max_tail",
         type=_at_least(1),
         default=defaults.max_tail,
         help="labels appended to the tree before it is rebuilt (less if the KV cache is small)",
+    )
+
+    search.add_argument(
+        "--mirror",
+        action=argparse.BooleanOptionalAction,
+        default=defaults.mirror,
+        help="once settled, flip every label if U says so: inverted labels are a second optimum",
     )
 
     run = parser.add_argument_group("run")

@@ -48,7 +48,9 @@ class SearchSettings:
 
     decay: the paper's beta in scheduler "log", the base of the power in "exp", unused in "log-upstream".
     patience: proposals in a row that change nothing before stop "labelled" ends (see `finished`).
+    anchors: claims that stand last in every prompt when a tree is built (see prefix_tree).
     max_tail: appended demonstrations after which the tree is built anew.
+    mirror: once the search has settled, try all labels flipped (see `wants_mirror`).
     """
 
     seed: int = 27565976
@@ -62,7 +64,9 @@ class SearchSettings:
     stop: Stop = "labelled"
     patience: int = 30
     layout: LayoutName = "tree"
+    anchors: int = 4
     max_tail: int = 16
+    mirror: bool = True
 
     def temperature(self, iteration: int, accepted: int) -> float:
         """T of iteration n = 0, 1, ... after `accepted` accepted changes.
@@ -96,15 +100,26 @@ class Problem:
     def new_layout(self, labelled: Sequence[int], rebuilds: int = 0) -> Layout:
         if self.settings.layout == "upstream":
             return UpstreamLayout.build(labelled)
-        return TreeLayout.build(labelled, self.groups, generator(self.settings.seed, Stream.LAYOUT, rebuilds))
+        rng = generator(self.settings.seed, Stream.LAYOUT, rebuilds)
+        return TreeLayout.build(labelled, self.groups, rng, anchors=self.settings.anchors)
 
     def seed_labels(self) -> Labels:
-        """Random labels, half True and half False, for the first num_seed claims of the pool; the rest None."""
+        """Random labels, half True and half False, for num_seed claims; the rest None.
+
+        The claims are the first of each group in the pool's order, then the second of each, and so on: random labels
+        of one group would contradict each other, and repairing them would pick the seeds by their score.
+        """
         count = min(self.settings.num_seed, self.size)
         rng = generator(self.settings.seed, Stream.SEEDS)
         odd = [bool(rng.random() < 0.5)] * (count % 2)
         drawn = rng.permutation(np.array([True] * (count // 2) + [False] * (count // 2) + odd, dtype=bool))
-        return (*drawn.tolist(), *([None] * (self.size - count)))
+        seen: Counter[str] = Counter()
+        rank = []
+        for claim, group in enumerate(self.groups):
+            rank.append((seen[group], claim))
+            seen[group] += 1
+        seeds = dict(zip((claim for _, claim in sorted(rank)), drawn.tolist(), strict=False))
+        return tuple(seeds.get(claim) for claim in range(self.size))
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +143,7 @@ class SearchState:
     unchanged: int = 0
     refused: frozenset[int] = frozenset()
     rebuilds: int = 0
+    mirror_tried: bool = False
 
     @property
     def labelled(self) -> tuple[int, ...]:
@@ -267,7 +283,7 @@ def rebuild(state: SearchState, layout: Layout, evaluation: Evaluation) -> Searc
     return replace(state, layout=layout, evaluation=evaluation, rebuilds=state.rebuilds + 1)
 
 
-def finished(problem: Problem, state: SearchState) -> bool:
+def settled(problem: Problem, state: SearchState) -> bool:
     """K iterations, or `patience` proposals in a row without a change once no claim is left to try.
 
     A claim is left to try while it has no label and was not proposed since the last change: U is a mean, so a search
@@ -279,3 +295,36 @@ def finished(problem: Problem, state: SearchState) -> bool:
     if settings.stop == "K" or state.unchanged < settings.patience:
         return False
     return all(label is not None or claim in state.refused for claim, label in enumerate(state.labels))
+
+
+def wants_mirror(problem: Problem, state: SearchState) -> bool:
+    """Whether the settled search should try all labels flipped.
+
+    A model that learns from its context predicts consistently inverted labels nearly as well as the right ones, so the
+    search has a second basin, and single flips cannot leave it. Not in the paper; decided by U alone, once a run.
+    """
+    return problem.settings.mirror and not state.mirror_tried and bool(state.labelled) and settled(problem, state)
+
+
+def mirrored_labels(labels: Labels) -> Labels:
+    """Every label flipped."""
+    return tuple(None if label is None else not label for label in labels)
+
+
+def mirror(state: SearchState, evaluation: Evaluation | None) -> SearchState:
+    """The state after the mirror was tried: flipped where `evaluation` (of the flipped labels) is given."""
+    if evaluation is None:
+        return replace(state, mirror_tried=True)
+    return replace(
+        state,
+        labels=mirrored_labels(state.labels),
+        evaluation=evaluation,
+        unchanged=0,
+        refused=frozenset(),
+        mirror_tried=True,
+    )
+
+
+def finished(problem: Problem, state: SearchState) -> bool:
+    """Settled, and the mirror tried where it is wanted."""
+    return settled(problem, state) and not wants_mirror(problem, state)

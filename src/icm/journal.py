@@ -1,6 +1,7 @@
 """One line an iteration: what a search did, complete enough to replay it without asking the model again.
 
-Three events: "start" (the repaired seeds), "rebuild" (the same labels scored in a new layout), "step". Replaying
+Four events: "start" (the repaired seeds), "step" (an iteration), "rebuild" (the same labels scored in a new layout),
+"mirror" (all labels flipped, once, when the search has settled). Replaying
 folds them through `annealing.advance`, so a resumed search stands exactly where the last complete line left it.
 """
 
@@ -15,9 +16,12 @@ from src.icm.annealing import (
     SearchState,
     advance,
     flipped,
+    mirror,
+    mirrored_labels,
     propose,
     rebuild,
     rebuilt_layout,
+    wants_mirror,
     wants_rebuild,
 )
 from src.icm.consistency import Labels
@@ -45,6 +49,21 @@ def rebuild_record(state: SearchState) -> Record:
         "scores": _scores(state.evaluation),
         "U": state.evaluation.utility,
     }
+
+
+def mirror_record(after: SearchState, accepted: bool, proposed_utility: float) -> Record:
+    """What flipping every label was worth, and whether it was kept."""
+    record: Record = {
+        "event": "mirror",
+        "iteration": after.iteration,
+        "U_proposed": proposed_utility,
+        "accepted": accepted,
+        "U": after.evaluation.utility,
+    }
+    if accepted:
+        record["changes"] = {str(i): after.labels[i] for i in after.labelled}
+        record["scores"] = _scores(after.evaluation)
+    return record
 
 
 def step_record(before: SearchState, outcome: Outcome, after: SearchState) -> Record:
@@ -100,6 +119,12 @@ def _apply(problem: Problem, state: SearchState | None, record: Mapping[str, Any
         if not wants_rebuild(problem, state):
             raise JournalMismatch(f"it rebuilds at iteration {state.iteration}, where this search would not")
         return rebuild(state, rebuilt_layout(problem, state), _evaluation(problem, state.labels, record))
+    if event == "mirror":
+        if not wants_mirror(problem, state):
+            raise JournalMismatch(f"it mirrors at iteration {state.iteration}, where this search would not")
+        if not record["accepted"]:
+            return mirror(state, None)
+        return mirror(state, _evaluation(problem, mirrored_labels(state.labels), record))
     if event != "step":
         raise JournalMismatch(f"it has an event {event!r} that this version does not know")
     claim = record["claim"]

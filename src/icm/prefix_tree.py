@@ -6,6 +6,10 @@ tree, N * log2(N) demonstrations instead of N * N / 2. Labels added since the tr
 it, so that adding one costs each prompt one demonstration and its question. `UpstreamLayout` is the published code's
 order: the pool's, with the asked claim left out.
 
+The demonstrations nearest to a question weigh most. In the bare tree they differ from question to question, and a
+search learns to exploit that: it labels neighbours in the tree for each other's sake. A few claims, the *anchors*,
+therefore stand in the tail from the start, the same last demonstrations for every question.
+
 A claim's siblings (same group, often the opposite answer) must not stand next to its question, or their labels give
 the answer away: members of a group part at the root, and siblings in the tail move up behind the root's edge.
 """
@@ -46,10 +50,6 @@ class Layout(Protocol):
         """The layout with one more labelled claim."""
         ...
 
-    def rebuild(self, rng: np.random.Generator) -> Layout:
-        """The same claims laid out anew, with no tail."""
-        ...
-
 
 @dataclass(frozen=True)
 class UpstreamLayout:
@@ -75,30 +75,37 @@ class UpstreamLayout:
     def append(self, claim: int) -> UpstreamLayout:
         return UpstreamLayout.build((*self.labelled, claim))
 
-    def rebuild(self, rng: np.random.Generator) -> UpstreamLayout:
-        return self
-
 
 @dataclass(frozen=True)
 class TreeLayout:
     """A binary tree over the claims labelled when it was built, and a tail of those labelled since.
 
     groups: the group of every claim of the pool (length N). Groups, not labels: a layout stays as labels flip.
+    anchors: how many claims of the tail stood there when the tree was built.
     """
 
     groups: tuple[str, ...]
     root: Node | None = None
     tail: tuple[int, ...] = ()
+    anchors: int = 0
 
     @classmethod
-    def build(cls, labelled: Iterable[int], groups: Sequence[str], rng: np.random.Generator) -> TreeLayout:
-        """A tree over `labelled` in a random order drawn from `rng`, members of a group parted at the root."""
+    def build(
+        cls, labelled: Iterable[int], groups: Sequence[str], rng: np.random.Generator, *, anchors: int = 0
+    ) -> TreeLayout:
+        """A tree over `labelled` in a random order drawn from `rng`, members of a group parted at the root.
+
+        anchors: how many claims (at most half of them) stand in the tail from the start, so that the demonstrations
+        nearest to the question, which weigh most, are the same for every question.
+        """
         order = rng.permutation(np.array(sorted(labelled), dtype=np.int64)).tolist()
-        return cls(tuple(groups), _halve(order, groups) if order else None)
+        anchors = min(anchors, len(order) // 2)
+        inside = len(order) - anchors
+        return cls(tuple(groups), _halve(order[:inside], groups) if order else None, tuple(order[inside:]), anchors)
 
     @property
     def tail_length(self) -> int:
-        return len(self.tail)
+        return len(self.tail) - self.anchors
 
     @property
     def questions(self) -> tuple[int, ...]:
@@ -116,9 +123,6 @@ class TreeLayout:
         if claim in self._paths or claim in self.tail:
             raise ValueError(f"claim {claim} is already laid out")
         return replace(self, tail=(*self.tail, claim))
-
-    def rebuild(self, rng: np.random.Generator) -> TreeLayout:
-        return TreeLayout.build(self.questions, self.groups, rng)
 
     @cached_property
     def _paths(self) -> dict[int, tuple[Context, ...]]:

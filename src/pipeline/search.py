@@ -22,14 +22,25 @@ from src.icm.annealing import (
     explore,
     finished,
     flipped,
+    mirror,
+    mirrored_labels,
     predicted_label,
     propose,
     rebuild,
     rebuilt_layout,
+    wants_mirror,
     wants_rebuild,
 )
 from src.icm.consistency import Labels
-from src.icm.journal import JournalMismatch, Record, rebuild_record, replay, start_record, step_record
+from src.icm.journal import (
+    JournalMismatch,
+    Record,
+    mirror_record,
+    rebuild_record,
+    replay,
+    start_record,
+    step_record,
+)
 from src.icm.objective import Evaluation
 from src.icm.prefix_tree import Layout
 from src.icm.prompts import PromptBook
@@ -129,6 +140,12 @@ async def search(scorer: PoolScorer, folder: RunFolder, on_record: OnRecord) -> 
         state = await _start(scorer)
         await journal(start_record(state), state)
     while not finished(problem, state):
+        if wants_mirror(problem, state):
+            [evaluation] = await scorer.evaluate([Candidate(mirrored_labels(state.labels), state.layout)])
+            accepted = evaluation.utility > state.evaluation.utility
+            state = mirror(state, evaluation if accepted else None)
+            await journal(mirror_record(state, accepted, evaluation.utility), state)
+            continue
         if wants_rebuild(problem, state):
             layout = rebuilt_layout(problem, state)
             [evaluation] = await scorer.evaluate([Candidate(state.labels, layout)])

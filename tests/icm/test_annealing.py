@@ -22,9 +22,11 @@ from src.icm.annealing import (
     decide,
     explore,
     finished,
+    mirror,
     predicted_label,
     proposal_weights,
     propose,
+    wants_mirror,
     wants_rebuild,
 )
 from src.icm.consistency import Consistency, Constraint, Labels, Relation
@@ -86,6 +88,12 @@ def test_seed_labels_are_half_true(num_seed: int, trues: set[int]) -> None:
         known = [label for label in labels if label is not None]
         assert len(known) == min(num_seed, 10)
         assert sum(known) in trues
+
+
+def test_seeds_are_of_different_groups_while_there_are_any() -> None:
+    groups = ("a", "a", "a", "b", "b", "c")
+    p = Problem(groups, Consistency([]), Objective(1.0), SearchSettings(num_seed=4))
+    assert [claim for claim, label in enumerate(p.seed_labels()) if label is not None] == [0, 1, 3, 5]
 
 
 def test_unlabelled_siblings_of_labelled_claims_weigh_100() -> None:
@@ -198,6 +206,7 @@ def test_advance_appends_a_new_claim_and_resets_patience() -> None:
     assert after.layout.questions[-1] == 2
     flip = advance(p, after, Outcome(0, -1.0, False, 10.0, labels=(False, False, True, None), evaluation=worth(3.0)))
     assert flip.layout.questions == after.layout.questions
+    assert after.layout.tail_length == 1
 
 
 def test_rebuild_when_the_tail_is_long() -> None:
@@ -214,12 +223,27 @@ def test_rebuild_when_the_tail_is_long() -> None:
 
 
 def test_stop_labelled_waits_for_all_labels_and_patience() -> None:
-    p = problem(patience=5)
+    p = problem(patience=5, mirror=False)
     assert not finished(p, state_of(p, (True, True, True, None), unchanged=99, refused=frozenset({0})))
     assert finished(p, state_of(p, (True, True, True, None), unchanged=99, refused=frozenset({0, 3})))
     assert not finished(p, state_of(p, (True,) * 4, unchanged=4))
     assert finished(p, state_of(p, (True,) * 4, unchanged=5))
     assert finished(p, state_of(p, (True, True, True, None), iteration=3000))
-    k = problem(stop="K", K=10)
+    k = problem(stop="K", K=10, mirror=False)
     assert not finished(k, state_of(k, (True,) * 4, unchanged=99, iteration=9))
     assert finished(k, state_of(k, (True,) * 4, iteration=10))
+
+
+def test_the_mirror_is_tried_once_when_the_search_has_settled() -> None:
+    p = problem(patience=5)
+    unsettled = state_of(p, (True, False, True, True), unchanged=4)
+    assert not wants_mirror(p, unsettled)
+    settled = state_of(p, (True, False, True, True), unchanged=5)
+    assert wants_mirror(p, settled)
+    assert not finished(p, settled)
+    assert finished(p, mirror(settled, None))
+    turned = mirror(settled, worth(9.0))
+    assert turned.labels == (False, True, False, False)
+    assert not finished(p, turned)  # the search goes on from there
+    assert not wants_mirror(p, turned)
+    assert not wants_mirror(problem(patience=5, mirror=False), settled)

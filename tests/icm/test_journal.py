@@ -19,14 +19,17 @@ from src.icm.annealing import (
     explore,
     finished,
     flipped,
+    mirror,
+    mirrored_labels,
     predicted_label,
     propose,
     rebuild,
     rebuilt_layout,
+    wants_mirror,
     wants_rebuild,
 )
 from src.icm.consistency import Consistency, Relation
-from src.icm.journal import JournalMismatch, rebuild_record, replay, start_record, step_record
+from src.icm.journal import JournalMismatch, mirror_record, rebuild_record, replay, start_record, step_record
 from src.icm.objective import Evaluation, Objective
 
 
@@ -66,6 +69,13 @@ def run(problem: Problem) -> tuple[list[dict[str, Any]], list[SearchState]]:
     state = SearchState(0, best.labels, layout, evaluation)
     records, states = [start_record(state)], [state]
     while not finished(problem, state):
+        if wants_mirror(problem, state):
+            turned = worth(problem, Candidate(mirrored_labels(state.labels), state.layout))
+            accepted = turned.utility > state.evaluation.utility
+            state = mirror(state, turned if accepted else None)
+            records.append(mirror_record(state, accepted, turned.utility))
+            states.append(state)
+            continue
         if wants_rebuild(problem, state):
             new = rebuilt_layout(problem, state)
             state = rebuild(state, new, worth(problem, Candidate(state.labels, new)))
@@ -102,10 +112,22 @@ def run(problem: Problem) -> tuple[list[dict[str, Any]], list[SearchState]]:
 def test_replaying_any_prefix_gives_the_state_it_left() -> None:
     problem = make_problem()
     records, states = run(problem)
-    assert {"start", "step", "rebuild"} == {record["event"] for record in records}
+    assert {"start", "step", "rebuild", "mirror"} == {record["event"] for record in records}
     assert replay(problem, []) is None
     for count in range(1, len(records) + 1):
         assert replay(problem, records[:count]) == states[count - 1]
+
+
+def test_an_accepted_mirror_replays() -> None:
+    problem = make_problem(K=0)
+    records, states = run(problem)
+    assert [record["event"] for record in records] == ["start", "mirror"]
+    turned = worth(problem, Candidate(mirrored_labels(states[0].labels), states[0].layout))
+    accepted = mirror(states[0], turned)
+    record = mirror_record(accepted, True, turned.utility)
+    assert replay(problem, [records[0], json.loads(json.dumps(record))]) == accepted
+    with pytest.raises(JournalMismatch, match="mirrors"):
+        replay(make_problem(K=0, mirror=False), records)
 
 
 def test_a_journal_of_another_seed_is_refused() -> None:

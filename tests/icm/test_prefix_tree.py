@@ -84,11 +84,18 @@ def test_depth_first_neighbours_share_all_but_a_few_demonstrations() -> None:
         assert first[:-1] == second[:-1]
 
 
-def test_rebuild_takes_the_tail_into_the_tree() -> None:
-    layout = TreeLayout.build(range(4), ["a", "b", "c", "d", "e"], np.random.default_rng(0)).append(4)
-    rebuilt = layout.rebuild(np.random.default_rng(1))
-    assert rebuilt.tail_length == 0
-    assert sorted(rebuilt.questions) == [0, 1, 2, 3, 4]
+@pytest.mark.parametrize("size", [2, 3, 8, 33, 64])
+def test_anchors_stand_last_in_every_prompt(size: int) -> None:
+    layout = TreeLayout.build(range(size), [str(i) for i in range(size)], np.random.default_rng(0), anchors=4)
+    anchors = layout.tail
+    assert len(anchors) == min(4, size // 2)
+    assert layout.tail_length == 0
+    assert sorted(layout.questions) == list(range(size))
+    for claim in layout.questions:
+        expected = tuple(anchor for anchor in anchors if anchor != claim)
+        context = layout.context(claim)
+        assert sorted((*context, claim)) == list(range(size))
+        assert context[len(context) - len(expected) :] == expected
 
 
 def test_a_claim_cannot_be_appended_twice() -> None:

@@ -1,0 +1,200 @@
+#!/usr/bin/env python3
+"""Smoke check of a vLLM server: can ICM's questions be asked of it, exactly and cheaply?
+
+    python scripts/test_vllm_server.py                              # the server that VLLM_BASE_URL or SECRETS names
+    python scripts/test_vllm_server.py --url http://host:8000 --model meta-llama/Llama-3.1-8B --wait 600
+
+One line a check. Exit code 0: all passed; 1: a check failed; 2: nothing answers, or the arguments are wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+REPO_ROOT: Final = Path(__file__).resolve().parents[1]
+if str(REPO_ROOT) not in sys.path:  # run as a script, without an installed package
+    sys.path.insert(0, str(REPO_ROOT))
+
+from core.llm_api.errors import APIError, ConfigurationError  # noqa: E402
+from core.llm_api.retry import RetryPolicy  # noqa: E402
+from core.llm_api.tokens import resolve_label_tokens  # noqa: E402
+from core.llm_api.transport import HttpOptions, HttpTransport  # noqa: E402
+from core.llm_api.types import LabelTokens, Prompt, Segment  # noqa: E402
+from core.llm_api.vllm_llm import VLLMClient  # noqa: E402
+from core.settings import Settings  # noqa: E402
+
+START: Final = "scripts/launch_vllm_server.sh {8B|70B|405B|local} starts one"
+WORDS: Final = [
+    "north",
+    "river",
+    "copper",
+    "seven",
+    "lamp",
+    "window",
+    "garden",
+    "slow",
+    "paper",
+    "stone",
+    "quiet",
+    "market",
+    "orange",
+    "ladder",
+    "cloud",
+    "violin",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One line of the report. todo: what to do about a failure."""
+
+    name: str
+    passed: bool
+    found: str
+    todo: str = ""
+
+    def line(self) -> str:
+        """For a terminal."""
+        todo = f"  ->  {self.todo}" if self.todo and not self.passed else ""
+        return f"{'pass' if self.passed else 'FAIL'}  {self.name:<20} {self.found}{todo}"
+
+
+async def examine(settings: Settings, model: str | None, wait: float, report: Callable[[Check], None]) -> int:
+    """Make every check that the ones before it allow, telling `report` about each; returns the exit code."""
+    options = HttpOptions(
+        connect_timeout=settings.connect_timeout,
+        read_timeout=settings.read_timeout,
+        retry=RetryPolicy(max_attempts=2, deadline=60.0),
+    )
+    start = time.monotonic()
+    served = await _served(settings, options, wait)
+    if isinstance(served, APIError):
+        report(Check("reachable", False, f"{settings.vllm_url}: {served.args[0]}", served.hint or START))
+        return 2
+    report(Check("reachable", True, f"{settings.vllm_url} after {time.monotonic() - start:.1f} s"))
+
+    wanted = model or (served[0] if served else "")
+    names = ", ".join(served) or "no model"
+    if wanted not in served:
+        report(
+            Check("model served", False, f"{names}, not {wanted or 'any'}", f"give one of these as --model, or {START}")
+        )
+        return 1
+    client = VLLMClient(settings.vllm_url, wanted, api_key=settings.vllm_api_key, options=options)
+    try:
+        return await _ask(client, wanted, report)
+    except APIError as error:
+        report(Check("answers", False, str(error.args[0]), error.hint or "see the server's log"))
+        return 1
+    finally:
+        await client.aclose()
+
+
+async def _ask(client: VLLMClient, model: str, report: Callable[[Check], None]) -> int:
+    identity = await client.start()
+    report(Check("model served", True, f"{model}, vLLM {identity.version or '?'}, context {identity.max_model_len}"))
+
+    update = "update vLLM, or start it with --max-logprobs 20 and run ICM with --missing_label floor"
+    try:
+        labels = await resolve_label_tokens(client)
+    except ConfigurationError as error:
+        report(Check("exact label logprobs", False, str(error.args[0]), error.hint))
+        return 1
+    ok, found = await _labels_exact(client, labels)
+    report(Check("exact label logprobs", ok, found, update))
+    passed = ok
+    ok, found = await _prefix_cached(client, labels, identity.max_model_len)
+    report(Check("prefix caching", ok, found, "start the server with --enable-prefix-caching and --block-size 16"))
+    return 0 if passed and ok else 1
+
+
+async def _served(settings: Settings, options: HttpOptions, wait: float) -> list[str] | APIError:
+    """Names of the served models, or why there is no answer within `wait` seconds."""
+    http = HttpTransport(
+        settings.vllm_url, key=settings.vllm_api_key, key_name="VLLM_API_KEY", options=options, absent=START
+    )
+    deadline = time.monotonic() + wait
+    try:
+        while True:
+            try:
+                listed = json.loads(await http.send("GET", "/v1/models"))
+                return [str(card["id"]) for card in listed["data"]]
+            except (ValueError, LookupError, TypeError):
+                return ConfigurationError("answers, but not like a vLLM server.", hint=START)
+            except APIError as error:
+                if time.monotonic() >= deadline or isinstance(error, ConfigurationError):
+                    return error
+            await asyncio.sleep(min(1.0, max(0.0, deadline - time.monotonic())))
+    finally:
+        await http.aclose()
+
+
+async def _labels_exact(client: VLLMClient, labels: LabelTokens) -> tuple[bool, str]:
+    tokens = (await client.tokenize(["Question: Is fire hot?\nI think this claim is"], special=True))[0]
+    score = (await client.score([Prompt((Segment("", tokens),), name="label check")], labels)).logprobs[0]
+    how = "by token id" if client.exact_labels else "only among the top logprobs"
+    return (
+        client.exact_labels,
+        f"{how}; log P({labels.true!r}) {score.true:.2f}, log P({labels.false!r}) {score.false:.2f}",
+    )
+
+
+async def _prefix_cached(client: VLLMClient, labels: LabelTokens, context: int | None) -> tuple[bool, str]:
+    """Ask one long prompt, never seen before, twice: the second time nearly all of it must come from the cache."""
+    words = random.Random(time.time_ns()).choices(WORDS, k=min(600, (context or 2048) // 4))
+    tokens = (await client.tokenize([" ".join(words)], special=True))[0]
+    prompt = Prompt((Segment("", tokens),), name="prefix cache check")
+    seconds = []
+    before = None
+    for _ in range(2):
+        before = await client.prefix_cache()
+        start = time.monotonic()
+        await client.score([prompt], labels)
+        seconds.append(time.monotonic() - start)
+    after = await client.prefix_cache()
+    if before is None or after is None:
+        return False, "the server shows no counters at /metrics"
+    hits = (after - before).hits
+    found = f"{hits} of {len(tokens)} tokens the second time, {seconds[1]:.2f} s after {seconds[0]:.2f} s"
+    return hits >= 0.75 * len(tokens), found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--url", help="base URL, with or without /v1 (default: VLLM_BASE_URL)")
+    parser.add_argument("--model", help="name under which it is served (default: the first one it serves)")
+    parser.add_argument("--wait", type=float, default=0.0, metavar="SECONDS", help="how long it may take to come up")
+    parser.add_argument("--json", action="store_true", help="one JSON list instead of lines")
+    options = parser.parse_args(arguments)
+    checks: list[Check] = []
+
+    def report(check: Check) -> None:
+        checks.append(check)
+        if not options.json:
+            print(check.line(), flush=True)
+
+    try:
+        settings = Settings.load({"vllm_base_url": options.url})
+        code = asyncio.run(examine(settings, options.model, options.wait, report))
+    except ConfigurationError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    if options.json:
+        print(json.dumps([asdict(check) for check in checks], indent=1))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

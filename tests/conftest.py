@@ -1,0 +1,44 @@
+"""The one real vLLM server that all tests marked real_server share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from core.vllm_server import VLLMServer, is_healthy
+
+REPO_ROOT = Path(__file__).resolve().parents[1]
+MODEL = os.environ.get("ICM_TEST_MODEL", "gemma-3-270m")
+
+
+@dataclass(frozen=True)
+class RunningServer:
+    """Base URL, without /v1, and the name of the served model."""
+
+    url: str
+    model: str
+
+
+@pytest.fixture(scope="session")
+def vllm_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """A local vLLM server, started once a session; or the one at ICM_TEST_SERVER, left running."""
+    running = os.environ.get("ICM_TEST_SERVER")
+    if running:
+        url = running.rstrip("/").removesuffix("/v1")
+        assert is_healthy(url), f"ICM_TEST_SERVER={running} does not answer"
+        yield RunningServer(url, MODEL)
+        return
+    log = tmp_path_factory.mktemp("vllm") / "server.log"
+    with VLLMServer(model=MODEL, log=log) as server:
+        yield RunningServer(server.url, server.model)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test that shares the real server may be the one that waits for its start; it gets the time for that."""
+    for item in items:
+        if item.get_closest_marker("real_server") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(900))

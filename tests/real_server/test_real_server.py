@@ -1,0 +1,124 @@
+"""Against a real vLLM server on the CPU with a real small model: what the tree saves, and a whole run."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from core.llm_api.llm import ModelAPI
+from core.llm_api.types import Prompt
+from core.llm_api.vllm_llm import VLLMClient
+from src.icm.prefix_tree import Layout, TreeLayout, UpstreamLayout
+from src.icm.prompts import SEPARATOR, PromptBook
+from tests.conftest import RunningServer
+
+pytestmark = [pytest.mark.real_server, pytest.mark.timeout(900)]
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+SUBJECTS = [
+    "The capital of a country",
+    "A glass of cold water",
+    "The oldest tree in a park",
+    "My neighbour's small dog",
+]
+CLAIMS = ["is heavier than a train", "can be seen from far away", "was mentioned in the news", "makes people happy"]
+
+
+async def book_of(api: ModelAPI, size: int) -> tuple[PromptBook, list[bool]]:
+    """`size` claims of some 40 tokens, all different, with random labels."""
+    labels = await api.label_tokens()
+    rng = random.Random(size)
+    texts = [
+        f"Question: What do you know about number {i}, which somebody chose at random for this list of claims?\n"
+        f"Claim: {rng.choice(SUBJECTS)} {rng.choice(CLAIMS)}, {rng.randint(100, 999)} times a year.\n"
+        "I think this claim is"
+        for i in range(size)
+    ]
+    tokens = await api.tokenize(texts)
+    [bos] = await api.tokenize([""], special=True) or [[]]
+    [separator] = await api.tokenize([SEPARATOR]) or [[]]
+    book = PromptBook.build(texts, labels, tokens=tokens, prefix_tokens=bos, separator_tokens=separator)
+    return book, [rng.random() < 0.5 for _ in texts]
+
+
+def prompts_of(book: PromptBook, layout: Layout, labels: list[bool]) -> list[Prompt]:
+    return [book.prompt(claim, layout.context(claim), labels) for claim in layout.questions]
+
+
+async def test_the_tree_computes_at_most_a_quarter_of_upstreams_tokens(vllm_server: RunningServer) -> None:
+    size = 64
+    async with ModelAPI(VLLMClient(vllm_server.url, vllm_server.model)) as api:
+        book, labels = await book_of(api, size)
+        tree = TreeLayout.build(range(size), [str(i) for i in range(size)], np.random.default_rng(0))
+        computed = {}
+        # The two layouts share at most a block: each begins with another demonstration.
+        for name, layout in (("tree", tree), ("upstream", UpstreamLayout.build(range(size)))):
+            before = await api.prefix_cache()
+            scores = await api.score(prompts_of(book, layout, labels), await api.label_tokens())
+            after = await api.prefix_cache()
+            assert before is not None
+            assert after is not None
+            assert len(scores.logprobs) == size
+            delta = after - before
+            assert delta.queries == sum(prompt.num_tokens for prompt in prompts_of(book, layout, labels))
+            computed[name] = delta.computed
+        print(f"computed tokens at N = {size}: {computed}, ratio {computed['tree'] / computed['upstream']:.3f}")
+        assert computed["tree"] <= computed["upstream"] / 4
+
+
+async def test_an_appended_label_costs_little_more_than_itself(vllm_server: RunningServer) -> None:
+    size = 24
+    async with ModelAPI(VLLMClient(vllm_server.url, vllm_server.model)) as api:
+        book, labels = await book_of(api, size)
+        layout = TreeLayout.build(range(size - 1), [str(i) for i in range(size)], np.random.default_rng(0), anchors=4)
+        tokens = await api.label_tokens()
+        await api.score(prompts_of(book, layout, labels), tokens)
+        before = await api.prefix_cache()
+        await api.score(prompts_of(book, layout.append(size - 1), labels), tokens)
+        after = await api.prefix_cache()
+        assert before is not None
+        assert after is not None
+        demonstration = max(len(true) for _, true in book.demonstrations)
+        question = max(map(len, book.questions))
+        block = 32  # cached prefixes end on block borders, up to 31 tokens before the appended demonstration
+        assert (after - before).computed <= size * (demonstration + question + block)
+
+
+async def test_scores_follow_their_prompts_whatever_the_order(vllm_server: RunningServer) -> None:
+    async with ModelAPI(VLLMClient(vllm_server.url, vllm_server.model)) as api:
+        labels = await api.label_tokens()
+        texts = [f"Review: {word}.\nPositive:" for word in ("Wonderful", "Terrible", "Great", "Awful", "Superb", "Bad")]
+        book = PromptBook.build(texts, labels, tokens=await api.tokenize(texts, special=True))
+        prompts = [book.prompt(i, (), ()) for i in range(len(texts))]
+        forward = np.array((await api.score(prompts, labels)).log_odds)
+        backward = np.array((await api.score(prompts[::-1], labels)).log_odds)[::-1]
+        # bf16 on a CPU: the batch's composition moves scores by hundredths; another prompt's score is far away.
+        assert np.abs(forward - backward).max() < 0.26
+        assert np.abs(forward[:, None] - forward[None, :]).max() > 0.3
+
+
+async def test_a_whole_run_labels_its_pool(vllm_server: RunningServer, tmp_path: Path) -> None:
+    environment = {**os.environ, "VLLM_BASE_URL": vllm_server.url, "ICM_SECRETS": os.devnull}
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, str(REPOSITORY / "src" / "experiments" / "ICM.py"), "--testbed", "builtin"),
+        *("--model", vllm_server.model, "--runs_dir", str(tmp_path), "--run", "real", "--batch_size", "8"),
+        *("--num_seed", "4", "--alpha", "50", "--calibrate", "mean", "--patience", "10", "--K", "60", "--quiet"),
+        env=environment,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    out, err = await process.communicate()
+    assert process.returncode == 0, err.decode()
+    rows = [json.loads(line) for line in (tmp_path / "real" / "labels.jsonl").read_text().splitlines()]
+    assert len(rows) == 8
+    run = json.loads((tmp_path / "real" / "run.json").read_text())
+    assert run["cost"]["tokens_cached"] > 0
+    assert run["engine"]["version"]
+    assert "agreement with gold" in out.decode()

@@ -1,0 +1,38 @@
+"""Stands in for scripts/launch_vllm_server.sh: fake_vllm.py MANNER SIZE --port P ...
+
+A MANNER is one of: up (answers /health, with a child process as vLLM has), dies (exits 3 with a message), stubborn (as
+up, but ignores SIGTERM), silent (never answers).
+"""
+
+from __future__ import annotations
+
+import http.server
+import signal
+import subprocess
+import sys
+import time
+
+manner, arguments = sys.argv[1], sys.argv[2:]
+port = int(arguments[arguments.index("--port") + 1])
+print("(APIServer pid=7) INFO 11-21 13:17:27 [core.py:1] \x1b[1mloading weights\x1b[0m", flush=True)
+if manner == "dies":
+    print("ValueError: No module named vllm", flush=True)
+    sys.exit(3)
+ignore = "signal.signal(15, signal.SIG_IGN); " if manner == "stubborn" else ""
+if manner == "stubborn":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+child = subprocess.Popen([sys.executable, "-c", f"import signal, time; {ignore}time.sleep(600)"])
+print(f"child {child.pid}", flush=True)
+if manner == "silent":
+    time.sleep(600)
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *arguments: object) -> None: ...
+
+
+http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()

@@ -1,0 +1,152 @@
+"""The job of `make icm` with stand-ins for ICM.py and for the server."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from types import TracebackType
+from typing import ClassVar, Self
+
+import pytest
+
+from core.vllm_server import ServerFailed
+from scripts import run_local
+from scripts.run_local import icm_command, main, run_icm
+
+REPO_ROOT = Path(__file__).resolve().parents[2]
+
+
+class FakeServer:
+    started: ClassVar[list[str]] = []
+    stopped = 0
+    fails = False
+    url = "http://127.0.0.1:1"
+
+    def __init__(self, *, model: str, log: Path) -> None:
+        self.model = model
+
+    def __enter__(self) -> Self:
+        if FakeServer.fails:
+            raise ServerFailed("the vLLM server ended with exit code 1")
+        FakeServer.started.append(self.model)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        FakeServer.stopped += 1
+
+
+@pytest.fixture
+def icm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A stand-in for ICM.py that writes its arguments down; a file `complete` beside it makes the run complete."""
+    script = tmp_path / "ICM.py"
+    script.write_text(
+        textwrap.dedent("""
+            import os, pathlib, sys
+            here = pathlib.Path(__file__).parent
+            if "--bad" in sys.argv:
+                sys.exit(2)
+            if "--is_complete" in sys.argv:
+                sys.exit(0 if (here / "complete").exists() else 1)
+            (here / "called").write_text(os.environ["VLLM_BASE_URL"] + " " + " ".join(sys.argv[1:]))
+            sys.exit(int(os.environ.get("FAKE_EXIT", "0")))
+        """)
+    )
+    monkeypatch.setattr(run_local, "ICM", script)
+    monkeypatch.setattr(run_local, "VLLMServer", FakeServer)
+    monkeypatch.setattr(run_local, "REPO_ROOT", tmp_path)
+    (tmp_path / "models" / "gemma-3-270m").mkdir(parents=True)
+    (tmp_path / "models" / "gemma-3-270m" / "provenance.json").touch()
+    monkeypatch.setattr(FakeServer, "started", [])
+    monkeypatch.setattr(FakeServer, "stopped", 0)
+    monkeypatch.setattr(FakeServer, "fails", False)
+    return tmp_path
+
+
+def test_the_built_in_claims_are_the_default_and_only_that() -> None:
+    assert icm_command("m", ["--seed", "2"])[2:] == ["--model", "m", "--testbed", "builtin", "--seed", "2"]
+    assert icm_command("m", ["--testbed=gsm8k"])[2:] == ["--model", "m", "--testbed=gsm8k"]
+    assert icm_command("m", ["--data", "f.csv"])[2:] == ["--model", "m", "--data", "f.csv"]
+
+
+def test_a_run_gets_a_server_and_its_arguments(icm: Path) -> None:
+    assert main(["--seed", "2"]) == 0
+    assert (icm / "called").read_text() == f"{FakeServer.url} --model gemma-3-270m --testbed builtin --seed 2"
+    assert (FakeServer.started, FakeServer.stopped) == (["gemma-3-270m"], 1)
+
+
+def test_a_complete_run_starts_no_server(icm: Path) -> None:
+    (icm / "complete").touch()
+    assert main([]) == 0
+    assert FakeServer.started == []
+
+
+def test_bad_input_is_known_before_a_server_is_started(icm: Path) -> None:
+    assert main(["--bad"]) == 2
+    assert FakeServer.started == []
+
+
+def test_the_exit_code_is_that_of_icm(icm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_EXIT", "1")
+    assert main([]) == 1
+    assert FakeServer.stopped == 1
+
+
+def test_a_server_that_does_not_come_up_is_exit_code_2(icm: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    FakeServer.fails = True
+    assert main([]) == 2
+    assert "ended with exit code 1" in capsys.readouterr().err
+
+
+def test_a_missing_model_is_made_first(icm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (icm / "scripts").mkdir()
+    (icm / "scripts" / "prepare_model.py").write_text("import sys; sys.exit(2 if 'smollm2-135m' in sys.argv else 0)")
+    assert main(["--model", "smollm2-135m"]) == 2
+    assert FakeServer.started == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_reach_icm_which_gets_the_time_to_save(tmp_path: Path, number: signal.Signals) -> None:
+    icm = tmp_path / "icm.py"
+    icm.write_text(
+        textwrap.dedent("""
+            import pathlib, signal, sys, time
+            def save(number, frame):
+                time.sleep(0.5)
+                pathlib.Path(sys.argv[1]).write_text(f"saved on {number}")
+                sys.exit(130)
+            signal.signal(signal.SIGINT, save)
+            signal.signal(signal.SIGTERM, save)
+            print("ready", flush=True)
+            time.sleep(60)
+        """)
+    )
+    saved = tmp_path / "saved"
+    owner = textwrap.dedent(f"""
+        import signal, sys
+        from scripts.run_local import run_icm
+        def leave(number, frame):
+            raise SystemExit(143)
+        signal.signal(signal.SIGTERM, leave)  # as VLLMServer does
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
+        sys.exit(run_icm([sys.executable, {str(icm)!r}, {str(saved)!r}], "http://x"))
+    """)
+    process = subprocess.Popen([sys.executable, "-c", owner], cwd=REPO_ROOT, stdout=subprocess.PIPE, text=True)
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        assert process.wait(20) == (130 if number == signal.SIGINT else 143)
+    assert saved.read_text() == f"saved on {int(number)}"
+
+
+def test_icm_is_told_the_server_and_to_use_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("USE_VLLM", "false")
+    check = (
+        "import os, sys; sys.exit(0 if (os.environ['VLLM_BASE_URL'], os.environ['USE_VLLM']) == ('u', 'true') else 9)"
+    )
+    assert run_icm([sys.executable, "-c", check], "u") == 0

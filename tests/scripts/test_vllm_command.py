@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+import os
+import shlex
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scripts import vllm_command
+from scripts.vllm_command import LaunchError, Section, command, locate_model, main, read_section, serve_options, take
+
+REPO_ROOT = Path(__file__).resolve().parents[2]
+LAUNCHER = REPO_ROOT / "scripts" / "launch_vllm_server.sh"
+
+
+@pytest.fixture
+def with_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_command.importlib.util, "find_spec", lambda name: object())
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "vllm_config.yaml"
+    path.write_text(
+        "base: {env: {A: '1', B: '2'}, options: {block-size: 16, enforce-eager: true}}\n"
+        "tiny:\n  inherit: base\n  model: org/tiny\n  env: {B: '3'}\n  options: {enforce-eager: false, dtype: half}\n"
+        "other: {inherit: base}\n"
+    )
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    model = tmp_path / "some model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    return model
+
+
+def test_a_section_is_laid_over_what_it_inherits(config: Path) -> None:
+    assert read_section("tiny", config) == Section(
+        "org/tiny", {"A": "1", "B": "3"}, {"block-size": 16, "enforce-eager": False, "dtype": "half"}
+    )
+
+
+def test_any_hugging_face_id_gets_the_section_for_others(config: Path) -> None:
+    assert read_section("org/name", config) == Section(
+        "org/name", {"A": "1", "B": "2"}, {"block-size": 16, "enforce-eager": True}
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("- a\n", "one section a size"),
+        ("tiny: {inherit: tiny}\n", "cannot inherit from 'tiny'"),
+        ("tiny: {inherit: nobody}\n", "cannot inherit from 'nobody'"),
+        ("tiny: {modle: x}\n", "unknown key 'modle'"),
+        ("tiny: {options: [a]}\n", "options must be"),
+        ("tiny: {options: {a: [b]}}\n", "options must be"),
+        ("tiny: {\n", "cannot read"),
+    ],
+)
+def test_a_malformed_configuration_is_named(tmp_path: Path, text: str, complaint: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(LaunchError, match=complaint):
+        read_section("tiny", path)
+
+
+@pytest.mark.parametrize("size", ["8B", "70B", "405B", "local"])
+def test_every_size_of_the_shipped_configuration_is_complete(size: str) -> None:
+    section = read_section(size)
+    assert section.model
+    assert section.options["enable-prefix-caching"] is True
+    assert section.options["block-size"] == 16 or size == "local"
+
+
+@pytest.mark.parametrize("size", ["8B", "70B", "405B", "some/model"])
+def test_gpu_servers_are_started_batch_invariant_with_flash_attention_2(size: str) -> None:
+    section = read_section(size)
+    assert section.env["VLLM_BATCH_INVARIANT"] == "1"
+    assert section.env["VLLM_USE_FLASHINFER_SAMPLER"] == "0"
+    assert section.options["attention-config.backend"] == "FLASH_ATTN"
+    assert section.options["attention-config.flash_attn_version"] == 2
+
+
+def test_batch_invariance_is_off_on_the_cpu_where_it_fails() -> None:
+    assert "VLLM_BATCH_INVARIANT" not in read_section("local").env
+
+
+@pytest.mark.parametrize("size", ["9B", "gpu", "other", "local2"])
+def test_an_unknown_size_lists_the_known_ones(size: str) -> None:
+    with pytest.raises(LaunchError, match="8B, 70B, 405B, local"):
+        read_section(size)
+
+
+@pytest.mark.parametrize(
+    "given", [["--block-size", "32"], ["--block-size=32"], ["--block_size=32"], ["--no-block-size"]]
+)
+def test_an_option_on_the_command_line_replaces_the_configured_one(given: list[str]) -> None:
+    section = Section("m", {}, {"block-size": 16, "enforce-eager": True, "async": False})
+    assert serve_options(section, given) == ["--enforce-eager", "--no-async", *given]
+
+
+def test_take_finds_both_spellings_and_the_last_one() -> None:
+    assert take("port", ["--port", "1", "--x", "--port=2"], "0") == ("2", ["--x"])
+    assert take("port", ["--portly"], "0") == ("0", ["--portly"])
+    with pytest.raises(LaunchError, match="needs a value"):
+        take("port", ["--port"], "0")
+
+
+def test_a_folder_and_an_id_are_told_apart(folder: Path) -> None:
+    assert locate_model(str(folder)) == str(folder)
+    assert locate_model("org/name") == "org/name"
+    for missing in ("/no/such/folder", "./nothing", "a/b/c", "~/nothing-here"):
+        with pytest.raises(LaunchError, match="no model in"):
+            locate_model(missing)
+    with pytest.raises(LaunchError, match="make setup-local MODEL=tiny"):
+        locate_model("models/tiny", folder.parent)
+
+
+@pytest.mark.usefixtures("with_vllm")
+def test_the_command_of_a_server(folder: Path, config: Path) -> None:
+    env, argv = command([str(folder), "--port", "18431", "--dtype", "half"], {"B": "mine"}, config)
+    assert env == {"A": "1"}
+    assert argv[:3] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    assert argv[3:] == [
+        *("--model", str(folder), "--served-model-name", "some model", "--host", "127.0.0.1", "--port", "18431"),
+        *("--block-size", "16", "--enforce-eager", "--dtype", "half"),
+    ]
+
+
+@pytest.mark.usefixtures("with_vllm")
+def test_a_port_in_use_is_refused(folder: Path, config: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(LaunchError, match="in use"):
+            command([str(folder), "--port", str(taken.getsockname()[1])], {}, config)
+
+
+@pytest.mark.usefixtures("with_vllm")
+@pytest.mark.parametrize("port", ["http", "-1", "65536", ""])
+def test_a_port_that_is_none_is_refused(folder: Path, config: Path, port: str) -> None:
+    with pytest.raises(LaunchError, match="number between"):
+        command([str(folder), f"--port={port}"], {}, config)
+
+
+@pytest.mark.usefixtures("with_vllm")
+def test_a_key_is_not_taken_from_the_command_line(folder: Path, config: Path) -> None:
+    for given in (["--api-key", "sk-1"], ["--api_key=sk-1"]):
+        with pytest.raises(LaunchError) as error:
+            command([str(folder), *given], {}, config)
+        assert "VLLM_API_KEY" in str(error.value)
+        assert "sk-1" not in str(error.value)
+
+
+@pytest.mark.usefixtures("with_vllm")
+def test_libraries_of_the_environment_are_named_only_where_they_are(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("other: {env: {LD_PRELOAD: '{prefix}/lib/some.so'}}")
+    monkeypatch.setattr(vllm_command.sys, "prefix", str(tmp_path))
+    assert command([str(folder)], {}, config)[0] == {}
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "some.so").touch()
+    assert command([str(folder)], {}, config)[0] == {"LD_PRELOAD": f"{tmp_path}/lib/some.so"}
+
+
+def test_without_vllm_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, folder: Path, config: Path) -> None:
+    monkeypatch.setattr(vllm_command.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(LaunchError, match="vLLM is not installed"):
+        command([str(folder)], {}, config)
+
+
+def test_no_argument_shows_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "usage" in capsys.readouterr().err
+
+
+def launch(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(LAUNCHER), *arguments],
+        env={**os.environ, "PYTHON": sys.executable, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_the_launcher_prints_the_command_instead_of_running_it(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").touch()
+    done = launch(str(folder), "--print", "--seed", "1", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    words = shlex.split(done.stdout)
+    assert words[0] == "env"
+    assert words[words.index("--model") + 1] == str(folder)
+    assert words[-2:] == ["--seed", "1"]
+
+
+@pytest.mark.parametrize("arguments", [("9B",), (), ("/no/such/model",)])
+def test_the_launcher_refuses_in_one_line_with_exit_code_2(arguments: tuple[str, ...]) -> None:
+    done = launch(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("launch_vllm_server: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_launcher_says_where_there_is_no_python() -> None:
+    done = launch("8B", PYTHON="/no/such/python")
+    assert done.returncode == 2
+    assert "make setup" in done.stderr
+
+
+def test_the_launcher_explains_itself() -> None:
+    done = launch("--help")
+    assert done.returncode == 0
+    assert "405B|70B|8B|local" in done.stdout
