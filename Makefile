@@ -4,6 +4,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
+# Installs leave compiling to the first import; it must be allowed to keep what it compiles.
+unexport PYTHONDONTWRITEBYTECODE
 
 PYTHON ?= python3
 MODEL ?= gemma-3-270m
@@ -77,8 +79,8 @@ $(BASE): requirements/base.lock pyproject.toml | $(PY)
 
 # Two tries, because an index that cannot be reached costs minutes of retries when it is named on every call.
 $(LOCAL): requirements/local.lock $(BASE)
-	@$(STEP) "installing $(TORCH)" $(PIP_INSTALL) "$(TORCH)" || \
-	  $(STEP) "not on the configured index; installing $(TORCH) from PyTorch's" \
+	@$(STEP) --may-fail "installing $(TORCH) from where pip looks" $(PIP_INSTALL) "$(TORCH)" || \
+	  $(STEP) "installing $(TORCH) from $(TORCH_INDEX)" \
 	    $(PIP_INSTALL) --index-url $(TORCH_INDEX) "$(TORCH)"
 	@$(STEP) "installing vLLM for the CPU and what it needs" $(PIP_INSTALL) -r requirements/local.lock
 	@touch $@

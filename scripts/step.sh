@@ -2,10 +2,16 @@
 # Run one set-up step with a line of progress instead of its output; show the output if it fails.
 #
 #   scripts/step.sh "installing vLLM" pip install ...
+#   scripts/step.sh --may-fail "looking here first" pip install ...      # its output is no news if it fails
 #
 # On a terminal the seconds count up in place, elsewhere a line appears at the start and at the end.
 set -euo pipefail
 
+lines=30
+if [[ $1 == --may-fail ]]; then
+  lines=0
+  shift
+fi
 what=$1
 shift
 log=$(mktemp)
@@ -28,7 +34,11 @@ wait "$job" || status=$?
 if ((status == 0)); then
   echo "  ${what}: done in ${SECONDS} s" >&2
 else
-  echo "  ${what}: failed after ${SECONDS} s (exit ${status})" >&2
-  tail -n 30 "$log" >&2
+  if ((lines == 0)); then
+    echo "  ${what}: no, after ${SECONDS} s" >&2
+  else
+    echo "  ${what}: failed after ${SECONDS} s (exit ${status})" >&2
+  fi
+  tail -n "$lines" "$log" >&2
 fi
 exit "$status"

@@ -19,7 +19,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -92,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=None,
         help="split a pool into requests of this many prompts (default: one request)",
     )
-    model.add_argument("--read_timeout", type=float, default=None, help="seconds a server may take for one answer")
+    model.add_argument("--read_timeout", type=float, default=None, help="seconds for one answer (default: 900)")
 
     search = parser.add_argument_group("search")
     search.add_argument("--alpha", type=float, default=30.0, help="weight of mutual predictability in U")
@@ -120,7 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--stop",
         choices=get_args(Stop),
         default=defaults.stop,
-        help="labelled: once all are labelled and --patience proposals changed nothing; K: after K",
+        help="labelled: when no claim is left to try and --patience proposals changed nothing; K: after K",
     )
     search.add_argument("--patience", type=_at_least(1), default=defaults.patience, help="see --stop")
     search.add_argument(
@@ -172,8 +172,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults behind each flag, the epilog as it is written."""
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """The epilog as it is written, and behind each flag its default, unless there is none or the text tells it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if action.default in (None, argparse.SUPPRESS, False) or "default" in text:
+            return text
+        return f"{text} (default: %(default)s)"
 
 
 def _at_least(least: int) -> Any:
@@ -273,7 +279,7 @@ async def _label(
     predictions = {}
     if None in state.labels:
         predictions["predicted"] = await labelling.predict_unlabelled(state)
-    if args.label_rest and labelling.pool.rest:
+    if labelling.pool.rest:
         predictions["many-shot"] = await labelling.label_rest(state)
     folder.write_labels(labelling.label_rows(state, predictions))
     records = folder.read_log()
@@ -304,7 +310,7 @@ def _pool(args: argparse.Namespace) -> Pool:
     else:
         testbed, claims, path = load_testbed(args.testbed, args.data_dir)
     search = SearchSettings(**{field.name: getattr(args, field.name) for field in fields(SearchSettings)})
-    return prepare(
+    pool = prepare(
         testbed,
         claims,
         path,
@@ -313,6 +319,7 @@ def _pool(args: argparse.Namespace) -> Pool:
         objective=Objective(args.alpha, args.calibrate),
         settings=search,
     )
+    return pool if args.label_rest else replace(pool, rest=())
 
 
 def _settings(args: argparse.Namespace, pool: Pool) -> dict[str, Any]:

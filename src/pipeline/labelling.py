@@ -30,7 +30,7 @@ KV_SHARE = 0.8  # of the server's KV cache that one run's tree and tail may fill
 
 @dataclass(frozen=True)
 class Pool:
-    """What a run labels, known before any model is asked. `rest`: the file's other claims, not searched."""
+    """What a run labels, known before any model is asked. `rest`: other claims, labelled after the search."""
 
     testbed: Testbed
     claims: tuple[Claim, ...]

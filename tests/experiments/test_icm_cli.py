@@ -208,6 +208,19 @@ async def test_data_without_gold_reports_no_accuracy(icm: Command, data: Path) -
     assert "unknown (no gold labels)" in out
 
 
+async def test_an_external_api_is_asked_in_text_and_gives_labels(icm: Command, server: FakeVLLM) -> None:
+    icm.environment |= {"LLAMA_API_BASE": server.url + "/v1", "API_KEY": "sk-external"}
+    server.api_key = "sk-external"
+    code, _, err = await icm("--run", "a", "--no-use_vllm", "--batch_size", "8")
+    assert code == 0, err
+    assert len(icm.labels("a").splitlines()) == 8
+    prompt = server.completions[-1]["prompt"]
+    [text] = [prompt] if isinstance(prompt, str) else prompt
+    assert text.endswith("I think this claim is")
+    run = json.loads((icm.runs / "a" / "run.json").read_text())
+    assert run["engine"]["kind"] == "openai-compatible"
+
+
 async def test_a_missing_label_stops_or_is_floored_and_counted(icm: Command, server: FakeVLLM) -> None:
     server.exact_labels = "ignored"
     server.drop = {7983}  # ' False'
