@@ -53,24 +53,18 @@ def layouts(pool: Pool, draws: int) -> dict[str, list[Order]]:
     """Every layout that is compared, several draws of the random ones."""
     size, groups = len(pool.claims), pool.problem.groups
     named: dict[str, list[Order]] = {"upstream's order": [UpstreamLayout.build(range(size)).context]}
-    trees, anchored, anchored4, tails, randoms = [], [], [], [], []
     for draw in range(draws):
         rng = np.random.default_rng([2024, draw])
-        trees.append(TreeLayout.build(range(size), groups, rng).context)
-        anchored.append(TreeLayout.build(range(size), groups, rng, anchors=2).context)
-        anchored4.append(TreeLayout.build(range(size), groups, rng, anchors=4).context)
+        for name, anchors in (("bare tree", 0), ("tree with anchors", SearchSettings().anchors)):
+            tree = TreeLayout.build(range(size), groups, rng, anchors=anchors)
+            named.setdefault(name, []).append(tree.context)
         order = rng.permutation(size).tolist()
-        grown = TreeLayout.build(order[: size * 3 // 4], groups, rng)
+        grown = TreeLayout.build(order[: size * 3 // 4], groups, rng, anchors=SearchSettings().anchors)
         for claim in order[size * 3 // 4 :]:
             grown = grown.append(claim)
-        tails.append(grown.context)
+        named.setdefault("the same, a quarter appended", []).append(grown.context)
         shuffled = {claim: [o for o in rng.permutation(size).tolist() if o != claim] for claim in range(size)}
-        randoms.append(shuffled.__getitem__)
-    named["tree, cold"] = trees
-    named["tree, 2 anchors"] = anchored
-    named["tree, 4 anchors"] = anchored4
-    named["tree, a quarter appended"] = tails
-    named["random order per question"] = randoms
+        named.setdefault("random order per question", []).append(shuffled.__getitem__)
     if len(set(groups)) < size:
         named["siblings together (do not use)"] = [siblings_together(size)]
     return named

@@ -17,6 +17,7 @@ import json
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -64,27 +65,19 @@ async def baselines_of(seed: int, args: argparse.Namespace, api: ModelAPI) -> di
     rest = range(size, len(everything))
     shuffled = generator(seed, Stream.SEEDS, 2).permutation(np.array([i < size // 2 for i in range(size)]))
     random_labels: Labels = tuple(shuffled.tolist())
-    order = generator(seed, Stream.LAYOUT).permutation(size).tolist()
-    calibrated = args.calibrate == "mean"
+    order = pool.problem.new_layout(range(size)).demonstrations
     counts: dict[tuple[str, str], Counts] = {}
     for name, claims_asked in (("pool", range(size)), ("rest", rest)):
         zero = await predict(api, labelling.book, labelling.tokens, claims_asked)
         counts["zero-shot", name] = zero.agreement(everything)
-        mean = float(np.mean(list(zero.log_odds.values())))
-        counts["zero-shot, calibrated", name] = Prediction(zero.log_odds, mean).agreement(everything)
+        counts["zero-shot, calibrated", name] = zero.calibrated().agreement(everything)
     for row, labels in (("many-shot, gold labels", tuple(pool.gold)), ("many-shot, random labels", random_labels)):
-        counts[row, "pool"] = (await leave_one_out(labelling, labels)).agreement(everything)
+        left_out = await leave_one_out(labelling, labels)
+        counts[row, "pool"] = left_out.agreement(everything)
         shown = await predict(
-            api,
-            labelling.book,
-            labelling.tokens,
-            rest,
-            demonstrations=order,
-            labels=labels,
-            calibrated=calibrated,
-            name=row,
+            api, labelling.book, labelling.tokens, rest, demonstrations=order, labels=labels, name=row
         )
-        counts[row, "rest"] = shown.agreement(everything)
+        counts[row, "rest"] = replace(shown, offset=left_out.offset).agreement(everything)
     return counts
 
 

@@ -173,18 +173,24 @@ class Outcome:
         return self.labels is not None
 
 
-def proposal_weights(labels: Labels, groups: Sequence[str]) -> np.ndarray:
-    """Sampling weights, shape [N]: SIBLING_WEIGHT for unlabelled claims with a labelled group member, else 1."""
-    started = Counter(group for group, label in zip(groups, labels, strict=True) if label is not None)
+def proposal_weights(labels: Labels, groups: Sequence[str], refused: frozenset[int] = frozenset()) -> np.ndarray:
+    """Sampling weights, shape [N]: SIBLING_WEIGHT for unlabelled claims with a labelled group member, else 1.
+
+    A claim refused since the last change weighs 1 again, so that the others have their turn.
+    """
+    started = {group for group, label in zip(groups, labels, strict=True) if label is not None}
     return np.array(
-        [SIBLING_WEIGHT if label is None and started[g] else 1 for g, label in zip(groups, labels, strict=True)],
+        [
+            SIBLING_WEIGHT if label is None and group in started and claim not in refused else 1
+            for claim, (group, label) in enumerate(zip(groups, labels, strict=True))
+        ],
         dtype=np.float64,
     )
 
 
 def propose(problem: Problem, state: SearchState) -> int:
     """The claim whose label iteration `state.iteration` reconsiders."""
-    weights = proposal_weights(state.labels, problem.groups)
+    weights = proposal_weights(state.labels, problem.groups, state.refused)
     rng = generator(problem.settings.seed, Stream.STEP, state.iteration)
     return int(rng.choice(problem.size, p=weights / weights.sum()))
 

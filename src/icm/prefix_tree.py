@@ -38,6 +38,11 @@ class Layout(Protocol):
         ...
 
     @property
+    def demonstrations(self) -> Context:
+        """All labelled claims in the order in which a claim that is not of the pool sees them."""
+        ...
+
+    @property
     def tail_length(self) -> int:
         """How many demonstrations were appended since the layout was built."""
         ...
@@ -63,6 +68,10 @@ class UpstreamLayout:
 
     @property
     def questions(self) -> tuple[int, ...]:
+        return self.labelled
+
+    @property
+    def demonstrations(self) -> Context:
         return self.labelled
 
     @property
@@ -111,6 +120,10 @@ class TreeLayout:
     def questions(self) -> tuple[int, ...]:
         return (*self._paths, *self.tail)
 
+    @property
+    def demonstrations(self) -> Context:
+        return (*chain.from_iterable(self._spine(None)), *self.tail)
+
     def context(self, claim: int) -> Context:
         path = self._paths[claim] if claim in self._paths else self._spine(claim)
         tail = [other for other in self.tail if other != claim]
@@ -129,18 +142,21 @@ class TreeLayout:
         """The edges from the root to each claim of the tree, depth first."""
         return dict(_walk(self.root, ())) if self.root is not None else {}
 
-    def _spine(self, claim: int) -> tuple[Context, ...]:
-        """The whole tree as seen by a claim outside it: both root edges, the one with siblings first."""
+    def _spine(self, claim: int | None) -> tuple[Context, ...]:
+        """The whole tree as seen by a claim outside it: one root edge, then the other.
+
+        Siblings come as early as a shared first edge allows: in that edge, or at the front of the second.
+        """
         if self.root is None:
             return ()
         if isinstance(self.root, int):
             return ((self.root,),)
         left, right = (_leaves(half) for half in self.root)
-        nearest_in_left, nearest_in_right = (
-            max((i for i, other in enumerate(half) if self._are_siblings(claim, other)), default=-1)
-            for half in (left, right)
-        )
-        return (left, right) if nearest_in_left > nearest_in_right else (right, left)
+        if claim is None:
+            return right, left
+        in_left, in_right = (sum(self._are_siblings(claim, other) for other in half) for half in (left, right))
+        first, second = (left, right) if in_left > in_right else (right, left)
+        return first, tuple(sorted(second, key=lambda other: not self._are_siblings(claim, other)))
 
     def _are_siblings(self, claim: int, other: int) -> bool:
         return self.groups[claim] == self.groups[other]

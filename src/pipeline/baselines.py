@@ -6,7 +6,7 @@ Each is a pipeline of its own; all share the pool's tokenized segments.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -24,11 +24,15 @@ from src.pipeline.search import PoolScorer
 class Prediction:
     """Labels of a set of claims by the sign of their log-odds.
 
-    log_odds: nats, by position. offset: subtracted before taking the sign (0, or the mean where calibrated).
+    log_odds: nats, by position. offset: subtracted before taking the sign (0 unless calibrated).
     """
 
     log_odds: dict[int, float]
-    offset: float
+    offset: float = 0.0
+
+    def calibrated(self) -> Prediction:
+        """The same scores against their own mean (batch calibration)."""
+        return replace(self, offset=float(np.mean(list(self.log_odds.values()))) if self.log_odds else 0.0)
 
     @property
     def labels(self) -> dict[int, bool]:
@@ -54,7 +58,6 @@ async def predict(
     *,
     demonstrations: Sequence[int] = (),
     labels: Sequence[Label] = (),
-    calibrated: bool = False,
     name: str = "zero-shot",
 ) -> Prediction:
     """Predict `claims` after the same demonstrations for all of them (none: zero-shot).
@@ -66,9 +69,7 @@ async def predict(
         return [book.prompt(claim, demonstrations, labels) for claim in asked]
 
     def prediction(asked: Sequence[int], scores: PoolScores) -> Prediction:
-        log_odds = dict(zip(asked, scores.log_odds, strict=True))
-        offset = float(np.mean(scores.log_odds)) if calibrated and log_odds else 0.0
-        return Prediction(log_odds, offset)
+        return Prediction(dict(zip(asked, scores.log_odds, strict=True)))
 
     pipeline = Pipeline(name, api)
     asked = pipeline.load("claims", lambda: claims)

@@ -12,8 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from core.llm_api.llm import ModelAPI
 from core.llm_api.types import EngineIdentity, LabelTokens
 from src.icm.annealing import Problem, SearchSettings, SearchState, Stream, generator
@@ -111,13 +109,14 @@ class Labelling:
 
     async def longest_tail(self) -> int:
         """--max_tail, or what the engine's KV cache holds beside the tree if that is less."""
-        wanted, size = self.pool.problem.settings.max_tail, len(self.pool.claims)
+        settings, size = self.pool.problem.settings, len(self.pool.claims)
         capacity = await self.api.kv_cache_tokens()
         tokens = sum(len(true) for _, true in self.book.demonstrations[:size])
         if capacity is None or not tokens:
-            return wanted
-        tree = tokens * (math.log2(size) + 1)  # N * log2(N) demonstrations and N questions
-        return max(1, min(wanted, int((KV_SHARE * capacity - tree) / tokens)))
+            return settings.max_tail
+        # N * log2(N) demonstrations of the tree, N anchors each, N questions
+        tree = tokens * (math.log2(size) + settings.anchors + 1)
+        return max(1, min(settings.max_tail, int((KV_SHARE * capacity - tree) / tokens)))
 
     def with_max_tail(self, max_tail: int) -> Labelling:
         problem = self.pool.problem
@@ -148,19 +147,21 @@ class Labelling:
         return Prediction(dict(zip(left, scores.log_odds, strict=True)), state.evaluation.offset)
 
     async def label_rest(self, state: SearchState) -> Prediction:
-        """The claims outside the pool, asked after the pool's labels as demonstrations (many-shot)."""
-        size, problem = len(self.pool.claims), self.pool.problem
-        order = generator(problem.settings.seed, Stream.LAYOUT).permutation(np.array(state.labelled, dtype=np.int64))
-        return await predict(
+        """The claims outside the pool, asked after the pool's labels as demonstrations (many-shot).
+
+        The demonstrations stand as the pool's own questions see them, so the pool's calibration offset holds for them.
+        """
+        size = len(self.pool.claims)
+        predicted = await predict(
             self.api,
             self.book,
             self.tokens,
             range(size, size + len(self.pool.rest)),
-            demonstrations=order.tolist(),
+            demonstrations=state.layout.demonstrations,
             labels=state.labels,
-            calibrated=problem.objective.calibration == "mean",
             name="label the rest",
         )
+        return replace(predicted, offset=state.evaluation.offset)
 
     def label_rows(self, state: SearchState, predictions: Mapping[str, Prediction]) -> list[dict[str, Any]]:
         """The rows of labels.jsonl: the pool in its order, then the rest where it was labelled.
@@ -195,11 +196,7 @@ def result_record(
         "inconsistent": state.evaluation.inconsistent,
         "icm": accuracy(state.labels, gold),
         "zero_shot": zero_shot.agreement(gold),
-        "zero_shot_calibrated": replace(zero_shot, offset=_mean(zero_shot.log_odds)).agreement(gold),
+        "zero_shot_calibrated": zero_shot.calibrated().agreement(gold),
         "zero_shot_auc": zero_shot.auc(gold),
         "predicted": {by: prediction.agreement(all_gold) for by, prediction in predictions.items()},
     }
-
-
-def _mean(log_odds: Mapping[int, float]) -> float:
-    return sum(log_odds.values()) / len(log_odds) if log_odds else 0.0

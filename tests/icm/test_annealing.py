@@ -99,6 +99,8 @@ def test_seeds_are_of_different_groups_while_there_are_any() -> None:
 def test_unlabelled_siblings_of_labelled_claims_weigh_100() -> None:
     weights = proposal_weights((True, None, None, True), ("a", "a", "b", "c"))
     assert weights.tolist() == [1, SIBLING_WEIGHT, 1, 1]
+    refused = proposal_weights((True, None, None, True), ("a", "a", "b", "c"), frozenset({1}))
+    assert refused.tolist() == [1, 1, 1, 1]
 
 
 def test_proposals_depend_on_seed_and_iteration_only() -> None:

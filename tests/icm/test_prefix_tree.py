@@ -77,6 +77,32 @@ def test_siblings_are_half_the_pool_away_where_groups_are_pairs(appended: int) -
         assert distance >= (64 - appended) // 2 - 1
 
 
+@pytest.mark.parametrize("group_size", [2, 4, 8])
+@pytest.mark.parametrize("anchors", [0, 4])
+def test_siblings_keep_their_distance_in_larger_groups(group_size: int, anchors: int) -> None:
+    size = 64
+    groups = [str(i // group_size) for i in range(size)]
+    order = np.random.default_rng(3).permutation(size).tolist()
+    layout = TreeLayout.build(order[:48], groups, np.random.default_rng(1), anchors=anchors)
+    for claim in order[48:56]:
+        layout = layout.append(claim)
+    tree = 48 - anchors
+    for claim in range(size):
+        context = layout.context(claim)
+        siblings = [i for i, other in enumerate(context) if groups[other] == groups[claim]]
+        after = len(context) - 1 - max(siblings, default=-1)
+        # In the tree a group of four parts twice: half its members are half the tree away, one a quarter.
+        assert (
+            after >= tree // (2 if claim in layout.tail or claim not in layout.questions else group_size) - group_size
+        )
+
+
+def test_outsiders_see_every_label_once_anchors_last() -> None:
+    layout = TreeLayout.build(range(9), [str(i) for i in range(9)], np.random.default_rng(0), anchors=2)
+    assert sorted(layout.demonstrations) == list(range(9))
+    assert layout.demonstrations[-2:] == layout.tail
+
+
 def test_depth_first_neighbours_share_all_but_a_few_demonstrations() -> None:
     layout = TreeLayout.build(range(64), [str(i) for i in range(64)], np.random.default_rng(2))
     contexts = [layout.context(claim) for claim in layout.questions]

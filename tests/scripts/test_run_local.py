@@ -14,7 +14,8 @@ import pytest
 
 from core.vllm_server import ServerFailed
 from scripts import run_local
-from scripts.run_local import icm_command, main, run_icm
+from scripts.run_local import DEFAULTS, icm_command, main, run_icm
+from src.experiments.ICM import build_parser
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
 
@@ -68,14 +69,21 @@ def icm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_built_in_claims_are_the_default_and_only_that() -> None:
-    assert icm_command("m", ["--seed", "2"])[2:] == ["--model", "m", "--testbed", "builtin", "--seed", "2"]
-    assert icm_command("m", ["--testbed=gsm8k"])[2:] == ["--model", "m", "--testbed=gsm8k"]
-    assert icm_command("m", ["--data", "f.csv"])[2:] == ["--model", "m", "--data", "f.csv"]
+    builtin = ["--testbed", "builtin", "--label_rest"]
+    assert icm_command("m", ["--seed", "2"])[2:] == ["--model", "m", *builtin, *DEFAULTS, "--seed", "2"]
+    assert icm_command("m", ["--testbed=gsm8k"])[2:] == ["--model", "m", *DEFAULTS, "--testbed=gsm8k"]
+    assert icm_command("m", ["--data", "f.csv"])[2:] == ["--model", "m", *DEFAULTS, "--data", "f.csv"]
+
+
+def test_given_flags_win_over_the_defaults() -> None:
+    args = build_parser().parse_args(icm_command("m", ["--alpha", "7"])[2:])
+    assert (args.alpha, args.batch_size, args.calibrate) == (7, 64, "mean")
 
 
 def test_a_run_gets_a_server_and_its_arguments(icm: Path) -> None:
     assert main(["--seed", "2"]) == 0
-    assert (icm / "called").read_text() == f"{FakeServer.url} --model gemma-3-270m --testbed builtin --seed 2"
+    expected = " ".join(icm_command("gemma-3-270m", ["--seed", "2"])[2:])
+    assert (icm / "called").read_text() == f"{FakeServer.url} {expected}"
     assert (FakeServer.started, FakeServer.stopped) == (["gemma-3-270m"], 1)
 
 

@@ -127,7 +127,8 @@ async def test_prompts_start_with_the_models_own_first_token(vllm_server: Runnin
     client = VLLMClient(vllm_server.url, vllm_server.model)
     try:
         await client.start()
-        [special], [plain] = (await client.tokenize(["Paris"], special=s) for s in (True, False))
+        [special] = await client.tokenize(["Paris"], special=True)
+        [plain] = await client.tokenize(["Paris"], special=False)
         assert special == [2, *plain] if vllm_server.model.startswith("gemma") else special == plain
         [[true], [false]] = await client.tokenize([" True", " False"])
         text = "Water is wet: True. Stones are soft: False. Fire is hot: True. Ice is warm:"
