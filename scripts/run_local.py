@@ -29,7 +29,9 @@ ICM: Final = REPO_ROOT / "src" / "experiments" / "ICM.py"
 
 
 DEFAULTS: Final = ("--batch_size", "64", "--alpha", "50", "--calibrate", "mean")
-"""What a small model needs (docs/lab-log.md); the search takes three minutes on two cores. Given flags come later and win."""
+"""What a small model needs (docs/lab-log.md); the search takes three minutes on two cores.
+
+Given flags come later and win."""
 
 
 def icm_command(model: str, given: Sequence[str]) -> list[str]:

@@ -126,7 +126,9 @@ class ModelAPI:
                 theirs = {key: answer for key, future in twins.items() if (answer := future.result()) is not None}
                 self.stats.in_flight_hits += len(theirs)
                 answers.update(theirs)
-        return PoolScores(tuple(answers[key] for key in keys), prompt_tokens)
+        logprobs = tuple(answers[key] for key in keys)
+        self.stats.floored += sum(answer.floored for answer in logprobs)
+        return PoolScores(logprobs, prompt_tokens)
 
     async def _ask(self, own: dict[bytes, Prompt], labels: LabelTokens) -> tuple[dict[bytes, LabelLogprobs], int]:
         """Send prompts that nobody else has in flight: (answers, prompt tokens)."""
@@ -166,7 +168,6 @@ class ModelAPI:
         self.stats.prompt_tokens += answer.prompt_tokens
         self.stats.requests += answer.requests
         self.stats.retries += answer.retries
-        self.stats.floored += sum(logprobs.floored for logprobs in answer.logprobs)
 
     def _check_lengths(self, prompts: Sequence[Prompt]) -> None:
         """One prompt that is too long would fail its whole request, with a message that does not name it."""

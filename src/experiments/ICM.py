@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import hashlib
 import logging
+import math
 import re
 import shlex
 import signal
@@ -21,7 +22,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 import orjson
 
@@ -48,7 +49,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 def build_parser() -> argparse.ArgumentParser:
     """Every flag of the published code under its own name and default, and what this project adds."""
     defaults = SearchSettings()
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="ICM.py",
         description=(__doc__ or "").partition("\n")[0],
         epilog=(__doc__ or "").partition("\n\n")[2],
@@ -92,10 +93,10 @@ def build_parser() -> argparse.ArgumentParser:
         default=None,
         help="split a pool into requests of this many prompts (default: one request)",
     )
-    model.add_argument("--read_timeout", type=float, default=None, help="seconds for one answer (default: 900)")
+    model.add_argument("--read_timeout", type=_finite, default=None, help="seconds for one answer (default: 900)")
 
     search = parser.add_argument_group("search")
-    search.add_argument("--alpha", type=float, default=30.0, help="weight of mutual predictability in U")
+    search.add_argument("--alpha", type=_finite, default=30.0, help="weight of mutual predictability in U")
     search.add_argument("--seed", type=_at_least(0), default=defaults.seed, help="of the pool, the labels, the search")
     search.add_argument("--num_seed", type=_at_least(0), default=defaults.num_seed, help="claims labelled at random")
     search.add_argument("--K", type=_at_least(0), default=defaults.K, help="iterations at most")
@@ -106,10 +107,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="repairs tried for an inconsistent proposal",
     )
     search.add_argument(
-        "--decay", type=float, default=defaults.decay, help="the paper's beta with --scheduler log; the base with exp"
+        "--decay", type=_finite, default=defaults.decay, help="the paper's beta with --scheduler log; the base with exp"
     )
-    search.add_argument("--initial_T", type=float, default=defaults.initial_T, help="first temperature, units of U")
-    search.add_argument("--final_T", type=float, default=defaults.final_T, help="lowest temperature, units of U")
+    search.add_argument("--initial_T", type=_finite, default=defaults.initial_T, help="first temperature, units of U")
+    search.add_argument("--final_T", type=_finite, default=defaults.final_T, help="lowest temperature, units of U")
     search.add_argument(
         "--scheduler",
         choices=get_args(Scheduler),
@@ -172,6 +173,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _Parser(argparse.ArgumentParser):
+    """Complains in one line, like every other bad input."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """The epilog as it is written, and behind each flag its default, unless there is none or the text tells it."""
 
@@ -182,11 +190,18 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return f"{text} (default: %(default)s)"
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a finite number, not {text}")
+    return value
+
+
 def _at_least(least: int) -> Any:
     def whole_number(text: str) -> int:
         value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, not {value}")
+        if not least <= value < 2**63:
+            raise argparse.ArgumentTypeError(f"must be at least {least} and below 2^63, not {value}")
         return value
 
     return whole_number
@@ -223,7 +238,7 @@ async def _run(args: argparse.Namespace) -> int:
             return 0
     if args.is_complete:
         return 1
-    if args.consistency == "upstream" and args.testbed in ("truthfulQA", "truthfulQA-preference", "alpaca"):
+    if args.consistency == "upstream" and pool.testbed.upstream_leaks:
         print(
             "warning: --consistency upstream makes its keys from gold labels: accuracy is not unsupervised",
             file=sys.stderr,
@@ -263,7 +278,7 @@ async def _label(
     if known is None:
         known = {
             "settings": settings,
-            "pool_rows": [claim.row for claim in labelling.pool.claims],
+            "flags": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
             "engine": _identity_record(labelling.identity),
             "max_tail": await labelling.longest_tail(),
             "environment": environment(),
@@ -287,7 +302,7 @@ async def _label(
     plot_curves(records, labelling.pool.gold, folder.curves_path, title)
     cost = {
         key: round(sum(record.get(key, 0) for record in records), 3)
-        for key in ("asked", "from_cache", "tokens_sent", "tokens_cached", "tokens_computed", "seconds")
+        for key in ("asked", "from_cache", "tokens_sent", "tokens_cached", "tokens_computed", "floored", "seconds")
     }
     warning = collapse_warning(state.labels)
     document = {
@@ -295,6 +310,7 @@ async def _label(
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "result": result_record(labelling, state, zero_shot, predictions) | {"warning": warning},
         "cost": cost,
+        "left_out": labelling.pool.left_out,
         "model_api": labelling.api.stats.as_dict(),
     }
     folder.write_run(document)
@@ -319,7 +335,7 @@ def _pool(args: argparse.Namespace) -> Pool:
         objective=Objective(args.alpha, args.calibrate),
         settings=search,
     )
-    return pool if args.label_rest else replace(pool, rest=())
+    return pool if args.label_rest else replace(pool, rest=(), left_out=len(pool.rest))
 
 
 def _settings(args: argparse.Namespace, pool: Pool) -> dict[str, Any]:
@@ -402,8 +418,10 @@ def _print_summary(folder: RunFolder, document: Mapping[str, Any]) -> None:
         print(
             f"  prompt tokens {total:,.0f}, computed {computed:,.0f} (prefix cache hit rate {1 - computed / total:.3f})"
         )
-    if document["model_api"]["floored"]:
-        print(f"  {document['model_api']['floored']} answers lacked a label token and were floored")
+    if cost["floored"]:
+        print(f"  {cost['floored']} answers lacked a label token and were floored")
+    if document["left_out"]:
+        print(f"  {document['left_out']} claims of the file are outside the pool, without a label (see --label_rest)")
     print(f"  labels {folder.labels_path}\n  curves {folder.curves_path}\n  log    {folder.log_path}")
     if result["warning"]:
         print(f"warning: {result['warning']}", file=sys.stderr)

@@ -47,15 +47,10 @@ class Constraint:
 
 
 class Consistency:
-    """All constraints of a pool, indexed by claim."""
+    """All constraints of a pool."""
 
     def __init__(self, constraints: Iterable[Constraint]) -> None:
         self.constraints = tuple(constraints)
-        by_claim: dict[int, list[Constraint]] = defaultdict(list)
-        for constraint in self.constraints:
-            by_claim[constraint.first].append(constraint)
-            by_claim[constraint.second].append(constraint)
-        self._by_claim = dict(by_claim)
 
     @classmethod
     def of_groups(cls, groups: Sequence[str], relation: Callable[[int, int], Relation | None]) -> Consistency:
@@ -78,10 +73,6 @@ class Consistency:
     def count(self, labels: Sequence[Label]) -> int:
         """I(D): the number of inconsistent pairs."""
         return sum(_violates(c, labels) for c in self.constraints)
-
-    def broken_at(self, claim: int, labels: Sequence[Label]) -> list[Constraint]:
-        """Violated constraints that `claim` is part of."""
-        return [c for c in self._by_claim.get(claim, ()) if _violates(c, labels)]
 
 
 def _violates(constraint: Constraint, labels: Sequence[Label]) -> bool:

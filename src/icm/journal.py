@@ -27,7 +27,6 @@ from src.icm.annealing import (
 from src.icm.consistency import Labels
 from src.icm.objective import Evaluation
 
-FORMAT = 1
 Record = dict[str, Any]
 
 

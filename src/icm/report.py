@@ -16,7 +16,7 @@ COLLAPSE_MIN_LABELS = 16
 def agreement(agreeing: int, compared: int) -> str:
     """'0.84 (54 of 64, 95% interval 0.74 to 0.91)'; Wilson interval."""
     if compared == 0:
-        return "unknown (no gold labels)"
+        return "unknown (no labels to compare)"
     low, high = wilson_interval(agreeing, compared)
     return f"{agreeing / compared:.2f} ({agreeing} of {compared}, 95% interval {low:.2f} to {high:.2f})"
 
@@ -38,13 +38,15 @@ def collapse_warning(labels: Sequence[Label]) -> str | None:
 
 
 def check_table(worth: Mapping[str, Evaluation], calibration: str) -> str:
-    """The table of --check: labeling, U, mean signed log-odds, inconsistent pairs; then what it means."""
+    """The table of --check: labeling, U, mean signed log-odds (nats), inconsistent pairs; then what it means."""
     lines = [f"{'labeling':<14}{'U':>10}{'predictability':>17}{'inconsistent':>15}   (calibration: {calibration})"]
     for name, evaluation in worth.items():
         lines.append(
             f"{name:<14}{evaluation.utility:>10.2f}{evaluation.predictability:>12.3f} nat{evaluation.inconsistent:>15}"
         )
     gold = worth.get("gold")
+    compared = len(next(iter(worth.values())).log_odds)
+    lines.append(f"{compared} claims" + ("" if gold is None else " whose gold label is known"))
     if gold is None:
         lines.append("No gold labels: compare U of a finished run with U of the constant labelings above.")
     else:

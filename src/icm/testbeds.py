@@ -61,14 +61,20 @@ class Testbed:
 
     def claim(self, row: Mapping[str, Any], index: int) -> Claim:
         """The claim of one row. Raises BadInput naming the missing column or unusable value."""
-        missing = [column for column in self.columns if row.get(column) in (None, "")]
+        missing = [column for column in self.columns if row.get(column) is None]
         if missing:
             raise BadInput(f"lacks the column{'s' if len(missing) > 1 else ''} {', '.join(missing)}")
+        empty = [column for column in self.columns if str(row[column]).strip() == ""]
+        if empty:
+            raise BadInput(f"has nothing in {', '.join(empty)}")
         fields = {
             key: str(row[key]) for key in ("question", "choice", "choice_2", "answer") if row.get(key) is not None
         }
         shown = {k: v.replace("\n", "") if self.strip_newlines and k != "question" else v for k, v in fields.items()}
         group = row.get("consistency_id")
+        for name, text in {**fields, "consistency_id": str(group)}.items():
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise BadInput(f"has half a character (a lone surrogate) in {name}")
         return Claim(
             text=self.template.format_map(shown),
             group=f"row {index}" if group in (None, "") else str(group),
@@ -80,11 +86,16 @@ class Testbed:
             answer=fields.get("answer"),
         )
 
+    @property
+    def upstream_leaks(self) -> bool:
+        """Whether the published keys of this testbed are made from gold labels."""
+        return self.upstream in (leaking_keys, leaking_comparison)
+
     def consistency(self, claims: Sequence[Claim], mode: ConsistencyMode) -> Consistency:
         """All constraints of a pool. Raises BadInput where "upstream" keys need gold labels that are not there."""
         if mode == "none":
             return Consistency([])
-        if mode == "upstream" and any(claim.gold is None for claim in claims):
+        if mode == "upstream" and self.upstream_leaks and any(claim.gold is None for claim in claims):
             raise BadInput("--consistency upstream makes its keys from gold labels, and some rows have none")
         rule = self.gold_free if mode == "gold-free" else self.upstream
         return Consistency.of_groups([c.group for c in claims], lambda i, j: rule(claims[i], claims[j]))

@@ -12,7 +12,7 @@ import numpy as np
 
 from core.llm_api.llm import ModelAPI
 from core.llm_api.types import LabelTokens, PoolScores, Prompt
-from src.icm.annealing import Candidate, Problem
+from src.icm.annealing import Candidate, Problem, mirrored_labels
 from src.icm.consistency import Label, Labels
 from src.icm.objective import Evaluation, accuracy, auc
 from src.icm.prompts import PromptBook
@@ -78,22 +78,35 @@ async def predict(
     return (await pipeline.run())[result]
 
 
-def reference_labelings(size: int, gold: Sequence[Label], rng: np.random.Generator) -> dict[str, Labels]:
-    """What U must be able to tell apart: gold and flipped (where gold is known), all True, all False, random."""
-    known = all(label is not None for label in gold)
-    labelings: dict[str, Labels] = {"gold": tuple(gold)} if known else {}
-    labelings["all True"] = (True,) * size
-    labelings["all False"] = (False,) * size
-    if known:
-        labelings["flipped gold"] = tuple(not label for label in gold)
-    labelings["random"] = tuple((rng.random(size) < 0.5).tolist())
-    return labelings
+def reference_labelings(gold: Sequence[Label], rng: np.random.Generator) -> dict[str, Labels]:
+    """What U must be able to tell apart: gold and flipped gold, all True, all False, random.
+
+    All of them label the same claims: those whose gold label is known, or every claim where none is known.
+    """
+    known = any(label is not None for label in gold)
+    drawn = (rng.random(len(gold)) < 0.5).tolist()
+    labelings: dict[str, Labels] = {
+        "gold": tuple(gold),
+        "all True": (True,) * len(gold),
+        "all False": (False,) * len(gold),
+        "flipped gold": mirrored_labels(tuple(gold)),
+        "random": tuple(drawn),
+    }
+    if not known:
+        return {name: labels for name, labels in labelings.items() if "gold" not in name}
+    shown = {
+        name: tuple(label if gold[i] is not None else None for i, label in enumerate(labels))
+        for name, labels in labelings.items()
+    }
+    # Gold that is constant is no rival of its own.
+    return {name: labels for name, labels in shown.items() if name == "gold" or labels != shown["gold"]}
 
 
 async def check_precondition(
     scorer: PoolScorer, problem: Problem, labelings: Mapping[str, Labels]
 ) -> dict[str, Evaluation]:
-    """U of each labeling of the whole pool, in one layout. ICM can find gold only if gold's U is the highest."""
-    layout = problem.new_layout(range(problem.size))
+    """U of each labeling, in one layout. ICM can find gold only if gold's U is the highest."""
+    some = next(iter(labelings.values()))
+    layout = problem.new_layout([claim for claim, label in enumerate(some) if label is not None])
     evaluations = await scorer.evaluate([Candidate(labels, layout) for labels in labelings.values()])
     return dict(zip(labelings, evaluations, strict=True))

@@ -72,6 +72,11 @@ def load_data_file(path: Path) -> tuple[Testbed, list[Claim], Path]:
     """The claims of a user's own file."""
     rows = read_rows(path)
     testbed = custom_testbed(rows[0].fields)
+    comparison = "choice_2" in testbed.columns
+    for row in rows:
+        if (row.fields.get("choice_2") not in (None, "")) != comparison:
+            kinds = ("a single claim", "a comparison") if comparison else ("a comparison", "a single claim")
+            raise BadInput(f"{path}:{row.line}: is {kinds[0]} (by its choice_2), and the first row is {kinds[1]}")
     return testbed, claims_of(testbed, rows, path), path
 
 
@@ -106,9 +111,9 @@ def _json_rows(path: Path, text: str) -> Iterator[Row]:
         counted = position
         try:
             value, position = decoder.raw_decode(text, position)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # also integers of thousands of digits
             at = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else f"{path}:{line}"
-            raise BadInput(f"{at}: is not valid JSON ({getattr(error, 'msg', 'nested too deeply')})") from None
+            raise BadInput(f"{at}: is not valid JSON ({_reason(error)})") from None
         yield _row(path, line, value)
         position = _skip_space(text, position)
         if text.startswith(",", position):
@@ -124,21 +129,26 @@ def _jsonl_rows(path: Path, text: str) -> Iterator[Row]:
         if line.strip():
             try:
                 value = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                reason = getattr(error, "msg", "nested too deeply")
-                raise BadInput(f"{path}:{number}: is not valid JSON ({reason})") from None
+            except (ValueError, RecursionError) as error:
+                raise BadInput(f"{path}:{number}: is not valid JSON ({_reason(error)})") from None
             yield _row(path, number, value)
 
 
 def _csv_rows(path: Path, text: str) -> Iterator[Row]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    line = 2
     try:
         for fields in reader:
             if None in fields:
-                raise BadInput(f"{path}:{reader.line_num}: has more fields than the header")
-            yield Row(reader.line_num, dict(fields))
+                raise BadInput(f"{path}:{line}: has more fields than the header")
+            yield Row(line, dict(fields))
+            line = reader.line_num + 1
     except csv.Error as error:
         raise BadInput(f"{path}:{reader.line_num}: is not valid CSV ({error})") from None
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "msg", "nested too deeply" if isinstance(error, RecursionError) else str(error))
 
 
 def _row(path: Path, line: int, value: object) -> Row:

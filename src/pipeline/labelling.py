@@ -28,13 +28,17 @@ KV_SHARE = 0.8  # of the server's KV cache that one run's tree and tail may fill
 
 @dataclass(frozen=True)
 class Pool:
-    """What a run labels, known before any model is asked. `rest`: other claims, labelled after the search."""
+    """What a run labels, known before any model is asked.
+
+    rest: other claims of the file, labelled after the search. left_out: how many more there are that are not labelled.
+    """
 
     testbed: Testbed
     claims: tuple[Claim, ...]
     rest: tuple[Claim, ...]
     problem: Problem
     data_digest: str
+    left_out: int = 0
 
     @property
     def gold(self) -> list[bool | None]:
@@ -133,7 +137,7 @@ class Labelling:
         """U of gold (if known), constant, flipped and random labels of the pool: the precondition of ICM."""
         problem = self.pool.problem
         rng = generator(problem.settings.seed, Stream.SEEDS, 1)
-        return await check_precondition(self.scorer(), problem, reference_labelings(problem.size, self.pool.gold, rng))
+        return await check_precondition(self.scorer(), problem, reference_labelings(self.pool.gold, rng))
 
     async def zero_shot(self) -> Prediction:
         """Every claim of the pool asked without demonstrations."""

@@ -86,7 +86,7 @@ class Pipeline:
         return self._add(Step(name, ask, (prompts,), kept=False))
 
     def evaluate(self, name: str, function: Callable[..., T | Awaitable[T]], *needs: Step[Any]) -> Step[T]:
-        """A step that measures; like transform, named apart because reports look for it."""
+        """A step that measures: a transform by another name, so that a pipeline reads as what it does."""
         return self.transform(name, function, *needs)
 
     async def run(self) -> Results:
@@ -157,17 +157,35 @@ def _digest_of_call(function: Callable[..., Any], inputs: Sequence[Any]) -> str 
     """SHA-256 of source, bound arguments, captured variables and inputs; None where one has no canonical form."""
     bound: list[Any] = []
     if isinstance(function, partial):
-        bound = [function.args, function.keywords]
+        bound += [function.args, function.keywords]
         function = function.func
-    captured = inspect.getclosurevars(function).nonlocals if inspect.isfunction(function) else {}
+    if inspect.ismethod(function):
+        bound.append(function.__self__)
+        function = function.__func__
     try:
-        source = inspect.getsource(function)
+        variables = inspect.getclosurevars(function)
         content = orjson.dumps(
-            [source, bound, captured, list(inputs)], option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS
+            [
+                inspect.getsource(function),
+                bound,
+                [function.__defaults__, function.__kwdefaults__],
+                {name: _content(value) for name, value in {**variables.globals, **variables.nonlocals}.items()},
+                list(inputs),
+            ],
+            option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS,
         )
-    except (OSError, TypeError):
+    except (OSError, TypeError, AttributeError):
         return None
     return hashlib.sha256(content).hexdigest()
+
+
+def _content(value: Any) -> Any:
+    """What a captured or global variable is in a digest: a module its name, code its source, anything else itself."""
+    if inspect.ismodule(value):
+        return value.__name__
+    if inspect.isfunction(value) or inspect.isclass(value):
+        return inspect.getsource(value)
+    return value
 
 
 def _read_kept(path: Path, made_from: str, adapter: TypeAdapter[Any]) -> Any:

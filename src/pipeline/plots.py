@@ -18,7 +18,7 @@ def plot_curves(records: Iterable[Mapping[str, Any]], gold: Sequence[Label], pat
 
     curves = _curves(records, gold)
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharex=True, layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)  # a name with $ in it is not a formula
     panels = (
         ("U", "U(D)", None),
         ("accuracy", "agreement with gold", (0.0, 1.0)),

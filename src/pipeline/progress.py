@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from types import TracebackType
 
 from tqdm import tqdm
@@ -20,13 +22,17 @@ class SearchProgress:
         self._pool = pool
         self._by_iteration = pool.problem.settings.stop == "K"
         total = pool.problem.settings.K if self._by_iteration else pool.problem.size
+        interval = 0.5 if sys.stderr.isatty() else 15.0
         self._bar = tqdm(
             total=total,
             unit="step" if self._by_iteration else "claim",
             disable=quiet,
             dynamic_ncols=True,
             smoothing=0.1,
+            mininterval=interval,
         )
+        self._interval = interval
+        self._shown = time.monotonic()
         self._started = False
         self._warned = False
         self._cached = self._computed = 0
@@ -59,6 +65,9 @@ class SearchProgress:
             shown["hits"] = f"{self._cached / (self._cached + self._computed):.2f}"
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update(done - self._bar.n)
+        if time.monotonic() - self._shown >= self._interval:  # update() shows nothing while the count stands still
+            self._bar.refresh()
+            self._shown = time.monotonic()
         warning = None if self._warned else collapse_warning(state.labels)
         if warning:
             self._warned = True

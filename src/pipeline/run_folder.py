@@ -77,7 +77,9 @@ class RunFolder:
             document = orjson.loads(self.run_path.read_bytes())
         except FileNotFoundError:
             return None
-        except (OSError, orjson.JSONDecodeError):
+        except OSError as error:
+            raise BadInput(f"{self.run_path}: cannot be read ({error.strerror})") from None
+        except orjson.JSONDecodeError:
             raise BadInput(f"{self.run_path}: is damaged; move {self.path} away, or choose another --run") from None
         if not isinstance(document, dict) or document.get("format", 0) > FORMAT:
             raise BadInput(f"{self.run_path}: was written by a newer version; choose another --run")

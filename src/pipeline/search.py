@@ -113,6 +113,7 @@ class Meter:
             "asked": stats["asked"] - self._stats["asked"],
             "from_cache": stats["cache_hits"] - self._stats["cache_hits"],
             "tokens_sent": stats["prompt_tokens"] - self._stats["prompt_tokens"],
+            "floored": stats["floored"] - self._stats["floored"],
         }
         if cost["tokens_sent"] and self._cache is not None:
             cache = await self._api.prefix_cache() or self._cache

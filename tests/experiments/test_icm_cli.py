@@ -205,7 +205,7 @@ async def test_data_without_gold_reports_no_accuracy(icm: Command, data: Path) -
     data.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "label"}) + "\n" for row in rows))
     code, out, err = await icm("--run", "a")
     assert code == 0, err
-    assert "unknown (no gold labels)" in out
+    assert "unknown (no labels to compare)" in out
 
 
 async def test_an_external_api_is_asked_in_text_and_gives_labels(icm: Command, server: FakeVLLM) -> None:
@@ -227,9 +227,17 @@ async def test_a_missing_label_stops_or_is_floored_and_counted(icm: Command, ser
     code, _, err = await icm("--run", "a")
     assert code == 1
     assert "claim" in err
-    code, out, err = await icm("--run", "b", "--missing_label", "floor")
+    for run in ("b", "c"):  # the second time every answer comes from the cache
+        code, out, err = await icm("--run", run, "--missing_label", "floor")
+        assert code == 0, err
+        assert "were floored" in out
+
+
+async def test_leaking_keys_are_announced_and_left_out_claims_counted(icm: Command) -> None:
+    code, out, err = await icm("--run", "a", "--consistency", "upstream", "--K", "3")
     assert code == 0, err
-    assert "were floored" in out
+    assert "makes its keys from gold labels" in err
+    assert "8 claims of the file are outside the pool" in out
 
 
 BAD = [
@@ -240,6 +248,8 @@ BAD = [
     (["--alhpa", "3"], "unrecognized arguments"),
     (["--run", "../x"], "not a path"),
     (["--initial_T", "0"], "must be above 0"),
+    (["--alpha", "nan"], "must be a finite number"),
+    (["--seed", "99999999999999999999"], "below 2^63"),
 ]
 
 
@@ -248,7 +258,7 @@ async def test_bad_input_is_one_clear_line_and_exit_code_2(icm: Command, flags: 
     code, _, err = await icm(*flags)
     assert code == 2
     assert complaint in err
-    assert "Traceback" not in err
+    assert len(err.strip().splitlines()) == 1
 
 
 async def test_a_server_that_is_not_up_is_named_with_the_command_that_starts_one(icm: Command) -> None:

@@ -27,7 +27,7 @@ def written(folder: Path, name: str, text: str) -> Path:
         ("d.json", "\ufeff \n" + json.dumps(ROWS), [2, 2]),
         ("d.jsonl", "\n".join(map(json.dumps, ROWS)) + "\n\n", [1, 2]),
         ("d.csv", "question,choice,label\nq,a,1\nq,b,0\n", [2, 3]),
-        ("d.csv", 'question,choice,label\nq,"a\nmore",1\nq,b,0\n', [3, 4]),
+        ("d.csv", 'question,choice,label\nq,"a\nmore",1\nq,b,0\n', [2, 4]),
     ],
 )
 def test_rows_know_their_lines(tmp_path: Path, name: str, text: str, lines: list[int]) -> None:
@@ -51,6 +51,8 @@ def test_rows_know_their_lines(tmp_path: Path, name: str, text: str, lines: list
         ("d.jsonl", "[1]", "d.jsonl:1: holds a list"),
         ("d.csv", "a,b\n1,2,3\n", "d.csv:2: has more fields"),
         ("d.txt", "x", "unknown kind of file"),
+        ("d.jsonl", '{"a": 1' + "0" * 5000 + "}", "d.jsonl:1: is not valid JSON"),
+        ("d.json", '[{"a": 1' + "0" * 5000 + "}]", "d.json:1: is not valid JSON"),
     ],
 )
 def test_bad_files(tmp_path: Path, name: str, text: str, complaint: str) -> None:
@@ -83,6 +85,22 @@ def test_a_row_without_its_columns_is_named_with_its_line(tmp_path: Path) -> Non
     path = written(tmp_path, "d.jsonl", '{"question": "q", "choice": "a"}\n{"question": "q"}\n')
     with pytest.raises(BadInput, match=r"d\.jsonl:2: row 1 lacks the column choice"):
         claims_of(TESTBEDS["truthfulQA"], read_rows(path), path)
+
+
+@pytest.mark.parametrize(
+    ("second", "complaint"),
+    [
+        ('{"question": "q", "choice": ""}', "d.jsonl:2: row 1 has nothing in choice"),
+        ('{"question": "q", "choice": "a", "choice_2": "b"}', "d.jsonl:2: is a comparison"),
+        ('{"question": "q", "choice": "a\\ud800"}', "d.jsonl:2: row 1 has half a character"),
+        ('{"question": "q", "choice": "a", "consistency_id": "\\udfff"}', "half a character"),
+    ],
+)
+def test_unusable_rows_are_named(tmp_path: Path, second: str, complaint: str) -> None:
+    path = written(tmp_path, "d.jsonl", '{"question": "q", "choice": "a"}\n' + second + "\n")
+    with pytest.raises(BadInput) as caught:
+        load_data_file(path)
+    assert complaint in str(caught.value)
 
 
 def test_a_bad_label_is_named_with_its_line(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,13 +21,17 @@ class Total:
     names: list[str]
 
 
+def record(name: str) -> None:
+    CALLS.append(name)
+
+
 def total(numbers: list[int]) -> Total:
-    CALLS.append("total")
+    record("total")
     return Total(sum(numbers), ["sum"])
 
 
 def doubled(numbers: list[int]) -> list[int]:
-    CALLS.append("doubled")
+    record("doubled")
     return [2 * n for n in numbers]
 
 
@@ -116,6 +122,38 @@ async def test_what_a_function_captured_counts_as_input(tmp_path: Path) -> None:
         one = pipeline.load("one", lambda: 1)
         step = pipeline.transform("captured", captured, one)
         assert (await pipeline.run())[step] == expected
+
+
+FACTOR = 2
+
+
+@dataclass(frozen=True)
+class Scale:
+    by: int
+
+    def scaled(self, n: int) -> int:
+        return n * self.by
+
+
+async def test_objects_defaults_and_globals_count_as_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_global(n: int) -> int:
+        return n * FACTOR
+
+    async def result_of(function: Callable[[int], int]) -> int:
+        pipeline = Pipeline("inputs", folder=tmp_path)
+        step = pipeline.transform("x", function, pipeline.load("n", lambda: 3))
+        return (await pipeline.run())[step]
+
+    assert [await result_of(Scale(by).scaled) for by in (2, 5)] == [6, 15]
+    first = await result_of(with_global)
+    monkeypatch.setattr(sys.modules[__name__], "FACTOR", 7)
+    assert (first, await result_of(with_global)) == (6, 21)
+    for default in (2, 5):
+
+        def with_default(n: int, k: int = default) -> int:
+            return n * k
+
+        assert await result_of(with_default) == 3 * default
 
 
 def test_steps_of_other_pipelines_and_twice_the_same_name_are_refused() -> None:
