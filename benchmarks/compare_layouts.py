@@ -5,8 +5,9 @@
 
 Scores the same claims with gold labels as demonstrations in several layouts and compares each with the published
 code's order: correlation, mean signed log-odds, accuracy, how often the sign differs. Random orders (another one for
-every question) are the yardstick: a layout is innocent if it differs from upstream's no more than they do. "siblings
-together" is the layout not to use: there a claim's sibling is the last demonstration before its question.
+every question) are the yardstick: a layout is innocent if it differs from upstream's no more than they do. In "siblings
+together" a claim's sibling is the last demonstration before its question, which no layout of ours does. Each is asked
+cold, and costs computed tokens and seconds; give a new --cache, or none, to measure that.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import asyncio
 import json
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -26,15 +28,15 @@ from core.llm_api.llm import open_model_api
 from core.settings import Settings
 from src.icm.annealing import SearchSettings
 from src.icm.objective import Objective
-from src.icm.prefix_tree import TreeLayout, UpstreamLayout
+from src.icm.prefix_tree import Layout, TreeLayout, UpstreamLayout
 from src.icm.testbeds import TESTBEDS, BadInput
 from src.pipeline.datafiles import load_testbed
 from src.pipeline.labelling import Labelling, Pool, prepare
 
-Order = Callable[[int], Sequence[int]]
+Contexts = dict[int, Sequence[int]]
 
 
-def siblings_together(size: int) -> Order:
+def siblings_together(size: int) -> Callable[[int], Sequence[int]]:
     """A tree that halves the pool as it stands, groups side by side: the sibling is the last demonstration."""
 
     def context(claim: int) -> Sequence[int]:
@@ -49,24 +51,30 @@ def siblings_together(size: int) -> Order:
     return context
 
 
-def layouts(pool: Pool, draws: int) -> dict[str, list[Order]]:
+def in_order_of(layout: Layout) -> Contexts:
+    """The contexts of every question, in the order in which the layout asks them."""
+    return {claim: layout.context(claim) for claim in layout.questions}
+
+
+def layouts(pool: Pool, draws: int) -> dict[str, list[Contexts]]:
     """Every layout that is compared, several draws of the random ones."""
     size, groups = len(pool.claims), pool.problem.groups
-    named: dict[str, list[Order]] = {"upstream's order": [UpstreamLayout.build(range(size)).context]}
+    named: dict[str, list[Contexts]] = {"upstream's order": [in_order_of(UpstreamLayout.build(range(size)))]}
     for draw in range(draws):
         rng = np.random.default_rng([2024, draw])
-        for name, anchors in (("bare tree", 0), ("tree with anchors", SearchSettings().anchors)):
+        for name, anchors in (("tree", 0), ("tree, 4 anchors", 4)):
             tree = TreeLayout.build(range(size), groups, rng, anchors=anchors)
-            named.setdefault(name, []).append(tree.context)
+            named.setdefault(name, []).append(in_order_of(tree))
         order = rng.permutation(size).tolist()
-        grown = TreeLayout.build(order[: size * 3 // 4], groups, rng, anchors=SearchSettings().anchors)
+        grown = TreeLayout.build(order[: size * 3 // 4], groups, rng)
         for claim in order[size * 3 // 4 :]:
             grown = grown.append(claim)
-        named.setdefault("the same, a quarter appended", []).append(grown.context)
+        named.setdefault("tree, a quarter appended", []).append(in_order_of(grown))
         shuffled = {claim: [o for o in rng.permutation(size).tolist() if o != claim] for claim in range(size)}
-        named.setdefault("random order per question", []).append(shuffled.__getitem__)
+        named.setdefault("random order per question", []).append(dict(shuffled))
     if len(set(groups)) < size:
-        named["siblings together (do not use)"] = [siblings_together(size)]
+        together = siblings_together(size)
+        named["siblings together"] = [{claim: together(claim) for claim in range(size)}]
     return named
 
 
@@ -91,24 +99,31 @@ async def measure(args: argparse.Namespace) -> dict[str, object]:
     async with open_model_api(Settings.load({"cache_path": args.cache}), model=args.model) as api:
         labelling = await Labelling.open(pool, api)
         scores: dict[str, list[np.ndarray]] = {}
-        for name, orders in layouts(pool, args.draws).items():
-            for order in orders:
-                prompts = [labelling.book.prompt(c, order(c), gold) for c in range(len(gold))]
+        costs: dict[str, list[tuple[int, float]]] = {}
+        for name, drawn in layouts(pool, args.draws).items():
+            for contexts in drawn:
+                prompts = [labelling.book.prompt(claim, context, gold) for claim, context in contexts.items()]
+                before, started = await api.prefix_cache(), time.perf_counter()
                 answer = await api.score(prompts, labelling.tokens)
-                scores.setdefault(name, []).append(np.array(answer.log_odds))
+                seconds, after = time.perf_counter() - started, await api.prefix_cache()
+                by_claim = dict(zip(contexts, answer.log_odds, strict=True))
+                scores.setdefault(name, []).append(np.array([by_claim[claim] for claim in range(len(gold))]))
+                computed = (after - before).computed if after is not None and before is not None else 0
+                costs.setdefault(name, []).append((computed, round(seconds, 2)))
                 print(f"  scored: {name}", file=sys.stderr)
         engine = labelling.identity.describe()
     reference = scores["upstream's order"][0]
     rows = []
-    for name, drawn in scores.items():
+    for name, found in scores.items():
         rows.append(
             {
                 "layout": name,
-                "draws": len(drawn),
-                "mean_signed": [round(float(np.mean(signs * s)), 3) for s in drawn],
-                "accuracy": [round(float(np.mean((s > 0) == (signs > 0))), 3) for s in drawn],
-                "correlation": [round(float(np.corrcoef(reference, s)[0, 1]), 3) for s in drawn],
-                "sign_differs": [round(float(np.mean((s > 0) != (reference > 0))), 3) for s in drawn],
+                "mean_signed": [round(float(np.mean(signs * s)), 3) for s in found],
+                "accuracy": [round(float(np.mean((s > 0) == (signs > 0))), 3) for s in found],
+                "correlation": [round(float(np.corrcoef(reference, s)[0, 1]), 3) for s in found],
+                "sign_differs": [round(float(np.mean((s > 0) != (reference > 0))), 3) for s in found],
+                "computed_tokens": [tokens for tokens, _ in costs[name]],
+                "seconds": [seconds for _, seconds in costs[name]],
             }
         )
     return {"testbed": args.testbed, "claims": len(gold), "engine": engine, "rows": rows}
@@ -134,12 +149,18 @@ def main() -> int:
     rows = result["rows"]
     assert isinstance(rows, list)
     print(f"{result['testbed']}, {result['claims']} claims, gold labels, {result['engine']}")
-    print(f"{'layout':<32}{'mean signed log-odds':<26}{'accuracy':<22}{'r with upstream':<22}sign differs")
+    print(
+        f"{'layout':<28}{'mean signed log-odds':<24}{'accuracy':<18}{'r with upstream':<18}{'sign differs':<18}"
+        f"{'computed tokens':<24}seconds"
+    )
     for row in rows:
-        columns = [
+        shown = [
             " ".join(f"{v:.2f}" for v in row[k]) for k in ("mean_signed", "accuracy", "correlation", "sign_differs")
         ]
-        print(f"{row['layout']:<32}{columns[0]:<26}{columns[1]:<22}{columns[2]:<22}{columns[3]}")
+        shown += [" ".join(map(str, row["computed_tokens"])), " ".join(f"{v:.1f}" for v in row["seconds"])]
+        widths = (24, 18, 18, 18, 24, 0)
+        cells = (f"{text:<{width}}" for text, width in zip(shown, widths, strict=True))
+        print(f"{row['layout']:<28}{''.join(cells)}")
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0

@@ -48,7 +48,7 @@ class SearchSettings:
 
     decay: the paper's beta in scheduler "log", the base of the power in "exp", unused in "log-upstream".
     patience: proposals in a row that change nothing before stop "labelled" ends (see `finished`).
-    anchors: claims that stand last in every prompt when a tree is built (see prefix_tree).
+    anchors: claims that stand last in every prompt when a tree is built (see prefix_tree); 0 is cheapest.
     max_tail: appended demonstrations after which the tree is built anew.
     mirror: once the search has settled, try all labels flipped (see `wants_mirror`).
     """
@@ -64,7 +64,7 @@ class SearchSettings:
     stop: Stop = "labelled"
     patience: int = 30
     layout: LayoutName = "tree"
-    anchors: int = 4
+    anchors: int = 0
     max_tail: int = 16
     mirror: bool = True
 

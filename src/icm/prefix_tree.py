@@ -6,9 +6,9 @@ tree, N * log2(N) demonstrations instead of N * N / 2. Labels added since the tr
 it, so that adding one costs each prompt one demonstration and its question. `UpstreamLayout` is the published code's
 order: the pool's, with the asked claim left out.
 
-The demonstrations nearest to a question weigh most. In the bare tree they differ from question to question, and a
-search learns to exploit that: it labels neighbours in the tree for each other's sake. A few claims, the *anchors*,
-therefore stand in the tail from the start, the same last demonstrations for every question.
+The demonstrations nearest to a question can weigh most, and in a tree they differ from question to question, so that a
+search could label neighbours in the tree for each other's sake. A few claims, the *anchors*, may stand in the tail from
+the start: the same last demonstrations for every question, at the price of computing them for each (docs/lab-log.md).
 
 A claim's siblings (same group, often the opposite answer) must not stand next to its question, or their labels give
 the answer away: members of a group part at the root, and siblings in the tail move up behind the root's edge.
