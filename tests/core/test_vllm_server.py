@@ -102,7 +102,7 @@ def test_a_server_that_never_answers_is_stopped(make: Callable[..., VLLMServer])
 def test_progress_shows_the_last_log_line_without_its_frills(make: Callable[..., VLLMServer]) -> None:
     out = io.StringIO()
     out.isatty = lambda: True  # type: ignore[method-assign]
-    with pytest.raises(ServerFailed), make("silent", timeout=1.0, progress=out):
+    with pytest.raises(ServerFailed), make("silent", timeout=8.0, progress=out):
         pytest.fail("it is not up")
     assert re.search(r"starting the vLLM server: +\d+ s  child \d+", out.getvalue())
     assert "\x1b[1m" not in out.getvalue()
