@@ -130,7 +130,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{row:<28}{' '.join(f'{a / n:.2f}' for a, n in pool):<40}{_together(pool):<26}{_together(rest)}")
     if options.json:
         rows = [{"row": row, "claims": name, "counts": counts} for (row, name), counts in table.items()]
-        options.json.write_text(json.dumps({"flags": icm, "seeds": options.seeds, "rows": rows, "cost": costs}) + "\n")
+        places = {"runs_dir", "data_dir", "data"}
+        flags = {k: v for k, v in vars(args).items() if k not in places}
+        options.json.write_text(
+            json.dumps({"flags": flags, "seeds": options.seeds, "rows": rows, "cost": costs}) + "\n"
+        )
     return 0
 
 
