@@ -27,12 +27,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from core.llm_api.llm import ModelAPI, open_model_api
 from core.settings import Settings
 from src.experiments import ICM
-from src.icm.annealing import Candidate, SearchSettings, Stream, generator
+from src.icm.annealing import Candidate, Stream, generator
 from src.icm.consistency import Labels
-from src.icm.objective import Objective, wilson_interval
+from src.icm.objective import wilson_interval
 from src.pipeline.baselines import Prediction, predict
-from src.pipeline.datafiles import load_data_file, load_testbed
-from src.pipeline.labelling import Labelling, prepare
+from src.pipeline.labelling import Labelling
 
 Counts = tuple[int, int]
 
@@ -46,19 +45,7 @@ async def leave_one_out(labelling: Labelling, labels: Labels) -> Prediction:
 
 async def baselines_of(seed: int, args: argparse.Namespace, api: ModelAPI) -> dict[tuple[str, str], Counts]:
     """Agreement of every baseline, by (row, set of claims), for the pool that this seed draws."""
-    if args.data is not None:
-        testbed, claims, path = load_data_file(args.data)
-    else:
-        testbed, claims, path = load_testbed(args.testbed, args.data_dir)
-    pool = prepare(
-        testbed,
-        claims,
-        path,
-        batch_size=args.batch_size,
-        consistency=args.consistency,
-        objective=Objective(args.alpha, args.calibrate),
-        settings=SearchSettings(seed=seed),
-    )
+    pool = ICM.pool_of(argparse.Namespace(**{**vars(args), "seed": seed, "label_rest": True}))
     labelling = await Labelling.open(pool, api)
     size = len(pool.claims)
     everything = [*pool.gold, *(claim.gold for claim in pool.rest)]

@@ -227,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 async def _run(args: argparse.Namespace) -> int:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, _task().cancel)
-    pool = _pool(args)
+    pool = pool_of(args)
     settings = _settings(args, pool)
     folder = RunFolder(args.runs_dir / _run_name(args, settings))
     known = folder.read_run()
@@ -317,7 +317,7 @@ async def _label(
     return document
 
 
-def _pool(args: argparse.Namespace) -> Pool:
+def pool_of(args: argparse.Namespace) -> Pool:
     """The pool and its constraints, from flags and files alone."""
     if args.initial_T <= 0 or args.final_T <= 0 or args.decay <= 0:
         raise BadInput("--initial_T, --final_T and --decay must be above 0")
