@@ -1,0 +1,144 @@
+"""Make a model folder of a known shape without weights: enough for a vLLM server started with --load-format dummy.
+
+    python benchmarks/make_shape.py 8B /tmp/llama-8b
+    scripts/launch_vllm_server.sh /tmp/llama-8b --load-format dummy --served-model-name llama-8b
+
+How long arithmetic takes does not depend on the weights, so a shape with random weights measures speed as the real
+model would. Its answers mean nothing. The tokenizer takes one token a word, so that a claim of 40 words has 40 tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+LABELS: Final = (" True", " False")
+WORDS: Final = 4000
+BOS: Final = "<|begin_of_text|>"
+
+LLAMA: Final[dict[str, Any]] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "attention_bias": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 128256,
+}
+
+SHAPES: Final[dict[str, dict[str, Any]]] = {
+    # Next to no arithmetic: what is measured is everything around the model. For a CPU.
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 1,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "vocab_size": 8192,
+    },
+    "1B": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 16,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": True,
+    },
+    "8B": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+    },
+    "70B": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_attention_heads": 64,
+        "num_hidden_layers": 80,
+        "num_key_value_heads": 8,
+    },
+    # Every linear layer but the last in fp8, activations scaled as they come.
+    "405B-fp8": {
+        "hidden_size": 16384,
+        "intermediate_size": 53248,
+        "num_attention_heads": 128,
+        "num_hidden_layers": 126,
+        "num_key_value_heads": 8,
+        "quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic"},
+    },
+}
+
+
+def word(number: int) -> str:
+    """The text of one token: letters only, for digits are tokens of their own. Numbers wrap around at WORDS."""
+    return " w" + "".join(chr(ord("a") + number % WORDS // 26**place % 26) for place in range(3))
+
+
+def tokenizer() -> dict[str, Any]:
+    """A tokenizer.json that maps every word, label and blank line to one token."""
+    # The byte-level alphabet writes a blank as Ġ and a line feed as Ċ.
+    texts = [BOS, "<unk>", "ĊĊ", *("Ġ" + label.strip() for label in LABELS)]
+    texts += ["Ġ" + word(number).strip() for number in range(WORDS)]
+    return {
+        "version": "1.0",
+        "added_tokens": [
+            {
+                "id": 0,
+                "content": BOS,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": BOS, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {BOS: {"id": BOS, "ids": [0], "tokens": [BOS]}},
+        },
+        "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+        "model": {"type": "WordLevel", "vocab": {t: i for i, t in enumerate(texts)}, "unk_token": "<unk>"},
+    }
+
+
+def make_shape(name: str, folder: Path) -> Path:
+    """Write config.json and the tokenizer of the shape `name` into `folder`, which is made where it is missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {
+        "config.json": LLAMA | SHAPES[name],
+        "tokenizer.json": tokenizer(),
+        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "unk_token": "<unk>"},
+    }
+    for file, content in files.items():
+        (folder / file).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return folder
+
+
+def main() -> int:
+    """Write the folder and say where it is."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("shape", choices=list(SHAPES))
+    parser.add_argument("folder", type=Path)
+    args = parser.parse_args()
+    print(make_shape(args.shape, args.folder))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
