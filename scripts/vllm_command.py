@@ -190,7 +190,10 @@ def command(
     port = check_port(host, port_text)
     argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", served]
     argv += ["--host", host, "--port", str(port), *serve_options(section, rest)]
-    return {name: value for name, value in _environment(section.env) if name not in environ}, argv
+    env = {name: value for name, value in _environment(section.env) if name not in environ}
+    # Our extension of the server is imported from here, wherever the server is started.
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPO_ROOT), environ.get("PYTHONPATH", ""))))
+    return env, argv
 
 
 def _environment(env: Mapping[str, str]) -> Iterator[tuple[str, str]]:

@@ -98,6 +98,26 @@ def read_answers(body: bytes, prompts: Sequence[Prompt]) -> Answers:
     return Answers(top, counted if isinstance(counted, int) else 0)
 
 
+def read_tree_answer(body: bytes, labels: LabelTokens, prompts: Sequence[Prompt]) -> Answers:
+    """Check what our extension answered to a PromptTree; null, which stands for -inf and NaN, leaves the label out.
+
+    Raises TransientError for a body that is truncated, malformed or answers another number of prompts.
+    """
+    keys = [token_key(label) for label in labels.ids]
+    try:
+        parsed = orjson.loads(body)
+        top = [
+            {key: float(value) for key, value in zip(keys, pair, strict=True) if value is not None}
+            for pair in parsed["logprobs"]
+        ]
+        counted = int(parsed["prompt_tokens"])
+    except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise TransientError(f"the answer is truncated or malformed ({type(error).__name__}).") from None
+    if len(top) != len(prompts):
+        raise TransientError(f"asked about {len(prompts)} prompts and got {len(top)} answers.")
+    return Answers(top, counted)
+
+
 def label_logprobs(
     top: Mapping[K, float], true: K, false: K, *, missing: MissingLabelPolicy, name: str
 ) -> LabelLogprobs:

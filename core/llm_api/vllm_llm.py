@@ -2,7 +2,8 @@
 
 Facts about vLLM that this file relies on, checked with 0.26 and 0.32: /v1/completions takes at most 1,024 prompts of
 token ids and keeps their order; one bad prompt fails the whole request; `logprob_token_ids` returns the logprobs of
-just those tokens, whatever their rank; closing the connection aborts every prompt of the request.
+just those tokens, whatever their rank; closing the connection aborts every prompt of the request. A server started by
+our launcher also takes a pool as a tree of segments (core/vllm_extension), which start() finds out.
 """
 
 from __future__ import annotations
@@ -14,8 +15,18 @@ from typing import Any, Final
 import orjson
 from pydantic import SecretStr
 
-from core.llm_api.completions import TOP_LOGPROBS, label_logprobs, read_answers, token_body, token_key, vllm_fields
+from core.llm_api.completions import (
+    TOP_LOGPROBS,
+    Answers,
+    label_logprobs,
+    read_answers,
+    read_tree_answer,
+    token_body,
+    token_key,
+    vllm_fields,
+)
 from core.llm_api.errors import APIError, ConfigurationError, MissingLabel, RequestRejected, TransientError
+from core.llm_api.prompt_tree import FORMAT, PATH, PromptTree
 from core.llm_api.tokens import CANARY_TEXT, fingerprint
 from core.llm_api.transport import HttpOptions, HttpTransport, all_or_cancel
 from core.llm_api.types import (
@@ -60,6 +71,7 @@ class VLLMClient:
         self._prompts_per_request = min(prompts_per_request or MAX_PROMPTS_PER_REQUEST, MAX_PROMPTS_PER_REQUEST)
         self._missing = missing_label
         self._exact: bool | None = None
+        self._takes_trees = False
         self._top = TOP_LOGPROBS
 
     @property
@@ -71,6 +83,11 @@ class VLLMClient:
         if self._exact is None:
             raise RuntimeError("VLLMClient was not started")
         return self._exact
+
+    @property
+    def takes_trees(self) -> bool:
+        """Whether pools travel as trees of segments: the server runs our extension, and exact_labels holds."""
+        return self._takes_trees and self.exact_labels
 
     async def start(self) -> EngineIdentity:
         """Find the model, ask the canary, and see whether labels can be asked for by id."""
@@ -85,6 +102,7 @@ class VLLMClient:
         self._exact = await self._probe_exact(canary)
         if not self._exact:
             log.warning("%s does not return chosen logprobs; using its top %d", self._http.base_url, self._top)
+        self._takes_trees = await self._probe_trees()
         length = card.get("max_model_len")
         return EngineIdentity(
             kind="vllm",
@@ -143,7 +161,9 @@ class VLLMClient:
 
         async def attempt() -> EngineAnswer:
             # The body is joined in the slot, so that of many waiting requests only those in flight hold one.
-            answers = read_answers(await self._post("/v1/completions", token_body(fields, prompts)), prompts)
+            answers = await self._ask_tree(prompts, labels) if self.takes_trees else None
+            if answers is None:
+                answers = read_answers(await self._post("/v1/completions", token_body(fields, prompts)), prompts)
             logprobs = [
                 label_logprobs(top, true, false, missing=self._missing, name=prompt.name)
                 for top, prompt in zip(answers.top, prompts, strict=True)
@@ -196,6 +216,27 @@ class VLLMClient:
                 return False
             raise
         return True
+
+    async def _probe_trees(self) -> bool:
+        """Whether the server has our extension, in our format and for our model (not for a LoRA adapter of it)."""
+        try:
+            said = _json_object(await self._http.send("GET", PATH), PATH)  # once: to do without it costs only time
+        except APIError:
+            return False
+        models = said.get("models")
+        return said.get("format") == FORMAT and isinstance(models, list) and self._model in models
+
+    async def _ask_tree(self, prompts: Sequence[Prompt], labels: LabelTokens) -> Answers | None:
+        """None where the server has lost its extension, which a restart by other means can do."""
+        body = orjson.dumps({"labels": labels.ids, "tree": PromptTree.of(prompts)})
+        try:
+            return read_tree_answer(await self._post(PATH, body), labels, prompts)
+        except RequestRejected as error:
+            if error.status not in (404, 405):
+                raise
+        log.warning("%s no longer takes pools as trees; sending whole prompts", self._http.base_url)
+        self._takes_trees = False
+        return None
 
     async def _read(self, body: bytes, prompt: Prompt) -> dict[str, float]:
         async def attempt() -> dict[str, float]:

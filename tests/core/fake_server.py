@@ -22,6 +22,8 @@ from typing import Any, Self
 
 from aiohttp import web
 
+from core.llm_api import prompt_tree
+
 BOS = 1
 TRUE, FALSE = 5852, 7983
 BLOCK = 16
@@ -81,13 +83,14 @@ class FakeVLLM:
         root: str = "/models/fake",
         salt: str = "",  # another salt is another model: the canary answers differently
         split_labels: bool = False,  # ' True' is two tokens, 'True' is one
+        trees: bool = False,  # runs our extension
     ) -> None:
         self.model, self.root, self.salt = model, root, salt
         self.log_odds = log_odds
         self.api_key = api_key
         self.max_model_len, self.max_logprobs = max_model_len, max_logprobs
         self.exact_labels, self.metrics, self.logprobs = exact_labels, metrics, logprobs
-        self.split_labels = split_labels
+        self.split_labels, self.trees = split_labels, trees
         self.faults: list[Fault] = []
         self.shuffle = False
         self.drop: set[int] = set()  # token ids never listed
@@ -112,6 +115,8 @@ class FakeVLLM:
         app.router.add_get("/metrics", self._metrics)
         app.router.add_post("/tokenize", self._tokenize)
         app.router.add_post("/v1/completions", self._completions)
+        app.router.add_get(prompt_tree.PATH, self._describe)
+        app.router.add_post(prompt_tree.PATH, self._label_logprobs)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", self.port)
@@ -172,8 +177,24 @@ class FakeVLLM:
             tokens = [BOS, *tokens]
         return web.json_response({"count": len(tokens), "max_model_len": self.max_model_len, "tokens": tokens})
 
+    async def _describe(self, _: web.Request) -> web.Response:
+        if not self.trees:
+            raise web.HTTPNotFound
+        return web.json_response({"format": prompt_tree.FORMAT, "models": [self.model]})
+
+    async def _label_logprobs(self, request: web.Request) -> web.StreamResponse:
+        """The same prompts by another way: what a test knows of a completion holds for it, faults included."""
+        if not self.trees:
+            raise web.HTTPNotFound
+        tree, labels = prompt_tree.read_request(await request.read())
+        prompts = [tree.token_ids(number) for number in range(len(tree.ends))]
+        body = {"model": self.model, "prompt": prompts, "logprobs": 2, "logprob_token_ids": labels, "tree": True}
+        return await self._serve(request, {**body, "return_tokens_as_token_ids": True})
+
     async def _completions(self, request: web.Request) -> web.StreamResponse:
-        body = json.loads(await request.read())
+        return await self._serve(request, json.loads(await request.read()))
+
+    async def _serve(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         self.completions.append(body)
         self.in_flight += 1
         self.max_in_flight = max(self.max_in_flight, self.in_flight)
@@ -198,6 +219,8 @@ class FakeVLLM:
         if error:
             return web.json_response({"error": {"message": error, "type": "BadRequestError", "code": 400}}, status=400)
         answer = self._complete(body)
+        if "tree" in body:
+            answer = _as_pairs(answer, body["logprob_token_ids"])
         if fault.patch is not None:
             answer = fault.patch(answer) or answer
         text = json.dumps(answer)
@@ -267,6 +290,13 @@ class FakeVLLM:
             self._blocks.add(prefix)
         self.queries += len(tokens)
         self.hits += hits
+
+
+def _as_pairs(answer: dict[str, Any], labels: Sequence[int]) -> dict[str, Any]:
+    choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+    tops = [choice["logprobs"]["top_logprobs"][0] for choice in choices]
+    pairs = [[top.get(f"token_id:{label}") for label in labels] for top in tops]
+    return {"logprobs": pairs, "prompt_tokens": answer["usage"]["prompt_tokens"]}
 
 
 def _prompts(body: dict[str, Any]) -> list[list[int]]:

@@ -4,6 +4,9 @@ import asyncio
 import logging
 import socket
 import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from typing import Any
 
 import pytest
 from pydantic import SecretStr
@@ -17,6 +20,7 @@ from core.llm_api.errors import (
     ServerUnreachable,
     TransientError,
 )
+from core.llm_api.prompt_tree import PATH
 from core.llm_api.retry import RetryPolicy
 from core.llm_api.tokens import resolve_label_tokens
 from core.llm_api.transport import HttpOptions
@@ -83,6 +87,73 @@ async def test_a_pool_is_one_request_in_order(server: FakeVLLM) -> None:
     assert server.pools[0]["max_tokens"] == 1
     assert not server.pools[0].get("echo")
     await engine.aclose()
+
+
+async def test_a_server_with_our_extension_gets_pools_as_trees() -> None:
+    async with FakeVLLM(trees=True) as server, AsyncExitStack() as closing:
+        engine = await started(server)
+        closing.push_async_callback(engine.aclose)
+        assert engine.takes_trees
+        pool = prompts(300)
+        answer = await engine.score(pool, LABELS)
+        assert [a.log_odds for a in answer.logprobs] == pytest.approx([hashed_log_odds(p.token_ids) for p in pool])
+        assert (answer.requests, answer.retries, answer.prompt_tokens) == (1, 0, 300 * 4)
+        assert [body["prompt"] for body in server.pools] == [[p.token_ids for p in pool]]
+        assert server.requests.count(PATH) == 2  # the question whether it does, and the pool
+
+
+async def test_an_extension_of_another_format_or_model_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with FakeVLLM(trees=True) as server, AsyncExitStack() as closing:
+        monkeypatch.setattr("core.llm_api.vllm_llm.FORMAT", 2)
+        engine = await started(server)
+        closing.push_async_callback(engine.aclose)
+        assert not engine.takes_trees
+    async with FakeVLLM(trees=True, exact_labels="rejected") as server, AsyncExitStack() as closing:
+        engine = await started(server)
+        closing.push_async_callback(engine.aclose)
+        assert not engine.takes_trees
+
+
+async def test_a_server_that_loses_its_extension_gets_whole_prompts(caplog: pytest.LogCaptureFixture) -> None:
+    async with FakeVLLM(trees=True) as server, AsyncExitStack() as closing:
+        engine = await started(server)
+        closing.push_async_callback(engine.aclose)
+        server.trees = False
+        pool = prompts(3)
+        for _ in range(2):
+            answer = await engine.score(pool, LABELS)
+            assert [a.log_odds for a in answer.logprobs] == pytest.approx([hashed_log_odds(p.token_ids) for p in pool])
+        assert not engine.takes_trees
+        assert caplog.text.count("no longer takes pools as trees") == 1
+
+
+async def test_a_label_without_a_logprob_is_missing_in_a_tree_too() -> None:
+    async with FakeVLLM(trees=True) as server, AsyncExitStack() as closing:
+        engine = await started(server)
+        closing.push_async_callback(engine.aclose)
+        server.drop = {TRUE}
+        with pytest.raises(MissingLabel, match="claim 0"):
+            await engine.score(prompts(2), LABELS)
+
+
+@pytest.mark.parametrize(
+    "patch",
+    [
+        lambda a: a.update(logprobs=a["logprobs"][:-1]),
+        lambda a: a["logprobs"][0].pop(),
+        lambda a: a.pop("prompt_tokens"),
+        lambda a: a.update(logprobs=[["x", 1.0]] * 3),
+        lambda a: [],
+    ],
+)
+async def test_a_malformed_answer_to_a_tree_is_asked_again(patch: Callable[[dict[str, Any]], object]) -> None:
+    async with FakeVLLM(trees=True) as server, AsyncExitStack() as closing:
+        engine = await started(server)
+        closing.push_async_callback(engine.aclose)
+        server.faults = [Fault(patch=patch)]
+        pool = prompts(3)
+        answer = await engine.score(pool, LABELS)
+        assert [a.log_odds for a in answer.logprobs] == pytest.approx([hashed_log_odds(p.token_ids) for p in pool])
 
 
 async def test_no_request_is_larger_than_vllm_allows(server: FakeVLLM) -> None:

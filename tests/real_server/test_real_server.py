@@ -9,10 +9,12 @@ import random
 import sys
 from pathlib import Path
 
+import aiohttp
 import numpy as np
 import pytest
 
 from core.llm_api.llm import ModelAPI
+from core.llm_api.prompt_tree import PATH
 from core.llm_api.types import Prompt
 from core.llm_api.vllm_llm import VLLMClient
 from src.icm.prefix_tree import Layout, TreeLayout, UpstreamLayout
@@ -102,6 +104,73 @@ async def test_scores_follow_their_prompts_whatever_the_order(vllm_server: Runni
         # bf16 on a CPU: the batch's composition moves scores by hundredths; another prompt's score is far away.
         assert np.abs(forward - backward).max() < 0.26
         assert np.abs(forward[:, None] - forward[None, :]).max() > 0.3
+
+
+async def test_the_servers_extension_scores_as_completions_do(vllm_server: RunningServer) -> None:
+    """Each prompt alone and cached, where even a CPU's scores repeat: bitwise the same by both ways."""
+    async with ModelAPI(VLLMClient(vllm_server.url, vllm_server.model)) as api:
+        book, labels = await book_of(api, 12)
+        layout = TreeLayout.build(range(12), [str(i) for i in range(12)], np.random.default_rng(1))
+        prompts = prompts_of(book, layout, labels)[:4]
+        tokens = await api.label_tokens()
+        await api.score(prompts, tokens)
+    tree, plain = VLLMClient(vllm_server.url, vllm_server.model), VLLMClient(vllm_server.url, vllm_server.model)
+    try:
+        await tree.start()
+        await plain.start()
+        assert tree.takes_trees
+        plain._takes_trees = False
+        for prompt in prompts:
+            whole, short = await plain.score([prompt], tokens), await tree.score([prompt], tokens)
+            assert short.logprobs == whole.logprobs
+            assert short.prompt_tokens == whole.prompt_tokens == prompt.num_tokens
+    finally:
+        await tree.aclose()
+        await plain.aclose()
+
+
+@pytest.mark.parametrize(
+    ("body", "complaint"),
+    [
+        (b"{", ""),
+        (b'{"labels": [1, 2], "tree": {}}', "segments"),
+        (b'{"labels": [1, 2], "tree": {"segments": [[5]], "parents": [-1], "pieces": [1], "ends": [0]}}', "no segment"),
+        (b'{"labels": [1, 2], "tree": {"segments": [[5]], "parents": [-1], "pieces": [0], "ends": [3]}}', "no node"),
+        (b'{"labels": [1, 2], "tree": {"segments": [[99999999]], "parents": [-1], "pieces": [0], "ends": [0]}}', ""),
+        (b'{"labels": [1, 99999999], "tree": {"segments": [[5]], "parents": [-1], "pieces": [0], "ends": [0]}}', ""),
+        (
+            b'{"labels": [1, 2], "tree": {"segments": [[5%b]], "parents": [-1], "pieces": [0], "ends": [0]}}'
+            % (b",5" * 9000),
+            "9001 tokens",
+        ),
+    ],
+)
+async def test_the_extension_refuses_what_it_cannot_score(
+    vllm_server: RunningServer, body: bytes, complaint: str
+) -> None:
+    async with aiohttp.ClientSession() as session, session.post(vllm_server.url + PATH, data=body) as response:
+        assert response.status == 400
+        assert complaint in (await response.json())["error"]["message"]
+
+
+async def test_a_client_that_leaves_stops_its_pool(vllm_server: RunningServer) -> None:
+    async with ModelAPI(VLLMClient(vllm_server.url, vllm_server.model)) as api:
+        book, labels = await book_of(api, 96)
+        # Upstream's order: minutes of work, were it not aborted.
+        prompts = prompts_of(book, UpstreamLayout.build(range(96)), [not label for label in labels])
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(3):
+                await api.score(prompts, await api.label_tokens())
+
+    async def requests_in_engine() -> float:
+        async with aiohttp.ClientSession() as session, session.get(vllm_server.url + "/metrics") as response:
+            lines = (await response.text()).splitlines()
+        names = ("vllm:num_requests_running{", "vllm:num_requests_waiting{")
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(names))
+
+    async with asyncio.timeout(20):
+        while await requests_in_engine():
+            await asyncio.sleep(0.2)
 
 
 async def test_a_whole_run_labels_its_pool(vllm_server: RunningServer, tmp_path: Path) -> None:

@@ -125,8 +125,9 @@ def test_a_folder_and_an_id_are_told_apart(folder: Path) -> None:
 
 @pytest.mark.usefixtures("with_vllm")
 def test_the_command_of_a_server(folder: Path, config: Path) -> None:
-    env, argv = command([str(folder), "--port", "18431", "--dtype", "half"], {"B": "mine"}, config)
-    assert env == {"A": "1"}
+    environ = {"B": "mine", "PYTHONPATH": "/elsewhere"}
+    env, argv = command([str(folder), "--port", "18431", "--dtype", "half"], environ, config)
+    assert env == {"A": "1", "PYTHONPATH": f"{REPO_ROOT}:/elsewhere"}
     assert argv[:3] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     assert argv[3:] == [
         *("--model", str(folder), "--served-model-name", "some model", "--host", "127.0.0.1", "--port", "18431"),
@@ -166,10 +167,10 @@ def test_libraries_of_the_environment_are_named_only_where_they_are(
     config = tmp_path / "c.yaml"
     config.write_text("other: {env: {LD_PRELOAD: '{prefix}/lib/some.so'}}")
     monkeypatch.setattr(vllm_command.sys, "prefix", str(tmp_path))
-    assert command([str(folder)], {}, config)[0] == {}
+    assert "LD_PRELOAD" not in command([str(folder)], {}, config)[0]
     (tmp_path / "lib").mkdir()
     (tmp_path / "lib" / "some.so").touch()
-    assert command([str(folder)], {}, config)[0] == {"LD_PRELOAD": f"{tmp_path}/lib/some.so"}
+    assert command([str(folder)], {}, config)[0]["LD_PRELOAD"] == f"{tmp_path}/lib/some.so"
 
 
 def test_without_vllm_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, folder: Path, config: Path) -> None:

@@ -1,0 +1,118 @@
+"""A pool of prompts as a tree of shared segments: O(N) bytes instead of the O(N^2) of N whole prompts.
+
+N leave-one-out prompts name the same N demonstrations again and again; as lists of token ids they are 18 MB of JSON
+at N = 256, and a server spends longer on reading them than on the tokens that are new. Here every segment is sent once,
+and a prompt is a path: node i continues node parents[i] (-1: the start) by segments[pieces[i]]; each prompt ends at a
+node.
+Both ends use this file: the client encodes, the server's extension (core/vllm_extension) decodes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, TypeGuard
+
+from core.llm_api.types import Prompt
+
+PATH: Final = "/v1/label_logprobs"
+"""Where a server with our extension takes a PromptTree. Under /v1, so that vLLM's --api-key guards it."""
+
+FORMAT: Final = 1
+"""Raise when the request or the answer changes; the client uses the extension only where it speaks this format."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptTree:
+    """segments: token ids, each once. parents, pieces: one a node, see the module. ends: each prompt's last node."""
+
+    segments: list[list[int]]
+    parents: list[int]
+    pieces: list[int]
+    ends: list[int]
+
+    @classmethod
+    def of(cls, prompts: Sequence[Prompt]) -> PromptTree:
+        """The tree of `prompts`, in their order. Raises ValueError for one without token ids."""
+        numbers: dict[int, int] = {}  # of a segment, by its identity: a pool's prompts share their segments
+        segments: list[list[int]] = []
+        children: dict[tuple[int, int], int] = {}
+        parents: list[int] = []
+        pieces: list[int] = []
+        ends: list[int] = []
+        for prompt in prompts:
+            node = -1
+            for segment in prompt.segments:
+                if not segment.tokens:
+                    continue
+                piece = numbers.get(id(segment))
+                if piece is None:
+                    piece = numbers[id(segment)] = len(segments)
+                    segments.append(list(segment.tokens))
+                edge = (node, piece)
+                child = children.get(edge)
+                if child is None:
+                    child = children[edge] = len(parents)
+                    parents.append(node)
+                    pieces.append(piece)
+                node = child
+            if node == -1:
+                raise ValueError(f"prompt {prompt.name!r} has no token ids")
+            ends.append(node)
+        return cls(segments, parents, pieces, ends)
+
+    @classmethod
+    def read(cls, fields: object) -> PromptTree:
+        """Check a tree from decoded JSON. Raises ValueError that says what is wrong with it."""
+        if not isinstance(fields, dict):
+            raise ValueError("tree must be an object")
+        segments, parents, pieces, ends = (fields.get(name) for name in ("segments", "parents", "pieces", "ends"))
+        if not isinstance(segments, list) or not all(map(_is_ids, segments)):
+            raise ValueError("segments must be lists of token ids")
+        if not (_is_ints(parents) and _is_ints(pieces) and _is_ints(ends)):
+            raise ValueError("parents, pieces and ends must be lists of integers")
+        if len(parents) != len(pieces) or not all(-1 <= parent < node for node, parent in enumerate(parents)):
+            raise ValueError("every node needs a piece and a parent before it")
+        if not all(0 <= piece < len(segments) for piece in pieces):
+            raise ValueError("a piece names no segment")
+        if not ends or not all(0 <= end < len(parents) for end in ends):
+            raise ValueError("an end names no node")
+        return cls(segments, parents, pieces, ends)
+
+    def lengths(self) -> list[int]:
+        """Tokens of each prompt, without making it."""
+        until: list[int] = []
+        for parent, piece in zip(self.parents, self.pieces, strict=True):
+            until.append((until[parent] if parent >= 0 else 0) + len(self.segments[piece]))
+        return [until[end] for end in self.ends]
+
+    def token_ids(self, prompt: int) -> list[int]:
+        """Token ids of one prompt."""
+        path = []
+        node = self.ends[prompt]
+        while node >= 0:
+            path.append(self.pieces[node])
+            node = self.parents[node]
+        ids: list[int] = []
+        for piece in reversed(path):
+            ids += self.segments[piece]
+        return ids
+
+
+def read_request(body: bytes) -> tuple[PromptTree, list[int]]:
+    """The tree and the two label token ids of a request. Raises ValueError that says what is wrong with it."""
+    fields = json.loads(body)
+    labels = fields.get("labels") if isinstance(fields, dict) else None
+    if not _is_ids(labels) or len(labels) != 2 or labels[0] == labels[1]:
+        raise ValueError("labels must be two token ids")
+    return PromptTree.read(fields.get("tree")), labels
+
+
+def _is_ints(value: object) -> TypeGuard[list[int]]:
+    # type(), because True is an int to isinstance.
+    return isinstance(value, list) and all(type(item) is int for item in value)
+
+
+def _is_ids(value: object) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and bool(value) and all(type(item) is int and item >= 0 for item in value)

@@ -1,0 +1,112 @@
+"""A route of a vLLM server that takes a whole pool as a tree of segments and answers with its label logprobs.
+
+    python -m vllm.entrypoints.openai.api_server ... --middleware core.vllm_extension.label_logprobs.LabelLogprobs
+
+/v1/completions spends most of a pool on what ICM does not need: parsing N whole prompts, and starting a detokenizer for
+each, which reads the whole prompt again. This route hands the same token ids and sampling parameters to the same engine
+and leaves that out. It is a middleware only because that is vLLM's way to load a class into its API server
+(`--middleware`, vLLM's docs on the command line); the route itself lies behind vLLM's own, its --api-key included.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import uuid
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from core.llm_api.prompt_tree import FORMAT, PATH, PromptTree, read_request
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+class LabelLogprobs:
+    """ASGI middleware that adds the route to the application when the server starts, and passes everything on."""
+
+    def __init__(self, app: Callable[[Message, Receive, Send], Awaitable[None]]) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """One request, or the server's start."""
+        if scope["type"] == "lifespan":
+            scope["app"].router.add_route(PATH, _describe, methods=["GET"])
+            scope["app"].router.add_route(PATH, _answer, methods=["POST"])
+        await self._app(scope, receive, send)
+
+
+async def _describe(request: Any) -> Any:
+    """Which format this route speaks, and for which models."""
+    models = [path.name for path in request.app.state.openai_serving_models.base_model_paths]
+    return _json(200, {"format": FORMAT, "models": models})
+
+
+async def _answer(request: Any) -> Any:
+    """Label logprobs (nats) of every prompt of a PromptTree, in order: [[log P(True), log P(False)], ...].
+
+    -inf and NaN, which JSON cannot hold, are null.
+    """
+    engine = request.app.state.engine_client
+    try:
+        tree, labels = read_request(await request.body())
+        longest, limit = max(tree.lengths()), engine.model_config.max_model_len
+        if longest >= limit:
+            raise ValueError(f"a prompt has {longest} tokens, and the model takes {limit - 1}")
+        scoring = asyncio.create_task(_logprobs(engine, tree, labels))
+        leaving = asyncio.create_task(_client_left(request))
+        try:
+            await asyncio.wait((scoring, leaving), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            leaving.cancel()
+            scoring.cancel()  # does nothing to a finished one; else aborts every prompt that is still in the engine
+        if not scoring.done():
+            return _json(499, {"error": {"message": "the client left"}})
+        logprobs = scoring.result()
+    except ValueError as error:  # vLLM's own for a refused prompt, too
+        return _json(400, {"error": {"message": str(error)}})
+    return _json(200, {"logprobs": logprobs, "prompt_tokens": sum(tree.lengths())})
+
+
+async def _logprobs(engine: Any, tree: PromptTree, labels: list[int]) -> list[list[float | None]]:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    parameters = SamplingParams(
+        max_tokens=1,
+        temperature=0.0,
+        logprobs=len(labels),
+        logprob_token_ids=labels,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+    name = f"pool-{uuid.uuid4().hex}"
+
+    async def one(number: int) -> list[float | None]:
+        prompt = {"type": "token", "prompt_token_ids": tree.token_ids(number)}
+        [output] = [output async for output in engine.generate(prompt, parameters, f"{name}-{number}")]
+        listed = output.outputs[0].logprobs[0]
+        return [_finite(listed[label].logprob) for label in labels]
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(number)) for number in range(len(tree.ends))]
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+async def _client_left(request: Any) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _json(status: int, content: object) -> Any:
+    from starlette.responses import JSONResponse
+
+    return JSONResponse(content, status_code=status)
