@@ -49,7 +49,8 @@ START_HINT: Final = "Start one with: scripts/launch_vllm_server.sh local"
 class VLLMClient:
     """An Engine over HTTP. `base_url` without /v1; `model` as the server names it; `revision` as the user states it.
 
-    prompts_per_request: None sends a pool as one request (or as few as vLLM's limit allows).
+    prompts_per_request: None sends a pool as one request (or as few as vLLM's limit allows). use_extension: whether to
+    send pools as trees to servers that take them; False sends whole prompts to every server.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class VLLMClient:
         api_key: SecretStr | None = None,
         revision: str = "",
         prompts_per_request: int | None = None,
+        use_extension: bool = True,
         missing_label: MissingLabelPolicy = "error",
         options: HttpOptions | None = None,
     ) -> None:
@@ -71,6 +73,7 @@ class VLLMClient:
         self._prompts_per_request = min(prompts_per_request or MAX_PROMPTS_PER_REQUEST, MAX_PROMPTS_PER_REQUEST)
         self._missing = missing_label
         self._exact: bool | None = None
+        self._use_extension = use_extension
         self._takes_trees = False
         self._top = TOP_LOGPROBS
 
@@ -102,7 +105,7 @@ class VLLMClient:
         self._exact = await self._probe_exact(canary)
         if not self._exact:
             log.warning("%s does not return chosen logprobs; using its top %d", self._http.base_url, self._top)
-        self._takes_trees = await self._probe_trees()
+        self._takes_trees = self._use_extension and await self._probe_trees()
         length = card.get("max_model_len")
         return EngineIdentity(
             kind="vllm",

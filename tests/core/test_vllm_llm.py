@@ -108,6 +108,11 @@ async def test_an_extension_of_another_format_or_model_is_left_alone(monkeypatch
         engine = await started(server)
         closing.push_async_callback(engine.aclose)
         assert not engine.takes_trees
+    async with FakeVLLM(trees=True) as server, AsyncExitStack() as closing:
+        engine = await started(server, use_extension=False)
+        closing.push_async_callback(engine.aclose)
+        assert not engine.takes_trees
+        assert PATH not in server.requests
     async with FakeVLLM(trees=True, exact_labels="rejected") as server, AsyncExitStack() as closing:
         engine = await started(server)
         closing.push_async_callback(engine.aclose)

@@ -114,12 +114,13 @@ async def test_the_servers_extension_scores_as_completions_do(vllm_server: Runni
         prompts = prompts_of(book, layout, labels)[:4]
         tokens = await api.label_tokens()
         await api.score(prompts, tokens)
-    tree, plain = VLLMClient(vllm_server.url, vllm_server.model), VLLMClient(vllm_server.url, vllm_server.model)
+    tree = VLLMClient(vllm_server.url, vllm_server.model)
+    plain = VLLMClient(vllm_server.url, vllm_server.model, use_extension=False)
     try:
         await tree.start()
         await plain.start()
         assert tree.takes_trees
-        plain._takes_trees = False
+        assert not plain.takes_trees
         for prompt in prompts:
             whole, short = await plain.score([prompt], tokens), await tree.score([prompt], tokens)
             assert short.logprobs == whole.logprobs
