@@ -133,11 +133,11 @@ class Cases:
         )
 
     async def _grown_tree(self, size: int) -> None:
-        """d and d0 on a tail that grows from below N to above it, so that their mean size is N; then f on its end."""
+        """d and d0 on a tail that grows from below N to above it, so that their mean size is N; f where it makes N."""
         cases = [case for case in ("d0", "d", "f") if case in self._wanted]
         entries = [self._report.case(case, size) for case in cases]
         appends = self._repeats if "d" in cases else 0
-        start = max(2, size - (appends + 1) // 2)
+        start = max(2, size - max(1, (appends + 1) // 2))
         grown = await self._prepared(entries[0], start, start + appends + self._repeats)
         if grown is None:
             for entry in entries:
@@ -145,11 +145,11 @@ class Cases:
             return
         for entry in entries:
             grown.claims.describe(entry)
-        for _ in range(appends):
-            if await self._repeat("d0", size, partial(self._ask, grown), 1):
+        for append in range(max(1, appends)):
+            if "f" in cases and start + append == size - 1:
+                await self._repeat("f", size, partial(self._alternatives, grown), self._repeats)
+            if append < appends and await self._repeat("d0", size, partial(self._ask, grown), 1):
                 await self._repeat("d", size, partial(self._append, grown), 1)
-        if "f" in cases:
-            await self._repeat("f", size, partial(self._alternatives, grown), self._repeats)
 
     async def _prepared(self, entry: CaseResult, size: int, count: int) -> Grown | None:
         """A tree of `size` of `count` claims, asked once, untimed. None, and said in `entry`, where it cannot be."""

@@ -190,26 +190,22 @@ def rebuild_sizes(first: int, until: int, setting: int) -> list[int]:
 
 
 def interpolate(sizes: Sequence[float], values: Sequence[float], at: Iterable[float]) -> list[float]:
-    """Values between measured sizes: straight lines in log-log (power laws), continued beyond both ends.
+    """Values between measured sizes: straight lines in log-log, continued beyond both ends along the fit of all.
 
     Straight lines in log-log, because chords of a quadratic would lie above it and overstate what grows faster. Values
-    that are not positive are taken as straight lines instead.
+    that are not positive are taken as straight lines over log size instead; those of equal sizes are averaged.
     """
-    wanted = [float(x) for x in at]
-    if not wanted:
-        return []
-    if len(sizes) == 1:
-        return [float(values[0])] * len(wanted)
-    order = np.argsort(sizes)
-    xs, ys = np.log(np.asarray(sizes, dtype=np.float64)[order]), np.asarray(values, dtype=np.float64)[order]
+    wanted = np.log(np.asarray([float(x) for x in at], dtype=np.float64))
+    distinct = sorted(set(sizes))
+    ys = np.array([fmean(v for x, v in zip(sizes, values, strict=True) if x == size) for size in distinct])
+    xs = np.log(np.asarray(distinct, dtype=np.float64))
     logarithmic = bool((ys > 0).all())
     if logarithmic:
         ys = np.log(ys)
-    targets = np.log(np.asarray(wanted))
-    found = np.interp(targets, xs, ys)
-    for end, inner, beyond in ((0, 1, targets < xs[0]), (-1, -2, targets > xs[-1])):
-        slope = (ys[end] - ys[inner]) / (xs[end] - xs[inner])
-        found = np.where(beyond, ys[end] + slope * (targets - xs[end]), found)
+    found = np.interp(wanted, xs, ys)
+    if len(distinct) > 1:
+        slope = np.polyfit(xs, ys, 1)[0]
+        found += slope * (np.minimum(wanted - xs[0], 0) + np.maximum(wanted - xs[-1], 0))
     result: list[float] = (np.exp(found) if logarithmic else found).tolist()
     return result
 
