@@ -47,6 +47,10 @@ test: setup-local ## Run every test, those against a real vLLM server included (
 test-fast: setup ## Run the tests that need no vLLM
 	@$(PY) -m pytest -m "not gpu and not real_server" $(ARGS)
 
+.PHONY: bench
+bench: setup-local ## Check how many tokens a step computes, on the local model (ARGS="--repeats 3 --png step.png")
+	@$(PY) benchmarks/step.py --start local --model $(MODEL) --claim_tokens 12 --quick $(ARGS)
+
 .PHONY: lint
 lint: setup ## Check style (ruff) and types (mypy)
 	@$(PY) -m ruff check .

@@ -134,6 +134,10 @@ class DirectEngine:
         """Tokens the KV cache holds; None where this vLLM does not say."""
         return await self._in_thread(self._capacity)
 
+    async def kv_block_size(self) -> int | None:
+        """Tokens of one KV-cache block; None where this vLLM does not say."""
+        return await self._in_thread(self._block_size)
+
     async def aclose(self) -> None:
         """Stop vLLM and its processes; idempotent. Waits for a call that is still running."""
         thread, self._thread = self._thread, None
@@ -251,6 +255,10 @@ class DirectEngine:
         if stated:
             return int(stated)
         return int(config.num_gpu_blocks) * int(config.block_size) if config.num_gpu_blocks else None
+
+    def _block_size(self) -> int | None:
+        size = getattr(self._llm.llm_engine.vllm_config.cache_config, "block_size", None)
+        return int(size) if size else None
 
     def _short(self, error: Exception) -> str:
         text = " ".join(str(error).split()) or type(error).__name__

@@ -45,13 +45,17 @@ class HttpOptions:
 
 
 class HttpTransport:
-    """Requests to one server. `key_name` is the setting that holds the key, for hints; `absent` says how to get one."""
+    """Requests to one server. `key_name` is the setting that holds the key, for hints; `absent` says how to get one.
+
+    bytes_sent: bytes of all request bodies handed to the connection so far, retries included, headers not.
+    """
 
     def __init__(
         self, base_url: str, *, key: SecretStr | None, key_name: str, options: HttpOptions, absent: str = ""
     ) -> None:
         self.base_url = base_url
         self.contacted = False
+        self.bytes_sent = 0
         self._key = key
         self._key_name = key_name
         self._options = options
@@ -76,6 +80,7 @@ class HttpTransport:
         url = self.base_url + path
         # BytesIO is written in pieces; one `bytes` of many MB would block the event loop, and aiohttp warns of it.
         payload = None if body is None else io.BytesIO(body)
+        self.bytes_sent += len(body or b"")
         headers = {"Content-Type": "application/json"} if body is not None else {}
         if self._key is not None:
             headers["Authorization"] = f"Bearer {self._key.get_secret_value()}"

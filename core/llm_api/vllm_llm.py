@@ -38,7 +38,7 @@ from core.llm_api.types import (
     Prompt,
     Segment,
 )
-from core.llm_api.vllm_metrics import kv_cache_capacity, prefix_cache_counters
+from core.llm_api.vllm_metrics import kv_block_size, kv_cache_capacity, prefix_cache_counters
 from core.settings import MAX_PROMPTS_PER_REQUEST, MissingLabelPolicy
 
 log = logging.getLogger(__name__)
@@ -91,6 +91,11 @@ class VLLMClient:
     def takes_trees(self) -> bool:
         """Whether pools travel as trees of segments: the server runs our extension, and exact_labels holds."""
         return self._takes_trees and self.exact_labels
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes of request bodies sent so far; see HttpTransport."""
+        return self._http.bytes_sent
 
     async def start(self) -> EngineIdentity:
         """Find the model, ask the canary, and see whether labels can be asked for by id."""
@@ -147,6 +152,11 @@ class VLLMClient:
         """See vllm_metrics.kv_cache_capacity."""
         text = await self._metrics()
         return None if text is None else kv_cache_capacity(text)
+
+    async def kv_block_size(self) -> int | None:
+        """See vllm_metrics.kv_block_size."""
+        text = await self._metrics()
+        return None if text is None else kv_block_size(text)
 
     async def aclose(self) -> None:
         """Close the connections, which aborts what is still being computed; idempotent."""

@@ -47,6 +47,19 @@ def kv_cache_capacity(text: str) -> int | None:
     return min(capacities, default=None)
 
 
+def kv_block_size(text: str) -> int | None:
+    """Tokens of one KV-cache block, or None where the server does not say. Cached prefixes end on block borders.
+
+    Where attention works in larger blocks than it is told (Gemma 3 makes 32 of 16), newer servers state both.
+    """
+    sizes = []
+    for name, labels, _ in _samples(text):
+        if name == "vllm:cache_config_info":
+            stated = (labels.get(key, "") for key in ("block_size", "effective_attention_block_size"))
+            sizes += [int(size) for size in stated if size.isdigit()]
+    return max(sizes, default=None)
+
+
 def _samples(text: str) -> Iterator[tuple[str, dict[str, str], float]]:
     for line in text.splitlines():
         match = _SAMPLE.match(line)

@@ -106,6 +106,7 @@ async def test_a_pool_in_one_call_off_the_event_loops_thread(vllm: ModuleType) -
     assert await engine.tokenize([" True"], special=True) == [[BOS, TRUE]]
     assert await engine.prefix_cache() == PrefixCacheCounters(10 + 12, 11)
     assert await engine.kv_cache_tokens() == 160
+    assert await engine.kv_block_size() == 16
     await engine.aclose()
     await engine.aclose()
     assert llm.stopped == 1

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
+from core.llm_api.completions import token_body, vllm_fields
 from core.llm_api.errors import (
     ConfigurationError,
     MissingLabel,
@@ -415,7 +416,9 @@ async def test_prefix_cache_and_capacity(server: FakeVLLM) -> None:
     asked = await engine.prefix_cache() - before
     assert (asked.queries, asked.hits) == (4 * 65, 3 * 64)
     assert await engine.kv_cache_tokens() == 4096 * 16
+    assert await engine.kv_block_size() == 16
     server.metrics = False
+    assert await engine.kv_block_size() is None
     assert await engine.prefix_cache() is None
     assert await engine.kv_cache_tokens() is None
     await engine.aclose()
@@ -456,6 +459,9 @@ async def test_a_large_body_travels_whole(server: FakeVLLM) -> None:
     engine = await started(server)
     shared = Segment("d", list(range(100_000, 107_000)))
     pool = [Prompt((shared, Segment("q", [i]))) for i in range(60)]
+    before = engine.bytes_sent
     answer = await engine.score(pool, LABELS)
+    body = len(token_body(vllm_fields(server.model, LABELS), pool))
+    assert engine.bytes_sent - before == body
     assert answer.logprobs[59].log_odds == pytest.approx(hashed_log_odds(pool[59].token_ids))
     await engine.aclose()

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from core.llm_api.types import PrefixCacheCounters
-from core.llm_api.vllm_metrics import kv_cache_capacity, prefix_cache_counters
+from core.llm_api.vllm_metrics import kv_block_size, kv_cache_capacity, prefix_cache_counters
 
 # Lines of a real vLLM 0.32 server, a second engine added.
 TEXT = """\
@@ -36,3 +36,11 @@ def test_capacity_as_stated_else_from_blocks() -> None:
     assert kv_cache_capacity(BLOCKS + STATED) == 541_465  # the smallest engine
     assert kv_cache_capacity(UNKNOWN) is None
     assert kv_cache_capacity("") is None
+
+
+def test_block_size_is_the_larger_of_what_is_stated() -> None:
+    gemma = 'vllm:cache_config_info{block_size="16",effective_attention_block_size="32"} 1.0\n'
+    assert kv_block_size(BLOCKS) == 32
+    assert kv_block_size(gemma) == 32
+    assert kv_block_size('vllm:cache_config_info{block_size="None"} 1.0\n') is None
+    assert kv_block_size("") is None

@@ -192,3 +192,19 @@ async def test_a_whole_run_labels_its_pool(vllm_server: RunningServer, tmp_path:
     assert run["cost"]["tokens_cached"] > 0
     assert run["engine"]["version"]
     assert "agreement with gold" in out.decode()
+
+
+async def test_the_quick_benchmark_finds_the_token_counts_it_expects(
+    vllm_server: RunningServer, tmp_path: Path
+) -> None:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, str(REPOSITORY / "benchmarks" / "step.py"), "--quick", "--claim_tokens", "12"),
+        *("--server", vllm_server.url, "--model", vllm_server.model, "--json", str(tmp_path / "step.json")),
+        env={**os.environ, "ICM_SECRETS": os.devnull},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    out, err = await process.communicate()
+    print(out.decode())
+    assert process.returncode == 0, err.decode()
+    assert "hold" in out.decode()
