@@ -135,6 +135,8 @@ def run_table(run: RunResult) -> str:
             ours, theirs = value(tree), value(upstream)
             cells.append(f"{'?' if ours is None or not theirs else f'{ours / theirs:.3f}':>{width}}")
         lines.append(f"{'tree / upstream':<34}{''.join(cells)}")
+    if not run.samples:
+        return "\n".join(lines)
     lines.append(
         f"Sampled at {', '.join(map(str, sorted({s.size for s in run.samples})))} labels; between them interpolated, "
         f"straight in log-log. A rebuild every {run.rebuild_every}."
