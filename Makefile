@@ -48,7 +48,7 @@ test-fast: setup ## Run the tests that need no vLLM
 	@$(PY) -m pytest -m "not gpu and not real_server" $(ARGS)
 
 .PHONY: bench
-bench: setup-local ## Check how many tokens a step computes, on the local model (ARGS="--repeats 3 --png step.png")
+bench: setup-local ## Check how many tokens a step computes, on the local model (ARGS="--json step.json")
 	@$(PY) benchmarks/step.py --start local --model $(MODEL) --claim_tokens 12 --quick $(ARGS)
 
 .PHONY: lint

@@ -148,8 +148,12 @@ class Cases:
         for append in range(max(1, appends)):
             if "f" in cases and start + append == size - 1:
                 await self._repeat("f", size, partial(self._alternatives, grown), self._repeats)
-            if append < appends and await self._repeat("d0", size, partial(self._ask, grown), 1):
+            if append == appends:
+                break
+            if await self._repeat("d0", size, partial(self._ask, grown), 1):
                 await self._repeat("d", size, partial(self._append, grown), 1)
+            else:
+                self._report.case("d", size).not_measured = self._report.case("d0", size).not_measured
 
     async def _prepared(self, entry: CaseResult, size: int, count: int) -> Grown | None:
         """A tree of `size` of `count` claims, asked once, untimed. None, and said in `entry`, where it cannot be."""

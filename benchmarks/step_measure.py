@@ -246,5 +246,5 @@ class Budget:
         """Why there is no time for one more repetition; "" if there is."""
         needed, left = self.guess(kind, size, power), self.left
         if left <= 0 or needed > left:
-            return f"budget: needs some {needed:.0f} s, {max(0.0, left):.0f} s left"
+            return f"budget: needs some {needed:.3g} s, {max(0.0, left):.3g} s left"
         return ""

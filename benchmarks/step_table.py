@@ -18,7 +18,7 @@ from benchmarks.step_report import (
 
 _HEAD = (
     f"{'N':>4}  {'case':<30}{'reps':>4}  {'seconds (min - max)':<21}{'prompt tok':>11}{'computed':>11}{'unit':>6}"
-    f"{'CPU s':>7}{'MB sent':>8}{'peak MB':>8}{'tok/s':>7}"
+    f"{'CPU s':>7}{'MB sent':>8}{'peak MB':>8}{'tok/s':>6}"
 )
 _LEGEND = (
     "Medians. computed: prompt tokens not found in the prefix cache. unit: computed / (prompts x (demonstration +",
@@ -79,7 +79,7 @@ def _cells(entry: CaseResult) -> str:
         f"{spread:<21}{_count(middle(entry, lambda r: r.prompt_tokens)):>11}"
         f"{_count(middle(entry, lambda r: r.computed_tokens)):>11}{'?' if unit is None else f'{unit:.2f}':>6}"
         f"{_seconds(middle(entry, lambda r: r.cpu_seconds) or 0.0):>7}{_mega(sent):>8}"
-        f"{_mega(middle(entry, lambda r: r.peak_bytes), 0):>8}{_short(speed):>7}"
+        f"{_mega(middle(entry, lambda r: r.peak_bytes), 0):>8}{_short(speed):>6}"
     )
 
 
@@ -99,8 +99,8 @@ def growth_table(report: Report) -> str:
 def run_table(run: RunResult) -> str:
     """A finished run in both layouts, and their ratio."""
     lines = [
-        f"A whole run, {run.first} to {run.until} labels: every proposal accepted, no repairs, a step is one question "
-        "and one evaluation",
+        f"A whole run, {run.first} to {run.until} labels: every proposal accepted, nothing repaired; a step is one "
+        "question and one evaluation",
         f"{'':<34}{'seconds':>12}{'prompt tokens':>18}{'computed tokens':>18}{'client CPU s':>14}{'MB sent':>10}",
     ]
     totals = {layout: run_total(run, layout) for layout in ("tree", "upstream")}
@@ -135,6 +135,8 @@ def run_table(run: RunResult) -> str:
             ours, theirs = value(tree), value(upstream)
             cells.append(f"{'?' if ours is None or not theirs else f'{ours / theirs:.3f}':>{width}}")
         lines.append(f"{'tree / upstream':<34}{''.join(cells)}")
+    if not run.samples:
+        return "\n".join(lines)
     lines.append(
         f"Sampled at {', '.join(map(str, sorted({s.size for s in run.samples})))} labels; between them interpolated, "
         f"straight in log-log. A rebuild every {run.rebuild_every}."

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import sys
 from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,7 +35,8 @@ from benchmarks.step_report import (
     write_json,
 )
 from benchmarks.step_table import tables
-from tests.core.fake_server import FakeVLLM
+from tests.core.fake_server import FakeVLLM, Fault
+from tests.core.test_direct_llm import FakeLLM
 
 
 def repetition(seconds: float = 1.0, computed: int | None = 100, prompts: int = 10) -> Repetition:
@@ -251,18 +255,67 @@ async def test_prompts_that_do_not_fit_are_said(
     assert out.count("\n   4  ") == 5
 
 
-async def test_a_lost_server_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_was_measured_outlives_a_lost_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("ICM_SECRETS", "/dev/null")
     async with FakeVLLM() as server:
-        server.drop = {5852, 7983}
+        server.faults = [Fault(status=403, times=None, only=lambda body: len(str(body["prompt"])) > 40_000)]
+        arguments = ["--server", server.url, "--model", server.model, "--sizes", "8", "32", "--repeats", "1"]
+        json_file = tmp_path / "s.json"
+        assert await asyncio.to_thread(step.main, [*arguments, "--cases", "c", "b", "--json", str(json_file)]) == 2
+    assert read_json(json_file).case("c", 8).repetitions
+    assert not read_json(json_file).case("c", 32).repetitions
+    assert capsys.readouterr().out.count("not measured: not reached") == 3
+
+
+def test_in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    module = ModuleType("vllm")
+    FakeLLM.made, FakeLLM.failure = [], None
+    module.LLM, module.SamplingParams, module.__version__ = FakeLLM, SimpleNamespace, "0.32.0"
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    engine = json.dumps({"dtype": "bfloat16", "load_format": "dummy", "tokenizer": "/models/here/other"})
+    arguments = ["--direct", "/models/here/shape", "--engine", engine, "--sizes", "8", "16", "--repeats", "2"]
+    assert step.main([*arguments, "--json", str(tmp_path / "s.json")]) == 0
+    (llm,) = FakeLLM.made
+    assert (llm.arguments["load_format"], llm.arguments["dtype"], llm.stopped) == ("dummy", "bfloat16", 1)
+    text = (tmp_path / "s.json").read_text()
+    assert "/models" not in text
+    report = read_json(tmp_path / "s.json")
+    assert report.engine["model"] == "shape"
+    assert report.block_tokens == 16
+    assert report.case("a", 8).not_measured.startswith("in process there are no requests")
+    assert [len(report.case(case, 16).repetitions) for case in ("b", "c", "d0", "d", "e", "f")] == [2] * 6
+    # d: 15 + 1 and 16 + 1 claims; f: 15 + 1 claims with either label, the new claim's own question once
+    assert [r.prompts for r in report.case("d", 16).repetitions] == [16, 17]
+    assert [r.prompts for r in report.case("f", 16).repetitions] == [31, 31]
+    assert report.case("c", 16).repetitions[0].request_bytes is None
+    assert "in process there are no requests" in capsys.readouterr().out
+
+
+async def test_a_server_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ICM_SECRETS", "/dev/null")
+    started: list[dict[str, object]] = []
+    async with FakeVLLM(model="shape") as server:
+
+        def stand_in(**settings: object) -> AbstractContextManager[SimpleNamespace]:
+            started.append(settings)
+            return nullcontext(SimpleNamespace(url=server.url, model=settings["model"]))
+
+        monkeypatch.setattr(step, "VLLMServer", stand_in)
         arguments = [
-            "--server",
-            server.url,
-            "--model",
-            server.model,
+            "--start",
+            "/tmp/shape",
             "--sizes",
             "8",
-            "--json",
-            str(tmp_path / "s.json"),
+            "--repeats",
+            "1",
+            "--cases",
+            "c",
+            "--",
+            "--port-less",
+            "1",
         ]
-        assert await asyncio.to_thread(step.main, arguments) == 2
+        assert await asyncio.to_thread(step.main, arguments) == 0
+    assert started[0]["size"] == "/tmp/shape"
+    assert started[0]["options"] == ("--seed", "1", "--served-model-name", "shape")
