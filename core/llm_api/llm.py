@@ -138,8 +138,8 @@ class ModelAPI:
         self._in_flight.update(futures)
         answers: dict[bytes, LabelLogprobs] = {}
 
-        def settle(start: int, answer: EngineAnswer) -> None:
-            part = dict(zip(keys[start : start + len(answer.logprobs)], answer.logprobs, strict=True))
+        def settle(positions: Sequence[int], answer: EngineAnswer) -> None:
+            part = {keys[at]: logprobs for at, logprobs in zip(positions, answer.logprobs, strict=True)}
             self._count(answer)
             if self._cache is not None:
                 self._cache.put_many(part)

@@ -153,7 +153,7 @@ class VLLMClient:
         answer, retries = await self._http.call(attempt)
         answer = EngineAnswer(answer.logprobs, answer.prompt_tokens, requests=1, retries=retries)
         if on_answer is not None:
-            on_answer(start, answer)
+            on_answer(range(start, start + len(prompts)), answer)
         return answer
 
     async def _model_card(self) -> dict[str, Any]:

@@ -53,13 +53,13 @@ class ScriptedEngine:
         self.asked.append([p.token_ids[0] for p in prompts])
         await self.gate.wait()
         answers = []
-        for start, prompt in enumerate(prompts):
+        for position, prompt in enumerate(prompts):
             token = prompt.token_ids[0]
             if token in self.broken:
                 raise RequestRejected(f"token {token}", status=400)
             answers.append(LabelLogprobs(-1.0, -1.0 - token, self.floored))
             if on_answer is not None:
-                on_answer(start, EngineAnswer(answers[-1:], prompt_tokens=1, requests=1, retries=0))
+                on_answer([position], EngineAnswer(answers[-1:], prompt_tokens=1, requests=1, retries=0))
             await asyncio.sleep(0)
         return EngineAnswer(answers, prompt_tokens=len(answers), requests=len(answers))
 
