@@ -31,6 +31,7 @@ from core.llm_api.types import (
     Prompt,
     ScoreStats,
 )
+from core.llm_api.vllm_group import VLLMGroup
 from core.llm_api.vllm_llm import VLLMClient
 from core.settings import Settings
 
@@ -224,15 +225,19 @@ def _engine(settings: Settings, model: str, use_vllm: bool | None, direct: Direc
         retry=RetryPolicy(max_attempts=settings.max_attempts, deadline=settings.retry_deadline),
     )
     if chosen or (chosen is None and settings.vllm_configured):
-        return VLLMClient(
-            settings.vllm_url,
-            model,
-            api_key=settings.vllm_api_key,
-            revision=settings.model_revision or "",
-            prompts_per_request=settings.prompts_per_request,
-            missing_label=settings.missing_label,
-            options=options,
-        )
+        clients = [
+            VLLMClient(
+                url,
+                model,
+                api_key=settings.vllm_api_key,
+                revision=settings.model_revision or "",
+                prompts_per_request=settings.prompts_per_request,
+                missing_label=settings.missing_label,
+                options=options,
+            )
+            for url in settings.vllm_base_url
+        ]
+        return clients[0] if len(clients) == 1 else VLLMGroup(clients, patience=options.retry)
     if settings.llama_api_base is None:
         raise ConfigurationError("vLLM is ruled out and LLAMA_API_BASE is not set.", hint="Set it, or allow vLLM.")
     return ExternalAPI(

@@ -148,6 +148,9 @@ class PrefixCacheCounters:
     queries: int = 0
     hits: int = 0
 
+    def __add__(self, other: PrefixCacheCounters) -> PrefixCacheCounters:
+        return PrefixCacheCounters(self.queries + other.queries, self.hits + other.hits)
+
     def __sub__(self, earlier: PrefixCacheCounters) -> PrefixCacheCounters:
         return PrefixCacheCounters(self.queries - earlier.queries, self.hits - earlier.hits)
 
@@ -219,7 +222,7 @@ class PoolScores:
 
 @runtime_checkable
 class Engine(Protocol):
-    """What ModelAPI needs of an engine. Three exist: VLLMClient, DirectEngine, ExternalAPI."""
+    """What ModelAPI needs of an engine. Four exist: VLLMClient, VLLMGroup, DirectEngine, ExternalAPI."""
 
     async def start(self) -> EngineIdentity:
         """Connect, check the model and its logprobs, and say who is there. Raises an APIError with what to do."""

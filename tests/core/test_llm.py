@@ -22,6 +22,7 @@ from core.llm_api.types import (
     Prompt,
     Segment,
 )
+from core.llm_api.vllm_group import VLLMGroup
 from core.llm_api.vllm_llm import VLLMClient
 from core.settings import Settings
 from tests.core.fake_server import FALSE, TRUE, FakeVLLM, Fault, hashed_log_odds
@@ -294,6 +295,7 @@ async def test_partial_progress_over_http(server: FakeVLLM, tmp_path: Path) -> N
     ("configured", "flag", "direct", "expected"),
     [
         ({"vllm_base_url": "http://v"}, None, False, VLLMClient),
+        ({"vllm_base_url": "http://v,http://w"}, None, False, VLLMGroup),
         ({"llama_api_base": "http://x"}, None, False, ExternalAPI),
         ({"vllm_base_url": "http://v", "llama_api_base": "http://x"}, None, False, VLLMClient),
         ({"vllm_base_url": "http://v", "llama_api_base": "http://x", "use_vllm": False}, None, False, ExternalAPI),
