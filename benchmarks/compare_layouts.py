@@ -102,7 +102,10 @@ async def measure(args: argparse.Namespace) -> dict[str, object]:
         costs: dict[str, list[tuple[int, float]]] = {}
         for name, drawn in layouts(pool, args.draws).items():
             for contexts in drawn:
-                prompts = [labelling.book.prompt(claim, context, gold) for claim, context in contexts.items()]
+                prompts = [
+                    labelling.book.prompt(claim, context, gold, position / len(contexts))
+                    for position, (claim, context) in enumerate(contexts.items())
+                ]
                 before, started = await api.prefix_cache(), time.perf_counter()
                 answer = await api.score(prompts, labelling.tokens)
                 seconds, after = time.perf_counter() - started, await api.prefix_cache()

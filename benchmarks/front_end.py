@@ -54,7 +54,7 @@ async def measure(args: argparse.Namespace) -> dict[str, object]:
         backends: dict[str, Backend] = {}
         for name, (prompts, extension) in WAYS.items():
             engine = VLLMClient(
-                settings.vllm_url,
+                settings.vllm_base_url[0],
                 args.model,
                 api_key=settings.vllm_api_key,
                 prompts_per_request=prompts,

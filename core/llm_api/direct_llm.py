@@ -123,7 +123,7 @@ class DirectEngine:
             return EngineAnswer([], 0, requests=0)
         answer = await self._in_thread(functools.partial(self._score, prompts, labels))
         if on_answer is not None:
-            on_answer(0, answer)
+            on_answer(range(len(prompts)), answer)
         return answer
 
     async def prefix_cache(self) -> PrefixCacheCounters | None:

@@ -95,7 +95,7 @@ class ExternalAPI:
     ) -> EngineAnswer:
         """See Engine.score. One request a prompt."""
         parts = await all_or_cancel(
-            self._score_one(start, prompt, labels, on_answer) for start, prompt in enumerate(prompts)
+            self._score_one(position, prompt, labels, on_answer) for position, prompt in enumerate(prompts)
         )
         return EngineAnswer(
             [part.logprobs[0] for part in parts],
@@ -117,13 +117,13 @@ class ExternalAPI:
         await self._http.aclose()
 
     async def _score_one(
-        self, start: int, prompt: Prompt, labels: LabelTokens, on_answer: OnAnswer | None
+        self, position: int, prompt: Prompt, labels: LabelTokens, on_answer: OnAnswer | None
     ) -> EngineAnswer:
         answers, retries = await self._ask(prompt)
         logprobs = self._labels_of(answers.top[0], labels, prompt.name)
         answer = EngineAnswer([logprobs], answers.prompt_tokens, requests=1, retries=retries)
         if on_answer is not None:
-            on_answer(start, answer)
+            on_answer([position], answer)
         return answer
 
     def _labels_of(self, top: Mapping[str, float], labels: LabelTokens, name: str) -> LabelLogprobs:

@@ -31,6 +31,7 @@ from core.llm_api.types import (
     Prompt,
     ScoreStats,
 )
+from core.llm_api.vllm_group import VLLMGroup
 from core.llm_api.vllm_llm import VLLMClient
 from core.settings import Settings
 
@@ -138,8 +139,8 @@ class ModelAPI:
         self._in_flight.update(futures)
         answers: dict[bytes, LabelLogprobs] = {}
 
-        def settle(start: int, answer: EngineAnswer) -> None:
-            part = dict(zip(keys[start : start + len(answer.logprobs)], answer.logprobs, strict=True))
+        def settle(positions: Sequence[int], answer: EngineAnswer) -> None:
+            part = {keys[at]: logprobs for at, logprobs in zip(positions, answer.logprobs, strict=True)}
             self._count(answer)
             if self._cache is not None:
                 self._cache.put_many(part)
@@ -224,15 +225,19 @@ def _engine(settings: Settings, model: str, use_vllm: bool | None, direct: Direc
         retry=RetryPolicy(max_attempts=settings.max_attempts, deadline=settings.retry_deadline),
     )
     if chosen or (chosen is None and settings.vllm_configured):
-        return VLLMClient(
-            settings.vllm_url,
-            model,
-            api_key=settings.vllm_api_key,
-            revision=settings.model_revision or "",
-            prompts_per_request=settings.prompts_per_request,
-            missing_label=settings.missing_label,
-            options=options,
-        )
+        clients = [
+            VLLMClient(
+                url,
+                model,
+                api_key=settings.vllm_api_key,
+                revision=settings.model_revision or "",
+                prompts_per_request=settings.prompts_per_request,
+                missing_label=settings.missing_label,
+                options=options,
+            )
+            for url in settings.vllm_base_url
+        ]
+        return clients[0] if len(clients) == 1 else VLLMGroup(clients, patience=options.retry)
     if settings.llama_api_base is None:
         raise ConfigurationError("vLLM is ruled out and LLAMA_API_BASE is not set.", hint="Set it, or allow vLLM.")
     return ExternalAPI(

@@ -66,14 +66,17 @@ class HttpTransport:
     def __repr__(self) -> str:
         return f"HttpTransport({self.base_url!r})"
 
-    async def call(self, attempt: Callable[[], Awaitable[T]]) -> tuple[T, int]:
-        """Run `attempt` in a slot, with retries: (result, retries). The slot is free while waiting to retry."""
+    async def call(self, attempt: Callable[[], Awaitable[T]], *, retry: RetryPolicy | None = None) -> tuple[T, int]:
+        """Run `attempt` in a slot, with retries: (result, retries). The slot is free while waiting to retry.
+
+        retry: in place of the options' policy.
+        """
 
         async def in_slot() -> T:
             async with self._slots:
                 return await attempt()
 
-        return await with_retries(in_slot, self._options.retry, contacted=lambda: self.contacted)
+        return await with_retries(in_slot, retry or self._options.retry, contacted=lambda: self.contacted)
 
     async def send(self, method: str, path: str, body: bytes | None = None) -> bytes:
         """One attempt: the body of a 2xx answer. Raises a typed APIError for everything else."""

@@ -45,10 +45,16 @@ class Segment:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Segments in order, ending right before the label. `name` says in errors which claim was asked."""
+    """Segments in order, ending right before the label. `name` says in errors which claim was asked.
+
+    place: where the prompt stands in the depth-first order of its pool's prefixes, 0 <= place < 1. Prompts near each
+    other share the longest prefixes, so an engine of several servers sends neighbours to the same one. It decides who
+    is asked, never what: no part of the digest, of the request or of equality.
+    """
 
     segments: tuple[Segment, ...]
     name: str = ""
+    place: float = field(default=0.0, compare=False)
 
     @property
     def num_tokens(self) -> int:
@@ -128,8 +134,8 @@ class EngineAnswer:
     retries: int = 0
 
 
-OnAnswer = Callable[[int, EngineAnswer], None]
-"""Called as on_answer(start, answer) when prompts[start : start + len(answer.logprobs)] of a batch are answered."""
+OnAnswer = Callable[[Sequence[int], EngineAnswer], None]
+"""Called as on_answer(positions, answer): answer.logprobs[i] is the answer to the batch's prompts[positions[i]]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +147,9 @@ class PrefixCacheCounters:
 
     queries: int = 0
     hits: int = 0
+
+    def __add__(self, other: PrefixCacheCounters) -> PrefixCacheCounters:
+        return PrefixCacheCounters(self.queries + other.queries, self.hits + other.hits)
 
     def __sub__(self, earlier: PrefixCacheCounters) -> PrefixCacheCounters:
         return PrefixCacheCounters(self.queries - earlier.queries, self.hits - earlier.hits)
@@ -213,7 +222,7 @@ class PoolScores:
 
 @runtime_checkable
 class Engine(Protocol):
-    """What ModelAPI needs of an engine. Three exist: VLLMClient, DirectEngine, ExternalAPI."""
+    """What ModelAPI needs of an engine. Four exist: VLLMClient, VLLMGroup, DirectEngine, ExternalAPI."""
 
     async def start(self) -> EngineIdentity:
         """Connect, check the model and its logprobs, and say who is there. Raises an APIError with what to do."""

@@ -27,6 +27,7 @@ from core.llm_api.completions import (
 )
 from core.llm_api.errors import APIError, ConfigurationError, MissingLabel, RequestRejected, TransientError
 from core.llm_api.prompt_tree import FORMAT, PATH, PromptTree
+from core.llm_api.retry import RetryPolicy
 from core.llm_api.tokens import CANARY_TEXT, fingerprint
 from core.llm_api.transport import HttpOptions, HttpTransport, all_or_cancel
 from core.llm_api.types import (
@@ -78,6 +79,11 @@ class VLLMClient:
         self._top = TOP_LOGPROBS
 
     @property
+    def base_url(self) -> str:
+        """Where the server is, without /v1."""
+        return self._http.base_url
+
+    @property
     def exact_labels(self) -> bool:
         """Whether the server returns the labels' logprobs whatever their rank; if not, only among its top ones.
 
@@ -122,18 +128,34 @@ class VLLMClient:
             max_model_len=length if isinstance(length, int) else None,
         )
 
+    async def answers(self) -> bool:
+        """Whether something answers there at all, by one attempt; start() says whether it is what we need."""
+        try:
+            await self._http.send("GET", "/v1/models")
+        except APIError:
+            return False
+        return True
+
     async def tokenize(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
         """Token ids of each text, from the server's own tokenizer."""
         return await all_or_cancel(self._tokenize_one(text, special=special) for text in texts)
 
     async def score(
-        self, prompts: Sequence[Prompt], labels: LabelTokens, *, on_answer: OnAnswer | None = None
+        self,
+        prompts: Sequence[Prompt],
+        labels: LabelTokens,
+        *,
+        on_answer: OnAnswer | None = None,
+        retry: RetryPolicy | None = None,
     ) -> EngineAnswer:
-        """See Engine.score. Requests start in the prompts' order: a tree's shared prefixes are computed first."""
+        """See Engine.score. Requests start in the prompts' order: a tree's shared prefixes are computed first.
+
+        retry: how patient to be with each request, in place of the options' policy.
+        """
         fields = vllm_fields(self._model, labels if self.exact_labels else None, top=self._top)
         size = self._prompts_per_request
         parts = await all_or_cancel(
-            self._score_request(start, prompts[start : start + size], labels, fields, on_answer)
+            self._score_request(start, prompts[start : start + size], labels, fields, on_answer, retry)
             for start in range(0, len(prompts), size)
         )
         return EngineAnswer(
@@ -169,6 +191,7 @@ class VLLMClient:
         labels: LabelTokens,
         fields: dict[str, object],
         on_answer: OnAnswer | None,
+        retry: RetryPolicy | None,
     ) -> EngineAnswer:
         true, false = map(token_key, labels.ids)
 
@@ -183,10 +206,10 @@ class VLLMClient:
             ]
             return EngineAnswer(logprobs, answers.prompt_tokens or sum(p.num_tokens for p in prompts))
 
-        answer, retries = await self._http.call(attempt)
+        answer, retries = await self._http.call(attempt, retry=retry)
         answer = EngineAnswer(answer.logprobs, answer.prompt_tokens, requests=1, retries=retries)
         if on_answer is not None:
-            on_answer(start, answer)
+            on_answer(range(start, start + len(prompts)), answer)
         return answer
 
     async def _model_card(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ the answer away: members of a group part at the root, and siblings in the tail m
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -51,6 +52,10 @@ class Layout(Protocol):
         """The other labelled claims in the order in which a question about `claim` (labelled or not) sees them."""
         ...
 
+    def place(self, claim: int) -> float:
+        """Where a question about `claim` stands among the prefixes, 0 <= place < 1; see Prompt.place."""
+        ...
+
     def append(self, claim: int) -> Layout:
         """The layout with one more labelled claim."""
         ...
@@ -80,6 +85,10 @@ class UpstreamLayout:
 
     def context(self, claim: int) -> Context:
         return tuple(other for other in self.labelled if other != claim)
+
+    def place(self, claim: int) -> float:
+        """Where `claim` stands, or would stand, in the pool's order: all before it is the prefix it shares."""
+        return bisect_left(self.labelled, claim) / (len(self.labelled) + 1)
 
     def append(self, claim: int) -> UpstreamLayout:
         return UpstreamLayout.build((*self.labelled, claim))
@@ -132,6 +141,17 @@ class TreeLayout:
         first_edge, *edges = path if path else ((),)
         return self._part_from_siblings(claim, (*first_edge, *siblings, *chain.from_iterable(edges), *newest))
 
+    def place(self, claim: int) -> float:
+        """The tree halves [0, 1) at every node: half, a quarter, an eighth of [0, 1) is exactly a subtree.
+
+        Claims of the tail see the whole tree first and belong to no subtree: they are spread evenly, in a sequence that
+        stays even as it grows. Unlabelled claims share one prefix and all stand at 0. No labelled claim's place changes
+        as others are appended.
+        """
+        if claim in self._places:
+            return self._places[claim]
+        return _reversed_bits(self.tail.index(claim)) if claim in self.tail else 0.0
+
     def append(self, claim: int) -> TreeLayout:
         if claim in self._paths or claim in self.tail:
             raise ValueError(f"claim {claim} is already laid out")
@@ -141,6 +161,11 @@ class TreeLayout:
     def _paths(self) -> dict[int, tuple[Context, ...]]:
         """The edges from the root to each claim of the tree, depth first."""
         return dict(_walk(self.root, ())) if self.root is not None else {}
+
+    @cached_property
+    def _places(self) -> dict[int, float]:
+        """Where each claim's own part of [0, 1) begins."""
+        return dict(_intervals(self.root, 0.0, 1.0)) if self.root is not None else {}
 
     def _spine(self, claim: int | None) -> tuple[Context, ...]:
         """The whole tree as seen by a claim outside it: one root edge, then the other.
@@ -202,6 +227,24 @@ def _walk(node: Node, path: tuple[Context, ...]) -> Iterable[tuple[int, tuple[Co
     left, right = node
     yield from _walk(left, (*path, _leaves(right)))
     yield from _walk(right, (*path, _leaves(left)))
+
+
+def _intervals(node: Node, start: float, width: float) -> Iterable[tuple[int, float]]:
+    if isinstance(node, int):
+        yield node, start
+        return
+    left, right = node
+    yield from _intervals(left, start, width / 2)
+    yield from _intervals(right, start + width / 2, width / 2)
+
+
+def _reversed_bits(number: int) -> float:
+    """The van der Corput sequence in base 2: 0, 1/2, 1/4, 3/4, 1/8, ... Every beginning of it is spread evenly."""
+    value, width = 0.0, 0.5
+    while number:
+        value += width * (number % 2)
+        number, width = number // 2, width / 2
+    return value
 
 
 def distinct_demonstrations(contexts: Iterable[Context]) -> int:

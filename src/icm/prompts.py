@@ -49,8 +49,11 @@ class PromptBook:
         prefix = Segment("", None if tokens is None else prefix_tokens)
         return cls(prefix, tuple(questions), tuple(demonstrations))
 
-    def prompt(self, claim: int, context: Sequence[int], labels: Sequence[Label]) -> Prompt:
-        """The question about `claim` after the demonstrations `context`, each with its label in `labels`."""
+    def prompt(self, claim: int, context: Sequence[int], labels: Sequence[Label], place: float = 0.0) -> Prompt:
+        """The question about `claim` after the demonstrations `context`, each with its label in `labels`.
+
+        place: see Prompt.place.
+        """
         demonstrations = self.demonstrations
         segments = [self.prefix]
         for other in context:
@@ -59,7 +62,7 @@ class PromptBook:
                 raise ValueError(f"claim {other} has no label to demonstrate")
             segments.append(demonstrations[other][label])
         segments.append(self.questions[claim])
-        return Prompt(tuple(segments), name=f"claim {claim}")
+        return Prompt(tuple(segments), name=f"claim {claim}", place=place)
 
     def longest_prompt(self, size: int) -> int:
         """Tokens of the longest prompt once the first `size` claims are labelled, whichever claim of the book is

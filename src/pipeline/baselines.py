@@ -66,7 +66,8 @@ async def predict(
     """
 
     def prompts(asked: Sequence[int]) -> Sequence[Prompt]:
-        return [book.prompt(claim, demonstrations, labels) for claim in asked]
+        # All share the same prefix: every server computes it once and takes its part of the questions.
+        return [book.prompt(claim, demonstrations, labels, at / len(asked)) for at, claim in enumerate(asked)]
 
     def prediction(asked: Sequence[int], scores: PoolScores) -> Prediction:
         return Prediction(dict(zip(asked, scores.log_odds, strict=True)))

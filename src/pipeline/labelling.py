@@ -146,7 +146,11 @@ class Labelling:
     async def predict_unlabelled(self, state: SearchState) -> Prediction:
         """The pool's claims that the search did not take in, each as its next proposal would predict it."""
         left = [claim for claim, label in enumerate(state.labels) if label is None]
-        prompts = [self.book.prompt(claim, state.layout.context(claim), state.labels) for claim in left]
+        # One batch of questions after nearly the same demonstrations: every server takes its part of them.
+        prompts = [
+            self.book.prompt(claim, state.layout.context(claim), state.labels, position / len(left))
+            for position, claim in enumerate(left)
+        ]
         scores = await self.api.score(prompts, self.tokens)
         return Prediction(dict(zip(left, scores.log_odds, strict=True)), state.evaluation.offset)
 

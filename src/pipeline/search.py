@@ -62,7 +62,8 @@ class PoolScorer:
 
     async def ask(self, claim: int, labels: Labels, layout: Layout) -> float:
         """log-odds (nats) of `claim` given every other labelled claim."""
-        scores = await self.api.score([self.book.prompt(claim, layout.context(claim), labels)], self.labels)
+        prompt = self.book.prompt(claim, layout.context(claim), labels, layout.place(claim))
+        scores = await self.api.score([prompt], self.labels)
         return scores.log_odds[0]
 
     async def evaluate(self, candidates: Sequence[Candidate]) -> list[Evaluation]:
@@ -76,7 +77,7 @@ class PoolScorer:
 
     def _prompts(self, candidates: Sequence[Candidate]) -> Sequence[Prompt]:
         return [
-            self.book.prompt(claim, candidate.layout.context(claim), candidate.labels)
+            self.book.prompt(claim, candidate.layout.context(claim), candidate.labels, candidate.layout.place(claim))
             for candidate in candidates
             for claim in candidate.layout.questions
         ]

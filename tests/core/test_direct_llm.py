@@ -94,9 +94,9 @@ async def test_a_pool_in_one_call_off_the_event_loops_thread(vllm: ModuleType) -
     assert identity.fingerprint
     assert engine.exact_labels
     heard: list[int] = []
-    answer = await engine.score(prompts(5), LABELS, on_answer=lambda start, part: heard.append(len(part.logprobs)))
+    answer = await engine.score(prompts(5), LABELS, on_answer=lambda positions, _: heard.extend(positions))
     assert [a.log_odds for a in answer.logprobs] == pytest.approx([hashed_log_odds([5, i]) for i in range(5)])
-    assert (answer.prompt_tokens, heard) == (10, [5])
+    assert (answer.prompt_tokens, heard) == (10, [0, 1, 2, 3, 4])
     asked = vars(llm.calls[-1])
     assert asked["logprob_token_ids"] == [TRUE, FALSE]
     assert asked["logprobs"] == 2  # vLLM 0.32 refuses any other number

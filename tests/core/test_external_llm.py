@@ -44,7 +44,7 @@ async def test_one_prompt_a_request_in_text(server: FakeVLLM) -> None:
     assert (identity.kind, identity.model, identity.root) == ("openai-compatible", "fake-8b", server.url + "/v1")
     server.latency = 0.01
     heard: list[int] = []
-    answer = await engine.score(prompts(9), LABELS, on_answer=lambda start, _: heard.append(start))
+    answer = await engine.score(prompts(9), LABELS, on_answer=lambda positions, _: heard.extend(positions))
     expected = [hashed_log_odds(encode(p.text)) for p in prompts(9)]
     assert [a.log_odds for a in answer.logprobs] == pytest.approx(expected)
     assert answer.requests == 9

@@ -22,6 +22,7 @@ from core.llm_api.types import (
     Prompt,
     Segment,
 )
+from core.llm_api.vllm_group import VLLMGroup
 from core.llm_api.vllm_llm import VLLMClient
 from core.settings import Settings
 from tests.core.fake_server import FALSE, TRUE, FakeVLLM, Fault, hashed_log_odds
@@ -53,13 +54,13 @@ class ScriptedEngine:
         self.asked.append([p.token_ids[0] for p in prompts])
         await self.gate.wait()
         answers = []
-        for start, prompt in enumerate(prompts):
+        for position, prompt in enumerate(prompts):
             token = prompt.token_ids[0]
             if token in self.broken:
                 raise RequestRejected(f"token {token}", status=400)
             answers.append(LabelLogprobs(-1.0, -1.0 - token, self.floored))
             if on_answer is not None:
-                on_answer(start, EngineAnswer(answers[-1:], prompt_tokens=1, requests=1, retries=0))
+                on_answer([position], EngineAnswer(answers[-1:], prompt_tokens=1, requests=1, retries=0))
             await asyncio.sleep(0)
         return EngineAnswer(answers, prompt_tokens=len(answers), requests=len(answers))
 
@@ -294,6 +295,7 @@ async def test_partial_progress_over_http(server: FakeVLLM, tmp_path: Path) -> N
     ("configured", "flag", "direct", "expected"),
     [
         ({"vllm_base_url": "http://v"}, None, False, VLLMClient),
+        ({"vllm_base_url": "http://v,http://w"}, None, False, VLLMGroup),
         ({"llama_api_base": "http://x"}, None, False, ExternalAPI),
         ({"vllm_base_url": "http://v", "llama_api_base": "http://x"}, None, False, VLLMClient),
         ({"vllm_base_url": "http://v", "llama_api_base": "http://x", "use_vllm": False}, None, False, ExternalAPI),

@@ -58,7 +58,6 @@ def test_a_bare_name_of_another_program_is_not_ours(load) -> None:
 def test_vllm_url_with_or_without_v1(load, given: str, expected: str) -> None:
     settings = load(env={"VLLM_BASE_URL": given})
     assert settings.vllm_base_url == (expected,)
-    assert settings.vllm_url == expected
     assert settings.vllm_configured
 
 
@@ -70,9 +69,17 @@ def test_api_root(load, given: str, expected: str) -> None:
     assert load(env={"LLAMA_API_BASE": given}).llama_api_base == expected
 
 
-def test_several_servers_are_refused_by_count(load) -> None:
-    with pytest.raises(ConfigurationError, match=r"vllm_base_url \(from the environment\): names 2 servers"):
-        load(env={"VLLM_BASE_URL": "http://a:1,http://b:1"})
+def test_several_servers_keep_their_order(load) -> None:
+    settings = load(env={"VLLM_BASE_URL": " http://b:1/v1, http://a:1/ ,"})
+    assert settings.vllm_base_url == ("http://b:1", "http://a:1")
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"), [("http://a:1,http://A:1/v1", "names a server twice"), (" , ", "names no server")]
+)
+def test_a_list_of_servers_that_cannot_be_meant_is_refused(load, given: str, complaint: str) -> None:
+    with pytest.raises(ConfigurationError, match=rf"vllm_base_url \(from the environment\): {complaint}"):
+        load(env={"VLLM_BASE_URL": given})
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://h", "http://", f"http://user:{KEY}@h", f"http://h/?k={KEY}"])

@@ -174,13 +174,13 @@ async def test_splitting_keeps_order_and_bounds_concurrency(server: FakeVLLM) ->
     options = HttpOptions(retry=QUICK, max_concurrent_requests=3)
     engine = await started(server, options=options, prompts_per_request=2)
     server.latency = 0.02
-    heard: list[tuple[int, int]] = []
+    heard: list[list[int]] = []
     pool = prompts(15)
-    answer = await engine.score(pool, LABELS, on_answer=lambda start, part: heard.append((start, len(part.logprobs))))
+    answer = await engine.score(pool, LABELS, on_answer=lambda positions, _: heard.append(list(positions)))
     assert [a.log_odds for a in answer.logprobs] == pytest.approx([hashed_log_odds(p.token_ids) for p in pool])
     assert [body["prompt"][0][-1] for body in server.pools] == list(range(0, 15, 2))
     assert server.max_in_flight == 3
-    assert sorted(heard) == [(start, 2) for start in range(0, 14, 2)] + [(14, 1)]
+    assert sorted(heard) == [[start, start + 1] for start in range(0, 14, 2)] + [[14]]
     assert answer.requests == 8
     await engine.aclose()
 
@@ -290,7 +290,7 @@ async def test_the_slot_is_free_while_waiting_to_retry(server: FakeVLLM) -> None
     engine = await started(server, options=options, prompts_per_request=1)
     server.faults = [Fault(status=429, headers={"Retry-After": "0.5"}, only=lambda b: b["prompt"][0][-1] == 0)]
     finished: list[int] = []
-    await engine.score(prompts(3), LABELS, on_answer=lambda start, _: finished.append(start))
+    await engine.score(prompts(3), LABELS, on_answer=lambda positions, _: finished.extend(positions))
     assert finished == [1, 2, 0]
     await engine.aclose()
 

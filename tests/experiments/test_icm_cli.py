@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.core.fake_server import FakeVLLM
+from tests.core.fake_server import FakeVLLM, Fault
 
 SCRIPT = Path(__file__).resolve().parents[2] / "src" / "experiments" / "ICM.py"
 
@@ -157,6 +158,34 @@ async def test_killed_at_any_moment_it_ends_with_the_same_labels(icm: Command, s
         return [(r["event"], r.get("claim"), r.get("accepted"), r["U"]) for r in icm.log(run)]
 
     assert decisions("killed") == decisions("whole")
+
+
+@pytest.mark.parametrize("dies", [0, 1])
+async def test_a_run_on_two_servers_of_which_one_dies_ends_with_the_labels_of_one(
+    icm: Command, server: FakeVLLM, data: Path, tmp_path: Path, dies: int
+) -> None:
+    assert (await icm("--run", "a", "--label_rest"))[0] == 0
+    async with contextlib.AsyncExitStack() as stack:
+        servers = [await stack.enter_async_context(FakeVLLM(log_odds=signed_by_words)) for _ in range(2)]
+        both = Command(",".join(server.url for server in servers), data, tmp_path / "other runs")
+        process = await both.start("--run", "a", "--label_rest")
+        asking = asyncio.create_task(process.communicate())
+        while len(servers[dies].pools) < 6 and not asking.done():
+            await asyncio.sleep(0.005)
+        servers[dies].faults = [Fault(disconnect=True, times=None)]  # its requests in flight die with it
+        await servers[dies].__aexit__()
+        _, err = await asking
+        assert process.returncode == 0, err.decode()
+    assert err.decode().count("dropped out") == 1
+    assert both.labels("a") == icm.labels("a")
+    scores = [[(r["event"], r.get("claim"), r["U"]) for r in command.log("a")] for command in (icm, both)]
+    assert scores[0] == scores[1]
+    assert all(record.get("tokens_computed", 0) >= 0 for record in both.log("a"))
+    assert all(len(server.pools) >= 6 for server in servers)
+    both.environment = icm.environment
+    asked = len(server.completions)
+    assert (await both("--run", "b", "--label_rest"))[0] == 0
+    assert len(server.completions) - asked <= 2  # cached scores count, however many servers gave them
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from src.icm.prefix_tree import TreeLayout, UpstreamLayout, distinct_demonstrations
+from src.icm.prefix_tree import Node, TreeLayout, UpstreamLayout, distinct_demonstrations
 
 
 def random_groups(size: int, seed: int) -> list[str]:
@@ -144,3 +144,46 @@ def test_upstream_order_is_the_pools_with_the_asked_claim_left_out() -> None:
     assert layout.context(3) == (1, 5)
     assert layout.append(2).context(4) == (1, 2, 3, 5)
     assert distinct_demonstrations([layout.context(c) for c in layout.questions]) == 5
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 12, 33, 64])
+def test_places_of_the_tree_stand_in_depth_first_order_and_each_half_is_a_subtree(size: int) -> None:
+    layout = TreeLayout.build(range(size), random_groups(size, 1), np.random.default_rng(1))
+    places = [layout.place(claim) for claim in layout.questions]
+    assert places == sorted(set(places))
+    assert all(0 <= place < 1 for place in places)
+    node = layout.root
+    start, width = 0.0, 1.0
+    while isinstance(node, tuple):  # down the right edge: 1/2, 3/4, 7/8
+        start, width = start + width / 2, width / 2
+        node = node[1]
+        inside = {claim for claim in layout.questions if layout.place(claim) >= start}
+        assert inside == leaves(node)
+
+
+def leaves(node: Node) -> set[int]:
+    return {node} if isinstance(node, int) else leaves(node[0]) | leaves(node[1])
+
+
+def test_places_stay_as_the_tail_grows_which_is_spread_evenly() -> None:
+    layout = TreeLayout.build(range(8), [str(i) for i in range(40)], np.random.default_rng(0), anchors=2)
+    before: dict[int, float] = {}
+    for claim in range(8, 40):
+        assert layout.place(claim) == 0.0, "unlabelled claims share one prefix"
+        layout = layout.append(claim)
+        places = {known: layout.place(known) for known in layout.questions}
+        assert before.items() <= places.items()
+        assert all(0 <= place < 1 for place in places.values())
+        before = places
+        for servers in (2, 4):
+            held = [int(layout.place(known) * servers) for known in layout.tail]
+            counts = [held.count(server) for server in range(servers)]
+            assert max(counts) - min(counts) <= 1
+
+
+def test_places_of_the_published_order_follow_it() -> None:
+    layout = UpstreamLayout.build([5, 1, 3])
+    places = [layout.place(claim) for claim in (1, 3, 4, 5, 6)]
+    assert places == sorted(places)
+    assert all(0 <= place < 1 for place in places)
+    assert UpstreamLayout.build([]).place(2) == 0.0

@@ -28,6 +28,13 @@ def test_a_prompt_is_prefix_demonstrations_question() -> None:
     assert prompt.num_tokens == 13
 
 
+def test_a_place_is_no_part_of_what_is_asked() -> None:
+    here, there = (book().prompt(1, (0,), (True, True, True), place) for place in (0.0, 0.5))
+    assert (here.place, there.place) == (0.0, 0.5)
+    assert here == there
+    assert (here.digest, here.json, hash(here)) == (there.digest, there.json, hash(there))
+
+
 def test_segments_are_shared_between_prompts() -> None:
     b = book()
     first, second = b.prompt(1, (0,), (True, True, True)), b.prompt(2, (0,), (True, True, True))

@@ -46,6 +46,34 @@ async def test_a_good_server_passes_every_check(checks_of: Examination) -> None:
     assert all(check.passed for check in checks.values())
 
 
+@pytest.mark.parametrize(("salt", "code"), [("", 0), ("another model", 1)])
+async def test_every_server_of_a_list_is_checked_and_whether_they_are_alike(
+    monkeypatch: pytest.MonkeyPatch, salt: str, code: int
+) -> None:
+    monkeypatch.setenv("ICM_SECRETS", os.devnull)
+    async with FakeVLLM() as first, FakeVLLM(salt=salt) as second:
+        checks: list[Check] = []
+        settings = Settings.load({"vllm_base_url": f"{first.url},{second.url}"})
+        assert await examine(settings, None, 0.0, checks.append) == code
+    names = ["reachable", "model served", "exact label logprobs", "prefix caching"]
+    assert [(check.server, check.name) for check in checks] == [
+        *((first.url, name) for name in names),
+        *((second.url, name) for name in names),
+        ("", "servers alike"),
+    ]
+    assert all(check.passed for check in checks[:-1])
+    assert checks[-1].passed == (code == 0)
+    assert ("fingerprint '" in checks[-1].found) == (code == 1)
+
+
+async def test_one_server_of_two_that_is_missing_is_exit_code_2(checks_of: Examination) -> None:
+    async with FakeVLLM() as server:
+        code, checks = await checks_of(f"{server.url},http://127.0.0.1:9")
+    assert code == 2
+    assert "servers alike" not in checks
+    assert checks["prefix caching"].passed
+
+
 async def test_nothing_at_the_url_is_exit_code_2(checks_of: Examination) -> None:
     code, checks = await checks_of("http://127.0.0.1:9")
     assert code == 2

@@ -1,0 +1,305 @@
+"""Several vLLM servers as one engine: each holds its own part of the prefix tree in its cache.
+
+A server is asked for the prompts of one part of [0, 1) (Prompt.place), the same one every time. If it drops out, the
+others take its part over and keep their own, so that their caches stay useful; when it is back it gets its part again.
+All servers must be alike: scores of different weights or kernels do not mix.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Final, TypeVar
+
+from core.llm_api.errors import APIError, ConfigurationError, RetriesExhausted, ServerUnreachable
+from core.llm_api.retry import RetryPolicy
+from core.llm_api.transport import all_or_cancel
+from core.llm_api.types import (
+    EngineAnswer,
+    EngineIdentity,
+    LabelLogprobs,
+    LabelTokens,
+    OnAnswer,
+    PrefixCacheCounters,
+    Prompt,
+)
+from core.llm_api.vllm_llm import START_HINT, VLLMClient
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+LOST: Final = (ServerUnreachable, RetriesExhausted)
+"""Errors that another server need not have. Whatever else a server says (a bad prompt, a missing label), all would."""
+BRIEF_ATTEMPTS: Final = 3
+BRIEF_DEADLINE: Final = 60.0  # seconds; a request that timed out once is not sent there again
+PROBE_AFTER: Final = 5.0  # seconds until a server that dropped out is looked for; doubled each time
+PROBE_AT_MOST: Final = 120.0
+ALIKE_HINT: Final = (
+    "Scores of different models, versions or kernels must not be mixed: start all servers with the same vLLM, model "
+    "path and options, on GPUs of one kind."
+)
+
+
+def server_for(place: float, count: int, up: Sequence[int]) -> int:
+    """Which of `count` servers is asked about a prompt at `place`, if only `up` (ascending, not empty) can be asked.
+
+    Server i has the part [i/count, (i+1)/count); the part of one that cannot be asked is divided evenly among `up`.
+    """
+    home = min(int(place * count), count - 1)
+    if home in up:
+        return home
+    within = place * count - home
+    return up[min(int(within * len(up)), len(up) - 1)]
+
+
+def difference(identity: EngineIdentity, expected: EngineIdentity) -> str:
+    """What sets one engine apart from another, for a user; "" where nothing does."""
+    unlike = [f.name for f in fields(EngineIdentity) if getattr(identity, f.name) != getattr(expected, f.name)]
+    here, there = (replace(engine, fingerprint=engine.fingerprint[:12]) for engine in (identity, expected))
+    return ", ".join(f"{name} {getattr(here, name)!r}, not {getattr(there, name)!r}" for name in unlike)
+
+
+@dataclass(eq=False, slots=True)
+class _Member:
+    """One server. `counted`: its prefix-cache counters since it was first read, through restarts that reset them."""
+
+    client: VLLMClient
+    up: bool = False
+    counted: PrefixCacheCounters = field(default_factory=PrefixCacheCounters)
+    last_read: PrefixCacheCounters | None = None
+
+    async def read_counters(self) -> None:
+        now = await self.client.prefix_cache()
+        if now is None:
+            return
+        if self.last_read is not None:
+            restarted = now.queries < self.last_read.queries or now.hits < self.last_read.hits
+            self.counted += now if restarted else now - self.last_read
+        self.last_read = now
+
+
+@dataclass(eq=False, slots=True)
+class _Batch:
+    """One batch on its way through the servers. Positions are those of its prompts.
+
+    failed: servers it does not ask again: one that dies of it and is restarted would be asked for ever.
+    """
+
+    prompts: Sequence[Prompt]
+    labels: LabelTokens
+    on_answer: OnAnswer | None
+    answers: dict[int, LabelLogprobs] = field(default_factory=dict)
+    failed: set[_Member] = field(default_factory=set)
+    prompt_tokens: int = 0
+    requests: int = 0
+    retries: int = 0
+
+    def take(self, positions: list[int], answer: EngineAnswer) -> None:
+        self.answers.update(zip(positions, answer.logprobs, strict=True))
+        self.prompt_tokens += answer.prompt_tokens
+        self.requests += answer.requests
+        self.retries += answer.retries
+        if self.on_answer is not None:
+            self.on_answer(positions, answer)
+
+
+class VLLMGroup:
+    """An Engine over the servers of `clients`; their order decides which part of a tree each holds.
+
+    patience: how long the last server that is left is waited for; while there are others, one that fails is given up
+    sooner. One that hangs without closing its connections is given up at the client's read timeout.
+    probe_after: seconds until a lost server is first looked for again.
+    """
+
+    def __init__(
+        self, clients: Sequence[VLLMClient], *, patience: RetryPolicy | None = None, probe_after: float = PROBE_AFTER
+    ) -> None:
+        self._members = [_Member(client) for client in clients]
+        self._patience = patience or RetryPolicy()
+        self._brief = replace(
+            self._patience,
+            max_attempts=min(BRIEF_ATTEMPTS, self._patience.max_attempts),
+            deadline=min(BRIEF_DEADLINE, self._patience.deadline),
+        )
+        self._probe_after = probe_after
+        self._identity: EngineIdentity | None = None
+        self._probes: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> EngineIdentity:
+        """Greet all servers at once. Those that do not answer are looked for in the background, if any does.
+
+        The identity is that of any one server: it does not tell how many there are, so that cached scores stay valid.
+        Raises ConfigurationError where two servers differ, naming one and how.
+        """
+        await self._stop_probes()
+        greetings = await all_or_cancel(self._greet(member) for member in self._members)
+        found = {m: g for m, g in zip(self._members, greetings, strict=True) if isinstance(g, EngineIdentity)}
+        lost = {m: g for m, g in zip(self._members, greetings, strict=True) if isinstance(g, APIError)}
+        if not found:
+            urls = ", ".join(member.client.base_url for member in lost)
+            reasons = " ".join(dict.fromkeys(str(error.args[0]) for error in lost.values()))
+            raise ServerUnreachable(f"none of the servers {urls} can be asked: {reasons}", hint=START_HINT)
+        first, identity = next(iter(found.items()))
+        for member, other in found.items():
+            told = difference(other, identity)
+            if told:
+                raise ConfigurationError(
+                    f"{member.client.base_url} is not like {first.client.base_url}: {told}.", hint=ALIKE_HINT
+                )
+        self._identity = identity
+        for member in found:
+            member.up = True
+        for member, error in lost.items():
+            log.warning("%s cannot be asked yet, the other servers take its part: %s", member.client.base_url, error)
+            self._look_for(member, identity)
+        return identity
+
+    async def tokenize(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
+        """Token ids of each text, from the first server that can be asked."""
+        while True:
+            member = self._up[0]
+            try:
+                return await member.client.tokenize(texts, special=special)
+            except LOST as error:
+                if not self._drop(member, error):
+                    raise
+
+    async def score(
+        self, prompts: Sequence[Prompt], labels: LabelTokens, *, on_answer: OnAnswer | None = None
+    ) -> EngineAnswer:
+        """See Engine.score. Every server is asked about its own part, all at once."""
+        batch = _Batch(prompts, labels, on_answer)
+        await self._ask(batch, range(len(prompts)))
+        return EngineAnswer(
+            [batch.answers[position] for position in range(len(prompts))],
+            prompt_tokens=batch.prompt_tokens,
+            requests=batch.requests,
+            retries=batch.retries,
+        )
+
+    async def prefix_cache(self) -> PrefixCacheCounters | None:
+        """Summed over all servers since each was first read: neither a loss nor a restart makes it go back.
+
+        A server that does not answer counts with what it last said. None where no server shows metrics.
+        """
+        await self._of_each(_Member.read_counters)
+        read = [member.counted for member in self._members if member.last_read is not None]
+        return sum(read, start=PrefixCacheCounters()) if read else None
+
+    async def kv_cache_tokens(self) -> int | None:
+        """What all servers that can be asked hold together if each holds as much as the smallest of them.
+
+        Their parts are of one size, so that a larger cache's rest stays empty.
+        """
+        sizes = [
+            size for size in await self._of_each(lambda member: member.client.kv_cache_tokens()) if size is not None
+        ]
+        return len(sizes) * min(sizes) if sizes else None
+
+    async def aclose(self) -> None:
+        """Stop looking for lost servers and close all connections; idempotent."""
+        await self._stop_probes()
+        await asyncio.gather(*(member.client.aclose() for member in self._members))
+
+    @property
+    def _up(self) -> list[_Member]:
+        """The servers that can be asked; at least one after start()."""
+        up = [member for member in self._members if member.up]
+        if not up:
+            raise RuntimeError("VLLMGroup was not started")
+        return up
+
+    async def _ask(self, batch: _Batch, positions: Iterable[int], after: APIError | None = None) -> None:
+        """Have the prompts at `positions` answered. Raises `after`, the last failure, where no server is left."""
+        able = [index for index, member in enumerate(self._members) if member.up and member not in batch.failed]
+        if not able and after is not None:
+            raise after
+        shares: dict[int, list[int]] = {}
+        for position in positions:
+            server = server_for(batch.prompts[position].place, len(self._members), able)
+            shares.setdefault(server, []).append(position)
+        await all_or_cancel(
+            self._ask_one(batch, self._members[server], share, alone=len(able) == 1) for server, share in shares.items()
+        )
+
+    async def _ask_one(self, batch: _Batch, member: _Member, share: list[int], *, alone: bool) -> None:
+        def heard(positions: Sequence[int], answer: EngineAnswer) -> None:
+            batch.take([share[position] for position in positions], answer)
+
+        prompts = [batch.prompts[position] for position in share]
+        try:
+            # Where others could answer, a server is soon given up; one that stands alone is waited for.
+            retry = self._patience if alone else self._brief
+            await member.client.score(prompts, batch.labels, on_answer=heard, retry=retry)
+        except LOST as error:
+            if any(other is not member and other not in batch.failed for other in self._up):
+                batch.failed.add(member)
+                self._drop(member, error)
+            elif alone:
+                raise
+            # Else the others dropped out while it was being asked: it is asked once more, and waited for.
+            await self._ask(batch, [position for position in share if position not in batch.answers], error)
+
+    def _drop(self, member: _Member, error: APIError) -> bool:
+        """Ask others in place of `member` until it is back. False: it is the last one, and stays."""
+        if member.up and len(self._up) == 1:
+            return False
+        if member.up:
+            member.up = False
+            log.warning("%s dropped out, the other servers take its part over: %s", member.client.base_url, error)
+            assert self._identity is not None
+            self._look_for(member, self._identity)
+        return True
+
+    async def _greet(self, member: _Member) -> EngineIdentity | APIError:
+        member.up = False
+        try:
+            identity = await member.client.start()
+            await member.read_counters()
+        except LOST as error:
+            return error
+        return identity
+
+    async def _of_each(self, question: Callable[[_Member], Coroutine[Any, Any, T]]) -> list[T]:
+        """What the servers that can be asked say, without those that then prove lost."""
+
+        async def ask(member: _Member) -> list[T]:
+            try:
+                return [await question(member)]
+            except LOST as error:
+                self._drop(member, error)
+                return []
+
+        return [answer for answers in await all_or_cancel(map(ask, self._up)) for answer in answers]
+
+    def _look_for(self, member: _Member, identity: EngineIdentity) -> None:
+        probe = asyncio.create_task(self._probe(member, identity), name=f"probe {member.client.base_url}")
+        self._probes.add(probe)
+        probe.add_done_callback(self._probes.discard)
+
+    async def _probe(self, member: _Member, identity: EngineIdentity) -> None:
+        """Look for a lost server, ever less often, until it is back as it was."""
+        wait, said = self._probe_after, ""
+        while not member.up:
+            await asyncio.sleep(wait)
+            wait = min(2 * wait, PROBE_AT_MOST)
+            if not await member.client.answers():
+                continue
+            try:
+                told = difference(await member.client.start(), identity)
+                await member.read_counters()
+            except APIError as error:
+                told = str(error)
+            member.up = not told
+            if told not in ("", said):
+                log.warning("%s answers, but stays out: %s", member.client.base_url, told)
+                said = told
+        log.warning("%s is back and takes its part again", member.client.base_url)
+
+    async def _stop_probes(self) -> None:
+        probes = list(self._probes)
+        for probe in probes:
+            probe.cancel()
+        await asyncio.gather(*probes, return_exceptions=True)
