@@ -213,9 +213,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if any(entry.repetitions for entry in report.cases) or report.run is not None:
-        print(tables(report))
         if args.png is not None:
             code = _draw(report, args.png) or code
+        print(tables(report))
     return code
 
 
