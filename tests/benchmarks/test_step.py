@@ -313,7 +313,7 @@ async def test_a_server_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
             "--cases",
             "c",
             "--",
-            "--port-less",
+            "--seed",
             "1",
         ]
         assert await asyncio.to_thread(step.main, arguments) == 0
