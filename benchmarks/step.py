@@ -142,6 +142,8 @@ async def measure(args: argparse.Namespace, report: Report, budget: Budget, serv
             "max_model_len": identity.max_model_len,
         }
         report.kv_cache_tokens, report.block_tokens = backend.kv_cache_tokens, backend.block_tokens
+        async with progress.doing("warming up"):
+            await backend.warm_up()
         cases = Cases(
             backend,
             report,
