@@ -29,12 +29,15 @@ from core.llm_api.vllm_llm import VLLMClient
 from src.icm.annealing import Candidate, Problem, SearchSettings
 from src.icm.consistency import Consistency, Labels
 from src.icm.objective import Objective
-from src.icm.prefix_tree import Layout
+from src.icm.prefix_tree import Layout, TreeLayout
 from src.icm.prompts import SEPARATOR, PromptBook
 from src.pipeline.search import PoolScorer
 
 SPREAD: Final = 8
 """Claims are this many words shorter or longer than asked for, uniformly, as real ones vary."""
+
+WARM_UP: Final = 4
+"""Claims that are asked before anything is measured."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,13 @@ class Backend:
             drawn, self.tokens, tokens=ids, prefix_tokens=self.prefix, separator_tokens=self.separator
         )
         return Claims(book, tuple((lengths.random(count) < 0.5).tolist()), self.tokens)
+
+    async def warm_up(self) -> None:
+        """Ask a few claims, one by one too: connections, and whatever an engine compiles at its first request."""
+        for api in filter(None, (self.api, self.single)):
+            claims = await self.claims(WARM_UP, 0)
+            layout = TreeLayout.build(range(WARM_UP), claims.groups, np.random.default_rng(self.seed))
+            await claims.scorer(api).evaluate([claims.candidate(layout)])
 
     async def measure(self, work: Callable[[], Awaitable[object]], *, single: bool = False) -> Repetition:
         """What `work` costs. Counters are read, and memory is tidied, outside the time that counts."""

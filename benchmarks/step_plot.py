@@ -26,7 +26,7 @@ COLOURS: Final = {
 }
 LINE: Final = 11.0
 """Points from one label to the next."""
-SHOWN: Final = ("a", "b", "c", "f", "d", "e")
+SHOWN: Final = ("a", "b", "c", "d", "e", "f")
 
 
 @dataclass(frozen=True)

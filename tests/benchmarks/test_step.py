@@ -219,8 +219,8 @@ async def test_a_whole_call(
         if case in "abce":
             assert measured.prompts == size
     # Beside the canaries of both clients: a's 16 and 32 requests, d0 and f's questions, three questions a run sample.
-    canaries, asks, run_asks = 4, 4, 2 * 3 * 3
-    assert sent[1] == canaries + 16 + 32 + asks + run_asks
+    canaries, warm_up, asks, run_asks = 4, 4, 4, 2 * 3 * 3
+    assert sent[1] == canaries + warm_up + 16 + 32 + asks + run_asks
     assert found["a", 32][0].prompt_tokens == found["b", 32][0].prompt_tokens
     assert report.run is not None
     assert sorted((s.layout, s.size) for s in report.run.samples) == [
@@ -313,7 +313,7 @@ async def test_a_server_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
             "--cases",
             "c",
             "--",
-            "--port-less",
+            "--seed",
             "1",
         ]
         assert await asyncio.to_thread(step.main, arguments) == 0
