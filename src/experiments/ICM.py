@@ -41,7 +41,7 @@ from src.pipeline.datafiles import load_data_file, load_testbed
 from src.pipeline.labelling import Labelling, Pool, prepare, result_record
 from src.pipeline.plots import plot_curves
 from src.pipeline.progress import SearchProgress
-from src.pipeline.run_folder import RunFolder, environment
+from src.pipeline.run_folder import FORMAT, RunFolder, environment
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -146,7 +146,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--max_tail",
         type=_at_least(1),
         default=defaults.max_tail,
-        help="labels appended to the tree before it is rebuilt (less if the KV cache is small)",
+        help="labels appended to the tree before it is rebuilt at the latest (default: as a cost model says)",
     )
 
     search.add_argument(
@@ -232,6 +232,7 @@ async def _run(args: argparse.Namespace) -> int:
     folder = RunFolder(args.runs_dir / _run_name(args, settings))
     known = folder.read_run()
     if known is not None:
+        _readable(folder, known)
         _same_run(folder, known["settings"], settings)
         if "result" in known and not args.check:
             _print_summary(folder, known)
@@ -280,14 +281,14 @@ async def _label(
             "settings": settings,
             "flags": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
             "engine": _identity_record(labelling.identity),
-            "max_tail": await labelling.longest_tail(),
+            "kv_capacity": await labelling.api.kv_cache_tokens(),
             "environment": environment(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
         folder.write_run(known)
     else:
         _same_engine(folder, known["engine"], labelling.identity)
-    labelling = labelling.with_max_tail(known["max_tail"])
+    labelling = labelling.planned_for(known["kv_capacity"])
     with SearchProgress(labelling.pool, args.quiet) as progress:
         state = await labelling.search(folder, progress.update)
     zero_shot = await labelling.zero_shot()
@@ -362,6 +363,15 @@ def _run_name(args: argparse.Namespace, settings: Mapping[str, Any]) -> str:
     digest = hashlib.sha256(orjson.dumps(settings, option=orjson.OPT_SORT_KEYS)).hexdigest()[:8]
     parts = (settings["testbed"], args.model.rsplit("/", 1)[-1], f"N{args.batch_size}", f"seed{args.seed}", digest)
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(parts)).lstrip(".-")
+
+
+def _readable(folder: RunFolder, known: Mapping[str, Any]) -> None:
+    """A run that an earlier version began rebuilt its tree by another rule; only its result can still be shown."""
+    if known.get("format", 0) < FORMAT and "result" not in known:
+        raise BadInput(
+            f"{folder.path}: was begun by an earlier version, whose journal this one cannot go on with. "
+            "Move it away, or choose another --run"
+        )
 
 
 def _same_run(folder: RunFolder, known: Mapping[str, Any], settings: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ from src.icm.annealing import (
     SearchState,
     advance,
     decide,
+    excess,
     explore,
     finished,
     flipped,
@@ -200,7 +201,8 @@ async def _step(scorer: PoolScorer, state: SearchState) -> Outcome:
         log_odds=log_odds,
         predicted=predicted,
         temperature=temperature,
-        tried=tried,
+        tried=len(tried),
+        excess=excess(problem, state, tried),
         proposed_utility=evaluation.utility,
         probability=probability,
         labels=best.labels if changed else None,
@@ -210,13 +212,15 @@ async def _step(scorer: PoolScorer, state: SearchState) -> Outcome:
 
 async def _explore(
     scorer: PoolScorer, start: Candidate, iteration: int, known: dict[Labels, Evaluation]
-) -> tuple[Candidate, Evaluation, int]:
-    """Drive `annealing.explore`: evaluate what it yields until it names the best labeling."""
+) -> tuple[Candidate, Evaluation, list[Labels]]:
+    """Drive `annealing.explore`: evaluate what it yields until it names the best labeling. Also: what was evaluated."""
     exploration = explore(scorer.problem, start, iteration, known)
+    tried: list[Labels] = []
     try:
         wanted = next(exploration)
         while True:
+            tried += [candidate.labels for candidate in wanted]
             wanted = exploration.send(await scorer.evaluate(wanted))
     except StopIteration as stop:
-        result: tuple[Candidate, Evaluation, int] = stop.value
-        return result
+        best, evaluation, _ = stop.value
+        return best, evaluation, tried

@@ -181,6 +181,21 @@ async def test_other_flags_on_the_same_run_are_refused(icm: Command) -> None:
     assert "--alpha 30.0, now 7.0" in err
 
 
+async def test_an_unfinished_run_of_an_earlier_version_is_refused_and_a_finished_one_shown(icm: Command) -> None:
+    await icm("--run", "a")
+    run = icm.runs / "a" / "run.json"
+    document = json.loads(run.read_text()) | {"format": 1}
+    run.write_text(json.dumps(document))
+    code, out, _ = await icm("--run", "a")
+    assert code == 0
+    assert "agreement" in out
+    del document["result"]
+    run.write_text(json.dumps(document))
+    code, _, err = await icm("--run", "a")
+    assert code == 2
+    assert "begun by an earlier version" in err
+
+
 async def test_a_server_with_another_version_is_refused_mid_run(icm: Command, server: FakeVLLM) -> None:
     await icm("--run", "a")
     run = icm.runs / "a" / "run.json"
