@@ -43,6 +43,10 @@ from src.pipeline.plots import plot_curves
 from src.pipeline.progress import SearchProgress
 from src.pipeline.run_folder import FORMAT, RunFolder, environment
 
+COSTS = (
+    *("asked", "from_cache", "asked_ahead", "ahead_used"),
+    *("tokens_sent", "tokens_cached", "tokens_computed", "floored", "seconds"),
+)
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -169,6 +173,14 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="only tell whether this run is finished: exit code 0 and its summary, or 1",
     )
+    run.add_argument(
+        "--lookahead",
+        type=_lookahead_of,
+        default=None,
+        metavar="{auto,M}",
+        help="ask the questions of the next M proposals with those that must be asked; the labels do not depend on it. "
+        "0: none (default: auto, from the acceptance rate and the seconds of a batch; none at an external API)",
+    )
     run.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
 
@@ -205,6 +217,14 @@ def _at_least(least: int) -> Any:
         return value
 
     return whole_number
+
+
+def _lookahead_of(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) > 1024:
+        raise argparse.ArgumentTypeError(f"must be auto, or a whole number up to 1024, not {text}")
+    return int(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -290,7 +310,7 @@ async def _label(
         _same_engine(folder, known["engine"], labelling.identity)
     labelling = labelling.planned_for(known["kv_capacity"])
     with SearchProgress(labelling.pool, args.quiet) as progress:
-        state = await labelling.search(folder, progress.update)
+        state = await labelling.search(folder, progress.update, _lookahead(args, labelling.identity))
     zero_shot = await labelling.zero_shot()
     predictions = {}
     if None in state.labels:
@@ -301,10 +321,7 @@ async def _label(
     records = folder.read_log()
     title = f"{settings['testbed']}, {args.model}, alpha {args.alpha:g}, calibration {args.calibrate}"
     plot_curves(records, labelling.pool.gold, folder.curves_path, title)
-    cost = {
-        key: round(sum(record.get(key, 0) for record in records), 3)
-        for key in ("asked", "from_cache", "tokens_sent", "tokens_cached", "tokens_computed", "floored", "seconds")
-    }
+    cost = {key: round(sum(record.get(key, 0) for record in records), 3) for key in COSTS}
     warning = collapse_warning(state.labels)
     document = {
         **known,
@@ -316,6 +333,13 @@ async def _label(
     }
     folder.write_run(document)
     return document
+
+
+def _lookahead(args: argparse.Namespace, identity: EngineIdentity) -> int | None:
+    """--lookahead, None where it is auto. Every question of an external API is paid for: auto asks none early there."""
+    if args.lookahead is None and identity.kind == "openai-compatible":
+        return 0
+    return None if args.lookahead is None else int(args.lookahead)
 
 
 def pool_of(args: argparse.Namespace) -> Pool:
@@ -428,6 +452,8 @@ def _print_summary(folder: RunFolder, document: Mapping[str, Any]) -> None:
         print(
             f"  prompt tokens {total:,.0f}, computed {computed:,.0f} (prefix cache hit rate {1 - computed / total:.3f})"
         )
+    if cost.get("asked_ahead"):
+        print(f"  questions asked ahead {cost['asked_ahead']:,.0f}, used {cost['ahead_used']:,.0f}")
     if cost["floored"]:
         print(f"  {cost['floored']} answers lacked a label token and were floored")
     if document["left_out"]:

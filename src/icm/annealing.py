@@ -207,6 +207,12 @@ def predicted_label(problem: Problem, state: SearchState, log_odds: float) -> bo
     return log_odds > state.evaluation.offset
 
 
+def proposal(state: SearchState, claim: int, label: bool) -> Candidate:
+    """The labeling to evaluate when `claim` is to have `label`: a new claim's demonstration stands last."""
+    layout = state.layout if state.labels[claim] is not None else state.layout.append(claim)
+    return Candidate(flipped(state.labels, {claim: label}), layout)
+
+
 def flipped(labels: Labels, changes: Mapping[int, bool]) -> Labels:
     """`labels` with some of them replaced."""
     return tuple(changes.get(i, label) for i, label in enumerate(labels))

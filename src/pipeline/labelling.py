@@ -18,6 +18,7 @@ from src.icm.objective import Evaluation, Objective, accuracy
 from src.icm.planner import TokenCosts
 from src.icm.prompts import SEPARATOR, PromptBook
 from src.icm.report import label_row
+from src.icm.speculation import Pace
 from src.icm.testbeds import BadInput, Claim, ConsistencyMode, Testbed, sample_pool
 from src.pipeline.baselines import Prediction, check_precondition, predict, reference_labelings
 from src.pipeline.run_folder import RunFolder
@@ -125,8 +126,8 @@ class Labelling:
     def scorer(self) -> PoolScorer:
         return PoolScorer(self.api, self.book, self.tokens, self.pool.problem)
 
-    async def search(self, folder: RunFolder, on_record: OnRecord) -> SearchState:
-        return await search(self.scorer(), folder, on_record)
+    async def search(self, folder: RunFolder, on_record: OnRecord, lookahead: int | None = None) -> SearchState:
+        return await search(self.api, self.scorer(), folder, on_record, Pace(lookahead))
 
     async def check(self) -> dict[str, Evaluation]:
         """U of gold (if known), constant, flipped and random labels of the pool: the precondition of ICM."""
