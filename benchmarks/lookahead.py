@@ -31,7 +31,6 @@ from core.llm_api.llm import open_model_api
 from core.settings import Settings
 from src.icm.annealing import SearchSettings
 from src.icm.objective import Objective
-from src.icm.testbeds import TESTBEDS
 from src.pipeline.datafiles import load_testbed
 from src.pipeline.labelling import Labelling, prepare
 from src.pipeline.run_folder import RunFolder
@@ -41,7 +40,7 @@ COST = ("asked", "from_cache", "asked_ahead", "ahead_used", "tokens_sent", "toke
 NOT_DECISIONS = {*COST, "floored", "seconds"}
 SEARCHES: dict[str, dict[str, Any]] = {
     "early": {"initial_T": 1e6, "final_T": 1e6, "stop": "K", "K": 40, "num_seed": 8, "mirror": False},
-    "late": {"initial_T": 0.01, "final_T": 0.01, "stop": "K", "K": 120, "num_seed": 40, "mirror": False},
+    "late": {"initial_T": 0.01, "final_T": 0.01, "stop": "K", "K": 80, "num_seed": 56, "mirror": False},
     "whole": {},
 }
 
@@ -55,6 +54,7 @@ class TimedServer(FakeVLLM):
     async def _answer(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         started, computed = time.perf_counter(), self.queries - self.hits
         response = await super()._answer(request, body)
+        self.completions.clear()  # or they would fill the memory
         due = self.overhead + self.per_token * (self.queries - self.hits - computed)
         await asyncio.sleep(max(0.0, started + due - time.perf_counter()))
         return response
@@ -70,7 +70,7 @@ async def one(args: argparse.Namespace, name: str, lookahead: int | None) -> tup
     settings = SearchSettings(**({"seed": args.seed} | SEARCHES[name]))
     testbed, claims, path = load_testbed("builtin", Path())
     pool = prepare(
-        TESTBEDS["builtin"] if testbed is None else testbed,
+        testbed,
         claims,
         path,
         batch_size=args.size,
@@ -107,7 +107,7 @@ async def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--size", type=int, default=64, help="claims in the pool")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--overhead", type=float, default=0.05, help="seconds a request takes at least")
     parser.add_argument("--per_token", type=float, default=2e-5, help="seconds a computed token takes")
     parser.add_argument("--lookahead", nargs="+", default=["0", "1", "4", "16", "auto"])

@@ -19,7 +19,7 @@ import numpy as np
 
 from src.icm.consistency import Consistency, Constraint, Labels
 from src.icm.objective import Evaluation, Objective
-from src.icm.planner import TokenCosts, excess_tokens
+from src.icm.planner import TokenCosts, evaluation_tokens, excess_tokens, relaid_tokens
 from src.icm.planner import wants_rebuild as pays_to_rebuild
 from src.icm.prefix_tree import Layout, TreeLayout, UpstreamLayout
 
@@ -291,10 +291,20 @@ def advance(problem: Problem, state: SearchState, outcome: Outcome) -> SearchSta
 
 def excess(problem: Problem, state: SearchState, labelings: Iterable[Labels]) -> int:
     """Tokens that evaluating `labelings` costs more than it would in a rebuilt layout (planner.excess_tokens)."""
+    return sum(excess_tokens(problem.costs, state.layout, _relabelled(state, labels)) for labels in labelings)
+
+
+def cost(problem: Problem, state: SearchState, labelings: Iterable[Labels]) -> float:
+    """Tokens that evaluating `labelings` makes a prefix-caching server compute, about."""
     return sum(
-        excess_tokens(problem.costs, state.layout, [i for i in state.labelled if labels[i] != state.labels[i]])
+        relaid_tokens(problem.costs, state.layout, _relabelled(state, labels))
+        + evaluation_tokens(problem.costs, state.layout)
         for labels in labelings
     )
+
+
+def _relabelled(state: SearchState, labels: Labels) -> list[int]:
+    return [claim for claim in state.labelled if labels[claim] != state.labels[claim]]
 
 
 def wants_rebuild(problem: Problem, state: SearchState) -> bool:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from src.icm.prefix_tree import Layout
 
 KV_SHARE = 0.8  # of the server's KV cache that one run may plan with
-EVALUATIONS_HELD = 2  # of the latest, beside the tree and the tails: LRU drops older ones first
+EVALUATIONS_HELD = 2  # beside the tree and the tails: while one is computed, LRU still holds the one before
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +46,9 @@ class TokenCosts:
         return sum(self.questions[claim] if self.questions else 1 for claim in claims)
 
     @property
-    def longest(self) -> int:
-        """A demonstration and a question that no claim of the pool exceeds."""
-        return max(self.demonstrations, default=1) + max(self.questions, default=1)
+    def mean(self) -> float:
+        """The mean demonstration and question of the pool."""
+        return (sum(self.demonstrations) + sum(self.questions)) / len(self.questions) if self.questions else 2.0
 
 
 def tree_tokens(claims: int, tokens: float) -> float:
@@ -96,9 +96,9 @@ def rebuilt_tokens(costs: TokenCosts, layout: Layout) -> float:
     return tree_tokens(count - layout.anchors, tree) + count * anchors + layout.anchors * layout.kin * tree / 2
 
 
-def evaluation_tokens(costs: TokenCosts, layout: Layout) -> int:
-    """The most that appending one claim and evaluating costs: N + 1 times the longest demonstration and question."""
-    return (len(layout.questions) + 1) * costs.longest
+def evaluation_tokens(costs: TokenCosts, layout: Layout) -> float:
+    """What evaluating with one claim more computes: N + 1 times the pool's mean demonstration and question."""
+    return (len(layout.questions) + 1) * costs.mean
 
 
 def budget(costs: TokenCosts) -> float:
@@ -107,41 +107,41 @@ def budget(costs: TokenCosts) -> float:
 
 
 def fits(costs: TokenCosts, layout: Layout) -> bool:
-    """Whether the server holds this layout, its questions, and the evaluations that are tried on it."""
-    return _with_room_to_work(costs, layout, held_tokens(costs, layout)) <= budget(costs)
+    """Whether the server holds this layout and the evaluations that are tried on it."""
+    return held_tokens(costs, layout) + EVALUATIONS_HELD * evaluation_tokens(costs, layout) <= budget(costs)
 
 
 def fits_rebuilt(costs: TokenCosts, layout: Layout) -> bool:
     """Whether it would after a rebuild."""
-    return _with_room_to_work(costs, layout, rebuilt_tokens(costs, layout)) <= budget(costs)
+    return rebuilt_tokens(costs, layout) + EVALUATIONS_HELD * evaluation_tokens(costs, layout) <= budget(costs)
 
 
 def evaluations_that_fit(costs: TokenCosts, layout: Layout) -> float:
     """How many evaluations of appended claims the server holds beside the layout; infinite without a capacity."""
     if costs.capacity is None:
         return math.inf
-    held = held_tokens(costs, layout) + costs.of_questions(layout.questions)
-    return max(0.0, (budget(costs) - held) // evaluation_tokens(costs, layout))
+    return max(0.0, (budget(costs) - held_tokens(costs, layout)) // evaluation_tokens(costs, layout))
+
+
+def relaid_tokens(costs: TokenCosts, layout: Layout, changed: Iterable[int]) -> float:
+    """Demonstrations that evaluating `changed` labels of laid-out claims makes the server compute again.
+
+    A change in the tree: about the whole tree and all tails. In the tail: all copies of what stands from it on. Without
+    a change nothing, unless the layout does not fit: then LRU has dropped it all, and every evaluation is a cold one.
+    """
+    touched = set(changed)
+    if touched - set(layout.tail) or not fits(costs, layout):
+        return held_tokens(costs, layout)
+    first = next((place for place, claim in enumerate(layout.tail) if claim in touched), len(layout.tail))
+    return tail_tokens(layout, costs.of_demonstrations(layout.tail[first:]))
 
 
 def excess_tokens(costs: TokenCosts, layout: Layout, changed: Iterable[int]) -> int:
-    """Tokens that evaluating `changed` labels of laid-out claims costs more than in a rebuilt layout.
-
-    A change in the tree computes the tree and all tails, one in the tail all copies of what stands from it on; in a
-    rebuilt layout any change computes about the whole tree. Without a change nothing old is computed again, unless the
-    layout does not fit: then LRU has dropped it all, and every evaluation is a cold one.
-    """
+    """What relaid_tokens exceeds a rebuilt layout's by, in which any change computes about the whole tree."""
     if not layout.tail_length:
         return 0
-    touched = set(changed)
-    first = next((place for place, claim in enumerate(layout.tail) if claim in touched), None)
-    if touched - set(layout.tail) or not fits(costs, layout):
-        computed = held_tokens(costs, layout)
-    elif first is not None:
-        computed = tail_tokens(layout, costs.of_demonstrations(layout.tail[first:]))
-    else:
-        return 0
-    return max(0, round(computed - rebuilt_tokens(costs, layout)))
+    relaid = relaid_tokens(costs, layout, changed)
+    return max(0, round(relaid - rebuilt_tokens(costs, layout))) if relaid else 0
 
 
 def wants_rebuild(costs: TokenCosts, layout: Layout, debt: int) -> bool:
@@ -154,8 +154,3 @@ def wants_rebuild(costs: TokenCosts, layout: Layout, debt: int) -> bool:
     if not fits(costs, layout) and fits_rebuilt(costs, layout):
         return True
     return debt > 0 and debt >= rebuilt_tokens(costs, layout) + costs.of_questions(layout.questions)
-
-
-def _with_room_to_work(costs: TokenCosts, layout: Layout, held: float) -> float:
-    work = (1 + EVALUATIONS_HELD) * evaluation_tokens(costs, layout)
-    return held + costs.of_questions(layout.questions) + work

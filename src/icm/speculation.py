@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
 import numpy as np
@@ -100,7 +100,7 @@ class Pace:
         self.limit = limit
         self.change_rate = 1.0  # of proposals, a running average
         self.refusal_rate = 0.0  # of evaluated proposals
-        self._batches: deque[tuple[int, float]] = deque(maxlen=BATCHES)
+        self._batches: deque[tuple[float, float]] = deque(maxlen=BATCHES)
 
     def learn(self, outcome: Outcome) -> None:
         """Count one decision."""
@@ -108,9 +108,9 @@ class Pace:
         if outcome.proposed_utility is not None:
             self.refusal_rate += WEIGHT * ((not outcome.accepted) - self.refusal_rate)
 
-    def measure(self, questions: int, seconds: float) -> None:
-        """Count one batch that an engine answered."""
-        self._batches.append((questions, seconds))
+    def measure(self, tokens: float, seconds: float) -> None:
+        """Count one batch: the tokens it was expected to make the engine compute, and the seconds it took."""
+        self._batches.append((tokens, seconds))
 
     @property
     def predictions(self) -> int:
@@ -119,34 +119,46 @@ class Pace:
             return self.limit
         return min(MOST, math.ceil(1 / max(self.change_rate, 1 / MOST)))
 
-    def evaluations(self, questions: int, room: float = math.inf) -> int:
-        """How many evaluations of `questions` questions to add to one that must be asked, at most `room`.
+    @property
+    def most_evaluations(self) -> int:
+        return MOST if self.limit is None else self.limit
 
-        Of n in one batch the first is used, and each next if all before it were refused: with the refusal rate r,
-        (1 - r^n) / (1 - r) of them, for L + n * C seconds. The n that is best per second, less the one.
+    def evaluations(self, tokens: float, ahead: Sequence[float]) -> int:
+        """How many of the next evaluations, `ahead` tokens each, to add to a batch of `tokens` that must be sent.
+
+        The first evaluation is used, and each next one if all before it were refused: with the refusal rate r, n of
+        them bring 1 + r + ... + r^(n-1) = (1 - r^n) / (1 - r) decisions for L + s * (tokens + ahead[:n-1]) seconds.
+        The n that is best per second, less the one. 0 until L and s are known.
         """
-        most = MOST if self.limit is None else self.limit
-        most = int(min(most, room))
-        cost = self._seconds()
-        if cost is None or most < 1:
+        fit = self._seconds()
+        if fit is None:
             return 0
-        overhead, each = cost[0], cost[1] * questions
-        refused = self.refusal_rate
+        overhead, each = fit
+        seconds, used = overhead + each * tokens, 1.0
+        best, chosen = used / seconds, 0
+        for count, cost in enumerate(ahead[: self.most_evaluations], start=1):
+            seconds += each * cost
+            used += self.refusal_rate**count
+            if used / seconds > best:
+                best, chosen = used / seconds, count
+        return chosen
 
-        def used_per_second(count: int) -> float:
-            used = sum(refused**place for place in range(count))
-            return used / (overhead + count * each)
+    def is_worth(self, tokens: float) -> bool:
+        """Whether `tokens` that save a batch if the evaluated change is accepted cost less than they save.
 
-        return max(range(1, most + 2), key=used_per_second) - 1
+        (1 - r) * L >= s * tokens. True until L and s are known.
+        """
+        fit = self._seconds()
+        return fit is None or (1 - self.refusal_rate) * fit[0] >= fit[1] * tokens
 
     def _seconds(self) -> tuple[float, float] | None:
-        """(L, c) of the least-squares fit seconds = L + c * questions; None where the batches do not tell."""
+        """(L, s) of the least-squares fit seconds = L + s * tokens; None where the batches do not tell."""
         if len(self._batches) < ENOUGH:
             return None
-        questions, seconds = np.array(self._batches, dtype=np.float64).T
-        spread = questions - questions.mean()
+        tokens, seconds = np.array(self._batches, dtype=np.float64).T
+        spread = tokens - tokens.mean()
         variance = float((spread**2).sum())
         slope = float((spread * (seconds - seconds.mean())).sum()) / variance if variance else 0.0
         if slope <= 0:
             return None
-        return max(0.0, float(seconds.mean() - slope * questions.mean())), slope
+        return max(0.0, float(seconds.mean() - slope * tokens.mean())), slope

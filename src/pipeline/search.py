@@ -213,8 +213,13 @@ async def _step(scorer: PoolScorer, ahead: Lookahead, state: SearchState) -> Out
     if predicted == state.labels[claim]:
         return Outcome(claim, log_odds, predicted, temperature)
     start = proposal(state, claim, predicted)
-    ahead.before_evaluation(state, claim, start)
-    best, evaluation, tried = await _explore(scorer, start, state.iteration, {state.labels: state.evaluation})
+    best, evaluation, tried = await _explore(
+        scorer,
+        start,
+        state.iteration,
+        {state.labels: state.evaluation},
+        lambda batch: ahead.before_evaluation(state, claim, start, batch),
+    )
     accepted, probability, temperature = decide(problem, state, evaluation.utility)
     changed = accepted and best.labels != state.labels
     return Outcome(
@@ -232,14 +237,22 @@ async def _step(scorer: PoolScorer, ahead: Lookahead, state: SearchState) -> Out
 
 
 async def _explore(
-    scorer: PoolScorer, start: Candidate, iteration: int, known: dict[Labels, Evaluation]
+    scorer: PoolScorer,
+    start: Candidate,
+    iteration: int,
+    known: dict[Labels, Evaluation],
+    before: Callable[[Sequence[Candidate]], None] = lambda _: None,
 ) -> tuple[Candidate, Evaluation, list[Labels]]:
-    """Drive `annealing.explore`: evaluate what it yields until it names the best labeling. Also: what was evaluated."""
+    """Drive `annealing.explore`: evaluate what it yields until it names the best labeling. Also: what was evaluated.
+
+    before: told of every batch before it is asked.
+    """
     exploration = explore(scorer.problem, start, iteration, known)
     tried: list[Labels] = []
     try:
         wanted = next(exploration)
         while True:
+            before(wanted)
             tried += [candidate.labels for candidate in wanted]
             wanted = exploration.send(await scorer.evaluate(wanted))
     except StopIteration as stop:

@@ -26,8 +26,8 @@ def pace_of(outcome: Outcome, times: int = 60, *, limit: int | None = None) -> P
 
 
 def timed(pace: Pace, overhead: float, each: float) -> Pace:
-    for questions in (1, 64, 2, 70, 1, 80, 90, 100):
-        pace.measure(questions, overhead + each * questions)
+    for tokens in (80, 5_000, 160, 5_600, 80, 6_000, 7_200, 8_000):
+        pace.measure(tokens, overhead + each * tokens)
     return pace
 
 
@@ -41,31 +41,43 @@ def test_predictions_are_asked_as_far_ahead_as_changes_are_apart() -> None:
 
 
 def test_nothing_is_evaluated_ahead_before_batches_were_timed() -> None:
-    assert pace_of(REFUSAL).evaluations(64) == 0
+    assert pace_of(REFUSAL).evaluations(5_000, [5_000] * 20) == 0
     one_size = pace_of(REFUSAL)
     for _ in range(20):
-        one_size.measure(64, 1.0)
-    assert one_size.evaluations(64) == 0
+        one_size.measure(5_000, 1.0)
+    assert one_size.evaluations(5_000, [5_000] * 20) == 0
 
 
-def test_evaluations_pay_where_refusals_are_likely_and_a_batch_costs_more_than_its_questions() -> None:
-    assert timed(pace_of(CHANGE), 1.0, 0.001).evaluations(64) == 0
-    assert timed(pace_of(REFUSAL), 1.0, 0.001).evaluations(64) > 4
-    assert timed(pace_of(REFUSAL), 0.0, 0.001).evaluations(64) == 0
-    assert timed(pace_of(REFUSAL, limit=3), 1.0, 0.001).evaluations(64) == 3
-    assert timed(pace_of(REFUSAL), 1.0, 0.001).evaluations(64, room=1.0) == 1
-    assert timed(pace_of(REFUSAL), 1.0, 0.001).evaluations(64, room=-1.0) == 0
-    assert timed(pace_of(REFUSAL, limit=0), 1.0, 0.001).evaluations(64) == 0
+def test_evaluations_pay_where_refusals_are_likely_and_a_batch_costs_more_than_its_tokens() -> None:
+    ahead = [5_000.0] * 20
+    assert timed(pace_of(CHANGE), 1.0, 1e-5).evaluations(5_000, ahead) == 0
+    assert timed(pace_of(REFUSAL), 1.0, 1e-5).evaluations(5_000, ahead) > 4
+    assert timed(pace_of(REFUSAL), 0.0, 1e-5).evaluations(5_000, ahead) == 0
+    assert timed(pace_of(REFUSAL, limit=3), 1.0, 1e-5).evaluations(5_000, ahead) == 3
+    assert timed(pace_of(REFUSAL), 1.0, 1e-5).evaluations(5_000, ahead[:1]) == 1
+    assert timed(pace_of(REFUSAL, limit=0), 1.0, 1e-5).evaluations(5_000, ahead) == 0
 
 
-@given(st.integers(0, 40), st.floats(0.001, 10), st.floats(0.0001, 0.1), st.integers(1, 256))
-def test_the_number_is_the_best_of_all(refusals: int, overhead: float, each: float, questions: int) -> None:
+def test_a_dear_evaluation_is_not_added_though_cheap_ones_are() -> None:
+    pace = timed(pace_of(REFUSAL), 0.1, 1e-5)
+    assert pace.evaluations(5_000, [5_000, 5_000, 200_000]) == 2
+
+
+def test_predictions_for_an_accepted_change_are_asked_where_they_save_more_than_they_cost() -> None:
+    assert Pace().is_worth(1e9)  # nothing is known yet
+    assert timed(pace_of(CHANGE), 0.1, 1e-5).is_worth(5_000)
+    assert not timed(pace_of(CHANGE), 0.1, 1e-5).is_worth(20_000)
+    assert not timed(pace_of(REFUSAL), 0.1, 1e-5).is_worth(5_000)
+
+
+@given(st.integers(0, 40), st.floats(0.001, 10), st.floats(1e-6, 1e-3), st.lists(st.integers(100, 50_000), max_size=20))
+def test_the_number_is_the_best_of_all(refusals: int, overhead: float, each: float, ahead: list[int]) -> None:
     pace = timed(pace_of(REFUSAL, refusals), overhead, each)
     r = pace.refusal_rate
 
     def worth(count: int) -> float:
         used = count if math.isclose(r, 1) else (1 - r**count) / (1 - r)
-        return used / (overhead + count * each * questions)
+        return used / (overhead + each * (5_000 + sum(ahead[: count - 1])))
 
-    chosen = worth(pace.evaluations(questions) + 1)
-    assert chosen == pytest.approx(max(worth(count) for count in range(1, MOST + 2)), rel=1e-6)
+    chosen = worth(pace.evaluations(5_000, ahead) + 1)
+    assert chosen == pytest.approx(max(worth(count) for count in range(1, min(MOST, len(ahead)) + 2)), rel=1e-6)

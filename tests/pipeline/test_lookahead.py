@@ -26,7 +26,7 @@ from src.icm.journal import Record
 from src.icm.objective import Objective
 from src.icm.planner import TokenCosts
 from src.icm.prompts import PromptBook, in_shared_order
-from src.icm.speculation import MOST, Pace
+from src.icm.speculation import Pace
 from src.pipeline.run_folder import RunFolder
 from src.pipeline.search import PoolScorer, search
 from tests.core.fake_server import FALSE, TRUE, hashed_log_odds, label_distribution
@@ -75,8 +75,8 @@ class ExactEngine:
 class Greedy(Pace):
     """As many speculative evaluations as are allowed, whatever a batch takes."""
 
-    def evaluations(self, questions: int, room: float = float("inf")) -> int:
-        return int(min(room, MOST if self.limit is None else self.limit))
+    def evaluations(self, tokens: float, ahead: Sequence[float]) -> int:
+        return len(ahead)
 
 
 def make_problem(size: int = 20, relation: Relation | None = Relation.EXACTLY_ONE, **settings: Any) -> Problem:
