@@ -150,7 +150,7 @@ def walk(scenario: Scenario, max_tail: int | None) -> tuple[int, int]:
 def main() -> int:
     """Print computed tokens (millions) and rebuilds of every rule and scenario."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--size", type=int, default=96)
+    parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--accept", type=float, default=0.7)
     parser.add_argument("--flips", type=float, nargs="+", default=[0.0, 0.02, 0.1, 0.3])
