@@ -64,10 +64,9 @@ class Lookahead:
             # Nothing is sent for the sake of speculation alone, so a run that is repeated asks nothing new.
             if not self._api.are_cached(wanted, labels):
                 ahead, more = self._future()
-                ahead = [prompt for prompt in ahead if prompt.digest not in self._memo.keys() | missing.keys()]
                 tokens += more
                 self._future = _nothing
-            early = {prompt.digest: prompt for prompt in ahead}
+            early = {p.digest: p for p in ahead if p.digest not in self._memo and p.digest not in missing}
             batch = in_shared_order([*wanted, *early.values()])
             scores = await self._api.score(batch, labels)
             prompt_tokens = scores.prompt_tokens
