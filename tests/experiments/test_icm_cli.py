@@ -136,7 +136,7 @@ async def test_a_layout_changes_prompts_not_the_pool(icm: Command) -> None:
 async def test_killed_at_any_moment_it_ends_with_the_same_labels(icm: Command, server: FakeVLLM) -> None:
     await icm("--run", "whole", "--read_timeout", "60")
     (icm.runs / "responses.sqlite").unlink()
-    server.latency = 0.02
+    server.latency = 0.06
     kills = 0
     for attempt in range(30):
         process = await icm.start("--run", "killed")
