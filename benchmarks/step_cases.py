@@ -175,8 +175,8 @@ class Cases:
 
     async def _ask(self, grown: Grown) -> Repetition:
         scorer = grown.claims.scorer(self._backend.api)
-        labels = grown.claims.labelling(grown.layout.questions)
-        return await self._backend.measure(lambda: scorer.ask(grown.next, labels, grown.layout))
+        candidate = grown.claims.candidate(grown.layout)
+        return await self._backend.measure(lambda: scorer.ask(grown.next, candidate))
 
     async def _append(self, grown: Grown) -> Repetition:
         scorer = grown.claims.scorer(self._backend.api)
@@ -195,7 +195,7 @@ class Cases:
         scorer = grown.claims.scorer(self._backend.api)
         labels = grown.claims.labelling(grown.layout.questions)
         claim, grown.next = grown.next, grown.next + 1
-        await scorer.ask(claim, labels, grown.layout)  # a search has asked it before
+        await scorer.ask(claim, grown.claims.candidate(grown.layout))  # a search has asked it before
 
         def evaluate() -> Awaitable[object]:
             layout = grown.layout.append(claim)

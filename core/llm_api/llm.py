@@ -100,6 +100,11 @@ class ModelAPI:
         """How many tokens the engine's KV cache holds; None where it does not say."""
         return await self._engine.kv_cache_tokens()
 
+    def are_cached(self, prompts: Sequence[Prompt], labels: LabelTokens) -> bool:
+        """Whether `score` would send nothing to the engine for these prompts."""
+        keys = {cache_key(self.identity, labels, prompt.digest) for prompt in prompts}
+        return len(self._cached(list(keys))) == len(keys)
+
     async def score(self, prompts: Sequence[Prompt], labels: LabelTokens) -> PoolScores:
         """Log-probabilities of both labels after every prompt, in order.
 

@@ -76,11 +76,15 @@ class Prompt:
         """The token ids as a JSON array, joined from the segments' encoded pieces."""
         return b"[" + b",".join([s.json for s in self.segments if s.json]) + b"]"
 
+    @property
+    def content(self) -> bytes:
+        """What the engine is sent: the token ids as JSON if there are any, else the text."""
+        return self.json if self.segments and self.segments[0].tokens is not None else self.text.encode()
+
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of what the engine is sent: the token ids if there are any, else the text."""
-        content = self.json if self.segments and self.segments[0].tokens is not None else self.text.encode()
-        return hashlib.sha256(content).hexdigest()
+        """SHA-256 of `content`."""
+        return hashlib.sha256(self.content).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,8 +41,12 @@ from src.pipeline.datafiles import load_data_file, load_testbed
 from src.pipeline.labelling import Labelling, Pool, prepare, result_record
 from src.pipeline.plots import plot_curves
 from src.pipeline.progress import SearchProgress
-from src.pipeline.run_folder import RunFolder, environment
+from src.pipeline.run_folder import FORMAT, RunFolder, environment
 
+COSTS = (
+    *("asked", "from_cache", "asked_ahead", "ahead_used"),
+    *("tokens_sent", "tokens_cached", "tokens_computed", "floored", "seconds"),
+)
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -146,7 +150,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--max_tail",
         type=_at_least(1),
         default=defaults.max_tail,
-        help="labels appended to the tree before it is rebuilt (less if the KV cache is small)",
+        help="labels appended to the tree before it is rebuilt at the latest (default: as a cost model says)",
     )
 
     search.add_argument(
@@ -168,6 +172,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--is_complete",
         action="store_true",
         help="only tell whether this run is finished: exit code 0 and its summary, or 1",
+    )
+    run.add_argument(
+        "--lookahead",
+        type=_lookahead_of,
+        default=None,
+        metavar="{auto,M}",
+        help="ask the questions of the next M proposals with those that must be asked; the labels do not depend on it. "
+        "0: none (default: auto, from the acceptance rate and the seconds of a batch; none at an external API)",
     )
     run.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
@@ -207,6 +219,14 @@ def _at_least(least: int) -> Any:
     return whole_number
 
 
+def _lookahead_of(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) > 1024:
+        raise argparse.ArgumentTypeError(f"must be auto, or a whole number up to 1024, not {text}")
+    return int(text)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 1 the model failed (resumable), 2 bad input or no usable server, 130 interrupted."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
@@ -232,6 +252,7 @@ async def _run(args: argparse.Namespace) -> int:
     folder = RunFolder(args.runs_dir / _run_name(args, settings))
     known = folder.read_run()
     if known is not None:
+        _readable(folder, known)
         _same_run(folder, known["settings"], settings)
         if "result" in known and not args.check:
             _print_summary(folder, known)
@@ -280,16 +301,16 @@ async def _label(
             "settings": settings,
             "flags": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
             "engine": _identity_record(labelling.identity),
-            "max_tail": await labelling.longest_tail(),
+            "kv_capacity": await labelling.api.kv_cache_tokens(),
             "environment": environment(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
         folder.write_run(known)
     else:
         _same_engine(folder, known["engine"], labelling.identity)
-    labelling = labelling.with_max_tail(known["max_tail"])
+    labelling = labelling.planned_for(known["kv_capacity"])
     with SearchProgress(labelling.pool, args.quiet) as progress:
-        state = await labelling.search(folder, progress.update)
+        state = await labelling.search(folder, progress.update, _lookahead(args, labelling.identity))
     zero_shot = await labelling.zero_shot()
     predictions = {}
     if None in state.labels:
@@ -300,10 +321,7 @@ async def _label(
     records = folder.read_log()
     title = f"{settings['testbed']}, {args.model}, alpha {args.alpha:g}, calibration {args.calibrate}"
     plot_curves(records, labelling.pool.gold, folder.curves_path, title)
-    cost = {
-        key: round(sum(record.get(key, 0) for record in records), 3)
-        for key in ("asked", "from_cache", "tokens_sent", "tokens_cached", "tokens_computed", "floored", "seconds")
-    }
+    cost = {key: round(sum(record.get(key, 0) for record in records), 3) for key in COSTS}
     warning = collapse_warning(state.labels)
     document = {
         **known,
@@ -315,6 +333,13 @@ async def _label(
     }
     folder.write_run(document)
     return document
+
+
+def _lookahead(args: argparse.Namespace, identity: EngineIdentity) -> int | None:
+    """--lookahead, None where it is auto. Every question of an external API is paid for: auto asks none early there."""
+    if args.lookahead is None and identity.kind == "openai-compatible":
+        return 0
+    return None if args.lookahead is None else int(args.lookahead)
 
 
 def pool_of(args: argparse.Namespace) -> Pool:
@@ -362,6 +387,15 @@ def _run_name(args: argparse.Namespace, settings: Mapping[str, Any]) -> str:
     digest = hashlib.sha256(orjson.dumps(settings, option=orjson.OPT_SORT_KEYS)).hexdigest()[:8]
     parts = (settings["testbed"], args.model.rsplit("/", 1)[-1], f"N{args.batch_size}", f"seed{args.seed}", digest)
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(parts)).lstrip(".-")
+
+
+def _readable(folder: RunFolder, known: Mapping[str, Any]) -> None:
+    """A run that an earlier version began rebuilt its tree by another rule; only its result can still be shown."""
+    if known.get("format", 0) < FORMAT and "result" not in known:
+        raise BadInput(
+            f"{folder.path}: was begun by an earlier version, whose journal this one cannot go on with. "
+            "Move it away, or choose another --run"
+        )
 
 
 def _same_run(folder: RunFolder, known: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
@@ -418,6 +452,8 @@ def _print_summary(folder: RunFolder, document: Mapping[str, Any]) -> None:
         print(
             f"  prompt tokens {total:,.0f}, computed {computed:,.0f} (prefix cache hit rate {1 - computed / total:.3f})"
         )
+    if cost.get("asked_ahead"):
+        print(f"  questions asked ahead {cost['asked_ahead']:,.0f}, used {cost['ahead_used']:,.0f}")
     if cost["floored"]:
         print(f"  {cost['floored']} answers lacked a label token and were floored")
     if document["left_out"]:

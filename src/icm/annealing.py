@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Literal
 
@@ -19,6 +19,8 @@ import numpy as np
 
 from src.icm.consistency import Consistency, Constraint, Labels
 from src.icm.objective import Evaluation, Objective
+from src.icm.planner import TokenCosts, evaluation_tokens, excess_tokens, relaid_tokens
+from src.icm.planner import wants_rebuild as pays_to_rebuild
 from src.icm.prefix_tree import Layout, TreeLayout, UpstreamLayout
 
 Scheduler = Literal["log", "log-upstream", "exp"]
@@ -49,7 +51,7 @@ class SearchSettings:
     decay: the paper's beta in scheduler "log", the base of the power in "exp", unused in "log-upstream".
     patience: proposals in a row that change nothing before stop "labelled" ends (see `finished`).
     anchors: claims that stand last in every prompt when a tree is built (see prefix_tree); 0 is cheapest.
-    max_tail: appended demonstrations after which the tree is built anew.
+    max_tail: appended demonstrations after which the tree is built anew at the latest; None: the planner decides.
     mirror: once the search has settled, try all labels flipped (see `wants_mirror`).
     """
 
@@ -65,7 +67,7 @@ class SearchSettings:
     patience: int = 30
     layout: LayoutName = "tree"
     anchors: int = 0
-    max_tail: int = 16
+    max_tail: int | None = None
     mirror: bool = True
 
     def temperature(self, iteration: int, accepted: int) -> float:
@@ -86,12 +88,14 @@ class SearchSettings:
 
 @dataclass(frozen=True)
 class Problem:
-    """What stays the same through a search: the pool's groups and constraints, the objective, the settings."""
+    """What stays the same through a search: the pool's groups and constraints, the objective, the settings, and what
+    its claims cost on the server it began on."""
 
     groups: tuple[str, ...]
     consistency: Consistency
     objective: Objective
     settings: SearchSettings
+    costs: TokenCosts = field(default_factory=TokenCosts)
 
     @property
     def size(self) -> int:
@@ -133,7 +137,7 @@ class Candidate:
 @dataclass(frozen=True, slots=True)
 class SearchState:
     """Where a search stands. `unchanged` counts proposals in a row that changed nothing, `refused` the claims they
-    were about."""
+    were about. `debt`: tokens computed on account of the tail since the last rebuild (see planner)."""
 
     iteration: int
     labels: Labels
@@ -144,6 +148,7 @@ class SearchState:
     refused: frozenset[int] = frozenset()
     rebuilds: int = 0
     mirror_tried: bool = False
+    debt: int = 0
 
     @property
     def labelled(self) -> tuple[int, ...]:
@@ -156,6 +161,7 @@ class Outcome:
 
     labels, evaluation: the accepted labeling and its worth; None where nothing changed.
     proposed_utility: U of the best labeling tried, None where the predicted label was the current one.
+    excess: tokens that trying them cost on account of the tail (see `excess`).
     """
 
     claim: int
@@ -167,6 +173,7 @@ class Outcome:
     probability: float | None = None
     labels: Labels | None = None
     evaluation: Evaluation | None = None
+    excess: int = 0
 
     @property
     def accepted(self) -> bool:
@@ -198,6 +205,12 @@ def propose(problem: Problem, state: SearchState) -> int:
 def predicted_label(problem: Problem, state: SearchState, log_odds: float) -> bool:
     """argmax P(y | x, D without x), against the pool's mean log-odds where the objective is calibrated."""
     return log_odds > state.evaluation.offset
+
+
+def proposal(state: SearchState, claim: int, label: bool) -> Candidate:
+    """The labeling to evaluate when `claim` is to have `label`: a new claim's demonstration stands last."""
+    layout = state.layout if state.labels[claim] is not None else state.layout.append(claim)
+    return Candidate(flipped(state.labels, {claim: label}), layout)
 
 
 def flipped(labels: Labels, changes: Mapping[int, bool]) -> Labels:
@@ -258,6 +271,7 @@ def advance(problem: Problem, state: SearchState, outcome: Outcome) -> SearchSta
             iteration=state.iteration + 1,
             unchanged=state.unchanged + 1,
             refused=state.refused | {outcome.claim},
+            debt=state.debt + outcome.excess,
         )
     layout = state.layout
     if state.labels[outcome.claim] is None:
@@ -271,12 +285,34 @@ def advance(problem: Problem, state: SearchState, outcome: Outcome) -> SearchSta
         accepted=state.accepted + 1,
         unchanged=0,
         refused=frozenset(),
+        debt=state.debt + outcome.excess,
     )
 
 
+def excess(problem: Problem, state: SearchState, labelings: Iterable[Labels]) -> int:
+    """Tokens that evaluating `labelings` costs more than it would in a rebuilt layout (planner.excess_tokens)."""
+    return sum(excess_tokens(problem.costs, state.layout, _relabelled(state, labels)) for labels in labelings)
+
+
+def cost(problem: Problem, state: SearchState, labelings: Iterable[Labels]) -> float:
+    """Tokens that evaluating `labelings` makes a prefix-caching server compute, about."""
+    return sum(
+        relaid_tokens(problem.costs, state.layout, _relabelled(state, labels))
+        + evaluation_tokens(problem.costs, state.layout)
+        for labels in labelings
+    )
+
+
+def _relabelled(state: SearchState, labels: Labels) -> list[int]:
+    return [claim for claim in state.labelled if labels[claim] != state.labels[claim]]
+
+
 def wants_rebuild(problem: Problem, state: SearchState) -> bool:
-    """Whether the tail has grown past what it is worth keeping."""
-    return state.layout.tail_length >= problem.settings.max_tail
+    """Whether the tail has grown past what it is worth keeping (see planner), or past `max_tail`."""
+    longest = problem.settings.max_tail
+    if longest is not None and state.layout.tail_length >= longest:
+        return True
+    return pays_to_rebuild(problem.costs, state.layout, state.debt)
 
 
 def rebuilt_layout(problem: Problem, state: SearchState) -> Layout:
@@ -286,7 +322,7 @@ def rebuilt_layout(problem: Problem, state: SearchState) -> Layout:
 
 def rebuild(state: SearchState, layout: Layout, evaluation: Evaluation) -> SearchState:
     """The state in a new layout: same labels, scores as that layout gives them."""
-    return replace(state, layout=layout, evaluation=evaluation, rebuilds=state.rebuilds + 1)
+    return replace(state, layout=layout, evaluation=evaluation, rebuilds=state.rebuilds + 1, debt=0)
 
 
 def settled(problem: Problem, state: SearchState) -> bool:

@@ -17,7 +17,7 @@ the answer away: members of a group part at the root, and siblings in the tail m
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -44,8 +44,29 @@ class Layout(Protocol):
         ...
 
     @property
+    def tail(self) -> Context:
+        """The last of `questions`: those that stand behind the shared tree, anchors first, newest last."""
+        ...
+
+    @property
+    def anchors(self) -> int:
+        """How many of the tail stood there when the layout was built."""
+        ...
+
+    @property
     def tail_length(self) -> int:
         """How many demonstrations were appended since the layout was built."""
+        ...
+
+    @property
+    def strays(self) -> tuple[int, int]:
+        """Questions (of the tree, of the tail) whose context leaves the others' behind the first half of the tree, on
+        account of a sibling."""
+        ...
+
+    @property
+    def kin(self) -> float:
+        """The mean size of a laid-out claim's group, counted as 0 where it is alone: strays that one anchor makes."""
         ...
 
     def context(self, claim: int) -> Context:
@@ -80,8 +101,24 @@ class UpstreamLayout:
         return self.labelled
 
     @property
+    def tail(self) -> Context:
+        return ()
+
+    @property
+    def anchors(self) -> int:
+        return 0
+
+    @property
     def tail_length(self) -> int:
         return 0
+
+    @property
+    def strays(self) -> tuple[int, int]:
+        return 0, 0
+
+    @property
+    def kin(self) -> float:
+        return 0.0
 
     def context(self, claim: int) -> Context:
         return tuple(other for other in self.labelled if other != claim)
@@ -124,6 +161,18 @@ class TreeLayout:
     @property
     def tail_length(self) -> int:
         return len(self.tail) - self.anchors
+
+    @cached_property
+    def strays(self) -> tuple[int, int]:
+        in_tree = Counter(self.groups[claim] for claim in self._paths)
+        in_tail = Counter(self.groups[claim] for claim in self.tail)
+        parted = sum(size for group, size in in_tree.items() if group in in_tail)
+        return parted, sum(size for group, size in in_tail.items() if group in in_tree or size > 1)
+
+    @cached_property
+    def kin(self) -> float:
+        sizes = Counter(self.groups[claim] for claim in self.questions)
+        return sum(size**2 for size in sizes.values() if size > 1) / max(1, sizes.total())
 
     @property
     def questions(self) -> tuple[int, ...]:

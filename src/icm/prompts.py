@@ -7,7 +7,7 @@ a segment's end, the sequence differs from tokenizing the whole text, and it is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from core.llm_api.types import LabelTokens, Prompt, Segment
@@ -81,6 +81,16 @@ class PromptBook:
             if used > max_tokens:
                 return count
         return size
+
+
+def in_shared_order(prompts: Iterable[Prompt]) -> list[Prompt]:
+    """Prompts in the order of what is sent, so that those with a common prefix stand together, however they came about.
+
+    That is a depth-first walk of their trie: an engine that takes prompts in order computes every shared prefix once
+    while it is at hand, also where its KV cache holds little more than one prompt, and labelings that differ in their
+    last demonstration are asked question by question.
+    """
+    return sorted(prompts, key=lambda prompt: prompt.content)
 
 
 def _demonstration(

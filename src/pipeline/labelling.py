@@ -6,24 +6,23 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from core.llm_api.llm import ModelAPI
-from core.llm_api.types import EngineIdentity, LabelTokens
+from core.llm_api.types import EngineIdentity, LabelTokens, Segment
 from src.icm.annealing import Problem, SearchSettings, SearchState, Stream, generator
 from src.icm.objective import Evaluation, Objective, accuracy
+from src.icm.planner import TokenCosts
 from src.icm.prompts import SEPARATOR, PromptBook
 from src.icm.report import label_row
+from src.icm.speculation import Pace
 from src.icm.testbeds import BadInput, Claim, ConsistencyMode, Testbed, sample_pool
 from src.pipeline.baselines import Prediction, check_precondition, predict, reference_labelings
 from src.pipeline.run_folder import RunFolder
 from src.pipeline.search import OnRecord, PoolScorer, search
-
-KV_SHARE = 0.8  # of the server's KV cache that one run's tree and tail may fill
 
 
 @dataclass(frozen=True)
@@ -111,27 +110,24 @@ class Labelling:
                 "the server with a larger --max-model-len"
             )
 
-    async def longest_tail(self) -> int:
-        """--max_tail, or what the engine's KV cache holds beside the tree if that is less."""
-        settings, size = self.pool.problem.settings, len(self.pool.claims)
-        capacity = await self.api.kv_cache_tokens()
-        tokens = sum(len(true) for _, true in self.book.demonstrations[:size])
-        if capacity is None or not tokens:
-            return settings.max_tail
-        # N * log2(N) demonstrations of the tree, N anchors each, N questions
-        tree = tokens * (math.log2(size) + settings.anchors + 1)
-        return max(1, min(settings.max_tail, int((KV_SHARE * capacity - tree) / tokens)))
+    def planned_for(self, kv_capacity: int | None) -> Labelling:
+        """The same, its rebuilds planned for an engine whose KV cache holds `kv_capacity` tokens.
 
-    def with_max_tail(self, max_tail: int) -> Labelling:
-        problem = self.pool.problem
-        settings = replace(problem.settings, max_tail=max_tail)
-        return replace(self, pool=replace(self.pool, problem=replace(problem, settings=settings)))
+        The capacity is the one the run began with, also on another server later: rebuilds decide scores.
+        """
+        size = len(self.pool.claims)
+        costs = TokenCosts(
+            demonstrations=tuple(_length(true) for _, true in self.book.demonstrations[:size]),
+            questions=tuple(_length(question) for question in self.book.questions[:size]),
+            capacity=kv_capacity,
+        )
+        return replace(self, pool=replace(self.pool, problem=replace(self.pool.problem, costs=costs)))
 
     def scorer(self) -> PoolScorer:
         return PoolScorer(self.api, self.book, self.tokens, self.pool.problem)
 
-    async def search(self, folder: RunFolder, on_record: OnRecord) -> SearchState:
-        return await search(self.scorer(), folder, on_record)
+    async def search(self, folder: RunFolder, on_record: OnRecord, lookahead: int | None = None) -> SearchState:
+        return await search(self.api, self.scorer(), folder, on_record, Pace(lookahead))
 
     async def check(self) -> dict[str, Evaluation]:
         """U of gold (if known), constant, flipped and random labels of the pool: the precondition of ICM."""
@@ -185,6 +181,11 @@ class Labelling:
             for claim, label in prediction.labels.items():
                 rows[claim] = label_row(claims[claim], label, prediction.log_odds[claim], by)
         return [rows[claim] for claim in sorted(rows)]
+
+
+def _length(segment: Segment) -> int:
+    """Tokens, or characters for an engine asked in text: the planner compares costs only among themselves then."""
+    return len(segment) or len(segment.text)
 
 
 def result_record(

@@ -23,17 +23,24 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar, cast, get_type_hints
+from typing import Any, Generic, Protocol, TypeVar, cast, get_type_hints
 
 import orjson
 from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
 from core.files import write_atomically
-from core.llm_api.llm import ModelAPI
 from core.llm_api.types import LabelTokens, PoolScores, Prompt
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
+
+
+class Scores(Protocol):
+    """What a query step needs: a ModelAPI, or what stands in front of one."""
+
+    async def score(self, prompts: Sequence[Prompt], labels: LabelTokens) -> PoolScores:
+        """See ModelAPI.score."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +66,7 @@ class Results:
 class Pipeline:
     """Steps and their dependencies. `api` is needed by query steps only; `folder` keeps results."""
 
-    def __init__(self, name: str, api: ModelAPI | None = None, *, folder: Path | None = None) -> None:
+    def __init__(self, name: str, api: Scores | None = None, *, folder: Path | None = None) -> None:
         self.name = name
         self._api = api
         self._folder = folder

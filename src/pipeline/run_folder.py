@@ -20,7 +20,7 @@ import orjson
 from core.files import write_atomically
 from src.icm.testbeds import BadInput
 
-FORMAT = 1
+FORMAT = 2  # of run.json and the journal; 1 had a fixed tail length, and no excess in a step
 
 
 class RunFolder:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from core.llm_api.llm import ModelAPI
 from core.llm_api.types import LabelTokens, PoolScores, PrefixCacheCounters, Prompt
@@ -19,12 +19,13 @@ from src.icm.annealing import (
     SearchState,
     advance,
     decide,
+    excess,
     explore,
     finished,
-    flipped,
     mirror,
     mirrored_labels,
     predicted_label,
+    proposal,
     propose,
     rebuild,
     rebuilt_layout,
@@ -42,10 +43,11 @@ from src.icm.journal import (
     step_record,
 )
 from src.icm.objective import Evaluation
-from src.icm.prefix_tree import Layout
 from src.icm.prompts import PromptBook
+from src.icm.speculation import Pace
 from src.icm.testbeds import BadInput
-from src.pipeline.pipeline import Pipeline
+from src.pipeline.lookahead import Lookahead
+from src.pipeline.pipeline import Pipeline, Scores
 from src.pipeline.run_folder import RunFolder
 
 OnRecord = Callable[[SearchState, Record], None]
@@ -55,19 +57,23 @@ OnRecord = Callable[[SearchState, Record], None]
 class PoolScorer:
     """Asks a model about a pool: one leave-one-out prompt a labelled claim and labeling."""
 
-    api: ModelAPI
+    api: Scores
     book: PromptBook
     labels: LabelTokens
     problem: Problem
 
-    async def ask(self, claim: int, labels: Labels, layout: Layout) -> float:
+    def prompt(self, claim: int, candidate: Candidate) -> Prompt:
+        """The question about `claim` given every other labelled claim."""
+        layout = candidate.layout
+        return self.book.prompt(claim, layout.context(claim), candidate.labels, layout.place(claim))
+
+    async def ask(self, claim: int, candidate: Candidate) -> float:
         """log-odds (nats) of `claim` given every other labelled claim."""
-        prompt = self.book.prompt(claim, layout.context(claim), labels, layout.place(claim))
-        scores = await self.api.score([prompt], self.labels)
+        scores = await self.api.score([self.prompt(claim, candidate)], self.labels)
         return scores.log_odds[0]
 
     async def evaluate(self, candidates: Sequence[Candidate]) -> list[Evaluation]:
-        """The worth of every labeling, all asked in one batch, labeling after labeling in depth-first order."""
+        """The worth of every labeling, all asked in one batch."""
         pipeline = Pipeline("pool evaluation", self.api)
         labelings = pipeline.load("labelings", lambda: candidates)
         prompts = pipeline.transform("prompts", self._prompts, labelings)
@@ -76,11 +82,7 @@ class PoolScorer:
         return (await pipeline.run())[worth]
 
     def _prompts(self, candidates: Sequence[Candidate]) -> Sequence[Prompt]:
-        return [
-            self.book.prompt(claim, candidate.layout.context(claim), candidate.labels, candidate.layout.place(claim))
-            for candidate in candidates
-            for claim in candidate.layout.questions
-        ]
+        return [self.prompt(claim, candidate) for candidate in candidates for claim in candidate.layout.questions]
 
     def _evaluations(self, candidates: Sequence[Candidate], scores: PoolScores) -> list[Evaluation]:
         answers = iter(scores.log_odds)
@@ -95,10 +97,15 @@ class PoolScorer:
 
 
 class Meter:
-    """What an iteration cost: seconds, tokens sent, and tokens computed and cached where the engine tells."""
+    """What an iteration cost: seconds, tokens sent, and tokens computed and cached where the engine tells.
 
-    def __init__(self, api: ModelAPI) -> None:
+    Questions asked ahead count for the iteration that asked them, `ahead_used` for the one that came to need them.
+    """
+
+    def __init__(self, api: ModelAPI, lookahead: Lookahead) -> None:
         self._api = api
+        self._lookahead = lookahead
+        self._ahead = 0, 0
         self._stats = api.stats.as_dict()
         self._cache: PrefixCacheCounters | None = None
         self._time = time.perf_counter()
@@ -115,7 +122,10 @@ class Meter:
             "from_cache": stats["cache_hits"] - self._stats["cache_hits"],
             "tokens_sent": stats["prompt_tokens"] - self._stats["prompt_tokens"],
             "floored": stats["floored"] - self._stats["floored"],
+            "asked_ahead": self._lookahead.asked - self._ahead[0],
+            "ahead_used": self._lookahead.used - self._ahead[1],
         }
+        self._ahead = self._lookahead.asked, self._lookahead.used
         if cost["tokens_sent"] and self._cache is not None:
             cache = await self._api.prefix_cache() or self._cache
             delta = cache - self._cache
@@ -127,11 +137,18 @@ class Meter:
         return cost
 
 
-async def search(scorer: PoolScorer, folder: RunFolder, on_record: OnRecord) -> SearchState:
-    """Label the pool. Goes on where `folder`'s journal ends; every iteration is journaled before the next begins."""
+async def search(
+    api: ModelAPI, scorer: PoolScorer, folder: RunFolder, on_record: OnRecord, pace: Pace | None = None
+) -> SearchState:
+    """Label the pool. Goes on where `folder`'s journal ends; every iteration is journaled before the next begins.
+
+    pace: how far to ask ahead, by default adapting. It changes costs, never decisions.
+    """
     problem = scorer.problem
     state = resumed_state(problem, folder)
-    meter = await Meter(scorer.api).start()
+    ahead = Lookahead(api, problem, scorer.prompt, pace or Pace())
+    scorer = replace(scorer, api=ahead)
+    meter = await Meter(api, ahead).start()
 
     async def journal(record: Record, at: SearchState) -> None:
         record |= await meter.lap()
@@ -142,6 +159,7 @@ async def search(scorer: PoolScorer, folder: RunFolder, on_record: OnRecord) -> 
         state = await _start(scorer)
         await journal(start_record(state), state)
     while not finished(problem, state):
+        ahead.stand_at(state)
         if wants_mirror(problem, state):
             [evaluation] = await scorer.evaluate([Candidate(mirrored_labels(state.labels), state.layout)])
             accepted = evaluation.utility > state.evaluation.utility
@@ -150,10 +168,13 @@ async def search(scorer: PoolScorer, folder: RunFolder, on_record: OnRecord) -> 
             continue
         if wants_rebuild(problem, state):
             layout = rebuilt_layout(problem, state)
+            ahead.before_rebuild(rebuild(state, layout, state.evaluation))
             [evaluation] = await scorer.evaluate([Candidate(state.labels, layout)])
             state = rebuild(state, layout, evaluation)
+            ahead.stand_at(state)
             await journal(rebuild_record(state), state)
-        outcome = await _step(scorer, state)
+        outcome = await _step(scorer, ahead, state)
+        ahead.learn(outcome)
         after = advance(problem, state, outcome)
         await journal(step_record(state, outcome, after), after)
         state = after
@@ -180,20 +201,26 @@ async def _start(scorer: PoolScorer) -> SearchState:
     return SearchState(0, best.labels, layout, evaluation)
 
 
-async def _step(scorer: PoolScorer, state: SearchState) -> Outcome:
+async def _step(scorer: PoolScorer, ahead: Lookahead, state: SearchState) -> Outcome:
     problem = scorer.problem
     claim = propose(problem, state)
     # A labelled claim's question is part of the current evaluation: nothing new to ask.
     log_odds = state.evaluation.log_odds.get(claim)
     if log_odds is None:
-        log_odds = await scorer.ask(claim, state.labels, state.layout)
+        ahead.before_prediction(state)
+        log_odds = await scorer.ask(claim, Candidate(state.labels, state.layout))
     predicted = predicted_label(problem, state, log_odds)
     temperature = problem.settings.temperature(state.iteration, state.accepted)
     if predicted == state.labels[claim]:
         return Outcome(claim, log_odds, predicted, temperature)
-    layout = state.layout if state.labels[claim] is not None else state.layout.append(claim)
-    start = Candidate(flipped(state.labels, {claim: predicted}), layout)
-    best, evaluation, tried = await _explore(scorer, start, state.iteration, {state.labels: state.evaluation})
+    start = proposal(state, claim, predicted)
+    best, evaluation, tried = await _explore(
+        scorer,
+        start,
+        state.iteration,
+        {state.labels: state.evaluation},
+        lambda batch: ahead.before_evaluation(state, claim, start, batch),
+    )
     accepted, probability, temperature = decide(problem, state, evaluation.utility)
     changed = accepted and best.labels != state.labels
     return Outcome(
@@ -201,7 +228,8 @@ async def _step(scorer: PoolScorer, state: SearchState) -> Outcome:
         log_odds=log_odds,
         predicted=predicted,
         temperature=temperature,
-        tried=tried,
+        tried=len(tried),
+        excess=excess(problem, state, tried),
         proposed_utility=evaluation.utility,
         probability=probability,
         labels=best.labels if changed else None,
@@ -210,14 +238,24 @@ async def _step(scorer: PoolScorer, state: SearchState) -> Outcome:
 
 
 async def _explore(
-    scorer: PoolScorer, start: Candidate, iteration: int, known: dict[Labels, Evaluation]
-) -> tuple[Candidate, Evaluation, int]:
-    """Drive `annealing.explore`: evaluate what it yields until it names the best labeling."""
+    scorer: PoolScorer,
+    start: Candidate,
+    iteration: int,
+    known: dict[Labels, Evaluation],
+    before: Callable[[Sequence[Candidate]], None] = lambda _: None,
+) -> tuple[Candidate, Evaluation, list[Labels]]:
+    """Drive `annealing.explore`: evaluate what it yields until it names the best labeling. Also: what was evaluated.
+
+    before: told of every batch before it is asked.
+    """
     exploration = explore(scorer.problem, start, iteration, known)
+    tried: list[Labels] = []
     try:
         wanted = next(exploration)
         while True:
+            before(wanted)
+            tried += [candidate.labels for candidate in wanted]
             wanted = exploration.send(await scorer.evaluate(wanted))
     except StopIteration as stop:
-        result: tuple[Candidate, Evaluation, int] = stop.value
-        return result
+        best, evaluation, _ = stop.value
+        return best, evaluation, tried

@@ -218,7 +218,7 @@ class FakeVLLM:
         error = self._refusal(body)
         if error:
             return web.json_response({"error": {"message": error, "type": "BadRequestError", "code": 400}}, status=400)
-        answer = self._complete(body)
+        answer: Any = self._complete(body)
         if "tree" in body:
             answer = _as_pairs(answer, body["logprob_token_ids"])
         if fault.patch is not None:

@@ -137,7 +137,7 @@ async def test_a_layout_changes_prompts_not_the_pool(icm: Command) -> None:
 async def test_killed_at_any_moment_it_ends_with_the_same_labels(icm: Command, server: FakeVLLM) -> None:
     await icm("--run", "whole", "--read_timeout", "60")
     (icm.runs / "responses.sqlite").unlink()
-    server.latency = 0.02
+    server.latency = 0.06
     kills = 0
     for attempt in range(30):
         process = await icm.start("--run", "killed")
@@ -210,6 +210,50 @@ async def test_other_flags_on_the_same_run_are_refused(icm: Command) -> None:
     assert "--alpha 30.0, now 7.0" in err
 
 
+async def test_lookahead_changes_costs_and_nothing_else_and_may_change_in_a_run(icm: Command, server: FakeVLLM) -> None:
+    costs = {"asked", "from_cache", "asked_ahead", "ahead_used", "floored", "seconds"}
+
+    def decisions(run: str) -> list[dict[str, Any]]:
+        kept = [{k: v for k, v in r.items() if k not in costs and not k.startswith("tokens")} for r in icm.log(run)]
+        return [{k: v for k, v in record.items() if k != "T"} for record in kept]
+
+    batches = {}
+    for lookahead in ("0", "4", "auto"):
+        before = len(server.completions)
+        code, out, err = await icm("--run", f"a{lookahead}", "--lookahead", lookahead)
+        assert code == 0, err
+        assert ("asked ahead" in out) == (lookahead != "0")
+        batches[lookahead] = len(server.completions) - before
+        (icm.runs / "responses.sqlite").unlink()
+        assert icm.labels(f"a{lookahead}") == icm.labels("a0")
+        assert decisions(f"a{lookahead}") == decisions("a0")
+    assert max(batches["4"], batches["auto"]) < batches["0"]
+    document = json.loads((icm.runs / "a4" / "run.json").read_text())
+    assert document["cost"]["asked_ahead"] >= document["cost"]["ahead_used"] > 0
+    del document["result"]
+    (icm.runs / "a4" / "run.json").write_text(json.dumps(document))
+    log = icm.runs / "a4" / "log.jsonl"
+    log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:9]))
+    code, _, err = await icm("--run", "a4", "--lookahead", "0")
+    assert code == 0, err
+    assert icm.labels("a4") == icm.labels("a0")
+
+
+async def test_an_unfinished_run_of_an_earlier_version_is_refused_and_a_finished_one_shown(icm: Command) -> None:
+    await icm("--run", "a")
+    run = icm.runs / "a" / "run.json"
+    document = json.loads(run.read_text()) | {"format": 1}
+    run.write_text(json.dumps(document))
+    code, out, _ = await icm("--run", "a")
+    assert code == 0
+    assert "agreement" in out
+    del document["result"]
+    run.write_text(json.dumps(document))
+    code, _, err = await icm("--run", "a")
+    assert code == 2
+    assert "begun by an earlier version" in err
+
+
 async def test_a_server_with_another_version_is_refused_mid_run(icm: Command, server: FakeVLLM) -> None:
     await icm("--run", "a")
     run = icm.runs / "a" / "run.json"
@@ -250,6 +294,8 @@ async def test_an_external_api_is_asked_in_text_and_gives_labels(icm: Command, s
     assert text.endswith("I think this claim is")
     run = json.loads((icm.runs / "a" / "run.json").read_text())
     assert run["engine"]["kind"] == "openai-compatible"
+    assert run["kv_capacity"] is None
+    assert run["cost"]["asked_ahead"] == 0  # every question is paid for
 
 
 async def test_a_missing_label_stops_or_is_floored_and_counted(icm: Command, server: FakeVLLM) -> None:
@@ -279,6 +325,7 @@ BAD = [
     (["--alhpa", "3"], "unrecognized arguments"),
     (["--run", "../x"], "not a path"),
     (["--initial_T", "0"], "must be above 0"),
+    (["--lookahead", "-1"], "must be auto"),
     (["--alpha", "nan"], "must be a finite number"),
     (["--seed", "99999999999999999999"], "below 2^63"),
 ]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from src.icm.testbeds import BadInput
-from src.pipeline.run_folder import RunFolder, environment
+from src.pipeline.run_folder import FORMAT, RunFolder, environment
 
 
 def test_a_torn_last_line_is_cut_off(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_run_json_round_trip_and_absence(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "r")
     assert folder.read_run() is None
     folder.write_run({"settings": {"alpha": 1.5}})
-    assert folder.read_run() == {"format": 1, "settings": {"alpha": 1.5}}
+    assert folder.read_run() == {"format": FORMAT, "settings": {"alpha": 1.5}}
     assert [p.name for p in (tmp_path / "r").iterdir()] == ["run.json"]  # no temporary file left
 
 

@@ -1,0 +1,156 @@
+"""When to build the tree of demonstrations anew: token costs on a prefix-caching server, and how much it can hold.
+
+A rebuild costs a cold tree. A long tail costs nothing while labels are only appended: every question computes one
+demonstration and itself, however long the tail is. Two things make it expensive. The server must *hold* a copy of the
+tail for every question, and its KV cache is finite. And a changed label of a claim that already stands in the contexts
+makes the server compute all that stands behind it, those copies included, where a rebuilt tree would share them.
+
+So there are two reasons to rebuild (`wants_rebuild`): what must be held would no longer fit and would after a rebuild,
+or the tokens computed on account of the tail since the last rebuild, the *debt*, have reached the price of a rebuild.
+The second is the ski-rental rule (Karlin et al. 1988, Competitive snoopy caching): rent until the rent paid equals the
+price, then buy. Whatever comes, that pays at most twice what the best choice in hindsight pays.
+
+Everything is a pure function of the layout, the debt and the run's fixed costs, so that a search that is replayed or
+resumed rebuilds where it did before: layouts decide scores. All amounts are tokens and averages: a balanced tree is
+taken to have log2 levels, blocks of the server's cache are not rounded up (KV_SHARE leaves room for that).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from src.icm.prefix_tree import Layout
+
+KV_SHARE = 0.8  # of the server's KV cache that one run may plan with
+EVALUATIONS_HELD = 2  # beside the tree and the tails: while one is computed, LRU still holds the one before
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCosts:
+    """What a run's claims cost, fixed when it first starts.
+
+    demonstrations, questions: tokens of each by pool position; empty means one token each. capacity: tokens that the
+    engine's KV cache holds, None where it does not say (taken as unlimited: then only the debt causes rebuilds).
+    """
+
+    demonstrations: tuple[int, ...] = ()
+    questions: tuple[int, ...] = ()
+    capacity: int | None = None
+
+    def of_demonstrations(self, claims: Iterable[int]) -> int:
+        return sum(self.demonstrations[claim] if self.demonstrations else 1 for claim in claims)
+
+    def of_questions(self, claims: Iterable[int]) -> int:
+        return sum(self.questions[claim] if self.questions else 1 for claim in claims)
+
+    @property
+    def mean(self) -> float:
+        """The mean demonstration and question of the pool."""
+        return (sum(self.demonstrations) + sum(self.questions)) / len(self.questions) if self.questions else 2.0
+
+
+def tree_tokens(claims: int, tokens: float) -> float:
+    """Demonstrations of a balanced tree of n claims whose demonstrations have D tokens together: D * log2(n).
+
+    Every level of the tree shows every claim once. A tree of one claim shows nothing to itself.
+    """
+    return tokens * math.log2(claims) if claims > 1 else 0.0
+
+
+def tail_tokens(layout: Layout, tokens: float) -> float:
+    """All copies of a tail (or a tail's end) of T tokens: (n + t/2) * T.
+
+    Each of the n questions of the tree has its own, and the t questions of the tail leave the common one halfway.
+    """
+    return (len(layout.questions) - len(layout.tail) / 2) * tokens
+
+
+def held_tokens(costs: TokenCosts, layout: Layout) -> float:
+    """What the server must hold so that the next evaluation computes new tokens only.
+
+    D log2(n) of the tree, the tail's copies (tail_tokens), D/2 once for those outside the tree, which see both its
+    halves, D/2 for every stray, and T/2 more for one of the tail, which shares no part of it.
+    """
+    inside = layout.questions[: len(layout.questions) - len(layout.tail)]
+    tree, tail = costs.of_demonstrations(inside), costs.of_demonstrations(layout.tail)
+    outside = tree / 2 if layout.tail else 0.0
+    in_tree, in_tail = layout.strays
+    strays = (in_tree + in_tail) * tree / 2 + in_tail * tail / 2
+    return tree_tokens(len(inside), tree) + tail_tokens(layout, tail) + outside + strays
+
+
+def rebuilt_tokens(costs: TokenCosts, layout: Layout) -> float:
+    """What computing the same labels in a rebuilt layout costs, its questions not counted: a cold tree of all claims.
+
+    D log2(n) + N * A + D/2 * s with a anchors of A tokens in the tail again and s = a * kin strays; D and n without the
+    anchors. Which claims will be anchors is drawn, so A is a times the mean demonstration.
+    """
+    count = len(layout.questions)
+    if not count:
+        return 0.0
+    tokens = costs.of_demonstrations(layout.questions)
+    anchors = tokens * layout.anchors / count
+    tree = tokens - anchors
+    return tree_tokens(count - layout.anchors, tree) + count * anchors + layout.anchors * layout.kin * tree / 2
+
+
+def evaluation_tokens(costs: TokenCosts, layout: Layout) -> float:
+    """What evaluating with one claim more computes: N + 1 times the pool's mean demonstration and question."""
+    return (len(layout.questions) + 1) * costs.mean
+
+
+def budget(costs: TokenCosts) -> float:
+    """KV_SHARE of the capacity; infinite where it is not known."""
+    return math.inf if costs.capacity is None else KV_SHARE * costs.capacity
+
+
+def fits(costs: TokenCosts, layout: Layout) -> bool:
+    """Whether the server holds this layout and the evaluations that are tried on it."""
+    return held_tokens(costs, layout) + EVALUATIONS_HELD * evaluation_tokens(costs, layout) <= budget(costs)
+
+
+def fits_rebuilt(costs: TokenCosts, layout: Layout) -> bool:
+    """Whether it would after a rebuild."""
+    return rebuilt_tokens(costs, layout) + EVALUATIONS_HELD * evaluation_tokens(costs, layout) <= budget(costs)
+
+
+def evaluations_that_fit(costs: TokenCosts, layout: Layout) -> float:
+    """How many evaluations of appended claims the server holds beside the layout; infinite without a capacity."""
+    if costs.capacity is None:
+        return math.inf
+    return max(0.0, (budget(costs) - held_tokens(costs, layout)) // evaluation_tokens(costs, layout))
+
+
+def relaid_tokens(costs: TokenCosts, layout: Layout, changed: Iterable[int]) -> float:
+    """Demonstrations that evaluating `changed` labels of laid-out claims makes the server compute again.
+
+    A change in the tree: about the whole tree and all tails. In the tail: all copies of what stands from it on. Without
+    a change nothing, unless the layout does not fit: then LRU has dropped it all, and every evaluation is a cold one.
+    """
+    touched = set(changed)
+    if touched - set(layout.tail) or not fits(costs, layout):
+        return held_tokens(costs, layout)
+    first = next((place for place, claim in enumerate(layout.tail) if claim in touched), len(layout.tail))
+    return tail_tokens(layout, costs.of_demonstrations(layout.tail[first:]))
+
+
+def excess_tokens(costs: TokenCosts, layout: Layout, changed: Iterable[int]) -> int:
+    """What relaid_tokens exceeds a rebuilt layout's by, in which any change computes about the whole tree."""
+    if not layout.tail_length:
+        return 0
+    relaid = relaid_tokens(costs, layout, changed)
+    return max(0, round(relaid - rebuilt_tokens(costs, layout))) if relaid else 0
+
+
+def wants_rebuild(costs: TokenCosts, layout: Layout, debt: int) -> bool:
+    """Whether the tree should be built anew before the next proposal.
+
+    debt: the excess_tokens of every evaluation since the last rebuild. Never where nothing was appended.
+    """
+    if not layout.tail_length:
+        return False
+    if not fits(costs, layout) and fits_rebuilt(costs, layout):
+        return True
+    return debt > 0 and debt >= rebuilt_tokens(costs, layout) + costs.of_questions(layout.questions)

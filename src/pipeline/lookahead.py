@@ -1,0 +1,176 @@
+"""Answers before they are needed: a memo in front of a ModelAPI that fills batches with what will be asked next.
+
+The search asks as if it were alone; `Lookahead.score` answers from the memo where it can, and where a batch must be
+sent adds the questions of the likeliest futures to it (src/icm/speculation.py). On an engine whose answers do not
+depend on what else is asked, no decision changes: only the number of batches does.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from core.llm_api.llm import ModelAPI
+from core.llm_api.types import LabelLogprobs, LabelTokens, PoolScores, Prompt
+from src.icm.annealing import Candidate, Outcome, Problem, SearchState, cost
+from src.icm.consistency import Labels
+from src.icm.planner import evaluations_that_fit, relaid_tokens
+from src.icm.prefix_tree import Layout
+from src.icm.prompts import in_shared_order
+from src.icm.speculation import LOOK, Pace, accepted, next_evaluations, next_questions, unchanged
+
+MakePrompt = Callable[[int, Candidate], Prompt]
+Expected = tuple[list[Prompt], float]  # what to ask along, and the tokens it should make an engine compute
+
+
+class Lookahead:
+    """The answers of one search state, and what to ask along with the next batch.
+
+    make_prompt: the prompt of a claim in a labeling and layout. asked, used: prompts asked ahead so far, and how many
+    of them the search came to need.
+    """
+
+    def __init__(
+        self,
+        api: ModelAPI,
+        problem: Problem,
+        make_prompt: MakePrompt,
+        pace: Pace,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.asked = self.used = 0
+        self._api = api
+        self._problem = problem
+        self._make_prompt = make_prompt
+        self._pace = pace
+        self._clock = clock
+        self._at: tuple[Labels, Layout] | None = None
+        self._memo: dict[str, LabelLogprobs] = {}
+        self._unused: set[str] = set()
+        self._evaluated: set[Labels] = set()  # labelings whose first batch is in the memo, or about to be
+        self._next: dict[Labels, list[str]] = {}  # digests that will still be of use once these are the labels
+        self._wanted = 0.0  # tokens that the next batch should cost without what is asked ahead
+        self._future: Callable[[], Expected] = _nothing
+
+    async def score(self, prompts: Sequence[Prompt], labels: LabelTokens) -> PoolScores:
+        """As ModelAPI.score. What must be sent goes in one batch with the expected questions."""
+        started = self._clock()
+        missing = {prompt.digest: prompt for prompt in prompts if prompt.digest not in self._memo}
+        prompt_tokens = 0
+        if missing:
+            wanted = list(missing.values())
+            tokens = self._wanted * len(missing) / len(prompts)
+            ahead: list[Prompt] = []
+            # Nothing is sent for the sake of speculation alone, so a run that is repeated asks nothing new.
+            if not self._api.are_cached(wanted, labels):
+                ahead, more = self._future()
+                tokens += more
+                self._future = _nothing
+            early = {p.digest: p for p in ahead if p.digest not in self._memo and p.digest not in missing}
+            batch = in_shared_order([*wanted, *early.values()])
+            scores = await self._api.score(batch, labels)
+            prompt_tokens = scores.prompt_tokens
+            self._memo.update(zip((prompt.digest for prompt in batch), scores.logprobs, strict=True))
+            self._unused.update(early)
+            self.asked += len(early)
+            if prompt_tokens:
+                self._pace.measure(tokens, self._clock() - started)
+        digests = [prompt.digest for prompt in prompts]
+        came_to_need = self._unused.intersection(digests)
+        self.used += len(came_to_need)
+        self._unused -= came_to_need
+        return PoolScores(tuple(self._memo[digest] for digest in digests), prompt_tokens)
+
+    def stand_at(self, state: SearchState) -> None:
+        """Forget what was about other labels or another layout, but for what was asked ahead of this very change."""
+        here = state.labels, state.layout
+        self._future = _nothing
+        if self._at is not None and self._at[0] == here[0] and self._at[1] is here[1]:
+            return
+        kept = self._next.get(state.labels, [])
+        self._memo = {digest: self._memo[digest] for digest in kept if digest in self._memo}
+        self._unused.intersection_update(self._memo)
+        self._evaluated.clear()
+        self._next.clear()
+        self._at = here
+
+    def before_prediction(self, state: SearchState) -> None:
+        """The search is about to predict a label in `state`."""
+        self._wanted = self._problem.costs.mean
+        self._future = lambda: self._predictions(state, self._pace.predictions)
+
+    def before_rebuild(self, after: SearchState) -> None:
+        """The search is about to score the layout of `after`."""
+        self._wanted = relaid_tokens(self._problem.costs, after.layout, after.layout.questions)
+        self._future = lambda: self._predictions_after(after, self._pace.predictions)
+
+    def before_evaluation(self, state: SearchState, claim: int, start: Candidate, batch: Sequence[Candidate]) -> None:
+        """The search is about to evaluate `batch` on account of `start`, its proposal of `claim` in `state`."""
+        self._evaluated.add(start.labels)
+        self._wanted = cost(self._problem, state, [candidate.labels for candidate in batch])
+        self._future = lambda: self._around(state, claim, start)
+
+    def learn(self, outcome: Outcome) -> None:
+        """Count a decision."""
+        self._pace.learn(outcome)
+
+    def _around(self, state: SearchState, claim: int, start: Candidate) -> Expected:
+        """What comes after an evaluation: predictions if it is accepted and if it is refused, and evaluations then."""
+        count = self._pace.predictions
+        if not count:
+            return _nothing()
+        refused = unchanged(self._problem, state, claim)
+        prompts, tokens = self._predictions(refused, count)
+        parts = [self._evaluations(refused)]
+        # After a flip, the first prediction computes the context of claims outside the tree anew.
+        flip = state.labels[claim] is not None
+        fresh = self._problem.costs.of_demonstrations(state.labelled) if flip else 0
+        if self._pace.is_worth(fresh + self._problem.costs.mean):
+            parts.append(self._predictions_after(accepted(self._problem, state, claim, start), count))
+            tokens += fresh
+        for more, cost_of_it in parts:
+            prompts += more
+            tokens += cost_of_it
+        return prompts, tokens
+
+    def _predictions(self, state: SearchState, count: int) -> Expected:
+        candidate = Candidate(state.labels, state.layout)
+        prompts = [self._make_prompt(claim, candidate) for claim in next_questions(self._problem, state, count)]
+        return prompts, len(prompts) * self._problem.costs.mean
+
+    def _predictions_after(self, state: SearchState, count: int) -> Expected:
+        """Predictions in a state that the search is not in yet."""
+        prompts, tokens = self._predictions(state, count)
+        self._next[state.labels] = [prompt.digest for prompt in prompts]
+        return prompts, tokens
+
+    def _evaluations(self, state: SearchState) -> Expected:
+        """The next evaluations not yet made, as many as pay, each with the first prediction after its acceptance."""
+        most = int(min(self._pace.most_evaluations, evaluations_that_fit(self._problem.costs, state.layout) - 1))
+        coming: list[tuple[SearchState, int, list[Candidate]]] = []
+        here = Candidate(state.labels, state.layout)
+
+        def predicted(claim: int) -> float | None:
+            answer = self._memo.get(self._make_prompt(claim, here).digest)
+            return None if answer is None else answer.log_odds
+
+        for later, claim, batch in next_evaluations(self._problem, state, predicted):
+            if len(coming) >= most or later.iteration >= state.iteration + LOOK * most:
+                break
+            if batch[0].labels not in self._evaluated:
+                coming.append((later, claim, batch))
+        costs = [cost(self._problem, state, [each.labels for each in batch]) for _, _, batch in coming]
+        count = self._pace.evaluations(self._wanted, costs)
+        prompts: list[Prompt] = []
+        tokens = sum(costs[:count])
+        for later, claim, batch in coming[:count]:
+            self._evaluated.add(batch[0].labels)
+            prompts += [self._make_prompt(asked, each) for each in batch for asked in each.layout.questions]
+            after, more = self._predictions_after(accepted(self._problem, later, claim, batch[0]), 1)
+            prompts += after
+            tokens += more
+        return prompts, tokens
+
+
+def _nothing() -> Expected:
+    return [], 0.0
