@@ -10,28 +10,14 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any
+
+from core.vllm_extension.prefixes import common_prefix
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 Hasher = Callable[[Any], list[Any]]
-
-
-def common_prefix(a: Sequence[T], b: Sequence[T]) -> int:
-    """How many items two lists share from their start on. Bisects on slices, whose comparison runs in C."""
-    low, high = 0, min(len(a), len(b))
-    if a[:high] == b[:high]:
-        return high
-    while high - low > 1:  # a[:low] == b[:low], and a[:high] != b[:high]
-        middle = (low + high) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle
-    return low
 
 
 class RememberingHasher:
@@ -54,7 +40,7 @@ class RememberingHasher:
             return self._hasher(request)
         if getattr(request, "prompt_embeds", None) is not None:
             return self._hasher(request)
-        tokens = list(request.prompt_token_ids)
+        tokens: list[int] = request.prompt_token_ids
         shared = common_prefix(tokens, self._tokens) // self._block_size
         known = self._hashes[:shared]
         # vLLM's hasher goes on after the hashes that the request has.

@@ -9,13 +9,15 @@ from __future__ import annotations
 import os
 from typing import Final
 
-SHARED_HASHES: Final = "ICM_SHARED_BLOCK_HASHES"
-"""Environment variable: "1" turns block_hashes on."""
+FAST_PREFIXES: Final = "ICM_FAST_PREFIXES"
+"""Environment variable: "1" makes the engine reuse its work on prefixes that successive prompts share."""
 
 
 def register() -> None:
     """Called by vLLM, possibly several times a process."""
-    if os.environ.get(SHARED_HASHES) == "1":
-        from core.vllm_extension import block_hashes
+    if os.environ.get(FAST_PREFIXES) == "1":
+        from core.vllm_extension import block_hashes, block_lookup, token_copy
 
         block_hashes.install()
+        block_lookup.install()
+        token_copy.install()

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.vllm_extension.block_hashes import RememberingHasher, common_prefix
+from core.vllm_extension.block_hashes import RememberingHasher
+from core.vllm_extension.prefixes import STRIDE, common_prefix
 
 BLOCK = 4
 TOKENS = st.lists(st.integers(0, 1), max_size=30)
@@ -42,6 +43,8 @@ class PlainHasher:
 def test_common_prefix(a: list[int], b: list[int]) -> None:
     expected = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     assert common_prefix(a, b) == expected
+    # The same behind whole strides that agree.
+    assert common_prefix([7] * (2 * STRIDE) + a, [7] * (2 * STRIDE) + b) == 2 * STRIDE + expected
 
 
 @given(st.lists(TOKENS, max_size=8))

@@ -55,7 +55,7 @@ class ExactEngine:
         answers = [LabelLogprobs(*label_distribution(self.log_odds(prompt.token_ids))) for prompt in prompts]
         answer = EngineAnswer(answers, sum(prompt.num_tokens for prompt in prompts))
         if on_answer is not None:
-            on_answer(0, answer)
+            on_answer(range(len(prompts)), answer)
         return answer
 
     def log_odds(self, tokens: Sequence[int]) -> float:

@@ -1,0 +1,73 @@
+"""The extension on the real vLLM of this environment: it finds its places there, and nothing but time changes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.real_server
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+PROGRAM = """
+import random
+import torch
+from core.vllm_extension.plugin import register
+register(); register()
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import init_none_hash
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.engine import core
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.request import Request
+from vllm.v1.worker.gpu import buffer_utils
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+
+fast = core.get_request_block_hasher
+print("installed", hasattr(fast, "remembers"), hasattr(FullAttentionManager.find_longest_cache_hit, "remembers"),
+      hasattr(buffer_utils.async_tensor_h2d, "through_numpy"))
+numbers = [3, 1, 2**31 - 1, 0]
+print("copy", buffer_utils.async_tensor_h2d(numbers, device="cpu", dtype=torch.int32).tolist() == numbers)
+
+init_none_hash(sha256)
+spec = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=32, dtype=torch.bfloat16)
+config = KVCacheConfig(num_blocks=120, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)])
+manager = KVCacheManager(config, max_model_len=4096, scheduler_block_size=16, hash_block_size=16, enable_caching=True,
+                         max_in_flight_tokens=4096)
+rng = random.Random(0)
+pieces = [[rng.randrange(1000) for _ in range(21)] for _ in range(8)]
+found = []
+for number in range(300):
+    # A small cache: blocks are evicted all the time.
+    tokens = sum((rng.choice(pieces) for _ in range(rng.randrange(1, 12))), [])
+    request = Request(request_id=str(number), prompt_token_ids=tokens, pooling_params=None,
+                      sampling_params=SamplingParams(max_tokens=1), block_hasher=fast(16, sha256))
+    blocks, hit = manager.get_computed_blocks(request)[:2]
+    assert manager.allocate_slots(request, len(tokens) - hit, hit, blocks) is not None
+    request.num_computed_tokens = len(tokens)
+    found.append((hit, len(request.block_hashes), hash(request.block_hashes[-1]) if request.block_hashes else 0))
+    manager.free(request)
+print("found", found)
+"""
+
+
+def run(fast: bool) -> list[str]:
+    environment = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": str(REPOSITORY)}
+    environment["ICM_FAST_PREFIXES"] = "1" if fast else "0"
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return [line for line in done.stdout.splitlines() if line.startswith(("installed", "copy", "found"))]
+
+
+def test_it_is_installed_where_it_is_asked_for_and_finds_the_same_blocks() -> None:
+    fast, plain = run(fast=True), run(fast=False)
+    assert fast[:2] == ["installed True True True", "copy True"]
+    assert plain[:2] == ["installed False False False", "copy True"]
+    assert fast[2] == plain[2]
+    assert any(hit for hit, _, _ in eval(fast[2].removeprefix("found ")))
