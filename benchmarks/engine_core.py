@@ -1,0 +1,148 @@
+"""What vLLM's engine core spends on the blocks of a cached pool, with and without our extension, side by side.
+
+    python benchmarks/engine_core.py --size 256 --block_size 16
+
+No model and no GPU: vLLM's own request, hashes, block lookup, allocation and release, for the prompts of a tree that is
+cached. This is work for every token of every prompt, so it grows with N * N where the model's grows with N. Needs vLLM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+if str(Path(__file__).resolve().parents[1]) not in sys.path:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.step_machine import hardware
+from core.vllm_extension.block_hashes import RememberingHasher
+from core.vllm_extension.block_lookup import RememberingLookup
+from src.icm.prefix_tree import TreeLayout
+
+STEPS = ("request and hashes", "lookup", "allocation", "release")
+
+
+def tree_prompts(size: int, claim_tokens: int) -> list[list[int]]:
+    """Token ids of the prompts of a tree over `size` random claims, depth first."""
+    rng = np.random.default_rng(0)
+    claims = [rng.integers(0, 100_000, claim_tokens + 2).tolist() for _ in range(size)]
+    layout = TreeLayout.build(range(size), [str(i) for i in range(size)], rng)
+    return [
+        [0, *(token for other in layout.context(claim) for token in claims[other]), *claims[claim][:-2]]
+        for claim in layout.questions
+    ]
+
+
+class EngineCore:
+    """vLLM's block management for one group of full attention, asked as its scheduler does."""
+
+    def __init__(self, block_size: int, tokens: int) -> None:
+        import torch
+        from vllm.utils.hashing import sha256
+        from vllm.v1.core.kv_cache_manager import KVCacheManager
+        from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+        from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+
+        init_none_hash(sha256)
+        spec = FullAttentionSpec(block_size=block_size, num_kv_heads=1, head_size=32, dtype=torch.bfloat16)
+        blocks = tokens // block_size
+        config = KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["l"], spec)])
+        self._manager: Any = KVCacheManager(
+            config,
+            max_model_len=131072,
+            scheduler_block_size=block_size,
+            hash_block_size=block_size,
+            enable_caching=True,
+            max_in_flight_tokens=131072,
+        )
+        self.hasher: Any = get_request_block_hasher(block_size, sha256)
+        self._requests = 0
+
+    def pool(self, prompts: Sequence[Sequence[int]], hasher: Callable[..., Any]) -> dict[str, float]:
+        """Seconds of each of STEPS, summed over a pool."""
+        from vllm.sampling_params import SamplingParams
+        from vllm.v1.request import Request
+
+        seconds: dict[str, float] = defaultdict(float)
+        manager, clock = self._manager, time.perf_counter
+        for prompt in prompts:
+            self._requests += 1
+            sampling = SamplingParams(max_tokens=1, temperature=0.0)
+            t0 = clock()
+            request = Request(
+                request_id=str(self._requests),
+                prompt_token_ids=list(prompt),
+                sampling_params=sampling,
+                pooling_params=None,
+                block_hasher=hasher,
+            )
+            t1 = clock()
+            blocks, hit = manager.get_computed_blocks(request)[:2]
+            t2 = clock()
+            if manager.allocate_slots(request, len(prompt) - hit, hit, blocks) is None:
+                raise RuntimeError("the simulated KV cache is too small")
+            request.num_computed_tokens = len(prompt)
+            t3 = clock()
+            manager.free(request)
+            for step, taken in zip(STEPS, (t1 - t0, t2 - t1, t3 - t2, clock() - t3), strict=True):
+                seconds[step] += taken
+        return seconds
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table; with --json also write it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=256, help="claims (default 256)")
+    parser.add_argument("--claim_tokens", type=int, default=40)
+    parser.add_argument("--block_size", type=int, default=16, help="tokens (default 16)")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args(arguments)
+    try:
+        import vllm
+        from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager as Manager
+    except ImportError as error:
+        print(f"engine_core: needs vLLM ({error}): run `make setup-local`", file=sys.stderr)
+        return 2
+    prompts = tree_prompts(args.size, args.claim_tokens)
+    tokens = sum(map(len, prompts))
+    core = EngineCore(args.block_size, max(100_000, 3 * tokens // max(1, args.size // 16)))
+    own = Manager.find_longest_cache_hit
+    remembering = functools.partial(RememberingLookup(), own)
+    ways = {
+        "vLLM": (core.hasher, own),
+        "with the extension": (RememberingHasher(core.hasher, args.block_size), remembering),
+    }
+    core.pool(prompts, core.hasher)  # fills the cache
+    measured: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
+    for _ in range(args.repeats):
+        for name, (hasher, lookup) in ways.items():
+            Manager.find_longest_cache_hit = staticmethod(lookup)
+            measured[name].append(core.pool(prompts, hasher))
+    print(f"vLLM {vllm.__version__}: {args.size} prompts, {tokens:,} tokens, all cached, blocks of {args.block_size}")
+    print(f"{'seconds a pool (median)':<26}{''.join(f'{name:>22}' for name in ways)}{'ratio':>8}")
+    for step in (*STEPS, "together"):
+        found = [
+            statistics.median(sum(run.values()) if step == "together" else run[step] for run in runs)
+            for runs in measured.values()
+        ]
+        print(f"{step:<26}{''.join(f'{value:>22.3f}' for value in found)}{found[1] / found[0]:>8.2f}")
+    if args.json:
+        result = {"vllm": vllm.__version__, "hardware": hardware(), "size": args.size, "tokens": tokens}
+        result |= {"block_size": args.block_size, "seconds": measured}
+        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
