@@ -71,7 +71,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--cases", nargs="+", choices=LETTERS, default=list(LETTERS), help="default: all")
     made.add_argument("--claim_tokens", type=int, default=40, help="words a claim, 8 more or less (default 40)")
     made.add_argument("--run", type=int, metavar="N", help="simulate a whole search from 8 to N labels too")
-    made.add_argument("--rebuild_every", type=int, default=16, help="appended labels a rebuild of the tree, for --run")
+    made.add_argument(
+        "--rebuild_every",
+        type=int,
+        help="--run rebuilds the tree after so many labels; default: as the planner does",
+    )
     made.add_argument(
         "--budget",
         type=float,
@@ -104,7 +108,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         raise BadOptions("--server needs --model, the name under which it serves the model")
     if args.plot_only and not args.plot_only.is_file():
         raise BadOptions(f"there is no file {args.plot_only}")
-    if min([*args.sizes, args.repeats, args.claim_tokens, args.rebuild_every]) < 1 or min(args.sizes) < 4:
+    if min([*args.sizes, args.repeats, args.claim_tokens, args.rebuild_every or 1]) < 1 or min(args.sizes) < 4:
         raise BadOptions("--sizes must be at least 4, counts at least 1")
     if args.run is not None and args.run <= 8:
         raise BadOptions("--run starts from 8 labels: give more")

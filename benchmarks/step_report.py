@@ -17,6 +17,8 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from core.files import write_atomically
+from src.icm.planner import TokenCosts, wants_rebuild
+from src.icm.prefix_tree import TreeLayout
 
 CASES: Final = {
     "a": "upstream, request a prompt",
@@ -81,11 +83,14 @@ class RunSample:
 
 @dataclass
 class RunResult:
-    """Samples of a whole run from `first` to `until` labels; see step_run for what is assumed."""
+    """Samples of a whole run from `first` to `until` labels; see step_run for what is assumed.
+
+    rebuilds: sizes at which the tree is built anew.
+    """
 
     first: int
     until: int
-    rebuild_every: int
+    rebuilds: list[int]
     samples: list[RunSample] = field(default_factory=list)
     not_measured: dict[str, str] = field(default_factory=dict)
     """Why a layout lacks sizes."""
@@ -173,19 +178,21 @@ def growth(report: Report, case: str, value: Callable[[Repetition], float | None
 # Whole runs
 
 
-def rebuild_every(size: int, setting: int) -> int:
-    """Appended labels after which the product builds a tree of `size` claims anew. The one place that knows the rule:
-    so far it is SearchSettings.max_tail whatever the size."""
-    return setting
+def fixed_rebuilds(first: int, until: int, every: int) -> list[int]:
+    """Sizes at which a run from `first` labels rebuilds its tree if it does after every `every` appended labels."""
+    return list(range(first + every, until, every))
 
 
-def rebuild_sizes(first: int, until: int, setting: int) -> list[int]:
-    """Sizes at which a run from `first` labels rebuilds its tree. At `until` it ends and needs no new one."""
+def planned_rebuilds(first: int, until: int, costs: TokenCosts) -> list[int]:
+    """Sizes at which the search's own planner rebuilds the tree of a run that only appends. At `until` it ends."""
+    groups, rng = [str(claim) for claim in range(until)], np.random.default_rng(0)
     sizes = []
-    size = first + rebuild_every(first, setting)
-    while size < until:
-        sizes.append(size)
-        size += rebuild_every(size, setting)
+    layout = TreeLayout.build(range(first), groups, rng)
+    for size in range(first, until):
+        if wants_rebuild(costs, layout, debt=0):
+            sizes.append(size)
+            layout = TreeLayout.build(range(size), groups, rng)
+        layout = layout.append(size)
     return sizes
 
 
@@ -236,7 +243,7 @@ def run_total(run: RunResult, layout: str) -> RunTotal | None:
     at = [fmean(sample.sizes) for sample in samples]
     built_at = [float(sample.built_size) for sample in samples]
     steps = range(run.first + 1, run.until + 1)
-    rebuilds = rebuild_sizes(run.first, run.until, run.rebuild_every) if layout == "tree" else []
+    rebuilds = run.rebuilds if layout == "tree" else []
 
     def known(value: Callable[[Repetition], float | None]) -> tuple[float, float] | None:
         """(everything, of it rebuilds), None where the engine does not say."""

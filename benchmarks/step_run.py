@@ -18,8 +18,9 @@ from typing import Final
 import numpy as np
 
 from benchmarks.step_measure import Backend, Budget, Claims, Progress
-from benchmarks.step_report import Repetition, Report, RunResult, RunSample, rebuild_every
+from benchmarks.step_report import Repetition, Report, RunResult, RunSample, fixed_rebuilds, planned_rebuilds
 from core.llm_api.errors import ConfigurationError
+from src.icm.planner import TokenCosts
 from src.icm.prefix_tree import Layout, TreeLayout, UpstreamLayout
 
 SIZES: Final = (8, 16, 32, 64, 128, 192, 256, 384, 512)
@@ -43,9 +44,10 @@ class RunSimulation:
     progress: Progress
     save: Callable[[], None]
 
-    async def measure(self, until: int, every: int) -> None:
-        """Sample both layouts at every size, small sizes first."""
-        run = self.report.run = RunResult(SEEDS, until, every)
+    async def measure(self, until: int, every: int | None) -> None:
+        """Sample both layouts at every size, small sizes first. every: None leaves the rebuilds to the planner."""
+        rebuilds = await self._planned(until) if every is None else fixed_rebuilds(SEEDS, until, every)
+        run = self.report.run = RunResult(SEEDS, until, rebuilds)
         for size in sampled_sizes(until):
             for layout in ("tree", "upstream"):
                 if layout in run.not_measured:
@@ -57,7 +59,7 @@ class RunSimulation:
                 started = time.monotonic()
                 try:
                     async with self.progress.doing(f"whole run, {layout}, at {size} labels"):
-                        sample = await (self._tree(size, every) if layout == "tree" else self._upstream(size))
+                        sample = await (self._tree(size, rebuilds) if layout == "tree" else self._upstream(size))
                 except ConfigurationError as error:
                     run.not_measured[layout] = f"from N = {size}: {error}"
                     continue
@@ -65,10 +67,18 @@ class RunSimulation:
                 self.budget.took(f"run {layout}", size, time.monotonic() - started)
                 self.save()
 
-    async def _tree(self, size: int, every: int) -> RunSample:
+    async def _planned(self, until: int) -> list[int]:
+        """When the search's planner would rebuild, for claims as they are drawn here and the server's KV cache."""
+        book = (await self.backend.claims(until, 1, until)).book
+        demonstrations = tuple(len(true) for _, true in book.demonstrations)
+        questions = tuple(map(len, book.questions))
+        return planned_rebuilds(SEEDS, until, TokenCosts(demonstrations, questions, self.backend.kv_cache_tokens))
+
+    async def _tree(self, size: int, rebuilds: list[int]) -> RunSample:
         backend = self.backend
         labelled = max(2, size - (STEPS + 1) // 2)  # so that the steps lie around `size`
-        tail = max(0, labelled - SEEDS) % rebuild_every(size, every)
+        built_size = min(labelled, max((at for at in rebuilds if at <= labelled), default=SEEDS))
+        tail = labelled - built_size
         claims = await backend.claims(labelled + STEPS, 1, size)
         rng = np.random.default_rng([backend.seed, 1, size])
         scorer = claims.scorer(backend.api)

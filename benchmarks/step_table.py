@@ -139,8 +139,10 @@ def run_table(run: RunResult) -> str:
         return "\n".join(lines)
     lines.append(
         f"Sampled at {', '.join(map(str, sorted({s.size for s in run.samples})))} labels; between them interpolated, "
-        f"straight in log-log. A rebuild every {run.rebuild_every}."
+        "straight in log-log."
     )
+    at = ", ".join(map(str, run.rebuilds)) or "no number of"
+    lines.append(f"The tree was built anew at {at} labels.")
     for layout, total in totals.items():
         if total is not None and total.measured_to < run.until:
             reason = run.not_measured.get(layout, "interrupted")

@@ -24,17 +24,19 @@ from benchmarks.step_report import (
     RunResult,
     RunSample,
     exponent,
+    fixed_rebuilds,
     growth,
     interpolate,
     middle,
     per_unit,
+    planned_rebuilds,
     read_json,
-    rebuild_sizes,
     run_total,
     token_checks,
     write_json,
 )
 from benchmarks.step_table import tables
+from src.icm.planner import TokenCosts
 from tests.core.fake_server import FakeVLLM, Fault
 from tests.core.test_direct_llm import FakeLLM
 
@@ -93,13 +95,26 @@ def test_interpolation_is_exact_for_power_laws_and_goes_on_beyond_its_ends() -> 
 
 
 def test_rebuilds_come_every_so_many_labels_and_none_at_the_end() -> None:
-    assert rebuild_sizes(8, 64, 16) == [24, 40, 56]
-    assert rebuild_sizes(8, 56, 16) == [24, 40]
-    assert rebuild_sizes(8, 20, 16) == []
+    assert fixed_rebuilds(8, 64, 16) == [24, 40, 56]
+    assert fixed_rebuilds(8, 56, 16) == [24, 40]
+    assert fixed_rebuilds(8, 20, 16) == []
+
+
+def test_the_planner_rebuilds_where_the_kv_cache_is_full() -> None:
+    def planned(capacity: int | None) -> list[int]:
+        return planned_rebuilds(8, 64, TokenCosts((42,) * 64, (40,) * 64, capacity))
+
+    assert planned(None) == []
+    few, many = planned(100_000), planned(40_000)
+    assert 0 < len(few) < len(many)
+    assert many == sorted(set(many))
+    assert all(8 < size < 64 for size in many)
 
 
 def test_a_whole_run_is_its_steps_its_start_and_its_rebuilds() -> None:
-    run = RunResult(8, 64, 16, [sample(layout, size, 2.0) for size in (8, 64) for layout in ("tree", "upstream")])
+    run = RunResult(
+        8, 64, [24, 40, 56], [sample(layout, size, 2.0) for size in (8, 64) for layout in ("tree", "upstream")]
+    )
     tree, upstream = run_total(run, "tree"), run_total(run, "upstream")
     assert tree is not None
     assert upstream is not None
@@ -107,8 +122,8 @@ def test_a_whole_run_is_its_steps_its_start_and_its_rebuilds() -> None:
     assert tree.seconds == pytest.approx(56 * 2.0 + 4 * 10.0)
     assert (tree.rebuilds, tree.rebuild_seconds) == (3, pytest.approx(30.0))
     assert tree.computed_tokens == pytest.approx(56 * 100 + 4 * 1000)
-    assert run_total(RunResult(8, 64, 16), "tree") is None
-    linear = RunResult(8, 64, 16, [sample("upstream", size, float(size)) for size in (8, 16, 32, 64)])
+    assert run_total(RunResult(8, 64, [24, 40, 56]), "tree") is None
+    linear = RunResult(8, 64, [24, 40, 56], [sample("upstream", size, float(size)) for size in (8, 16, 32, 64)])
     total = run_total(linear, "upstream")
     assert total is not None
     assert total.seconds == pytest.approx(sum(range(9, 65)) + 10.0)
@@ -116,7 +131,7 @@ def test_a_whole_run_is_its_steps_its_start_and_its_rebuilds() -> None:
 
 def test_json_and_back(tmp_path: Path) -> None:
     report = quadratic_report()
-    report.run = RunResult(8, 64, 16, [sample("tree", 8, 2.0)], {"upstream": "budget"})
+    report.run = RunResult(8, 64, [24, 40, 56], [sample("tree", 8, 2.0)], {"upstream": "budget"})
     report.checks = token_checks(report)
     write_json(report, tmp_path / "step.json")
     assert read_json(tmp_path / "step.json") == report
@@ -127,7 +142,9 @@ def test_json_and_back(tmp_path: Path) -> None:
 
 def test_the_table_fits_and_says_what_was_not_measured() -> None:
     report = quadratic_report()
-    report.run = RunResult(8, 128, 16, [sample("tree", size, 2.0) for size in (8, 64)], {"upstream": "budget: no time"})
+    report.run = RunResult(
+        8, 128, [24], [sample("tree", size, 2.0) for size in (8, 64)], {"upstream": "budget: no time"}
+    )
     report.checks = token_checks(report)
     text = tables(report)
     assert max(map(len, text.splitlines())) <= 120
