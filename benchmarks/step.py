@@ -30,7 +30,7 @@ if str(Path(__file__).resolve().parents[1]) not in sys.path:
 
 from benchmarks.step_cases import Cases
 from benchmarks.step_machine import commit, hardware, without_folders
-from benchmarks.step_measure import Backend, Budget, Progress
+from benchmarks.step_measure import Backend, Budget, HttpEngine, Progress
 from benchmarks.step_report import CASES, Report, read_json, token_checks, write_json
 from benchmarks.step_run import RunSimulation
 from benchmarks.step_table import tables
@@ -38,6 +38,7 @@ from core.llm_api.direct_llm import DirectEngine, DirectOptions
 from core.llm_api.errors import APIError
 from core.llm_api.llm import ModelAPI
 from core.llm_api.transport import HttpOptions
+from core.llm_api.vllm_group import VLLMGroup
 from core.llm_api.vllm_llm import VLLMClient
 from core.settings import Settings
 from core.vllm_server import ServerFailed, VLLMServer
@@ -56,7 +57,11 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage="step.py [options] [-- ...]"
     )
     where = made.add_argument_group("what is measured (one of them)").add_mutually_exclusive_group(required=True)
-    where.add_argument("--server", metavar="URL", help="a vLLM server that runs; its counters must be yours alone")
+    where.add_argument(
+        "--server",
+        metavar="URL",
+        help="a vLLM server that runs, or several, with commas; their counters must be yours alone",
+    )
     where.add_argument(
         "--start", metavar="SIZE", help="start scripts/launch_vllm_server.sh: a size of its, or a folder"
     )
@@ -172,37 +177,40 @@ async def measure(args: argparse.Namespace, report: Report, budget: Budget, serv
 async def opened(args: argparse.Namespace, salt: int, progress: Progress) -> AsyncIterator[Backend]:
     """The engine that was asked for, started and never cached on our side."""
     async with AsyncExitStack() as stack:
-        single_engine: VLLMClient | None = None
+        single_engine: HttpEngine | None = None
         single: ModelAPI | None = None
-        engine: VLLMClient | DirectEngine
+        engine: HttpEngine | DirectEngine
         if args.direct:
             engine = DirectEngine(args.direct, direct_options(args.engine))
         else:
             settings = Settings.load({"vllm_base_url": args.server})
-            http = HttpOptions(
-                read_timeout=settings.read_timeout, max_concurrent_requests=settings.max_concurrent_requests
-            )
-            engine = VLLMClient(
-                settings.vllm_base_url[0],
-                args.model,
-                api_key=settings.vllm_api_key,
-                use_extension=args.route == "auto",
-                options=http,
-            )
-            single_engine = VLLMClient(
-                settings.vllm_base_url[0],
-                args.model,
-                api_key=settings.vllm_api_key,
-                options=http,
-                prompts_per_request=1,
-                use_extension=False,
-            )
+            engine = http_engine(settings, args.model, use_extension=args.route == "auto")
+            single_engine = http_engine(settings, args.model, use_extension=False, prompts_per_request=1)
             single = await stack.enter_async_context(ModelAPI(single_engine))
         async with progress.doing("starting vLLM" if args.direct else "asking the server who it is"):
             api = await stack.enter_async_context(ModelAPI(engine))
         yield await Backend.open(
             engine, api, single_engine, single, claim_tokens=args.claim_tokens, seed=args.seed, salt=salt
         )
+
+
+def http_engine(
+    settings: Settings, model: str, *, use_extension: bool, prompts_per_request: int | None = None
+) -> HttpEngine:
+    """The server of VLLM_BASE_URL, or all of them as one engine."""
+    http = HttpOptions(read_timeout=settings.read_timeout, max_concurrent_requests=settings.max_concurrent_requests)
+    clients = [
+        VLLMClient(
+            url,
+            model,
+            api_key=settings.vllm_api_key,
+            prompts_per_request=prompts_per_request,
+            use_extension=use_extension,
+            options=http,
+        )
+        for url in settings.vllm_base_url
+    ]
+    return clients[0] if len(clients) == 1 else VLLMGroup(clients)
 
 
 def direct_options(text: str) -> DirectOptions:

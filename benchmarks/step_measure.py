@@ -25,6 +25,7 @@ from benchmarks.step_report import CaseResult, Repetition
 from core.llm_api.direct_llm import DirectEngine
 from core.llm_api.llm import ModelAPI
 from core.llm_api.types import LabelTokens
+from core.llm_api.vllm_group import VLLMGroup
 from core.llm_api.vllm_llm import VLLMClient
 from src.icm.annealing import Candidate, Problem, SearchSettings
 from src.icm.consistency import Consistency, Labels
@@ -33,6 +34,7 @@ from src.icm.prefix_tree import Layout, TreeLayout
 from src.icm.prompts import SEPARATOR, PromptBook
 from src.pipeline.search import PoolScorer
 
+HttpEngine = VLLMClient | VLLMGroup
 SPREAD: Final = 8
 """Claims are this many words shorter or longer than asked for, uniformly, as real ones vary."""
 
@@ -89,9 +91,9 @@ class Backend:
     """
 
     api: ModelAPI
-    engine: VLLMClient | DirectEngine
+    engine: HttpEngine | DirectEngine
     single: ModelAPI | None
-    single_engine: VLLMClient | None
+    single_engine: HttpEngine | None
     tokens: LabelTokens
     prefix: tuple[int, ...]
     separator: tuple[int, ...]
@@ -105,9 +107,9 @@ class Backend:
     @classmethod
     async def open(
         cls,
-        engine: VLLMClient | DirectEngine,
+        engine: HttpEngine | DirectEngine,
         api: ModelAPI,
-        single_engine: VLLMClient | None,
+        single_engine: HttpEngine | None,
         single: ModelAPI | None,
         *,
         claim_tokens: int,
@@ -156,7 +158,7 @@ class Backend:
         api, engine = (self.single, self.single_engine) if single else (self.api, self.engine)
         assert api is not None
         before, stats = await self.api.prefix_cache(), api.stats.as_dict()
-        sent = engine.bytes_sent if isinstance(engine, VLLMClient) else None
+        sent = engine.bytes_sent if isinstance(engine, HttpEngine) else None
         gc.collect()
         peaks = reset_peak_memory()
         cpu, started = time.process_time(), time.perf_counter()
@@ -173,7 +175,7 @@ class Backend:
             computed_tokens=None if before is None or after is None else (after - before).computed,
             requests=spent["requests"],
             retries=spent["retries"],
-            request_bytes=engine.bytes_sent - sent if isinstance(engine, VLLMClient) and sent is not None else None,
+            request_bytes=engine.bytes_sent - sent if isinstance(engine, HttpEngine) and sent is not None else None,
             peak_bytes=peak,
         )
 

@@ -33,11 +33,13 @@ K = TypeVar("K", str, int)
 class Answers:
     """One answer, in the prompts' order: the listed log-probabilities of each prompt's next token, nats, by token.
 
-    prompt_tokens: what the server counted for the whole request; 0 where it does not say.
+    prompt_tokens: what the server counted for the whole request; 0 where it does not say. cached_tokens: how many of
+    them it had in its prefix cache; None where it does not say for all prompts.
     """
 
     top: list[dict[str, float]]
     prompt_tokens: int
+    cached_tokens: int | None = None
 
 
 def token_key(token_id: int) -> str:
@@ -110,12 +112,12 @@ def read_tree_answer(body: bytes, labels: LabelTokens, prompts: Sequence[Prompt]
             {key: float(value) for key, value in zip(keys, pair, strict=True) if value is not None}
             for pair in parsed["logprobs"]
         ]
-        counted = int(parsed["prompt_tokens"])
+        counted, cached = int(parsed["prompt_tokens"]), parsed["cached_tokens"]
     except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise TransientError(f"the answer is truncated or malformed ({type(error).__name__}).") from None
     if len(top) != len(prompts):
         raise TransientError(f"asked about {len(prompts)} prompts and got {len(top)} answers.")
-    return Answers(top, counted)
+    return Answers(top, counted, cached if isinstance(cached, int) else None)
 
 
 def label_logprobs(

@@ -172,6 +172,10 @@ class ModelAPI:
     def _count(self, answer: EngineAnswer) -> None:
         self.stats.engine_prompts += len(answer.logprobs)
         self.stats.prompt_tokens += answer.prompt_tokens
+        if answer.cached_tokens is None:
+            self.stats.untold_tokens += answer.prompt_tokens
+        else:
+            self.stats.cached_tokens += answer.cached_tokens
         self.stats.requests += answer.requests
         self.stats.retries += answer.retries
 

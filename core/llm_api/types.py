@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol, runtime_checkable
@@ -130,12 +130,26 @@ class LabelLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class EngineAnswer:
-    """What an engine says to one batch: one LabelLogprobs a prompt, in order, and what it cost."""
+    """What an engine says to one batch: one LabelLogprobs a prompt, in order, and what it cost.
+
+    cached_tokens: how many of the prompt tokens it found in its prefix cache, None where it does not say for a batch.
+    """
 
     logprobs: list[LabelLogprobs]
     prompt_tokens: int
     requests: int = 1
     retries: int = 0
+    cached_tokens: int | None = None
+
+
+def sum_known(values: Iterable[int | None]) -> int | None:
+    """The sum, None where a part of it is not known."""
+    total = 0
+    for value in values:
+        if value is None:
+            return None
+        total += value
+    return total
 
 
 OnAnswer = Callable[[Sequence[int], EngineAnswer], None]
@@ -194,7 +208,11 @@ class EngineIdentity:
 
 @dataclass(slots=True)
 class ScoreStats:
-    """Running totals of a ModelAPI, for progress bars and summaries. All counts, tokens in tokens."""
+    """Running totals of a ModelAPI, for progress bars and summaries. All counts, tokens in tokens.
+
+    cached_tokens: prompt tokens that the engine said it had in its prefix cache; untold_tokens: prompt tokens of which
+    it did not say.
+    """
 
     asked: int = 0
     cache_hits: int = 0
@@ -205,6 +223,8 @@ class ScoreStats:
     retries: int = 0
     floored: int = 0
     damaged_rows: int = 0
+    cached_tokens: int = 0
+    untold_tokens: int = 0
 
     def as_dict(self) -> dict[str, int]:
         """The totals by name."""

@@ -24,6 +24,7 @@ from core.llm_api.types import (
     OnAnswer,
     PrefixCacheCounters,
     Prompt,
+    sum_known,
 )
 from core.llm_api.vllm_llm import START_HINT, VLLMClient
 
@@ -93,12 +94,14 @@ class _Batch:
     answers: dict[int, LabelLogprobs] = field(default_factory=dict)
     failed: set[_Member] = field(default_factory=set)
     prompt_tokens: int = 0
+    cached_tokens: int | None = 0
     requests: int = 0
     retries: int = 0
 
     def take(self, positions: list[int], answer: EngineAnswer) -> None:
         self.answers.update(zip(positions, answer.logprobs, strict=True))
         self.prompt_tokens += answer.prompt_tokens
+        self.cached_tokens = sum_known((self.cached_tokens, answer.cached_tokens))
         self.requests += answer.requests
         self.retries += answer.retries
         if self.on_answer is not None:
@@ -177,6 +180,7 @@ class VLLMGroup:
             prompt_tokens=batch.prompt_tokens,
             requests=batch.requests,
             retries=batch.retries,
+            cached_tokens=batch.cached_tokens,
         )
 
     async def prefix_cache(self) -> PrefixCacheCounters | None:
@@ -197,6 +201,16 @@ class VLLMGroup:
             size for size in await self._of_each(lambda member: member.client.kv_cache_tokens()) if size is not None
         ]
         return len(sizes) * min(sizes) if sizes else None
+
+    async def kv_block_size(self) -> int | None:
+        """Tokens in a block of the KV cache, alike on all servers; None where none says."""
+        sizes = await self._of_each(lambda member: member.client.kv_block_size())
+        return next((size for size in sizes if size is not None), None)
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes of request bodies sent to all servers so far."""
+        return sum(member.client.bytes_sent for member in self._members)
 
     async def aclose(self) -> None:
         """Stop looking for lost servers and close all connections; idempotent."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import orjson
@@ -38,6 +39,7 @@ from core.llm_api.types import (
     PrefixCacheCounters,
     Prompt,
     Segment,
+    sum_known,
 )
 from core.llm_api.vllm_metrics import kv_block_size, kv_cache_capacity, prefix_cache_counters
 from core.settings import MAX_PROMPTS_PER_REQUEST, MissingLabelPolicy
@@ -163,6 +165,7 @@ class VLLMClient:
             prompt_tokens=sum(part.prompt_tokens for part in parts),
             requests=len(parts),
             retries=sum(part.retries for part in parts),
+            cached_tokens=sum_known(part.cached_tokens for part in parts),
         )
 
     async def prefix_cache(self) -> PrefixCacheCounters | None:
@@ -204,10 +207,11 @@ class VLLMClient:
                 label_logprobs(top, true, false, missing=self._missing, name=prompt.name)
                 for top, prompt in zip(answers.top, prompts, strict=True)
             ]
-            return EngineAnswer(logprobs, answers.prompt_tokens or sum(p.num_tokens for p in prompts))
+            counted = answers.prompt_tokens or sum(p.num_tokens for p in prompts)
+            return EngineAnswer(logprobs, counted, cached_tokens=answers.cached_tokens)
 
         answer, retries = await self._http.call(attempt, retry=retry)
-        answer = EngineAnswer(answer.logprobs, answer.prompt_tokens, requests=1, retries=retries)
+        answer = replace(answer, retries=retries)
         if on_answer is not None:
             on_answer(range(start, start + len(prompts)), answer)
         return answer

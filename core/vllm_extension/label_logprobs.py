@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from core.llm_api.prompt_tree import FORMAT, PATH, PromptTree, read_request
+from core.llm_api.types import sum_known
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -46,7 +47,7 @@ async def _describe(request: Any) -> Any:
 async def _answer(request: Any) -> Any:
     """Label logprobs (nats) of every prompt of a PromptTree, in order: [[log P(True), log P(False)], ...].
 
-    -inf and NaN, which JSON cannot hold, are null.
+    -inf and NaN, which JSON cannot hold, are null. cached_tokens: prompt tokens found in the prefix cache.
     """
     engine = request.app.state.engine_client
     try:
@@ -63,13 +64,13 @@ async def _answer(request: Any) -> Any:
             scoring.cancel()  # does nothing to a finished one; else aborts every prompt that is still in the engine
         if not scoring.done():
             return _json(499, {"error": {"message": "the client left"}})
-        logprobs = scoring.result()
+        logprobs, cached = scoring.result()
     except ValueError as error:  # vLLM's own for a refused prompt, too
         return _json(400, {"error": {"message": str(error)}})
-    return _json(200, {"logprobs": logprobs, "prompt_tokens": sum(tree.lengths())})
+    return _json(200, {"logprobs": logprobs, "prompt_tokens": sum(tree.lengths()), "cached_tokens": cached})
 
 
-async def _logprobs(engine: Any, tree: PromptTree, labels: list[int]) -> list[list[float | None]]:
+async def _logprobs(engine: Any, tree: PromptTree, labels: list[int]) -> tuple[list[list[float | None]], int | None]:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -84,18 +85,19 @@ async def _logprobs(engine: Any, tree: PromptTree, labels: list[int]) -> list[li
     )
     name = f"pool-{uuid.uuid4().hex}"
 
-    async def one(number: int) -> list[float | None]:
+    async def one(number: int) -> tuple[list[float | None], int | None]:
         prompt = {"type": "token", "prompt_token_ids": tree.token_ids(number)}
         [output] = [output async for output in engine.generate(prompt, parameters, f"{name}-{number}")]
         listed = output.outputs[0].logprobs[0]
-        return [_finite(listed[label].logprob) for label in labels]
+        return [_finite(listed[label].logprob) for label in labels], output.num_cached_tokens
 
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(one(number)) for number in range(len(tree.ends))]
     except BaseExceptionGroup as failures:
         raise failures.exceptions[0] from None
-    return [task.result() for task in tasks]
+    answers = [task.result() for task in tasks]
+    return [logprobs for logprobs, _ in answers], sum_known(cached for _, cached in answers)
 
 
 async def _client_left(request: Any) -> None:

@@ -115,7 +115,11 @@ class Meter:
         return self
 
     async def lap(self) -> Record:
-        """Cost since the last lap. On a shared server the cached and computed tokens include other users'."""
+        """Cost since the last lap.
+
+        Where the engine does not say what each batch found in its cache, its counters do, which on a shared server
+        include other users' tokens.
+        """
         stats = self._api.stats.as_dict()
         cost: Record = {
             "asked": stats["asked"] - self._stats["asked"],
@@ -126,11 +130,17 @@ class Meter:
             "ahead_used": self._lookahead.used - self._ahead[1],
         }
         self._ahead = self._lookahead.asked, self._lookahead.used
-        if cost["tokens_sent"] and self._cache is not None:
-            cache = await self._api.prefix_cache() or self._cache
-            delta = cache - self._cache
-            cost["tokens_cached"], cost["tokens_computed"] = delta.hits, delta.computed
-            self._cache = cache
+        if stats["untold_tokens"] == self._stats["untold_tokens"]:
+            if cost["tokens_sent"]:
+                cost["tokens_cached"] = stats["cached_tokens"] - self._stats["cached_tokens"]
+                cost["tokens_computed"] = cost["tokens_sent"] - cost["tokens_cached"]
+                self._cache = None  # the counters were not read along: stale from here on
+        else:
+            now_cached = await self._api.prefix_cache()
+            if now_cached is not None and self._cache is not None:
+                delta = now_cached - self._cache
+                cost["tokens_cached"], cost["tokens_computed"] = delta.hits, delta.computed
+            self._cache = now_cached
         now = time.perf_counter()
         cost["seconds"] = round(now - self._time, 3)
         self._stats, self._time = stats, now

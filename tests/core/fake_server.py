@@ -218,9 +218,10 @@ class FakeVLLM:
         error = self._refusal(body)
         if error:
             return web.json_response({"error": {"message": error, "type": "BadRequestError", "code": 400}}, status=400)
+        hits = self.hits
         answer: Any = self._complete(body)
         if "tree" in body:
-            answer = _as_pairs(answer, body["logprob_token_ids"])
+            answer = _as_pairs(answer, body["logprob_token_ids"]) | {"cached_tokens": self.hits - hits}
         if fault.patch is not None:
             answer = fault.patch(answer) or answer
         text = json.dumps(answer)

@@ -183,7 +183,7 @@ async def test_it_is_one_engine_whose_identity_tells_neither_number_nor_order() 
             assert isinstance(three, Engine)
             assert await three.start() == alone
             assert await three.tokenize(["a b"]) == await one.tokenize(["a b"])
-            assert await three.score([], LABELS) == EngineAnswer([], 0, requests=0)
+            assert await three.score([], LABELS) == EngineAnswer([], 0, requests=0, cached_tokens=0)
         await one.aclose()
 
 

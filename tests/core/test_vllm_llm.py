@@ -99,8 +99,26 @@ async def test_a_server_with_our_extension_gets_pools_as_trees() -> None:
         answer = await engine.score(pool, LABELS)
         assert [a.log_odds for a in answer.logprobs] == pytest.approx([hashed_log_odds(p.token_ids) for p in pool])
         assert (answer.requests, answer.retries, answer.prompt_tokens) == (1, 0, 300 * 4)
+        assert answer.cached_tokens == 0
         assert [body["prompt"] for body in server.pools] == [[p.token_ids for p in pool]]
         assert server.requests.count(PATH) == 2  # the question whether it does, and the pool
+
+
+async def test_a_tree_is_told_how_much_of_it_was_cached() -> None:
+    async with FakeVLLM(trees=True) as server, AsyncExitStack() as closing:
+        engine = await started(server)
+        closing.push_async_callback(engine.aclose)
+        pool = prompts(4, length=39)
+        before = await engine.prefix_cache()
+        answers = [await engine.score(pool, LABELS) for _ in range(2)]
+        after = await engine.prefix_cache()
+        assert before is not None
+        assert after is not None
+        assert [answer.cached_tokens for answer in answers] == [3 * 32, 4 * 32]
+        assert (after - before).hits == 7 * 32
+        plain = await started(server, use_extension=False)
+        closing.push_async_callback(plain.aclose)
+        assert (await plain.score(pool, LABELS)).cached_tokens is None
 
 
 async def test_an_extension_of_another_format_or_model_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +184,7 @@ async def test_no_request_is_larger_than_vllm_allows(server: FakeVLLM) -> None:
     engine = await started(server)
     assert (await engine.score(prompts(1025, 1), LABELS)).requests == 2
     assert sorted(len(body["prompt"]) for body in server.pools) == [1, 1024]
-    assert await engine.score([], LABELS) == EngineAnswer([], 0, requests=0)
+    assert await engine.score([], LABELS) == EngineAnswer([], 0, requests=0, cached_tokens=0)
     await engine.aclose()
 
 

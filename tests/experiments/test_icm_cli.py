@@ -127,6 +127,23 @@ async def test_the_same_seed_gives_the_same_labels_and_asks_nothing_twice(icm: C
     assert icm.labels("c") != icm.labels("a")
 
 
+async def test_a_server_with_our_extension_gives_the_same_labels(icm: Command, server: FakeVLLM) -> None:
+    assert (await icm("--run", "plain", "--lookahead", "0"))[0] == 0
+    (icm.runs / "responses.sqlite").unlink()
+    async with FakeVLLM(log_odds=signed_by_words, trees=True) as extended:
+        icm.environment["VLLM_BASE_URL"] = extended.url
+        code, _, err = await icm("--run", "tree", "--lookahead", "0")
+        assert code == 0, err
+        # The answers say what was cached: the counters are read at the start alone.
+        assert extended.requests.count("/metrics") <= 3
+        sent = sum(len(prompt) for body in extended.pools for prompt in body["prompt"])
+    assert icm.labels("tree") == icm.labels("plain")
+    log = icm.log("tree")
+    assert sum(r["tokens_sent"] for r in log) == sent
+    assert all(r["tokens_cached"] + r["tokens_computed"] == r["tokens_sent"] for r in log if r["tokens_sent"])
+    assert sum(r.get("tokens_cached", 0) for r in log) == sum(r.get("tokens_cached", 0) for r in icm.log("plain"))
+
+
 async def test_a_layout_changes_prompts_not_the_pool(icm: Command) -> None:
     assert (await icm("--run", "a", "--layout", "upstream"))[0] == 0
     assert (await icm("--run", "b"))[0] == 0
