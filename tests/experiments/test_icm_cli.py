@@ -136,12 +136,11 @@ async def test_a_server_with_our_extension_gives_the_same_labels(icm: Command, s
         assert code == 0, err
         # The answers say what was cached: the counters are read at the start alone.
         assert extended.requests.count("/metrics") <= 3
-        sent = sum(len(prompt) for body in extended.pools for prompt in body["prompt"])
     assert icm.labels("tree") == icm.labels("plain")
     log = icm.log("tree")
-    assert sum(r["tokens_sent"] for r in log) == sent
     assert all(r["tokens_cached"] + r["tokens_computed"] == r["tokens_sent"] for r in log if r["tokens_sent"])
-    assert sum(r.get("tokens_cached", 0) for r in log) == sum(r.get("tokens_cached", 0) for r in icm.log("plain"))
+    keys = ("tokens_sent", "tokens_cached", "tokens_computed")
+    assert [[r.get(key) for key in keys] for r in log] == [[r.get(key) for key in keys] for r in icm.log("plain")]
 
 
 async def test_a_layout_changes_prompts_not_the_pool(icm: Command) -> None:
