@@ -42,7 +42,7 @@ async def test_a_good_server_passes_every_check(checks_of: Examination) -> None:
     async with FakeVLLM() as server:
         code, checks = await checks_of(server.url)
     assert code == 0
-    assert list(checks) == ["reachable", "model served", "exact label logprobs", "prefix caching"]
+    assert list(checks) == ["reachable", "model served", "exact label logprobs", "pools travel", "prefix caching"]
     assert all(check.passed for check in checks.values())
 
 
@@ -55,7 +55,7 @@ async def test_every_server_of_a_list_is_checked_and_whether_they_are_alike(
         checks: list[Check] = []
         settings = Settings.load({"vllm_base_url": f"{first.url},{second.url}"})
         assert await examine(settings, None, 0.0, checks.append) == code
-    names = ["reachable", "model served", "exact label logprobs", "prefix caching"]
+    names = ["reachable", "model served", "exact label logprobs", "pools travel", "prefix caching"]
     assert [(check.server, check.name) for check in checks] == [
         *((first.url, name) for name in names),
         *((second.url, name) for name in names),
