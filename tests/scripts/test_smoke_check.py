@@ -146,7 +146,7 @@ def test_json_says_the_same_as_the_lines() -> None:
 def test_a_real_server_passes(vllm_server: RunningServer) -> None:
     done = run_script("--url", vllm_server.url, "--model", vllm_server.model, "--json")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert [check["passed"] for check in json.loads(done.stdout)] == [True] * 4
+    assert [check["passed"] for check in json.loads(done.stdout)] == [True] * 5
 
 
 @pytest.mark.real_server
