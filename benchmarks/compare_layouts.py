@@ -8,6 +8,9 @@ code's order: correlation, mean signed log-odds, accuracy, how often the sign di
 every question) are the yardstick: a layout is innocent if it differs from upstream's no more than they do. In "siblings
 together" a claim's sibling is the last demonstration before its question, which no layout of ours does. Each is asked
 cold, and costs computed tokens and seconds; give a new --cache, or none, to measure that.
+
+--distances asks something else: how far from its question must a claim's sibling stand, so that its label does not give
+the answer away? Random orders, the siblings moved to so many demonstrations before the question.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +29,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from core.llm_api.llm import open_model_api
+from core.llm_api.types import Segment
 from core.settings import Settings
 from src.icm.annealing import SearchSettings
 from src.icm.objective import Objective
@@ -51,14 +56,30 @@ def siblings_together(size: int) -> Callable[[int], Sequence[int]]:
     return context
 
 
+def siblings_at(order: Sequence[int], groups: Sequence[str], claim: int, distance: int) -> list[int]:
+    """`order` without `claim`, its siblings moved so that `distance` demonstrations stand after them."""
+    others = [other for other in order if groups[other] != groups[claim]]
+    siblings = [other for other in order if groups[other] == groups[claim] and other != claim]
+    cut = max(0, len(others) - distance)
+    return [*others[:cut], *siblings, *others[cut:]]
+
+
 def in_order_of(layout: Layout) -> Contexts:
     """The contexts of every question, in the order in which the layout asks them."""
     return {claim: layout.context(claim) for claim in layout.questions}
 
 
-def layouts(pool: Pool, draws: int) -> dict[str, list[Contexts]]:
-    """Every layout that is compared, several draws of the random ones."""
+def layouts(pool: Pool, draws: int, distances: Sequence[int]) -> dict[str, list[Contexts]]:
+    """Every layout that is compared, several draws of the random ones; with `distances` those orders instead."""
     size, groups = len(pool.claims), pool.problem.groups
+    if distances:
+        found: dict[str, list[Contexts]] = {"upstream's order": [in_order_of(UpstreamLayout.build(range(size)))]}
+        for draw in range(draws):
+            order = np.random.default_rng([2024, draw]).permutation(size).tolist()
+            for distance in distances:
+                contexts = {claim: siblings_at(order, groups, claim, distance) for claim in order}
+                found.setdefault(f"siblings {distance} before", []).append(dict(contexts))
+        return found
     named: dict[str, list[Contexts]] = {"upstream's order": [in_order_of(UpstreamLayout.build(range(size)))]}
     for draw in range(draws):
         rng = np.random.default_rng([2024, draw])
@@ -100,7 +121,9 @@ async def measure(args: argparse.Namespace) -> dict[str, object]:
         labelling = await Labelling.open(pool, api)
         scores: dict[str, list[np.ndarray]] = {}
         costs: dict[str, list[tuple[int, float]]] = {}
-        for name, drawn in layouts(pool, args.draws).items():
+        if args.without_bos:
+            labelling = replace(labelling, book=replace(labelling.book, prefix=Segment("", ())))
+        for name, drawn in layouts(pool, args.draws, args.distances).items():
             for contexts in drawn:
                 prompts = [
                     labelling.book.prompt(claim, context, gold, position / len(contexts))
@@ -141,6 +164,8 @@ def main() -> int:
     parser.add_argument("--size", type=int, default=32, help="claims")
     parser.add_argument("--draws", type=int, default=3, help="of every random layout")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--distances", type=int, nargs="*", default=[], metavar="D", help="see above")
+    parser.add_argument("--without_bos", action="store_true", help="leave out the model's own first token")
     parser.add_argument("--cache", type=Path, default=None, help="response cache to use and fill")
     parser.add_argument("--json", type=Path, default=None)
     args = parser.parse_args()

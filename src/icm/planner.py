@@ -21,7 +21,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from src.icm.prefix_tree import Layout
+from src.icm.prefix_tree import SIBLING_DISTANCE, Layout
 
 KV_SHARE = 0.8  # of the server's KV cache that one run may plan with
 EVALUATIONS_HELD = 2  # beside the tree and the tails: while one is computed, LRU still holds the one before
@@ -71,21 +71,21 @@ def held_tokens(costs: TokenCosts, layout: Layout) -> float:
     """What the server must hold so that the next evaluation computes new tokens only.
 
     D log2(n) of the tree, the tail's copies (tail_tokens), D/2 once for those outside the tree, which see both its
-    halves, D/2 for every stray, and T/2 more for one of the tail, which shares no part of it.
+    halves, and the layout's detours at the mean demonstration.
     """
     inside = layout.questions[: len(layout.questions) - len(layout.tail)]
     tree, tail = costs.of_demonstrations(inside), costs.of_demonstrations(layout.tail)
     outside = tree / 2 if layout.tail else 0.0
-    in_tree, in_tail = layout.strays
-    strays = (in_tree + in_tail) * tree / 2 + in_tail * tail / 2
-    return tree_tokens(len(inside), tree) + tail_tokens(layout, tail) + outside + strays
+    detours = layout.detours * (tree + tail) / max(1, len(layout.questions))
+    return tree_tokens(len(inside), tree) + tail_tokens(layout, tail) + outside + detours
 
 
 def rebuilt_tokens(costs: TokenCosts, layout: Layout) -> float:
     """What computing the same labels in a rebuilt layout costs, its questions not counted: a cold tree of all claims.
 
-    D log2(n) + N * A + D/2 * s with a anchors of A tokens in the tail again and s = a * kin strays; D and n without the
-    anchors. Which claims will be anchors is drawn, so A is a times the mean demonstration.
+    D log2(n) + N * A + a * kin detours, with a anchors of A tokens in the tail again; D and n without the anchors, a
+    detour of SIBLING_DISTANCE demonstrations but at most half the tree. Which claims will be anchors is drawn, so A is
+    a times the mean demonstration.
     """
     count = len(layout.questions)
     if not count:
@@ -93,7 +93,9 @@ def rebuilt_tokens(costs: TokenCosts, layout: Layout) -> float:
     tokens = costs.of_demonstrations(layout.questions)
     anchors = tokens * layout.anchors / count
     tree = tokens - anchors
-    return tree_tokens(count - layout.anchors, tree) + count * anchors + layout.anchors * layout.kin * tree / 2
+    inside = count - layout.anchors
+    detour = min(tree / 2, SIBLING_DISTANCE * tree / max(1, inside))
+    return tree_tokens(inside, tree) + count * anchors + layout.anchors * layout.kin * detour
 
 
 def evaluation_tokens(costs: TokenCosts, layout: Layout) -> float:

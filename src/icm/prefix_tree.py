@@ -11,7 +11,7 @@ search could label neighbours in the tree for each other's sake. A few claims, t
 the start: the same last demonstrations for every question, at the price of computing them for each (docs/lab-log.md).
 
 A claim's siblings (same group, often the opposite answer) must not stand next to its question, or their labels give
-the answer away: members of a group part at the root, and siblings in the tail move up behind the root's edge.
+the answer away: members of a group part at the root, and siblings in the tail move up by SIBLING_DISTANCE.
 """
 
 from __future__ import annotations
@@ -22,9 +22,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
+
+SIBLING_DISTANCE: Final = 16
+"""Demonstrations that an appended sibling is moved up by. What a sibling right before the question does is gone from 4
+to 8 demonstrations on (docs/lab-log.md); each more may be computed again for each claim with a sibling in the tail."""
 
 Node = int | tuple["Node", "Node"]
 Context = tuple[int, ...]
@@ -59,14 +63,14 @@ class Layout(Protocol):
         ...
 
     @property
-    def strays(self) -> tuple[int, int]:
-        """Questions (of the tree, of the tail) whose context leaves the others' behind the first half of the tree, on
-        account of a sibling."""
+    def detours(self) -> int:
+        """Demonstrations that a prefix cache holds besides the tree and the tail's copies, because questions with a
+        sibling in the tail (or near the end of what they share) see others than the rest does from there on."""
         ...
 
     @property
     def kin(self) -> float:
-        """The mean size of a laid-out claim's group, counted as 0 where it is alone: strays that one anchor makes."""
+        """The mean size of a laid-out claim's group, counted as 0 where it is alone: detours that one anchor makes."""
         ...
 
     def context(self, claim: int) -> Context:
@@ -113,8 +117,8 @@ class UpstreamLayout:
         return 0
 
     @property
-    def strays(self) -> tuple[int, int]:
-        return 0, 0
+    def detours(self) -> int:
+        return 0
 
     @property
     def kin(self) -> float:
@@ -163,11 +167,25 @@ class TreeLayout:
         return len(self.tail) - self.anchors
 
     @cached_property
-    def strays(self) -> tuple[int, int]:
-        in_tree = Counter(self.groups[claim] for claim in self._paths)
-        in_tail = Counter(self.groups[claim] for claim in self.tail)
-        parted = sum(size for group, size in in_tree.items() if group in in_tail)
-        return parted, sum(size for group, size in in_tail.items() if group in in_tree or size > 1)
+    def detours(self) -> int:
+        behind_root = len(self._outer[1])
+        ending = {self.groups[claim] for claim in self._outer[1][-SIBLING_DISTANCE:]}
+        first_of: dict[str, int] = {}
+        for place, claim in enumerate(self.tail):
+            first_of.setdefault(self.groups[claim], place)
+        total = 0
+        for claim, path in self._paths.items():
+            # The tail is a question's own copy anyway; a sibling that comes early moves up into what is shared.
+            moved = SIBLING_DISTANCE - first_of.get(self.groups[claim], SIBLING_DISTANCE)
+            total += min(max(0, moved), sum(map(len, path[1:])))
+        for place, claim in enumerate(self.tail):
+            # These share the tree and the tail before them, up to where their first sibling has moved.
+            first = first_of[self.groups[claim]]
+            moved = first - SIBLING_DISTANCE if first < place else place
+            if self.groups[claim] in ending:
+                moved = min(moved, -SIBLING_DISTANCE)
+            total += place - max(moved, -behind_root)
+        return total
 
     @cached_property
     def kin(self) -> float:
@@ -180,15 +198,19 @@ class TreeLayout:
 
     @property
     def demonstrations(self) -> Context:
-        return (*chain.from_iterable(self._spine(None)), *self.tail)
+        return (*chain.from_iterable(self._outer), *self.tail)
 
     def context(self, claim: int) -> Context:
         path = self._paths[claim] if claim in self._paths else self._spine(claim)
-        tail = [other for other in self.tail if other != claim]
-        siblings = [other for other in tail if self._are_siblings(claim, other)]
-        newest = [other for other in tail if not self._are_siblings(claim, other)]
-        first_edge, *edges = path if path else ((),)
-        return self._part_from_siblings(claim, (*first_edge, *siblings, *chain.from_iterable(edges), *newest))
+        first_edge = path[0] if path else ()
+        context = list(chain.from_iterable(path))
+        for other in self.tail:
+            if other == claim:
+                continue
+            # A sibling is moved up once, when it comes: its place stays as others are appended, and so does the cache.
+            near = self._are_siblings(claim, other)
+            context.insert(max(len(first_edge), len(context) - SIBLING_DISTANCE) if near else len(context), other)
+        return self._part_from_siblings(claim, tuple(context))
 
     def place(self, claim: int) -> float:
         """The tree halves [0, 1) at every node: half, a quarter, an eighth of [0, 1) is exactly a subtree.
@@ -216,21 +238,25 @@ class TreeLayout:
         """Where each claim's own part of [0, 1) begins."""
         return dict(_intervals(self.root, 0.0, 1.0)) if self.root is not None else {}
 
-    def _spine(self, claim: int | None) -> tuple[Context, ...]:
-        """The whole tree as seen by a claim outside it: one root edge, then the other.
-
-        Siblings come as early as a shared first edge allows: in that edge, or at the front of the second.
-        """
+    @cached_property
+    def _outer(self) -> tuple[Context, Context]:
+        """The tree's two halves in the order in which claims outside the tree see them."""
         if self.root is None:
-            return ()
+            return (), ()
         if isinstance(self.root, int):
-            return ((self.root,),)
-        left, right = (_leaves(half) for half in self.root)
-        if claim is None:
-            return right, left
-        in_left, in_right = (sum(self._are_siblings(claim, other) for other in half) for half in (left, right))
-        first, second = (left, right) if in_left > in_right else (right, left)
-        return first, tuple(sorted(second, key=lambda other: not self._are_siblings(claim, other)))
+            return (self.root,), ()
+        left, right = self.root
+        return _leaves(right), _leaves(left)
+
+    def _spine(self, claim: int) -> tuple[Context, Context]:
+        """The whole tree as seen by a claim outside it: both halves, siblings at the end moved up."""
+        first, second = self._outer
+        near = [other for other in second[-SIBLING_DISTANCE:] if self._are_siblings(claim, other)]
+        if not near:
+            return first, second
+        others = [other for other in second if other not in near]
+        cut = max(0, len(others) - SIBLING_DISTANCE)
+        return first, (*others[:cut], *near, *others[cut:])
 
     def _are_siblings(self, claim: int, other: int) -> bool:
         return self.groups[claim] == self.groups[other]

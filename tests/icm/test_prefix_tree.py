@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from src.icm.prefix_tree import Node, TreeLayout, UpstreamLayout, distinct_demonstrations
+from src.icm.prefix_tree import SIBLING_DISTANCE, Node, TreeLayout, UpstreamLayout, distinct_demonstrations
 
 
 def random_groups(size: int, seed: int) -> list[str]:
@@ -65,7 +65,7 @@ def test_no_sibling_stands_next_to_the_question(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("appended", [0, 8])
-def test_siblings_are_half_the_pool_away_where_groups_are_pairs(appended: int) -> None:
+def test_siblings_are_far_away_where_groups_are_pairs(appended: int) -> None:
     groups = [str(i // 2) for i in range(64)]
     order = [*range(0, 64, 2), *range(1, 64, 2)]  # the appended claims are siblings of claims in the tree
     layout = TreeLayout.build(order[: 64 - appended], groups, np.random.default_rng(1))
@@ -74,7 +74,8 @@ def test_siblings_are_half_the_pool_away_where_groups_are_pairs(appended: int) -
     for claim in layout.questions:
         context = layout.context(claim)
         distance = len(context) - 1 - max(i for i, other in enumerate(context) if groups[other] == groups[claim])
-        assert distance >= (64 - appended) // 2 - 1
+        in_tree = not {claim, claim ^ 1} & set(layout.tail)
+        assert distance >= ((64 - appended) // 2 - 1 if in_tree else SIBLING_DISTANCE)
 
 
 @pytest.mark.parametrize("group_size", [2, 4, 8])
@@ -92,9 +93,28 @@ def test_siblings_keep_their_distance_in_larger_groups(group_size: int, anchors:
         siblings = [i for i, other in enumerate(context) if groups[other] == groups[claim]]
         after = len(context) - 1 - max(siblings, default=-1)
         # In the tree a group of four parts twice: half its members are half the tree away, one a quarter.
-        assert (
-            after >= tree // (2 if claim in layout.tail or claim not in layout.questions else group_size) - group_size
-        )
+        assert after >= min(SIBLING_DISTANCE, tree // group_size - group_size)
+        if not siblings or claim in layout.tail or claim not in layout.questions:
+            assert after >= SIBLING_DISTANCE
+
+
+@given(st.data())
+def test_what_a_question_has_seen_stays_in_front_as_others_are_appended(data: st.DataObject) -> None:
+    """Else every label would be paid for again. Only a sibling moves, once, when it comes."""
+    size, built = 60, 40
+    group_size = data.draw(st.integers(1, 4))
+    groups = [str(i // group_size) for i in range(size)]
+    order = data.draw(st.permutations(range(size)))
+    layout = TreeLayout.build(order[:built], groups, np.random.default_rng(0))
+    for claim in order[built:]:
+        grown = layout.append(claim)
+        for asked in layout.questions:
+            before, after = layout.context(asked), grown.context(asked)
+            if groups[asked] != groups[claim]:
+                assert after == (*before, claim)
+            else:
+                assert after[: len(before) - SIBLING_DISTANCE] == before[: len(before) - SIBLING_DISTANCE]
+        layout = grown
 
 
 def test_outsiders_see_every_label_once_anchors_last() -> None:
