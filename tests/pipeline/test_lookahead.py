@@ -181,7 +181,10 @@ async def test_where_all_is_accepted_an_iteration_is_one_batch(tmp_path: Path) -
     evaluated = sum(record.get("tried", 0) > 0 for record in records)
     rebuilt = sum(record["event"] == "rebuild" for record in records)
     assert len(engine.batches) >= 1.5 * (evaluated + rebuilt)
-    assert len(busy.batches) <= 1 + 1 + evaluated + rebuilt  # the seeds, the first prediction
+    # After a flip the next prediction computes a whole context, which may cost more than the batch that it saves.
+    flips = sum(record.get("tried", 0) > 0 and record["current"] is not None for record in records)
+    assert flips < evaluated / 2
+    assert len(busy.batches) <= 1 + 1 + evaluated + rebuilt + flips  # the seeds, the first prediction
 
 
 async def test_where_all_is_refused_speculative_evaluations_save_most_batches(tmp_path: Path) -> None:
