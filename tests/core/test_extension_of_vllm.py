@@ -71,3 +71,52 @@ def test_it_is_installed_where_it_is_asked_for_and_finds_the_same_blocks() -> No
     assert plain[:2] == ["installed False False False", "copy True"]
     assert fast[2] == plain[2]
     assert any(hit for hit, _, _ in eval(fast[2].removeprefix("found ")))
+
+
+GUARDED = """
+import asyncio
+from types import SimpleNamespace
+from fastapi import FastAPI
+from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+from core.llm_api.prompt_tree import PATH
+from core.vllm_extension.label_logprobs import LabelLogprobs
+
+app = FastAPI()
+app.state.openai_serving_models = SimpleNamespace(base_model_paths=[SimpleNamespace(name="some model")])
+# In the order in which vLLM adds them: --api-key first, --middleware last, which makes it the outermost.
+app.add_middleware(AuthenticationMiddleware, tokens=["right"])
+app.add_middleware(LabelLogprobs)
+
+async def call(method, key):
+    sent = []
+    async def receive():
+        return {"type": "http.request", "body": b"{}", "more_body": False}
+    async def send(message):
+        sent.append(message)
+    headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
+    scope = {"type": "http", "method": method, "path": PATH, "headers": headers, "query_string": b"", "root_path": ""}
+    await app(scope, receive, send)
+    return sent[0]["status"]
+
+async def main():
+    messages = iter([{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}])
+    async def receive():
+        return next(messages)
+    async def send(message):
+        pass
+    await app({"type": "lifespan"}, receive, send)
+    print("statuses", [await call(method, key) for method in ("GET", "POST") for key in (None, "wrong", "right")])
+
+app.state.engine_client = SimpleNamespace(model_config=SimpleNamespace(max_model_len=10))
+asyncio.run(main())
+"""
+
+
+def test_the_route_lies_behind_the_servers_key() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [sys.executable, "-c", GUARDED], env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    # With the right key a body of {} is refused for what it lacks.
+    assert "statuses [401, 401, 200, 401, 401, 400]" in done.stdout
