@@ -148,7 +148,9 @@ async def _ask(client: VLLMClient, model: str, report: Callable[[Check], None]) 
     ok, found = await _labels_exact(client, labels)
     report(Check("exact label logprobs", ok, found, update))
     plain = "as whole prompts: works, but a server from scripts/launch_vllm_server.sh would answer sooner"
-    report(Check("pools travel", True, "as trees of segments" if client.takes_trees else plain))
+    twice = "; shared prefixes are worked on again for each prompt: install this package where vLLM is"
+    trees = "as trees of segments" + ("" if client.fast_prefixes else twice)
+    report(Check("pools travel", True, trees if client.takes_trees else plain))
     passed = ok
     ok, found = await _prefix_cached(client, labels, identity.max_model_len)
     report(Check("prefix caching", ok, found, "start the server with --enable-prefix-caching and --block-size 16"))

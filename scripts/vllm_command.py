@@ -26,6 +26,8 @@ import yaml
 
 REPO_ROOT: Final = Path(__file__).resolve().parents[1]
 CONFIG: Final = REPO_ROOT / "configs" / "vllm_config.yaml"
+REPEATABLE: Final = ("middleware",)
+"""Options of which vLLM takes several: one on the command line comes beside ours."""
 HIDDEN: Final = ("gpu", "other")
 DEFAULT_HOST: Final = "127.0.0.1"
 DEFAULT_PORT: Final = 8000
@@ -116,7 +118,7 @@ def serve_options(section: Section, extra: Sequence[str]) -> list[str]:
     given = {_name(argument) for argument in extra if argument.startswith("--")}
     arguments: list[str] = []
     for option, value in section.options.items():
-        if _name(f"--{option}") in given:
+        if _name(f"--{option}") in given and option not in REPEATABLE:
             continue
         if isinstance(value, bool):
             arguments.append(f"--{'' if value else 'no-'}{option}")

@@ -19,6 +19,9 @@ from core.llm_api.types import Prompt
 PATH: Final = "/v1/label_logprobs"
 """Where a server with our extension takes a PromptTree. Under /v1, so that vLLM's --api-key guards it."""
 
+MOST_PROMPTS: Final = 1024
+"""In a request, as in vLLM's /v1/completions."""
+
 FORMAT: Final = 1
 """Raise when the request or the answer changes; the client uses the extension only where it speaks this format."""
 
@@ -78,6 +81,8 @@ class PromptTree:
             raise ValueError("a piece names no segment")
         if not ends or not all(0 <= end < len(parents) for end in ends):
             raise ValueError("an end names no node")
+        if len(ends) > MOST_PROMPTS:
+            raise ValueError(f"{len(ends)} prompts, and a request may hold {MOST_PROMPTS}")
         return cls(segments, parents, pieces, ends)
 
     def lengths(self) -> list[int]:
@@ -102,7 +107,10 @@ class PromptTree:
 
 def read_request(body: bytes) -> tuple[PromptTree, list[int]]:
     """The tree and the two label token ids of a request. Raises ValueError that says what is wrong with it."""
-    fields = json.loads(body)
+    try:
+        fields = json.loads(body)
+    except RecursionError:
+        raise ValueError("the body is nested too deeply") from None
     labels = fields.get("labels") if isinstance(fields, dict) else None
     if not _is_ids(labels) or len(labels) != 2 or labels[0] == labels[1]:
         raise ValueError("labels must be two token ids")

@@ -193,14 +193,15 @@ class VLLMGroup:
         return sum(read, start=PrefixCacheCounters()) if read else None
 
     async def kv_cache_tokens(self) -> int | None:
-        """What all servers that can be asked hold together if each holds as much as the smallest of them.
+        """What the smallest of the servers that can be asked holds.
 
-        Their parts are of one size, so that a larger cache's rest stays empty.
+        Not what they hold together: a search plans its layouts with this number, and its labels must not depend on how
+        many servers there are, or are up.
         """
         sizes = [
             size for size in await self._of_each(lambda member: member.client.kv_cache_tokens()) if size is not None
         ]
-        return len(sizes) * min(sizes) if sizes else None
+        return min(sizes, default=None)
 
     async def kv_block_size(self) -> int | None:
         """Tokens in a block of the KV cache, alike on all servers; None where none says."""
@@ -281,17 +282,26 @@ class VLLMGroup:
 
         async def ask(member: _Member) -> list[T]:
             try:
-                return [await question(member)]
+                async with asyncio.timeout(BRIEF_DEADLINE):  # small questions: whoever takes longer hangs
+                    return [await question(member)]
             except LOST as error:
                 self._drop(member, error)
-                return []
+            except TimeoutError:
+                silent = ServerUnreachable(f"{member.client.base_url} said nothing for {BRIEF_DEADLINE:g} s.")
+                self._drop(member, silent)
+            return []
 
         return [answer for answers in await all_or_cancel(map(ask, self._up)) for answer in answers]
 
     def _look_for(self, member: _Member, identity: EngineIdentity) -> None:
         probe = asyncio.create_task(self._probe(member, identity), name=f"probe {member.client.base_url}")
         self._probes.add(probe)
-        probe.add_done_callback(self._probes.discard)
+        probe.add_done_callback(self._probed)
+
+    def _probed(self, probe: asyncio.Task[None]) -> None:
+        self._probes.discard(probe)
+        if not probe.cancelled() and (error := probe.exception()) is not None:
+            log.error("%s ended, the server stays out", probe.get_name(), exc_info=error)
 
     async def _probe(self, member: _Member, identity: EngineIdentity) -> None:
         """Look for a lost server, ever less often, until it is back as it was."""

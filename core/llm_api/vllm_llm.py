@@ -78,6 +78,7 @@ class VLLMClient:
         self._exact: bool | None = None
         self._use_extension = use_extension
         self._takes_trees = False
+        self._fast_prefixes = False
         self._top = TOP_LOGPROBS
 
     @property
@@ -99,6 +100,11 @@ class VLLMClient:
     def takes_trees(self) -> bool:
         """Whether pools travel as trees of segments: the server runs our extension, and exact_labels holds."""
         return self._takes_trees and self.exact_labels
+
+    @property
+    def fast_prefixes(self) -> bool:
+        """Whether the server says that it does work on shared prefixes once (core/vllm_extension)."""
+        return self._fast_prefixes
 
     @property
     def bytes_sent(self) -> int:
@@ -263,6 +269,7 @@ class VLLMClient:
             said = _json_object(await self._http.send("GET", PATH), PATH)  # once: to do without it costs only time
         except APIError:
             return False
+        self._fast_prefixes = said.get("fast_prefixes") is True
         models = said.get("models")
         return said.get("format") == FORMAT and isinstance(models, list) and self._model in models
 

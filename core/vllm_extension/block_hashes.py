@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -30,8 +31,9 @@ class RememberingHasher:
     def __init__(self, hasher: Hasher, block_size: int) -> None:
         self._hasher = hasher
         self._block_size = block_size
-        self._tokens: list[int] = []
-        self._hashes: list[Any] = []
+        # One attribute, read and written whole: vLLM calls a hasher from the thread that receives requests and from the
+        # one that schedules them.
+        self._last: tuple[list[int], list[Any]] = [], []
 
     def __call__(self, request: Any) -> list[Any]:
         """Hashes of the full blocks that have none yet."""
@@ -41,16 +43,24 @@ class RememberingHasher:
         if getattr(request, "prompt_embeds", None) is not None:
             return self._hasher(request)
         tokens: list[int] = request.prompt_token_ids
-        shared = common_prefix(tokens, self._tokens) // self._block_size
-        known = self._hashes[:shared]
+        if request.num_tokens != len(tokens):  # it has begun to generate
+            return self._hasher(request)
+        last_tokens, last_hashes = self._last
+        known = last_hashes[: common_prefix(tokens, last_tokens) // self._block_size]
         # vLLM's hasher goes on after the hashes that the request has.
         request.block_hashes.extend(known)
         try:
             hashes = known + self._hasher(request)
         finally:
             request.block_hashes.clear()
-        self._tokens, self._hashes = tokens, hashes
+        self._last = tokens, hashes
         return hashes
+
+
+def installed() -> bool:
+    """Whether this process's vLLM would use a RememberingHasher; the plugin runs here as in the engine's process."""
+    engine_core: Any = sys.modules.get("vllm.v1.engine.core")
+    return bool(getattr(getattr(engine_core, "get_request_block_hasher", None), "remembers", False))
 
 
 def install() -> None:

@@ -12,11 +12,15 @@ import importlib
 import itertools
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from core.vllm_extension.prefixes import common_prefix
 
 log = logging.getLogger(__name__)
+
+
+KNOWN: Final = {"drop_eagle_block", "alignment_tokens", "dcp_world_size", "pcp_world_size"}
+"""Arguments whose meaning is taken into account; with any other, vLLM's own lookup is asked."""
 
 
 class RememberingLookup:
@@ -47,6 +51,7 @@ class RememberingLookup:
         size = kv_cache_spec.block_size
         ordinary = (
             type(block_hashes) is list
+            and rest.keys() <= KNOWN
             and len(kv_cache_group_ids) == 1
             and size == block_pool.hash_block_size == rest.get("alignment_tokens")
             and not rest.get("drop_eagle_block")

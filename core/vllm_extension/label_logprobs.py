@@ -18,6 +18,7 @@ from typing import Any
 
 from core.llm_api.prompt_tree import FORMAT, PATH, PromptTree, read_request
 from core.llm_api.types import sum_known
+from core.vllm_extension import block_hashes
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -38,10 +39,14 @@ class LabelLogprobs:
         await self._app(scope, receive, send)
 
 
+class Stopped(Exception):
+    """The engine ended a prompt without an answer: it is being paused or stopped."""
+
+
 async def _describe(request: Any) -> Any:
-    """Which format this route speaks, and for which models."""
+    """Which format this route speaks, for which models, and whether work on shared prefixes is done once."""
     models = [path.name for path in request.app.state.openai_serving_models.base_model_paths]
-    return _json(200, {"format": FORMAT, "models": models})
+    return _json(200, {"format": FORMAT, "models": models, "fast_prefixes": block_hashes.installed()})
 
 
 async def _answer(request: Any) -> Any:
@@ -65,6 +70,8 @@ async def _answer(request: Any) -> Any:
         if not scoring.done():
             return _json(499, {"error": {"message": "the client left"}})
         logprobs, cached = scoring.result()
+    except Stopped as error:
+        return _json(503, {"error": {"message": str(error)}})
     except ValueError as error:  # vLLM's own for a refused prompt, too
         return _json(400, {"error": {"message": str(error)}})
     return _json(200, {"logprobs": logprobs, "prompt_tokens": sum(tree.lengths()), "cached_tokens": cached})
@@ -87,7 +94,10 @@ async def _logprobs(engine: Any, tree: PromptTree, labels: list[int]) -> tuple[l
 
     async def one(number: int) -> tuple[list[float | None], int | None]:
         prompt = {"type": "token", "prompt_token_ids": tree.token_ids(number)}
-        [output] = [output async for output in engine.generate(prompt, parameters, f"{name}-{number}")]
+        outputs = [output async for output in engine.generate(prompt, parameters, f"{name}-{number}")]
+        if not outputs or not outputs[-1].outputs or not outputs[-1].outputs[0].logprobs:
+            raise Stopped(f"prompt {number} was stopped")
+        output = outputs[-1]
         listed = output.outputs[0].logprobs[0]
         return [_finite(listed[label].logprob) for label in labels], output.num_cached_tokens
 

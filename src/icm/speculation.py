@@ -69,13 +69,13 @@ def next_questions(problem: Problem, state: SearchState, count: int) -> list[int
 
 
 def next_evaluations(
-    problem: Problem, state: SearchState, log_odds: Callable[[int], float | None]
+    problem: Problem, state: SearchState, log_odds: Callable[[int], float | None], iterations: int
 ) -> Iterator[tuple[SearchState, int, list[Candidate]]]:
-    """The evaluations to come if nothing changes: the state that will ask, its claim, the labelings of its first batch.
+    """The evaluations of the next `iterations` if nothing changes: the state that will ask, its claim, its first batch.
 
     log_odds: the prediction of a claim in nats where it is known; the first unknown one ends the list.
     """
-    for later, claim in if_nothing_changes(problem, state):
+    for later, claim in islice(if_nothing_changes(problem, state), max(0, iterations)):
         known = state.evaluation.log_odds.get(claim)
         if known is None:
             known = log_odds(claim)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
+from core.llm_api.errors import ConfigurationError, MissingLabel, RequestRejected
 from core.llm_api.llm import ModelAPI
 from core.llm_api.types import LabelLogprobs, LabelTokens, PoolScores, Prompt
 from src.icm.annealing import Candidate, Outcome, Problem, SearchState, cost
@@ -49,7 +50,7 @@ class Lookahead:
         self._unused: set[str] = set()
         self._evaluated: set[Labels] = set()  # labelings whose first batch is in the memo, or about to be
         self._next: dict[Labels, list[str]] = {}  # digests that will still be of use once these are the labels
-        self._wanted = 0.0  # tokens that the next batch should cost without what is asked ahead
+        self._wanted: float | None = None  # tokens that the next batch should cost without what is asked ahead
         self._future: Callable[[], Expected] = _nothing
 
     async def score(self, prompts: Sequence[Prompt], labels: LabelTokens) -> PoolScores:
@@ -59,21 +60,30 @@ class Lookahead:
         prompt_tokens = 0
         if missing:
             wanted = list(missing.values())
-            tokens = self._wanted * len(missing) / len(prompts)
+            tokens = (self._wanted or 0.0) * len(missing) / len(prompts)
+            known = self._wanted is not None
             ahead: list[Prompt] = []
             # Nothing is sent for the sake of speculation alone, so a run that is repeated asks nothing new.
             if not self._api.are_cached(wanted, labels):
                 ahead, more = self._future()
                 tokens += more
                 self._future = _nothing
+            self._wanted = None
             early = {p.digest: p for p in ahead if p.digest not in self._memo and p.digest not in missing}
             batch = in_shared_order([*wanted, *early.values()])
-            scores = await self._api.score(batch, labels)
+            try:
+                scores = await self._api.score(batch, labels)
+            except (MissingLabel, RequestRejected, ConfigurationError):
+                if not early:
+                    raise
+                # A question that the search may never come to must not stop it: then this one does, or nothing.
+                early, batch, known = {}, in_shared_order(wanted), False
+                scores = await self._api.score(batch, labels)
             prompt_tokens = scores.prompt_tokens
             self._memo.update(zip((prompt.digest for prompt in batch), scores.logprobs, strict=True))
             self._unused.update(early)
             self.asked += len(early)
-            if prompt_tokens:
+            if prompt_tokens and known:
                 self._pace.measure(tokens, self._clock() - started)
         digests = [prompt.digest for prompt in prompts]
         came_to_need = self._unused.intersection(digests)
@@ -154,13 +164,13 @@ class Lookahead:
             answer = self._memo.get(self._make_prompt(claim, here).digest)
             return None if answer is None else answer.log_odds
 
-        for later, claim, batch in next_evaluations(self._problem, state, predicted):
-            if len(coming) >= most or later.iteration >= state.iteration + LOOK * most:
+        for later, claim, batch in next_evaluations(self._problem, state, predicted, LOOK * most):
+            if len(coming) >= most:
                 break
             if batch[0].labels not in self._evaluated:
                 coming.append((later, claim, batch))
         costs = [cost(self._problem, state, [each.labels for each in batch]) for _, _, batch in coming]
-        count = self._pace.evaluations(self._wanted, costs)
+        count = self._pace.evaluations(self._wanted or 0.0, costs)
         prompts: list[Prompt] = []
         tokens = sum(costs[:count])
         for later, claim, batch in coming[:count]:

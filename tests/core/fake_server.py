@@ -84,13 +84,14 @@ class FakeVLLM:
         salt: str = "",  # another salt is another model: the canary answers differently
         split_labels: bool = False,  # ' True' is two tokens, 'True' is one
         trees: bool = False,  # runs our extension
+        fast_prefixes: bool = False,  # and says that its engine does, too
     ) -> None:
         self.model, self.root, self.salt = model, root, salt
         self.log_odds = log_odds
         self.api_key = api_key
         self.max_model_len, self.max_logprobs = max_model_len, max_logprobs
         self.exact_labels, self.metrics, self.logprobs = exact_labels, metrics, logprobs
-        self.split_labels, self.trees = split_labels, trees
+        self.split_labels, self.trees, self.fast_prefixes = split_labels, trees, fast_prefixes
         self.faults: list[Fault] = []
         self.shuffle = False
         self.drop: set[int] = set()  # token ids never listed
@@ -180,7 +181,9 @@ class FakeVLLM:
     async def _describe(self, _: web.Request) -> web.Response:
         if not self.trees:
             raise web.HTTPNotFound
-        return web.json_response({"format": prompt_tree.FORMAT, "models": [self.model]})
+        return web.json_response(
+            {"format": prompt_tree.FORMAT, "models": [self.model], "fast_prefixes": self.fast_prefixes}
+        )
 
     async def _label_logprobs(self, request: web.Request) -> web.StreamResponse:
         """The same prompts by another way: what a test knows of a completion holds for it, faults included."""

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import sys
+import threading
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,10 +20,15 @@ class Request:
     """What vLLM's hashers look at of its Request."""
 
     prompt_token_ids: list[int]
+    output: list[int] = field(default_factory=list)
     block_hashes: list[int] = field(default_factory=list)
     mm_features: list[str] = field(default_factory=list)
     lora_request: str | None = None
     cache_salt: str | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_token_ids) + len(self.output)
 
 
 class PlainHasher:
@@ -31,10 +39,11 @@ class PlainHasher:
 
     def __call__(self, request: Request) -> list[int]:
         hashes = list(request.block_hashes)
+        tokens = [*request.prompt_token_ids, *request.output]
         new = []
-        for start in range(len(hashes) * BLOCK, len(request.prompt_token_ids) - BLOCK + 1, BLOCK):
+        for start in range(len(hashes) * BLOCK, len(tokens) - BLOCK + 1, BLOCK):
             parent = (hashes + new)[-1] if hashes + new else 0
-            new.append(hash((parent, request.cache_salt, *request.prompt_token_ids[start : start + BLOCK])))
+            new.append(hash((parent, request.cache_salt, *tokens[start : start + BLOCK])))
             self.blocks += 1
         return new
 
@@ -73,7 +82,36 @@ def test_a_salted_request_takes_over_nothing_and_leaves_nothing() -> None:
     assert remembering(Request(tokens)) == PlainHasher()(Request(tokens))
 
 
-def test_a_continued_request_is_left_to_vllm() -> None:
-    request = Request(list(range(12)), block_hashes=[1, 2])
-    assert RememberingHasher(PlainHasher(), BLOCK)(request) == PlainHasher()(request)
-    assert request.block_hashes == [1, 2]
+@pytest.mark.parametrize(
+    "request_", [Request(list(range(12)), block_hashes=[1, 2]), Request([0, 1, 2], output=[3])], ids=["later", "short"]
+)
+def test_a_request_that_generates_is_left_to_vllm_and_forgotten(request_: Request) -> None:
+    remembering = RememberingHasher(PlainHasher(), BLOCK)
+    remembering(Request([9] * 12))
+    before = remembering._last
+    assert remembering(request_) == PlainHasher()(request_)
+    assert remembering._last is before
+
+
+def test_two_threads_never_mix_one_prompt_with_anothers_hashes() -> None:
+    """The receiving thread may be anywhere in its call when the scheduling thread makes one."""
+    prompts = [[n] * 8 + list(range(64)) for n in range(4)]
+    remembering = RememberingHasher(PlainHasher(), BLOCK)
+    wrong: list[int] = []
+
+    def ask(numbers: list[int]) -> None:
+        for number in numbers:
+            if remembering(Request(prompts[number])) != PlainHasher()(Request(prompts[number])):
+                wrong.append(number)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=ask, args=([start, (start + 1) % 4] * 300,)) for start in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert wrong == []

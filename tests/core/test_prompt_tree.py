@@ -65,6 +65,7 @@ GOOD: dict[str, Any] = {"segments": [[5], [6, 7]], "parents": [-1, 0], "pieces":
         lambda tree: tree.update(ends=[2]),
         lambda tree: tree.update(ends=[]),
         lambda tree: tree.update(ends=[True]),
+        lambda tree: tree.update(ends=[1] * 1025),
         lambda tree: tree.update(segments=[[5], []]),
         lambda tree: tree.update(segments=[[5], [-6]]),
         lambda tree: tree.update(segments=[[5], ["6"]]),
@@ -79,7 +80,9 @@ def test_a_malformed_tree_is_refused(damage: Callable[[dict[str, Any]], object])
         read_request(json.dumps({"labels": [1, 2], "tree": tree}).encode())
 
 
-@pytest.mark.parametrize("body", [b"", b"[]", b"{", b'{"labels": [1]}', b'{"labels": [1, 1]}', b'{"labels": [1, 2]}'])
+@pytest.mark.parametrize(
+    "body", [b"[" * 200_000, b"", b"[]", b"{", b'{"labels": [1]}', b'{"labels": [1, 1]}', b'{"labels": [1, 2]}']
+)
 def test_a_malformed_request_is_refused(body: bytes) -> None:
     with pytest.raises(ValueError, match=r"."):
         read_request(body)

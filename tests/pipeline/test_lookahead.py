@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from core.llm_api.errors import MissingLabel
 from core.llm_api.llm import ModelAPI
 from core.llm_api.response_cache import ResponseCache
 from core.llm_api.types import (
@@ -91,10 +92,33 @@ class Stopped(Exception):
     pass
 
 
+class FussyEngine(ExactEngine):
+    """Refuses every batch with a question that is not in `allowed`."""
+
+    def __init__(self, allowed: set[str]) -> None:
+        super().__init__()
+        self.allowed = allowed
+        self.refused = 0
+
+    async def score(
+        self, prompts: Sequence[Prompt], labels: LabelTokens, *, on_answer: OnAnswer | None = None
+    ) -> EngineAnswer:
+        if any(prompt.digest not in self.allowed for prompt in prompts):
+            self.refused += 1
+            raise MissingLabel("a label is not among the top 20")
+        return await super().score(prompts, labels, on_answer=on_answer)
+
+
 async def run(
-    problem: Problem, folder: Path, pace: Pace, *, stop_after: int | None = None, cache: Path | None = None
+    problem: Problem,
+    folder: Path,
+    pace: Pace,
+    *,
+    stop_after: int | None = None,
+    cache: Path | None = None,
+    engine: ExactEngine | None = None,
 ) -> tuple[SearchState, list[Record], ExactEngine]:
-    engine = ExactEngine()
+    engine = engine or ExactEngine()
     book = PromptBook.build(
         [f"claim {i}" for i in range(problem.size)],
         LABELS,
@@ -157,6 +181,19 @@ async def test_no_decision_depends_on_how_far_the_search_looks_ahead(name: str, 
         asked = {digest for batch in busy.batches for digest in batch}
         assert needed <= asked
         assert len(asked - needed) <= total(records, "asked_ahead") - total(records, "ahead_used")
+
+
+async def test_a_question_asked_ahead_that_cannot_be_answered_stops_nothing(tmp_path: Path) -> None:
+    problem = make_problem(seed=1)
+    state, alone, engine = await run(problem, tmp_path / "alone", Pace(0))
+    fussy = FussyEngine({digest for batch in engine.batches for digest in batch})
+    with_it, records, _ = await run(problem, tmp_path / "ahead", Greedy(8), engine=fussy)
+    assert fussy.refused > 3
+    assert with_it == state
+    assert decisions(records) == decisions(alone)
+    fussy.allowed.remove(engine.batches[5][0])
+    with pytest.raises(MissingLabel):
+        await run(problem, tmp_path / "needed", Greedy(8), engine=fussy)
 
 
 async def test_the_searches_above_hold_all_that_can_happen(tmp_path: Path) -> None:

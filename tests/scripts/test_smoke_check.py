@@ -46,6 +46,22 @@ async def test_a_good_server_passes_every_check(checks_of: Examination) -> None:
     assert all(check.passed for check in checks.values())
 
 
+@pytest.mark.parametrize(
+    ("server", "found"),
+    [
+        (FakeVLLM(), "whole prompts"),
+        (FakeVLLM(trees=True), "trees of segments; shared prefixes are worked on again"),
+        (FakeVLLM(trees=True, fast_prefixes=True), "trees of segments"),
+    ],
+)
+async def test_it_says_what_a_server_lacks_to_be_fast(checks_of: Examination, server: FakeVLLM, found: str) -> None:
+    async with server:
+        code, checks = await checks_of(server.url)
+    assert code == 0
+    assert found in checks["pools travel"].found
+    assert ("install" in checks["pools travel"].found) == (server.trees and not server.fast_prefixes)
+
+
 @pytest.mark.parametrize(("salt", "code"), [("", 0), ("another model", 1)])
 async def test_every_server_of_a_list_is_checked_and_whether_they_are_alike(
     monkeypatch: pytest.MonkeyPatch, salt: str, code: int

@@ -106,6 +106,16 @@ def test_an_option_on_the_command_line_replaces_the_configured_one(given: list[s
     assert serve_options(section, given) == ["--enforce-eager", "--no-async", *given]
 
 
+def test_a_middleware_on_the_command_line_comes_beside_ours() -> None:
+    section = Section("m", {}, {"middleware": "core.ours"})
+    assert serve_options(section, ["--middleware", "theirs.X"]) == [
+        "--middleware",
+        "core.ours",
+        "--middleware",
+        "theirs.X",
+    ]
+
+
 def test_take_finds_both_spellings_and_the_last_one() -> None:
     assert take("port", ["--port", "1", "--x", "--port=2"], "0") == ("2", ["--x"])
     assert take("port", ["--portly"], "0") == ("0", ["--portly"])
