@@ -28,8 +28,7 @@ if str(Path(__file__).resolve().parents[1]) not in sys.path:
 from benchmarks.step_machine import hardware
 from benchmarks.step_measure import Backend, Progress
 from core.llm_api.errors import APIError
-from core.llm_api.llm import ModelAPI
-from core.llm_api.transport import HttpOptions
+from core.llm_api.llm import ModelAPI, vllm_engine
 from core.llm_api.vllm_llm import VLLMClient
 from core.settings import Settings
 from src.icm.prefix_tree import TreeLayout
@@ -53,14 +52,9 @@ async def measure(args: argparse.Namespace) -> dict[str, object]:
     async with AsyncExitStack() as stack:
         backends: dict[str, Backend] = {}
         for name, (prompts, extension) in WAYS.items():
-            engine = VLLMClient(
-                settings.vllm_base_url[0],
-                args.model,
-                api_key=settings.vllm_api_key,
-                prompts_per_request=prompts,
-                use_extension=extension,
-                options=HttpOptions(read_timeout=settings.read_timeout),
-            )
+            first_of = {"vllm_base_url": settings.vllm_base_url[:1], "prompts_per_request": prompts}
+            engine = vllm_engine(settings.model_copy(update=first_of), args.model, use_extension=extension)
+            assert isinstance(engine, VLLMClient)
             api = await stack.enter_async_context(ModelAPI(engine))
             if extension and not engine.takes_trees:
                 continue

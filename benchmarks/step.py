@@ -36,10 +36,7 @@ from benchmarks.step_run import RunSimulation
 from benchmarks.step_table import tables
 from core.llm_api.direct_llm import DirectEngine, DirectOptions
 from core.llm_api.errors import APIError
-from core.llm_api.llm import ModelAPI
-from core.llm_api.transport import HttpOptions
-from core.llm_api.vllm_group import VLLMGroup
-from core.llm_api.vllm_llm import VLLMClient
+from core.llm_api.llm import ModelAPI, vllm_engine
 from core.settings import Settings
 from core.vllm_server import ServerFailed, VLLMServer
 
@@ -184,33 +181,15 @@ async def opened(args: argparse.Namespace, salt: int, progress: Progress) -> Asy
             engine = DirectEngine(args.direct, direct_options(args.engine))
         else:
             settings = Settings.load({"vllm_base_url": args.server})
-            engine = http_engine(settings, args.model, use_extension=args.route == "auto")
-            single_engine = http_engine(settings, args.model, use_extension=False, prompts_per_request=1)
+            engine = vllm_engine(settings, args.model, use_extension=args.route == "auto")
+            singly = settings.model_copy(update={"prompts_per_request": 1})
+            single_engine = vllm_engine(singly, args.model, use_extension=False)
             single = await stack.enter_async_context(ModelAPI(single_engine))
         async with progress.doing("starting vLLM" if args.direct else "asking the server who it is"):
             api = await stack.enter_async_context(ModelAPI(engine))
         yield await Backend.open(
             engine, api, single_engine, single, claim_tokens=args.claim_tokens, seed=args.seed, salt=salt
         )
-
-
-def http_engine(
-    settings: Settings, model: str, *, use_extension: bool, prompts_per_request: int | None = None
-) -> HttpEngine:
-    """The server of VLLM_BASE_URL, or all of them as one engine."""
-    http = HttpOptions(read_timeout=settings.read_timeout, max_concurrent_requests=settings.max_concurrent_requests)
-    clients = [
-        VLLMClient(
-            url,
-            model,
-            api_key=settings.vllm_api_key,
-            prompts_per_request=prompts_per_request,
-            use_extension=use_extension,
-            options=http,
-        )
-        for url in settings.vllm_base_url
-    ]
-    return clients[0] if len(clients) == 1 else VLLMGroup(clients)
 
 
 def direct_options(text: str) -> DirectOptions:

@@ -227,26 +227,8 @@ def _engine(settings: Settings, model: str, use_vllm: bool | None, direct: Direc
             "no model server is configured.",
             hint="Set VLLM_BASE_URL (your own vLLM server) or LLAMA_API_BASE (an OpenAI-compatible API) in SECRETS.",
         )
-    options = HttpOptions(
-        connect_timeout=settings.connect_timeout,
-        read_timeout=settings.read_timeout,
-        max_concurrent_requests=settings.max_concurrent_requests,
-        retry=RetryPolicy(max_attempts=settings.max_attempts, deadline=settings.retry_deadline),
-    )
     if chosen or (chosen is None and settings.vllm_configured):
-        clients = [
-            VLLMClient(
-                url,
-                model,
-                api_key=settings.vllm_api_key,
-                revision=settings.model_revision or "",
-                prompts_per_request=settings.prompts_per_request,
-                missing_label=settings.missing_label,
-                options=options,
-            )
-            for url in settings.vllm_base_url
-        ]
-        return clients[0] if len(clients) == 1 else VLLMGroup(clients, patience=options.retry)
+        return vllm_engine(settings, model)
     if settings.llama_api_base is None:
         raise ConfigurationError("vLLM is ruled out and LLAMA_API_BASE is not set.", hint="Set it, or allow vLLM.")
     return ExternalAPI(
@@ -255,5 +237,33 @@ def _engine(settings: Settings, model: str, use_vllm: bool | None, direct: Direc
         api_key=settings.api_key,
         limiter=RateLimiter(settings.requests_per_minute, settings.tokens_per_minute),
         missing_label=settings.missing_label,
-        options=options,
+        options=_http_options(settings),
+    )
+
+
+def vllm_engine(settings: Settings, model: str, *, use_extension: bool = True) -> VLLMClient | VLLMGroup:
+    """The server of VLLM_BASE_URL, or all of them as one engine. use_extension: see VLLMClient."""
+    options = _http_options(settings)
+    clients = [
+        VLLMClient(
+            url,
+            model,
+            api_key=settings.vllm_api_key,
+            revision=settings.model_revision or "",
+            prompts_per_request=settings.prompts_per_request,
+            use_extension=use_extension,
+            missing_label=settings.missing_label,
+            options=options,
+        )
+        for url in settings.vllm_base_url
+    ]
+    return clients[0] if len(clients) == 1 else VLLMGroup(clients, patience=options.retry)
+
+
+def _http_options(settings: Settings) -> HttpOptions:
+    return HttpOptions(
+        connect_timeout=settings.connect_timeout,
+        read_timeout=settings.read_timeout,
+        max_concurrent_requests=settings.max_concurrent_requests,
+        retry=RetryPolicy(max_attempts=settings.max_attempts, deadline=settings.retry_deadline),
     )

@@ -15,12 +15,10 @@ from dataclasses import dataclass
 from typing import Final, TypeGuard
 
 from core.llm_api.types import Prompt
+from core.settings import MAX_PROMPTS_PER_REQUEST
 
 PATH: Final = "/v1/label_logprobs"
 """Where a server with our extension takes a PromptTree. Under /v1, so that vLLM's --api-key guards it."""
-
-MOST_PROMPTS: Final = 1024
-"""In a request, as in vLLM's /v1/completions."""
 
 FORMAT: Final = 1
 """Raise when the request or the answer changes; the client uses the extension only where it speaks this format."""
@@ -81,8 +79,8 @@ class PromptTree:
             raise ValueError("a piece names no segment")
         if not ends or not all(0 <= end < len(parents) for end in ends):
             raise ValueError("an end names no node")
-        if len(ends) > MOST_PROMPTS:
-            raise ValueError(f"{len(ends)} prompts, and a request may hold {MOST_PROMPTS}")
+        if len(ends) > MAX_PROMPTS_PER_REQUEST:
+            raise ValueError(f"{len(ends)} prompts, and a request may hold {MAX_PROMPTS_PER_REQUEST}")
         return cls(segments, parents, pieces, ends)
 
     def lengths(self) -> list[int]:

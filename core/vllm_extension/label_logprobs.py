@@ -57,9 +57,9 @@ async def _answer(request: Any) -> Any:
     engine = request.app.state.engine_client
     try:
         tree, labels = read_request(await request.body())
-        longest, limit = max(tree.lengths()), engine.model_config.max_model_len
-        if longest >= limit:
-            raise ValueError(f"a prompt has {longest} tokens, and the model takes {limit - 1}")
+        lengths, limit = tree.lengths(), engine.model_config.max_model_len
+        if max(lengths) >= limit:
+            raise ValueError(f"a prompt has {max(lengths)} tokens, and the model takes {limit - 1}")
         scoring = asyncio.create_task(_logprobs(engine, tree, labels))
         leaving = asyncio.create_task(_client_left(request))
         try:
@@ -74,7 +74,7 @@ async def _answer(request: Any) -> Any:
         return _json(503, {"error": {"message": str(error)}})
     except ValueError as error:  # vLLM's own for a refused prompt, too
         return _json(400, {"error": {"message": str(error)}})
-    return _json(200, {"logprobs": logprobs, "prompt_tokens": sum(tree.lengths()), "cached_tokens": cached})
+    return _json(200, {"logprobs": logprobs, "prompt_tokens": sum(lengths), "cached_tokens": cached})
 
 
 async def _logprobs(engine: Any, tree: PromptTree, labels: list[int]) -> tuple[list[list[float | None]], int | None]:
