@@ -108,6 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args(arguments)
+    if min(args.size - 1, args.claim_tokens, args.block_size, args.repeats) < 1:
+        parser.error("--size must be at least 2, the other numbers at least 1")
     try:
         import vllm
         from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager as Manager

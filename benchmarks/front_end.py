@@ -103,6 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--notes", nargs="*", default=[], metavar="TEXT", help="kept in the JSON")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args(arguments)
+    if min(args.size - 1, args.claim_tokens, args.repeats) < 1:
+        parser.error("--size must be at least 2, the other numbers at least 1")
     try:
         result = asyncio.run(measure(args))
     except APIError as error:

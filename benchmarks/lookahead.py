@@ -113,6 +113,8 @@ async def main() -> int:
     parser.add_argument("--lookahead", nargs="+", default=["0", "1", "4", "16", "auto"])
     parser.add_argument("--json", type=Path, default=None)
     args = parser.parse_args()
+    if args.size < 8:
+        parser.error("--size must be at least 8")
     rows = []
     for name in SEARCHES:
         found: dict[str, list[dict[str, float]]] = {each: [] for each in args.lookahead}

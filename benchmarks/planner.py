@@ -155,6 +155,8 @@ def main() -> int:
     parser.add_argument("--pairs", action="store_true", help="claims in groups of two")
     parser.add_argument("--json", type=Path, default=None)
     args = parser.parse_args()
+    if args.size <= args.seeds or args.seeds < 1:
+        parser.error("--seeds must be at least 1 and --size above it")
     rows = []
     print(f"{args.size} claims{', in pairs' if args.pairs else ''}; tokens computed / 1000 (rebuilds)")
     print(f"{'capacity':<10}{'flips':>6}" + "".join(f"{f'tail {c}':>13}" for c in CONSTANTS) + f"{'planner':>13}"
