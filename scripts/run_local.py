@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -32,6 +33,10 @@ DEFAULTS: Final = ("--batch_size", "64", "--alpha", "50", "--calibrate", "mean")
 """What a small model needs (docs/lab-log.md); the search takes three minutes on two cores.
 
 Given flags come later and win."""
+
+
+UNFINISHED: Final = (1, 130)
+"""Exit codes of a run that can be resumed: the model failed, Ctrl-C."""
 
 
 def icm_command(model: str, given: Sequence[str]) -> list[str]:
@@ -84,7 +89,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     try:
         with VLLMServer(model=options.model, log=options.server_log) as server:
-            return run_icm(command, server.url)
+            code = run_icm(command, server.url)
+        if code in UNFINISHED:  # ICM.py has said how to go on with a server, and this one is gone
+            again = [sys.executable, str(Path(__file__)), *(sys.argv[1:] if arguments is None else arguments)]
+            print(f"The server was stopped too. To start it again and go on:\n  {shlex.join(again)}", file=sys.stderr)
+        return code
     except ServerFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

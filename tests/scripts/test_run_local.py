@@ -104,6 +104,15 @@ def test_the_exit_code_is_that_of_icm(icm: Path, monkeypatch: pytest.MonkeyPatch
     assert FakeServer.stopped == 1
 
 
+@pytest.mark.parametrize(("code", "told"), [(0, False), (1, True), (130, True), (2, False)])
+def test_an_unfinished_run_says_how_to_start_its_server_again(
+    icm: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], code: int, told: bool
+) -> None:
+    monkeypatch.setenv("FAKE_EXIT", str(code))
+    assert main(["--seed", "2"]) == code
+    assert ("run_local.py --seed 2" in capsys.readouterr().err) == told
+
+
 def test_a_server_that_does_not_come_up_is_exit_code_2(icm: Path, capsys: pytest.CaptureFixture[str]) -> None:
     FakeServer.fails = True
     assert main([]) == 2
