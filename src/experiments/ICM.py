@@ -231,7 +231,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 1 the model failed (resumable), 2 bad input or no usable server, 130 interrupted."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     args = build_parser().parse_args(arguments)
-    resume = shlex.join(["python", sys.argv[0], *(sys.argv[1:] if arguments is None else arguments)])
+    program = ["icm", "label"] if sys.argv[0] == "icm label" else ["python", sys.argv[0]]
+    resume = shlex.join([*program, *(sys.argv[1:] if arguments is None else arguments)])
     try:
         return asyncio.run(_run(args))
     except (BadInput, ConfigurationError, ServerUnreachable) as error:

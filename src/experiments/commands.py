@@ -1,0 +1,38 @@
+"""`icm COMMAND ...`: one name for every command line of this package, each in a module of its own."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Final
+
+COMMANDS: Final[dict[str, tuple[str, str]]] = {
+    "label": ("src.experiments.ICM", "label a data set: the search, its baselines, labels and curves"),
+}
+"""Name -> (module with `main(arguments) -> exit code`, what it does). Imported only when called."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the named command and return its exit code; 2 where there is none of that name."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if given else 2
+    name, *rest = given
+    if name not in COMMANDS:
+        print(f"error: no command {name!r}. There are: {', '.join(COMMANDS)} (see --help)", file=sys.stderr)
+        return 2
+    sys.argv[0] = f"icm {name}"  # what argparse shows as the program's name
+    command: Callable[[Sequence[str]], int] = import_module(COMMANDS[name][0]).main
+    return command(rest)
+
+
+def _usage() -> str:
+    lines = ["usage: icm COMMAND ...", "", "commands (icm COMMAND --help says more):"]
+    width = max(map(len, COMMANDS))
+    return "\n".join(lines + [f"  {name:<{width}}  {purpose}" for name, (_, purpose) in COMMANDS.items()])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
