@@ -1,6 +1,7 @@
-"""vLLM in this process: the same protocol with no server, no HTTP and no JSON in between.
+"""vLLM in this process: the same protocols with no server, no HTTP and no JSON in between.
 
-vLLM starts child processes with the `spawn` method, so a script that uses this must do so under
+A process has one vLLM at a time: a second DirectEngine of the same model and options shares it, one of others is
+refused. vLLM starts child processes with the `spawn` method, so a script that uses this must do so under
 `if __name__ == "__main__":`. vLLM is imported only in start(), which takes seconds and needs it installed.
 """
 
@@ -10,15 +11,21 @@ import asyncio
 import functools
 import importlib
 import os
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+import sys
+import threading
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
+import numpy as np
 from pydantic import SecretStr
 
 from core.llm_api.completions import TOP_LOGPROBS, label_logprobs
+from core.llm_api.engine_thread import EngineThread
 from core.llm_api.errors import APIError, ConfigurationError, MissingLabel, RequestRejected
+from core.llm_api.generation import Embeddings, Generation, Piece, TextRequest
 from core.llm_api.tokens import CANARY_TEXT, fingerprint
 from core.llm_api.transport import MESSAGE_LIMIT
 from core.llm_api.types import (
@@ -39,12 +46,18 @@ _KINDS_OF_NUMBERS: Final = ("VLLM_BATCH_INVARIANT", "VLLM_ATTENTION_BACKEND")
 """Environment variables that change which kernels compute an answer."""
 
 
+_CPU_ENVIRONMENT: Final = {"VLLM_CPU_KVCACHE_SPACE": "4", "TORCHDYNAMO_DISABLE": "1", "VLLM_NO_USAGE_STATS": "1"}
+"""Of configs/vllm_config.yaml, where each has its reason; what is set already stays. vLLM reads it when imported."""
+
+
 @dataclass(frozen=True, slots=True)
 class DirectOptions:
     """How vLLM is started; None leaves vLLM's own default. Names and meanings are those of `vllm.LLM`.
 
     gpu_memory_utilization: share of the GPU's memory, 0 to 1. block_size: tokens a KV-cache block; on CPU a multiple of
-    32. extra: further engine arguments.
+    32. cpu: vLLM must be one for the CPU, and gets the settings of the local server (configs/vllm_config.yaml) where
+    none are given here. chat_template: a Jinja template or the path of one, for models that have none. runner:
+    "pooling" for embeddings in place of texts. extra: further engine arguments.
     """
 
     dtype: str = "auto"
@@ -55,6 +68,9 @@ class DirectOptions:
     enable_prefix_caching: bool = True
     block_size: int | None = None
     trust_remote_code: bool = False
+    cpu: bool = False
+    chat_template: str | None = None
+    runner: str | None = None
     extra: Mapping[str, object] = field(default_factory=dict)
 
     def engine_arguments(self) -> dict[str, object]:
@@ -62,12 +78,14 @@ class DirectOptions:
         optional = {
             "max_model_len": self.max_model_len,
             "gpu_memory_utilization": self.gpu_memory_utilization,
-            "block_size": self.block_size,
+            "block_size": self.block_size or (32 if self.cpu else None),
+            "runner": self.runner,
+            "disable_hybrid_kv_cache_manager": True if self.cpu else None,
         }
         return {
-            "dtype": self.dtype,
+            "dtype": "bfloat16" if self.cpu and self.dtype == "auto" else self.dtype,
             "tensor_parallel_size": self.tensor_parallel_size,
-            "enforce_eager": self.enforce_eager,
+            "enforce_eager": self.enforce_eager or self.cpu,
             "enable_prefix_caching": self.enable_prefix_caching,
             "trust_remote_code": self.trust_remote_code,
             "disable_log_stats": False,
@@ -76,8 +94,68 @@ class DirectOptions:
         }
 
 
+@dataclass(eq=False, slots=True)
+class _Loaded:
+    """The vLLM of this process. asked: what it was started with; users: how many DirectEngines hold it."""
+
+    asked: Mapping[str, object] = field(repr=False)  # may hold a key
+    thread: EngineThread = field(default_factory=EngineThread)
+    users: int = 0
+    vllm: Any = None
+    llm: Any = None
+
+
+class _Process:
+    """Gives the one vLLM to whoever asks for it with the same settings, and stops it after the last one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loaded: _Loaded | None = None
+
+    def take(self, asked: Mapping[str, object]) -> _Loaded:
+        with self._lock:
+            if self._loaded is None:
+                self._loaded = _Loaded(asked)
+            elif self._loaded.asked != asked:
+                there = self._loaded.asked
+                unlike = [name for name in {**there, **asked} if there.get(name) != asked.get(name)]
+                told = ", ".join(
+                    name if name == "hf_token" else f"{name} {there.get(name)!r}, not {asked.get(name)!r}"
+                    for name in unlike
+                )
+                raise ConfigurationError(
+                    f"this process already runs vLLM with {told}.",
+                    hint="One engine a process: close the first one, or start a server for one of them.",
+                )
+            self._loaded.users += 1
+            return self._loaded
+
+    def give_back(self, loaded: _Loaded) -> None:
+        """Blocks until vLLM has stopped, where this was the last one."""
+        with self._lock:
+            loaded.users -= 1
+            if loaded.users:
+                return
+            self._loaded = None
+            if loaded.llm is not None:
+                loaded.thread.call(functools.partial(_stop, loaded.llm), alone=True).result()
+            loaded.thread.stop()
+
+
+def _stop(llm: Any) -> None:
+    engine_core = getattr(getattr(llm, "llm_engine", None), "engine_core", None)
+    if engine_core is not None:
+        engine_core.shutdown()
+
+
+_PROCESS: Final = _Process()
+
+
 class DirectEngine:
-    """An Engine on vllm.LLM. `model` is a path or a name on Hugging Face; `revision` a branch, tag or commit of it."""
+    """An Engine and a TextEngine on vllm.LLM.
+
+    `model` is a path or a name on Hugging Face; `revision` a branch, tag or commit of it.
+    """
 
     def __init__(
         self,
@@ -94,10 +172,8 @@ class DirectEngine:
         self._hf_token = hf_token
         self._missing = missing_label
         self._exact: bool | None = None
-        self._vllm: Any = None
-        self._llm: Any = None
-        # One thread, because vllm.LLM is not made for several; a thread at all, so that the event loop stays free.
-        self._thread: ThreadPoolExecutor | None = None
+        self._template: str | None = None
+        self._shared: _Loaded | None = None
 
     @property
     def exact_labels(self) -> bool:
@@ -108,8 +184,11 @@ class DirectEngine:
 
     async def start(self) -> EngineIdentity:
         """Import vLLM and load the model, which takes minutes for a large one."""
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="vllm")
-        return await self._in_thread(self._start)
+        return await self._begin(self._start)
+
+    async def connect(self) -> EngineIdentity:
+        """Load the model, and ask it nothing; see TextEngine.connect."""
+        return await self._begin(self._load)
 
     async def tokenize(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
         """Token ids of each text, from the model's own tokenizer."""
@@ -121,7 +200,7 @@ class DirectEngine:
         """See Engine.score. The whole pool is one call, which cannot be stopped halfway: a cancelled one runs on."""
         if not prompts:
             return EngineAnswer([], 0, requests=0)
-        answer = await self._in_thread(functools.partial(self._score, prompts, labels))
+        answer = await self._in_thread(functools.partial(self._score, prompts, labels), alone=True)
         if on_answer is not None:
             on_answer(range(len(prompts)), answer)
         return answer
@@ -138,61 +217,146 @@ class DirectEngine:
         """Tokens of one KV-cache block; None where this vLLM does not say."""
         return await self._in_thread(self._block_size)
 
-    async def aclose(self) -> None:
-        """Stop vLLM and its processes; idempotent. Waits for a call that is still running."""
-        thread, self._thread = self._thread, None
-        if thread is None:
-            return
-        await asyncio.get_running_loop().run_in_executor(thread, self._stop)
-        thread.shutdown(wait=True)
+    async def generate(self, request: TextRequest) -> tuple[Generation, int]:
+        """See TextEngine.generate. Texts that are asked for at the same time are written as one batch."""
+        last = Piece()
+        async for piece in self._write(request, "FINAL_ONLY"):
+            last = piece
+        return Generation(last.text, last.finish_reason or "stop", last.prompt_tokens, last.completion_tokens), 0
 
-    async def _in_thread(self, call: Callable[[], T]) -> T:
-        if self._thread is None:
-            raise RuntimeError("DirectEngine was not started")
-        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+    def stream(self, request: TextRequest) -> AsyncGenerator[Piece, None]:
+        """See TextEngine.stream."""
+        return self._write(request, "DELTA")
 
-    # What follows runs in the one thread.
-
-    def _start(self) -> EngineIdentity:
-        try:
-            self._vllm = importlib.import_module("vllm")
-        except ImportError as error:
+    async def embed(self, texts: Sequence[str]) -> Embeddings:
+        """See TextEngine.embed; needs DirectOptions(runner="pooling")."""
+        if self._options.runner != "pooling":
             raise ConfigurationError(
-                f"vLLM cannot be imported ({error}).", hint="Install it, or use a server: set VLLM_BASE_URL."
-            ) from error
-        arguments = self._options.engine_arguments()
+                f"{self._model!r} runs to write texts, not for embeddings.",
+                hint='Start it with DirectOptions(runner="pooling"), and ModelAPI with scores=False.',
+            )
+        return await self._in_thread(functools.partial(self._embed, texts), alone=True)
+
+    async def models(self) -> list[str]:
+        """The one model."""
+        await self._in_thread(lambda: None)  # says whether it still runs
+        return [self._model]
+
+    async def aclose(self) -> None:
+        """Stop vLLM and its processes, if no other DirectEngine uses them; idempotent. Waits for running calls."""
+        shared, self._shared = self._shared, None
+        if shared is not None:
+            await asyncio.to_thread(_PROCESS.give_back, shared)
+
+    async def _begin(self, begin: Callable[[], EngineIdentity]) -> EngineIdentity:
+        self._template = _template(self._options.chat_template)
+        if self._shared is None:
+            self._shared = _PROCESS.take(self._arguments())
+        return await self._in_thread(begin, alone=True)
+
+    async def _in_thread(self, call: Callable[[], T], *, alone: bool = False) -> T:
+        return await asyncio.wrap_future(self._loaded.thread.call(call, alone=alone))
+
+    async def _write(self, request: TextRequest, kind: str) -> AsyncGenerator[Piece, None]:
+        """Pieces of a text, as many as the kind of vLLM's outputs (RequestOutputKind) makes."""
+        loop = asyncio.get_running_loop()
+        outputs: asyncio.Queue[Any] = asyncio.Queue()
+        thread = self._loaded.thread
+
+        def heard(output: Any) -> None:
+            with suppress(RuntimeError):  # the event loop of whoever asked has ended
+                loop.call_soon_threadsafe(outputs.put_nowait, output)
+
+        thread.write(request.request_id, functools.partial(self._prepare, request, kind), heard)
+        finished = False
+        completion_tokens = 0
+        try:
+            while not finished:
+                output = await outputs.get()
+                if isinstance(output, Exception):
+                    finished = True
+                    raise self._text_error(output)
+                finished = output.finished
+                (choice,) = output.outputs
+                completion_tokens += len(choice.token_ids)
+                prompt_tokens = len(output.prompt_token_ids or ())
+                yield Piece(choice.text, choice.finish_reason, prompt_tokens, completion_tokens)
+        finally:
+            if not finished:
+                thread.abort(request.request_id)
+
+    @property
+    def _loaded(self) -> _Loaded:
+        if self._shared is None:
+            raise RuntimeError("DirectEngine was not started")
+        return self._shared
+
+    @property
+    def _llm(self) -> Any:
+        return self._loaded.llm
+
+    @property
+    def _vllm(self) -> Any:
+        return self._loaded.vllm
+
+    def _arguments(self) -> dict[str, object]:
+        arguments = {"model": self._model, **self._options.engine_arguments()}
         if self._revision:
             arguments |= {"revision": self._revision, "tokenizer_revision": self._revision}
         if self._hf_token is not None:
             arguments["hf_token"] = self._hf_token.get_secret_value()
-        try:
-            self._llm = self._vllm.LLM(model=self._model, **arguments)
-        except Exception as error:  # noqa: BLE001 - vLLM raises whatever its parts raise
-            # No `from error`: a traceback of vLLM's could show its arguments, the token among them.
-            raise ConfigurationError(
-                f"vLLM did not start with {self._model!r}: {self._short(error)}.", hint="vLLM's own log says more."
-            ) from None
-        tokens = self._encode([CANARY_TEXT], special=True)[0]
-        canary = Prompt((Segment(CANARY_TEXT, tokens),), name="canary")
-        (top,) = self._ask([canary], None)
-        self._exact = self._probe_exact(canary)
-        config = self._llm.llm_engine.model_config
+        return arguments
+
+    # What follows runs in the one thread.
+
+    def _load(self) -> EngineIdentity:
+        """Start vLLM where no other DirectEngine did."""
+        loaded = self._loaded
+        if loaded.llm is None:
+            loaded.vllm = self._import()
+            try:
+                loaded.llm = loaded.vllm.LLM(**loaded.asked)
+            except Exception as error:  # noqa: BLE001 - vLLM raises whatever its parts raise
+                # No `from error`: a traceback of vLLM's could show its arguments, the token among them.
+                raise ConfigurationError(
+                    f"vLLM did not start with {self._model!r}: {self._short(error)}.", hint="vLLM's own log says more."
+                ) from None
+            loaded.thread.engine = loaded.llm.llm_engine
+        config = loaded.llm.llm_engine.model_config
         return EngineIdentity(
             kind="vllm-direct",
             model=self._model,
             root=str(config.model),
             revision=self._revision,
-            version=str(self._vllm.__version__),
+            version=str(loaded.vllm.__version__),
             determinism=",".join(f"{name}={os.environ[name]}" for name in _KINDS_OF_NUMBERS if os.environ.get(name)),
-            fingerprint=fingerprint(tokens, {f"token_id:{token}": logprob for token, logprob in top.items()}),
             max_model_len=int(config.max_model_len),
         )
 
-    def _stop(self) -> None:
-        llm, self._llm = self._llm, None
-        engine_core = getattr(getattr(llm, "llm_engine", None), "engine_core", None)
-        if engine_core is not None:
-            engine_core.shutdown()
+    def _import(self) -> Any:
+        if self._options.cpu and "vllm" not in sys.modules:
+            for name, value in _CPU_ENVIRONMENT.items():
+                os.environ.setdefault(name, value)
+        try:
+            vllm = importlib.import_module("vllm")
+        except ImportError as error:
+            raise ConfigurationError(
+                f"vLLM cannot be imported ({error}).", hint="Install it, or use a server: set VLLM_BASE_URL."
+            ) from error
+        if self._options.cpu and not importlib.import_module("vllm.platforms").current_platform.is_cpu():
+            raise ConfigurationError(
+                "the installed vLLM is not one for the CPU.", hint="make setup-local installs one; or leave cpu out."
+            )
+        return vllm
+
+    def _start(self) -> EngineIdentity:
+        identity = self._load()
+        tokens = self._encode([CANARY_TEXT], special=True)[0]
+        canary = Prompt((Segment(CANARY_TEXT, tokens),), name="canary")
+        (top,) = self._ask([canary], None)
+        self._exact = self._probe_exact(canary)
+        named = {f"token_id:{token}": logprob for token, logprob in top.items()}
+        return replace(identity, fingerprint=fingerprint(tokens, named))
 
     def _encode(self, texts: Sequence[str], special: bool) -> list[list[int]]:
         tokenizer = self._llm.get_tokenizer()
@@ -230,6 +394,48 @@ class DirectEngine:
         listed = [output.outputs[0].logprobs[0] for output in outputs]
         return [{token: float(entry.logprob) for token, entry in top.items()} for top in listed]
 
+    def _prepare(self, request: TextRequest, kind: str) -> tuple[dict[str, object], Any]:
+        kinds = importlib.import_module("vllm.sampling_params").RequestOutputKind
+        parameters = self._vllm.SamplingParams(**request.options.as_dict(), output_kind=kinds[kind])
+        if request.messages:
+            tokens = self._encode([self._render(request)], special=False)[0]
+        else:
+            tokens = self._encode([request.prompt], special=True)[0]
+        return {"prompt_token_ids": tokens}, parameters
+
+    def _render(self, request: TextRequest) -> str:
+        tokenizer = self._llm.get_tokenizer()
+        if self._template is None and not getattr(tokenizer, "chat_template", None):
+            raise ConfigurationError(
+                f"{self._model!r} has no chat template.",
+                hint="Pass one: DirectOptions(chat_template=FILE), configs/chat_template.jinja being a simple one; or "
+                "ask for a completion instead.",
+            )
+        turns = [{"role": turn.role, "content": turn.content} for turn in request.messages]
+        return str(
+            tokenizer.apply_chat_template(
+                turns, chat_template=self._template, add_generation_prompt=True, tokenize=False
+            )
+        )
+
+    def _embed(self, texts: Sequence[str]) -> Embeddings:
+        if not texts:
+            return np.zeros((0, 0), np.float32)
+        try:
+            outputs = self._llm.embed(list(texts), use_tqdm=False)
+        except (ValueError, TypeError) as error:
+            raise RequestRejected(f"vLLM refuses the texts: {self._short(error)}.", status=400) from error
+        return np.array([output.outputs.embedding for output in outputs], dtype=np.float32)
+
+    def _text_error(self, error: Exception) -> APIError:
+        match error:
+            case APIError():
+                return error
+            case ValueError() | TypeError():
+                return RequestRejected(f"vLLM refuses the request: {self._short(error)}.", status=400)
+            case _:
+                return APIError(f"vLLM failed: {self._short(error)}.", hint="vLLM's own log says more.")
+
     def _probe_exact(self, canary: Prompt) -> bool:
         """Whether two arbitrary tokens come back when asked for by id; older versions refuse or ignore that."""
         a, b = sorted(set(canary.token_ids))[-2:]
@@ -265,3 +471,13 @@ class DirectEngine:
         if self._hf_token is not None:
             text = text.replace(self._hf_token.get_secret_value(), "***")
         return text[:MESSAGE_LIMIT].rstrip(".")
+
+
+def _template(given: str | None) -> str | None:
+    """A Jinja template as it stands, or out of the file that it names. Raises ConfigurationError for a missing one."""
+    if given is None or "{" in given:
+        return given
+    try:
+        return Path(given).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigurationError(f"cannot read the chat template {given}: {error.strerror}.") from None

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Final
 
 from pydantic import SecretStr
 
 from core.llm_api.completions import Answers, label_logprobs, read_answers, text_body
 from core.llm_api.errors import APIError, ConfigurationError, RateLimited, RequestRejected, ServerUnreachable
+from core.llm_api.generation import Embeddings, Generation, Piece, TextRequest
+from core.llm_api.http_text import HttpText
 from core.llm_api.rate_limit import RateLimiter
 from core.llm_api.tokens import CANARY_TEXT
 from core.llm_api.transport import HttpOptions, HttpTransport, all_or_cancel
@@ -58,10 +60,15 @@ class ExternalAPI:
         )
         self._model = model
         self._limiter = limiter or RateLimiter()
+        self._text = HttpText(self._http, model, prefix="", limiter=self._limiter)
         self._missing = missing_label
         self._top = _TOP_CHOICES[0]
         # Tokens and characters of what was answered so far; the start is a usual ratio for English text.
         self._tokens, self._characters = 1, 4
+
+    async def connect(self) -> EngineIdentity:
+        """See TextEngine.connect. Asks nothing: not every hosted API lists its models, and the first answer tells."""
+        return EngineIdentity(kind="openai-compatible", model=self._model, root=self._http.base_url)
 
     async def start(self) -> EngineIdentity:
         """Ask the canary, with as many logprobs as the endpoint allows.
@@ -84,7 +91,7 @@ class ExternalAPI:
                     raise self._no_logprobs(str(error)) from None
         if self._top < _TOP_CHOICES[0]:
             log.warning("%s lists only the top %d logprobs; labels may be missing", self._http.base_url, self._top)
-        return EngineIdentity(kind="openai-compatible", model=self._model, root=self._http.base_url)
+        return await self.connect()
 
     async def tokenize(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]] | None:
         """None: the endpoint is asked in text."""
@@ -103,6 +110,22 @@ class ExternalAPI:
             requests=len(parts),
             retries=sum(part.retries for part in parts),
         )
+
+    async def generate(self, request: TextRequest) -> tuple[Generation, int]:
+        """See TextEngine.generate."""
+        return await self._text.generate(request)
+
+    def stream(self, request: TextRequest) -> AsyncGenerator[Piece, None]:
+        """See TextEngine.stream."""
+        return self._text.stream(request)
+
+    async def embed(self, texts: Sequence[str]) -> Embeddings:
+        """See TextEngine.embed."""
+        return await self._text.embed(texts)
+
+    async def models(self) -> list[str]:
+        """See TextEngine.models."""
+        return await self._text.models()
 
     async def prefix_cache(self) -> PrefixCacheCounters | None:
         """None: hosted APIs do not show it."""

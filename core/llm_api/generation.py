@@ -25,7 +25,6 @@ from core.llm_api.types import EngineIdentity
 Role = Literal["system", "user", "assistant"]
 Embeddings: TypeAlias = npt.NDArray[np.float32]
 """Shape [number of texts, dimensions]."""
-READY_PROMPT: Final = "The capital of France is"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +37,11 @@ class Message:
     def __post_init__(self) -> None:
         if self.role not in ("system", "user", "assistant"):
             raise ValueError(f"role must be system, user or assistant, not {self.role!r}")
+
+
+def _within(name: str, value: float, least: float, most: float) -> None:
+    if not (math.isfinite(value) and least <= value <= most):
+        raise ValueError(f"{name} must be from {least:g} to {most:g}, not {value}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +58,7 @@ class SamplingOptions:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
-    stop: tuple[str, ...] = ()
+    stop: str | tuple[str, ...] = ()
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
 
@@ -69,10 +73,13 @@ class SamplingOptions:
         _within("presence_penalty", self.presence_penalty, -2.0, 2.0)
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be at least 0 and below 2^63, not {self.seed}")
-        if isinstance(self.stop, str):
-            raise ValueError("stop must be a tuple of texts, not one text")
-        if len(self.stop) > 16 or not all(self.stop):
+        if len(self.stops) > 16 or not all(self.stops):
             raise ValueError("stop must be at most 16 texts, none of them empty")
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop texts; one that is given alone counts as one."""
+        return (self.stop,) if isinstance(self.stop, str) else self.stop
 
     def as_dict(self) -> dict[str, object]:
         """By the names that OpenAI's API and vLLM's SamplingParams share; what says nothing is left out."""
@@ -81,13 +88,17 @@ class SamplingOptions:
             fields["top_p"] = self.top_p
         if self.seed is not None:
             fields["seed"] = self.seed
-        if self.stop:
-            fields["stop"] = list(self.stop)
+        if self.stops:
+            fields["stop"] = list(self.stops)
         if self.frequency_penalty:
             fields["frequency_penalty"] = self.frequency_penalty
         if self.presence_penalty:
             fields["presence_penalty"] = self.presence_penalty
         return fields
+
+
+GREEDY: Final = SamplingOptions()
+"""The default of every call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,11 +188,11 @@ async def collect(events: AsyncIterator[StreamEvent]) -> Generation:
 
 @dataclass(frozen=True, slots=True)
 class TextRequest:
-    """What an engine is asked for: the continuation of every prompt, or the next turn of one conversation."""
+    """What an engine is asked for: the next turn of a conversation, or where there is none, the prompt continued."""
 
     request_id: str
     options: SamplingOptions
-    prompts: tuple[str, ...] = ()
+    prompt: str = ""
     messages: tuple[Message, ...] = ()
 
 
@@ -206,8 +217,8 @@ class TextEngine(Protocol):
         """
         ...
 
-    async def generate(self, request: TextRequest) -> list[Generation]:
-        """One Generation a prompt, in order, or the one of a conversation. All or none."""
+    async def generate(self, request: TextRequest) -> tuple[Generation, int]:
+        """The whole answer, and the number of retries that it took. Many at once are batched by the engine."""
         ...
 
     def stream(self, request: TextRequest) -> AsyncGenerator[Piece, None]:
@@ -228,8 +239,3 @@ class TextEngine(Protocol):
     async def aclose(self) -> None:
         """Give back connections and processes; idempotent."""
         ...
-
-
-def _within(name: str, value: float, least: float, most: float) -> None:
-    if not (math.isfinite(value) and least <= value <= most):
-        raise ValueError(f"{name} must be from {least:g} to {most:g}, not {value}")

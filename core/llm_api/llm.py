@@ -3,23 +3,45 @@
 async with open_model_api(settings, model="meta-llama/Llama-3.1-8B") as api:
     labels = await api.label_tokens()
     scores = await api.score(prompts, labels)
+    answer = await api.chat([Message("user", "Name a river.")])
+
+Texts, chats and embeddings (docs/generation.md) go straight to the engine: they are not cached.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 from core.llm_api.direct_llm import DirectEngine, DirectOptions
-from core.llm_api.errors import ConfigurationError
+from core.llm_api.errors import APIError, ConfigurationError
 from core.llm_api.external_llm import ExternalAPI
+from core.llm_api.generation import (
+    GREEDY,
+    Embeddings,
+    End,
+    Failed,
+    Generation,
+    Message,
+    Metrics,
+    Piece,
+    SamplingOptions,
+    Started,
+    StreamEvent,
+    TextEngine,
+    TextRequest,
+    Token,
+)
 from core.llm_api.rate_limit import RateLimiter
 from core.llm_api.response_cache import ResponseCache, cache_key
 from core.llm_api.retry import RetryPolicy
-from core.llm_api.tokens import resolve_label_tokens
-from core.llm_api.transport import HttpOptions
+from core.llm_api.tokens import CANARY_TEXT, resolve_label_tokens
+from core.llm_api.transport import HttpOptions, all_or_cancel
 from core.llm_api.types import (
     Engine,
     EngineAnswer,
@@ -35,18 +57,29 @@ from core.llm_api.vllm_group import VLLMGroup
 from core.llm_api.vllm_llm import VLLMClient
 from core.settings import Settings
 
+_ONE_TOKEN: Final = SamplingOptions(max_tokens=1)
+
 
 class ModelAPI:
     """An engine behind a cache. Prompts are never sent twice at once, and finished answers outlive a failure.
 
-    accept_floored: whether cached answers that lacked a label and were floored count (see missing_label).
+    accept_floored: whether cached answers that lacked a label and were floored count (see missing_label). scores: False
+    only connects: nothing is asked of the model at start, and `score` raises. For engines without logprobs.
     """
 
-    def __init__(self, engine: Engine, *, cache: ResponseCache | None = None, accept_floored: bool = False) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        cache: ResponseCache | None = None,
+        accept_floored: bool = False,
+        scores: bool = True,
+    ) -> None:
         self.stats = ScoreStats()
         self._engine = engine
         self._cache = cache
         self._accept_floored = accept_floored
+        self._scores = scores
         self._identity: EngineIdentity | None = None
         # A future is set to None where its owner failed or was cancelled: whoever waits then asks by itself.
         self._in_flight: dict[bytes, asyncio.Future[LabelLogprobs | None]] = {}
@@ -63,7 +96,7 @@ class ModelAPI:
     async def start(self) -> EngineIdentity:
         """Connect and check the model. Raises an APIError that says what to do; everything is closed then."""
         try:
-            self._identity = await self._engine.start()
+            self._identity = await (self._engine.start() if self._scores else self._texts.connect())
         except BaseException:
             await self.aclose()
             raise
@@ -111,6 +144,8 @@ class ModelAPI:
         PoolScores.prompt_tokens counts the tokens that this call sent to the engine; cached answers cost none. Raises
         an APIError if any prompt fails; what was answered before that is in the cache.
         """
+        if not self._scores:
+            raise ConfigurationError("this ModelAPI was opened for texts alone.", hint="Open it with scores=True.")
         self._check_lengths(prompts)
         keys = [cache_key(self.identity, labels, prompt.digest) for prompt in prompts]
         wanted = dict(zip(keys, prompts, strict=True))  # of equal prompts the first keeps its place
@@ -135,6 +170,70 @@ class ModelAPI:
         logprobs = tuple(answers[key] for key in keys)
         self.stats.floored += sum(answer.floored for answer in logprobs)
         return PoolScores(logprobs, prompt_tokens)
+
+    async def complete(self, prompts: Sequence[str], options: SamplingOptions = GREEDY) -> list[Generation]:
+        """The continuation of every prompt, in order; all at once, as far as the engine takes them.
+
+        All or none: the first APIError stops the rest.
+        """
+        return await all_or_cancel(self._write(self._request(options, prompt=prompt)) for prompt in prompts)
+
+    async def chat(self, messages: Sequence[Message], options: SamplingOptions = GREEDY) -> Generation:
+        """The next turn of a conversation. Raises ConfigurationError where the model has no chat template."""
+        return await self._write(self._request(options, messages))
+
+    def stream_complete(self, prompt: str, options: SamplingOptions = GREEDY) -> AsyncGenerator[StreamEvent, None]:
+        """The continuation of a prompt as it is written; see `stream_chat`."""
+        return self._stream(self._request(options, prompt=prompt))
+
+    def stream_chat(
+        self, messages: Sequence[Message], options: SamplingOptions = GREEDY
+    ) -> AsyncGenerator[StreamEvent, None]:
+        """The next turn as it is written: Started, Tokens, Metrics, and then exactly one of End and Failed.
+
+        No APIError is raised out of a stream: it is the Failed event. Closing the generator (contextlib.aclosing), or
+        cancelling the task, closes the connection and stops the computation.
+        """
+        return self._stream(self._request(options, messages))
+
+    async def embed(self, texts: Sequence[str]) -> Embeddings:
+        """One vector a text, float32, shape [number of texts, dimensions], as the engine gives them."""
+        return await self._texts.embed(texts)
+
+    async def models(self) -> list[str]:
+        """The names of the models that are served. Liveness: one attempt, nothing is computed."""
+        return await self._texts.models()
+
+    async def ready(self) -> float:
+        """Readiness: have one token written. Returns the seconds it took; raises the APIError that it ends in.
+
+        Tries as patiently as any request: a probe puts it under asyncio.timeout.
+        """
+        started = time.perf_counter()
+        await self._texts.generate(self._request(_ONE_TOKEN, prompt=CANARY_TEXT))
+        return time.perf_counter() - started
+
+    @property
+    def _texts(self) -> TextEngine:
+        if isinstance(self._engine, TextEngine):
+            return self._engine
+        raise ConfigurationError(f"{type(self._engine).__name__} writes no texts.", hint="Use another engine.")
+
+    def _request(
+        self, options: SamplingOptions, messages: Sequence[Message] | None = None, *, prompt: str = ""
+    ) -> TextRequest:
+        if messages is not None and not messages:
+            raise ValueError("a conversation needs at least one message")
+        if messages is None and not prompt:
+            raise ValueError("a prompt must not be empty")
+        return TextRequest(f"icm-{uuid.uuid4().hex}", options, prompt, tuple(messages or ()))
+
+    async def _write(self, request: TextRequest) -> Generation:
+        generation, _ = await self._texts.generate(request)
+        return generation
+
+    def _stream(self, request: TextRequest) -> AsyncGenerator[StreamEvent, None]:
+        return _events(self._texts.stream(request), request.request_id, self.identity.model)
 
     async def _ask(self, own: dict[bytes, Prompt], labels: LabelTokens) -> tuple[dict[bytes, LabelLogprobs], int]:
         """Send prompts that nobody else has in flight: (answers, prompt tokens)."""
@@ -192,6 +291,37 @@ class ModelAPI:
                 )
 
 
+async def _events(
+    pieces: AsyncGenerator[Piece, None], request_id: str, model: str
+) -> AsyncGenerator[StreamEvent, None]:
+    """An engine's pieces as the events of ModelAPI.stream_chat, with the times at which they came."""
+    called = time.perf_counter()
+    first = latest = 0.0
+    index = 0
+    last = Piece()
+    failure: APIError | None = None
+    async with aclosing(pieces):
+        yield Started(request_id, model)
+        try:
+            async for last in pieces:
+                if last.text:
+                    latest = time.perf_counter()
+                    first = first or latest
+                    yield Token(index, last.text)
+                    index += 1
+        except APIError as error:
+            failure = error
+    tokens = last.completion_tokens or index
+    yield Metrics(
+        seconds=time.perf_counter() - called,
+        time_to_first_token=first - called if index else None,
+        tokens_per_second=(tokens - 1) / (latest - first) if latest > first else None,
+        prompt_tokens=last.prompt_tokens,
+        completion_tokens=tokens,
+    )
+    yield End(last.finish_reason or "stop") if failure is None else Failed(failure)
+
+
 def open_model_api(
     settings: Settings,
     *,
@@ -199,17 +329,19 @@ def open_model_api(
     use_vllm: bool | None = None,
     direct: bool = False,
     direct_options: DirectOptions | None = None,
+    scores: bool = True,
 ) -> ModelAPI:
     """The ModelAPI that flags and settings ask for; not yet started.
 
     direct runs vLLM in this process. Else the first of these that says something decides: use_vllm (the flag),
-    USE_VLLM, a configured VLLM_BASE_URL, a configured LLAMA_API_BASE. Raises ConfigurationError where none does.
+    USE_VLLM, a configured VLLM_BASE_URL, a configured LLAMA_API_BASE. scores: see ModelAPI. Raises ConfigurationError
+    where none does.
     """
     if direct and use_vllm is False:
         raise ConfigurationError("vLLM in this process was asked for and vLLM was ruled out.", hint="Drop one flag.")
     engine = _engine(settings, model, use_vllm, direct_options or DirectOptions() if direct else None)
     cache = None if settings.cache_path is None else ResponseCache(settings.cache_path)
-    return ModelAPI(engine, cache=cache, accept_floored=settings.missing_label == "floor")
+    return ModelAPI(engine, cache=cache, accept_floored=settings.missing_label == "floor", scores=scores)
 
 
 def _engine(settings: Settings, model: str, use_vllm: bool | None, direct: DirectOptions | None) -> Engine:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
@@ -78,20 +79,14 @@ class HttpTransport:
 
         return await with_retries(in_slot, retry or self._options.retry, contacted=lambda: self.contacted)
 
-    async def send(self, method: str, path: str, body: bytes | None = None) -> bytes:
-        """One attempt: the body of a 2xx answer. Raises a typed APIError for everything else."""
+    async def send(self, method: str, path: str, body: bytes | None = None, *, request_id: str = "") -> bytes:
+        """One attempt: the body of a 2xx answer. Raises a typed APIError for everything else.
+
+        request_id: sent as X-Request-Id, by which servers name the request in their log.
+        """
         url = self.base_url + path
-        # BytesIO is written in pieces; one `bytes` of many MB would block the event loop, and aiohttp warns of it.
-        payload = None if body is None else io.BytesIO(body)
-        self.bytes_sent += len(body or b"")
-        headers = {"Content-Type": "application/json"} if body is not None else {}
-        if self._key is not None:
-            headers["Authorization"] = f"Bearer {self._key.get_secret_value()}"
         try:
-            # A redirect would carry the key to another host, so none is followed.
-            async with self._open().request(
-                method, url, data=payload, headers=headers, allow_redirects=False
-            ) as response:
+            async with await self._request(method, url, body, request_id) as response:
                 self.contacted = True
                 content = await response.read()
                 status, answered = response.status, response.headers
@@ -100,6 +95,71 @@ class HttpTransport:
         if 200 <= status < 300:
             return content
         raise self._status_error(status, content, answered, url)
+
+    @asynccontextmanager
+    async def stream(
+        self,
+        path: str,
+        body: bytes,
+        *,
+        request_id: str = "",
+        admit: Callable[[], Awaitable[None]] | None = None,
+        retry: RetryPolicy | None = None,
+    ) -> AsyncIterator[AsyncGenerator[bytes, None]]:
+        """Chunks of a 2xx answer as they come. Retried until its headers are there; holds a slot until it is left.
+
+        Leaving before the end closes the connection, by which the server knows to stop. admit: awaited before each
+        attempt. retry: in place of the options' policy. Raises a typed APIError for everything that goes wrong.
+        """
+        url = self.base_url + path
+
+        async def attempt() -> aiohttp.ClientResponse:
+            await self._slots.acquire()
+            try:
+                if admit is not None:
+                    await admit()
+                return await self._opened(url, body, request_id)
+            except BaseException:  # also a cancelled wait: the slot is given back
+                self._slots.release()
+                raise
+
+        response, _ = await with_retries(attempt, retry or self._options.retry, contacted=lambda: self.contacted)
+        try:
+            yield self._chunks(response, url)
+        finally:
+            response.close()
+            self._slots.release()
+
+    async def _opened(self, url: str, body: bytes, request_id: str) -> aiohttp.ClientResponse:
+        try:
+            response = await self._request("POST", url, body, request_id)
+            self.contacted = True
+            if 200 <= response.status < 300:
+                return response
+            async with response:
+                content = await response.read()
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise self._connection_error(error, url) from None
+        raise self._status_error(response.status, content, response.headers, url)
+
+    async def _chunks(self, response: aiohttp.ClientResponse, url: str) -> AsyncGenerator[bytes, None]:
+        try:
+            async for chunk in response.content.iter_any():
+                yield chunk
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise self._connection_error(error, url) from None
+
+    async def _request(self, method: str, url: str, body: bytes | None, request_id: str) -> aiohttp.ClientResponse:
+        # BytesIO is written in pieces; one `bytes` of many MB would block the event loop, and aiohttp warns of it.
+        payload = None if body is None else io.BytesIO(body)
+        self.bytes_sent += len(body or b"")
+        headers = {"Content-Type": "application/json"} if body is not None else {}
+        if request_id:
+            headers["X-Request-Id"] = request_id
+        if self._key is not None:
+            headers["Authorization"] = f"Bearer {self._key.get_secret_value()}"
+        # A redirect would carry the key to another host, so none is followed.
+        return await self._open().request(method, url, data=payload, headers=headers, allow_redirects=False)
 
     async def aclose(self) -> None:
         """Close the connections; idempotent."""

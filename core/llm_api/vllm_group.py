@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final, TypeVar
 
 from core.llm_api.errors import APIError, ConfigurationError, RetriesExhausted, ServerUnreachable
+from core.llm_api.generation import Embeddings, Generation, Piece, TextRequest
 from core.llm_api.retry import RetryPolicy
 from core.llm_api.transport import all_or_cancel
 from core.llm_api.types import (
@@ -64,10 +66,14 @@ def difference(identity: EngineIdentity, expected: EngineIdentity) -> str:
 
 @dataclass(eq=False, slots=True)
 class _Member:
-    """One server. `counted`: its prefix-cache counters since it was first read, through restarts that reset them."""
+    """One server. texts: how many it is writing.
+
+    counted: its prefix-cache counters since it was first read, through restarts that reset them.
+    """
 
     client: VLLMClient
     up: bool = False
+    texts: int = 0
     counted: PrefixCacheCounters = field(default_factory=PrefixCacheCounters)
     last_read: PrefixCacheCounters | None = None
 
@@ -127,6 +133,7 @@ class VLLMGroup:
             deadline=min(BRIEF_DEADLINE, self._patience.deadline),
         )
         self._probe_after = probe_after
+        self._greeting: Callable[[VLLMClient], Awaitable[EngineIdentity]] = VLLMClient.start
         self._identity: EngineIdentity | None = None
         self._probes: set[asyncio.Task[None]] = set()
 
@@ -136,7 +143,15 @@ class VLLMGroup:
         The identity is that of any one server: it does not tell how many there are, so that cached scores stay valid.
         Raises ConfigurationError where two servers differ, naming one and how.
         """
+        return await self._meet(VLLMClient.start)
+
+    async def connect(self) -> EngineIdentity:
+        """See TextEngine.connect; of all servers, as `start` does."""
+        return await self._meet(VLLMClient.connect)
+
+    async def _meet(self, greet: Callable[[VLLMClient], Awaitable[EngineIdentity]]) -> EngineIdentity:
         await self._stop_probes()
+        self._greeting = greet
         greetings = await all_or_cancel(self._greet(member) for member in self._members)
         found = {m: g for m, g in zip(self._members, greetings, strict=True) if isinstance(g, EngineIdentity)}
         lost = {m: g for m, g in zip(self._members, greetings, strict=True) if isinstance(g, APIError)}
@@ -208,6 +223,61 @@ class VLLMGroup:
         sizes = await self._of_each(lambda member: member.client.kv_block_size())
         return next((size for size in sizes if size is not None), None)
 
+    async def generate(self, request: TextRequest) -> tuple[Generation, int]:
+        """See TextEngine.generate. Written by the server with the fewest texts in work; by another if that is lost."""
+        while True:
+            member = self._least_busy()
+            member.texts += 1
+            try:
+                return await member.client.generate(request, retry=self._retry_of_one)
+            except LOST as error:
+                if not self._drop(member, error):
+                    raise
+            finally:
+                member.texts -= 1
+
+    async def stream(self, request: TextRequest) -> AsyncGenerator[Piece, None]:
+        """See TextEngine.stream and `generate`. A server that is lost after its first piece fails the stream."""
+        while True:
+            member = self._least_busy()
+            member.texts += 1
+            try:
+                async with aclosing(member.client.stream(request, retry=self._retry_of_one)) as pieces:
+                    async for piece in pieces:
+                        yield piece
+                return
+            # Only from before the first piece: a connection that breaks later is a TransientError.
+            except LOST as error:
+                if not self._drop(member, error):
+                    raise
+            finally:
+                member.texts -= 1
+
+    async def embed(self, texts: Sequence[str]) -> Embeddings:
+        """See TextEngine.embed; by one server, or by the next if that is lost."""
+        return await self._of_one(lambda client: client.embed(texts))
+
+    async def models(self) -> list[str]:
+        """See TextEngine.models; of the first server that can be asked."""
+        return await self._of_one(lambda client: client.models())
+
+    async def _of_one(self, question: Callable[[VLLMClient], Awaitable[T]]) -> T:
+        while True:
+            member = self._least_busy()
+            try:
+                return await question(member.client)
+            except LOST as error:
+                if not self._drop(member, error):
+                    raise
+
+    @property
+    def _retry_of_one(self) -> RetryPolicy:
+        """A server is soon given up where another can be asked."""
+        return self._patience if len(self._up) == 1 else self._brief
+
+    def _least_busy(self) -> _Member:
+        return min(self._up, key=lambda member: member.texts)
+
     @property
     def bytes_sent(self) -> int:
         """Bytes of request bodies sent to all servers so far."""
@@ -271,7 +341,7 @@ class VLLMGroup:
     async def _greet(self, member: _Member) -> EngineIdentity | APIError:
         member.up = False
         try:
-            identity = await member.client.start()
+            identity = await self._greeting(member.client)
             await member.read_counters()
         except LOST as error:
             return error
@@ -312,7 +382,7 @@ class VLLMGroup:
             if not await member.client.answers():
                 continue
             try:
-                told = difference(await member.client.start(), identity)
+                told = difference(await self._greeting(member.client), identity)
                 await member.read_counters()
             except APIError as error:
                 told = str(error)

@@ -9,7 +9,7 @@ our launcher also takes a pool as a tree of segments (core/vllm_extension), whic
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -27,6 +27,8 @@ from core.llm_api.completions import (
     vllm_fields,
 )
 from core.llm_api.errors import APIError, ConfigurationError, MissingLabel, RequestRejected, TransientError
+from core.llm_api.generation import Embeddings, Generation, Piece, TextRequest
+from core.llm_api.http_text import HttpText
 from core.llm_api.prompt_tree import FORMAT, PATH, PromptTree
 from core.llm_api.retry import RetryPolicy
 from core.llm_api.tokens import CANARY_TEXT, fingerprint
@@ -71,6 +73,7 @@ class VLLMClient:
         self._http = HttpTransport(
             base_url, key=api_key, key_name="VLLM_API_KEY", options=options or HttpOptions(), absent=START_HINT
         )
+        self._text = HttpText(self._http, model)
         self._model = model
         self._revision = revision
         self._prompts_per_request = min(prompts_per_request or MAX_PROMPTS_PER_REQUEST, MAX_PROMPTS_PER_REQUEST)
@@ -111,13 +114,13 @@ class VLLMClient:
         """Bytes of request bodies sent so far; see HttpTransport."""
         return self._http.bytes_sent
 
+    async def connect(self) -> EngineIdentity:
+        """See TextEngine.connect: GET /v1/models, and the version where the server tells it."""
+        return await self._identify(await self._model_card())
+
     async def start(self) -> EngineIdentity:
         """Find the model, ask the canary, and see whether labels can be asked for by id."""
-        card = await self._model_card()
-        try:
-            version = str((await self._get_json("/version")).get("version", ""))
-        except RequestRejected:
-            version = ""  # a proxy that passes only /v1
+        identity = await self.connect()
         tokens = await self._tokenize_one(CANARY_TEXT, special=True)
         canary = Prompt((Segment(CANARY_TEXT, tokens),), name="canary")
         top = await self._ask_canary(canary)
@@ -125,16 +128,7 @@ class VLLMClient:
         if not self._exact:
             log.warning("%s does not return chosen logprobs; using its top %d", self._http.base_url, self._top)
         self._takes_trees = self._use_extension and await self._probe_trees()
-        length = card.get("max_model_len")
-        return EngineIdentity(
-            kind="vllm",
-            model=self._model,
-            root=str(card.get("root") or ""),
-            revision=self._revision,
-            version=version,
-            fingerprint=fingerprint(tokens, top),
-            max_model_len=length if isinstance(length, int) else None,
-        )
+        return replace(identity, fingerprint=fingerprint(tokens, top))
 
     async def answers(self) -> bool:
         """Whether something answers there at all, by one attempt; start() says whether it is what we need."""
@@ -173,6 +167,22 @@ class VLLMClient:
             retries=sum(part.retries for part in parts),
             cached_tokens=sum_known(part.cached_tokens for part in parts),
         )
+
+    async def generate(self, request: TextRequest, *, retry: RetryPolicy | None = None) -> tuple[Generation, int]:
+        """See TextEngine.generate. retry: in place of the options' policy."""
+        return await self._text.generate(request, retry=retry)
+
+    def stream(self, request: TextRequest, *, retry: RetryPolicy | None = None) -> AsyncGenerator[Piece, None]:
+        """See TextEngine.stream. retry: in place of the options' policy."""
+        return self._text.stream(request, retry=retry)
+
+    async def embed(self, texts: Sequence[str]) -> Embeddings:
+        """See TextEngine.embed."""
+        return await self._text.embed(texts)
+
+    async def models(self) -> list[str]:
+        """See TextEngine.models."""
+        return await self._text.models()
 
     async def prefix_cache(self) -> PrefixCacheCounters | None:
         """Summed over the server's engines; None where it shows no metrics."""
@@ -221,6 +231,21 @@ class VLLMClient:
         if on_answer is not None:
             on_answer(range(start, start + len(prompts)), answer)
         return answer
+
+    async def _identify(self, card: dict[str, Any]) -> EngineIdentity:
+        try:
+            version = str((await self._get_json("/version")).get("version", ""))
+        except RequestRejected:
+            version = ""  # a proxy that passes only /v1
+        length = card.get("max_model_len")
+        return EngineIdentity(
+            kind="vllm",
+            model=self._model,
+            root=str(card.get("root") or ""),
+            revision=self._revision,
+            version=version,
+            max_model_len=length if isinstance(length, int) else None,
+        )
 
     async def _model_card(self) -> dict[str, Any]:
         listed = (await self._get_json("/v1/models")).get("data")
