@@ -225,58 +225,56 @@ class VLLMGroup:
 
     async def generate(self, request: TextRequest) -> tuple[Generation, int]:
         """See TextEngine.generate. Written by the server with the fewest texts in work; by another if that is lost."""
-        while True:
-            member = self._least_busy()
-            member.texts += 1
-            try:
-                return await member.client.generate(request, retry=self._retry_of_one)
-            except LOST as error:
-                if not self._drop(member, error):
-                    raise
-            finally:
-                member.texts -= 1
+        return await self._of_one(lambda client, retry: client.generate(request, retry=retry))
 
     async def stream(self, request: TextRequest) -> AsyncGenerator[Piece, None]:
         """See TextEngine.stream and `generate`. A server that is lost after its first piece fails the stream."""
+        failed: set[_Member] = set()
         while True:
-            member = self._least_busy()
+            member = self._least_busy(failed)
+            retry = self._patience if len(self._up) == 1 else self._brief
             member.texts += 1
             try:
-                async with aclosing(member.client.stream(request, retry=self._retry_of_one)) as pieces:
+                async with aclosing(member.client.stream(request, retry=retry)) as pieces:
                     async for piece in pieces:
                         yield piece
                 return
             # Only from before the first piece: a connection that breaks later is a TransientError.
             except LOST as error:
-                if not self._drop(member, error):
-                    raise
+                self._give_up(member, failed, error)
             finally:
                 member.texts -= 1
 
     async def embed(self, texts: Sequence[str]) -> Embeddings:
         """See TextEngine.embed; by one server, or by the next if that is lost."""
-        return await self._of_one(lambda client: client.embed(texts))
+        return await self._of_one(lambda client, _: client.embed(texts))
 
     async def models(self) -> list[str]:
-        """See TextEngine.models; of the first server that can be asked."""
-        return await self._of_one(lambda client: client.models())
+        """See TextEngine.models; of one server that can be asked."""
+        return await self._of_one(lambda client, _: client.models())
 
-    async def _of_one(self, question: Callable[[VLLMClient], Awaitable[T]]) -> T:
+    async def _of_one(self, question: Callable[[VLLMClient, RetryPolicy], Awaitable[T]]) -> T:
+        failed: set[_Member] = set()
         while True:
-            member = self._least_busy()
+            member = self._least_busy(failed)
+            retry = self._patience if len(self._up) == 1 else self._brief
+            member.texts += 1
             try:
-                return await question(member.client)
+                return await question(member.client, retry)
             except LOST as error:
-                if not self._drop(member, error):
-                    raise
+                self._give_up(member, failed, error)
+            finally:
+                member.texts -= 1
 
-    @property
-    def _retry_of_one(self) -> RetryPolicy:
-        """A server is soon given up where another can be asked."""
-        return self._patience if len(self._up) == 1 else self._brief
+    def _least_busy(self, failed: set[_Member]) -> _Member:
+        return min((member for member in self._up if member not in failed), key=lambda member: member.texts)
 
-    def _least_busy(self) -> _Member:
-        return min(self._up, key=lambda member: member.texts)
+    def _give_up(self, member: _Member, failed: set[_Member], error: APIError) -> None:
+        """Ask no server twice about one text, not even one that is back. Raises `error` where none is left."""
+        failed.add(member)
+        self._drop(member, error)
+        if failed.issuperset(self._up):
+            raise error
 
     @property
     def bytes_sent(self) -> int:

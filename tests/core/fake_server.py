@@ -118,6 +118,7 @@ class FakeVLLM:
         app.router.add_post("/v1/completions", self._completions)
         app.router.add_get(prompt_tree.PATH, self._describe)
         app.router.add_post(prompt_tree.PATH, self._label_logprobs)
+        self.more_routes(app)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", self.port)
@@ -130,6 +131,9 @@ class FakeVLLM:
     async def __aexit__(self, *_: object) -> None:
         assert self._runner is not None
         await self._runner.cleanup()
+
+    def more_routes(self, app: web.Application) -> None:
+        """For servers that do more (fake_text.py)."""
 
     @property
     def pools(self) -> list[dict[str, Any]]:
