@@ -126,11 +126,11 @@ class FakeTextServer(FakeVLLM):
         for index in range(body["max_tokens"]):
             await asyncio.sleep(manner.delay)
             if index == manner.silent_after:
-                return
+                return None
             if index == manner.broken_after:
                 assert request.transport is not None
                 request.transport.abort()
-                return
+                return None
             if index == manner.error_after:
                 return await event(json.dumps({"error": {"message": "the engine died", "code": 500}}))
             text = written(prompt, index)

@@ -1,4 +1,4 @@
-"""Texts, chats, streams and embeddings over HTTP, against the fake server: what comes back, and how each failure ends."""
+"""Texts, chats, streams and embeddings over HTTP, against the fake server: what comes back, how each fails."""
 
 from __future__ import annotations
 
