@@ -26,6 +26,7 @@ from core.llm_api.completions import TOP_LOGPROBS, label_logprobs
 from core.llm_api.engine_thread import EngineThread
 from core.llm_api.errors import APIError, ConfigurationError, MissingLabel, RequestRejected
 from core.llm_api.generation import Embeddings, Generation, Piece, TextRequest
+from core.llm_api.telemetry import RequestTelemetry
 from core.llm_api.tokens import CANARY_TEXT, fingerprint
 from core.llm_api.transport import MESSAGE_LIMIT
 from core.llm_api.types import (
@@ -241,6 +242,11 @@ class DirectEngine:
         """The one model."""
         await self._in_thread(lambda: None)  # says whether it still runs
         return [self._model]
+
+    @property
+    def telemetry(self) -> list[RequestTelemetry]:
+        """Nothing: there are no requests."""
+        return []
 
     async def aclose(self) -> None:
         """Stop vLLM and its processes, if no other DirectEngine uses them; idempotent. Waits for running calls."""

@@ -20,6 +20,7 @@ from core.llm_api.errors import APIError, ConfigurationError, RateLimited, Reque
 from core.llm_api.generation import Embeddings, Generation, Piece, TextRequest
 from core.llm_api.http_text import HttpText
 from core.llm_api.rate_limit import RateLimiter
+from core.llm_api.telemetry import RequestTelemetry
 from core.llm_api.tokens import CANARY_TEXT
 from core.llm_api.transport import HttpOptions, HttpTransport, all_or_cancel
 from core.llm_api.types import (
@@ -126,6 +127,11 @@ class ExternalAPI:
     async def models(self) -> list[str]:
         """See TextEngine.models."""
         return await self._text.models()
+
+    @property
+    def telemetry(self) -> list[RequestTelemetry]:
+        """What was counted about the requests to the server."""
+        return [self._http.telemetry]
 
     async def prefix_cache(self) -> PrefixCacheCounters | None:
         """None: hosted APIs do not show it."""

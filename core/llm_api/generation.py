@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from core.llm_api.errors import APIError, TransientError
+from core.llm_api.telemetry import RequestTelemetry
 from core.llm_api.types import EngineIdentity
 
 Role = Literal["system", "user", "assistant"]
@@ -234,6 +235,11 @@ class TextEngine(Protocol):
 
     async def models(self) -> list[str]:
         """The names of the models it serves."""
+        ...
+
+    @property
+    def telemetry(self) -> Sequence[RequestTelemetry]:
+        """What was counted about the requests to each server; nothing for an engine in process."""
         ...
 
     async def aclose(self) -> None:

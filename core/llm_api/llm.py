@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from core.llm_api.direct_llm import DirectEngine, DirectOptions
-from core.llm_api.errors import APIError, ConfigurationError
+from core.llm_api.errors import APIError, ConfigurationError, MissingLabel
 from core.llm_api.external_llm import ExternalAPI
 from core.llm_api.generation import (
     GREEDY,
@@ -40,6 +40,7 @@ from core.llm_api.generation import (
 from core.llm_api.rate_limit import RateLimiter
 from core.llm_api.response_cache import ResponseCache, cache_key
 from core.llm_api.retry import RetryPolicy
+from core.llm_api.telemetry import RequestTelemetry, TextTelemetry, outcome_of
 from core.llm_api.tokens import CANARY_TEXT, resolve_label_tokens
 from core.llm_api.transport import HttpOptions, all_or_cancel
 from core.llm_api.types import (
@@ -76,6 +77,7 @@ class ModelAPI:
         scores: bool = True,
     ) -> None:
         self.stats = ScoreStats()
+        self.texts = TextTelemetry()
         self._engine = engine
         self._cache = cache
         self._accept_floored = accept_floored
@@ -96,7 +98,7 @@ class ModelAPI:
     async def start(self) -> EngineIdentity:
         """Connect and check the model. Raises an APIError that says what to do; everything is closed then."""
         try:
-            self._identity = await (self._engine.start() if self._scores else self._texts.connect())
+            self._identity = await (self._engine.start() if self._scores else self._text_engine.connect())
         except BaseException:
             await self.aclose()
             raise
@@ -198,11 +200,11 @@ class ModelAPI:
 
     async def embed(self, texts: Sequence[str]) -> Embeddings:
         """One vector a text, float32, shape [number of texts, dimensions], as the engine gives them."""
-        return await self._texts.embed(texts)
+        return await self._text_engine.embed(texts)
 
     async def models(self) -> list[str]:
         """The names of the models that are served. Liveness: one attempt, nothing is computed."""
-        return await self._texts.models()
+        return await self._text_engine.models()
 
     async def ready(self) -> float:
         """Readiness: have one token written. Returns the seconds it took; raises the APIError that it ends in.
@@ -210,11 +212,16 @@ class ModelAPI:
         Tries as patiently as any request: a probe puts it under asyncio.timeout.
         """
         started = time.perf_counter()
-        await self._texts.generate(self._request(_ONE_TOKEN, prompt=CANARY_TEXT))
+        await self._text_engine.generate(self._request(_ONE_TOKEN, prompt=CANARY_TEXT))
         return time.perf_counter() - started
 
     @property
-    def _texts(self) -> TextEngine:
+    def requests(self) -> Sequence[RequestTelemetry]:
+        """What was counted about the requests to each server."""
+        return self._engine.telemetry if isinstance(self._engine, TextEngine) else ()
+
+    @property
+    def _text_engine(self) -> TextEngine:
         if isinstance(self._engine, TextEngine):
             return self._engine
         raise ConfigurationError(f"{type(self._engine).__name__} writes no texts.", hint="Use another engine.")
@@ -229,11 +236,13 @@ class ModelAPI:
         return TextRequest(f"icm-{uuid.uuid4().hex}", options, prompt, tuple(messages or ()))
 
     async def _write(self, request: TextRequest) -> Generation:
-        generation, _ = await self._texts.generate(request)
+        with self.texts.text() as count:
+            generation, _ = await self._text_engine.generate(request)
+            count.prompt_tokens, count.completion_tokens = generation.prompt_tokens, generation.completion_tokens
         return generation
 
     def _stream(self, request: TextRequest) -> AsyncGenerator[StreamEvent, None]:
-        return _events(self._texts.stream(request), request.request_id, self.identity.model)
+        return _events(self._text_engine.stream(request), request.request_id, self.identity.model, self.texts)
 
     async def _ask(self, own: dict[bytes, Prompt], labels: LabelTokens) -> tuple[dict[bytes, LabelLogprobs], int]:
         """Send prompts that nobody else has in flight: (answers, prompt tokens)."""
@@ -254,6 +263,9 @@ class ModelAPI:
 
         try:
             whole = await self._engine.score(list(own.values()), labels, on_answer=settle)
+        except MissingLabel:
+            self.stats.label_misses += 1
+            raise
         finally:
             for key, future in futures.items():
                 del self._in_flight[key]
@@ -292,7 +304,7 @@ class ModelAPI:
 
 
 async def _events(
-    pieces: AsyncGenerator[Piece, None], request_id: str, model: str
+    pieces: AsyncGenerator[Piece, None], request_id: str, model: str, telemetry: TextTelemetry
 ) -> AsyncGenerator[StreamEvent, None]:
     """An engine's pieces as the events of ModelAPI.stream_chat, with the times at which they came."""
     called = time.perf_counter()
@@ -300,18 +312,22 @@ async def _events(
     index = 0
     last = Piece()
     failure: APIError | None = None
-    async with aclosing(pieces):
-        yield Started(request_id, model)
-        try:
-            async for last in pieces:
-                if last.text:
-                    latest = time.perf_counter()
-                    first = first or latest
-                    yield Token(index, last.text)
-                    index += 1
-        except APIError as error:
-            failure = error
-    tokens = last.completion_tokens or index
+    with telemetry.text() as count:
+        async with aclosing(pieces):
+            yield Started(request_id, model)
+            try:
+                async for last in pieces:
+                    if last.text:
+                        latest = time.perf_counter()
+                        if index == 0:
+                            first = latest
+                            telemetry.first_token.observe(first - called)
+                        yield Token(index, last.text)
+                        index += 1
+            except APIError as error:
+                failure, count.outcome = error, outcome_of(error)
+        tokens = last.completion_tokens or index
+        count.prompt_tokens, count.completion_tokens = last.prompt_tokens, tokens
     yield Metrics(
         seconds=time.perf_counter() - called,
         time_to_first_token=first - called if index else None,

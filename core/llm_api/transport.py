@@ -26,6 +26,7 @@ from core.llm_api.errors import (
     TransientError,
 )
 from core.llm_api.retry import RetryPolicy, parse_retry_after, with_retries
+from core.llm_api.telemetry import RequestTelemetry, outcome_of
 
 T = TypeVar("T")
 
@@ -57,6 +58,7 @@ class HttpTransport:
         self.base_url = base_url
         self.contacted = False
         self.bytes_sent = 0
+        self.telemetry = RequestTelemetry(base_url)
         self._key = key
         self._key_name = key_name
         self._options = options
@@ -73,11 +75,32 @@ class HttpTransport:
         retry: in place of the options' policy.
         """
 
+        tries = 0
+
         async def in_slot() -> T:
-            async with self._slots:
+            nonlocal tries
+            tries += 1
+            began = await self._take_slot(again=tries > 1)
+            outcome = "ok"
+            try:
                 return await attempt()
+            except BaseException as error:  # only to name it
+                outcome = outcome_of(error)
+                raise
+            finally:
+                self._free_slot(began, outcome)
 
         return await with_retries(in_slot, retry or self._options.retry, contacted=lambda: self.contacted)
+
+    async def _take_slot(self, *, again: bool) -> float:
+        with self.telemetry.waits():
+            await self._slots.acquire()
+        self.telemetry.retries += again
+        return self.telemetry.begin()
+
+    def _free_slot(self, began: float, outcome: str) -> None:
+        self.telemetry.end(began, outcome)
+        self._slots.release()
 
     async def send(self, method: str, path: str, body: bytes | None = None, *, request_id: str = "") -> bytes:
         """One attempt: the body of a 2xx answer. Raises a typed APIError for everything else.
@@ -113,22 +136,31 @@ class HttpTransport:
         """
         url = self.base_url + path
 
-        async def attempt() -> aiohttp.ClientResponse:
-            await self._slots.acquire()
+        tries = 0
+
+        async def attempt() -> tuple[aiohttp.ClientResponse, float]:
+            nonlocal tries
+            tries += 1
+            began = await self._take_slot(again=tries > 1)
             try:
                 if admit is not None:
                     await admit()
-                return await self._opened(url, body, request_id)
-            except BaseException:  # also a cancelled wait: the slot is given back
-                self._slots.release()
+                return await self._opened(url, body, request_id), began
+            except BaseException as error:  # also a cancelled wait: the slot is given back
+                self._free_slot(began, outcome_of(error))
                 raise
 
-        response, _ = await with_retries(attempt, retry or self._options.retry, contacted=lambda: self.contacted)
+        patience = retry or self._options.retry
+        (response, began), _ = await with_retries(attempt, patience, contacted=lambda: self.contacted)
+        outcome = "ok"
         try:
             yield self._chunks(response, url)
+        except BaseException as error:  # only to name it
+            outcome = outcome_of(error)
+            raise
         finally:
             response.close()
-            self._slots.release()
+            self._free_slot(began, outcome)
 
     async def _opened(self, url: str, body: bytes, request_id: str) -> aiohttp.ClientResponse:
         try:

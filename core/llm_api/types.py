@@ -211,7 +211,7 @@ class ScoreStats:
     """Running totals of a ModelAPI, for progress bars and summaries. All counts, tokens in tokens.
 
     cached_tokens: prompt tokens that the engine said it had in its prefix cache; untold_tokens: prompt tokens of which
-    it did not say.
+    it did not say. label_misses: calls that failed because an answer lacked a label.
     """
 
     asked: int = 0
@@ -225,6 +225,7 @@ class ScoreStats:
     damaged_rows: int = 0
     cached_tokens: int = 0
     untold_tokens: int = 0
+    label_misses: int = 0
 
     def as_dict(self) -> dict[str, int]:
         """The totals by name."""

@@ -17,6 +17,7 @@ from typing import Any, Final, TypeVar
 from core.llm_api.errors import APIError, ConfigurationError, RetriesExhausted, ServerUnreachable
 from core.llm_api.generation import Embeddings, Generation, Piece, TextRequest
 from core.llm_api.retry import RetryPolicy
+from core.llm_api.telemetry import RequestTelemetry
 from core.llm_api.transport import all_or_cancel
 from core.llm_api.types import (
     EngineAnswer,
@@ -252,6 +253,11 @@ class VLLMGroup:
     async def models(self) -> list[str]:
         """See TextEngine.models; of one server that can be asked."""
         return await self._of_one(lambda client, _: client.models())
+
+    @property
+    def telemetry(self) -> list[RequestTelemetry]:
+        """What was counted about the requests to each server."""
+        return [counted for member in self._members for counted in member.client.telemetry]
 
     async def _of_one(self, question: Callable[[VLLMClient, RetryPolicy], Awaitable[T]]) -> T:
         failed: set[_Member] = set()

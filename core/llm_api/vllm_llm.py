@@ -31,6 +31,7 @@ from core.llm_api.generation import Embeddings, Generation, Piece, TextRequest
 from core.llm_api.http_text import HttpText
 from core.llm_api.prompt_tree import FORMAT, PATH, PromptTree
 from core.llm_api.retry import RetryPolicy
+from core.llm_api.telemetry import RequestTelemetry
 from core.llm_api.tokens import CANARY_TEXT, fingerprint
 from core.llm_api.transport import HttpOptions, HttpTransport, all_or_cancel
 from core.llm_api.types import (
@@ -183,6 +184,11 @@ class VLLMClient:
     async def models(self) -> list[str]:
         """See TextEngine.models."""
         return await self._text.models()
+
+    @property
+    def telemetry(self) -> list[RequestTelemetry]:
+        """What was counted about the requests to the server."""
+        return [self._http.telemetry]
 
     async def prefix_cache(self) -> PrefixCacheCounters | None:
         """Summed over the server's engines; None where it shows no metrics."""

@@ -60,6 +60,22 @@ def kv_block_size(text: str) -> int | None:
     return max(sizes, default=None)
 
 
+def requests_in_work(text: str) -> int:
+    """Requests that the server's engines run or keep waiting."""
+    names = ("vllm:num_requests_running", "vllm:num_requests_waiting")
+    return int(sum(value for name, _, value in _samples(text) if name in names))
+
+
+def engine_seconds(text: str) -> tuple[float, int]:
+    """(seconds from arrival to end of all finished requests, their number), as the server itself counts."""
+    totals = {"sum": 0.0, "count": 0.0}
+    for name, _, value in _samples(text):
+        base, _, part = name.rpartition("_")
+        if base == "vllm:e2e_request_latency_seconds" and part in totals:
+            totals[part] += value
+    return totals["sum"], int(totals["count"])
+
+
 def _samples(text: str) -> Iterator[tuple[str, dict[str, str], float]]:
     for line in text.splitlines():
         match = _SAMPLE.match(line)

@@ -37,6 +37,7 @@ from src.icm.annealing import LayoutName, Scheduler, SearchSettings, Stop
 from src.icm.objective import Calibration, Objective
 from src.icm.report import agreement, check_table, collapse_warning
 from src.icm.testbeds import TESTBEDS, BadInput, ConsistencyMode
+from src.monitoring.run_metrics import published
 from src.pipeline.datafiles import load_data_file, load_testbed
 from src.pipeline.labelling import Labelling, Pool, prepare, result_record
 from src.pipeline.plots import plot_curves
@@ -182,6 +183,12 @@ def build_parser() -> argparse.ArgumentParser:
         "0: none (default: auto, from the acceptance rate and the seconds of a batch; none at an external API)",
     )
     run.add_argument("--quiet", action="store_true", help="no progress bar")
+    run.add_argument(
+        "--metrics_port",
+        type=_at_least(1),
+        metavar="PORT",
+        help="serve the search's metrics for Prometheus at http://127.0.0.1:PORT/metrics (docs/monitoring.md)",
+    )
     return parser
 
 
@@ -310,8 +317,11 @@ async def _label(
     else:
         _same_engine(folder, known["engine"], labelling.identity)
     labelling = labelling.planned_for(known["kv_capacity"])
-    with SearchProgress(labelling.pool, args.quiet) as progress:
-        state = await labelling.search(folder, progress.update, _lookahead(args, labelling.identity))
+    with (
+        SearchProgress(labelling.pool, args.quiet) as progress,
+        published(args.metrics_port, labelling.api, folder.path.name, labelling.pool, progress.update) as heard,
+    ):
+        state = await labelling.search(folder, heard, _lookahead(args, labelling.identity))
     zero_shot = await labelling.zero_shot()
     predictions = {}
     if None in state.labels:

@@ -280,6 +280,7 @@ async def test_a_pool_over_http(server: FakeVLLM, tmp_path: Path) -> None:
         assert api.stats.as_dict() == {
             "asked": 40, "cache_hits": 20, "in_flight_hits": 0, "engine_prompts": 20, "prompt_tokens": 20,
             "requests": 1, "retries": 0, "floored": 0, "damaged_rows": 0, "cached_tokens": 0, "untold_tokens": 20,
+            "label_misses": 0,
         }  # fmt: skip
 
 

@@ -1,0 +1,137 @@
+"""What HTTP and the client add to a chat turn, over the same engine in this process.
+
+    python benchmarks/chat_turn.py --model gemma-3-270m --turns 40                      # both, one after the other
+    python benchmarks/chat_turn.py --model gemma-3-270m --only http --server http://127.0.0.1:8000
+
+Two figures. "added": seconds of a turn at the client less the seconds that the server itself counts for that very
+request (vllm:e2e_request_latency_seconds), so that noise of the machine falls on both; it holds HTTP, JSON, chat
+template and event loop, and their absence is what the engine in process has. And both turns' medians, side by side.
+On the CPU the two cannot run at once, so the second figure has the machine's noise in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+if str(Path(__file__).resolve().parents[1]) not in sys.path:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.step_machine import hardware
+from core.llm_api.direct_llm import DirectOptions
+from core.llm_api.errors import APIError
+from core.llm_api.generation import Message, SamplingOptions, collect
+from core.llm_api.llm import ModelAPI, open_model_api, vllm_engine
+from core.llm_api.transport import HttpOptions, HttpTransport
+from core.llm_api.vllm_metrics import engine_seconds
+from core.settings import REPO_ROOT, Settings
+from core.vllm_server import VLLMServer
+
+TEMPLATE: Final = REPO_ROOT / "configs" / "chat_template.jinja"
+TOKENS: Final = 50
+
+
+async def _turns(api: ModelAPI, turns: int, stream: bool, http: HttpTransport | None) -> dict[str, object]:
+    """Seconds of each turn, and where a server tells, what was added to its own seconds. Three turns warm up."""
+    options = SamplingOptions(max_tokens=TOKENS, frequency_penalty=0.5)
+    seconds: list[float] = []
+    added: list[float] = []
+    tokens: list[int] = []
+    for number in range(-3, turns):
+        question = [Message("user", f"Tell me about the number {number + 1000}, and take your time.")]
+        before = await _engine_seconds(http)
+        began = time.perf_counter()
+        answer = await (collect(api.stream_chat(question, options)) if stream else api.chat(question, options))
+        took = time.perf_counter() - began
+        after = await _engine_seconds(http)
+        if number < 0:
+            continue
+        seconds.append(took)
+        tokens.append(answer.completion_tokens)
+        if before is not None and after is not None and after[1] == before[1] + 1:
+            added.append(took - (after[0] - before[0]))
+    result: dict[str, object] = {
+        "turns": turns,
+        "median_ms": _ms(statistics.median(seconds)),
+        "median_tokens": statistics.median(tokens),
+    }
+    if added:
+        quartiles = statistics.quantiles(added, n=4)
+        result["added_ms"] = {"median": _ms(quartiles[1]), "quartiles": [_ms(quartiles[0]), _ms(quartiles[2])]}
+        result["added_ms"] |= {"turns": len(added)}  # type: ignore[operator]
+    return result
+
+
+async def _engine_seconds(http: HttpTransport | None) -> tuple[float, int] | None:
+    return None if http is None else engine_seconds((await http.send("GET", "/metrics")).decode())
+
+
+async def over_http(url: str, model: str, turns: int) -> dict[str, object]:
+    """Turns through a server, whole and streamed."""
+    settings = Settings.load({"vllm_base_url": url})
+    http = HttpTransport(url, key=settings.vllm_api_key, key_name="VLLM_API_KEY", options=HttpOptions())
+    try:
+        async with ModelAPI(vllm_engine(settings, model), scores=False) as api:
+            return {
+                "whole": await _turns(api, turns, False, http),
+                "streamed": await _turns(api, turns, True, http),
+            }
+    finally:
+        await http.aclose()
+
+
+async def in_process(model: str, turns: int, cpu: bool) -> dict[str, object]:
+    """The same turns on the same engine in this process."""
+    options = DirectOptions(cpu=cpu, max_model_len=2048, chat_template=str(TEMPLATE))
+    async with open_model_api(Settings(), model=model, direct=True, direct_options=options, scores=False) as api:
+        return {
+            "whole": await _turns(api, turns, False, None),
+            "streamed": await _turns(api, turns, True, None),
+        }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="gemma-3-270m", help="a folder in models/, or what --server serves")
+    parser.add_argument("--turns", type=int, default=40)
+    parser.add_argument("--only", choices=("http", "in-process"), help="measure one of the two")
+    parser.add_argument("--server", help="base URL of a running server (default: one is started)")
+    parser.add_argument("--gpu", action="store_true", help="in process: vLLM's own defaults, not those for a CPU")
+    parser.add_argument("--json", type=Path, help="write the result here, too")
+    args = parser.parse_args(arguments)
+    result: dict[str, object] = {"model": args.model, "tokens": TOKENS, "machine": hardware()}
+    try:
+        if args.only != "http":
+            folder = REPO_ROOT / "models" / args.model
+            model = str(folder) if folder.is_dir() else args.model
+            result["in process"] = asyncio.run(in_process(model, args.turns, not args.gpu))
+        if args.only != "in-process" and args.server:
+            result["http"] = asyncio.run(over_http(args.server, args.model, args.turns))
+        elif args.only != "in-process":
+            log = REPO_ROOT / "runs" / "chat-turn-server.log"
+            with VLLMServer(model=args.model, log=log, options=("--chat-template", str(TEMPLATE))) as server:
+                result["http"] = asyncio.run(over_http(server.url, args.model, args.turns))
+    except APIError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    text = json.dumps(result, indent=1)
+    print(text)
+    if args.json is not None:
+        args.json.write_text(text + "\n")
+    return 0
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1e3, 2)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
