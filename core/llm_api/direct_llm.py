@@ -281,7 +281,7 @@ class DirectEngine:
                 output = await outputs.get()
                 if isinstance(output, Exception):
                     finished = True
-                    raise self._text_error(output)
+                    raise self._explained(output)
                 finished = output.finished
                 (choice,) = output.outputs
                 completion_tokens += len(choice.token_ids)
@@ -391,10 +391,8 @@ class DirectEngine:
         try:
             parameters = self._vllm.SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, **chosen)
             outputs = self._llm.generate(inputs, parameters, use_tqdm=False)
-        except (ValueError, TypeError) as error:
-            raise RequestRejected(f"vLLM refuses the request: {self._short(error)}.", status=400) from error
         except Exception as error:
-            raise APIError(f"vLLM failed: {self._short(error)}.", hint="vLLM's own log says more.") from error
+            raise self._explained(error) from error
         if len(outputs) != len(prompts):
             raise APIError(f"vLLM answered {len(outputs)} of {len(prompts)} prompts.")
         listed = [output.outputs[0].logprobs[0] for output in outputs]
@@ -429,18 +427,17 @@ class DirectEngine:
             return np.zeros((0, 0), np.float32)
         try:
             outputs = self._llm.embed(list(texts), use_tqdm=False)
-        except (ValueError, TypeError) as error:
-            raise RequestRejected(f"vLLM refuses the texts: {self._short(error)}.", status=400) from error
+        except Exception as error:
+            raise self._explained(error) from error
         return np.array([output.outputs.embedding for output in outputs], dtype=np.float32)
 
-    def _text_error(self, error: Exception) -> APIError:
-        match error:
-            case APIError():
-                return error
-            case ValueError() | TypeError():
-                return RequestRejected(f"vLLM refuses the request: {self._short(error)}.", status=400)
-            case _:
-                return APIError(f"vLLM failed: {self._short(error)}.", hint="vLLM's own log says more.")
+    def _explained(self, error: Exception) -> APIError:
+        if isinstance(error, APIError):
+            return error
+        # vLLM 0.32 has a class for what the caller did wrong; 0.26 raises ValueError.
+        if isinstance(error, ValueError | TypeError) or "VLLMClientError" in (c.__name__ for c in type(error).__mro__):
+            return RequestRejected(f"vLLM refuses the request: {self._short(error)}.", status=400)
+        return APIError(f"vLLM failed: {self._short(error)}.", hint="vLLM's own log says more.")
 
     def _probe_exact(self, canary: Prompt) -> bool:
         """Whether two arbitrary tokens come back when asked for by id; older versions refuse or ignore that."""

@@ -89,7 +89,7 @@ class FakeTextServer(FakeVLLM):
             return super()._complete(body)
         prompt = _last(body)
         text = "".join(written(prompt, index) for index in range(body["max_tokens"]))
-        choice = {"index": 0, "finish_reason": "length"}
+        choice: dict[str, Any] = {"index": 0, "finish_reason": "length"}
         choice |= {"message": {"role": "assistant", "content": text}} if "messages" in body else {"text": text}
         return {"model": self.model, "choices": [choice], "usage": _usage(prompt, body["max_tokens"])}
 
@@ -135,7 +135,7 @@ class FakeTextServer(FakeVLLM):
                 return await event(json.dumps({"error": {"message": "the engine died", "code": 500}}))
             text = written(prompt, index)
             last = manner.finish and index == body["max_tokens"] - 1
-            choice = {"index": 0, "finish_reason": "length" if last else None}
+            choice: dict[str, Any] = {"index": 0, "finish_reason": "length" if last else None}
             choice |= {"delta": {"content": text}} if chat else {"text": text}
             await event(json.dumps({"choices": [choice]}))
         await event(json.dumps({"choices": [], "usage": _usage(prompt, body["max_tokens"])}))

@@ -176,3 +176,64 @@ async def test_vllm_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     await engine.aclose()
     with pytest.raises(RuntimeError):
         await engine.tokenize(["x"])
+
+
+async def test_a_process_has_one_vllm_which_engines_of_the_same_settings_share(vllm: ModuleType) -> None:
+    first, second, other = DirectEngine("m"), DirectEngine("m"), DirectEngine("m", DirectOptions(max_model_len=99))
+    await first.start()
+    await second.start()
+    (llm,) = FakeLLM.made
+    with pytest.raises(ConfigurationError, match="already runs vLLM with max_model_len None, not 99"):
+        await other.start()
+    await other.aclose()
+    await first.aclose()
+    assert llm.stopped == 0, "the second one still uses it"
+    assert (await second.score(prompts(1), LABELS)).prompt_tokens == 2
+    await second.aclose()
+    assert llm.stopped == 1
+    await other.start()
+    assert len(FakeLLM.made) == 2
+    await other.aclose()
+
+
+async def test_another_token_is_not_told(vllm: ModuleType) -> None:
+    first, second = DirectEngine("m"), DirectEngine("m", hf_token=SecretStr(KEY))
+    await first.start()
+    with pytest.raises(ConfigurationError, match="hf_token") as caught:
+        await second.start()
+    assert KEY not in str(caught.value)
+    await first.aclose()
+
+
+def test_cpu_mode_takes_the_local_servers_settings_where_none_are_given() -> None:
+    arguments = DirectOptions(cpu=True, max_model_len=64).engine_arguments()
+    assert arguments["dtype"] == "bfloat16"
+    assert arguments["enforce_eager"]
+    assert (arguments["block_size"], arguments["disable_hybrid_kv_cache_manager"]) == (32, True)
+    assert DirectOptions(cpu=True, dtype="float32", block_size=64).engine_arguments()["block_size"] == 64
+    assert "block_size" not in DirectOptions().engine_arguments()
+
+
+async def test_cpu_mode_needs_a_vllm_for_the_cpu(vllm: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    platforms = ModuleType("vllm.platforms")
+    platforms.current_platform = SimpleNamespace(is_cpu=lambda: False)
+    monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
+    engine = DirectEngine("m", DirectOptions(cpu=True))
+    with pytest.raises(ConfigurationError, match="not one for the CPU"):
+        await engine.connect()
+    await engine.aclose()
+
+
+async def test_what_it_cannot_do_is_told(vllm: ModuleType) -> None:
+    engine = DirectEngine("m", DirectOptions(chat_template="no/such/file.jinja"))
+    with pytest.raises(ConfigurationError, match="cannot read the chat template"):
+        await engine.connect()
+    engine = DirectEngine("m")
+    assert (await engine.connect()).fingerprint == "", "nothing was asked"
+    assert FakeLLM.made[-1].calls == []
+    with pytest.raises(ConfigurationError, match="pooling"):
+        await engine.embed(["x"])
+    assert await engine.models() == ["m"]
+    await engine.aclose()
+    with pytest.raises(RuntimeError):
+        await engine.models()
