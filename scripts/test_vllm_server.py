@@ -3,9 +3,10 @@
 
     python scripts/test_vllm_server.py                              # the servers that VLLM_BASE_URL or SECRETS names
     python scripts/test_vllm_server.py --url http://host:8000 --model meta-llama/Llama-3.1-8B --wait 600
+    python scripts/test_vllm_server.py --wait 600 --log vllm.log    # what its log says, if it does not come up
 
-One line a check; of several servers each is checked, and then whether they are alike. Exit code 0: all passed; 1: a
-check failed; 2: nothing answers at one of the URLs, or the arguments are wrong.
+One line a check, and for one that fails what to do; of several servers each is checked, and then whether they are
+alike. Exit code 0: all passed; 1: a check failed; 2: nothing answers at one of the URLs, or the arguments are wrong.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ REPO_ROOT: Final = Path(__file__).resolve().parents[1]
 if str(REPO_ROOT) not in sys.path:  # run as a script, without an installed package
     sys.path.insert(0, str(REPO_ROOT))
 
-from core.llm_api.errors import APIError, ConfigurationError  # noqa: E402
+from core.llm_api.errors import APIError, ConfigurationError, RequestRejected  # noqa: E402
+from core.llm_api.llm import ModelAPI  # noqa: E402
 from core.llm_api.retry import RetryPolicy  # noqa: E402
 from core.llm_api.tokens import resolve_label_tokens  # noqa: E402
 from core.llm_api.transport import HttpOptions, HttpTransport  # noqa: E402
@@ -33,8 +35,14 @@ from core.llm_api.types import EngineIdentity, LabelTokens, Prompt, Segment  # n
 from core.llm_api.vllm_group import ALIKE_HINT, difference  # noqa: E402
 from core.llm_api.vllm_llm import VLLMClient  # noqa: E402
 from core.settings import Settings  # noqa: E402
+from core.vllm_log import StartFailure, start_failure  # noqa: E402
 
 START: Final = "scripts/launch_vllm_server.sh {8B|70B|405B|local} starts one"
+NO_LOGPROBS: Final = (
+    "start the server with --max-logprobs 20 (vLLM's default), and without a proxy that takes logprobs out of answers"
+)
+LOG_TAIL: Final = 100_000
+"""Bytes of a log's end that are searched for a reason."""
 WORDS: Final = [
     "north",
     "river",
@@ -71,12 +79,73 @@ class Check:
         return f"{'pass' if self.passed else 'FAIL'}  {self.name:<20} {self.found}{todo}"
 
 
-async def examine(settings: Settings, model: str | None, wait: float, report: Callable[[Check], None]) -> int:
+class Waiting:
+    """The wait for a server: until when, its log if we were given one, and a line on standard error that shows it."""
+
+    EVERY: Final = 15.0  # seconds between lines where there is no terminal
+
+    def __init__(self, seconds: float, log: Path | None = None) -> None:
+        self._start = time.monotonic()
+        self._deadline = self._start + seconds
+        self._log = log
+        self._log_start = _size(log)
+        self._shown = self._start
+
+    @property
+    def over(self) -> bool:
+        """Whether the time is up."""
+        return time.monotonic() >= self._deadline
+
+    def failure(self) -> StartFailure | None:
+        """What the log says of a start that failed: since we began to wait, or once that is over, at its end."""
+        return start_failure(self._tail(from_the_start=not self.over))
+
+    def show(self, url: str, reason: str) -> None:
+        """Where the wait stands; on a terminal one line that changes."""
+        now = time.monotonic()
+        lines = self._tail(from_the_start=True).strip().splitlines()
+        line = f"waiting for {url}: {now - self._start:3.0f} s  {lines[-1].strip() if lines else reason}"
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\r\033[K{line[:110]}")
+        elif now - self._shown >= self.EVERY:
+            self._shown = now
+            sys.stderr.write(f"{line[:110]}\n")
+        sys.stderr.flush()
+
+    def end(self) -> None:
+        """Take the changing line away."""
+        if sys.stderr.isatty():
+            sys.stderr.write("\r\033[K")
+            sys.stderr.flush()
+
+    def _tail(self, *, from_the_start: bool) -> str:
+        """Of the log: what was written since the wait began, or its last part whenever written."""
+        if self._log is None:
+            return ""
+        start = self._log_start if from_the_start else 0
+        try:
+            with self._log.open("rb") as log:
+                log.seek(max(start, _size(self._log) - LOG_TAIL))
+                return log.read().decode(errors="replace")
+        except OSError:
+            return ""
+
+
+def _size(log: Path | None) -> int:
+    try:
+        return 0 if log is None else log.stat().st_size
+    except OSError:
+        return 0
+
+
+async def examine(
+    settings: Settings, model: str | None, wait: float, report: Callable[[Check], None], log: Path | None = None
+) -> int:
     """Check every server, and several for being alike, telling `report` of each check; returns the exit code.
 
-    wait: seconds that the servers together may take to come up.
+    wait: seconds that the servers together may take to come up. log: of a server that is being started.
     """
-    deadline = time.monotonic() + wait
+    waiting = Waiting(wait, log)
     codes: list[int] = []
     identities: dict[str, EngineIdentity] = {}
     for url in settings.vllm_base_url:
@@ -84,7 +153,7 @@ async def examine(settings: Settings, model: str | None, wait: float, report: Ca
         def of_this(check: Check, url: str = url) -> None:
             report(replace(check, server=url))
 
-        code, identity = await _examine_one(url, settings, model, deadline, of_this)
+        code, identity = await _examine_one(url, settings, model, waiting, of_this)
         codes.append(code)
         if identity is not None:
             identities[url] = identity
@@ -103,7 +172,7 @@ def _compare(identities: Mapping[str, EngineIdentity], report: Callable[[Check],
 
 
 async def _examine_one(
-    url: str, settings: Settings, model: str | None, deadline: float, report: Callable[[Check], None]
+    url: str, settings: Settings, model: str | None, waiting: Waiting, report: Callable[[Check], None]
 ) -> tuple[int, EngineIdentity | None]:
     """Make every check of one server that the ones before it allow: exit code, and who answers if that is known."""
     options = HttpOptions(
@@ -112,9 +181,11 @@ async def _examine_one(
         retry=RetryPolicy(max_attempts=2, deadline=60.0),
     )
     start = time.monotonic()
-    served = await _served(url, settings, options, deadline)
+    served = await _served(url, settings, options, waiting)
     if isinstance(served, APIError):
-        report(Check("reachable", False, f"{url}: {served.args[0]}", served.hint or START))
+        told = waiting.failure()
+        found = f"{url}: {served.args[0]}" + (f" Its log tells of {told.what}." if told else "")
+        report(Check("reachable", False, found, told.todo if told else served.hint or START))
         return 2, None
     report(Check("reachable", True, f"{url} after {time.monotonic() - start:.1f} s"))
 
@@ -136,8 +207,20 @@ async def _examine_one(
 
 
 async def _ask(client: VLLMClient, model: str, report: Callable[[Check], None]) -> tuple[int, EngineIdentity | None]:
-    identity = await client.start()
+    identity = await client.connect()
     report(Check("model served", True, f"{model}, vLLM {identity.version or '?'}, context {identity.max_model_len}"))
+    try:
+        seconds = await ModelAPI(client, scores=False).ready()
+    except APIError as error:
+        report(Check("ready", False, str(error.args[0]), error.hint or "see the server's log, and start it anew"))
+        return 1, None
+    report(Check("ready", True, f"wrote one token in {seconds:.2f} s"))
+    try:
+        identity = await client.start()
+    except (ConfigurationError, RequestRejected) as error:
+        report(Check("logprobs", False, str(error.args[0]), NO_LOGPROBS))
+        return 1, None
+    report(Check("logprobs", True, f"the top {client.top_logprobs} of a next token"))
 
     update = "update vLLM, or start it with --max-logprobs 20 and run ICM with --missing_label floor"
     try:
@@ -157,8 +240,8 @@ async def _ask(client: VLLMClient, model: str, report: Callable[[Check], None]) 
     return 0 if passed and ok else 1, identity
 
 
-async def _served(url: str, settings: Settings, options: HttpOptions, deadline: float) -> list[str] | APIError:
-    """Names of the served models, or why there is no answer until `deadline` (time.monotonic)."""
+async def _served(url: str, settings: Settings, options: HttpOptions, waiting: Waiting) -> list[str] | APIError:
+    """Names of the served models, or why there is no answer: the time is up, or its log says that it will not come."""
     http = HttpTransport(url, key=settings.vllm_api_key, key_name="VLLM_API_KEY", options=options, absent=START)
     try:
         while True:
@@ -168,10 +251,12 @@ async def _served(url: str, settings: Settings, options: HttpOptions, deadline: 
             except (ValueError, LookupError, TypeError):
                 return ConfigurationError("answers, but not like a vLLM server.", hint=START)
             except APIError as error:
-                if time.monotonic() >= deadline or isinstance(error, ConfigurationError):
+                if waiting.over or waiting.failure() or isinstance(error, ConfigurationError | RequestRejected):
                     return error
-            await asyncio.sleep(min(1.0, max(0.0, deadline - time.monotonic())))
+                waiting.show(url, str(error.args[0]))
+            await asyncio.sleep(0.5)
     finally:
+        waiting.end()
         await http.aclose()
 
 
@@ -201,7 +286,10 @@ async def _prefix_cached(client: VLLMClient, labels: LabelTokens, context: int |
     if before is None or after is None:
         return False, "the server shows no counters at /metrics"
     hits = (after - before).hits
-    found = f"{hits} of {len(tokens)} tokens the second time, {seconds[1]:.2f} s after {seconds[0]:.2f} s"
+    rate = hits / len(tokens)
+    found = (
+        f"hit rate {rate:.2f} of a second request ({len(tokens)} tokens), {seconds[1]:.2f} s after {seconds[0]:.2f} s"
+    )
     return hits >= 0.75 * len(tokens), found
 
 
@@ -211,6 +299,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--url", help="base URL, or several with commas (default: VLLM_BASE_URL)")
     parser.add_argument("--model", help="name under which it is served (default: the first one it serves)")
     parser.add_argument("--wait", type=float, default=0.0, metavar="SECONDS", help="how long they may take to come up")
+    parser.add_argument("--log", type=Path, help="log of a server that is being started: why it does not come up")
     parser.add_argument("--json", action="store_true", help="one JSON list instead of lines")
     options = parser.parse_args(arguments)
     checks: list[Check] = []
@@ -222,7 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         settings = Settings.load({"vllm_base_url": options.url})
-        code = asyncio.run(examine(settings, options.model, options.wait, report))
+        code = asyncio.run(examine(settings, options.model, options.wait, report, options.log))
     except ConfigurationError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -101,6 +101,11 @@ class VLLMClient:
         return self._exact
 
     @property
+    def top_logprobs(self) -> int:
+        """How many alternatives of a token the server lists, of the 20 that are asked for; known after start()."""
+        return self._top
+
+    @property
     def takes_trees(self) -> bool:
         """Whether pools travel as trees of segments: the server runs our extension, and exact_labels holds."""
         return self._takes_trees and self.exact_labels

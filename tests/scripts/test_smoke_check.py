@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -15,12 +16,13 @@ import pytest
 from core.llm_api.types import LabelTokens, Prompt, Segment
 from core.llm_api.vllm_llm import VLLMClient
 from core.settings import Settings
-from scripts.test_vllm_server import Check, examine
+from scripts.test_vllm_server import START, Check, examine
 from tests.conftest import RunningServer
-from tests.core.fake_server import FakeVLLM
+from tests.core.fake_server import FakeVLLM, Fault
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "test_vllm_server.py"
 
+NAMES = ["reachable", "model served", "ready", "logprobs", "exact label logprobs", "pools travel", "prefix caching"]
 Examination = Callable[..., Coroutine[Any, Any, tuple[int, dict[str, Check]]]]
 
 
@@ -28,11 +30,12 @@ Examination = Callable[..., Coroutine[Any, Any, tuple[int, dict[str, Check]]]]
 def checks_of(monkeypatch: pytest.MonkeyPatch) -> Examination:
     monkeypatch.setenv("ICM_SECRETS", os.devnull)
 
-    async def run(url: str, model: str | None = None, wait: float = 0.0) -> tuple[int, dict[str, Check]]:
+    async def run(
+        url: str, model: str | None = None, wait: float = 0.0, log: Path | None = None
+    ) -> tuple[int, dict[str, Check]]:
         checks: dict[str, Check] = {}
-        code = await examine(
-            Settings.load({"vllm_base_url": url}), model, wait, lambda check: checks.__setitem__(check.name, check)
-        )
+        settings = Settings.load({"vllm_base_url": url, "max_attempts": 1})
+        code = await examine(settings, model, wait, lambda check: checks.__setitem__(check.name, check), log)
         return code, checks
 
     return run
@@ -42,7 +45,7 @@ async def test_a_good_server_passes_every_check(checks_of: Examination) -> None:
     async with FakeVLLM() as server:
         code, checks = await checks_of(server.url)
     assert code == 0
-    assert list(checks) == ["reachable", "model served", "exact label logprobs", "pools travel", "prefix caching"]
+    assert list(checks) == NAMES
     assert all(check.passed for check in checks.values())
 
 
@@ -71,10 +74,9 @@ async def test_every_server_of_a_list_is_checked_and_whether_they_are_alike(
         checks: list[Check] = []
         settings = Settings.load({"vllm_base_url": f"{first.url},{second.url}"})
         assert await examine(settings, None, 0.0, checks.append) == code
-    names = ["reachable", "model served", "exact label logprobs", "pools travel", "prefix caching"]
     assert [(check.server, check.name) for check in checks] == [
-        *((first.url, name) for name in names),
-        *((second.url, name) for name in names),
+        *((first.url, name) for name in NAMES),
+        *((second.url, name) for name in NAMES),
         ("", "servers alike"),
     ]
     assert all(check.passed for check in checks[:-1])
@@ -99,6 +101,69 @@ async def test_nothing_at_the_url_is_exit_code_2(checks_of: Examination) -> None
 async def test_it_waits_as_long_as_it_is_told(checks_of: Examination) -> None:
     async with FakeVLLM() as server:
         assert (await checks_of(server.url, wait=5.0))[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("said", "todo"),
+    [
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.", "--tensor-parallel-size"),
+        ("ValueError: No available memory for the cache blocks. Try increasing", "--gpu-memory-utilization"),
+        ("ValueError: Free memory on device cuda:0 (3.1/79.1 GiB) on startup is less than desired", "nvidia-smi"),
+        (
+            "ValueError: To serve at least one request with the models's max seq len (131072), (16.0 GiB KV cache is "
+            "needed, which is larger than the available KV cache memory (9.4 GiB).",
+            "--max-model-len",
+        ),
+        ("OSError: [Errno 98] error while attempting to bind: address already in use", "--port"),
+    ],
+)
+async def test_the_log_of_a_server_that_does_not_come_up_says_why(
+    checks_of: Examination, tmp_path: Path, said: str, todo: str
+) -> None:
+    log = tmp_path / "vllm.log"
+    log.write_text(f"INFO loading\nERROR {said}\nTraceback ...\n")
+    code, checks = await checks_of("http://127.0.0.1:9", log=log)
+    assert code == 2
+    assert "log tells of" in checks["reachable"].found
+    assert todo in checks["reachable"].todo
+
+
+async def test_a_wait_ends_when_the_log_says_that_it_is_in_vain(checks_of: Examination, tmp_path: Path) -> None:
+    log = tmp_path / "vllm.log"
+    log.write_text("torch.OutOfMemoryError of an earlier start\n")
+    waiting = asyncio.create_task(checks_of("http://127.0.0.1:9", wait=60.0, log=log))
+    await asyncio.sleep(1.2)
+    assert not waiting.done(), "what the log said before does not count"
+    with log.open("a") as more:
+        more.write("torch.OutOfMemoryError: CUDA out of memory.\n")
+    code, checks = await asyncio.wait_for(waiting, 5)
+    assert code == 2
+    assert "out of memory at start" in checks["reachable"].found
+
+
+async def test_a_log_that_is_missing_or_says_nothing_changes_nothing(checks_of: Examination, tmp_path: Path) -> None:
+    code, checks = await checks_of("http://127.0.0.1:9", log=tmp_path / "none.log")
+    assert (code, checks["reachable"].todo) == (2, START)
+
+
+async def test_a_server_that_answers_but_writes_nothing_is_not_ready(checks_of: Examination) -> None:
+    async with FakeVLLM() as server:
+        server.faults = [Fault(status=500, body={"error": "engine dead"}, times=None)]
+        code, checks = await checks_of(server.url)
+    assert code == 1
+    assert checks["model served"].passed
+    assert not checks["ready"].passed
+    assert "engine dead" in checks["ready"].found
+
+
+@pytest.mark.parametrize("server", [FakeVLLM(logprobs=False), FakeVLLM(max_logprobs=0)])
+async def test_a_server_without_logprobs_is_told_how_to_give_some(checks_of: Examination, server: FakeVLLM) -> None:
+    async with server:
+        code, checks = await checks_of(server.url)
+    assert code == 1
+    assert checks["ready"].passed
+    assert not checks["logprobs"].passed
+    assert "--max-logprobs" in checks["logprobs"].todo
 
 
 async def test_another_model_is_named(checks_of: Examination) -> None:
@@ -162,7 +227,7 @@ def test_json_says_the_same_as_the_lines() -> None:
 def test_a_real_server_passes(vllm_server: RunningServer) -> None:
     done = run_script("--url", vllm_server.url, "--model", vllm_server.model, "--json")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert [check["passed"] for check in json.loads(done.stdout)] == [True] * 5
+    assert [check["passed"] for check in json.loads(done.stdout)] == [True] * 7
 
 
 @pytest.mark.real_server
