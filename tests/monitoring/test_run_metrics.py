@@ -50,7 +50,8 @@ async def test_a_run_shows_itself_while_it_searches_and_no_longer(tmp_path: Path
         server.latency = 0.01
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "src.experiments.commands", "label", "--testbed", "builtin", "--batch_size",
-            str(POOL), "--num_seed", "2", "--model", server.model, "--runs_dir", str(tmp_path), "--run", "mine", "--K", "60",
+            str(POOL), "--num_seed", "2", "--model", server.model, "--runs_dir", str(tmp_path), "--run", "mine",
+            "--K", "60",
             "--stop", "K", "--quiet", "--metrics_port", str(port), cwd=REPOSITORY,
             env={**os.environ, "VLLM_BASE_URL": server.url, "ICM_SECRETS": os.devnull, "PYTHONPATH": str(REPOSITORY)},
             stdout=asyncio.subprocess.DEVNULL,
