@@ -61,6 +61,11 @@ class FakeTextServer(FakeVLLM):
         app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_post("/v1/embeddings", self._embed)
 
+    async def _metrics(self, request: web.Request) -> web.Response:
+        shown = await super()._metrics(request)
+        running = f'vllm:num_requests_running{{engine="0"}} {self.streaming}.0'
+        return web.Response(text=f'{shown.text}\n{running}\nvllm:num_requests_waiting{{engine="0"}} 0.0\n')
+
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         return await self._serve(request, json.loads(await request.read()))
 
