@@ -218,12 +218,12 @@ class DirectEngine:
         """Tokens of one KV-cache block; None where this vLLM does not say."""
         return await self._in_thread(self._block_size)
 
-    async def generate(self, request: TextRequest) -> tuple[Generation, int]:
+    async def generate(self, request: TextRequest) -> Generation:
         """See TextEngine.generate. Texts that are asked for at the same time are written as one batch."""
         last = Piece()
         async for piece in self._write(request, "FINAL_ONLY"):
             last = piece
-        return Generation(last.text, last.finish_reason or "stop", last.prompt_tokens, last.completion_tokens), 0
+        return Generation(last.text, last.finish_reason or "stop", last.prompt_tokens, last.completion_tokens)
 
     def stream(self, request: TextRequest) -> AsyncGenerator[Piece, None]:
         """See TextEngine.stream."""

@@ -112,7 +112,7 @@ class ExternalAPI:
             retries=sum(part.retries for part in parts),
         )
 
-    async def generate(self, request: TextRequest) -> tuple[Generation, int]:
+    async def generate(self, request: TextRequest) -> Generation:
         """See TextEngine.generate."""
         return await self._text.generate(request)
 

@@ -218,8 +218,8 @@ class TextEngine(Protocol):
         """
         ...
 
-    async def generate(self, request: TextRequest) -> tuple[Generation, int]:
-        """The whole answer, and the number of retries that it took. Many at once are batched by the engine."""
+    async def generate(self, request: TextRequest) -> Generation:
+        """The whole answer. Many that are asked for at once are batched by the engine."""
         ...
 
     def stream(self, request: TextRequest) -> AsyncGenerator[Piece, None]:

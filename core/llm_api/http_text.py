@@ -6,15 +6,21 @@ stream is asked for again only until its headers have come: after that its text 
 
 from __future__ import annotations
 
-import math
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, Final
 
 import numpy as np
 import orjson
 
-from core.llm_api.errors import APIError, ConfigurationError, RateLimited, RequestRejected, TransientError
+from core.llm_api.errors import (
+    APIError,
+    ConfigurationError,
+    RateLimited,
+    RequestRejected,
+    ServerUnreachable,
+    TransientError,
+)
 from core.llm_api.generation import Embeddings, Generation, Piece, TextRequest
 from core.llm_api.rate_limit import RateLimiter, Reservation
 from core.llm_api.retry import RetryPolicy
@@ -27,8 +33,10 @@ NO_TEMPLATE_HINT: Final = (
 )
 EMBED_HINT: Final = "Start a server for them: scripts/launch_vllm_server.sh MODEL --runner pooling --convert embed"
 TEXTS_PER_REQUEST: Final = 256
-CHARACTERS_PER_TOKEN: Final = 4  # a usual ratio for English text; the limiter is told the real count afterwards
-_SLOW_DOWN: Final = 5.0
+CHARACTERS_PER_TOKEN: Final = 4
+"""A usual ratio for English text."""
+SLOW_DOWN: Final = 5.0
+"""Seconds that everyone waits after a 429 that names no time."""
 _DONE: Final = b"[DONE]"
 
 
@@ -43,23 +51,18 @@ class HttpText:
         self._prefix = prefix
         self._limiter = limiter or RateLimiter()
 
-    async def generate(self, request: TextRequest, *, retry: RetryPolicy | None = None) -> tuple[Generation, int]:
-        """The whole answer, and the number of retries that it took. retry: in place of the transport's policy."""
+    async def generate(self, request: TextRequest, *, retry: RetryPolicy | None = None) -> Generation:
+        """The whole answer. retry: in place of the transport's policy."""
         path, body = self._path(request), self._body(request, stream=False)
 
         async def attempt() -> Generation:
-            reservation = await self._admit(request)
-            try:
+            async with self._admitted(_tokens_of(request)) as reservation:
                 answer = _generation(await self._http.send("POST", path, body, request_id=request.request_id))
-            except RateLimited as error:
-                self._slow_down(error)
-                raise
-            if answer.prompt_tokens:
-                reservation.settle(answer.prompt_tokens + answer.completion_tokens)
-            return answer
+                _settle(reservation, answer)
+                return answer
 
         try:
-            return await self._http.call(attempt, retry=retry)
+            return (await self._http.call(attempt, retry=retry))[0]
         except RequestRejected as error:
             raise self._explained(error) from None
 
@@ -68,21 +71,20 @@ class HttpText:
         path, body = self._path(request), self._body(request, stream=True)
         reservations: list[Reservation] = []
 
-        async def admit() -> None:
-            reservations.append(await self._admit(request))
+        @asynccontextmanager
+        async def admitted() -> AsyncIterator[None]:
+            async with self._admitted(_tokens_of(request)) as reservation:
+                reservations.append(reservation)
+                yield
 
         try:
-            async with self._http.stream(path, body, request_id=request.request_id, admit=admit, retry=retry) as chunks:
-                last = Piece()
-                async with aclosing(_pieces(chunks)) as pieces:
-                    async for piece in pieces:
-                        last = piece
-                        yield piece
-            if last.prompt_tokens:
-                reservations[-1].settle(last.prompt_tokens + last.completion_tokens)
-        except RateLimited as error:
-            self._slow_down(error)
-            raise
+            async with (
+                self._http.stream(path, body, request_id=request.request_id, admitted=admitted, retry=retry) as chunks,
+                aclosing(_pieces(chunks)) as pieces,
+            ):
+                async for piece in pieces:
+                    _settle(reservations[-1], piece)
+                    yield piece
         except RequestRejected as error:
             raise self._explained(error) from None
 
@@ -94,8 +96,8 @@ class HttpText:
             body = orjson.dumps({"model": self._model, "input": some, "encoding_format": "float"})
 
             async def attempt(body: bytes = body, some: list[str] = some) -> Embeddings:
-                await self._limiter.acquire(sum(map(len, some)) // CHARACTERS_PER_TOKEN + 1)
-                return _vectors(await self._http.send("POST", f"{self._prefix}/embeddings", body), len(some))
+                async with self._admitted(sum(map(_tokens_in, some))):
+                    return _vectors(await self._http.send("POST", f"{self._prefix}/embeddings", body), len(some))
 
             try:
                 rows.append((await self._http.call(attempt))[0])
@@ -118,12 +120,18 @@ class HttpText:
                 f"{self._http.base_url} answers, but lists no models.", hint="Is this an OpenAI-compatible server?"
             ) from None
 
-    async def _admit(self, request: TextRequest) -> Reservation:
-        characters = len(request.prompt) + sum(len(message.content) for message in request.messages)
-        return await self._limiter.acquire(math.ceil(characters / CHARACTERS_PER_TOKEN) + request.options.max_tokens)
-
-    def _slow_down(self, error: RateLimited) -> None:
-        self._limiter.slow_down(_SLOW_DOWN if error.retry_after is None else error.retry_after)
+    @asynccontextmanager
+    async def _admitted(self, tokens: int) -> AsyncIterator[Reservation]:
+        """Around one attempt: its turn under the rate limits, which a 429 slows down for everyone."""
+        reservation = await self._limiter.acquire(tokens)
+        try:
+            yield reservation
+        except ServerUnreachable:
+            reservation.refund()
+            raise
+        except RateLimited as error:
+            self._limiter.slow_down(SLOW_DOWN if error.retry_after is None else error.retry_after)
+            raise
 
     def _path(self, request: TextRequest) -> str:
         return f"{self._prefix}/chat/completions" if request.messages else f"{self._prefix}/completions"
@@ -142,6 +150,21 @@ class HttpText:
         if "chat template" not in str(error).lower():
             return error
         return ConfigurationError(f"{self._model!r} has no chat template.", hint=NO_TEMPLATE_HINT)
+
+
+def _tokens_in(text: str) -> int:
+    """About so many; the limiter is told the real count afterwards."""
+    return len(text) // CHARACTERS_PER_TOKEN + 1
+
+
+def _tokens_of(request: TextRequest) -> int:
+    texts = [request.prompt, *(message.content for message in request.messages)]
+    return sum(map(_tokens_in, texts)) + request.options.max_tokens
+
+
+def _settle(reservation: Reservation, counted: Generation | Piece) -> None:
+    if counted.prompt_tokens:
+        reservation.settle(counted.prompt_tokens + counted.completion_tokens)
 
 
 async def _pieces(chunks: AsyncGenerator[bytes, None]) -> AsyncGenerator[Piece, None]:

@@ -237,7 +237,7 @@ class ModelAPI:
 
     async def _write(self, request: TextRequest) -> Generation:
         with self.texts.text() as count:
-            generation, _ = await self._text_engine.generate(request)
+            generation = await self._text_engine.generate(request)
             count.prompt_tokens, count.completion_tokens = generation.prompt_tokens, generation.completion_tokens
         return generation
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import io
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
@@ -126,13 +126,13 @@ class HttpTransport:
         body: bytes,
         *,
         request_id: str = "",
-        admit: Callable[[], Awaitable[None]] | None = None,
+        admitted: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
         retry: RetryPolicy | None = None,
     ) -> AsyncIterator[AsyncGenerator[bytes, None]]:
         """Chunks of a 2xx answer as they come. Retried until its headers are there; holds a slot until it is left.
 
-        Leaving before the end closes the connection, by which the server knows to stop. admit: awaited before each
-        attempt. retry: in place of the options' policy. Raises a typed APIError for everything that goes wrong.
+        Leaving before the end closes the connection, by which the server knows to stop. admitted: entered around
+        each attempt. retry: in place of the options' policy. Raises a typed APIError for everything that goes wrong.
         """
         url = self.base_url + path
 
@@ -143,9 +143,8 @@ class HttpTransport:
             tries += 1
             began = await self._take_slot(again=tries > 1)
             try:
-                if admit is not None:
-                    await admit()
-                return await self._opened(url, body, request_id), began
+                async with admitted():
+                    return await self._opened(url, body, request_id), began
             except BaseException as error:  # also a cancelled wait: the slot is given back
                 self._free_slot(began, outcome_of(error))
                 raise
@@ -154,7 +153,8 @@ class HttpTransport:
         (response, began), _ = await with_retries(attempt, patience, contacted=lambda: self.contacted)
         outcome = "ok"
         try:
-            yield self._chunks(response, url)
+            async with aclosing(self._chunks(response, url)) as chunks:
+                yield chunks
         except BaseException as error:  # only to name it
             outcome = outcome_of(error)
             raise

@@ -224,7 +224,7 @@ class VLLMGroup:
         sizes = await self._of_each(lambda member: member.client.kv_block_size())
         return next((size for size in sizes if size is not None), None)
 
-    async def generate(self, request: TextRequest) -> tuple[Generation, int]:
+    async def generate(self, request: TextRequest) -> Generation:
         """See TextEngine.generate. Written by the server with the fewest texts in work; by another if that is lost."""
         return await self._of_one(lambda client, retry: client.generate(request, retry=retry))
 

@@ -174,7 +174,7 @@ class VLLMClient:
             cached_tokens=sum_known(part.cached_tokens for part in parts),
         )
 
-    async def generate(self, request: TextRequest, *, retry: RetryPolicy | None = None) -> tuple[Generation, int]:
+    async def generate(self, request: TextRequest, *, retry: RetryPolicy | None = None) -> Generation:
         """See TextEngine.generate. retry: in place of the options' policy."""
         return await self._text.generate(request, retry=retry)
 

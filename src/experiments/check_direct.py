@@ -9,6 +9,7 @@ One line a check. Exit code 0: all passed; 1: a check failed; 2: the model did n
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -131,12 +132,15 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         help="Jinja file; for models that have none (default: the model's own, or a plain one)",
     )
+    parser.add_argument("--verbose", action="store_true", help="show vLLM's own log between the lines")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     args = build_parser().parse_args(arguments)
+    if not args.verbose:
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # vLLM writes its log to standard output
     began = time.monotonic()
     try:
         with _load(args) as model:

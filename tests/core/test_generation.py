@@ -357,13 +357,27 @@ async def test_a_hosted_api_writes_texts_under_its_rate_limits(server: FakeTextS
         assert await api.models() == [server.model]
 
 
-async def test_a_429_slows_a_hosted_api_down(server: FakeTextServer) -> None:
-    server.faults = [Fault(status=429, body={}, times=None)]
+@pytest.mark.parametrize("streamed", [True, False])
+async def test_a_429_slows_everyone_down(server: FakeTextServer, streamed: bool) -> None:
+    waits: list[float] = []
+    now = [0.0]
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        now[0] += seconds
+
+    limiter = RateLimiter(clock=lambda: now[0], sleep=sleep)
     options = HttpOptions(retry=RetryPolicy(max_attempts=1))
-    async with ModelAPI(ExternalAPI(server.url + "/v1", server.model, options=options), scores=False) as api:
-        failed = (await events_of(api))[-1]
-        assert isinstance(failed, Failed)
-        assert isinstance(failed.error.__cause__, RateLimited)
+    engine = ExternalAPI(server.url + "/v1", server.model, limiter=limiter, options=options)
+    async with ModelAPI(engine, scores=False) as api:
+        server.faults = [Fault(status=429, body={}, headers={"Retry-After": "7"}, times=1)]
+        call = collect(api.stream_chat(QUESTION, SHORT)) if streamed else api.chat(QUESTION, SHORT)
+        with pytest.raises(RetriesExhausted) as caught:
+            await call
+        assert isinstance(caught.value.__cause__, RateLimited)
+        assert waits == []
+        assert (await api.embed(["x"])).shape == (1, 3)
+        assert waits == [7.0]
 
 
 async def test_of_several_servers_the_least_busy_one_writes() -> None:
