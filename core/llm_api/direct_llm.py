@@ -114,6 +114,7 @@ class _Process:
         self._loaded: _Loaded | None = None
 
     def take(self, asked: Mapping[str, object]) -> _Loaded:
+        """Blocks while one is being stopped. Raises ConfigurationError where another one runs."""
         with self._lock:
             if self._loaded is None:
                 self._loaded = _Loaded(asked)
@@ -257,8 +258,12 @@ class DirectEngine:
     async def _begin(self, begin: Callable[[], EngineIdentity]) -> EngineIdentity:
         self._template = _template(self._options.chat_template)
         if self._shared is None:
-            self._shared = _PROCESS.take(self._arguments())
-        return await self._in_thread(begin, alone=True)
+            self._shared = await asyncio.to_thread(_PROCESS.take, self._arguments())
+        try:
+            return await self._in_thread(begin, alone=True)
+        except BaseException:  # also a cancelled start: nobody else may have to wait for this vLLM
+            await self.aclose()
+            raise
 
     async def _in_thread(self, call: Callable[[], T], *, alone: bool = False) -> T:
         return await asyncio.wrap_future(self._loaded.thread.call(call, alone=alone))
