@@ -54,6 +54,7 @@ class LocalModel:
         )
         self._api = ModelAPI(DirectEngine(model, self._options), scores=False)
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread()
 
     def __enter__(self) -> Self:
         return self.open()
@@ -67,7 +68,8 @@ class LocalModel:
         """Load the model, which takes seconds to minutes. Raises an APIError that says what to do."""
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
-            threading.Thread(target=self._loop.run_forever, name="local model", daemon=True).start()
+            self._thread = threading.Thread(target=_serve, args=(self._loop,), name="local model", daemon=True)
+            self._thread.start()
             try:
                 self._run(self._api.start())
             except BaseException:
@@ -78,9 +80,12 @@ class LocalModel:
     def close(self) -> None:
         """Give the model's memory back; idempotent."""
         if self._loop is not None:
-            self._run(self._api.aclose())
-            loop, self._loop = self._loop, None
-            loop.call_soon_threadsafe(loop.stop)
+            try:
+                self._run(self._api.aclose())
+            finally:
+                loop, self._loop = self._loop, None
+                loop.call_soon_threadsafe(loop.stop)
+                self._thread.join()
 
     def chat_completion(
         self,
@@ -148,6 +153,12 @@ class LocalModel:
         except KeyboardInterrupt:  # the loop runs in a thread of its own, which Ctrl-C does not reach
             future.cancel()
             raise
+
+
+def _serve(loop: asyncio.AbstractEventLoop) -> None:
+    """Run a loop until it is stopped, and clear it away."""
+    with asyncio.Runner(loop_factory=lambda: loop) as runner:
+        runner.get_loop().run_forever()
 
 
 async def _next(events: AsyncGenerator[StreamEvent, None]) -> StreamEvent | None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import re
+import signal
+import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -250,6 +254,37 @@ async def test_whoever_stops_reading_closes_the_connection_and_frees_the_slot(se
         await gone(server)
         assert server.left == 1
         assert (await api.chat(QUESTION, SHORT)).text, "the only slot is free again"
+
+
+async def test_ctrl_c_closes_the_connection(server: FakeTextServer) -> None:
+    server.manner.delay = 0.01
+    script = f"""
+import asyncio
+from core.llm_api.generation import SamplingOptions
+from core.llm_api.llm import ModelAPI
+from core.llm_api.vllm_llm import VLLMClient
+
+async def main():
+    async with ModelAPI(VLLMClient({server.url!r}, {server.model!r}), scores=False) as api:
+        async for event in api.stream_complete("count", SamplingOptions(max_tokens=100_000)):
+            print(event.kind, flush=True)
+
+asyncio.run(main())
+"""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", script, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+    )  # fmt: skip
+    assert process.stdout is not None
+    while b"token" not in await process.stdout.readline():
+        pass
+    process.send_signal(signal.SIGINT)
+    await gone(server)
+    _, told = await process.communicate()
+    assert server.left == 1
+    assert process.returncode == -signal.SIGINT
+    assert b"KeyboardInterrupt" in told
+    assert b"never retrieved" not in told
 
 
 async def test_a_stream_that_waits_for_a_slot_can_be_cancelled(server: FakeTextServer) -> None:
