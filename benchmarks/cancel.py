@@ -22,6 +22,7 @@ from pathlib import Path
 if str(Path(__file__).resolve().parents[1]) not in sys.path:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.step_machine import hardware
 from core.llm_api.errors import APIError
 from core.llm_api.generation import Message, SamplingOptions, Token
 from core.llm_api.llm import ModelAPI, vllm_engine
@@ -90,6 +91,7 @@ async def measure(settings: Settings, model: str, count: int, limit: float, chat
         "median_s": round(statistics.median(free), 3) if free else None,
         "longest_s": round(max(free), 3) if free else None,
         "ways": list(WAYS),
+        "machine": hardware(),
     }
 
 

@@ -12,7 +12,6 @@ import argparse
 import asyncio
 import json
 import multiprocessing
-import os
 import random
 import resource
 import sys
@@ -24,6 +23,7 @@ from pathlib import Path
 if str(Path(__file__).resolve().parents[1]) not in sys.path:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.step_machine import hardware
 from core.llm_api.generation import End, SamplingOptions, Token
 from core.llm_api.llm import ModelAPI
 from core.llm_api.transport import HttpOptions
@@ -92,7 +92,7 @@ async def measure(url: str, streams: int, at_once: int, tokens: int) -> dict[str
         "events_a_second": round(events / seconds),
         "client_cpu_us_an_event": round(cpu / events * 1e6, 1),
         "client_peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-        "cores": os.cpu_count(),
+        "machine": hardware(),
     }
 
 
