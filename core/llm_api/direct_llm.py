@@ -194,7 +194,7 @@ class DirectEngine:
 
     async def tokenize(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
         """Token ids of each text, from the model's own tokenizer."""
-        return await self._in_thread(functools.partial(self._encode, texts, special))
+        return await self._in_thread(functools.partial(self._encode, texts, special), alone=False)
 
     async def score(
         self, prompts: Sequence[Prompt], labels: LabelTokens, *, on_answer: OnAnswer | None = None
@@ -202,22 +202,22 @@ class DirectEngine:
         """See Engine.score. The whole pool is one call, which cannot be stopped halfway: a cancelled one runs on."""
         if not prompts:
             return EngineAnswer([], 0, requests=0)
-        answer = await self._in_thread(functools.partial(self._score, prompts, labels), alone=True)
+        answer = await self._in_thread(functools.partial(self._score, prompts, labels))
         if on_answer is not None:
             on_answer(range(len(prompts)), answer)
         return answer
 
     async def prefix_cache(self) -> PrefixCacheCounters | None:
         """Summed over vLLM's engines; None where this vLLM does not count."""
-        return await self._in_thread(self._counters)
+        return await self._in_thread(self._counters, alone=False)
 
     async def kv_cache_tokens(self) -> int | None:
         """Tokens the KV cache holds; None where this vLLM does not say."""
-        return await self._in_thread(self._capacity)
+        return await self._in_thread(self._capacity, alone=False)
 
     async def kv_block_size(self) -> int | None:
         """Tokens of one KV-cache block; None where this vLLM does not say."""
-        return await self._in_thread(self._block_size)
+        return await self._in_thread(self._block_size, alone=False)
 
     async def generate(self, request: TextRequest) -> Generation:
         """See TextEngine.generate. Texts that are asked for at the same time are written as one batch."""
@@ -237,11 +237,11 @@ class DirectEngine:
                 f"{self._model!r} runs to write texts, not for embeddings.",
                 hint='Start it with DirectOptions(runner="pooling"), and ModelAPI with scores=False.',
             )
-        return await self._in_thread(functools.partial(self._embed, texts), alone=True)
+        return await self._in_thread(functools.partial(self._embed, texts))
 
     async def models(self) -> list[str]:
         """The one model."""
-        await self._in_thread(lambda: None)  # says whether it still runs
+        await self._in_thread(lambda: None, alone=False)  # says whether it still runs
         return [self._model]
 
     @property
@@ -260,12 +260,13 @@ class DirectEngine:
         if self._shared is None:
             self._shared = await asyncio.to_thread(_PROCESS.take, self._arguments())
         try:
-            return await self._in_thread(begin, alone=True)
+            return await self._in_thread(begin)
         except BaseException:  # also a cancelled start: nobody else may have to wait for this vLLM
             await self.aclose()
             raise
 
-    async def _in_thread(self, call: Callable[[], T], *, alone: bool = False) -> T:
+    async def _in_thread(self, call: Callable[[], T], *, alone: bool = True) -> T:
+        """alone: not while texts are being written; whatever has vLLM generate must be."""
         return await asyncio.wrap_future(self._loaded.thread.call(call, alone=alone))
 
     async def _write(self, request: TextRequest, kind: str) -> AsyncGenerator[Piece, None]:
