@@ -94,6 +94,7 @@ class Matrix:
         self.size = size
         self.seed = seed
         self._salts = 0
+        self._cached: float | None = None  # share of the prompt tokens of the last `ask` that were found cached
         self._references: dict[tuple[Tokens, bool], Listed] = {}
 
     async def rows(self, earlier: Sequence[Listed] | None = None) -> AsyncIterator[Row]:
@@ -101,12 +102,8 @@ class Matrix:
         for top in (False, True) if self.size.top else (False,):
             await self.refer(self.material.prompts, top)
             for name, step in _steps(self):
-                before = await self.asker.prefix_cache()
                 answers = await step(top)
-                after = await self.asker.prefix_cache()
-                counted = None if before is None or after is None else after - before
-                cached = counted.hit_rate if counted is not None and counted.queries else None
-                yield Row(name + (", top 20" if top else ""), self._compare(answers, top), cached)
+                yield Row(name + (", top 20" if top else ""), self._compare(answers, top), self._cached)
         yield Row("as a search asks", self._compare(await _searched(self), False))
         if earlier is not None:
             yield Row("in the check before this one", self._compare(zip(self.material.prompts, earlier, strict=True)))
@@ -125,7 +122,11 @@ class Matrix:
 
     async def ask(self, requests: Sequence[Request], top: bool, at_once: int = 1) -> Answers:
         """Every prompt with its answer, in order."""
+        before = await self.asker.prefix_cache()
         answers = await self.asker.listed(requests, None if top else self.material.chosen, at_once=at_once)
+        after = await self.asker.prefix_cache()
+        counted = None if before is None or after is None else after - before
+        self._cached = counted.hit_rate if counted is not None and counted.queries else None
         return [
             (prompt, listed)
             for request, part in zip(requests, answers, strict=True)

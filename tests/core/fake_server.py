@@ -267,7 +267,7 @@ class FakeVLLM:
     def _logprobs(self, tokens: list[int], body: dict[str, Any]) -> dict[str, Any] | None:
         if not self.logprobs or body.get("logprobs") is None:
             return None
-        self._count_blocks(tokens)
+        self._count_blocks(tokens, str(body.get("cache_salt", "")))
         named = {v: k for k, v in _FIXED.items()}
         true, false = label_distribution(self.log_odds(tokens))
         # Fillers share the last tenth; which ones they are depends on the salt.
@@ -284,9 +284,9 @@ class FakeVLLM:
         top = {(f"token_id:{t}" if by_id else named.get(t, f"tok{t}")): lp for t, lp in listed.items()}
         return {"tokens": ["?"], "token_logprobs": [ranked[0][1]], "top_logprobs": [top], "text_offset": [0]}
 
-    def _count_blocks(self, tokens: list[int]) -> None:
+    def _count_blocks(self, tokens: list[int], salt: str) -> None:
         """Whole blocks of 16 tokens are found if the whole prefix up to their end was seen; never the last token."""
-        prefix, hits, unbroken = 0, 0, True
+        prefix, hits, unbroken = hash(salt), 0, True
         for start in range(0, len(tokens) - BLOCK + 1, BLOCK):
             prefix = hash((prefix, *tokens[start : start + BLOCK]))
             unbroken = unbroken and prefix in self._blocks and start + BLOCK < len(tokens)
