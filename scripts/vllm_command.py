@@ -52,7 +52,8 @@ class Section:
 def read_section(size: str, config: Path = CONFIG, *, deterministic: bool = True) -> Section:
     """The section `size`; anything that looks like a folder or a Hugging Face id gets the section `other`.
 
-    deterministic: with what stands under the sections' own `deterministic`, over what stands beside it. Raises LaunchError for an unknown size or a malformed file.
+    deterministic: with what stands under the sections' own `deterministic`, over what stands beside it.
+    Raises LaunchError for an unknown size or a malformed file.
     """
     try:
         sections = yaml.safe_load(config.read_text(encoding="utf-8"))
