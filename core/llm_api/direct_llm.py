@@ -9,11 +9,10 @@ from __future__ import annotations
 import asyncio
 import functools
 import importlib
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import SecretStr
 
@@ -32,11 +31,9 @@ from core.llm_api.types import (
     Segment,
 )
 from core.settings import MissingLabelPolicy
+from core.vllm_extension.plugin import kernels
 
 T = TypeVar("T")
-
-_KINDS_OF_NUMBERS: Final = ("VLLM_BATCH_INVARIANT", "VLLM_ATTENTION_BACKEND", "ICM_BATCH_INVARIANT")
-"""Environment variables that change which kernels compute an answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +200,7 @@ class DirectEngine:
             root=str(config.model),
             revision=self._revision,
             version=str(self._vllm.__version__),
-            determinism=",".join(f"{name}={os.environ[name]}" for name in _KINDS_OF_NUMBERS if os.environ.get(name)),
+            determinism=kernels(getattr(self._llm.llm_engine.vllm_config, "attention_config", None)),
             fingerprint=fingerprint(tokens, {f"token_id:{token}": logprob for token, logprob in top.items()}),
             max_model_len=int(config.max_model_len),
         )

@@ -79,6 +79,7 @@ class VLLMClient:
         self._use_extension = use_extension
         self._takes_trees = False
         self._fast_prefixes = False
+        self._kernels = ""
         self._top = TOP_LOGPROBS
 
     @property
@@ -124,7 +125,7 @@ class VLLMClient:
         self._exact = await self._probe_exact(canary)
         if not self._exact:
             log.warning("%s does not return chosen logprobs; using its top %d", self._http.base_url, self._top)
-        self._takes_trees = self._use_extension and await self._probe_trees()
+        self._takes_trees = await self._probe_trees() and self._use_extension
         length = card.get("max_model_len")
         return EngineIdentity(
             kind="vllm",
@@ -132,6 +133,7 @@ class VLLMClient:
             root=str(card.get("root") or ""),
             revision=self._revision,
             version=version,
+            determinism=self._kernels,
             fingerprint=fingerprint(tokens, top),
             max_model_len=length if isinstance(length, int) else None,
         )
@@ -264,12 +266,16 @@ class VLLMClient:
         return True
 
     async def _probe_trees(self) -> bool:
-        """Whether the server has our extension, in our format and for our model (not for a LoRA adapter of it)."""
+        """Whether the server has our extension, in our format and for our model (not for a LoRA adapter of it).
+
+        Also takes note of what else the extension says of the server.
+        """
         try:
             said = _json_object(await self._http.send("GET", PATH), PATH)  # once: to do without it costs only time
         except APIError:
             return False
         self._fast_prefixes = said.get("fast_prefixes") is True
+        self._kernels = str(said.get("kernels", ""))
         models = said.get("models")
         return said.get("format") == FORMAT and isinstance(models, list) and self._model in models
 

@@ -85,6 +85,7 @@ class FakeVLLM:
         split_labels: bool = False,  # ' True' is two tokens, 'True' is one
         trees: bool = False,  # runs our extension
         fast_prefixes: bool = False,  # and says that its engine does, too
+        kernels: str = "",  # and which kernels answer
     ) -> None:
         self.model, self.root, self.salt = model, root, salt
         self.log_odds = log_odds
@@ -92,6 +93,7 @@ class FakeVLLM:
         self.max_model_len, self.max_logprobs = max_model_len, max_logprobs
         self.exact_labels, self.metrics, self.logprobs = exact_labels, metrics, logprobs
         self.split_labels, self.trees, self.fast_prefixes = split_labels, trees, fast_prefixes
+        self.kernels = kernels
         self.faults: list[Fault] = []
         self.shuffle = False
         self.drop: set[int] = set()  # token ids never listed
@@ -182,7 +184,12 @@ class FakeVLLM:
         if not self.trees:
             raise web.HTTPNotFound
         return web.json_response(
-            {"format": prompt_tree.FORMAT, "models": [self.model], "fast_prefixes": self.fast_prefixes}
+            {
+                "format": prompt_tree.FORMAT,
+                "models": [self.model],
+                "fast_prefixes": self.fast_prefixes,
+                "kernels": self.kernels,
+            }
         )
 
     async def _label_logprobs(self, request: web.Request) -> web.StreamResponse:
