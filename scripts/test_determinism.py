@@ -32,7 +32,7 @@ if str(REPO_ROOT) not in sys.path:  # run as a script, without an installed pack
 
 from core.determinism.asking import Asker, DirectAsker, HttpAsker, Listed  # noqa: E402
 from core.determinism.matrix import Matrix, Row, Size  # noqa: E402
-from core.determinism.record import Record, read_record, row_record, write_record  # noqa: E402
+from core.determinism.record import Record, doubt, read_record, row_record, write_record  # noqa: E402
 from core.llm_api.direct_llm import DirectEngine, DirectOptions  # noqa: E402
 from core.llm_api.errors import APIError, ConfigurationError  # noqa: E402
 from core.llm_api.transport import HttpOptions, HttpTransport  # noqa: E402
@@ -100,6 +100,10 @@ class Report:
         self.rows: list[Row] = []
         self._quiet = quiet
         self._start = time.monotonic()
+
+    def begin(self) -> None:
+        """The heading."""
+        self._say("Is a score a function of its prompt alone? Prompts whose answers differ from those asked alone:")
         self._say(
             f"{'':<44} {'differ':>9} {'largest, nats':>13} {'labels':>7} {'U moves':>8} {'decisions':>9} {'cached':>7}"
         )
@@ -111,6 +115,9 @@ class Report:
 
     def end(self, record: Record) -> None:
         """The verdict."""
+        if not self.rows:
+            self._say(f"this engine passed on {record.finished}")
+            return
         failed = [row.name for row in self.rows if row.compared.differing]
         seconds = time.monotonic() - self._start
         verdict = (
@@ -141,14 +148,17 @@ def row_line(row: Row) -> str:
 
 async def check(engine: Engine, args: argparse.Namespace, report: Report, earlier: list[Listed] | None) -> Record:
     """Run the matrix on one engine and keep the result. earlier: see Matrix.rows; None looks for the last check's."""
+    folder = args.runs_dir / "determinism"
+    last = read_record(folder, engine.identity)
+    if args.unless_passed and last is not None and doubt(last, engine.identity) is None:
+        return last
+    report.begin()
     amount, size = QUICK if args.quick else WHOLE
     if args.prompts is not None:
         amount = replace(amount, prompts=args.prompts)
     material = await material_for(
         engine.engine, amount, context=engine.identity.max_model_len, block=await engine.engine.kv_block_size()
     )
-    folder = args.runs_dir / "determinism"
-    last = read_record(folder, engine.identity)
     if earlier is None and last is not None and last.material == material.digest:
         earlier = last.references
     matrix = Matrix(engine.asker, engine.engine, material, size, seed=time.time_ns())
@@ -201,6 +211,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--block_size", type=int, help="for --direct: tokens of a cache block (on a CPU 32)")
     parser.add_argument("--quick", action="store_true", help="12 prompts, no generated text, no restart: in a minute")
     parser.add_argument("--prompts", type=int, metavar="N", help="compare N prompts, 1 to 256 (default: 256, quick 12)")
+    parser.add_argument(
+        "--unless_passed", action="store_true", help="do nothing where this engine passed before and answers as then"
+    )
     parser.add_argument("--runs_dir", type=Path, default=REPO_ROOT / "runs", help="where the result is kept for ICM.py")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="also write rows and engine there ('-': only print them)"
