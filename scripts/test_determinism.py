@@ -247,7 +247,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     if args.json is not None:
         rows = [row_record(row) for row in report.rows]
-        document = {"engine": record.engine, "finished": record.finished, "passed": record.passed, "rows": rows}
+        engine = {name: value for name, value in record.engine.items() if name != "root"}  # a path of this machine
+        document = {"engine": engine, "finished": record.finished, "passed": record.passed, "rows": rows}
         text = orjson.dumps(document, option=orjson.OPT_INDENT_2).decode()
         if only_json:
             print(text)
