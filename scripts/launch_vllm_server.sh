@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # Start a vLLM server with the settings of configs/vllm_config.yaml.
 #
-#   scripts/launch_vllm_server.sh {405B|70B|8B|local|PATH_OR_HF_ID} [--port P] [--host H] [--print] [VLLM_OPTION ...]
+#   scripts/launch_vllm_server.sh {405B|70B|8B|local|PATH_OR_HF_ID} [--port P] [--host H] [--print] \
+#       [--deterministic | --no-deterministic] [VLLM_OPTION ...]
 #
 # It listens on 127.0.0.1 port 8000 unless told otherwise; every other option goes to vLLM and replaces the configured
-# one. --print shows the command instead of running it. The server takes the place of this script, so it gets the signals
-# sent to it. PYTHON chooses the interpreter that has vLLM (default: .venv here, else python3). Exit code 2: it could not
-# start, one line says why.
+# one. --deterministic (the default) makes a score depend on its prompt alone, --no-deterministic takes vLLM's own
+# kernels; scripts/test_determinism.py measures what a server keeps of that. --print shows the command instead of running
+# it. The server takes the place of this script, so it gets the signals sent to it. PYTHON chooses the interpreter that
+# has vLLM (default: .venv here, else python3). Exit code 2: it could not start, one line says why.
 set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)

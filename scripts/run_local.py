@@ -3,9 +3,10 @@
 
     python scripts/run_local.py [--model gemma-3-270m] [ICM_OPTION ...]      # e.g. --seed 2
 
-Makes the model if it is missing, starts a vLLM server for the time of the run, and calls src/experiments/ICM.py against
-it; options not known here go there. A run that is complete is only shown: no server is started. Ctrl-C stops the server
-too, and the same command resumes the run. The exit code is ICM.py's; 2 if the server did not come up.
+Makes the model if it is missing, starts a vLLM server for the time of the run, has a new kind of server checked for
+scores that repeat to the last bit, and calls src/experiments/ICM.py against it; options not known here go there. A run
+that is complete is only shown: no server is started. Ctrl-C stops the server too, and the same command resumes the run.
+The exit code is ICM.py's; 2 if the server did not come up.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ if str(REPO_ROOT) not in sys.path:  # run as a script, without an installed pack
 from core.vllm_server import ServerFailed, VLLMServer  # noqa: E402
 
 ICM: Final = REPO_ROOT / "src" / "experiments" / "ICM.py"
+DETERMINISM: Final = REPO_ROOT / "scripts" / "test_determinism.py"
 
 
 DEFAULTS: Final = ("--batch_size", "64", "--alpha", "50", "--calibrate", "mean")
@@ -70,6 +72,12 @@ def run_icm(command: Sequence[str], url: str) -> int:
                 process.wait()
 
 
+def check_once(url: str) -> None:
+    """Let test_determinism.py look at this server in short, unless it passed before; what it finds, ICM.py repeats."""
+    short = ["--quick", "--prompts", "4", "--unless_passed"]
+    subprocess.run([sys.executable, str(DETERMINISM), "--url", url, *short], check=False)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -89,6 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     try:
         with VLLMServer(model=options.model, log=options.server_log) as server:
+            check_once(server.url)
             code = run_icm(command, server.url)
         if code in UNFINISHED:  # ICM.py has said how to go on with a server, and this one is gone
             again = [sys.executable, str(Path(__file__)), *(sys.argv[1:] if arguments is None else arguments)]

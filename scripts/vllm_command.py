@@ -2,6 +2,7 @@
 """Turn one section of configs/vllm_config.yaml into the command that starts a vLLM server.
 
     python scripts/vllm_command.py 8B --port 8000 --max-model-len 65536
+    python scripts/vllm_command.py 8B --no-deterministic       # vLLM's own kernels: faster, scores depend on the batch
 
 Prints one shell-quoted line, `env NAME=VALUE ... PYTHON -m vllm.entrypoints.openai.api_server --model ...`; whoever
 wants to start it uses scripts/launch_vllm_server.sh. With --headless it is `... vllm.entrypoints.cli.main serve ...`:
@@ -48,9 +49,10 @@ class Section:
     options: dict[str, Option]
 
 
-def read_section(size: str, config: Path = CONFIG) -> Section:
+def read_section(size: str, config: Path = CONFIG, *, deterministic: bool = True) -> Section:
     """The section `size`; anything that looks like a folder or a Hugging Face id gets the section `other`.
 
+    deterministic: with what stands under the sections' own `deterministic`, over what stands beside it.
     Raises LaunchError for an unknown size or a malformed file.
     """
     try:
@@ -61,25 +63,29 @@ def read_section(size: str, config: Path = CONFIG) -> Section:
         raise LaunchError(f"{config}: expected one section a size")
     sizes = [name for name in sections if name not in HIDDEN]
     if size in sizes:
-        return _resolve(size, sections, config)
+        return _resolve(size, sections, config, deterministic)
     if "/" in size or Path(size).is_dir():
-        other = _resolve("other", sections, config)
+        other = _resolve("other", sections, config, deterministic)
         return Section(size, other.env, other.options)
     raise LaunchError(f"unknown size {size!r}: give one of {', '.join(sizes)}, a folder, or a Hugging Face id")
 
 
-def _resolve(name: str, sections: Mapping[str, Mapping[str, object]], config: Path) -> Section:
+def _resolve(name: str, sections: Mapping[str, Mapping[str, object]], config: Path, deterministic: bool) -> Section:
     """`name` on top of what it inherits. Raises LaunchError for keys that mean nothing, or a circle."""
     model = ""
     env: dict[str, str] = {}
     options: dict[str, Option] = {}
     for link in reversed(_chain(name, sections, config)):
         section = sections[link]
-        if unknown := set(section) - {"inherit", "model", "env", "options"}:
+        if unknown := set(section) - {"inherit", "model", "env", "options", "deterministic"}:
             raise LaunchError(f"{config}, section {link}: unknown key {sorted(unknown)[0]!r}")
         model = str(section.get("model") or model)
-        env |= {key: str(value) for key, value in _mapping(section, "env", config).items()}
-        options |= _mapping(section, "options", config)
+        exact = section.get("deterministic") or {}
+        if not isinstance(exact, dict) or set(exact) - {"env", "options"}:
+            raise LaunchError(f"{config}, section {link}: `deterministic` may hold `env` and `options`")
+        for part in (section, exact) if deterministic else (section,):
+            env |= {key: str(value) for key, value in _mapping(part, "env", config).items()}
+            options |= _mapping(part, "options", config)
     return Section(model, env, options)
 
 
@@ -149,6 +155,13 @@ def take(name: str, arguments: Sequence[str], default: str) -> tuple[str, list[s
     return value, rest
 
 
+def _deterministic(arguments: Sequence[str]) -> tuple[bool, list[str]]:
+    """Which of the two flags was given last, the first unless said otherwise; and the arguments without them."""
+    flags = ("--deterministic", "--no-deterministic")
+    given = [argument for argument in arguments if argument in flags]
+    return (not given or given[-1] == flags[0]), [argument for argument in arguments if argument not in flags]
+
+
 def check_port(host: str, text: str) -> int:
     """The port as a number. Raises LaunchError where it is none, or something listens there already."""
     if not text.isdigit() or not 1 <= int(text) <= 65535:
@@ -174,13 +187,15 @@ def command(
     """(environment to add, argv) of the server that `SIZE [OPTION ...]` asks for. Raises LaunchError."""
     if not arguments or arguments[0].startswith("-"):
         raise LaunchError(
-            "usage: launch_vllm_server.sh {405B|70B|8B|local|PATH_OR_HF_ID} [--port P] [--host H] [--print]"
+            "usage: launch_vllm_server.sh {405B|70B|8B|local|PATH_OR_HF_ID} [--port P] [--host H] "
+            "[--deterministic | --no-deterministic] [--print]"
         )
     size, *rest = arguments
+    deterministic, rest = _deterministic(rest)
     if any(_name(argument) == "api-key" for argument in rest if argument.startswith("--")):
         # An argument is seen by everyone who can list processes, and by whoever reads the log.
         raise LaunchError("give the key in the environment instead: VLLM_API_KEY=...")
-    section = read_section(size, config)
+    section = read_section(size, config, deterministic=deterministic)
     wanted, rest = take("model", rest, section.model)
     if size == "local" and "/" not in wanted:
         wanted = f"models/{wanted}"

@@ -100,6 +100,23 @@ def read_answers(body: bytes, prompts: Sequence[Prompt]) -> Answers:
     return Answers(top, counted if isinstance(counted, int) else 0)
 
 
+def read_generated(body: bytes, count: int) -> list[tuple[list[str], list[float]]]:
+    """The tokens generated after each of `count` prompts, by name, and their log-probabilities, nats, in prompt order.
+
+    Raises TransientError for a body that is truncated, malformed or holds other choices than were asked for.
+    """
+    try:
+        choices = sorted(orjson.loads(body)["choices"], key=lambda choice: int(choice["index"]))
+        if [choice["index"] for choice in choices] != list(range(count)):
+            raise TransientError(f"asked for {count} choices, one a prompt, and got {len(choices)} or other ones.")
+        return [
+            (list(choice["logprobs"]["tokens"]), [float(value) for value in choice["logprobs"]["token_logprobs"]])
+            for choice in choices
+        ]
+    except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise TransientError(f"the answer is truncated or malformed ({type(error).__name__}).") from None
+
+
 def read_tree_answer(body: bytes, labels: LabelTokens, prompts: Sequence[Prompt]) -> Answers:
     """Check what our extension answered to a PromptTree; null, which stands for -inf and NaN, leaves the label out.
 

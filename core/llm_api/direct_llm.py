@@ -40,11 +40,9 @@ from core.llm_api.types import (
     Segment,
 )
 from core.settings import MissingLabelPolicy
+from core.vllm_extension.plugin import kernels
 
 T = TypeVar("T")
-
-_KINDS_OF_NUMBERS: Final = ("VLLM_BATCH_INVARIANT", "VLLM_ATTENTION_BACKEND")
-"""Environment variables that change which kernels compute an answer."""
 
 
 _CPU_ENVIRONMENT: Final = {"VLLM_CPU_KVCACHE_SPACE": "4", "TORCHDYNAMO_DISABLE": "1", "VLLM_NO_USAGE_STATS": "1"}
@@ -207,6 +205,26 @@ class DirectEngine:
             on_answer(range(len(prompts)), answer)
         return answer
 
+    async def listed_logprobs(
+        self, prompts: Sequence[tuple[Sequence[int], str]], chosen: Sequence[int] | None, *, top: int = TOP_LOGPROBS
+    ) -> list[dict[int, float]]:
+        """Log-probabilities after every prompt, nats, by token id: of `chosen` tokens, or of the `top` most probable.
+
+        prompts: token ids, and the salt of the prefix cache that the prompt may use (vLLM's cache_salt). One call.
+        """
+        return await self._in_thread(functools.partial(self._listed, _salted(prompts), chosen, top))
+
+    async def continuations(
+        self, prompts: Sequence[tuple[Sequence[int], str]], *, max_tokens: int, temperature: float, seed: int | None
+    ) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
+        """What the model goes on with after every prompt: token ids and the log-probability of each, nats. One call.
+
+        prompts: as in listed_logprobs. Always max_tokens tokens; an end-of-text token does not end them.
+        """
+        return await self._in_thread(
+            functools.partial(self._continuations, _salted(prompts), max_tokens, temperature, seed)
+        )
+
     async def prefix_cache(self) -> PrefixCacheCounters | None:
         """Summed over vLLM's engines; None where this vLLM does not count."""
         return await self._in_thread(self._counters, alone=False)
@@ -341,7 +359,7 @@ class DirectEngine:
             root=str(config.model),
             revision=self._revision,
             version=str(loaded.vllm.__version__),
-            determinism=",".join(f"{name}={os.environ[name]}" for name in _KINDS_OF_NUMBERS if os.environ.get(name)),
+            determinism=kernels(getattr(loaded.llm.llm_engine.vllm_config, "attention_config", None)),
             max_model_len=int(config.max_model_len),
         )
 
@@ -389,20 +407,42 @@ class DirectEngine:
         for prompt, tokens in zip(prompts, inputs, strict=True):
             if not tokens["prompt_token_ids"]:
                 raise ValueError(f"prompt {prompt.name!r} has no token ids")
-        if labels is None:
-            chosen: dict[str, object] = {"logprobs": TOP_LOGPROBS}
-        else:
-            # vLLM refuses any other number of logprobs beside logprob_token_ids.
-            chosen = {"logprobs": len(labels.ids), "logprob_token_ids": list(labels.ids)}
-        try:
-            parameters = self._vllm.SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, **chosen)
-            outputs = self._llm.generate(inputs, parameters, use_tqdm=False)
-        except Exception as error:
-            raise self._explained(error) from error
-        if len(outputs) != len(prompts):
-            raise APIError(f"vLLM answered {len(outputs)} of {len(prompts)} prompts.")
+        return self._listed(inputs, None if labels is None else labels.ids, TOP_LOGPROBS)
+
+    def _listed(
+        self, inputs: Sequence[Mapping[str, object]], chosen: Sequence[int] | None, top: int
+    ) -> list[dict[int, float]]:
+        # vLLM refuses any other number of logprobs beside logprob_token_ids.
+        wanted: dict[str, object] = (
+            {"logprobs": top} if chosen is None else {"logprobs": len(chosen), "logprob_token_ids": list(chosen)}
+        )
+        outputs = self._generate(inputs, {"max_tokens": 1, "temperature": 0.0, "detokenize": False, **wanted})
         listed = [output.outputs[0].logprobs[0] for output in outputs]
         return [{token: float(entry.logprob) for token, entry in top.items()} for top in listed]
+
+    def _continuations(
+        self, inputs: Sequence[Mapping[str, object]], max_tokens: int, temperature: float, seed: int | None
+    ) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
+        wanted: dict[str, object] = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+        outputs = self._generate(inputs, {**wanted, "logprobs": 1, "ignore_eos": True, "detokenize": False})
+        written = [output.outputs[0] for output in outputs]
+        return [
+            (
+                tuple(one.token_ids),
+                tuple(float(at[token].logprob) for token, at in zip(one.token_ids, one.logprobs, strict=True)),
+            )
+            for one in written
+        ]
+
+    def _generate(self, inputs: Sequence[Mapping[str, object]], parameters: Mapping[str, object]) -> list[Any]:
+        """vLLM's own outputs, in order. Raises an APIError for whatever vLLM raises."""
+        try:
+            outputs = self._llm.generate(list(inputs), self._vllm.SamplingParams(**parameters), use_tqdm=False)
+        except Exception as error:
+            raise self._explained(error) from error
+        if len(outputs) != len(inputs):
+            raise APIError(f"vLLM answered {len(outputs)} of {len(inputs)} prompts.")
+        return list(outputs)
 
     def _prepare(self, request: TextRequest, kind: str) -> tuple[dict[str, object], Any]:
         kinds = importlib.import_module("vllm.sampling_params").RequestOutputKind
@@ -480,6 +520,10 @@ class DirectEngine:
         if self._hf_token is not None:
             text = text.replace(self._hf_token.get_secret_value(), "***")
         return text[:MESSAGE_LIMIT].rstrip(".")
+
+
+def _salted(prompts: Sequence[tuple[Sequence[int], str]]) -> list[dict[str, object]]:
+    return [{"prompt_token_ids": list(tokens), "cache_salt": salt} for tokens, salt in prompts]
 
 
 def _template(given: str | None) -> str | None:

@@ -83,6 +83,7 @@ class VLLMClient:
         self._use_extension = use_extension
         self._takes_trees = False
         self._fast_prefixes = False
+        self._kernels = ""
         self._top = TOP_LOGPROBS
 
     @property
@@ -133,8 +134,8 @@ class VLLMClient:
         self._exact = await self._probe_exact(canary)
         if not self._exact:
             log.warning("%s does not return chosen logprobs; using its top %d", self._http.base_url, self._top)
-        self._takes_trees = self._use_extension and await self._probe_trees()
-        return replace(identity, fingerprint=fingerprint(tokens, top))
+        self._takes_trees = await self._probe_trees() and self._use_extension
+        return replace(identity, determinism=self._kernels, fingerprint=fingerprint(tokens, top))
 
     async def answers(self) -> bool:
         """Whether something answers there at all, by one attempt; start() says whether it is what we need."""
@@ -300,12 +301,16 @@ class VLLMClient:
         return True
 
     async def _probe_trees(self) -> bool:
-        """Whether the server has our extension, in our format and for our model (not for a LoRA adapter of it)."""
+        """Whether the server has our extension, in our format and for our model (not for a LoRA adapter of it).
+
+        Also takes note of what else the extension says of the server.
+        """
         try:
             said = _json_object(await self._http.send("GET", PATH), PATH)  # once: to do without it costs only time
         except APIError:
             return False
         self._fast_prefixes = said.get("fast_prefixes") is True
+        self._kernels = str(said.get("kernels", ""))
         models = said.get("models")
         return said.get("format") == FORMAT and isinstance(models, list) and self._model in models
 

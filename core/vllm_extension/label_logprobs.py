@@ -19,6 +19,7 @@ from typing import Any
 from core.llm_api.prompt_tree import FORMAT, PATH, PromptTree, read_request
 from core.llm_api.types import sum_known
 from core.vllm_extension import block_hashes
+from core.vllm_extension.plugin import kernels
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -44,9 +45,19 @@ class Stopped(Exception):
 
 
 async def _describe(request: Any) -> Any:
-    """Which format this route speaks, for which models, and whether work on shared prefixes is done once."""
+    """Which format this route speaks, for which models, which kernels answer, and whether shared prefixes are worked on
+    once."""
     models = [path.name for path in request.app.state.openai_serving_models.base_model_paths]
-    return _json(200, {"format": FORMAT, "models": models, "fast_prefixes": block_hashes.installed()})
+    config = getattr(request.app.state.engine_client, "vllm_config", None)
+    return _json(
+        200,
+        {
+            "format": FORMAT,
+            "models": models,
+            "fast_prefixes": block_hashes.installed(),
+            "kernels": kernels(getattr(config, "attention_config", None)),
+        },
+    )
 
 
 async def _answer(request: Any) -> Any:

@@ -7,10 +7,15 @@ other vLLM servers of the same Python.
 from __future__ import annotations
 
 import os
-from typing import Final
+from typing import Any, Final
 
 FAST_PREFIXES: Final = "ICM_FAST_PREFIXES"
 """Environment variable: "1" makes the engine reuse its work on prefixes that successive prompts share."""
+
+BATCH_INVARIANT: Final = "ICM_BATCH_INVARIANT"
+"""Environment variable: "1" makes every score a function of its prompt alone (docs/determinism.md)."""
+
+_CHOOSE_KERNELS: Final = ("VLLM_BATCH_INVARIANT", "VLLM_ATTENTION_BACKEND", BATCH_INVARIANT)
 
 
 def register() -> None:
@@ -21,3 +26,19 @@ def register() -> None:
         block_hashes.install()
         block_lookup.install()
         token_copy.install()
+    if os.environ.get(BATCH_INVARIANT) == "1":
+        from core.vllm_extension import cpu_exact
+
+        cpu_exact.install()
+
+
+def kernels(attention: Any = None) -> str:
+    """What chooses this process's kernels, as `NAME=VALUE,...`: part of an engine's identity.
+
+    attention: vLLM's attention_config, whose backend and version are added where they were chosen.
+    """
+    chosen = {name: os.environ.get(name) for name in _CHOOSE_KERNELS}
+    for name in ("backend", "flash_attn_version"):
+        value = getattr(attention, name, None)
+        chosen[f"attention.{name}"] = None if value is None else str(getattr(value, "name", value))
+    return ",".join(f"{name}={value}" for name, value in chosen.items() if value)

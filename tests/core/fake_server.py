@@ -85,6 +85,7 @@ class FakeVLLM:
         split_labels: bool = False,  # ' True' is two tokens, 'True' is one
         trees: bool = False,  # runs our extension
         fast_prefixes: bool = False,  # and says that its engine does, too
+        kernels: str = "",  # and which kernels answer
     ) -> None:
         self.model, self.root, self.salt = model, root, salt
         self.log_odds = log_odds
@@ -92,6 +93,7 @@ class FakeVLLM:
         self.max_model_len, self.max_logprobs = max_model_len, max_logprobs
         self.exact_labels, self.metrics, self.logprobs = exact_labels, metrics, logprobs
         self.split_labels, self.trees, self.fast_prefixes = split_labels, trees, fast_prefixes
+        self.kernels = kernels
         self.faults: list[Fault] = []
         self.shuffle = False
         self.drop: set[int] = set()  # token ids never listed
@@ -186,7 +188,12 @@ class FakeVLLM:
         if not self.trees:
             raise web.HTTPNotFound
         return web.json_response(
-            {"format": prompt_tree.FORMAT, "models": [self.model], "fast_prefixes": self.fast_prefixes}
+            {
+                "format": prompt_tree.FORMAT,
+                "models": [self.model],
+                "fast_prefixes": self.fast_prefixes,
+                "kernels": self.kernels,
+            }
         )
 
     async def _label_logprobs(self, request: web.Request) -> web.StreamResponse:
@@ -271,7 +278,7 @@ class FakeVLLM:
     def _logprobs(self, tokens: list[int], body: dict[str, Any]) -> dict[str, Any] | None:
         if not self.logprobs or body.get("logprobs") is None:
             return None
-        self._count_blocks(tokens)
+        self._count_blocks(tokens, str(body.get("cache_salt", "")))
         named = {v: k for k, v in _FIXED.items()}
         true, false = label_distribution(self.log_odds(tokens))
         # Fillers share the last tenth; which ones they are depends on the salt.
@@ -288,9 +295,9 @@ class FakeVLLM:
         top = {(f"token_id:{t}" if by_id else named.get(t, f"tok{t}")): lp for t, lp in listed.items()}
         return {"tokens": ["?"], "token_logprobs": [ranked[0][1]], "top_logprobs": [top], "text_offset": [0]}
 
-    def _count_blocks(self, tokens: list[int]) -> None:
+    def _count_blocks(self, tokens: list[int], salt: str) -> None:
         """Whole blocks of 16 tokens are found if the whole prefix up to their end was seen; never the last token."""
-        prefix, hits, unbroken = 0, 0, True
+        prefix, hits, unbroken = hash(salt), 0, True
         for start in range(0, len(tokens) - BLOCK + 1, BLOCK):
             prefix = hash((prefix, *tokens[start : start + BLOCK]))
             unbroken = unbroken and prefix in self._blocks and start + BLOCK < len(tokens)

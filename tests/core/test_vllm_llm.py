@@ -121,6 +121,14 @@ async def test_a_tree_is_told_how_much_of_it_was_cached() -> None:
         assert (await plain.score(pool, LABELS)).cached_tokens is None
 
 
+async def test_kernels_are_part_of_who_answers() -> None:
+    async with FakeVLLM(trees=True, kernels="ICM_BATCH_INVARIANT=1") as server, AsyncExitStack() as closing:
+        for use_extension in (True, False):
+            engine = VLLMClient(server.url, server.model, use_extension=use_extension)
+            closing.push_async_callback(engine.aclose)
+            assert (await engine.start()).determinism == "ICM_BATCH_INVARIANT=1"
+
+
 async def test_an_extension_of_another_format_or_model_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     async with FakeVLLM(trees=True) as server, AsyncExitStack() as closing:
         monkeypatch.setattr("core.llm_api.vllm_llm.FORMAT", 2)
@@ -131,7 +139,8 @@ async def test_an_extension_of_another_format_or_model_is_left_alone(monkeypatch
         engine = await started(server, use_extension=False)
         closing.push_async_callback(engine.aclose)
         assert not engine.takes_trees
-        assert PATH not in server.requests
+        await engine.score(prompts(2), LABELS)
+        assert server.requests.count(PATH) == 1  # asked what it is, and no pool was sent there
     async with FakeVLLM(trees=True, exact_labels="rejected") as server, AsyncExitStack() as closing:
         engine = await started(server)
         closing.push_async_callback(engine.aclose)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from core.vllm_server import free_port
 from scripts import vllm_command
 from scripts.vllm_command import LaunchError, Section, command, locate_model, main, read_section, serve_options, take
 
@@ -61,6 +62,7 @@ def test_any_hugging_face_id_gets_the_section_for_others(config: Path) -> None:
         ("tiny: {modle: x}\n", "unknown key 'modle'"),
         ("tiny: {options: [a]}\n", "options must be"),
         ("tiny: {options: {a: [b]}}\n", "options must be"),
+        ("tiny: {deterministic: {flags: [b]}}\n", "may hold `env` and `options`"),
         ("tiny: {\n", "cannot read"),
     ],
 )
@@ -88,8 +90,36 @@ def test_gpu_servers_are_started_batch_invariant_with_flash_attention_2(size: st
     assert section.options["attention-config.flash_attn_version"] == 2
 
 
-def test_batch_invariance_is_off_on_the_cpu_where_it_fails() -> None:
-    assert "VLLM_BATCH_INVARIANT" not in read_section("local").env
+def test_the_cpu_server_is_exact_in_our_way_as_vllms_fails_there() -> None:
+    section = read_section("local")
+    assert "VLLM_BATCH_INVARIANT" not in section.env
+    assert section.env["ICM_BATCH_INVARIANT"] == "1"
+
+
+@pytest.mark.parametrize("size", ["8B", "70B", "405B", "local", "some/model"])
+def test_no_deterministic_leaves_vllms_own_kernels(size: str) -> None:
+    exact, fast = read_section(size), read_section(size, deterministic=False)
+    assert not [name for name in fast.env if "BATCH_INVARIANT" in name]
+    assert not [name for name in fast.options if name.startswith("attention-config")]
+    assert exact.options.items() >= fast.options.items()
+    assert exact.env.items() >= fast.env.items()
+
+
+@pytest.mark.parametrize(
+    ("flags", "exact"),
+    [
+        ([], True),
+        (["--deterministic"], True),
+        (["--no-deterministic"], False),
+        (["--deterministic", "--no-deterministic"], False),
+        (["--no-deterministic", "--deterministic"], True),
+    ],
+)
+@pytest.mark.usefixtures("with_vllm")
+def test_the_last_flag_decides_and_none_reaches_vllm(flags: list[str], exact: bool, folder: Path) -> None:
+    env, argv = command([str(folder), "--port", str(free_port()), *flags], {})
+    assert ("VLLM_BATCH_INVARIANT" in env) is exact
+    assert not [argument for argument in argv if "deterministic" in argument]
 
 
 @pytest.mark.parametrize("size", ["9B", "gpu", "other", "local2"])

@@ -1,0 +1,113 @@
+"""The last check of an engine, kept beside the runs: what a search can say about the engine that it talks to.
+
+One JSON file an engine, found by everything that names it. The fingerprint, which changes with the kernels that answer,
+stands inside: an engine that answers its canary otherwise than when it was checked is told from one never checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+import orjson
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from core.determinism.asking import Listed
+from core.determinism.matrix import Material, Row
+from core.files import write_atomically
+from core.llm_api.types import EngineIdentity
+
+FORMAT: Final = 1
+_NAMED_BY: Final = ("kind", "model", "root", "revision", "version", "determinism")
+
+
+class Record(BaseModel):
+    """A finished check. material: SHA-256 of what was asked. references: logprobs, nats, by token id, a prompt each."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    format: int
+    engine: dict[str, str | int | None]
+    finished: str
+    quick: bool
+    passed: bool
+    rows: list[dict[str, Any]]
+    material: str
+    references: list[dict[int, float]]
+
+    def summary(self) -> dict[str, object]:
+        """For a run's manifest."""
+        failed = [row["name"] for row in self.rows if row["compared"]["differing"]]
+        return {"finished": self.finished, "quick": self.quick, "passed": self.passed, "failed_rows": failed}
+
+
+def record_path(folder: Path, identity: EngineIdentity) -> Path:
+    """Where the last check of this engine is kept."""
+    named = [getattr(identity, name) for name in _NAMED_BY]
+    return folder / f"{hashlib.sha256(orjson.dumps(named)).hexdigest()[:16]}.json"
+
+
+def read_record(folder: Path, identity: EngineIdentity) -> Record | None:
+    """The last check of this engine; None where there is none that this version can read."""
+    try:
+        record = Record.model_validate_json(record_path(folder, identity).read_bytes())
+    except (OSError, ValidationError):
+        return None
+    return record if record.format == FORMAT else None
+
+
+def write_record(
+    folder: Path,
+    identity: EngineIdentity,
+    material: Material,
+    rows: Sequence[Row],
+    references: Sequence[Listed],
+    *,
+    finished: str,
+    quick: bool,
+) -> Record:
+    """Keep a finished check; returns it."""
+    record = Record(
+        format=FORMAT,
+        engine=asdict(identity),
+        finished=finished,
+        quick=quick,
+        passed=all(not row.compared.differing for row in rows),
+        rows=[row_record(row) for row in rows],
+        material=material.digest,
+        references=[dict(listed) for listed in references],
+    )
+    write_atomically(record_path(folder, identity), orjson.dumps(record.model_dump(), option=orjson.OPT_NON_STR_KEYS))
+    return record
+
+
+def row_record(row: Row) -> dict[str, Any]:
+    """One row as JSON holds it: no infinity."""
+    compared = asdict(row.compared) | {"acceptance_changed": row.compared.acceptance_changed}
+    finite = {name: value if value != float("inf") else None for name, value in compared.items()}
+    return {"name": row.name, "cached": row.cached, "compared": finite}
+
+
+def doubt(record: Record | None, identity: EngineIdentity) -> str | None:
+    """What a user should know before trusting this engine's scores to the last bit; None: it passed its check."""
+    how = "python scripts/test_determinism.py checks it (--quick: in a minute)"
+    if record is None:
+        return f"this engine was never checked for determinism; {how}"
+    if record.engine.get("fingerprint") != identity.fingerprint:
+        return f"this engine answers otherwise than when it was checked on {record.finished}; {how}"
+    if not record.passed:
+        failed = record.summary()["failed_rows"]
+        assert isinstance(failed, list)
+        return (
+            f"this engine failed its determinism check on {record.finished} in {len(failed)} of {len(record.rows)} "
+            "rows: scores depend on what else it computes (docs/determinism.md)"
+        )
+    return None
+
+
+def manifest_entry(identity: EngineIdentity, record: Record | None) -> Mapping[str, object]:
+    """The last check as a run's manifest holds it."""
+    return {"doubt": doubt(record, identity), **(record.summary() if record is not None else {})}

@@ -1,0 +1,261 @@
+#!/usr/bin/env python3
+"""Is a score of this engine a function of its prompt alone? Ask the same prompts in many ways and compare every bit.
+
+    python scripts/test_determinism.py --quick                 # the server that VLLM_BASE_URL names, in a minute
+    python scripts/test_determinism.py --url http://host:8000  # the whole matrix: minutes, 256 prompts
+    python scripts/test_determinism.py --start local           # a server of its own, restarted halfway
+    python scripts/test_determinism.py --direct models/gemma-3-270m --quick     # vLLM in this process, no server
+
+The reference is each prompt asked alone, nothing cached. The result is kept under --runs_dir, where ICM.py finds it.
+Exit code 0: every row is the same to the last bit; 1: one differs; 2: nothing to check there, or wrong arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import math
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+import orjson
+
+REPO_ROOT: Final = Path(__file__).resolve().parents[1]
+if str(REPO_ROOT) not in sys.path:  # run as a script, without an installed package
+    sys.path.insert(0, str(REPO_ROOT))
+
+from core.determinism.asking import Asker, DirectAsker, HttpAsker, Listed  # noqa: E402
+from core.determinism.matrix import Matrix, Row, Size  # noqa: E402
+from core.determinism.record import Record, doubt, read_record, row_record, write_record  # noqa: E402
+from core.llm_api.direct_llm import DirectEngine, DirectOptions  # noqa: E402
+from core.llm_api.errors import APIError, ConfigurationError  # noqa: E402
+from core.llm_api.transport import HttpOptions, HttpTransport  # noqa: E402
+from core.llm_api.types import EngineIdentity  # noqa: E402
+from core.llm_api.vllm_llm import START_HINT, VLLMClient  # noqa: E402
+from core.settings import Settings  # noqa: E402
+from core.vllm_server import ServerFailed, VLLMServer  # noqa: E402
+from src.icm.testbeds import BadInput  # noqa: E402
+from src.pipeline.determinism_material import Amount, material_for  # noqa: E402
+
+QUICK: Final = (
+    Amount(prompts=12, demonstrations=10, long_tokens=3000, long=2, short=16),
+    Size(repeats=100, lists=(1, 2, 3, 8), generated=0, top=False),
+)
+WHOLE: Final = (Amount(prompts=256, demonstrations=24, long_tokens=24_000), Size())
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """Somebody to check: as a search asks it, and with control over what prompts share."""
+
+    engine: VLLMClient | DirectEngine
+    asker: Asker
+    identity: EngineIdentity
+
+
+@asynccontextmanager
+async def server_engine(url: str, model: str | None, settings: Settings) -> AsyncIterator[Engine]:
+    """A running server; `model` defaults to the first that it serves."""
+    options = HttpOptions(connect_timeout=settings.connect_timeout, read_timeout=settings.read_timeout)
+    http = HttpTransport(url, key=settings.vllm_api_key, key_name="VLLM_API_KEY", options=options, absent=START_HINT)
+    try:
+        if model is None:
+            listed, _ = await http.call(lambda: http.send("GET", "/v1/models"))
+            model = str(orjson.loads(listed)["data"][0]["id"])
+        client = VLLMClient(url, model, api_key=settings.vllm_api_key, options=options)
+        try:
+            yield Engine(client, HttpAsker(http, model), await client.start())
+        finally:
+            await client.aclose()
+    except (orjson.JSONDecodeError, LookupError, TypeError):
+        raise ConfigurationError(f"{url} answers, but not like a vLLM server.", hint=START_HINT) from None
+    finally:
+        await http.aclose()
+
+
+@asynccontextmanager
+async def direct_engine(model: str, options: DirectOptions) -> AsyncIterator[Engine]:
+    """vLLM in this process."""
+    engine = DirectEngine(model, options)
+    try:
+        identity = await engine.start()
+        yield Engine(engine, DirectAsker(engine), identity)
+    finally:
+        await engine.aclose()
+
+
+_TOLD: Final = ("model", "kind", "version", "determinism", "fingerprint")
+
+
+class Report:
+    """Prints rows as they come, and at the end what they mean."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.rows: list[Row] = []
+        self._quiet = quiet
+        self._start = time.monotonic()
+
+    def begin(self) -> None:
+        """The heading."""
+        self._say("Is a score a function of its prompt alone? Prompts whose answers differ from those asked alone:")
+        self._say(
+            f"{'':<44} {'differ':>9} {'largest, nats':>13} {'labels':>7} {'U moves':>8} {'decisions':>9} {'cached':>7}"
+        )
+
+    def add(self, row: Row) -> None:
+        """One more row."""
+        self.rows.append(row)
+        self._say(row_line(row))
+
+    def end(self, record: Record) -> None:
+        """The verdict."""
+        if not self.rows:
+            self._say(f"this engine passed on {record.finished}")
+            return
+        failed = [row.name for row in self.rows if row.compared.differing]
+        seconds = time.monotonic() - self._start
+        verdict = (
+            f"{len(failed)} of {len(self.rows)} rows differ"
+            if failed
+            else f"all {len(self.rows)} rows are the same to the last bit"
+        )
+        self._say(f"{verdict}; {seconds:.0f} s")
+        self._say(" ".join(str(record.engine[name]) for name in _TOLD if record.engine[name]))
+        if failed:
+            self._say("What a difference means and what to do about it: docs/determinism.md")
+
+    def _say(self, line: str) -> None:
+        if not self._quiet:
+            print(line, flush=True)
+
+
+def row_line(row: Row) -> str:
+    """One line of the table: see Report for its columns."""
+    found = row.compared
+    largest = "other tokens" if math.isinf(found.largest) else f"{found.largest:.4g}"
+    cached = "" if row.cached is None else f"{row.cached:.0%}"
+    return (
+        f"{row.name:<44} {f'{found.differing}/{found.prompts}':>9} {largest:>13} {found.labels_changed:>7} "
+        f"{found.utility_moved:>8.3g} {found.acceptance_changed:>9.2f} {cached:>7}"
+    )
+
+
+async def check(engine: Engine, args: argparse.Namespace, report: Report, earlier: list[Listed] | None) -> Record:
+    """Run the matrix on one engine and keep the result. earlier: see Matrix.rows; None looks for the last check's."""
+    folder = args.runs_dir / "determinism"
+    last = read_record(folder, engine.identity)
+    if args.unless_passed and last is not None and doubt(last, engine.identity) is None:
+        return last
+    report.begin()
+    amount, size = QUICK if args.quick else WHOLE
+    if args.prompts is not None:
+        amount = replace(amount, prompts=args.prompts)
+    material = await material_for(
+        engine.engine, amount, context=engine.identity.max_model_len, block=await engine.engine.kv_block_size()
+    )
+    if earlier is None and last is not None and last.material == material.digest:
+        earlier = last.references
+    matrix = Matrix(engine.asker, engine.engine, material, size, seed=time.time_ns())
+    async for row in matrix.rows(earlier):
+        report.add(row)
+    finished = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    return write_record(
+        folder, engine.identity, material, report.rows, matrix.references(), finished=finished, quick=args.quick
+    )
+
+
+async def run(args: argparse.Namespace, report: Report) -> Record:
+    """Check what the arguments name."""
+    if args.direct is not None:
+        options = DirectOptions(max_model_len=args.max_model_len, enforce_eager=True, block_size=args.block_size)
+        async with direct_engine(args.direct, options) as engine:
+            return await check(engine, args, report, None)
+    settings = Settings.load({"vllm_base_url": args.url})
+    if args.start is None:
+        async with server_engine(settings.vllm_base_url[0], args.model, settings) as engine:
+            return await check(engine, args, report, None)
+    record = await _check_own(args, settings, report, None)
+    return record if args.quick else await _check_own(args, settings, report, record.references)
+
+
+async def _check_own(
+    args: argparse.Namespace, settings: Settings, report: Report, earlier: list[Listed] | None
+) -> Record:
+    """Check a server started for it, and stop it."""
+    log = args.runs_dir / "determinism" / "vllm.log"
+    with VLLMServer(log=log, size=args.start, options=tuple(args.option)) as server:
+        async with server_engine(server.url, args.model, settings) as engine:
+            return await check(engine, args, report, earlier)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every flag."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--url", help="base URL of a running server (default: VLLM_BASE_URL)")
+    which.add_argument(
+        "--start", metavar="SIZE", help="start a server: local, 8B, ... as launch_vllm_server.sh takes it"
+    )
+    which.add_argument("--direct", metavar="PATH_OR_ID", help="check vLLM in this process with this model")
+    parser.add_argument(
+        "--option", action="append", default=[], help="for --start: an argument for the server (repeat)"
+    )
+    parser.add_argument("--model", help="name under which it is served (default: the first one it serves)")
+    parser.add_argument("--max_model_len", type=int, default=4096, help="for --direct (default: 4096)")
+    parser.add_argument("--block_size", type=int, help="for --direct: tokens of a cache block (on a CPU 32)")
+    parser.add_argument("--quick", action="store_true", help="12 prompts, no generated text, no restart: in a minute")
+    parser.add_argument("--prompts", type=int, metavar="N", help="compare N prompts, 1 to 256 (default: 256, quick 12)")
+    parser.add_argument(
+        "--unless_passed", action="store_true", help="do nothing where this engine passed before and answers as then"
+    )
+    parser.add_argument("--runs_dir", type=Path, default=REPO_ROOT / "runs", help="where the result is kept for ICM.py")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write rows and engine there ('-': only print them)"
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    args = build_parser().parse_args(arguments)
+    if args.prompts is not None and not 1 <= args.prompts <= 256:
+        print("error: --prompts must be from 1 to 256", file=sys.stderr)
+        return 2
+    if args.option and args.start is None:
+        print("error: --option is for --start", file=sys.stderr)
+        return 2
+    only_json = args.json is not None and str(args.json) == "-"
+    report = Report(quiet=only_json)
+    try:
+        record = asyncio.run(run(args, report))
+        report.end(record)
+    except (ConfigurationError, BadInput, ServerFailed) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except APIError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; nothing was recorded", file=sys.stderr)
+        return 130
+    if args.json is not None:
+        rows = [row_record(row) for row in report.rows]
+        engine = {name: value for name, value in record.engine.items() if name != "root"}  # a path of this machine
+        document = {"engine": engine, "finished": record.finished, "passed": record.passed, "rows": rows}
+        text = orjson.dumps(document, option=orjson.OPT_INDENT_2).decode()
+        if only_json:
+            print(text)
+        else:
+            args.json.write_text(text + "\n", encoding="utf-8")
+    return 0 if record.passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

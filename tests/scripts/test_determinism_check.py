@@ -1,0 +1,101 @@
+"""scripts/test_determinism.py against a fake server that is exact, or is not, and against the real one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from core.determinism.asking import HttpAsker
+from core.determinism.matrix import Matrix, Size
+from core.llm_api.transport import HttpOptions, HttpTransport
+from core.llm_api.vllm_llm import VLLMClient
+from scripts.test_determinism import Report, build_parser, run
+from src.pipeline.determinism_material import Amount, material_for
+from tests.conftest import RunningServer
+from tests.core.fake_server import FakeVLLM, hashed_log_odds
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "test_determinism.py"
+
+
+@pytest.fixture(autouse=True)
+def without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ICM_SECRETS", os.devnull)
+
+
+async def check(server: FakeVLLM, folder: Path) -> tuple[bool, dict[str, Any]]:
+    args = build_parser().parse_args(["--url", server.url, "--quick", "--runs_dir", str(folder)])
+    report = Report(quiet=True)
+    record = await run(args, report)
+    return record.passed, {row.name: row for row in report.rows}
+
+
+async def test_an_exact_server_passes_and_is_remembered(tmp_path: Path) -> None:
+    async with FakeVLLM() as server:
+        passed, first = await check(server, tmp_path)
+        assert passed
+        assert "in the check before this one" not in first
+        assert first["alone, again"].cached == 0
+        passed, second = await check(server, tmp_path)
+    assert passed
+    assert second["in the check before this one"].compared.prompts == 12
+
+
+async def test_a_server_that_answers_by_count_fails(tmp_path: Path) -> None:
+    asked = 0
+
+    def drifting(tokens: Sequence[int]) -> float:
+        nonlocal asked
+        asked += 1
+        return hashed_log_odds(tokens) + 1e-6 * asked
+
+    async with FakeVLLM(log_odds=drifting) as server:
+        passed, rows = await check(server, tmp_path)
+    assert not passed
+    assert rows["alone, again"].compared.differing == 12
+
+
+def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--url", "http://127.0.0.1:9", "--quick"], "no server answers"),
+        (["--prompts", "0"], "--prompts must be from 1 to 256"),
+        (["--url", "http://127.0.0.1:9", "--option", "x"], "--option is for --start"),
+    ],
+)
+def test_what_cannot_be_checked_is_an_error_in_one_line(arguments: list[str], told: str) -> None:
+    done = cli(*arguments)
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.real_server
+async def test_the_local_server_is_exact(vllm_server: RunningServer, tmp_path: Path) -> None:
+    """What `make icm` and `launch_vllm_server.sh local` start: scores that depend on their prompt alone."""
+    http = HttpTransport(vllm_server.url, key=None, key_name="", options=HttpOptions())
+    client = VLLMClient(vllm_server.url, vllm_server.model)
+    try:
+        identity = await client.start()
+        block = await client.kv_block_size()
+        amount = Amount(prompts=6, demonstrations=8, long_tokens=1200, long=2, short=8)
+        material = await material_for(client, amount, context=identity.max_model_len, block=block)
+        size = Size(repeats=20, lists=(1, 2, 3), generated=12, texts=2, top=False)
+        matrix = Matrix(HttpAsker(http, vllm_server.model), client, material, size, seed=os.getpid())
+        found = {row.name: row.compared async for row in matrix.rows()}
+    finally:
+        await client.aclose()
+        await http.aclose()
+    assert {name: row.differing for name, row in found.items() if row.differing} == {}
+    assert len(found) > 20
