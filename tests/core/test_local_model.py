@@ -47,6 +47,7 @@ class WritingLLM:
         self.arguments = arguments
         self.llm_engine = self
         self.model_config = SimpleNamespace(model=model, max_model_len=50)
+        self.vllm_config = SimpleNamespace()
         self.engine_core = SimpleNamespace(shutdown=lambda: None)
         self.requests: dict[str, list[Any]] = {}
         self.aborted: list[str] = []
