@@ -3,10 +3,11 @@
     python benchmarks/chat_turn.py --model gemma-3-270m --turns 40                      # both, one after the other
     python benchmarks/chat_turn.py --model gemma-3-270m --only http --server http://127.0.0.1:8000
 
-Two figures. "added": seconds of a turn at the client less the seconds that the server itself counts for that very
+Three figures. "added": seconds of a turn at the client less the seconds that the server itself counts for that very
 request (vllm:e2e_request_latency_seconds), so that noise of the machine falls on both; it holds HTTP, JSON, chat
-template and event loop, and their absence is what the engine in process has. And both turns' medians, side by side.
-On the CPU the two cannot run at once, so the second figure has the machine's noise in it.
+template and event loop, and their absence is what the engine in process has. "client_cpu":
+CPU seconds of the client's process, which do not depend on what else the machine does. And both turns' medians, side by
+side; on the CPU the two cannot run at once, so these have the machine's noise in them.
 """
 
 from __future__ import annotations
@@ -43,17 +44,19 @@ async def _turns(api: ModelAPI, turns: int, stream: bool, http: HttpTransport | 
     options = SamplingOptions(max_tokens=TOKENS, frequency_penalty=0.5)
     seconds: list[float] = []
     added: list[float] = []
+    busy: list[float] = []
     tokens: list[int] = []
     for number in range(-3, turns):
         question = [Message("user", f"Tell me about the number {number + 1000}, and take your time.")]
         before = await _engine_seconds(http)
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), time.process_time()
         answer = await (collect(api.stream_chat(question, options)) if stream else api.chat(question, options))
-        took = time.perf_counter() - began
+        took, cpu = time.perf_counter() - began, time.process_time() - cpu
         after = await _engine_seconds(http)
         if number < 0:
             continue
         seconds.append(took)
+        busy.append(cpu)
         tokens.append(answer.completion_tokens)
         if before is not None and after is not None and after[1] == before[1] + 1:
             added.append(took - (after[0] - before[0]))
@@ -62,6 +65,8 @@ async def _turns(api: ModelAPI, turns: int, stream: bool, http: HttpTransport | 
         "median_ms": _ms(statistics.median(seconds)),
         "median_tokens": statistics.median(tokens),
     }
+    if http is not None:
+        result["client_cpu_ms"] = _ms(statistics.median(busy))
     if added:
         quartiles = statistics.quantiles(added, n=4)
         result["added_ms"] = {"median": _ms(quartiles[1]), "quartiles": [_ms(quartiles[0]), _ms(quartiles[2])]}
