@@ -5,9 +5,9 @@
 
 Three figures. "added": seconds of a turn at the client less the seconds that the server itself counts for that very
 request (vllm:e2e_request_latency_seconds), so that noise of the machine falls on both; it holds HTTP, JSON, chat
-template and event loop, and their absence is what the engine in process has. "client_cpu":
-CPU seconds of the client's process, which do not depend on what else the machine does. And both turns' medians, side by
-side; on the CPU the two cannot run at once, so these have the machine's noise in them.
+template and event loop, and their absence is what the engine in process has. "client_cpu": CPU seconds of the client's
+process, which do not depend on what else the machine does. And both turns' medians, side by side; on the CPU the two
+cannot run at once, so these have the machine's noise in them.
 """
 
 from __future__ import annotations
