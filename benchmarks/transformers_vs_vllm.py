@@ -103,7 +103,7 @@ async def through_api(api: ModelAPI, work: Sequence[tuple[str, int]], at_once: i
 
 
 class Stopwatch:
-    """Wall seconds, and CPU seconds of this process and all below it, which other work on the machine hardly changes."""
+    """Wall seconds, and CPU seconds of this process and all below it, which other work hardly changes."""
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
