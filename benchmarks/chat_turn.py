@@ -60,6 +60,10 @@ async def _turns(api: ModelAPI, turns: int, stream: bool, http: HttpTransport | 
         tokens.append(answer.completion_tokens)
         if before is not None and after is not None and after[1] == before[1] + 1:
             added.append(took - (after[0] - before[0]))
+        told = f", added {_ms(added[-1])}" if added else ""
+        print(
+            f"{'streamed' if stream else 'whole'} turn {number + 1}: {_ms(took)} ms{told}", file=sys.stderr, flush=True
+        )
     result: dict[str, object] = {
         "turns": turns,
         "median_ms": _ms(statistics.median(seconds)),
