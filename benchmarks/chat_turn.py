@@ -2,6 +2,7 @@
 
     python benchmarks/chat_turn.py --model gemma-3-270m --turns 40                      # both, one after the other
     python benchmarks/chat_turn.py --model gemma-3-270m --only http --server http://127.0.0.1:8000
+    python benchmarks/chat_turn.py --only stand-in --turns 200   # a server that answers at once: HTTP and client
 
 Three figures. "added": seconds of a turn at the client less the seconds that the server itself counts for that very
 request (vllm:e2e_request_latency_seconds), so that noise of the machine falls on both; it holds HTTP, JSON, chat
@@ -26,6 +27,7 @@ if str(Path(__file__).resolve().parents[1]) not in sys.path:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.step_machine import hardware
+from benchmarks.streams import stand_in
 from core.llm_api.direct_llm import DirectOptions
 from core.llm_api.errors import APIError
 from core.llm_api.generation import Message, SamplingOptions, collect
@@ -111,20 +113,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="gemma-3-270m", help="a folder in models/, or what --server serves")
     parser.add_argument("--turns", type=int, default=40)
-    parser.add_argument("--only", choices=("http", "in-process"), help="measure one of the two")
+    parser.add_argument("--only", choices=("http", "in-process", "stand-in"), help="measure one of them")
     parser.add_argument("--server", help="base URL of a running server (default: one is started)")
     parser.add_argument("--gpu", action="store_true", help="in process: vLLM's own defaults, not those for a CPU")
     parser.add_argument("--json", type=Path, help="write the result here, too")
     args = parser.parse_args(arguments)
-    result: dict[str, object] = {"model": args.model, "tokens": TOKENS, "machine": hardware()}
+    result: dict[str, object] = {
+        "model": "none" if args.only == "stand-in" else args.model,
+        "tokens": TOKENS,
+        "machine": hardware(),
+    }
     try:
-        if args.only != "http":
+        if args.only == "stand-in":
+            with stand_in(0.0) as (url, stop):
+                result["stand-in"] = asyncio.run(over_http(url, "fake-8b", args.turns))
+                stop()
+        if args.only in (None, "in-process"):
             folder = REPO_ROOT / "models" / args.model
             model = str(folder) if folder.is_dir() else args.model
             result["in process"] = asyncio.run(in_process(model, args.turns, not args.gpu))
-        if args.only != "in-process" and args.server:
+        if args.only in (None, "http") and args.server:
             result["http"] = asyncio.run(over_http(args.server, args.model, args.turns))
-        elif args.only != "in-process":
+        elif args.only in (None, "http"):
             log = REPO_ROOT / "runs" / "chat-turn-server.log"
             with VLLMServer(model=args.model, log=log, options=("--chat-template", str(TEMPLATE))) as server:
                 result["http"] = asyncio.run(over_http(server.url, args.model, args.turns))
