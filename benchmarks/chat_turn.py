@@ -2,11 +2,13 @@
 
     python benchmarks/chat_turn.py --model gemma-3-270m --turns 40                      # both, one after the other
     python benchmarks/chat_turn.py --model gemma-3-270m --only http --server http://127.0.0.1:8000
+    python benchmarks/chat_turn.py --only stand-in --turns 200   # a server that answers at once: HTTP and client
 
-Two figures. "added": seconds of a turn at the client less the seconds that the server itself counts for that very
+Three figures. "added": seconds of a turn at the client less the seconds that the server itself counts for that very
 request (vllm:e2e_request_latency_seconds), so that noise of the machine falls on both; it holds HTTP, JSON, chat
-template and event loop, and their absence is what the engine in process has. And both turns' medians, side by side.
-On the CPU the two cannot run at once, so the second figure has the machine's noise in it.
+template and event loop, and their absence is what the engine in process has. "client_cpu": CPU seconds of the client's
+process, which do not depend on what else the machine does. And both turns' medians, side by side; on the CPU the two
+cannot run at once, so these have the machine's noise in them.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ if str(Path(__file__).resolve().parents[1]) not in sys.path:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.step_machine import hardware
+from benchmarks.streams import stand_in
 from core.llm_api.direct_llm import DirectOptions
 from core.llm_api.errors import APIError
 from core.llm_api.generation import Message, SamplingOptions, collect
@@ -43,25 +46,33 @@ async def _turns(api: ModelAPI, turns: int, stream: bool, http: HttpTransport | 
     options = SamplingOptions(max_tokens=TOKENS, frequency_penalty=0.5)
     seconds: list[float] = []
     added: list[float] = []
+    busy: list[float] = []
     tokens: list[int] = []
     for number in range(-3, turns):
         question = [Message("user", f"Tell me about the number {number + 1000}, and take your time.")]
         before = await _engine_seconds(http)
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), time.process_time()
         answer = await (collect(api.stream_chat(question, options)) if stream else api.chat(question, options))
-        took = time.perf_counter() - began
+        took, cpu = time.perf_counter() - began, time.process_time() - cpu
         after = await _engine_seconds(http)
         if number < 0:
             continue
         seconds.append(took)
+        busy.append(cpu)
         tokens.append(answer.completion_tokens)
         if before is not None and after is not None and after[1] == before[1] + 1:
             added.append(took - (after[0] - before[0]))
+        told = f", added {_ms(added[-1])}" if added else ""
+        print(
+            f"{'streamed' if stream else 'whole'} turn {number + 1}: {_ms(took)} ms{told}", file=sys.stderr, flush=True
+        )
     result: dict[str, object] = {
         "turns": turns,
         "median_ms": _ms(statistics.median(seconds)),
         "median_tokens": statistics.median(tokens),
     }
+    if http is not None:
+        result["client_cpu_ms"] = _ms(statistics.median(busy))
     if added:
         quartiles = statistics.quantiles(added, n=4)
         result["added_ms"] = {"median": _ms(quartiles[1]), "quartiles": [_ms(quartiles[0]), _ms(quartiles[2])]}
@@ -102,20 +113,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="gemma-3-270m", help="a folder in models/, or what --server serves")
     parser.add_argument("--turns", type=int, default=40)
-    parser.add_argument("--only", choices=("http", "in-process"), help="measure one of the two")
+    parser.add_argument("--only", choices=("http", "in-process", "stand-in"), help="measure one of them")
     parser.add_argument("--server", help="base URL of a running server (default: one is started)")
     parser.add_argument("--gpu", action="store_true", help="in process: vLLM's own defaults, not those for a CPU")
     parser.add_argument("--json", type=Path, help="write the result here, too")
     args = parser.parse_args(arguments)
-    result: dict[str, object] = {"model": args.model, "tokens": TOKENS, "machine": hardware()}
+    result: dict[str, object] = {
+        "model": "none" if args.only == "stand-in" else args.model,
+        "tokens": TOKENS,
+        "machine": hardware(),
+    }
     try:
-        if args.only != "http":
+        if args.only == "stand-in":
+            with stand_in(0.0) as (url, stop):
+                result["stand-in"] = asyncio.run(over_http(url, "fake-8b", args.turns))
+                stop()
+        if args.only in (None, "in-process"):
             folder = REPO_ROOT / "models" / args.model
             model = str(folder) if folder.is_dir() else args.model
             result["in process"] = asyncio.run(in_process(model, args.turns, not args.gpu))
-        if args.only != "in-process" and args.server:
+        if args.only in (None, "http") and args.server:
             result["http"] = asyncio.run(over_http(args.server, args.model, args.turns))
-        elif args.only != "in-process":
+        elif args.only in (None, "http"):
             log = REPO_ROOT / "runs" / "chat-turn-server.log"
             with VLLMServer(model=args.model, log=log, options=("--chat-template", str(TEMPLATE))) as server:
                 result["http"] = asyncio.run(over_http(server.url, args.model, args.turns))

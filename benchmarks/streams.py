@@ -16,7 +16,8 @@ import random
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -46,6 +47,25 @@ async def _serve(told: Connection, delay: float) -> None:
 
 def _server_process(told: Connection, delay: float) -> None:
     asyncio.run(_serve(told, delay))
+
+
+@contextmanager
+def stand_in(delay: float) -> Iterator[tuple[str, Callable[[], int]]]:
+    """The tests' stand-in for vLLM in a process of its own: its URL, and what stops it and tells the most streams."""
+    spawn = multiprocessing.get_context("spawn")
+    here, there = spawn.Pipe()
+    server = spawn.Process(target=_server_process, args=(there, delay), daemon=True)
+    server.start()
+
+    def stop() -> int:
+        here.send("stop")
+        return int(here.recv())
+
+    try:
+        yield f"http://127.0.0.1:{here.recv()}", stop
+    finally:
+        server.join(1)
+        server.kill()
 
 
 async def measure(url: str, streams: int, at_once: int, tokens: int) -> dict[str, object]:
@@ -105,16 +125,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--delay", type=float, default=0.005, help="seconds before each token")
     parser.add_argument("--json", type=Path, help="write the result here, too")
     args = parser.parse_args(arguments)
-    here, there = multiprocessing.get_context("spawn").Pipe()
-    server = multiprocessing.get_context("spawn").Process(target=_server_process, args=(there, args.delay), daemon=True)
-    server.start()
-    try:
-        result = asyncio.run(measure(f"http://127.0.0.1:{here.recv()}", args.streams, args.at_once, args.tokens))
-        here.send("stop")
-        result["most_at_once"] = here.recv()
-    finally:
-        server.join(5)
-        server.kill()
+    with stand_in(args.delay) as (url, most_at_once):
+        result = asyncio.run(measure(url, args.streams, args.at_once, args.tokens))
+        result["most_at_once"] = most_at_once()
     text = json.dumps(result, indent=1)
     print(text)
     if args.json is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import cancel, streams
-from benchmarks.transformers_vs_vllm import Memory, ratios, row, workload
+from benchmarks.transformers_vs_vllm import Memory, Stopwatch, ratios, row, workload
 from core.settings import Settings
 from tests.core.fake_text import FakeTextServer, Manner
 
@@ -55,7 +55,8 @@ def test_ratios_are_of_equal_numbers_at_once() -> None:
 
     engines = {"transformers": engine({"1": 2.0, "8": 4.0}), "vllm": engine({"1": 3.0, "8": 20.0, "64": 9.0})}
     assert ratios(engines) == {"vllm": {"1": 1.5, "8": 5.0}}
-    assert row([1.0, 2.0, 6.0], 30, 6.0)["requests_a_second"] == 0.5
+    found = row([1.0, 2.0, 6.0], 30, 6.0, 10.0)
+    assert (found["requests_a_second"], found["tokens_a_cpu_second"]) == (0.5, 3.0)
 
 
 def test_memory_is_that_of_this_process_and_its_children() -> None:
@@ -65,3 +66,14 @@ def test_memory_is_that_of_this_process_and_its_children() -> None:
     time.sleep(1.2)
     assert memory.end()["peak_memory_mib"] > 64
     assert block
+
+
+def test_cpu_seconds_are_those_of_work_and_not_of_waiting() -> None:
+    watch = Stopwatch()
+    time.sleep(0.3)
+    idle = watch.row([1.0], 1)["cpu_seconds"]
+    began = time.process_time()
+    while time.process_time() - began < 0.3:
+        pass
+    assert watch.row([1.0], 1)["cpu_seconds"] - idle >= 0.25
+    assert idle < 0.25
