@@ -12,6 +12,9 @@ from typing import Final
 FAST_PREFIXES: Final = "ICM_FAST_PREFIXES"
 """Environment variable: "1" makes the engine reuse its work on prefixes that successive prompts share."""
 
+BATCH_INVARIANT: Final = "ICM_BATCH_INVARIANT"
+"""Environment variable: "1", beside VLLM_BATCH_INVARIANT=1, makes scores independent of what else is computed."""
+
 
 def register() -> None:
     """Called by vLLM, possibly several times a process."""
@@ -21,3 +24,7 @@ def register() -> None:
         block_hashes.install()
         block_lookup.install()
         token_copy.install()
+    if os.environ.get(BATCH_INVARIANT) == "1":
+        from core.vllm_extension import exact
+
+        exact.install()
