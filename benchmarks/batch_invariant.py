@@ -20,17 +20,15 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-ROOT: Final = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-# vLLM's norms read it when they are first called.
-os.environ.setdefault("VLLM_BATCH_INVARIANT", "1")
+if str(Path(__file__).resolve().parents[1]) not in sys.path:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
@@ -43,11 +41,16 @@ CHUNKS: Final = (64, 256)
 CACHE: Final = 200 << 20  # bytes of weights to walk through, so that none is still in the L2 cache when it comes again
 
 
+def gpu() -> torch.device:
+    """The GPU at hand."""
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 def candidates() -> dict[str, Any]:
     """Tiles to compare: those that the library chooses from, and others that could take their place."""
     from core.batch_invariant.tiles import HOPPER, Tile, capability_of, tiles
 
-    device = torch.device("cuda", torch.cuda.current_device())
+    device = gpu()
     found = {f"chosen {tile.name}": tile for tile in tiles(torch.bfloat16, capability_of(device))}
     if capability_of(device)[0] != 9:
         return found
@@ -79,7 +82,7 @@ def compile_one(name: str) -> int:
     """Compile and run one candidate; in a process of its own, since a compiler that aborts takes its process along."""
     from core.batch_invariant import product
 
-    device = torch.device("cuda", torch.cuda.current_device())
+    device = gpu()
     a = torch.randn(80, 4096, device=device, dtype=torch.bfloat16)
     w = torch.randn(6144, 4096, device=device, dtype=torch.bfloat16)
     product(a, w.t(), tile=candidates()[name])
@@ -134,6 +137,7 @@ class Measurements:
 
 def vllm_module() -> Any:
     """vLLM's batch-invariant module, or None."""
+    reason = ""
     for name in ("vllm.model_executor.determinism.batch_invariant", "vllm.model_executor.layers.batch_invariant"):
         try:
             return importlib.import_module(name)
@@ -164,7 +168,7 @@ def products(vllm: Any) -> dict[str, Callable[[torch.Tensor, torch.Tensor], torc
         "ours": lambda x, w: product(x, w.t()),
     }
     for rows in CHUNKS:
-        ways[f"cuBLAS by {rows} rows"] = lambda x, w, rows=rows: in_blocks(x, w, rows)  # type: ignore[misc]
+        ways[f"cuBLAS by {rows} rows"] = partial(in_blocks, rows=rows)
     if vllm is not None:
         ways["vLLM"] = lambda x, w: vllm.matmul_persistent(x, w.t())
     return ways
@@ -174,7 +178,7 @@ def tiles_agree(found: Measurements, names: list[str]) -> set[str]:
     """Candidates that give the same bits as the smallest chosen tile by pointers; prints those that do not."""
     from core.batch_invariant import agreement, product
 
-    device = torch.device("cuda", torch.cuda.current_device())
+    device = gpu()
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         with found.trying(f"tiles {dtype}"):
             results = agreement(device, dtype)
@@ -203,7 +207,7 @@ def tiles_agree(found: Measurements, names: list[str]) -> set[str]:
 
 def rows_keep_bits(found: Measurements, ways: dict[str, Callable[..., torch.Tensor]]) -> None:
     """Rows of one large product, asked again among fewer, and at other places."""
-    device = torch.device("cuda", torch.cuda.current_device())
+    device = gpu()
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         shapes = SHAPES[:4] if dtype == torch.bfloat16 else ((4096, 4096),)
         for k, n in shapes:
@@ -229,7 +233,7 @@ def rows_keep_bits(found: Measurements, ways: dict[str, Callable[..., torch.Tens
 
 def errors(found: Measurements, ways: dict[str, Callable[..., torch.Tensor]]) -> None:
     """Largest and root mean square error against float64, in multiples of the largest exact result."""
-    device = torch.device("cuda", torch.cuda.current_device())
+    device = gpu()
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         x = torch.randn(256, 4096, device=device, dtype=dtype)
         w = torch.randn(512, 4096, device=device, dtype=dtype)
@@ -244,7 +248,7 @@ def errors(found: Measurements, ways: dict[str, Callable[..., torch.Tensor]]) ->
                 print(f"error of a product, {way}, {dtype}: largest {largest:.2e}, rms {rms:.2e}", flush=True)
 
 
-def milliseconds(calls: list[Callable[[], Any]], rounds: int = 5) -> float:
+def milliseconds(calls: Sequence[Callable[[], Any]], rounds: int = 5) -> float:
     """Median time of one of the calls, recorded as one CUDA graph so that launching costs nothing."""
     calls[0]()
     torch.cuda.synchronize()
@@ -261,18 +265,16 @@ def milliseconds(calls: list[Callable[[], Any]], rounds: int = 5) -> float:
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end) / len(calls))
+        times.append(float(start.elapsed_time(end)) / len(calls))
     del graph
     return statistics.median(times)
 
 
-def speed(
-    found: Measurements, ways: dict[str, Callable[..., torch.Tensor]], names: list[str], exact: set[str]
-) -> None:
+def speed(found: Measurements, ways: dict[str, Callable[..., torch.Tensor]], names: list[str], exact: set[str]) -> None:
     """Time of every way, and of every exact candidate, per shape and M; ratio = cuBLAS's time / this time."""
     from core.batch_invariant import product
 
-    device = torch.device("cuda", torch.cuda.current_device())
+    device = gpu()
     tiles = candidates()
     for k, n in SHAPES:
         copies = max(2, min(8, -(-CACHE // (2 * k * n))))
@@ -289,16 +291,14 @@ def speed(
                 if way.startswith("cuBLAS by") and m > 2048:
                     continue  # hundreds of calls
                 with found.trying(f"speed {way} {m} {k} {n}"):
-                    times[way] = milliseconds([lambda w=w, c=compute: c(x, w) for w in weights])  # type: ignore[misc]
+                    times[way] = milliseconds([partial(compute, x, w) for w in weights])
             for name in names:
                 rows = tiles[name].rows
                 if name not in exact or rows > max(64, 2 * m) or (m >= 2048 and rows * tiles[name].columns < 16384):
                     continue
                 with found.trying(f"speed {name} {m} {k} {n}"):
-                    times[name] = milliseconds(
-                        [lambda w=w, t=tiles[name]: product(x, w.t(), tile=t) for w in weights],  # type: ignore[misc]
-                        rounds=3,
-                    )
+                    calls = [partial(product, x, w.t(), tile=tiles[name]) for w in weights]
+                    times[name] = milliseconds(calls, rounds=3)
             base = times.get("cuBLAS", float("nan"))
             for way, time_ in times.items():
                 found.add("speed", way=way, m=m, k=k, n=n, milliseconds=time_, ratio=base / time_)
@@ -313,7 +313,7 @@ def norms(found: Measurements, vllm: Any) -> None:
     """RMS norms with a residual, whose rows vLLM 0.26 computes differently from 256 tokens on; and log-softmax."""
     from core.batch_invariant import log_softmax, rms_norm
 
-    device = torch.device("cuda", torch.cuda.current_device())
+    device = gpu()
     x = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
     r = torch.randn_like(x)
     weight = torch.rand(4096, device=device, dtype=torch.bfloat16) + 0.5
@@ -330,16 +330,20 @@ def norms(found: Measurements, vllm: Any) -> None:
         with found.trying(f"norm {way}"):
             whole = norm(x, r)
             differing = {m: int((norm(x[:m], r[:m]) != whole[:m]).any(dim=1).sum()) for m in (1, 16, 64, 255, 256, 999)}
-            time_ = milliseconds([lambda f=norm: f(x, r)] * 10)  # type: ignore[misc]
+            time_ = milliseconds([partial(norm, x, r)] * 10)
             found.add("norms", way=way, rows_differing=differing, milliseconds=time_)
             print(f"add + RMS norm, {way}: rows that differ by M {differing}, {time_:.4f} ms", flush=True)
     logits = torch.randn(256, 128256, device=device)
-    for way, compute in {"ours": log_softmax, "PyTorch": lambda y: torch.log_softmax(y, -1)}.items():
+    softmaxes: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "ours": log_softmax,
+        "PyTorch": partial(torch.log_softmax, dim=-1),
+    }
+    for way, compute in softmaxes.items():
         with found.trying(f"log_softmax {way}"):
             whole = compute(logits)
             differing = {m: int((compute(logits[:m]) != whole[:m]).any(dim=1).sum()) for m in (1, 2, 16, 100)}
             error = float((whole.double() - torch.log_softmax(logits.double(), -1)).abs().max())
-            time_ = milliseconds([lambda f=compute: f(logits)] * 3)  # type: ignore[misc]
+            time_ = milliseconds([partial(compute, logits)] * 3)
             found.add("log_softmax", way=way, rows_differing=differing, error=error, milliseconds=time_)
             print(f"log_softmax, {way}: differ {differing}, error {error:.1e} nat, {time_:.3f} ms", flush=True)
 
@@ -362,6 +366,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if options.compile:
         return compile_one(options.compile)
+    # vLLM's norms read it when they are first called.
+    os.environ["VLLM_BATCH_INVARIANT"] = "1"
     start = time.monotonic()
     found = Measurements(options.seconds)
     torch.manual_seed(0)

@@ -4,6 +4,8 @@ What makes a kernel depend on the batch is choosing how to split a sum by lookin
 these does: a sum is cut by constants and by its own length alone, its parts are added in one fixed order, and no two
 programs add into the same place. Everything is accumulated in float32.
 
+do_not_specialize: Triton would compile another binary for one row, and another for multiples of 16 rows.
+
 Set TRITON_INTERPRET=1 before importing to run them on the CPU, for tests.
 """
 
@@ -15,9 +17,6 @@ import triton.language as tl
 # Triton's interpreter multiplies the bits of bfloat16 numbers as integers, so there they are widened first. That loses
 # nothing: the products of 16-bit numbers are exact in float32, which is what a matrix unit adds up, too.
 WIDEN = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-
-# What grows with the batch must not make Triton compile another binary: it would do so for 1 and for multiples of 16.
-_BATCH = ["M", "stride_az", "stride_bz", "stride_cz"]
 
 
 @triton.jit
@@ -39,7 +38,7 @@ def _add_product(accumulator, a, b):
     return tl.dot(a, b, accumulator, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=_BATCH)
+@triton.jit(do_not_specialize=["M"])
 def matmul_by_pointers(
     a_ptr,
     b_ptr,
@@ -64,7 +63,7 @@ def matmul_by_pointers(
     HAS_BIAS: tl.constexpr,
     WHOLE_K: tl.constexpr,
 ):
-    """C[z] = A[z] @ B[z] (+ bias): any strides, a BLOCK_M x BLOCK_N tile of one C[z] a program, all tiles of C[0] first.
+    """C[z] = A[z] @ B[z] (+ bias): any strides, a BLOCK_M x BLOCK_N tile of a C[z] a program, all of C[0] first.
 
     Order of the sum over K: blocks of BLOCK_K one after the other into one float32 accumulator, each in the steps of
     the matrix unit (16 deep for 16-bit types). Past the end of K zeros are added, which changes nothing.
@@ -118,8 +117,8 @@ def matmul_by_descriptors(
     """C = A @ B (+ bias) through tensor descriptors, which Hopper's copy engine reads and writes in whole tiles.
 
     B_IS_NK: B lies in memory as (N, K), as the weight of a linear layer does. HALVES = 2 writes a tile in two halves,
-    which takes half the shared memory. PROGRAMS: that many programs share the tiles, so that each can write one while it
-    reads the next; 0: a program for every tile. The sum over K is that of matmul_by_pointers.
+    which takes half the shared memory. PROGRAMS: that many programs share the tiles, so that each can write one while
+    it reads the next; 0: a program for every tile. The sum over K is that of matmul_by_pointers.
     """
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)

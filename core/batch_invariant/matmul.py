@@ -43,13 +43,9 @@ def product(
     not fit.
     """
     _check(a, b, bias)
-    if a.dim() == 2:
-        copies, (m, k), n = 1, a.shape, b.shape[1]
-        shape = (m, n)
-    else:
-        copies, m, k = a.shape
-        n = b.shape[2]
-        shape = (copies, m, n)
+    (m, k), n = a.shape[-2:], b.shape[-1]
+    copies = a.shape[0] if a.dim() == 3 else 1
+    shape = (*a.shape[:-1], n)
     wanted = out_dtype or a.dtype
     if out is not None and (out.shape != torch.Size(shape) or out.dtype != wanted):
         raise ValueError(f"out is {tuple(out.shape)} {out.dtype}, but the result is {shape} {wanted}")
@@ -119,9 +115,7 @@ def on_device(device: torch.device) -> Any:
     return torch.cuda.device(device)
 
 
-def _by_pointers(
-    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, c: torch.Tensor, tile: Tile
-) -> None:
+def _by_pointers(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, c: torch.Tensor, tile: Tile) -> None:
     if a.dim() == 2:
         a, b, c = a.unsqueeze(0), b.unsqueeze(0), c.unsqueeze(0)
     copies, m, k = a.shape

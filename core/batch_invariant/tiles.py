@@ -62,7 +62,7 @@ AMPERE: Final = (
     Tile(64, 64, 32, warps=4, stages=5),
     Tile(16, 64, 32, warps=4, stages=6),
 )
-"""16-bit types on compute capability 8, within the 99 KiB of shared memory that the smaller Ampere and Ada GPUs have."""
+"""16-bit types on compute capability 8, within the 99 KiB of shared memory of the smaller ones."""
 
 FULL_PRECISION: Final = (Tile(64, 64, 32, warps=4, stages=2),)
 """float32: one tile, no matrix unit, fused multiply-adds in the order of K."""

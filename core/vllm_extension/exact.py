@@ -30,6 +30,7 @@ from typing import Any, Final
 import torch
 
 from core.batch_invariant import enable_batch_invariant_mode, product
+from core.vllm_extension.query_length import least_query_length
 
 VLLM: Final = "VLLM_BATCH_INVARIANT"
 """vLLM's own environment variable for its mode."""
@@ -46,9 +47,6 @@ IMPORTERS: Final = (
     "vllm.model_executor.layers.layernorm",
 )
 """Modules that hold names of the above from the moment they are imported."""
-
-SMALL_TILE: Final = 64
-"""FlashAttention 3 (hopper/heuristics.h, use_one_mma_wg): up to so many query rows of a key head take half a tile."""
 
 
 def install() -> None:
@@ -144,11 +142,6 @@ def _replace_norms(source: ModuleType) -> None:
     for owner, ours in ((plain, forward), (gemma, gemma_forward)):
         owner.forward_native = ours
         owner.forward_cuda = ours
-
-
-def least_query_length(heads: int, key_heads: int) -> int:
-    """The longest query of a step, in tokens, from which on FlashAttention 2 and 3 take one path for all."""
-    return max(2, SMALL_TILE // max(heads // key_heads, 1) + 1)
 
 
 def _replace_attention() -> None:
