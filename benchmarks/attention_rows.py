@@ -17,9 +17,10 @@ import json
 import math
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 if str(Path(__file__).resolve().parents[1]) not in sys.path:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -59,9 +60,11 @@ class Setting:
 SETTINGS: Final = (
     *(Setting(2, splits, longest) for splits in (0, 1) for longest in ("real", "2", "floor")),
     *(Setting(3, splits, longest) for splits in (0, 1) for longest in ("real", "2", "floor", "constant")),
-    *(Setting(3, 1, longest, pack=pack) for longest in ("real", "floor") for pack in (True, False)),
     *(Setting(3, splits, longest, scheduled=True) for splits in (0, 1) for longest in ("real", "floor")),
 )
+
+PACKED: Final = tuple(Setting(3, 1, longest, pack=pack) for longest in ("real", "floor") for pack in (True, False))
+"""Called past vLLM's interface, so asked last: should one of them read out of bounds, the GPU answers nothing more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +233,73 @@ def compare(cache: Cache, setting: Setting) -> dict[str, dict[int, tuple[int, fl
     return found
 
 
+class Report:
+    """Measures, prints as it goes, and keeps what was found; failures are kept too, and do not stop the rest."""
+
+    def __init__(self, vllm: str, path: Path | None, seconds: float) -> None:
+        self.failures: list[str] = []
+        self._results: list[dict[str, Any]] = []
+        self._vllm, self._path = vllm, path
+        self._start = time.monotonic()
+        self._end = self._start + seconds
+
+    def measure(self, heads: Heads, settings: Sequence[Setting]) -> None:
+        """One shape of attention, under each setting."""
+        if time.monotonic() > self._end:
+            self.failures.append(f"{heads.name}: out of time")
+            return
+        print(f"\n{heads.name}: elements that differ with {', '.join(map(str, ASKED))} of {LENGTH} tokens computed")
+        try:
+            cache = Cache(heads, torch.bfloat16)
+        except Exception as error:  # noqa: BLE001  one chance on a rented machine: the rest must still run
+            self._failed(heads.name, error)
+            return
+        for setting in settings:
+            try:
+                found = compare(cache, setting)
+            except Exception as error:  # noqa: BLE001
+                self._failed(f"{heads.name}, {setting.name}", error)
+                continue
+            counts = {company: [number for number, _ in by_count.values()] for company, by_count in found.items()}
+            largest = max(value for by_count in found.values() for _, value in by_count.values())
+            exact = not any(number for numbers in counts.values() for number in numbers)
+            self._results.append(
+                {"heads": heads.name, "setting": setting.name, "exact": exact, "largest": largest, "differing": counts}
+            )
+            detail = "exact"
+            if not exact:
+                worst = max(counts, key=lambda company: sum(counts[company]))
+                detail = f"up to {largest:.1e}: alone {counts['alone']}"
+                if counts[worst] != counts["alone"]:
+                    detail += f", {worst} {counts[worst]}"
+            print(f"  {setting.name}: {detail}", flush=True)
+
+    def exact_everywhere(self, setting: str) -> bool:
+        """Whether a setting was measured, and exact wherever it was."""
+        found = [result["exact"] for result in self._results if result["setting"] == setting]
+        return bool(found) and all(found)
+
+    def write(self) -> None:
+        """Everything so far, as JSON."""
+        if self._path is None:
+            return
+        record = {
+            "gpu": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "vllm": self._vllm,
+            "seconds": round(time.monotonic() - self._start, 1),
+            "tokens": list(ASKED),
+            "failures": self.failures,
+            "results": self._results,
+        }
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.write_text(json.dumps(record, indent=1) + "\n")
+
+    def _failed(self, what: str, error: Exception) -> None:
+        self.failures.append(f"{what}: {type(error).__name__}: {str(error)[:300]}")
+        print(f"  FAILED {self.failures[-1]}", flush=True)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -249,62 +319,14 @@ def main(arguments: list[str] | None = None) -> int:
     except ImportError as error:
         print(f"benchmarks/attention_rows.py needs vLLM: {error}", file=sys.stderr)
         return 2
-    start, results, failures, late = time.monotonic(), [], [], False
-    for heads in SHAPES:
-        if late := time.monotonic() - start > options.seconds:
-            print("out of time: the rest of the shapes is left out")
-            break
-        print(f"\n{heads.name}: elements that differ with {', '.join(map(str, ASKED))} of {LENGTH} tokens computed")
-        try:
-            cache = Cache(heads, torch.bfloat16)
-        except Exception as error:  # noqa: BLE001  one chance on a rented machine: the rest must still run
-            failures.append(f"{heads.name}: {type(error).__name__}: {error}")
-            print(f"FAILED {failures[-1]}", flush=True)
-            continue
-        for setting in SETTINGS:
-            try:
-                found = compare(cache, setting)
-                torch.cuda.synchronize()
-            except Exception as error:  # noqa: BLE001
-                failures.append(f"{heads.name}, {setting.name}: {type(error).__name__}: {str(error)[:300]}")
-                print(f"  FAILED {failures[-1]}", flush=True)
-                continue
-            counts = {company: [number for number, _ in by_count.values()] for company, by_count in found.items()}
-            largest = max(value for by_count in found.values() for _, value in by_count.values())
-            exact = not any(number for numbers in counts.values() for number in numbers)
-            results.append(
-                {
-                    "heads": heads.name,
-                    "setting": setting.name,
-                    "exact": exact,
-                    "largest": largest,
-                    "tokens": list(ASKED),
-                    "differing": counts,
-                }
-            )
-            detail = "exact" if exact else f"up to {largest:.1e}: alone {counts['alone']}"
-            if not exact and counts["alone"] != counts["last of a batch"]:
-                detail += f", last of a batch {counts['last of a batch']}"
-            print(f"  {setting.name}: {detail}", flush=True)
-    exact_settings = [
-        setting.name
-        for setting in SETTINGS
-        if results and all(found["exact"] for found in results if found["setting"] == setting.name)
-        if any(found["setting"] == setting.name for found in results)
-    ]
-    print(f"\nexact for every shape that ran: {exact_settings or 'none'}; {len(failures)} failures")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        record = {
-            "gpu": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
-            "vllm": vllm.__version__,
-            "seconds": round(time.monotonic() - start, 1),
-            "out_of_time": late,
-            "failures": failures,
-            "results": results,
-        }
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    report = Report(vllm.__version__, options.json, options.seconds)
+    for settings in (SETTINGS, PACKED):
+        for heads in SHAPES:
+            report.measure(heads, settings)
+        report.write()
+    names = [setting.name for setting in (*SETTINGS, *PACKED)]
+    exact = [name for name in names if report.exact_everywhere(name)]
+    print(f"\nexact for every shape that ran: {exact or 'none'}; {len(report.failures)} failures")
     return 0
 
 

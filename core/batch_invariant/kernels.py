@@ -14,9 +14,11 @@ import os
 import triton
 import triton.language as tl
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
 # Triton's interpreter multiplies the bits of bfloat16 numbers as integers, so there they are widened first. That loses
 # nothing: the products of 16-bit numbers are exact in float32, which is what a matrix unit adds up, too.
-WIDEN = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+WIDEN = tl.constexpr(INTERPRETED)
 
 
 @triton.jit

@@ -18,7 +18,6 @@ long as they do not split the keys; docs/determinism.md), quantized products.
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +25,7 @@ from typing import Any, Final
 
 import torch
 
-from core.batch_invariant import compiled, rows
+from core.batch_invariant import compiled, kernels, rows
 from core.batch_invariant.matmul import SUPPORTED, product
 
 _lock = threading.RLock()
@@ -81,7 +80,7 @@ def _switch(enabled: bool) -> None:
 
 
 def _dispatch_key() -> str:
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if kernels.INTERPRETED:
         return "CPU"
     if torch.version.cuda is None:
         raise RuntimeError("batch-invariant mode needs a PyTorch built for CUDA; this one is not")
@@ -101,7 +100,12 @@ def _set_precision() -> None:
 
 
 def _fits(*tensors: torch.Tensor) -> bool:
+    """Whether the kernels compute with these; whatever they do not is PyTorch's to compute, or to refuse."""
     return all(tensor.dtype in SUPPORTED and tensor.dtype == tensors[0].dtype for tensor in tensors)
+
+
+def _multiply(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return _fits(a, b) and a.dim() == b.dim() and a.shape[-1] == b.shape[-2] and a.shape[:-2] == b.shape[:-2]
 
 
 def _scaled(
@@ -112,13 +116,13 @@ def _scaled(
         return product(a, b, c, out=out)
     scaled = product(a, b, out_dtype=torch.float32) * alpha
     if beta != 0:  # else c is not looked at, NaN or not
-        scaled = scaled + c.float() * beta
+        scaled = scaled + c.float().expand(scaled.shape) * beta
     y = scaled.to(a.dtype)
     return y if out is None else out.copy_(y)
 
 
 def _mm(own: Callable[..., Any], a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor | None = None) -> Any:
-    if not _fits(a, b) or a.dim() != b.dim() or (out is not None and out.dtype != a.dtype):
+    if not _multiply(a, b) or (out is not None and out.dtype != a.dtype):
         return own(a, b) if out is None else own(a, b, out=out)
     if out is not None:
         out.resize_(*a.shape[:-1], b.shape[-1])
@@ -135,7 +139,7 @@ def _addmm(
     alpha: float = 1,
     out: torch.Tensor | None = None,
 ) -> Any:
-    if not _fits(a, b, c) or (out is not None and out.dtype != a.dtype):
+    if not (_multiply(a, b) and _fits(a, c)) or (out is not None and out.dtype != a.dtype):
         extra = {} if out is None else {"out": out}
         return own(c, a, b, beta=beta, alpha=alpha, **extra)
     if out is not None:
@@ -144,20 +148,20 @@ def _addmm(
 
 
 def _mv(own: Callable[..., Any], a: torch.Tensor, v: torch.Tensor) -> Any:
-    return product(a, v.unsqueeze(1)).squeeze(1) if _fits(a, v) else own(a, v)
+    return product(a, v.unsqueeze(1)).squeeze(1) if _multiply(a, v.unsqueeze(1)) else own(a, v)
 
 
 def _addmv(
     own: Callable[..., Any], c: torch.Tensor, a: torch.Tensor, v: torch.Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Any:
-    if not _fits(a, v, c):
+    if not (_multiply(a, v.unsqueeze(1)) and _fits(a, c)):
         return own(c, a, v, beta=beta, alpha=alpha)
     column = c.unsqueeze(-1) if c.dim() else c
     return _scaled(column, a, v.unsqueeze(1), beta, alpha, None).squeeze(1)
 
 
 def _dot(own: Callable[..., Any], v: torch.Tensor, w: torch.Tensor) -> Any:
-    return product(v.unsqueeze(0), w.unsqueeze(1)).reshape(()) if _fits(v, w) else own(v, w)
+    return product(v[None], w[:, None]).reshape(()) if _multiply(v[None], w[:, None]) else own(v, w)
 
 
 def _softmax(own: Callable[..., Any], x: torch.Tensor, dim: int, half_to_float: bool) -> Any:

@@ -47,6 +47,8 @@ def total(
     A mean divides the finished sum once. The mean of nothing is NaN, the sum of nothing 0.
     """
     _check(x)
+    if x.dim() == 0:
+        return total(x.reshape(1), None, out_dtype=out_dtype, mean=mean)
     dims = sorted({_wrapped(dim, x.dim()) for dim in dims}) if dims else list(range(x.dim()))
     kept = [dim for dim in range(x.dim()) if dim not in dims]
     shape = [1 if dim in dims else size for dim, size in enumerate(x.shape)]
@@ -171,7 +173,8 @@ def _check(x: torch.Tensor) -> None:
 
 def _wrapped(dim: int, dims: int) -> int:
     if not -max(dims, 1) <= dim < max(dims, 1):
-        raise IndexError(f"dimension {dim} of a tensor with {dims}")
+        bounds = f"[{-max(dims, 1)}, {max(dims, 1) - 1}]"
+        raise IndexError(f"Dimension out of range (expected to be in range of {bounds}, but got {dim})")
     return dim % max(dims, 1)
 
 

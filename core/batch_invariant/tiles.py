@@ -83,14 +83,15 @@ def tiles(dtype: torch.dtype, capability: tuple[int, int]) -> tuple[Tile, ...]:
 
 
 def choose(family: tuple[Tile, ...], m: int, n: int, copies: int, multiprocessors: int) -> Tile:
-    """The largest tile of which `copies` (m, n) results have one for every multiprocessor; the smallest if none has.
+    """The largest tile of which `copies` (m, n) results have one for nine of ten multiprocessors; else the smallest.
 
     Tiles with rows of nothing but padding are passed over.
     """
     lowest = min(tile.rows for tile in family)
+    padded = -(-m // lowest) * lowest
     for tile in family:
-        padded = -(-m // lowest) * lowest
-        if tile.rows <= padded and -(-m // tile.rows) * -(-n // tile.columns) * copies >= multiprocessors:
+        count = -(-m // tile.rows) * -(-n // tile.columns) * copies
+        if tile.rows <= padded and 10 * count >= 9 * multiprocessors:
             return tile
     return family[-1]
 
