@@ -1,10 +1,10 @@
 """Softmax, log-softmax, sums, means and RMS norms of rows, each computed as if the row were alone.
 
 Order of the sums: `kernels.py`. LANES and the number of rows that share a program follow from the length of a row
-alone. Results are rounded once, to the type asked for; everything before that is float32. Error against float64,
-measured with Triton's interpreter on standard normal numbers (benchmarks/batch_invariant.py prints it for the GPU):
-log_softmax of 4,096 float32 numbers 1e-6 nat, mean of 4,096 float32 numbers 5e-9, RMS norm of 4,096 float32 numbers
-5e-7, each the largest absolute difference over 64 rows.
+alone. Results are rounded once, to the type asked for; everything before that is float32.
+
+Error against float64, the largest over 64 rows of 4,096 standard normal float32 numbers, measured with Triton's
+interpreter: log_softmax 1.0e-6 nat (1.6e-6 for 128,256 numbers), softmax 9e-10, mean 3.4e-9, sum 1.4e-5, RMS norm 5e-7.
 """
 
 from __future__ import annotations
