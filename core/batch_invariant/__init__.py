@@ -10,7 +10,7 @@ vLLM server: ICM_BATCH_INVARIANT=1 (core/vllm_extension/exact.py). What it guara
 Needs PyTorch 2.9 or newer and the Triton that comes with it.
 """
 
-from core.batch_invariant.matmul import agreement, product
+from core.batch_invariant.matmul import agreement, product, settle_tiles
 from core.batch_invariant.mode import (
     disable_batch_invariant_mode,
     enable_batch_invariant_mode,
@@ -28,6 +28,7 @@ __all__ = [
     "product",
     "rms_norm",
     "set_batch_invariant_mode",
+    "settle_tiles",
     "softmax",
     "total",
 ]

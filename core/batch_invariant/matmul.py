@@ -5,20 +5,25 @@ engine can read (16-byte aligned, one dimension contiguous) goes through descrip
 in the same order of sums.
 
 Error against float64, the largest of (64 x 4096) @ (4096 x 128) of standard normal numbers, as a part of the largest
-exact result, measured with Triton's interpreter: 3e-7 in float32; the float32 sum of float16 or bfloat16 inputs 4e-7 and
-5e-7, of which rounding to 16 bits makes 4.2e-4 in float16 (bfloat16, which the interpreter cuts off instead of rounding:
-4.1e-3). benchmarks/batch_invariant.py prints the same for a GPU, beside cuBLAS.
+exact result, measured with Triton's interpreter: 3e-7 in float32; the float32 sum of float16 or bfloat16 inputs 4e-7
+and 5e-7, of which rounding to 16 bits makes 4.2e-4 in float16 (4.1e-3 in bfloat16, which the interpreter cuts off
+instead of rounding). benchmarks/batch_invariant.py prints the same for a GPU, beside cuBLAS.
 """
 
 from __future__ import annotations
 
+import logging
+import os
+from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from core.batch_invariant import kernels
-from core.batch_invariant.tiles import Tile, capability_of, choose, multiprocessors_of, tiles
+from core.batch_invariant.tiles import TILE_VARIABLE, Tile, capability_of, choose, multiprocessors_of, tiles
+
+log = logging.getLogger(__name__)
 
 SUPPORTED: Final = (torch.bfloat16, torch.float16, torch.float32)
 """Types that the kernels compute; they accumulate in float32. float32 products are true ones, never TF32."""
@@ -182,7 +187,7 @@ def agreement(
     """Compare every tile of this GPU, by descriptors and by pointers, with the smallest by pointers, bit by bit.
 
     Products of 1 to 300 rows of random numbers; returns (what, number of differing elements) of each. All must be 0
-    for tiles to be chosen by the number of rows; where one is not, set ICM_BATCH_INVARIANT_TILE to a single one.
+    for tiles to be chosen by the number of rows; see settle_tiles.
     """
     generator = torch.Generator(device="cpu").manual_seed(seed)
     a = torch.randn(300, k, generator=generator).to(device, dtype)
@@ -199,3 +204,23 @@ def agreement(
                 differing = int((c != expected[:rows]).sum())
                 found.append((f"{tile.name} {'descriptors' if descriptors else 'pointers'} {rows} rows", differing))
     return found
+
+
+def settle_tiles(device: torch.device, dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float16)) -> list[str]:
+    """Compare the tiles of this GPU once, and have a single one compute everything from now on if any two differ.
+
+    Takes some seconds where they are not compiled yet. Returns what differed: nothing, where all is well.
+    """
+    differing: list[str] = []
+    for dtype in dtypes:
+        family = tiles(dtype, capability_of(device))
+        if len(family) == 1:
+            continue
+        found = [f"{what} ({count} elements of {dtype})" for what, count in agreement(device, dtype) if count]
+        if found:
+            os.environ[TILE_VARIABLE] = family[1].name
+            log.warning(
+                "tiles differ on this GPU, %s computes everything now: %s", family[1].name, "; ".join(found[:4])
+            )
+        differing += found
+    return differing

@@ -3,9 +3,9 @@
 An element of A @ B is a chain: blocks of the inner dimension in order, within a block the steps of the matrix unit in
 order. Height and width of a tile do not appear in that chain, so a small tile for few rows and a large one for many
 give the same bits, as long as both are made of the same matrix instruction. On Hopper this means a height of 64 or
-more: below it Triton takes the older warp-level instruction, which rounds differently. Nothing of this is taken on
-trust: `core.batch_invariant.agreement` compares the tiles bit by bit on the GPU at hand, tests/gpu and
-benchmarks/batch_invariant.py call it, and ICM_BATCH_INVARIANT_TILE forces one tile where they should ever disagree.
+more: below it Triton takes the older warp-level instruction, which may round differently. Nothing of this is taken on
+trust: `core.batch_invariant.settle_tiles` compares the tiles bit by bit on the GPU at hand (a vLLM worker does so when
+it starts), and falls back to one of them should they disagree; ICM_BATCH_INVARIANT_TILE forces one from the outset.
 """
 
 from __future__ import annotations

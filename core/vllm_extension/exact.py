@@ -29,7 +29,7 @@ from typing import Any, Final
 
 import torch
 
-from core.batch_invariant import enable_batch_invariant_mode, product
+from core.batch_invariant import enable_batch_invariant_mode, product, settle_tiles
 from core.vllm_extension.query_length import least_query_length
 
 VLLM: Final = "VLLM_BATCH_INVARIANT"
@@ -100,6 +100,8 @@ def _replace_mode(source: ModuleType) -> None:
         # vLLM puts its function in the place of torch.bmm itself, which no override would reach.
         torch.bmm = bmm
         enable_batch_invariant_mode()
+        if torch.cuda.is_available():
+            settle_tiles(torch.device("cuda", torch.cuda.current_device()))
 
     _replace_name(source, "enable_batch_invariant_mode", enable)
     if source._batch_invariant_MODE:

@@ -11,6 +11,7 @@ import dataclasses
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -161,6 +162,21 @@ def test_agreement_compares_all_tiles_and_finds_a_difference(monkeypatch: pytest
     monkeypatch.setattr(tiles, "AMPERE", (dataclasses.replace(same, depth=16), same))
     assert any(count for _, count in bi.agreement(CPU, torch.float32, n=64, k=40)) is False
     assert any(count for _, count in bi.agreement(CPU, torch.float16, n=64, k=400))
+
+
+def test_tiles_that_differ_are_not_chosen_among(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(tiles.TILE_VARIABLE, "")
+    same = Tile(64, 64, 32, 4, 3)
+    monkeypatch.setattr(matmul, "agreement", partial(matmul.agreement, n=64, k=400))
+    monkeypatch.setattr(tiles, "AMPERE", (dataclasses.replace(same, group=1), same))
+    assert matmul.settle_tiles(CPU, [torch.float16]) == []
+    assert len(tiles.tiles(torch.float16, (8, 0))) == 2
+    monkeypatch.setattr(
+        tiles, "AMPERE", (dataclasses.replace(same, depth=16), dataclasses.replace(same, rows=32), same)
+    )
+    assert "64x64x16 pointers" in matmul.settle_tiles(CPU, [torch.float16])[0]
+    assert [tile.name for tile in tiles.tiles(torch.float16, (8, 0))] == ["32x64x32"]
+    assert matmul.settle_tiles(CPU, [torch.float16]) == []
 
 
 # Tiles
