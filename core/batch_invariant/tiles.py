@@ -27,7 +27,8 @@ class Tile:
 
     rows, columns: its size. depth: how much of the inner dimension is read at a time. warps, stages: threads / 32, and
     blocks in flight. group: rows of tiles walked together. halves: parts in which a tile is written. persistent: as
-    many programs as multiprocessors (descriptors only).
+    many programs as multiprocessors (descriptors only). slowness: time for an element of the result, the largest tile
+    being 1; decides nothing but which of the tiles is taken.
     """
 
     rows: int
@@ -38,6 +39,7 @@ class Tile:
     group: int = 8
     halves: int = 1
     persistent: bool = False
+    slowness: float = 1.0
 
     @property
     def name(self) -> str:
@@ -46,10 +48,10 @@ class Tile:
 
 HOPPER: Final = (
     Tile(128, 256, 64, warps=8, stages=3, halves=2, persistent=True),
-    Tile(128, 128, 64, warps=8, stages=4),
-    Tile(64, 128, 64, warps=4, stages=5),
-    Tile(64, 64, 64, warps=4, stages=6),
-    Tile(64, 32, 64, warps=4, stages=8),
+    Tile(128, 128, 64, warps=8, stages=4, slowness=1.12),
+    Tile(64, 128, 64, warps=4, stages=5, slowness=1.35),
+    Tile(64, 64, 64, warps=4, stages=6, slowness=1.7),
+    Tile(64, 32, 64, warps=4, stages=8, slowness=2.4),
 )
 """16-bit types on compute capability 9, largest first. 64 rows at least: one instruction for all (see above)."""
 
@@ -58,9 +60,9 @@ OTHER: Final = (Tile(128, 128, 32, warps=8, stages=3),)
 
 AMPERE: Final = (
     Tile(128, 128, 32, warps=4, stages=4),
-    Tile(64, 128, 32, warps=4, stages=4),
-    Tile(64, 64, 32, warps=4, stages=5),
-    Tile(16, 64, 32, warps=4, stages=6),
+    Tile(64, 128, 32, warps=4, stages=4, slowness=1.15),
+    Tile(64, 64, 32, warps=4, stages=5, slowness=1.4),
+    Tile(16, 64, 32, warps=4, stages=6, slowness=2.5),
 )
 """16-bit types on compute capability 8, within the 99 KiB of shared memory of the smaller ones."""
 
@@ -83,17 +85,19 @@ def tiles(dtype: torch.dtype, capability: tuple[int, int]) -> tuple[Tile, ...]:
 
 
 def choose(family: tuple[Tile, ...], m: int, n: int, copies: int, multiprocessors: int) -> Tile:
-    """The largest tile of which `copies` (m, n) results have one for nine of ten multiprocessors; else the smallest.
+    """The tile that computes `copies` results of (m, n) in the least time, as far as counting tells.
 
-    Tiles with rows of nothing but padding are passed over.
+    Every multiprocessor computes a tile at a time, so time is rounds * size * slowness. Tiles with rows of nothing but
+    padding are passed over.
     """
     lowest = min(tile.rows for tile in family)
     padded = -(-m // lowest) * lowest
-    for tile in family:
+
+    def time(tile: Tile) -> float:
         count = -(-m // tile.rows) * -(-n // tile.columns) * copies
-        if tile.rows <= padded and 10 * count >= 9 * multiprocessors:
-            return tile
-    return family[-1]
+        return -(-count // multiprocessors) * tile.rows * tile.columns * tile.slowness
+
+    return min((tile for tile in family if tile.rows <= padded), key=time)
 
 
 @functools.cache

@@ -21,6 +21,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -31,6 +32,8 @@ import torch
 
 from core.batch_invariant import enable_batch_invariant_mode, product, settle_tiles
 from core.vllm_extension.query_length import least_query_length
+
+log = logging.getLogger(__name__)
 
 VLLM: Final = "VLLM_BATCH_INVARIANT"
 """vLLM's own environment variable for its mode."""
@@ -50,25 +53,41 @@ IMPORTERS: Final = (
 
 
 def install() -> None:
-    """Replace what is named above in this process; does nothing the second time.
+    """Have the above replaced when a worker of this process switches vLLM's mode on; does nothing the second time.
 
-    Raises RuntimeError without VLLM_BATCH_INVARIANT=1, and with a vLLM that lacks what should be replaced: a server
+    Not before: vLLM's attention module looks at the configuration when it is imported, and only a worker has one. Raises
+    RuntimeError without VLLM_BATCH_INVARIANT=1, and later in the worker if vLLM lacks what should be replaced: a server
     that was asked for exact scores must not start without them.
     """
     if os.environ.get(VLLM) != "1":
         raise RuntimeError(f"ICM_BATCH_INVARIANT=1 also needs {VLLM}=1: the kernels are only a part of an exact server")
     source = _source()
-    if getattr(source, "exact", False):
+    own = source.enable_batch_invariant_mode
+    if getattr(own, "exact", False):
         return
-    try:
-        _replace_mode(source)
-        _replace_linear(source)
-        _replace_norms(source)
-        if os.environ.get(ATTENTION) != "0":
-            _replace_attention()
-    except (ImportError, AttributeError) as error:
-        raise RuntimeError(f"this vLLM cannot be made exact, it lacks what would be replaced: {error}") from error
-    source.exact = True  # type: ignore[attr-defined]
+
+    @functools.wraps(own)
+    def enable() -> None:
+        bmm = torch.bmm
+        own()
+        # vLLM puts its function in the place of torch.bmm itself, which no override would reach.
+        torch.bmm = bmm
+        enable_batch_invariant_mode()
+        if torch.cuda.is_available():
+            settle_tiles(torch.device("cuda", torch.cuda.current_device()))
+        try:
+            _replace_linear(source)
+            _replace_norms(source)
+            if os.environ.get(ATTENTION) != "0":
+                _replace_attention()
+        except (ImportError, AttributeError) as error:
+            raise RuntimeError(f"this vLLM cannot be made exact, it lacks what is replaced: {error}") from error
+        log.info("exact scores: batch-invariant kernels, RMS norms and attention are in place")
+
+    enable.exact = True  # type: ignore[attr-defined]
+    source.enable_batch_invariant_mode = enable  # type: ignore[attr-defined]
+    if source._batch_invariant_MODE:
+        enable()
 
 
 def _source() -> ModuleType:
@@ -83,29 +102,12 @@ def _source() -> ModuleType:
 
 def _replace_name(source: ModuleType, name: str, ours: Callable[..., Any]) -> None:
     own = getattr(source, name)
+    if own.__module__ == __name__:
+        return
     setattr(source, name, ours)
     for module in [sys.modules.get(importer) for importer in IMPORTERS]:
         if module is not None and getattr(module, name, None) is own:
             setattr(module, name, ours)
-
-
-def _replace_mode(source: ModuleType) -> None:
-    """Our operators on top of vLLM's, whether its mode is on already or will be switched on when a worker starts."""
-    own = source.enable_batch_invariant_mode
-
-    @functools.wraps(own)
-    def enable() -> None:
-        bmm = torch.bmm
-        own()
-        # vLLM puts its function in the place of torch.bmm itself, which no override would reach.
-        torch.bmm = bmm
-        enable_batch_invariant_mode()
-        if torch.cuda.is_available():
-            settle_tiles(torch.device("cuda", torch.cuda.current_device()))
-
-    _replace_name(source, "enable_batch_invariant_mode", enable)
-    if source._batch_invariant_MODE:
-        enable()
 
 
 def _replace_linear(source: ModuleType) -> None:
@@ -131,6 +133,8 @@ def _replace_norms(source: ModuleType) -> None:
     # The classes as well: forward_native is what compiled models run, and Gemma's norm asks nobody.
     plain, gemma = layernorm.RMSNorm, layernorm.GemmaRMSNorm
     own_forward = plain.forward_native
+    if own_forward.__module__ == __name__:
+        return
 
     def forward(self: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
         if self.variance_size_override is not None:
@@ -150,6 +154,8 @@ def _replace_attention() -> None:
     backend: Any = importlib.import_module("vllm.v1.attention.backends.flash_attn")
     builder = backend.FlashAttentionMetadataBuilder
     own = builder.build
+    if getattr(own, "exact", False):
+        return
 
     @functools.wraps(own)
     def build(self: Any, common_prefix_len: int, common_attn_metadata: Any, *rest: Any, **named: Any) -> Any:
@@ -161,4 +167,5 @@ def _replace_attention() -> None:
             batch.max_seq_len = max(batch.max_seq_len, min(window + 1, self.model_config.max_model_len))
         return own(self, common_prefix_len, batch, *rest, **named)
 
+    build.exact = True  # type: ignore[attr-defined]
     builder.build = build

@@ -23,7 +23,8 @@ def test_the_least_query_length_leaves_the_small_tile(heads: int, key_heads: int
     assert length * (heads // key_heads) > SMALL_TILE
 
 
-PROGRAM = """
+# A worker switches vLLM's mode on, whichever order things were imported in.
+START = """
 import sys
 from types import SimpleNamespace
 import torch
@@ -32,12 +33,24 @@ seen = []
 flash_attn.FlashAttentionMetadataBuilder.build = lambda self, prefix, batch, fast_build=False: seen.append(batch)
 if sys.argv[1] == "late":
     import vllm.model_executor.layers.linear, vllm.model_executor.layers.vocab_parallel_embedding
-from core.vllm_extension.plugin import register
-register(); register()
-from vllm.model_executor.layers import layernorm, linear, vocab_parallel_embedding
+from core.batch_invariant import is_batch_invariant_mode_enabled
 from core.vllm_extension import exact
+from core.vllm_extension.plugin import register
+source, bmm = exact._source(), torch.bmm
+source.current_platform = SimpleNamespace(dispatch_key="CPU", is_cuda=lambda: False, is_cuda_alike=lambda: False,
+                                          is_xpu=lambda: False, is_rocm=lambda: False)
+if sys.argv[1] == "enabled":
+    source.enable_batch_invariant_mode()
+    torch.bmm = bmm
+register(); register()
+assert is_batch_invariant_mode_enabled() == (sys.argv[1] == "enabled")
+source.enable_batch_invariant_mode(); source.enable_batch_invariant_mode()
+assert source._batch_invariant_MODE and is_batch_invariant_mode_enabled() and torch.bmm is bmm
+"""
+
+PROGRAM = """
+from vllm.model_executor.layers import layernorm, linear, vocab_parallel_embedding
 ours = "core.vllm_extension.exact"
-source = exact._source()
 for module, name in ((linear, "linear_batch_invariant"), (vocab_parallel_embedding, "linear_batch_invariant"),
                      (layernorm, "rms_norm_batch_invariant"), (source, "matmul_persistent")):
     assert getattr(module, name).__module__ == ours, (module, name)
@@ -69,15 +82,7 @@ def lengths(longest, furthest, window):
     return seen[-1].max_query_len, seen[-1].max_seq_len
 print("lengths", lengths(1, 5, None), lengths(40, 5, None), lengths(1, 5, 512), lengths(1, 5, 9999))
 
-# A worker switches vLLM's mode on, whichever order things were imported in; ours then lies on top of it.
-from core.batch_invariant import is_batch_invariant_mode_enabled
-assert not is_batch_invariant_mode_enabled()
-bmm = torch.bmm
-source.current_platform = SimpleNamespace(dispatch_key="CPU", is_cuda=lambda: False, is_cuda_alike=lambda: False,
-                                          is_xpu=lambda: False, is_rocm=lambda: False)
-source.enable_batch_invariant_mode()
-assert source._batch_invariant_MODE and is_batch_invariant_mode_enabled() and torch.bmm is bmm
-import core.batch_invariant.mode as mode
+# Ours lie on top of vLLM's.
 torch.testing.assert_close(x.softmax(-1), torch.ops.icm.softmax(x, -1), rtol=0, atol=0)
 torch.testing.assert_close(torch.bmm(x, x.mT), torch.ops.icm.product(x, x.mT), rtol=0, atol=0)
 print("done")
@@ -92,9 +97,9 @@ def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.real_server
-@pytest.mark.parametrize("order", ["early", "late"])
+@pytest.mark.parametrize("order", ["early", "late", "enabled"])
 def test_the_plugin_replaces_what_vllm_computes_with(order: str) -> None:
-    done = run(PROGRAM, order, ICM_BATCH_INVARIANT="1", VLLM_BATCH_INVARIANT="1")
+    done = run(START + PROGRAM, order, ICM_BATCH_INVARIANT="1", VLLM_BATCH_INVARIANT="1")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "lengths (17, 5) (40, 5) (17, 513) (17, 4096)" in done.stdout
     assert done.stdout.endswith("done\n")
@@ -102,16 +107,14 @@ def test_the_plugin_replaces_what_vllm_computes_with(order: str) -> None:
 
 @pytest.mark.real_server
 def test_attention_can_be_left_alone() -> None:
-    program = "from core.vllm_extension.plugin import register; register()\n"
-    program += "from vllm.v1.attention.backends import flash_attn\n"
-    program += "print(hasattr(flash_attn.FlashAttentionMetadataBuilder.build, '__wrapped__'))"
+    program = START + "print(hasattr(flash_attn.FlashAttentionMetadataBuilder.build, '__wrapped__'))"
     for attention, wrapped in (("1", "True"), ("0", "False")):
         variables = {
             "ICM_BATCH_INVARIANT": "1",
             "VLLM_BATCH_INVARIANT": "1",
             "ICM_BATCH_INVARIANT_ATTENTION": attention,
         }
-        assert run(program, **variables).stdout.split()[-1] == wrapped
+        assert run(program, "early", **variables).stdout.split()[-1] == wrapped
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs PyTorch and Triton (make setup-local)")

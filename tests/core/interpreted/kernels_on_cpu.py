@@ -182,15 +182,22 @@ def test_tiles_that_differ_are_not_chosen_among(monkeypatch: pytest.MonkeyPatch)
 # Tiles
 
 
-def test_the_largest_tile_that_fills_the_gpu_is_chosen() -> None:
-    assert choose(HOPPER, 8192, 4096, 1, 132) == HOPPER[0]
-    assert choose(HOPPER, 512, 4096, 1, 132) == HOPPER[1]
-    assert choose(HOPPER, 100, 28672, 1, 132) == HOPPER[1]
-    assert choose(HOPPER, 200, 2048, 1, 132) == HOPPER[3]
-    assert choose(HOPPER, 1, 28672, 1, 132) == HOPPER[2]
-    assert choose(HOPPER, 1, 64, 1, 132) == HOPPER[-1]
-    assert choose(HOPPER, 1, 64, 1000, 132) == HOPPER[2]
+def test_the_tile_with_the_fewest_rounds_for_its_size_is_chosen() -> None:
+    big, square, low, small, smallest = HOPPER
+    for m, n, expected in (
+        (8192, 4096, big),
+        (2048, 4096, big),
+        (2048, 28672, big),
+        (1024, 6144, square),  # two rounds of the big tile, the second half empty
+        (512, 4096, square),
+        (64, 28672, low),
+        (64, 6144, small),
+        (1, 4096, smallest),
+    ):
+        assert choose(HOPPER, m, n, 1, 132) == expected, (m, n)
+    assert choose(HOPPER, 1, 64, 1000, 132) == small
     assert {choose(HOPPER, m, 128256, 1, 132).rows for m in (1, 16, 64)} == {64}
+    assert choose(AMPERE, 1, 4096, 1, 108).rows == 16
     assert all(choose(tiles.FULL_PRECISION, m, 4096, 1, 132) == tiles.FULL_PRECISION[0] for m in (1, 100, 10000))
 
 
