@@ -33,7 +33,8 @@ import torch
 from core.batch_invariant import enable_batch_invariant_mode, product, settle_tiles
 from core.vllm_extension.query_length import least_query_length
 
-log = logging.getLogger(__name__)
+# Below vLLM's logger, which is the one that its workers show.
+log = logging.getLogger(f"vllm.{__name__}")
 
 VLLM: Final = "VLLM_BATCH_INVARIANT"
 """vLLM's own environment variable for its mode."""
@@ -55,9 +56,9 @@ IMPORTERS: Final = (
 def install() -> None:
     """Have the above replaced when a worker of this process switches vLLM's mode on; does nothing the second time.
 
-    Not before: vLLM's attention module looks at the configuration when it is imported, and only a worker has one. Raises
-    RuntimeError without VLLM_BATCH_INVARIANT=1, and later in the worker if vLLM lacks what should be replaced: a server
-    that was asked for exact scores must not start without them.
+    Not before: vLLM's attention module looks at the configuration when it is imported, and only a worker has one.
+    Raises RuntimeError without VLLM_BATCH_INVARIANT=1, and later in the worker if vLLM lacks what should be replaced: a
+    server that was asked for exact scores must not start without them.
     """
     if os.environ.get(VLLM) != "1":
         raise RuntimeError(f"ICM_BATCH_INVARIANT=1 also needs {VLLM}=1: the kernels are only a part of an exact server")
