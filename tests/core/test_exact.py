@@ -35,14 +35,13 @@ if sys.argv[1] == "late":
     import vllm.model_executor.layers.linear, vllm.model_executor.layers.vocab_parallel_embedding
 from core.batch_invariant import is_batch_invariant_mode_enabled
 from core.vllm_extension import exact
-from core.vllm_extension.plugin import register
 source, bmm = exact._source(), torch.bmm
 source.current_platform = SimpleNamespace(dispatch_key="CPU", is_cuda=lambda: False, is_cuda_alike=lambda: False,
                                           is_xpu=lambda: False, is_rocm=lambda: False)
 if sys.argv[1] == "enabled":
     source.enable_batch_invariant_mode()
     torch.bmm = bmm
-register(); register()
+exact.install(); exact.install()
 assert is_batch_invariant_mode_enabled() == (sys.argv[1] == "enabled")
 source.enable_batch_invariant_mode(); source.enable_batch_invariant_mode()
 assert source._batch_invariant_MODE and is_batch_invariant_mode_enabled() and torch.bmm is bmm
@@ -119,8 +118,8 @@ def test_attention_can_be_left_alone() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs PyTorch and Triton (make setup-local)")
 def test_without_vllms_own_mode_it_is_refused() -> None:
-    program = "from core.vllm_extension.plugin import register; register()"
-    done = run(program, ICM_BATCH_INVARIANT="1", VLLM_BATCH_INVARIANT="0")
+    done = run("from core.vllm_extension import exact; exact.install()", VLLM_BATCH_INVARIANT="0")
     assert done.returncode == 1
     assert "ICM_BATCH_INVARIANT=1 also needs VLLM_BATCH_INVARIANT=1" in done.stderr
-    assert run(program, ICM_BATCH_INVARIANT="0", VLLM_BATCH_INVARIANT="0").returncode == 0
+    done = run("from core.vllm_extension.plugin import register; register()", ICM_BATCH_INVARIANT="0")
+    assert done.returncode == 0
