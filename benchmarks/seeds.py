@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from core.llm_api.llm import ModelAPI, open_model_api
 from core.settings import Settings
 from src.experiments import ICM
+from src.experiments.single_run import pool_of
 from src.icm.annealing import Candidate, Stream, generator
 from src.icm.consistency import Labels
 from src.icm.objective import wilson_interval
@@ -45,7 +46,7 @@ async def leave_one_out(labelling: Labelling, labels: Labels) -> Prediction:
 
 async def baselines_of(seed: int, args: argparse.Namespace, api: ModelAPI) -> dict[tuple[str, str], Counts]:
     """Agreement of every baseline, by (row, set of claims), for the pool that this seed draws."""
-    pool = ICM.pool_of(argparse.Namespace(**{**vars(args), "seed": seed, "label_rest": True}))
+    pool = pool_of(argparse.Namespace(**{**vars(args), "seed": seed, "label_rest": True}))
     labelling = await Labelling.open(pool, api)
     size = len(pool.claims)
     everything = [*pool.gold, *(claim.gold for claim in pool.rest)]

@@ -1,0 +1,168 @@
+"""One pool, one folder: what flags ask for, whether it is what the folder holds, and the run itself."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import logging
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from core.llm_api.types import EngineIdentity
+from src.icm.annealing import SearchSettings
+from src.icm.objective import Objective
+from src.icm.report import collapse_warning
+from src.icm.testbeds import BadInput
+from src.pipeline.datafiles import load_data_file, load_testbed
+from src.pipeline.labelling import Labelling, Pool, prepare, result_record
+from src.pipeline.plots import plot_curves
+from src.pipeline.progress import SearchProgress
+from src.pipeline.run_folder import FORMAT, RunFolder, environment
+
+COSTS = (
+    *("asked", "from_cache", "asked_ahead", "ahead_used"),
+    *("tokens_sent", "tokens_cached", "tokens_computed", "floored", "seconds"),
+)
+
+
+def pool_of(args: argparse.Namespace) -> Pool:
+    """The pool and its constraints, from flags and files alone."""
+    if args.initial_T <= 0 or args.final_T <= 0 or args.decay <= 0:
+        raise BadInput("--initial_T, --final_T and --decay must be above 0")
+    if args.data is not None:
+        testbed, claims, path = load_data_file(args.data)
+    else:
+        testbed, claims, path = load_testbed(args.testbed, args.data_dir)
+    search = SearchSettings(**{field.name: getattr(args, field.name) for field in fields(SearchSettings)})
+    pool = prepare(
+        testbed,
+        claims,
+        path,
+        batch_size=args.batch_size,
+        consistency=args.consistency,
+        objective=Objective(args.alpha, args.calibrate),
+        settings=search,
+    )
+    return pool if args.label_rest else replace(pool, rest=(), left_out=len(pool.rest))
+
+
+def settings_of(args: argparse.Namespace, pool: Pool) -> dict[str, Any]:
+    """Everything that decides the labels, for run.json and the run's name. Holds no key and no path."""
+    decisive = {field.name: getattr(args, field.name) for field in fields(SearchSettings)}
+    return {
+        "testbed": pool.testbed.name if args.data is None else args.data.name,
+        "data_sha256": pool.data_digest,
+        "model": args.model,
+        "batch_size": args.batch_size,
+        "consistency": args.consistency,
+        "alpha": args.alpha,
+        "calibrate": args.calibrate,
+        "label_rest": args.label_rest,
+        **decisive,
+    }
+
+
+def run_name(args: argparse.Namespace, settings: Mapping[str, Any]) -> str:
+    """The folder under --runs_dir: --run, or made from the settings. Raises BadInput where --run is a path."""
+    if args.run is not None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", args.run):
+            raise BadInput(f"--run {args.run!r}: a name of letters, digits, '_', '.' and '-', not a path")
+        return str(args.run)
+    digest = hashlib.sha256(orjson.dumps(settings, option=orjson.OPT_SORT_KEYS)).hexdigest()[:8]
+    parts = (settings["testbed"], args.model.rsplit("/", 1)[-1], f"N{args.batch_size}", f"seed{args.seed}", digest)
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(parts)).lstrip(".-")
+
+
+async def label_pool(
+    args: argparse.Namespace,
+    labelling: Labelling,
+    folder: RunFolder,
+    settings: Mapping[str, Any],
+    known: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Search, label the rest if asked, write the results; returns the finished run.json."""
+    if known is None:
+        known = {
+            "settings": settings,
+            "flags": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+            "engine": _identity_record(labelling.identity),
+            "kv_capacity": await labelling.api.kv_cache_tokens(),
+            "environment": environment(),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        folder.write_run(known)
+    else:
+        check_same_engine(folder, known["engine"], labelling.identity)
+    labelling = labelling.planned_for(known["kv_capacity"])
+    with SearchProgress(labelling.pool, args.quiet) as progress:
+        state = await labelling.search(folder, progress.update, _lookahead(args, labelling.identity))
+    zero_shot = await labelling.zero_shot()
+    predictions = {}
+    if None in state.labels:
+        predictions["predicted"] = await labelling.predict_unlabelled(state)
+    if labelling.pool.rest:
+        predictions["many-shot"] = await labelling.label_rest(state)
+    folder.write_labels(labelling.label_rows(state, predictions))
+    records = folder.read_log()
+    title = f"{settings['testbed']}, {args.model}, alpha {args.alpha:g}, calibration {args.calibrate}"
+    plot_curves(records, labelling.pool.gold, folder.curves_path, title)
+    cost = {key: round(sum(record.get(key, 0) for record in records), 3) for key in COSTS}
+    warning = collapse_warning(state.labels)
+    document = {
+        **known,
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "result": result_record(labelling, state, zero_shot, predictions) | {"warning": warning},
+        "cost": cost,
+        "left_out": labelling.pool.left_out,
+        "model_api": labelling.api.stats.as_dict(),
+    }
+    folder.write_run(document)
+    return document
+
+
+def _lookahead(args: argparse.Namespace, identity: EngineIdentity) -> int | None:
+    """--lookahead, None where it is auto. Every question of an external API is paid for: auto asks none early there."""
+    if args.lookahead is None and identity.kind == "openai-compatible":
+        return 0
+    return None if args.lookahead is None else int(args.lookahead)
+
+
+def check_readable(folder: RunFolder, known: Mapping[str, Any]) -> None:
+    """A run that an earlier version began rebuilt its tree by another rule; only its result can still be shown."""
+    if known.get("format", 0) < FORMAT and "result" not in known:
+        raise BadInput(
+            f"{folder.path}: was begun by an earlier version, whose journal this one cannot go on with. "
+            "Move it away, or choose another --run"
+        )
+
+
+def check_same_run(folder: RunFolder, known: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Raises BadInput where `folder` was started with other settings."""
+    changed = [name for name in settings if known.get(name) != settings[name]]
+    if changed:
+        told = ", ".join(f"--{name} {known.get(name)}, now {settings[name]}" for name in changed)
+        raise BadInput(f"{folder.path}: was started with {told}. Use the same flags, or another --run")
+
+
+def check_same_engine(folder: RunFolder, known: Mapping[str, Any], identity: EngineIdentity) -> None:
+    """Scores of two models must not mix in one run. Raises BadInput where model or version differ."""
+    now = _identity_record(identity)
+    changed = [name for name in ("model", "root", "revision", "version") if known.get(name) != now[name]]
+    if changed:
+        told = ", ".join(f"{name} {known.get(name)!r}, now {now[name]!r}" for name in changed)
+        raise BadInput(f"{folder.path}: was started on another engine ({told}). Start that one, or use another --run")
+    if known.get("fingerprint") != now["fingerprint"]:
+        logging.warning(
+            "the engine answers a fixed prompt differently than when this run began (other hardware, "
+            "precision or kernels?): its scores differ slightly from the run's first part"
+        )
+
+
+def _identity_record(identity: EngineIdentity) -> dict[str, Any]:
+    return {field.name: getattr(identity, field.name) for field in fields(identity)}
