@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from copy import copy
 from types import TracebackType
 from typing import Self
 
@@ -77,6 +78,12 @@ class ModelAPI:
             if self._cache is not None:
                 self._cache.close()
 
+    def share(self) -> ModelAPI:
+        """The same engine, cache and questions in flight, with counts of its own; whoever opened this one closes it."""
+        twin = copy(self)
+        twin.stats = ScoreStats()
+        return twin
+
     @property
     def identity(self) -> EngineIdentity:
         """Who answers. Raises RuntimeError before start()."""
@@ -87,6 +94,10 @@ class ModelAPI:
     async def tokenize(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]] | None:
         """Token ids of each text; None where the engine is asked in text."""
         return await self._engine.tokenize(texts, special=special)
+
+    async def tokenize_chat(self, messages: Sequence[str]) -> list[list[int]] | None:
+        """See Engine.tokenize_chat."""
+        return await self._engine.tokenize_chat(messages)
 
     async def label_tokens(self, true: str = " True", false: str = " False") -> LabelTokens:
         """The labels as single tokens of this model. See resolve_label_tokens."""

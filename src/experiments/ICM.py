@@ -25,7 +25,7 @@ if __package__ in (None, ""):  # run as a script, from any folder, without an in
 from core.llm_api.errors import APIError, ConfigurationError, ServerUnreachable
 from core.llm_api.llm import open_model_api
 from core.settings import REPO_ROOT, Settings
-from src.experiments.arguments import HelpFormatter, Parser, add_search_arguments, lookahead_of
+from src.experiments.arguments import HelpFormatter, Parser, add_search_arguments, at_least, lookahead_of
 from src.experiments.single_run import (
     check_readable,
     check_same_run,
@@ -35,6 +35,7 @@ from src.experiments.single_run import (
     settings_of,
 )
 from src.experiments.summary import print_summary
+from src.icm.annealing import SearchSettings
 from src.icm.report import check_table
 from src.icm.testbeds import BadInput
 from src.pipeline.labelling import Labelling
@@ -51,6 +52,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_search_arguments(parser)
     run = parser.add_argument_group("run")
+    run.add_argument(
+        "--seed", type=at_least(0), default=SearchSettings().seed, help="of the pool, the labels, the search"
+    )
+    run.add_argument(
+        "--label_rest",
+        action="store_true",
+        help="then label the file's other claims with the pool's labels as demonstrations",
+    )
     run.add_argument("--run", metavar="NAME", help="folder under --runs_dir (default: made from the settings)")
     run.add_argument("--runs_dir", type=Path, default=REPO_ROOT / "runs", help="where runs and cached scores are kept")
     run.add_argument(

@@ -28,11 +28,6 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
         default="gold-free",
         help="constraints between claims of a group; upstream reproduces keys that leak gold labels",
     )
-    data.add_argument(
-        "--label_rest",
-        action="store_true",
-        help="then label the file's other claims with the pool's labels as demonstrations",
-    )
 
     model = parser.add_argument_group("model")
     model.add_argument("--model", default="meta-llama/Llama-3.1-70B", help="name under which the model is served")
@@ -59,7 +54,6 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
 
     search = parser.add_argument_group("search")
     search.add_argument("--alpha", type=finite, default=30.0, help="weight of mutual predictability in U")
-    search.add_argument("--seed", type=at_least(0), default=defaults.seed, help="of the pool, the labels, the search")
     search.add_argument("--num_seed", type=at_least(0), default=defaults.num_seed, help="claims labelled at random")
     search.add_argument("--K", type=at_least(0), default=defaults.K, help="iterations at most")
     search.add_argument(

@@ -7,18 +7,19 @@ import hashlib
 import logging
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import orjson
 
+from core.llm_api.llm import ModelAPI
 from core.llm_api.types import EngineIdentity
 from src.icm.annealing import SearchSettings
 from src.icm.objective import Objective
 from src.icm.report import collapse_warning
-from src.icm.testbeds import BadInput
+from src.icm.testbeds import BadInput, Claim, Testbed
 from src.pipeline.datafiles import load_data_file, load_testbed
 from src.pipeline.labelling import Labelling, Pool, prepare, result_record
 from src.pipeline.plots import plot_curves
@@ -31,14 +32,19 @@ COSTS = (
 )
 
 
-def pool_of(args: argparse.Namespace) -> Pool:
-    """The pool and its constraints, from flags and files alone."""
+def load_claims(args: argparse.Namespace) -> tuple[Testbed, list[Claim], Path]:
+    """The claims of --data or --testbed."""
+    if args.data is not None:
+        return load_data_file(args.data)
+    return load_testbed(args.testbed, args.data_dir)
+
+
+def pool_of(args: argparse.Namespace, held_out: Collection[int] = ()) -> Pool:
+    """The pool and its constraints, from flags and files alone. held_out: rows that must not be in it."""
     if args.initial_T <= 0 or args.final_T <= 0 or args.decay <= 0:
         raise BadInput("--initial_T, --final_T and --decay must be above 0")
-    if args.data is not None:
-        testbed, claims, path = load_data_file(args.data)
-    else:
-        testbed, claims, path = load_testbed(args.testbed, args.data_dir)
+    testbed, claims, path = load_claims(args)
+    claims = [claim for claim in claims if claim.row not in held_out]
     search = SearchSettings(**{field.name: getattr(args, field.name) for field in fields(SearchSettings)})
     pool = prepare(
         testbed,
@@ -79,6 +85,21 @@ def run_name(args: argparse.Namespace, settings: Mapping[str, Any]) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(parts)).lstrip(".-")
 
 
+async def finish(
+    args: argparse.Namespace, api: ModelAPI, pool: Pool, folder: RunFolder, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The finished run.json of `pool` in `folder`: begun, gone on with, or read, whichever it needs."""
+    known = folder.read_run()
+    if known is not None:
+        check_readable(folder, known)
+        check_same_run(folder, known["settings"], settings)
+        if "result" in known:
+            return known
+    with folder:
+        labelling = await Labelling.open(pool, api)
+        return await label_pool(args, labelling, folder, settings, folder.read_run())
+
+
 async def label_pool(
     args: argparse.Namespace,
     labelling: Labelling,
@@ -91,7 +112,7 @@ async def label_pool(
         known = {
             "settings": settings,
             "flags": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
-            "engine": _identity_record(labelling.identity),
+            "engine": identity_record(labelling.identity),
             "kv_capacity": await labelling.api.kv_cache_tokens(),
             "environment": environment(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -152,7 +173,7 @@ def check_same_run(folder: RunFolder, known: Mapping[str, Any], settings: Mappin
 
 def check_same_engine(folder: RunFolder, known: Mapping[str, Any], identity: EngineIdentity) -> None:
     """Scores of two models must not mix in one run. Raises BadInput where model or version differ."""
-    now = _identity_record(identity)
+    now = identity_record(identity)
     changed = [name for name in ("model", "root", "revision", "version") if known.get(name) != now[name]]
     if changed:
         told = ", ".join(f"{name} {known.get(name)!r}, now {now[name]!r}" for name in changed)
@@ -164,5 +185,6 @@ def check_same_engine(folder: RunFolder, known: Mapping[str, Any], identity: Eng
         )
 
 
-def _identity_record(identity: EngineIdentity) -> dict[str, Any]:
+def identity_record(identity: EngineIdentity) -> dict[str, Any]:
+    """The engine's identity for run.json."""
     return {field.name: getattr(identity, field.name) for field in fields(identity)}

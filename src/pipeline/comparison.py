@@ -1,0 +1,218 @@
+"""ICM and what it must beat, on one pool: each row labels the pool, then held-out claims from those labels.
+
+Every row asks about the same claims, and its demonstrations are the same claims in the same order: only their labels
+differ. The pool's claims come first in the labelling's book, the held-out ones (`pool.rest`) after them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Final, Literal
+
+import numpy as np
+
+from core.llm_api.types import ScoreStats
+from src.icm.annealing import Candidate, Stream, generator, mirrored_labels
+from src.icm.consistency import Labels
+from src.icm.objective import Evaluation
+from src.icm.prefix_tree import Layout
+from src.pipeline.baselines import Prediction, predict
+from src.pipeline.labelling import Labelling
+
+BootstrapStart = Literal["random", "zero-shot"]
+TITLES: Final = {
+    "zero-shot": "zero-shot",
+    "zero-shot-calibrated": "zero-shot, calibrated",
+    "zero-shot-chat": "zero-shot, chat model",
+    "many-shot-random": "many-shot, random labels",
+    "many-shot-flipped": "many-shot, flipped labels",
+    "many-shot-gold": "many-shot, gold labels",
+    "bootstrap": "bootstrapping",
+    "bootstrap-consistent": "bootstrapping, consistent",
+    "icm": "ICM",
+}
+"""Row -> what it is called in tables, in their order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One claim's label. claim: its row in the data file. log_odds: raw, nats; offset: subtracted before the sign."""
+
+    claim: int
+    group: str
+    gold: bool | None
+    label: bool
+    log_odds: float
+    offset: float
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """asked: questions, also those that the response cache answered; the others are what was sent."""
+
+    seconds: float
+    asked: int
+    prompt_tokens: int
+    cached_tokens: int
+    requests: int
+
+
+@dataclass(frozen=True, slots=True)
+class RowResult:
+    """What a row says of one pool and its held-out claims. utility: U of its pool labels; None: it has none."""
+
+    row: str
+    pool: tuple[Answer, ...]
+    test: tuple[Answer, ...]
+    utility: float | None
+    cost: Cost
+
+
+class Comparison:
+    """The rows of one pool and model."""
+
+    def __init__(self, labelling: Labelling) -> None:
+        self._labelling = replace(labelling, api=labelling.api.share())
+        self._size = len(labelling.pool.claims)
+        self._asked = range(self._size, self._size + len(labelling.pool.rest))
+
+    async def zero_shot(self, *, calibrated: bool) -> RowResult:
+        """No demonstrations. calibrated: against the mean of the pool's log-odds, also on held-out claims."""
+        row = "zero-shot-calibrated" if calibrated else "zero-shot"
+
+        async def answer() -> tuple[Prediction, Prediction, float | None]:
+            pool, test = await self._without_demonstrations(range(self._size)), await self._without_demonstrations()
+            offset = pool.calibrated().offset if calibrated else 0.0
+            return replace(pool, offset=offset), replace(test, offset=offset), None
+
+        return await self._measured(row, answer)
+
+    async def many_shot(self, kind: Literal["gold", "random", "flipped"]) -> RowResult:
+        """Given labels as demonstrations; the pool's own answers leave one out."""
+        gold = tuple(self._labelling.pool.gold)
+        labels = {"gold": gold, "flipped": mirrored_labels(gold), "random": self.random_labels}[kind]
+
+        async def answer() -> tuple[Prediction, Prediction, float | None]:
+            evaluation = await self._evaluate(labels)
+            left_out = Prediction(dict(evaluation.log_odds), evaluation.offset)
+            return left_out, await self._held_out(labels, evaluation), evaluation.utility
+
+        return await self._measured(f"many-shot-{kind}", answer)
+
+    async def bootstrap(self, *, rounds: int, start: BootstrapStart, consistent: bool) -> RowResult:
+        """Label the pool by many-shot from the labels of the round before, `rounds` times.
+
+        start: the first round's demonstrations have random labels, or those of zero-shot answers (calibrated where the
+        objective is). consistent: after every round the labels that break no constraint at the least loss of
+        log-odds (Consistency.nearest). Canavan et al. 2025, "Eliciting base models with simple unsupervised
+        techniques", find that these two explain most of what ICM gains.
+        """
+        problem = self._labelling.pool.problem
+
+        async def answer() -> tuple[Prediction, Prediction, float | None]:
+            labels = self.random_labels if start == "random" else await self._zero_shot_labels()
+            shown: dict[int, float] = {}
+            offset = 0.0
+            for _ in range(rounds):
+                evaluation = await self._evaluate(labels)
+                shown, offset = dict(evaluation.log_odds), evaluation.offset
+                margins = [shown[claim] - offset for claim in range(self._size)]
+                labels = problem.consistency.nearest(margins) if consistent else tuple(m > 0 for m in margins)
+            final = await self._evaluate(labels)
+            given = {claim: label is True for claim, label in enumerate(labels)}
+            return Prediction(shown, offset, given), await self._held_out(labels, final), final.utility
+
+        return await self._measured("bootstrap-consistent" if consistent else "bootstrap", answer)
+
+    async def given(self, row: str, labels: Mapping[int, bool], log_odds: Mapping[int, float], cost: Cost) -> RowResult:
+        """A finished labelling of the whole pool, by pool position, that cost `cost` to find."""
+        shown: Labels = tuple(labels[claim] for claim in range(self._size))
+
+        async def answer() -> tuple[Prediction, Prediction, float | None]:
+            evaluation = await self._evaluate(shown)
+            pool = Prediction(dict(log_odds), evaluation.offset, dict(labels))
+            return pool, await self._held_out(shown, evaluation), evaluation.utility
+
+        return replace(await self._measured(row, answer), cost=cost)
+
+    async def asked_elsewhere(
+        self, row: str, ask: Callable[[Sequence[str]], Awaitable[Prediction]], stats: ScoreStats
+    ) -> RowResult:
+        """Zero-shot answers of another model to the claims' texts; `stats` counts what it is asked."""
+        claims = (*self._labelling.pool.claims, *self._labelling.pool.rest)
+
+        async def answer() -> tuple[Prediction, Prediction, float | None]:
+            whole = await ask([claim.text for claim in claims])
+            pool = Prediction({claim: whole.log_odds[claim] for claim in range(self._size)})
+            return pool, Prediction({claim: whole.log_odds[claim] for claim in self._asked}), None
+
+        return await self._measured(row, answer, stats)
+
+    @cached_property
+    def random_labels(self) -> Labels:
+        """Half True, half False, shuffled by the pool's seed."""
+        seed = self._labelling.pool.problem.settings.seed
+        half = np.array([position < self._size // 2 for position in range(self._size)])
+        return tuple(generator(seed, Stream.SEEDS, 2).permutation(half).tolist())
+
+    @cached_property
+    def _layout(self) -> Layout:
+        return self._labelling.pool.problem.new_layout(range(self._size))
+
+    async def _evaluate(self, labels: Labels) -> Evaluation:
+        [evaluation] = await self._labelling.scorer().evaluate([Candidate(labels, self._layout)])
+        return evaluation
+
+    async def _zero_shot_labels(self) -> Labels:
+        answers = await self._without_demonstrations(range(self._size))
+        if self._labelling.pool.problem.objective.calibration == "mean":
+            answers = answers.calibrated()
+        return tuple(answers.labels[claim] for claim in range(self._size))
+
+    async def _without_demonstrations(self, claims: Sequence[int] | None = None) -> Prediction:
+        labelling = self._labelling
+        return await predict(labelling.api, labelling.book, labelling.tokens, self._asked if claims is None else claims)
+
+    async def _held_out(self, labels: Labels, evaluation: Evaluation) -> Prediction:
+        labelling = self._labelling
+        predicted = await predict(
+            labelling.api,
+            labelling.book,
+            labelling.tokens,
+            self._asked,
+            demonstrations=self._layout.demonstrations,
+            labels=labels,
+            name="held-out claims",
+        )
+        return replace(predicted, offset=evaluation.offset)
+
+    async def _measured(
+        self,
+        row: str,
+        answer: Callable[[], Awaitable[tuple[Prediction, Prediction, float | None]]],
+        stats: ScoreStats | None = None,
+    ) -> RowResult:
+        stats = stats or self._labelling.api.stats
+        before, started = stats.as_dict(), time.perf_counter()
+        pool, test, utility = await answer()
+        after = stats.as_dict()
+        spent = {key: after[key] - before[key] for key in ("asked", "prompt_tokens", "cached_tokens", "requests")}
+        cost = Cost(seconds=round(time.perf_counter() - started, 3), **spent)
+        return RowResult(row, self._answers(pool), self._answers(test), utility, cost)
+
+    def _answers(self, prediction: Prediction) -> tuple[Answer, ...]:
+        claims = (*self._labelling.pool.claims, *self._labelling.pool.rest)
+        return tuple(
+            Answer(
+                claims[position].row,
+                claims[position].group,
+                claims[position].gold,
+                label,
+                prediction.log_odds[position],
+                prediction.offset,
+            )
+            for position, label in sorted(prediction.labels.items())
+        )
