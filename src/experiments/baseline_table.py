@@ -124,14 +124,14 @@ def table_text(document: Mapping[str, Any]) -> str:
     )
     lines = [
         head,
-        f"{'':<28}{'pool labels':<30}{'held-out claims':<30}{'against zero-shot':<34}against gold labels",
+        f"{'':<28}{'pool labels':<33}{'held-out claims':<33}{'against zero-shot':<38}against gold labels",
     ]
     for row in document["rows"]:
         test = row["test"]
         versus = test["versus"] if test else {}
         lines.append(
-            f"{row['title']:<28}{_share_text(row['pool']):<30}{_share_text(test):<30}"
-            f"{_difference_text(versus.get('zero-shot')):<34}{_difference_text(versus.get('many-shot-gold'))}".rstrip()
+            f"{row['title']:<28}{_share_text(row['pool']):<33}{_share_text(test):<33}"
+            f"{_difference_text(versus.get('zero-shot')):<38}{_difference_text(versus.get('many-shot-gold'))}".rstrip()
         )
     lines += [
         "mean over seeds ± standard deviation (95% interval over distinct claims); differences on held-out claims,",

@@ -107,7 +107,7 @@ class Comparison:
 
         start: the first round's demonstrations have random labels, or those of zero-shot answers (calibrated where the
         objective is). consistent: after every round the labels that break no constraint at the least loss of
-        log-odds (Consistency.nearest). Canavan et al. 2025, "Eliciting base models with simple unsupervised
+        log-odds (Consistency.nearest). Shrivastava, Qi, Canavan et al., "Eliciting base models with simple unsupervised
         techniques", find that these two explain most of what ICM gains.
         """
         problem = self._labelling.pool.problem
