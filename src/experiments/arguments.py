@@ -106,6 +106,27 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     search.add_argument(
+        "--context_cap",
+        type=at_least(2),
+        default=None,
+        metavar="C",
+        help="cheaper: at most C demonstrations in every prompt, a balanced sample drawn anew whenever the pool has "
+        "doubled (changes the objective; default: all other labels)",
+    )
+    search.add_argument(
+        "--best_of",
+        type=at_least(1),
+        default=defaults.best_of,
+        metavar="M",
+        help="cheaper: predict M claims an iteration and evaluate only the surest change (same objective)",
+    )
+    search.add_argument(
+        "--local_gain",
+        action="store_true",
+        help="cheaper: accept a proposal by its own term of U, and ask the whole pool only when it has doubled and at "
+        "the end (the search follows an estimate of the objective)",
+    )
+    search.add_argument(
         "--mirror",
         action=argparse.BooleanOptionalAction,
         default=defaults.mirror,

@@ -18,7 +18,7 @@ from core.llm_api.llm import ModelAPI
 from core.llm_api.types import EngineIdentity
 from src.icm.annealing import SearchSettings
 from src.icm.objective import Objective
-from src.icm.report import collapse_warning
+from src.icm.report import changes_objective, collapse_warning
 from src.icm.testbeds import BadInput, Claim, Testbed
 from src.pipeline.datafiles import load_data_file, load_testbed
 from src.pipeline.labelling import Labelling, Pool, prepare, result_record
@@ -26,6 +26,7 @@ from src.pipeline.plots import plot_curves
 from src.pipeline.progress import SearchProgress
 from src.pipeline.run_folder import FORMAT, RunFolder, environment
 
+VARIANTS = ("context_cap", "best_of", "local_gain")
 COSTS = (
     *("asked", "from_cache", "asked_ahead", "ahead_used"),
     *("tokens_sent", "tokens_cached", "tokens_computed", "floored", "seconds"),
@@ -60,7 +61,12 @@ def pool_of(args: argparse.Namespace, held_out: Collection[int] = ()) -> Pool:
 
 def settings_of(args: argparse.Namespace, pool: Pool) -> dict[str, Any]:
     """Everything that decides the labels, for run.json and the run's name. Holds no key and no path."""
-    decisive = {field.name: getattr(args, field.name) for field in fields(SearchSettings)}
+    decisive = {
+        field.name: value
+        for field in fields(SearchSettings)
+        # Left out at their defaults: runs that were begun before there were variants go on.
+        if (value := getattr(args, field.name)) != field.default or field.name not in VARIANTS
+    }
     return {
         "testbed": pool.testbed.name if args.data is None else args.data.name,
         "data_sha256": pool.data_digest,
@@ -138,7 +144,8 @@ async def label_pool(
     document = {
         **known,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "result": result_record(labelling, state, zero_shot, predictions) | {"warning": warning},
+        "result": result_record(labelling, state, zero_shot, predictions)
+        | {"warning": warning, "changes_objective": changes_objective(labelling.pool.problem.settings)},
         "cost": cost,
         "left_out": labelling.pool.left_out,
         "model_api": labelling.api.stats.as_dict(),
@@ -149,8 +156,8 @@ async def label_pool(
 
 def _lookahead(args: argparse.Namespace, identity: EngineIdentity) -> int | None:
     """--lookahead, None where it is auto. Every question of an external API is paid for: auto asks none early there."""
-    if args.lookahead is None and identity.kind == "openai-compatible":
-        return 0
+    if args.best_of > 1 or (args.lookahead is None and identity.kind == "openai-compatible"):
+        return 0  # what best_of will need next depends on its answers, and it asks several at once anyway
     return None if args.lookahead is None else int(args.lookahead)
 
 
@@ -165,9 +172,9 @@ def check_readable(folder: RunFolder, known: Mapping[str, Any]) -> None:
 
 def check_same_run(folder: RunFolder, known: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Raises BadInput where `folder` was started with other settings."""
-    changed = [name for name in settings if known.get(name) != settings[name]]
+    changed = [name for name in {**known, **settings} if known.get(name) != settings.get(name)]
     if changed:
-        told = ", ".join(f"--{name} {known.get(name)}, now {settings[name]}" for name in changed)
+        told = ", ".join(f"--{name} {known.get(name)}, now {settings.get(name)}" for name in changed)
         raise BadInput(f"{folder.path}: was started with {told}. Use the same flags, or another --run")
 
 

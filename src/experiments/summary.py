@@ -28,6 +28,8 @@ def print_summary(folder: RunFolder, document: Mapping[str, Any]) -> None:
         f"  U {result['U']:.2f}: {settings['alpha']:g} x {result['predictability']:.3f} nat - "
         f"{result['inconsistent']} inconsistent pairs; {result['true_labels']} of {result['labelled']} True"
     )
+    for change in result.get("changes_objective", []):
+        print(f"  not the paper's objective: {change}")
     computed = cost["tokens_computed"]
     if computed:
         total = computed + cost["tokens_cached"]
