@@ -49,6 +49,7 @@ class ModelAPI:
         self._cache = cache
         self._accept_floored = accept_floored
         self._identity: EngineIdentity | None = None
+        self._alone = True
         # A future is set to None where its owner failed or was cancelled: whoever waits then asks by itself.
         self._in_flight: dict[bytes, asyncio.Future[LabelLogprobs | None]] = {}
 
@@ -78,10 +79,14 @@ class ModelAPI:
             if self._cache is not None:
                 self._cache.close()
 
-    def share(self) -> ModelAPI:
-        """The same engine, cache and questions in flight, with counts of its own; whoever opened this one closes it."""
+    def share(self, *, alone: bool = True) -> ModelAPI:
+        """The same engine, cache and questions in flight, with counts of its own; whoever opened this one closes it.
+
+        alone: nobody else asks meanwhile, so that the engine's counters tell what this one's questions cost.
+        """
         twin = copy(self)
         twin.stats = ScoreStats()
+        twin._alone = alone
         return twin
 
     @property
@@ -104,8 +109,8 @@ class ModelAPI:
         return await resolve_label_tokens(self._engine, true, false)
 
     async def prefix_cache(self) -> PrefixCacheCounters | None:
-        """The engine's prefix-cache counters since it started; None where it has none."""
-        return await self._engine.prefix_cache()
+        """The engine's prefix-cache counters since it started; None where it has none, or counts others' questions."""
+        return await self._engine.prefix_cache() if self._alone else None
 
     async def kv_cache_tokens(self) -> int | None:
         """How many tokens the engine's KV cache holds; None where it does not say."""

@@ -23,16 +23,18 @@ if __package__ in (None, ""):  # run as a script, from any folder, without an in
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from core.llm_api.errors import APIError, ConfigurationError, ServerUnreachable
-from core.llm_api.llm import open_model_api
-from core.settings import REPO_ROOT, Settings
+from core.settings import REPO_ROOT
 from src.experiments.arguments import HelpFormatter, Parser, add_search_arguments, at_least, lookahead_of
+from src.experiments.parts import PLANNED_AT_ONCE, run_parts
 from src.experiments.single_run import (
     check_readable,
     check_same_run,
     label_pool,
+    model_api_of,
     pool_of,
     run_name,
     settings_of,
+    warn_of_leaks,
 )
 from src.experiments.summary import print_summary
 from src.icm.annealing import SearchSettings
@@ -60,6 +62,27 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="then label the file's other claims with the pool's labels as demonstrations",
     )
+    run.add_argument(
+        "--num_batches",
+        type=_batches,
+        default=1,
+        metavar="{all,B}",
+        help="split the data into B batches of --batch_size (all: as many as it takes) and label each by itself",
+    )
+    run.add_argument(
+        "--passes",
+        type=at_least(1),
+        default=1,
+        metavar="N",
+        help="label every batch N times (odd) from other random seeds, and let the majority decide",
+    )
+    run.add_argument(
+        "--at_once",
+        type=at_least(1),
+        default=PLANNED_AT_ONCE,
+        metavar="N",
+        help="batches and passes that are searched at the same time; the labels do not depend on it",
+    )
     run.add_argument("--run", metavar="NAME", help="folder under --runs_dir (default: made from the settings)")
     run.add_argument("--runs_dir", type=Path, default=REPO_ROOT / "runs", help="where runs and cached scores are kept")
     run.add_argument(
@@ -84,6 +107,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _batches(text: str) -> int | None:
+    return None if text == "all" else at_least(1)(text)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 1 the model failed (resumable), 2 bad input or no usable server, 130 interrupted."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
@@ -105,6 +132,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 async def _run(args: argparse.Namespace) -> int:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, _task().cancel)
+    if args.num_batches != 1 or args.passes != 1:
+        return await run_parts(args)
     pool = pool_of(args)
     settings = settings_of(args, pool)
     folder = RunFolder(args.runs_dir / run_name(args, settings))
@@ -117,24 +146,8 @@ async def _run(args: argparse.Namespace) -> int:
             return 0
     if args.is_complete:
         return 1
-    if args.consistency == "upstream" and pool.testbed.upstream_leaks:
-        print(
-            "warning: --consistency upstream makes its keys from gold labels: accuracy is not unsupervised",
-            file=sys.stderr,
-        )
-    api = open_model_api(
-        Settings.load(
-            {
-                "missing_label": args.missing_label,
-                "prompts_per_request": args.prompts_per_request,
-                "read_timeout": args.read_timeout,
-                "cache_path": args.runs_dir / "responses.sqlite",
-            }
-        ),
-        model=args.model,
-        use_vllm=args.use_vllm,
-        direct=args.direct,
-    )
+    warn_of_leaks(args, pool)
+    api = model_api_of(args)
     with folder:
         async with api:
             labelling = await Labelling.open(pool, api)

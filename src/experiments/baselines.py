@@ -27,8 +27,8 @@ from typing import Any, Final, get_args
 import orjson
 
 from core.llm_api.errors import APIError, ConfigurationError, ServerUnreachable
-from core.llm_api.llm import ModelAPI, open_model_api
-from core.settings import REPO_ROOT, Settings
+from core.llm_api.llm import ModelAPI
+from core.settings import REPO_ROOT
 from src.experiments.arguments import HelpFormatter, Parser, add_search_arguments, at_least, lookahead_of
 from src.experiments.baseline_table import TableFolder, row_documents, table_text
 from src.experiments.single_run import (
@@ -37,6 +37,7 @@ from src.experiments.single_run import (
     finish,
     identity_record,
     load_claims,
+    model_api_of,
     pool_of,
     run_name,
     settings_of,
@@ -139,9 +140,7 @@ async def _run(args: argparse.Namespace) -> int:
     else:
         seeds = sorted(set(args.seeds))
     with lock:
-        async with open_model_api(
-            _api_settings(args), model=args.model, use_vllm=args.use_vllm, direct=args.direct
-        ) as api:
+        async with model_api_of(args) as api:
             engine = identity_record(api.identity)
             if known is not None:
                 check_same_engine(lock, known["engine"], api.identity)
@@ -231,8 +230,8 @@ async def _icm(
 
 
 async def _chat(args: argparse.Namespace, comparison: Comparison, document: dict[str, Any]) -> RowResult:
-    settings = _api_settings(args, {} if args.chat_url is None else {"vllm_base_url": args.chat_url})
-    async with open_model_api(settings, model=args.chat_model, use_vllm=True) as chat:
+    flags = argparse.Namespace(**{**vars(args), "model": args.chat_model, "use_vllm": True, "direct": False})
+    async with model_api_of(flags, {} if args.chat_url is None else {"vllm_base_url": args.chat_url}) as chat:
 
         async def ask(texts: Sequence[str]) -> Prediction:
             answers = await ask_chat(chat, texts)
@@ -327,18 +326,6 @@ def _name(args: argparse.Namespace, settings: Mapping[str, Any]) -> str:
     digest = hashlib.sha256(orjson.dumps(settings, option=orjson.OPT_SORT_KEYS)).hexdigest()[:8]
     parts = ("baselines", settings["testbed"], args.model.rsplit("/", 1)[-1], f"N{args.batch_size}", digest)
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(parts))
-
-
-def _api_settings(args: argparse.Namespace, more: Mapping[str, object] | None = None) -> Settings:
-    return Settings.load(
-        {
-            "missing_label": args.missing_label,
-            "prompts_per_request": args.prompts_per_request,
-            "read_timeout": args.read_timeout,
-            "cache_path": args.runs_dir / "responses.sqlite",
-            **(more or {}),
-        }
-    )
 
 
 def _now() -> str:

@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import logging
 import re
+import sys
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import fields, replace
@@ -14,16 +15,17 @@ from typing import Any
 
 import orjson
 
-from core.llm_api.llm import ModelAPI
+from core.llm_api.llm import ModelAPI, open_model_api
 from core.llm_api.types import EngineIdentity
+from core.settings import Settings
 from src.icm.annealing import SearchSettings
 from src.icm.objective import Objective
 from src.icm.report import changes_objective, collapse_warning
 from src.icm.testbeds import BadInput, Claim, Testbed
 from src.pipeline.datafiles import load_data_file, load_testbed
-from src.pipeline.labelling import Labelling, Pool, prepare, result_record
+from src.pipeline.labelling import Labelling, Pool, prepare_batches, result_record
 from src.pipeline.plots import plot_curves
-from src.pipeline.progress import SearchProgress
+from src.pipeline.progress import Progress, SearchProgress
 from src.pipeline.run_folder import FORMAT, RunFolder, environment
 
 VARIANTS = ("context_cap", "best_of", "local_gain")
@@ -31,6 +33,29 @@ COSTS = (
     *("asked", "from_cache", "asked_ahead", "ahead_used"),
     *("tokens_sent", "tokens_cached", "tokens_computed", "floored", "seconds"),
 )
+
+
+def model_api_of(args: argparse.Namespace, more: Mapping[str, object] | None = None) -> ModelAPI:
+    """The ModelAPI that the flags ask for, not yet started. more: settings that win over them."""
+    settings = Settings.load(
+        {
+            "missing_label": args.missing_label,
+            "prompts_per_request": args.prompts_per_request,
+            "read_timeout": args.read_timeout,
+            "cache_path": args.runs_dir / "responses.sqlite",
+            **(more or {}),
+        }
+    )
+    return open_model_api(settings, model=args.model, use_vllm=args.use_vllm, direct=args.direct)
+
+
+def warn_of_leaks(args: argparse.Namespace, pool: Pool) -> None:
+    """Say so where the constraints are made from gold labels."""
+    if args.consistency == "upstream" and pool.testbed.upstream_leaks:
+        print(
+            "warning: --consistency upstream makes its keys from gold labels: accuracy is not unsupervised",
+            file=sys.stderr,
+        )
 
 
 def load_claims(args: argparse.Namespace) -> tuple[Testbed, list[Claim], Path]:
@@ -42,21 +67,27 @@ def load_claims(args: argparse.Namespace) -> tuple[Testbed, list[Claim], Path]:
 
 def pool_of(args: argparse.Namespace, held_out: Collection[int] = ()) -> Pool:
     """The pool and its constraints, from flags and files alone. held_out: rows that must not be in it."""
+    [pool] = pools_of(args, 1, held_out)
+    return pool if args.label_rest else replace(pool, rest=(), left_out=len(pool.rest))
+
+
+def pools_of(args: argparse.Namespace, count: int | None, held_out: Collection[int] = ()) -> list[Pool]:
+    """The same for `count` pools that share no claim; None: for as many as hold all claims."""
     if args.initial_T <= 0 or args.final_T <= 0 or args.decay <= 0:
         raise BadInput("--initial_T, --final_T and --decay must be above 0")
     testbed, claims, path = load_claims(args)
     claims = [claim for claim in claims if claim.row not in held_out]
     search = SearchSettings(**{field.name: getattr(args, field.name) for field in fields(SearchSettings)})
-    pool = prepare(
+    return prepare_batches(
         testbed,
         claims,
         path,
         batch_size=args.batch_size,
+        count=count,
         consistency=args.consistency,
         objective=Objective(args.alpha, args.calibrate),
         settings=search,
     )
-    return pool if args.label_rest else replace(pool, rest=(), left_out=len(pool.rest))
 
 
 def settings_of(args: argparse.Namespace, pool: Pool) -> dict[str, Any]:
@@ -92,9 +123,19 @@ def run_name(args: argparse.Namespace, settings: Mapping[str, Any]) -> str:
 
 
 async def finish(
-    args: argparse.Namespace, api: ModelAPI, pool: Pool, folder: RunFolder, settings: Mapping[str, Any]
+    args: argparse.Namespace,
+    api: ModelAPI,
+    pool: Pool,
+    folder: RunFolder,
+    settings: Mapping[str, Any],
+    *,
+    progress: Progress | None = None,
+    cache_share: int = 1,
 ) -> dict[str, Any]:
-    """The finished run.json of `pool` in `folder`: begun, gone on with, or read, whichever it needs."""
+    """The finished run.json of `pool` in `folder`: begun, gone on with, or read, whichever it needs.
+
+    progress and cache_share as in label_pool.
+    """
     known = folder.read_run()
     if known is not None:
         check_readable(folder, known)
@@ -103,7 +144,9 @@ async def finish(
             return known
     with folder:
         labelling = await Labelling.open(pool, api)
-        return await label_pool(args, labelling, folder, settings, folder.read_run())
+        return await label_pool(
+            args, labelling, folder, settings, folder.read_run(), progress=progress, cache_share=cache_share
+        )
 
 
 async def label_pool(
@@ -112,14 +155,21 @@ async def label_pool(
     folder: RunFolder,
     settings: Mapping[str, Any],
     known: dict[str, Any] | None,
+    *,
+    progress: Progress | None = None,
+    cache_share: int = 1,
 ) -> dict[str, Any]:
-    """Search, label the rest if asked, write the results; returns the finished run.json."""
+    """Search, label the rest if asked, write the results; returns the finished run.json.
+
+    progress: told of every step (default: a bar of its own). cache_share: how many runs share the server's KV cache.
+    """
     if known is None:
+        capacity = await labelling.api.kv_cache_tokens()
         known = {
             "settings": settings,
             "flags": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
             "engine": identity_record(labelling.identity),
-            "kv_capacity": await labelling.api.kv_cache_tokens(),
+            "kv_capacity": None if capacity is None else capacity // cache_share,
             "environment": environment(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
@@ -127,8 +177,8 @@ async def label_pool(
     else:
         check_same_engine(folder, known["engine"], labelling.identity)
     labelling = labelling.planned_for(known["kv_capacity"])
-    with SearchProgress(labelling.pool, args.quiet) as progress:
-        state = await labelling.search(folder, progress.update, _lookahead(args, labelling.identity))
+    with progress or SearchProgress(labelling.pool, args.quiet) as shown:
+        state = await labelling.search(folder, shown.update, _lookahead(args, labelling.identity))
     zero_shot = await labelling.zero_shot()
     predictions = {}
     if None in state.labels:

@@ -24,6 +24,8 @@ def print_summary(folder: RunFolder, document: Mapping[str, Any]) -> None:
     for by, counts in result["predicted"].items():
         outside = "not taken in by the search" if by == "predicted" else "outside the pool"
         print(f"  {by:<20} {agreement(*counts)}  (claims {outside}, labelled from the pool's labels)")
+    if "parts" in result:
+        print(f"  {len(result['parts'])} searches; U and nats are means over them, counts and seconds sums")
     print(
         f"  U {result['U']:.2f}: {settings['alpha']:g} x {result['predictability']:.3f} nat - "
         f"{result['inconsistent']} inconsistent pairs; {result['true_labels']} of {result['labelled']} True"
@@ -42,6 +44,11 @@ def print_summary(folder: RunFolder, document: Mapping[str, Any]) -> None:
         print(f"  {cost['floored']} answers lacked a label token and were floored")
     if document["left_out"]:
         print(f"  {document['left_out']} claims of the file are outside the pool, without a label (see --label_rest)")
-    print(f"  labels {folder.labels_path}\n  curves {folder.curves_path}\n  log    {folder.log_path}")
+    if "parts" in result:
+        print(
+            f"  labels {folder.labels_path}\n  parts  {folder.path}/{result['parts'][0]['part']} and so on, each a run"
+        )
+    else:
+        print(f"  labels {folder.labels_path}\n  curves {folder.curves_path}\n  log    {folder.log_path}")
     if result["warning"]:
         print(f"warning: {result['warning']}", file=sys.stderr)

@@ -38,11 +38,17 @@ class Stream(IntEnum):
     SEEDS = 1
     LAYOUT = 2
     STEP = 3
+    PART = 4
 
 
 def generator(seed: int, stream: Stream, index: int = 0) -> np.random.Generator:
     """The generator of one purpose (and one iteration) of a run."""
     return np.random.default_rng([seed, stream, index])
+
+
+def part_seed(seed: int, batch: int, number: int) -> int:
+    """The seed of one of several searches that a run is made of: of a batch, and of its pass `number`."""
+    return int(np.random.SeedSequence([seed, Stream.PART, batch, number]).generate_state(1)[0])
 
 
 @dataclass(frozen=True, slots=True)
