@@ -123,8 +123,8 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
     search.add_argument(
         "--local_gain",
         action="store_true",
-        help="cheaper: accept a proposal by its own term of U, and ask the whole pool only when it has doubled and at "
-        "the end (the search follows an estimate of the objective)",
+        help="cheaper: take in a new claim by its own term of U; the whole pool is asked before labels are changed, "
+        "when it has doubled, and at the end (growth follows an estimate of the objective)",
     )
     search.add_argument(
         "--mirror",

@@ -62,7 +62,7 @@ class SearchSettings:
     mirror: once the search has settled, try all labels flipped (see `wants_mirror`).
     context_cap: demonstrations at most in every prompt (see capped_layout); None: all. Another objective.
     best_of: claims whose labels an iteration predicts; only the surest change is evaluated (see `choose`).
-    local_gain: a proposal is accepted by its own term of U, the others' as they last were (see `local_evaluation`).
+    local_gain: a new claim is accepted by its own term of U, the others' as they last were (see `decides_by_itself`).
     """
 
     seed: int = 27565976
@@ -240,6 +240,17 @@ def choose(problem: Problem, state: SearchState, log_odds: Mapping[int, float]) 
     return max(changes, key=lambda c: abs(log_odds[c] - offset)) if changes else next(iter(log_odds))
 
 
+def decides_by_itself(problem: Problem, state: SearchState, claim: int, labels: Labels) -> bool:
+    """Whether a proposal needs no evaluation of the pool: with local_gain, a new claim that breaks no constraint.
+
+    Labels are never *changed* on an estimate: the conditionals of a language model come from no common distribution, so
+    flips by each claim's own gain can go round in circles for ever.
+    """
+    if not problem.settings.local_gain or state.labels[claim] is not None:
+        return False
+    return problem.consistency.count(labels) == state.evaluation.inconsistent
+
+
 def local_evaluation(problem: Problem, state: SearchState, labels: Labels, log_odds: Mapping[int, float]) -> Evaluation:
     """U of `labels` if no other claim's log-odds changed: those of the last evaluation, and the given ones (nats)."""
     known = {**state.evaluation.log_odds, **log_odds}
@@ -376,9 +387,7 @@ def rebuilt_layout(problem: Problem, state: SearchState) -> Layout:
 
 def rebuild(state: SearchState, layout: Layout, evaluation: Evaluation) -> SearchState:
     """The state in a new layout: same labels, scores as that layout gives them."""
-    laid_out = replace(state, layout=layout, evaluation=evaluation, rebuilds=state.rebuilds + 1, debt=0)
-    # Scores that nobody had seen may change what was refused before them.
-    return replace(laid_out, stale=0, unchanged=0, refused=frozenset()) if state.stale else laid_out
+    return replace(state, layout=layout, evaluation=evaluation, rebuilds=state.rebuilds + 1, debt=0, stale=0)
 
 
 def settled(problem: Problem, state: SearchState) -> bool:

@@ -119,7 +119,7 @@ def _apply(problem: Problem, state: SearchState | None, record: Mapping[str, Any
     if state is None:
         raise JournalMismatch("it does not begin with a start")
     if event == "rebuild":
-        if not wants_rebuild(problem, state):
+        if not wants_rebuild(problem, state) and not state.stale:
             raise JournalMismatch(f"it rebuilds at iteration {state.iteration}, where this search would not")
         return rebuild(state, rebuilt_layout(problem, state), _evaluation(problem, state.labels, record))
     if event == "mirror":

@@ -48,7 +48,7 @@ def changes_objective(settings: SearchSettings) -> list[str]:
         )
     if settings.local_gain:
         told.append(
-            "proposals were accepted by their own term of U (--local_gain), an estimate; the U shown is the full one"
+            "claims were taken in by their own term of U (--local_gain), an estimate; the U shown is the full one"
         )
     return told
 

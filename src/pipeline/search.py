@@ -20,6 +20,7 @@ from src.icm.annealing import (
     advance,
     choose,
     decide,
+    decides_by_itself,
     excess,
     explore,
     finished,
@@ -182,14 +183,14 @@ async def search(
             state = mirror(state, evaluation if accepted else None)
             await journal(mirror_record(state, accepted, evaluation.utility), state)
             continue
-        if wants_rebuild(problem, state):
+        outcome = None if wants_rebuild(problem, state) else await _step(scorer, ahead, state)
+        if outcome is None:
             layout = rebuilt_layout(problem, state)
             ahead.before_rebuild(rebuild(state, layout, state.evaluation))
             [evaluation] = await scorer.evaluate([Candidate(state.labels, layout)])
             state = rebuild(state, layout, evaluation)
             await journal(rebuild_record(state), state)
             continue
-        outcome = await _step(scorer, ahead, state)
         ahead.learn(outcome)
         after = advance(problem, state, outcome)
         await journal(step_record(state, outcome, after), after)
@@ -217,7 +218,8 @@ async def _start(scorer: PoolScorer) -> SearchState:
     return SearchState(0, best.labels, layout, evaluation)
 
 
-async def _step(scorer: PoolScorer, ahead: Lookahead, state: SearchState) -> Outcome:
+async def _step(scorer: PoolScorer, ahead: Lookahead, state: SearchState) -> Outcome | None:
+    """One iteration; None where it must compare evaluations, and the state's is pieced together."""
     problem = scorer.problem
     answers = await _predictions(scorer, ahead, state)
     claim = choose(problem, state, answers)
@@ -227,19 +229,19 @@ async def _step(scorer: PoolScorer, ahead: Lookahead, state: SearchState) -> Out
     if predicted == state.labels[claim]:
         return Outcome(claim, log_odds, predicted, temperature)
     start = proposal(state, claim, predicted)
-    local = problem.settings.local_gain
 
     async def evaluate(batch: list[Candidate]) -> list[Evaluation]:
-        if local:
-            return [local_evaluation(problem, state, each.labels, answers) for each in batch]
         ahead.before_evaluation(state, claim, start, batch)
         return await scorer.evaluate(batch)
 
-    best, evaluation, tried = await _explore(
-        problem, evaluate, start, state.iteration, {state.labels: state.evaluation}
-    )
-    if local:  # nothing was asked
-        tried = []
+    tried: list[Labels] = []
+    if decides_by_itself(problem, state, claim, start.labels):
+        best, evaluation = start, local_evaluation(problem, state, start.labels, {claim: log_odds})
+    elif state.stale:
+        return None
+    else:
+        known = {state.labels: state.evaluation}
+        best, evaluation, tried = await _explore(problem, evaluate, start, state.iteration, known)
     accepted, probability, temperature = decide(problem, state, evaluation.utility)
     changed = accepted and best.labels != state.labels
     return Outcome(

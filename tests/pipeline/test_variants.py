@@ -48,8 +48,10 @@ async def test_what_is_asked_ahead_decides_nothing(variant: str, tmp_path: Path)
 
 @pytest.mark.parametrize("variant", ["context_cap", "local_gain", "all of them"])
 async def test_a_variant_sends_fewer_tokens(variant: str, tmp_path: Path) -> None:
-    _, exact, _ = await run(make_problem(size=40), tmp_path / "exact", Pace(0))
-    _, cheap, _ = await run(make_problem(size=40, **VARIANTS[variant]), tmp_path / "cheap", Pace(0))
+    exact_problem = make_problem(size=40, relation=None)
+    _, exact, _ = await run(exact_problem, tmp_path / "exact", Pace(0))
+    cheap_problem = make_problem(size=40, relation=None, **VARIANTS[variant])
+    _, cheap, _ = await run(cheap_problem, tmp_path / "cheap", Pace(0))
 
     def tokens_an_iteration(records: list[dict[str, Any]]) -> float:
         steps = sum(record["event"] == "step" for record in records)
@@ -67,14 +69,16 @@ async def test_no_prompt_has_more_demonstrations_than_the_cap(tmp_path: Path) ->
 
 async def test_a_search_by_local_gain_ends_on_scores_that_were_all_asked(tmp_path: Path) -> None:
     problem = make_problem(local_gain=True, mirror=False)
-    state, records, engine = await run(problem, tmp_path / "run", Pace(0))
+    state, records, _ = await run(problem, tmp_path / "run", Pace(0))
     steps = [record for record in records if record["event"] == "step"]
-    assert any(step["accepted"] for step in steps)
-    assert all(step["tried"] == 0 for step in steps)
+    taken_in = [step for step in steps if step["accepted"] and step["current"] is None]
+    assert sum(step["tried"] == 0 for step in taken_in) > len(taken_in) / 2
+    # A label is changed on a comparison of evaluations of the whole pool, never on an estimate.
+    assert all(step["tried"] for step in steps if step["accepted"] and step["current"] is not None)
     last_change = max(i for i, record in enumerate(records) if record.get("accepted"))
-    assert any(record["event"] == "rebuild" for record in records[last_change + 1 :])
+    ended_on = [i for i, record in enumerate(records) if record["event"] == "rebuild" or record.get("tried")]
+    assert max(ended_on) >= last_change
     assert len(state.evaluation.log_odds) == len(state.labelled)
-    assert max(map(len, engine.batches)) == len(state.labelled)
 
 
 async def test_best_of_takes_the_surest_change(tmp_path: Path) -> None:
