@@ -114,18 +114,21 @@ class PartsProgress:
     def show(self, part: str, labelled: int) -> None:
         """One part's labelled claims so far."""
         self._labelled[part] = labelled
-        running = " ".join(f"{name}:{count}" for name, count in self._labelled.items())
-        self._bar.set_postfix_str(f"{self._finished}/{self._parts} finished; {running}", refresh=False)
-        self._bar.update(sum(self._labelled.values()) + self._claims_finished - self._bar.n)
+        self._draw()
 
     def finish(self, part: str, claims: int, line: str) -> None:
         """A part has ended, in this session or before; line: what it came to."""
         self._labelled.pop(part, None)
         self._finished += 1
         self._claims_finished += claims
-        self._bar.update(sum(self._labelled.values()) + self._claims_finished - self._bar.n)
         if not self._bar.disable:
             self._bar.write(f"{part}: {line}", file=sys.stderr)
+        self._draw()
+
+    def _draw(self) -> None:
+        running = " ".join(f"{name}:{count}" for name, count in self._labelled.items())
+        self._bar.set_postfix_str(f"{self._finished}/{self._parts} finished {running}", refresh=False)
+        self._bar.update(sum(self._labelled.values()) + self._claims_finished - self._bar.n)
 
 
 class PartProgress:
