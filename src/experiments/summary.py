@@ -43,7 +43,8 @@ def print_summary(folder: RunFolder, document: Mapping[str, Any]) -> None:
     if cost["floored"]:
         print(f"  {cost['floored']} answers lacked a label token and were floored")
     if document["left_out"]:
-        print(f"  {document['left_out']} claims of the file are outside the pool, without a label (see --label_rest)")
+        how = "--num_batches all" if "parts" in result else "--label_rest"
+        print(f"  {document['left_out']} claims of the file are outside the pool, without a label (see {how})")
     if "parts" in result:
         print(
             f"  labels {folder.labels_path}\n  parts  {folder.path}/{result['parts'][0]['part']} and so on, each a run"
