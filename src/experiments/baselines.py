@@ -46,11 +46,16 @@ from src.icm.annealing import Stream, generator
 from src.icm.testbeds import BadInput, Claim, sample_pool
 from src.pipeline.baselines import Prediction
 from src.pipeline.chat import ask_chat
-from src.pipeline.comparison import TITLES, BootstrapStart, Comparison, Cost, RowResult
+from src.pipeline.comparison import TITLES, BootstrapStart, Comparison, Cost, GivenLabels, RowResult
 from src.pipeline.datafiles import claims_of, read_rows
 from src.pipeline.labelling import Labelling, Pool
 from src.pipeline.run_folder import RunFolder, environment
 
+GIVEN: Final[dict[str, GivenLabels]] = {
+    "many-shot-gold": "gold",
+    "many-shot-random": "random",
+    "many-shot-flipped": "flipped",
+}
 HELD_OUT_SEED: Final = 0
 """Held-out claims are drawn by this, whatever seed draws the pool: every seed is tested on the same ones."""
 
@@ -189,9 +194,9 @@ async def _one_seed(
             result = await _icm(flags, api, folder, comparison, pool)
         elif row == "zero-shot-chat":
             result = await _chat(flags, comparison, document)
-        elif row.startswith("many-shot-"):
-            result = await comparison.many_shot(row.removeprefix("many-shot-"))  # type: ignore[arg-type]
-        elif row.startswith("bootstrap"):
+        elif row in GIVEN:
+            result = await comparison.many_shot(GIVEN[row])
+        elif row in ("bootstrap", "bootstrap-consistent"):
             result = await comparison.bootstrap(
                 rounds=args.rounds, start=args.bootstrap_from, consistent=row == "bootstrap-consistent"
             )

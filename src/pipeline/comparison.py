@@ -23,6 +23,7 @@ from src.pipeline.baselines import Prediction, predict
 from src.pipeline.labelling import Labelling
 
 BootstrapStart = Literal["random", "zero-shot"]
+GivenLabels = Literal["gold", "random", "flipped"]
 TITLES: Final = {
     "zero-shot": "zero-shot",
     "zero-shot-calibrated": "zero-shot, calibrated",
@@ -90,7 +91,7 @@ class Comparison:
 
         return await self._measured(row, answer)
 
-    async def many_shot(self, kind: Literal["gold", "random", "flipped"]) -> RowResult:
+    async def many_shot(self, kind: GivenLabels) -> RowResult:
         """Given labels as demonstrations; the pool's own answers leave one out."""
         gold = tuple(self._labelling.pool.gold)
         labels = {"gold": gold, "flipped": mirrored_labels(gold), "random": self.random_labels}[kind]
