@@ -108,6 +108,10 @@ async def test_the_table_has_every_row_with_intervals_and_comparisons(table: Tab
         assert len(answers["pool"]) == 12
         assert sum(a["label"] == a["gold"] for a in answers["test"]) == row["test"]["seeds"][0]["agreeing"]
         assert not {a["claim"] for a in answers["pool"]} & {a["claim"] for a in answers["test"]}
+        # What held-out claims are calibrated by comes from the pool alone.
+        if row["row"] in ("zero-shot-calibrated", "many-shot-gold"):
+            mean = sum(a["log_odds"] for a in answers["pool"]) / len(answers["pool"])
+            assert all(a["offset"] == pytest.approx(mean) for a in answers["test"])
     assert (table.runs / "t" / "seed-2" / "labels.jsonl").exists()  # an ordinary run
 
 
