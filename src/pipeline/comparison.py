@@ -50,9 +50,15 @@ class Answer:
     offset: float
 
 
+Held = tuple[Prediction, float | None]  # answers about held-out claims, U of the labels that were shown
+
+
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """asked: questions, also those that the response cache answered; the others are what was sent."""
+    """What labelling the pool cost, held-out claims not counted.
+
+    asked: questions, also those that the response cache answered; the others are what was sent.
+    """
 
     seconds: float
     asked: int
@@ -82,26 +88,26 @@ class Comparison:
 
     async def zero_shot(self, *, calibrated: bool) -> RowResult:
         """No demonstrations. calibrated: against the mean of the pool's log-odds, also on held-out claims."""
-        row = "zero-shot-calibrated" if calibrated else "zero-shot"
 
-        async def answer() -> tuple[Prediction, Prediction, float | None]:
-            pool, test = await self._without_demonstrations(range(self._size)), await self._without_demonstrations()
-            offset = pool.calibrated().offset if calibrated else 0.0
-            return replace(pool, offset=offset), replace(test, offset=offset), None
+        async def label() -> Prediction:
+            pool = await self._without_demonstrations(range(self._size))
+            return pool.calibrated() if calibrated else pool
 
-        return await self._measured(row, answer)
+        async def ask(pool: Prediction) -> Held:
+            return replace(await self._without_demonstrations(self._asked), offset=pool.offset), None
+
+        return await self._measured("zero-shot-calibrated" if calibrated else "zero-shot", label, ask)
 
     async def many_shot(self, kind: GivenLabels) -> RowResult:
         """Given labels as demonstrations; the pool's own answers leave one out."""
         gold = tuple(self._labelling.pool.gold)
         labels = {"gold": gold, "flipped": mirrored_labels(gold), "random": self.random_labels}[kind]
 
-        async def answer() -> tuple[Prediction, Prediction, float | None]:
+        async def label() -> Prediction:
             evaluation = await self._evaluate(labels)
-            left_out = Prediction(dict(evaluation.log_odds), evaluation.offset)
-            return left_out, await self._held_out(labels, evaluation), evaluation.utility
+            return Prediction(dict(evaluation.log_odds), evaluation.offset)
 
-        return await self._measured(f"many-shot-{kind}", answer)
+        return await self._measured(f"many-shot-{kind}", label, lambda _: self._held_out(labels))
 
     async def bootstrap(self, *, rounds: int, start: BootstrapStart, consistent: bool) -> RowResult:
         """Label the pool by many-shot from the labels of the round before, `rounds` times.
@@ -109,48 +115,49 @@ class Comparison:
         start: the first round's demonstrations have random labels, or those of zero-shot answers (calibrated where the
         objective is). consistent: after every round the labels that break no constraint at the least loss of
         log-odds (Consistency.nearest). Shrivastava, Qi, Canavan et al., "Eliciting base models with simple unsupervised
-        techniques", find that these two explain most of what ICM gains.
+        techniques" (Alignment Forum), find that these two explain most of what ICM gains.
         """
-        problem = self._labelling.pool.problem
+        consistency = self._labelling.pool.problem.consistency
 
-        async def answer() -> tuple[Prediction, Prediction, float | None]:
+        async def label() -> Prediction:
             labels = self.random_labels if start == "random" else await self._zero_shot_labels()
-            shown: dict[int, float] = {}
-            offset = 0.0
+            found = Prediction({})
             for _ in range(rounds):
                 evaluation = await self._evaluate(labels)
-                shown, offset = dict(evaluation.log_odds), evaluation.offset
-                margins = [shown[claim] - offset for claim in range(self._size)]
-                labels = problem.consistency.nearest(margins) if consistent else tuple(m > 0 for m in margins)
-            final = await self._evaluate(labels)
-            given = {claim: label is True for claim, label in enumerate(labels)}
-            return Prediction(shown, offset, given), await self._held_out(labels, final), final.utility
+                found = Prediction(dict(evaluation.log_odds), evaluation.offset)
+                if consistent:
+                    margins = [found.log_odds[claim] - found.offset for claim in range(self._size)]
+                    found = replace(found, given=dict(enumerate(consistency.nearest(margins))))
+                labels = self._whole(found.labels)
+            return found
 
-        return await self._measured("bootstrap-consistent" if consistent else "bootstrap", answer)
+        row = "bootstrap-consistent" if consistent else "bootstrap"
+        return await self._measured(row, label, lambda pool: self._held_out(self._whole(pool.labels)))
 
     async def given(self, row: str, labels: Mapping[int, bool], log_odds: Mapping[int, float], cost: Cost) -> RowResult:
         """A finished labelling of the whole pool, by pool position, that cost `cost` to find."""
-        shown: Labels = tuple(labels[claim] for claim in range(self._size))
 
-        async def answer() -> tuple[Prediction, Prediction, float | None]:
-            evaluation = await self._evaluate(shown)
-            pool = Prediction(dict(log_odds), evaluation.offset, dict(labels))
-            return pool, await self._held_out(shown, evaluation), evaluation.utility
+        async def label() -> Prediction:
+            evaluation = await self._evaluate(self._whole(labels))
+            return Prediction(dict(log_odds), evaluation.offset, dict(labels))
 
-        return replace(await self._measured(row, answer), cost=cost)
+        result = await self._measured(row, label, lambda _: self._held_out(self._whole(labels)))
+        return replace(result, cost=cost)
 
     async def asked_elsewhere(
         self, row: str, ask: Callable[[Sequence[str]], Awaitable[Prediction]], stats: ScoreStats
     ) -> RowResult:
         """Zero-shot answers of another model to the claims' texts; `stats` counts what it is asked."""
-        claims = (*self._labelling.pool.claims, *self._labelling.pool.rest)
+        pool, rest = self._labelling.pool.claims, self._labelling.pool.rest
 
-        async def answer() -> tuple[Prediction, Prediction, float | None]:
-            whole = await ask([claim.text for claim in claims])
-            pool = Prediction({claim: whole.log_odds[claim] for claim in range(self._size)})
-            return pool, Prediction({claim: whole.log_odds[claim] for claim in self._asked}), None
+        async def label() -> Prediction:
+            return await ask([claim.text for claim in pool])
 
-        return await self._measured(row, answer, stats)
+        async def held_out(_: Prediction) -> Held:
+            answers = await ask([claim.text for claim in rest])
+            return Prediction({self._size + at: value for at, value in answers.log_odds.items()}), None
+
+        return await self._measured(row, label, held_out, stats)
 
     @cached_property
     def random_labels(self) -> Labels:
@@ -171,14 +178,19 @@ class Comparison:
         answers = await self._without_demonstrations(range(self._size))
         if self._labelling.pool.problem.objective.calibration == "mean":
             answers = answers.calibrated()
-        return tuple(answers.labels[claim] for claim in range(self._size))
+        return self._whole(answers.labels)
 
-    async def _without_demonstrations(self, claims: Sequence[int] | None = None) -> Prediction:
-        labelling = self._labelling
-        return await predict(labelling.api, labelling.book, labelling.tokens, self._asked if claims is None else claims)
+    def _whole(self, labels: Mapping[int, bool]) -> Labels:
+        return tuple(labels[claim] for claim in range(self._size))
 
-    async def _held_out(self, labels: Labels, evaluation: Evaluation) -> Prediction:
+    async def _without_demonstrations(self, claims: Sequence[int]) -> Prediction:
         labelling = self._labelling
+        return await predict(labelling.api, labelling.book, labelling.tokens, claims)
+
+    async def _held_out(self, labels: Labels) -> Held:
+        """Held-out claims after the pool's labels, against the offset of the pool's own answers; U of the labels."""
+        labelling = self._labelling
+        evaluation = await self._evaluate(labels)
         predicted = await predict(
             labelling.api,
             labelling.book,
@@ -188,21 +200,23 @@ class Comparison:
             labels=labels,
             name="held-out claims",
         )
-        return replace(predicted, offset=evaluation.offset)
+        return replace(predicted, offset=evaluation.offset), evaluation.utility
 
     async def _measured(
         self,
         row: str,
-        answer: Callable[[], Awaitable[tuple[Prediction, Prediction, float | None]]],
+        label: Callable[[], Awaitable[Prediction]],
+        ask: Callable[[Prediction], Awaitable[Held]],
         stats: ScoreStats | None = None,
     ) -> RowResult:
+        """The pool's labels and what they cost, then the held-out claims."""
         stats = stats or self._labelling.api.stats
         before, started = stats.as_dict(), time.perf_counter()
-        pool, test, utility = await answer()
-        after = stats.as_dict()
+        pool = await label()
+        seconds, after = round(time.perf_counter() - started, 3), stats.as_dict()
         spent = {key: after[key] - before[key] for key in ("asked", "prompt_tokens", "cached_tokens", "requests")}
-        cost = Cost(seconds=round(time.perf_counter() - started, 3), **spent)
-        return RowResult(row, self._answers(pool), self._answers(test), utility, cost)
+        test, utility = await ask(pool)
+        return RowResult(row, self._answers(pool), self._answers(test), utility, Cost(seconds, **spent))
 
     def _answers(self, prediction: Prediction) -> tuple[Answer, ...]:
         claims = (*self._labelling.pool.claims, *self._labelling.pool.rest)

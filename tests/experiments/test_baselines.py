@@ -102,6 +102,8 @@ async def test_the_table_has_every_row_with_intervals_and_comparisons(table: Tab
     assert "many-shot-gold" not in gold["test"]["versus"]
     assert {"U", "cost"} <= gold.keys()
     assert "U" not in table.row("zero-shot")
+    assert gold["cost"]["asked"] == 2 * 12  # two seeds; questions about held-out claims are not counted
+    assert table.row("bootstrap")["cost"]["asked"] == 2 * 4 * 12
     assert "bootstrapping, consistent" in out
     for row in table.document["rows"]:
         answers = json.loads((table.runs / "t" / "seed-1" / "rows" / f"{row['row']}.json").read_text())
