@@ -108,7 +108,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _batches(text: str) -> int | None:
-    return None if text == "all" else at_least(1)(text)
+    if text == "all":
+        return None
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be all, or a whole number, not {text}")
+    return at_least(1)(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
