@@ -169,6 +169,16 @@ class VLLMGroup:
                 if not self._drop(member, error):
                     raise
 
+    async def tokenize_chat(self, messages: Sequence[str]) -> list[list[int]] | None:
+        """See Engine.tokenize_chat; from the first server that can be asked."""
+        while True:
+            member = self._up[0]
+            try:
+                return await member.client.tokenize_chat(messages)
+            except LOST as error:
+                if not self._drop(member, error):
+                    raise
+
     async def score(
         self, prompts: Sequence[Prompt], labels: LabelTokens, *, on_answer: OnAnswer | None = None
     ) -> EngineAnswer:

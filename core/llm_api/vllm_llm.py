@@ -9,7 +9,7 @@ our launcher also takes a pool as a tree of segments (core/vllm_extension), whic
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -119,7 +119,7 @@ class VLLMClient:
             version = str((await self._get_json("/version")).get("version", ""))
         except RequestRejected:
             version = ""  # a proxy that passes only /v1
-        tokens = await self._tokenize_one(CANARY_TEXT, special=True)
+        tokens = await self._tokenize_one({"prompt": CANARY_TEXT, "add_special_tokens": True})
         canary = Prompt((Segment(CANARY_TEXT, tokens),), name="canary")
         top = await self._ask_canary(canary)
         self._exact = await self._probe_exact(canary)
@@ -148,7 +148,21 @@ class VLLMClient:
 
     async def tokenize(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
         """Token ids of each text, from the server's own tokenizer."""
-        return await all_or_cancel(self._tokenize_one(text, special=special) for text in texts)
+        return await all_or_cancel(
+            self._tokenize_one({"prompt": text, "add_special_tokens": special}) for text in texts
+        )
+
+    async def tokenize_chat(self, messages: Sequence[str]) -> list[list[int]] | None:
+        """See Engine.tokenize_chat; the server applies its model's template."""
+        try:
+            return await all_or_cancel(
+                self._tokenize_one({"messages": [{"role": "user", "content": text}], "add_generation_prompt": True})
+                for text in messages
+            )
+        except RequestRejected as error:
+            if "chat template" not in str(error).lower():
+                raise
+            return None
 
     async def score(
         self,
@@ -297,8 +311,8 @@ class VLLMClient:
 
         return (await self._http.call(attempt))[0]
 
-    async def _tokenize_one(self, text: str, *, special: bool) -> list[int]:
-        body = orjson.dumps({"model": self._model, "prompt": text, "add_special_tokens": special})
+    async def _tokenize_one(self, text: Mapping[str, Any]) -> list[int]:
+        body = orjson.dumps({"model": self._model, **text})
 
         async def attempt() -> list[int]:
             tokens = _json_object(await self._post("/tokenize", body), "/tokenize").get("tokens")

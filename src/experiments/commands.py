@@ -9,6 +9,8 @@ from typing import Final
 
 COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "label": ("src.experiments.ICM", "label a data set: the search, its baselines, labels and curves"),
+    "baselines": ("src.experiments.baselines", "hold ICM against zero-shot, many-shot and bootstrapping"),
+    "run": ("src.experiments.run_experiment", "run an experiment that a file describes (experiments/*.yaml)"),
 }
 """Name -> (module with `main(arguments) -> exit code`, what it does). Imported only when called."""
 

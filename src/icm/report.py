@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from src.icm.annealing import SearchSettings
 from src.icm.consistency import Label
 from src.icm.objective import Evaluation, wilson_interval
 from src.icm.testbeds import Claim
@@ -35,6 +36,21 @@ def collapse_warning(labels: Sequence[Label]) -> str | None:
         "collapsing to one label, which is the most predictable labeling of all for a model that leans to one answer. "
         "Try --calibrate mean, see whether U of gold-like labels can win at all with --check, or use a larger model."
     )
+
+
+def changes_objective(settings: SearchSettings) -> list[str]:
+    """What a variant searches for in place of the paper's U, one sentence each; none for the paper's own."""
+    told = []
+    if settings.context_cap is not None:
+        told.append(
+            f"every label is predicted from a balanced sample of at most {settings.context_cap} others "
+            "(--context_cap), not from all"
+        )
+    if settings.local_gain:
+        told.append(
+            "claims were taken in by their own term of U (--local_gain), an estimate; the U shown is the full one"
+        )
+    return told
 
 
 def check_table(worth: Mapping[str, Evaluation], calibration: str) -> str:
