@@ -35,7 +35,7 @@ from core.llm_api.types import EngineIdentity
 from core.settings import Settings
 from src.icm.annealing import LayoutName, Scheduler, SearchSettings, Stop
 from src.icm.objective import Calibration, Objective
-from src.icm.report import agreement, check_table, collapse_warning
+from src.icm.report import agreement, check_table, collapse_warning, pool_rows
 from src.icm.testbeds import TESTBEDS, BadInput, ConsistencyMode
 from src.pipeline.datafiles import load_data_file, load_testbed
 from src.pipeline.labelling import Labelling, Pool, prepare, result_record
@@ -306,6 +306,7 @@ async def _label(
             "environment": environment(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
+        folder.write_claims(pool_rows(labelling.pool.claims, labelling.pool.problem.consistency))
         folder.write_run(known)
     else:
         _same_engine(folder, known["engine"], labelling.identity)
@@ -318,7 +319,7 @@ async def _label(
         predictions["predicted"] = await labelling.predict_unlabelled(state)
     if labelling.pool.rest:
         predictions["many-shot"] = await labelling.label_rest(state)
-    folder.write_labels(labelling.label_rows(state, predictions))
+    folder.write_labels(labelling.label_rows(state, predictions, zero_shot))
     records = folder.read_log()
     title = f"{settings['testbed']}, {args.model}, alpha {args.alpha:g}, calibration {args.calibrate}"
     plot_curves(records, labelling.pool.gold, folder.curves_path, title)
