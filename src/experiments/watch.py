@@ -125,7 +125,7 @@ class Watch:
         if len(self._searches) == 1:
             return [f"{head}; {'finished' if over else started[0].state()}", *started[0].lines()]
         done = sum(search.finished for search in started)
-        lines = [f"{head}; {'finished' if over else f'{done} of {len(self._searches)} parts finished'}"]
+        lines = [f"{head}; {'finished' if over else f'{done} of {len(self._searches)} searches finished'}"]
         # Those in progress first: there may be more parts than lines.
         in_order = sorted(started, key=lambda search: search.finished)
         return lines + [f"  {search.folder.name:<14} {search.brief()}" for search in in_order]

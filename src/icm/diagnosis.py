@@ -170,7 +170,7 @@ def diagnose(run: RunRecord) -> list[Finding]:
 def collapse(run: RunRecord) -> Finding:
     """Nearly all labels the same: the most predictable labeling of all for a model that leans to one answer."""
     title = "Collapse to one label"
-    labels = [claim.label for claim in run.pool if claim.label is not None and claim.by == "icm"]
+    labels = [claim.label is True for claim in run.pool if claim.searched]
     if len(labels) < COLLAPSE_MIN_LABELS:
         return Finding("collapse", title, Verdict.UNKNOWN, f"{len(labels)} labels are too few to tell.")
     trues = sum(labels)
@@ -274,7 +274,7 @@ def salience(run: RunRecord) -> Finding:
     Rank statistic: AUC of the zero-shot log-odds against the final labels. It ignores the model's lean to one answer.
     """
     title = "Is the concept salient to this model?"
-    labelled = [c for c in run.pool if c.by == "icm" and c.label is not None and c.log_odds is not None]
+    labelled = [c for c in run.pool if c.searched and c.log_odds is not None]
     if len(labelled) < COLLAPSE_MIN_LABELS:
         return Finding("salience", title, Verdict.UNKNOWN, f"{len(labelled)} labels are too few to tell.")
     margins = [((c.log_odds or 0.0) - run.offset) * (1 if c.label else -1) for c in labelled]
@@ -304,7 +304,7 @@ def salience(run: RunRecord) -> Finding:
 def inversion(run: RunRecord) -> Finding:
     """Signs that every label means its opposite: the second optimum of U."""
     title = "Inverted labels"
-    labelled = [c for c in run.pool if c.by == "icm" and c.label is not None]
+    labelled = [c for c in run.pool if c.searched]
     if len(labelled) < COLLAPSE_MIN_LABELS:
         return Finding("inverted", title, Verdict.UNKNOWN, f"{len(labelled)} labels are too few to tell.")
     told, suspicion = [_mirror_told(run)], Verdict.OK

@@ -37,7 +37,7 @@ def chosen_claims(run: RunRecord, only: Only = "all", least: float = 0.0) -> lis
         claim
         for claim in run.claims
         if claim.label is not None
-        and (only == "all" or claim.by == "icm")
+        and (only == "all" or claim.searched)
         and (not least or (claim.log_odds is not None and abs(claim.log_odds - offset) >= least))
     ]
 

@@ -15,7 +15,8 @@ from typing import Any
 from src.icm.consistency import Constraint, Label
 from src.icm.testbeds import TESTBEDS
 
-IN_POOL = ("icm", "predicted")  # `by` of a label that belongs to a claim of the pool
+SEARCHED = ("icm", "vote")  # `by` of a label that a search gave, or the majority of several
+IN_POOL = (*SEARCHED, "predicted")  # `by` of a label that belongs to a claim of the pool
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +24,8 @@ class LabelledClaim:
     """One claim and what the run says of it.
 
     log_odds: final leave-one-out log-odds, nats. zero_shot: log-odds without demonstrations, nats. Both None where they
-    are not known. by: "icm" for a label of the search, "predicted" for a claim of the pool that the search did not take
-    in, else how the label was come by. row: index in the data file.
+    are not known. by: "icm" for a label of the search, "vote" for the majority of several, "predicted" for a claim of
+    the pool that the search did not take in, else how the label was come by. row: index in the data file.
     """
 
     row: int
@@ -41,6 +42,11 @@ class LabelledClaim:
     @property
     def in_pool(self) -> bool:
         return self.by in IN_POOL
+
+    @property
+    def searched(self) -> bool:
+        """Whether a search gave the label."""
+        return self.label is not None and self.by in SEARCHED
 
     @property
     def agrees(self) -> bool | None:
@@ -87,7 +93,7 @@ class RunRecord:
         """What is subtracted from a final log-odds before its sign is the label, nats: 0 unless calibrated."""
         if self.settings.get("calibrate") != "mean":
             return 0.0
-        known = [claim.log_odds for claim in self.pool if claim.by == "icm" and claim.log_odds is not None]
+        known = [claim.log_odds for claim in self.pool if claim.searched and claim.log_odds is not None]
         return sum(known) / len(known) if known else 0.0
 
     @property

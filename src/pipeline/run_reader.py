@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def read_baselines(folder: Path) -> tuple[BaselineTable, list[RunRecord]]:
         first = error.errors()[0]
         raise BadInput(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     found = sorted(folder.glob("seed-*/run.json"), key=lambda file: (len(file.parent.name), file.parent.name))
-    return table, [read_run(file.parent) for file in found]
+    return table, [_within(table.name, read_run(file.parent)) for file in found]
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -106,7 +107,7 @@ def read_run(folder: Path) -> RunRecord:
     document = _run_document(folder)
     name = folder.resolve().name
     parts = tuple(
-        read_run(folder / part)
+        _within(name, read_run(folder / part))
         for part in document.get("parts", [])
         if isinstance(part, str) and "/" not in part and part != ".." and (folder / part / "run.json").is_file()
     )
@@ -150,6 +151,11 @@ def read_all(folders: Sequence[Path]) -> tuple[list[BaselineTable], list[RunReco
         else:
             runs.append(read_run(folder))
     return tables, runs
+
+
+def _within(parent: str, run: RunRecord) -> RunRecord:
+    """The run under a name that says where it belongs: seed-1 is in every table."""
+    return replace(run, name=f"{parent}/{run.name}")
 
 
 def _run_document(folder: Path) -> dict[str, Any]:

@@ -66,26 +66,24 @@ def searches_in(folder: Path) -> list[Path]:
     document = run_document(folder)
     if document and document.get("parts"):
         return [folder / str(part) for part in document["parts"]]
-    if (folder / "baselines.json").exists() or (document is None and any(folder.glob("seed-*/log.jsonl"))):
+    if document and "rows" in document:
         return sorted((path.parent for path in folder.glob("seed-*/run.json")), key=lambda p: (len(p.name), p.name))
     return [folder]
 
 
 def run_document(folder: Path) -> dict[str, Any] | None:
-    """run.json as it stands; None where there is none that can be read."""
-    try:
-        document = orjson.loads((folder / "run.json").read_bytes())
-    except (OSError, orjson.JSONDecodeError):
-        return None
-    return document if isinstance(document, dict) else None
+    """run.json, or baselines.json, as it stands; None where there is none that can be read."""
+    for name in ("run.json", "baselines.json"):
+        try:
+            document = orjson.loads((folder / name).read_bytes())
+        except (OSError, orjson.JSONDecodeError):
+            continue
+        if isinstance(document, dict):
+            return document
+    return None
 
 
 def is_finished(folder: Path) -> bool:
     """Whether the run in `folder` has its result, or its table every seed."""
-    document = run_document(folder)
-    if document is not None:
-        return "result" in document
-    try:
-        return bool(orjson.loads((folder / "baselines.json").read_bytes()).get("complete"))
-    except (OSError, orjson.JSONDecodeError, AttributeError):
-        return False
+    document = run_document(folder) or {}
+    return "result" in document or bool(document.get("complete"))

@@ -129,8 +129,8 @@ def line_chart(
     if not known:
         return None
     low, high = limits or (min(known) if floor is None else min(floor, *known), max(known))
-    if low == high:
-        low, high = low - 1, high + 1
+    if low == high:  # a flat line stands in the middle, or on its floor
+        low, high = (low, high + 1) if floor is not None else (low - 1, high + 1)
     x_ticks, y_ticks = ticks(0, max(max(xs) for _, xs, _ in series), 5), ticks(low, high, 5)
     x = Scale(0, max(x_ticks[-1], *(max(xs) for _, xs, _ in series), 1), LEFT, WIDTH - RIGHT)
     y = Scale(min(low, y_ticks[0]), max(high, y_ticks[-1]), HEIGHT - BOTTOM, TOP)
@@ -181,19 +181,19 @@ def calibration_chart(run: RunRecord) -> Chart | None:
         found = _calibration_dots(name, pairs, number, x, y)
         dots += found
         legend.append((name, number))
-        told.append(f"{name}: expected calibration error {calibration_error(pairs):.3f} over {len(pairs)} claims")
+        told.append(f"{calibration_error(pairs):.3f} {name} ({len(pairs)} claims)")
     at = ticks(0, 1, 5)
     return Chart(
         title="Calibration",
         description="Share of claims that are True by gold over the probability of True that they were given. "
-        + "; ".join(told),
+        "Expected calibration error: " + "; ".join(told),
         x_label="predicted probability of True",
         x_ticks=[Tick(x(value), f"{value:g}") for value in at],
         y_ticks=[Tick(y(value), f"{value:.1f}") for value in at],
         dots=dots,
         legend=legend,
         diagonal=f"M{x(0)} {y(0)}L{x(1)} {y(1)}",
-        note="share True by gold; " + "; ".join(told),
+        note="share True by gold; error " + ", ".join(told),
     )
 
 

@@ -99,7 +99,7 @@ def _results(runs: Sequence[RunRecord]) -> list[list[str]]:
 
 
 def _labelled(run: RunRecord) -> str:
-    count = sum(claim.by == "icm" and claim.label is not None for claim in run.claims)
+    count = sum(claim.searched for claim in run.claims)
     return f"{count} of {len(run.pool)}"
 
 

@@ -243,9 +243,10 @@ def _tiles(run: RunRecord) -> list[Tile]:
                 "agreement with gold", f"{icm.share:.3f}", f"{icm.agreeing} of {icm.compared}; {low:.2f} to {high:.2f}"
             )
         )
-    labelled = sum(claim.label is not None and claim.by == "icm" for claim in run.claims)
-    trues = sum(claim.label is True and claim.by == "icm" for claim in run.claims)
-    tiles.append(Tile("labelled by the search", whole(labelled), f"of {len(run.pool)} in the pool; {trues} True"))
+    labelled = sum(claim.searched for claim in run.claims)
+    trues = sum(claim.label is True and claim.searched for claim in run.claims)
+    if run.pool:
+        tiles.append(Tile("labelled by the search", whole(labelled), f"of {len(run.pool)} in the pool; {trues} True"))
     journals = [part.journal for part in run.searches if part.journal]
     if journals:
         last = sum(journal[-1]["U"] for journal in journals) / len(journals)
@@ -301,7 +302,7 @@ def _part_row(part: RunRecord) -> PartRow:
     icm = results_of(part)[0]
     steps = sum(record["event"] == "step" for record in part.journal)
     cells = (
-        str(sum(claim.label is not None and claim.by == "icm" for claim in part.claims)),
+        str(sum(claim.searched for claim in part.claims)),
         number(part.journal[-1]["U"]) if part.journal else "–",
         f"{icm.share:.3f} ({icm.agreeing} of {icm.compared})" if icm.compared else "–",
         str(steps),
