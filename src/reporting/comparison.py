@@ -30,7 +30,7 @@ class Grid:
 
 def compare(runs: Sequence[RunRecord], prices: PriceFile | None = None) -> list[Grid]:
     """Settings that differ, results with intervals, cost, and how far the labels agree."""
-    names = ["", *(run.name for run in runs)]
+    names = ["run", *(run.name for run in runs)]
     grids = [
         Grid(
             "Settings that differ",
@@ -46,7 +46,7 @@ def compare(runs: Sequence[RunRecord], prices: PriceFile | None = None) -> list[
             Grid(
                 "Agreement between runs",
                 "claims that both labelled; right alone: of those with a gold label on which they differ",
-                ["", "the same label", "kappa", "first right alone", "second right alone", "p"],
+                ["runs", "the same label", "kappa", "first right alone", "second right alone", "p"],
                 _agreements(runs),
                 "kappa: 1 the same, 0 as by chance, -1 mirror images. p: McNemar's exact test, two-sided.",
             )
