@@ -82,8 +82,9 @@ def test_a_run_of_several_parts(tmp_path: Path) -> None:
 def test_a_table_of_baselines_and_its_searches(tmp_path: Path) -> None:
     for seed in (2, 10):
         write_run(tmp_path / "t" / f"seed-{seed}", labels=LABELS)
+    against = {"difference": 0.25, "interval": [0.1, 0.4], "p": 0.02}
     side = {"seeds": [{"seed": 2, "agreeing": 9, "compared": 12}], "mean": 0.75, "sd": None, "claims": 12,
-            "interval": [0.47, 0.91], "versus": {"zero-shot": {"difference": 0.25, "interval": [0.1, 0.4], "p": 0.02}}}  # fmt: skip
+            "interval": [0.47, 0.91], "versus": {"zero-shot": against}}  # fmt: skip
     row = {"row": "icm", "title": "ICM", "pool": side, "later": "keys are ignored"}
     (tmp_path / "t" / "baselines.json").write_text(json.dumps({"format": 1, "kind": "baselines", "rows": [row]}))
     [table], runs = read_all([tmp_path / "t"])
