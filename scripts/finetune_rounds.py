@@ -8,18 +8,20 @@ fine-tuned on the labels of batches 1 to j, always from the pretrained weights, 
 
 This script trains nothing. --train is a command of yours, run once a round, in which these are replaced: {config} (a
 YAML file for --trainer), {data} (JSONL), {model} (what to begin from), {output} (the folder to write the tuned model
-to) and {round}. What comes after -- goes to ICM.py. By default it asks each model in this process (--direct); --label
-replaces that command. Whatever was finished is not done again: the same command goes on after an interruption.
+to) and {round}. What comes after -- goes to ICM.py, which asks each model in this process (--direct), or a server that
+is started for it (--serve), or as --label says. Whatever was finished is not done again: the same command goes on after
+an interruption.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -31,6 +33,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(ROOT))
 
 from core.files import write_atomically  # noqa: E402
+from core.vllm_server import ServerFailed, VLLMServer  # noqa: E402
 from src.icm.annealing import Stream, generator  # noqa: E402
 from src.icm.exports import chosen_claims, plain_rows, training_rows  # noqa: E402
 from src.icm.report import agreement  # noqa: E402
@@ -38,9 +41,10 @@ from src.icm.testbeds import TESTBEDS, BadInput, sample_pool  # noqa: E402
 from src.pipeline.datafiles import claims_of, load_data_file, load_testbed, read_rows  # noqa: E402
 from src.pipeline.handover import write_jsonl  # noqa: E402
 from src.pipeline.run_reader import read_run  # noqa: E402
+from src.pipeline.tail import is_finished  # noqa: E402
 from src.pipeline.training import Trainer, axolotl_rows, beginning_token, read_extra, trainer_config  # noqa: E402
 
-LABEL = f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'src/experiments/ICM.py'))} --direct --model {{model}}"
+ICM = [sys.executable, str(ROOT / "src" / "experiments" / "ICM.py")]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -62,7 +66,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--train", required=True, metavar="COMMAND", help="trains one model; see above")
     parser.add_argument("--train_last", action="store_true", help="also train on the last batch: a model of all labels")
     parser.add_argument("--least", type=float, default=0.0, metavar="NATS", help="train on labels at least so sure")
-    parser.add_argument("--label", default=LABEL, metavar="COMMAND", help="labels one batch; {model} is replaced")
+    parser.add_argument(
+        "--serve",
+        choices=("local", "gpu"),
+        help="start scripts/launch_vllm_server.sh for each model: as a small one on this CPU, or by its path or id",
+    )
+    parser.add_argument("--server_flags", default="", metavar="FLAGS", help="with --serve: for vLLM")
+    parser.add_argument("--label", metavar="COMMAND", help="labels one batch instead of ICM.py; {model} is replaced")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="everything is written there")
     parser.add_argument("flags", nargs="*", metavar="-- FLAG", help="for ICM.py: --alpha 50 --calibrate mean ...")
     return parser
@@ -143,7 +153,7 @@ class Rounds:
 
     def _same_plan(self) -> None:
         """What decides labels and models must not change between two starts in one folder."""
-        names = ("model", "batch_size", "seed", "trainer", "train", "least", "label", "flags")
+        names = ("model", "batch_size", "seed", "trainer", "train", "least", "flags")
         plan: dict[str, Any] = {name: getattr(self.args, name) for name in names}
         path = self.out / "plan.json"
         if not path.exists():
@@ -161,14 +171,31 @@ class Rounds:
             if self.args.data is not None
             else ["--testbed", self.args.testbed, "--data_dir", str(file.parent)]
         )
-        command = [
-            *_filled(self.args.label, {"model": model, "round": str(number)}),
+        more = [
             *data,
             *("--batch_size", str(self.args.batch_size), "--runs_dir", str(self.out / "runs")),
             *("--run", f"batch-{number}", *self.args.flags),
         ]
-        _run(command, f"labelling batch {number}")
-        return read_run(self.out / "runs" / f"batch-{number}")
+        folder, what = self.out / "runs" / f"batch-{number}", f"labelling batch {number}"
+        if is_finished(folder):
+            return read_run(folder)
+        if self.args.label is not None:
+            _run([*_filled(self.args.label, {"model": model, "round": str(number)}), *more], what)
+        elif self.args.serve is None:
+            _run([*ICM, "--direct", "--model", model, *more], what)
+        else:
+            self._label_on_server(model, more, what)
+        return read_run(folder)
+
+    def _label_on_server(self, model: str, more: Sequence[str], what: str) -> None:
+        name = Path(model).name
+        options = ("--served-model-name", name, *shlex.split(self.args.server_flags))
+        size = "local" if self.args.serve == "local" else model
+        try:
+            with VLLMServer(size=size, model=model, options=options, log=self.out / "server.log") as server:
+                _run([*ICM, "--model", name, *more], what, {**os.environ, "VLLM_BASE_URL": server.url})
+        except ServerFailed as error:
+            raise CommandFailed(f"{what}: {error}") from None
 
     def _train(self, number: int) -> str:
         """Fine-tune the pretrained model on the labels of batches 1 to `number`; returns the tuned model's folder."""
@@ -213,9 +240,9 @@ def _filled(template: str, values: dict[str, str]) -> list[str]:
     return words
 
 
-def _run(command: Sequence[str], what: str) -> None:
+def _run(command: Sequence[str], what: str, environment: Mapping[str, str] | None = None) -> None:
     try:
-        code = subprocess.run(command, check=False).returncode
+        code = subprocess.run(command, check=False, env=environment).returncode
     except OSError as error:
         raise CommandFailed(f"{what}: {command[0]} cannot be run ({error.strerror})") from None
     if code == 130:
