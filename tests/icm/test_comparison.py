@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import comb
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from src.icm.comparison import agreement_of, cohens_kappa, differing_settings, mcnemar, paired_test, votes
@@ -28,6 +28,7 @@ def test_kappa_of_the_same_mirrored_and_unrelated_labels() -> None:
     assert cohens_kappa([]) is None
 
 
+@settings(deadline=None)
 @given(st.integers(0, 60), st.integers(0, 60))
 def test_mcnemar_is_the_exact_binomial_test(first: int, second: int) -> None:
     p = mcnemar(first, second)

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from src.icm.curves import curves_of
@@ -33,6 +33,7 @@ from tests.run_examples import write_run
 HALF = [n % 2 == 0 for n in range(40)]
 
 
+@settings(deadline=None)
 @given(st.floats(-1e6, 1e6, allow_nan=False), st.floats(0.001, 1e6, allow_nan=False), st.integers(2, 8))
 def test_ticks_are_few_and_lie_within(low: float, span: float, about: int) -> None:
     found = ticks(low, low + span, about)
@@ -47,6 +48,7 @@ def test_ticks_are_round() -> None:
     assert ticks(-13.2, 159, 5) == [0.0, 50.0, 100.0, 150.0]
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-1e5, 1e5, allow_nan=False) | st.none(), min_size=1, max_size=60))
 def test_lines_stay_inside_their_frame(values: list[float | None]) -> None:
     chart = line_chart("U", [("a", range(len(values)), values)], "units")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from src.reporting.text import duration, number, one_line, visible
@@ -21,6 +21,7 @@ def test_plain_text_of_any_language_stays() -> None:
         assert visible(text) == text
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=()), max_size=50))
 def test_nothing_that_acts_is_left_and_everything_can_be_written(text: str) -> None:
     shown = visible(text)
