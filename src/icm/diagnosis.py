@@ -335,8 +335,8 @@ def flips(runs: Sequence[RunRecord]) -> Finding:
     """Claims that several runs of the same data label differently."""
     title = "Labels that flip between runs"
     shared = votes(runs)
-    if not shared:
-        told = "Two runs of the same data file are needed; these share no claim."
+    if len(shared) < COLLAPSE_MIN_LABELS:
+        told = f"Two runs of the same data file are needed; these share {len(shared)} claims, too few to tell."
         return Finding("flips", title, Verdict.UNKNOWN, told)
     flipping = {key: claims for key, claims in shared.items() if len({claim.label for claim in claims}) > 1}
     share = len(flipping) / len(shared)
