@@ -15,12 +15,13 @@ from typing import Any
 
 import orjson
 
+from core.determinism.record import manifest_entry, read_record
 from core.llm_api.llm import ModelAPI, open_model_api
 from core.llm_api.types import EngineIdentity
 from core.settings import Settings
 from src.icm.annealing import SearchSettings
 from src.icm.objective import Objective
-from src.icm.report import changes_objective, collapse_warning
+from src.icm.report import changes_objective, collapse_warning, pool_rows
 from src.icm.testbeds import BadInput, Claim, Testbed
 from src.pipeline.datafiles import load_data_file, load_testbed
 from src.pipeline.labelling import Labelling, Pool, prepare_batches, result_record
@@ -56,6 +57,19 @@ def warn_of_leaks(args: argparse.Namespace, pool: Pool) -> None:
             "warning: --consistency upstream makes its keys from gold labels: accuracy is not unsupervised",
             file=sys.stderr,
         )
+
+
+def determinism_of(args: argparse.Namespace, identity: EngineIdentity) -> dict[str, Any] | None:
+    """The last determinism check of this engine, for run.json; warns where it gives no reason to trust the last bit.
+
+    None for an external API, which cannot be checked.
+    """
+    if identity.kind == "openai-compatible":
+        return None
+    entry = manifest_entry(identity, read_record(args.runs_dir / "determinism", identity))
+    if entry["doubt"]:
+        logging.warning("%s", entry["doubt"])
+    return dict(entry)
 
 
 def load_claims(args: argparse.Namespace) -> tuple[Testbed, list[Claim], Path]:
@@ -169,10 +183,12 @@ async def label_pool(
             "settings": settings,
             "flags": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
             "engine": identity_record(labelling.identity),
+            "determinism": determinism_of(args, labelling.identity),
             "kv_capacity": None if capacity is None else capacity // cache_share,
             "environment": environment(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
+        folder.write_claims(pool_rows(labelling.pool.claims, labelling.pool.problem.consistency))
         folder.write_run(known)
     else:
         check_same_engine(folder, known["engine"], labelling.identity)
@@ -185,7 +201,7 @@ async def label_pool(
         predictions["predicted"] = await labelling.predict_unlabelled(state)
     if labelling.pool.rest:
         predictions["many-shot"] = await labelling.label_rest(state)
-    folder.write_labels(labelling.label_rows(state, predictions))
+    folder.write_labels(labelling.label_rows(state, predictions, zero_shot))
     records = folder.read_log()
     title = f"{settings['testbed']}, {args.model}, alpha {args.alpha:g}, calibration {args.calibrate}"
     plot_curves(records, labelling.pool.gold, folder.curves_path, title)

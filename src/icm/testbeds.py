@@ -71,13 +71,12 @@ class Testbed:
         fields = {
             key: str(row[key]) for key in ("question", "choice", "choice_2", "answer") if row.get(key) is not None
         }
-        shown = {k: v.replace("\n", "") if self.strip_newlines and k != "question" else v for k, v in fields.items()}
         group = row.get("consistency_id")
         for name, text in {**fields, "consistency_id": str(group)}.items():
             if any("\ud800" <= character <= "\udfff" for character in text):
                 raise BadInput(f"has half a character (a lone surrogate) in {name}")
         return Claim(
-            text=self.template.format_map(shown),
+            text=self.text(fields),
             group=f"row {index}" if group in (None, "") else str(group),
             gold=parse_label(row.get("label")),
             row=index,
@@ -86,6 +85,11 @@ class Testbed:
             choice_2=fields.get("choice_2"),
             answer=fields.get("answer"),
         )
+
+    def text(self, fields: Mapping[str, str]) -> str:
+        """The question that a claim of these fields (question, choice, choice_2) is put as, without its label."""
+        shown = {k: v.replace("\n", "") if self.strip_newlines and k != "question" else v for k, v in fields.items()}
+        return self.template.format_map(shown)
 
     @property
     def upstream_leaks(self) -> bool:

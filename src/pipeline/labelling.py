@@ -199,19 +199,22 @@ class Labelling:
         )
         return replace(predicted, offset=state.evaluation.offset)
 
-    def label_rows(self, state: SearchState, predictions: Mapping[str, Prediction]) -> list[dict[str, Any]]:
+    def label_rows(
+        self, state: SearchState, predictions: Mapping[str, Prediction], zero_shot: Prediction
+    ) -> list[dict[str, Any]]:
         """The rows of labels.jsonl: the pool in its order, then the rest where it was labelled.
 
         predictions: labels that the search did not give, by how they were come by (the rows' `by`).
         """
+        alone = zero_shot.log_odds
         rows = {
-            claim: label_row(self.pool.claims[claim], state.labels[claim], log_odds, "icm")
+            claim: label_row(self.pool.claims[claim], state.labels[claim], log_odds, "icm", alone.get(claim))
             for claim, log_odds in state.evaluation.log_odds.items()
         }
         claims = (*self.pool.claims, *self.pool.rest)
         for by, prediction in predictions.items():
             for claim, label in prediction.labels.items():
-                rows[claim] = label_row(claims[claim], label, prediction.log_odds[claim], by)
+                rows[claim] = label_row(claims[claim], label, prediction.log_odds[claim], by, alone.get(claim))
         return [rows[claim] for claim in sorted(rows)]
 
 

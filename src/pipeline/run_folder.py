@@ -1,4 +1,5 @@
-"""runs/NAME/: run.json (what the run is), log.jsonl (the journal), labels.jsonl and curves.png (the result).
+"""runs/NAME/: run.json (what the run is), claims.jsonl (its pool), log.jsonl (the journal), labels.jsonl and curves.png
+(the result).
 
 Only complete lines of the journal count: a line torn by a kill is cut off before the run goes on.
 """
@@ -42,6 +43,10 @@ class RunFolder:
     @property
     def curves_path(self) -> Path:
         return self.path / "curves.png"
+
+    @property
+    def claims_path(self) -> Path:
+        return self.path / "claims.jsonl"
 
     @property
     def run_path(self) -> Path:
@@ -117,6 +122,10 @@ class RunFolder:
 
     def write_labels(self, rows: Iterable[Mapping[str, Any]]) -> None:
         write_atomically(self.labels_path, b"".join(orjson.dumps(row) + b"\n" for row in rows))
+
+    def write_claims(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """The pool as the run found it, so that a run in progress can be read without its data file."""
+        write_atomically(self.claims_path, b"".join(orjson.dumps(row) + b"\n" for row in rows))
 
 
 def environment() -> dict[str, Any]:
