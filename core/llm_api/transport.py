@@ -43,6 +43,10 @@ KEEPALIVE: Final = 4.0
 """Seconds an idle connection is kept. vLLM (uvicorn) closes its end after 5 s; reusing one then resets the request."""
 MAX_ANSWER: Final = 64 * 2**20
 """Bytes of an answer that are read at most: 1,024 prompts with 20 alternatives each are 3 MB."""
+LOOK: Final = 1.0
+"""Seconds between looks at whether a connection whose answer has begun still stands."""
+SETTLE: Final = 10.0
+"""Seconds that requests in flight have to end by themselves when another one of their batch has failed for good."""
 PROBES: Final = 6
 """Signs of life asked for until a silent server is given up."""
 KEEPALIVE_IDLE, KEEPALIVE_INTERVAL, KEEPALIVE_COUNT = 15, 5, 4
@@ -91,6 +95,7 @@ class HttpTransport:
         self._alive = alive
         self._sockets: list[socket.socket] = []
         self._out: set[asyncio.Timeout] = set()
+        self._silenced: set[asyncio.Timeout] = set()
         self._heard = 0.0
         self._alarm: asyncio.TimerHandle | None = None
         self._probe: asyncio.Task[None] | None = None
@@ -125,7 +130,8 @@ class HttpTransport:
         headers = {"Content-Type": "application/json"} if body is not None else {}
         if self._key is not None:
             headers["Authorization"] = f"Bearer {self._key.get_secret_value()}"
-        patience = asyncio.timeout(None)
+        # aiohttp's own timeouts come first; this one is the end of a wait that they lose sight of.
+        patience = asyncio.timeout(self._options.connect_timeout + 2 * self._options.read_timeout)
         try:
             async with patience:
                 with self._watched(patience):
@@ -135,12 +141,13 @@ class HttpTransport:
                     ) as response:
                         self.contacted = True
                         self._hear()
-                        content = await _read(response)
+                        patience.reschedule(None)
+                        content = await _read(response, self._options.read_timeout)
                         self._hear()
                         status, answered = response.status, response.headers
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             self.era += 1
-            if patience.expired():
+            if patience in self._silenced:
                 raise self._given_up() from None
             raise self._connection_error(error, url) from None
         if content is None:
@@ -227,6 +234,7 @@ class HttpTransport:
                     self._hear()
         except (aiohttp.ClientError, TimeoutError, OSError):
             if loop.time() - self._heard >= limit:
+                self._silenced = set(self._out)
                 for patience in self._out:
                     patience.reschedule(loop.time())
                 self._hear()  # whoever asks next has all the time again
@@ -303,11 +311,26 @@ def server_message(content: bytes) -> str:
     return text if len(text) <= MESSAGE_LIMIT else text[:MESSAGE_LIMIT] + "..."
 
 
-async def _read(response: aiohttp.ClientResponse) -> bytes | None:
-    """The whole body; None where it is longer than MAX_ANSWER."""
+async def _read(response: aiohttp.ClientResponse, silence: float) -> bytes | None:
+    """The whole body; None where it is longer than MAX_ANSWER. silence: seconds without a byte.
+
+    Looks by itself whether the connection still stands: where it breaks off after a malformed chunk, aiohttp (3.14)
+    leaves its reader waiting for ever.
+    """
     content = bytearray()
-    async for piece in response.content.iter_any():
-        content += piece
+    loop = asyncio.get_running_loop()
+    heard = loop.time()
+    while not response.content.at_eof():
+        look = asyncio.timeout(min(LOOK, silence))
+        try:
+            async with look:
+                content += await response.content.readany()
+            heard = loop.time()
+        except TimeoutError:
+            if not look.expired() or loop.time() - heard >= silence:
+                raise
+            if response.connection is None or response.connection.transport is None:
+                raise aiohttp.ClientPayloadError from None
         if len(content) > MAX_ANSWER:
             response.close()
             return None
@@ -332,4 +355,26 @@ async def all_or_cancel(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
         first = failures.exceptions[0]
         # `from None` would wipe the cause that RetriesExhausted carries.
         raise first from first.__cause__
+    return [task.result() for task in tasks]
+
+
+async def all_or_settle(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """The same, but what is on its way when one fails has SETTLE seconds to arrive: it may have been computed already.
+
+    Cancelled at once where the caller is.
+    """
+    tasks = [asyncio.create_task(call) for call in calls]
+    if not tasks:
+        return []
+    try:
+        _, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        if pending:
+            await asyncio.wait(pending, timeout=SETTLE)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    failures = [error for task in tasks if not task.cancelled() and (error := task.exception()) is not None]
+    if failures:
+        raise failures[0] from failures[0].__cause__
     return [task.result() for task in tasks]

@@ -15,7 +15,7 @@ from typing import Any, Final, TypeVar
 
 from core.llm_api.errors import APIError, ConfigurationError, RetriesExhausted, ServerChanged, ServerUnreachable
 from core.llm_api.retry import RetryPolicy
-from core.llm_api.transport import all_or_cancel
+from core.llm_api.transport import all_or_cancel, all_or_settle
 from core.llm_api.types import (
     EngineAnswer,
     EngineIdentity,
@@ -236,7 +236,7 @@ class VLLMGroup:
         for position in positions:
             server = server_for(batch.prompts[position].place, len(self._members), able)
             shares.setdefault(server, []).append(position)
-        await all_or_cancel(
+        await all_or_settle(
             self._ask_one(batch, self._members[server], share, alone=len(able) == 1) for server, share in shares.items()
         )
 

@@ -39,7 +39,7 @@ from core.llm_api.errors import (
 from core.llm_api.prompt_tree import FORMAT, PATH, PromptTree
 from core.llm_api.retry import RetryPolicy
 from core.llm_api.tokens import CANARY_TEXT, fingerprint
-from core.llm_api.transport import HttpOptions, HttpTransport, all_or_cancel
+from core.llm_api.transport import HttpOptions, HttpTransport, all_or_cancel, all_or_settle
 from core.llm_api.types import (
     EngineAnswer,
     EngineIdentity,
@@ -189,10 +189,17 @@ class VLLMClient:
         """
         fields = vllm_fields(self._model, labels if self.exact_labels else None, top=self._top)
         size = self._prompts_per_request
-        parts = await all_or_cancel(
-            self._score_request(start, prompts[start : start + size], labels, fields, on_answer, retry)
-            for start in range(0, len(prompts), size)
-        )
+        failed: list[APIError] = []
+
+        async def part(start: int) -> EngineAnswer:
+            some = prompts[start : start + size]
+            try:
+                return await self._score_request(start, some, labels, fields, on_answer, retry, failed)
+            except APIError as error:
+                failed.append(error)
+                raise
+
+        parts = await all_or_settle(part(start) for start in range(0, len(prompts), size))
         return EngineAnswer(
             [logprobs for part in parts for logprobs in part.logprobs],
             prompt_tokens=sum(part.prompt_tokens for part in parts),
@@ -228,10 +235,14 @@ class VLLMClient:
         fields: dict[str, object],
         on_answer: OnAnswer | None,
         retry: RetryPolicy | None,
+        failed: Sequence[APIError],
     ) -> EngineAnswer:
+        """One request of a batch; nothing new is sent once another one has `failed`."""
         true, false = map(token_key, labels.ids)
 
         async def attempt() -> tuple[list[LabelLogprobs | MissingLabel], Answers, int]:
+            if failed:
+                raise failed[0]
             # The body is joined in the slot, so that of many waiting requests only those in flight hold one.
             await self._look_for_trees()
             answers = await self._ask_tree(prompts, labels) if self.takes_trees else None

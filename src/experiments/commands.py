@@ -9,6 +9,7 @@ from typing import Final
 
 COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "label": ("src.experiments.ICM", "label a data set: the search, its baselines, labels and curves"),
+    "cache": ("src.experiments.cache_command", "look after cached scores: stats, verify, prune"),
 }
 """Name -> (module with `main(arguments) -> exit code`, what it does). Imported only when called."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from core.llm_api import response_cache
-from core.llm_api.errors import ConfigurationError
+from core.llm_api.errors import ConfigurationError, StorageFailed
 from core.llm_api.response_cache import ResponseCache, cache_key
 from core.llm_api.types import EngineIdentity, LabelLogprobs, LabelTokens
 
@@ -100,8 +100,8 @@ def test_wal_and_version(path: Path) -> None:
     ResponseCache(path).close()
     db = sqlite3.connect(path)
     assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-    assert db.execute("PRAGMA user_version").fetchone() == (1,)
-    db.execute("PRAGMA user_version=2")
+    assert db.execute("PRAGMA user_version").fetchone() == (2,)
+    db.execute("PRAGMA user_version=3")
     db.close()
     with pytest.raises(ConfigurationError, match="newer version"):
         ResponseCache(path)
@@ -120,7 +120,8 @@ def test_a_corrupt_database(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[4096:] = b"\xa5" * (len(content) - 4096)
     path.write_bytes(content)
-    with pytest.raises(ConfigurationError, match=r"[Mm]ove it away"), ResponseCache(path) as cache:
+    damage = (ConfigurationError, StorageFailed)  # met at once, or when a row is read
+    with pytest.raises(damage, match=r"[Mm]ove it away"), ResponseCache(path) as cache:
         cache.get_many([key(i) for i in range(2000)])
 
 
@@ -147,7 +148,7 @@ def test_a_lock_held_too_long(path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with ResponseCache(path) as cache:
         other = sqlite3.connect(path, isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
-        with pytest.raises(ConfigurationError, match="locked"):
+        with pytest.raises(StorageFailed, match="locked"):
             cache.put_many({key(0): LabelLogprobs(-1, -2)})
         other.execute("ROLLBACK")
         other.close()
@@ -158,7 +159,7 @@ def test_a_transaction_that_fails_halfway_leaves_nothing(path: Path) -> None:
     with ResponseCache(path) as cache:
         abort = "BEGIN SELECT RAISE(ABORT, 'no'); END"
         cache._db.execute(f"CREATE TRIGGER t BEFORE INSERT ON answers WHEN new.true_logprob < -8 {abort}")
-        with pytest.raises(ConfigurationError):
+        with pytest.raises(StorageFailed):
             cache.put_many({key(0): LabelLogprobs(-1, -2), key(1): LabelLogprobs(-9, -2)})
         assert len(cache) == 0
         cache.put_many({key(0): LabelLogprobs(-1, -2)})

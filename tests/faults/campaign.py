@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import multiprocessing
 import os
 import platform
 import random
@@ -23,6 +24,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,6 +75,17 @@ class Report:
     hangs: int = 0
     slowest: float = 0.0
 
+    def __iadd__(self, other: Report) -> Report:
+        self.runs += other.runs
+        self.by_kind += other.by_kind
+        self.went_on += other.went_on
+        self.stopped_and_resumed += other.stopped_and_resumed
+        self.failures += other.failures
+        self.paid_twice += other.paid_twice
+        self.hangs += other.hangs
+        self.slowest = max(self.slowest, other.slowest)
+        return self
+
     def as_dict(self) -> dict[str, Any]:
         return {
             "runs": self.runs,
@@ -113,7 +126,12 @@ def play(world: World, plan: Plan, report: Report) -> list[str]:
     world.be(trees=plan.trees)
     runs = world.home / f"run {plan.number}"
     world.proxy.renew([Strike(s.kind, s.at, s.times, s.seconds) for s in plan.strikes])
-    world.proxy.swap = lambda: world.be(trees=plan.trees and plan.swap != "none", **SWAPS[plan.swap])
+
+    def swap() -> None:
+        world.be(trees=plan.trees and plan.swap != "none", **SWAPS[plan.swap])
+        world.proxy.strange = plan.swap != "none"
+
+    world.proxy.swap = swap
     flags += () if plan.size is None else ("--prompts_per_request", str(plan.size))
     wrong = []
     ended = world.run(runs, *flags)
@@ -134,7 +152,7 @@ def play(world: World, plan: Plan, report: Report) -> list[str]:
             wrong.append(f"stopped without saying how to go on: {ended.err[-200:]}")
     if ended.code:
         world.be(trees=plan.trees)
-        world.proxy.plan = []
+        world.proxy.plan, world.proxy.strange = [], False
         again = world.run(runs, *flags)
         report.hangs += again.hung
         if again.code:
@@ -164,6 +182,20 @@ def network_campaign(world: World, numbers: Sequence[int], seed: int, *, told: b
             report.failures.append(f"{plan}: {'; '.join(wrong)}")
             if told:
                 print(report.failures[-1], flush=True)
+    return report
+
+
+def _share(numbers: Sequence[int], seed: int) -> Report:
+    with World() as world:
+        return network_campaign(world, numbers, seed, told=True)
+
+
+def shared_campaign(runs: int, seed: int, jobs: int) -> Report:
+    """The same in several processes at once, each with servers of its own."""
+    report = Report()
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for part in pool.map(_share, [range(job, runs, jobs) for job in range(jobs)], [seed] * jobs):
+            report += part
     return report
 
 
@@ -242,6 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=int, default=0, help="runs with faults on the way to the server")
     parser.add_argument("--kills", type=int, default=0, help="runs killed with SIGKILL and resumed")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=1, help="processes at once for --runs")
     parser.add_argument("--only", type=int, default=None, metavar="NUMBER", help="one run of --runs alone")
     parser.add_argument("--json", type=Path, default=None, help="write the result there")
     args = parser.parse_args(arguments)
@@ -250,11 +283,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "command": " ".join(["python -m tests.faults.campaign", *(sys.argv[1:] if arguments is None else arguments)]),
         "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, Python {platform.python_version()}",
     }
-    with World() as world:
-        if args.runs or args.only is not None:
-            numbers = range(args.runs) if args.only is None else [args.only]
-            result["faults"] = network_campaign(world, numbers, args.seed, told=True).as_dict()
-        if args.kills:
+    if args.only is not None:
+        result["faults"] = _share([args.only], args.seed).as_dict()
+    elif args.runs:
+        result["faults"] = shared_campaign(args.runs, args.seed, args.jobs).as_dict()
+    if args.kills:
+        with World() as world:
             result["kills"] = asyncio.run(kill_campaign(world, args.kills, args.seed, told=True)).as_dict()
     result["seconds"] = round(time.perf_counter() - started, 1)
     text = json.dumps(result, indent=2)

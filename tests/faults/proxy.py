@@ -65,7 +65,9 @@ class Passing:
         return json.loads(self.body)
 
     def head(self, *, status: int | None = None, more: dict[str, str] | None = None) -> bytes:
-        headers = {**self.headers, "Content-Length": str(len(self.body)), **(more or {})}
+        changed = {"Content-Length": str(len(self.body)), **(more or {})}
+        theirs = {name.lower() for name in changed}
+        headers = {**{k: v for k, v in self.headers.items() if k.lower() not in theirs}, **changed}
         lines = [f"HTTP/1.1 {status or self.status} Whatever", *(f"{name}: {value}" for name, value in headers.items())]
         return ("\r\n".join(lines) + "\r\n\r\n").encode()
 
@@ -417,7 +419,8 @@ class FaultProxy:
     """`plan` decides what happens to which scoring request; `exchanges` is the account. One loop, many connections.
 
     stall: seconds a stalled answer holds its connection. silence: how long a host that falls silent stays so.
-    swap: called when the server is to come back as another. labels: token ids of True and False.
+    swap: called when the server is to come back as another; strange: it has, and what it answers now is not what the
+    run asked for. labels: token ids of True and False.
     """
 
     def __init__(self, upstream: int, *, labels: tuple[int, int], stall: float = 3.0, silence: float = 1.0) -> None:
@@ -430,6 +433,7 @@ class FaultProxy:
         self.struck: list[str] = []
         self.swap: Callable[[], None] = lambda: None
         self.silent_until = 0.0
+        self.strange = False
         self.reset_on_next: set[asyncio.StreamWriter] = set()
         self.connections = 0
         self.paths: list[str] = []
@@ -459,6 +463,7 @@ class FaultProxy:
         """Forget the last run and plan the next."""
         self.plan, self.exchanges, self.struck, self._scored = plan, [], [], 0
         self.silent_until = 0.0
+        self.strange = False
         self.paths = []
 
     async def go_away(self, seconds: float, *, swap: bool = False, politely: bool = False) -> None:
@@ -536,7 +541,7 @@ class FaultProxy:
             exchange.kind = strike.kind
             self.struck.append(strike.kind)
             kind = FAULTS[strike.kind]
-            if kind.honest:
+            if kind.honest and not self.strange:
                 exchange.delivered = loop.time()
             try:
                 await kind.act(Passing(self, strike, writer, status, kept, content))
@@ -544,7 +549,7 @@ class FaultProxy:
                 exchange.delivered = None
                 raise
             return True
-        if exchange is not None and status == 200:
+        if exchange is not None and status == 200 and not self.strange:
             exchange.delivered = loop.time()
         return True
 
