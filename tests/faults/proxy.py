@@ -423,7 +423,7 @@ class FaultProxy:
     run asked for. labels: token ids of True and False.
     """
 
-    def __init__(self, upstream: int, *, labels: tuple[int, int], stall: float = 3.0, silence: float = 1.0) -> None:
+    def __init__(self, upstream: int, *, labels: tuple[int, int], stall: float = 8.0, silence: float = 4.0) -> None:
         self.upstream = upstream
         self.labels = labels
         self.stall, self.silence = stall, silence
@@ -440,6 +440,7 @@ class FaultProxy:
         self.port = 0
         self._scored = 0
         self._server: asyncio.Server | None = None
+        self._changing = asyncio.Lock()
         self._open: set[asyncio.StreamWriter] = set()
         self._returning: set[asyncio.Task[None]] = set()
 
@@ -486,8 +487,11 @@ class FaultProxy:
             await self._listen()
 
     async def _listen(self) -> None:
-        if self._server is not None:
-            return
+        async with self._changing:
+            if self._server is None:
+                await self._open_port()
+
+    async def _open_port(self) -> None:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, limit=2**22)
         self.port = self._server.sockets[0].getsockname()[1]
 
@@ -541,7 +545,7 @@ class FaultProxy:
             exchange.kind = strike.kind
             self.struck.append(strike.kind)
             kind = FAULTS[strike.kind]
-            if kind.honest and not self.strange:
+            if kind.honest and status == 200 and not self.strange:
                 exchange.delivered = loop.time()
             try:
                 await kind.act(Passing(self, strike, writer, status, kept, content))
