@@ -12,14 +12,13 @@ what the honest server answers to that prompt; and if no prompt whose answer arr
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import multiprocessing
 import os
 import platform
 import random
 import shutil
-import signal
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -29,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.faults.proxy import FAULTS, Strike
+from tests.faults.proxy import FAULTS, SLOW_KINDS, Strike
 from tests.faults.world import World, labels_of, other_weights
 
 SWAPS: dict[str, dict[str, Any]] = {
@@ -40,8 +39,6 @@ SWAPS: dict[str, dict[str, Any]] = {
     "none": {},
 }
 """As what a server may come back. "none": as it was, but without our extension if it had it."""
-SLOW = {"host_falls_silent": 1, "stall": 1, "stall_in_body": 1, "endless_body": 1}
-"""Kinds that take a timeout each, and how often at most one plan has them."""
 MOST = 6
 """Strikes in a row that a client with its ten attempts must survive."""
 
@@ -105,8 +102,12 @@ def draw_plan(seed: int, number: int) -> Plan:
     rng = random.Random(f"{seed}/{number}")
     kinds = sorted(FAULTS)
     first = kinds[number % len(kinds)]
-    planned = [Strike(first, rng.randint(1, 6), min(rng.randint(1, 3), SLOW.get(first, 3)), rng.uniform(0.01, 0.3))]
-    others = [kind for kind in kinds if FAULTS[kind].owed == "goes on" and kind not in SLOW]
+    planned = [
+        Strike(
+            first, rng.randint(1, 6), min(rng.randint(1, 3), 1 if first in SLOW_KINDS else 3), rng.uniform(0.01, 0.3)
+        )
+    ]
+    others = [kind for kind in kinds if FAULTS[kind].owed == "goes on" and kind not in SLOW_KINDS]
     while rng.random() < 0.4 and sum(strike.times for strike in planned) < MOST - 1:
         planned.append(Strike(rng.choice(others), rng.randint(1, 8), 1, rng.uniform(0.01, 0.3)))
     return Plan(
@@ -199,45 +200,43 @@ def shared_campaign(runs: int, seed: int, jobs: int) -> Report:
     return report
 
 
-async def kill_campaign(world: World, kills: int, seed: int, *, told: bool = False) -> Report:
+def kill_campaign(world: World, kills: int, seed: int, *, told: bool = False) -> Report:
     """SIGKILL at random moments of a run's whole life, each followed by a resume that ends with the same labels."""
     report = Report()
     rng = random.Random(f"kill {seed}")
     whole = world.undisturbed("--seed", "0")
     world.server.latency = 0.02
-    duration = await _seconds_of_a_run(world)
+    duration = _seconds_of_a_run(world)
     number = 0
     while report.runs < kills:
         number += 1
         runs = world.home / f"kill {number}"
         world.be(trees=bool(number % 2))
         world.proxy.renew([])
-        process = await world.process(runs, "--seed", "0")
+        process = world.process(runs, "--seed", "0")
         moment = rng.uniform(0.0, duration)
         try:
-            async with asyncio.timeout(moment):
-                await process.communicate()
+            process.communicate(timeout=moment)
             shutil.rmtree(runs)
             continue  # it was done before: not a kill
-        except TimeoutError:
-            os.kill(process.pid, signal.SIGKILL)
-            await process.communicate()
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
         killed_at = world.loop.time()
         report.runs += 1
         before = list(world.proxy.exchanges)
-        process = await world.process(runs, "--seed", "0")
+        process = world.process(runs, "--seed", "0")
         try:
-            async with asyncio.timeout(60):
-                _, err = await process.communicate()
-        except TimeoutError:
-            os.kill(process.pid, signal.SIGKILL)
-            await process.communicate()
+            _, err = process.communicate(timeout=90)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
             report.hangs += 1
             report.failures.append(f"kill {number} at {moment:.3f} s: the resumed run hung")
             continue
         wrong = []
         if process.returncode:
-            wrong.append(f"cannot be resumed ({process.returncode}): {err.decode()[-300:]}")
+            wrong.append(f"cannot be resumed ({process.returncode}): {err[-300:]}")
         else:
             if labels_of(runs) != whole:
                 wrong.append("other labels")
@@ -260,11 +259,11 @@ async def kill_campaign(world: World, kills: int, seed: int, *, told: bool = Fal
     return report
 
 
-async def _seconds_of_a_run(world: World) -> float:
+def _seconds_of_a_run(world: World) -> float:
     runs = world.home / "timed"
     started = time.perf_counter()
-    process = await world.process(runs, "--seed", "0")
-    await process.communicate()
+    process = world.process(runs, "--seed", "0")
+    process.communicate()
     assert process.returncode == 0
     return time.perf_counter() - started
 
@@ -289,7 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result["faults"] = shared_campaign(args.runs, args.seed, args.jobs).as_dict()
     if args.kills:
         with World() as world:
-            result["kills"] = asyncio.run(kill_campaign(world, args.kills, args.seed, told=True)).as_dict()
+            result["kills"] = kill_campaign(world, args.kills, args.seed, told=True).as_dict()
     result["seconds"] = round(time.perf_counter() - started, 1)
     text = json.dumps(result, indent=2)
     print(text)

@@ -415,6 +415,10 @@ FAULTS: dict[str, Kind] = {
 }
 
 
+SLOW_KINDS = ("host_falls_silent", "stall", "stall_in_body", "endless_body")
+"""Kinds that take one of the client's timeouts each, or a lot of bytes; at most once in a plan."""
+
+
 class FaultProxy:
     """`plan` decides what happens to which scoring request; `exchanges` is the account. One loop, many connections.
 
@@ -475,16 +479,17 @@ class FaultProxy:
         if swap:
             self.swap()
 
-        async def come_back() -> None:
-            await asyncio.sleep(seconds)
-            await self._listen()
-
         if seconds:
-            task = asyncio.create_task(come_back())
+            task = asyncio.create_task(self.come_back(seconds))
             self._returning.add(task)
             task.add_done_callback(self._returning.discard)
         else:
             await self._listen()
+
+    async def come_back(self, seconds: float = 0.0) -> None:
+        """Accept connections again."""
+        await asyncio.sleep(seconds)
+        await self._listen()
 
     async def _listen(self) -> None:
         async with self._changing:

@@ -32,7 +32,7 @@ from tests.faults.world import World, labels_of
 
 MODES = ("kill", "full", "broken")
 FLAGS = ("--seed", "0", "--K", "8", "--lookahead", "0")
-_FORKS = multiprocessing.get_context("forkserver")
+forks = multiprocessing.get_context("forkserver")
 
 
 class Disk:
@@ -152,7 +152,7 @@ class StoreTrial:
         told = self.world.home / "told.json"
         told.unlink(missing_ok=True)
         arguments = (self.world.arguments(runs, *FLAGS), self.world.environment(), at, mode, told)
-        process = _FORKS.Process(target=_child, args=arguments)
+        process = forks.Process(target=_child, args=arguments)
         process.start()
         process.join(60)
         if process.exitcode is None:
@@ -206,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--every", type=int, default=1, help="only every so manyth operation")
     parser.add_argument("--json", type=Path, default=None, help="write the result there")
     args = parser.parse_args(arguments)
-    _FORKS.set_forkserver_preload(["__main__"])  # imported once, not in every child
+    forks.set_forkserver_preload(["__main__"])  # imported once, not in every child
     started = time.perf_counter()
     with World() as world:
         trial = StoreTrial(world)

@@ -16,11 +16,12 @@ import os
 import shutil
 import signal
 import sqlite3
+import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,15 +148,15 @@ class World:
             *("--num_seed", "4", "--batch_size", "16", "--max_tail", "4", *more),
         ]
 
-    def environment(self, url: str | None = None) -> dict[str, str]:
-        return {"VLLM_BASE_URL": url or self.proxy.url, "ICM_SECRETS": os.devnull, **PATIENCE}
+    def environment(self) -> dict[str, str]:
+        return {"VLLM_BASE_URL": self.proxy.url, "ICM_SECRETS": os.devnull, **PATIENCE}
 
-    def run(self, runs: Path, *more: str, url: str | None = None, limit: float = 60.0) -> Ended:
+    def run(self, runs: Path, *more: str, env: Mapping[str, str] | None = None, limit: float = 60.0) -> Ended:
         """`ICM.main` here and now."""
         out, err = io.StringIO(), io.StringIO()
         started = time.perf_counter()
         before = dict(os.environ)
-        os.environ.update(self.environment(url))
+        os.environ.update({**self.environment(), **(env or {})})
         for handler in list(logging.root.handlers):
             logging.root.removeHandler(handler)
         try:
@@ -172,14 +173,15 @@ class World:
             os.environ.update(before)
         return Ended(code, out.getvalue(), err.getvalue(), time.perf_counter() - started)
 
-    async def process(self, runs: Path, *more: str, **options: Any) -> asyncio.subprocess.Process:
-        """The same in a process of its own."""
-        return await asyncio.create_subprocess_exec(
-            *(sys.executable, str(SCRIPT), *self.arguments(runs, *more)),
-            env={**os.environ, **self.environment(options.pop("url", None)), **options.pop("env", {})},
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            **options,
+    def process(self, runs: Path, *more: str, before: Callable[[], None] | None = None) -> subprocess.Popen[str]:
+        """The same in a process of its own. before: done in it first."""
+        return subprocess.Popen(
+            [sys.executable, str(SCRIPT), *self.arguments(runs, *more)],
+            env={**os.environ, **self.environment()},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=before,
         )
 
     def undisturbed(self, *more: str) -> bytes:
