@@ -215,14 +215,17 @@ class HttpTransport:
 
     def _set_alarm(self) -> None:
         if self._alive:
-            wait = self._options.liveness_timeout / PROBES
-            self._alarm = asyncio.get_running_loop().call_later(wait, self._look_for_life)
+            loop = asyncio.get_running_loop()
+            self._alarm = loop.call_at(loop.time() + self._options.liveness_timeout / PROBES, self._look_for_life)
 
     def _look_for_life(self) -> None:
         """While requests are out and nothing is heard, ask for a sign of life, one question at a time."""
+        assert self._alarm is not None
+        now, wait = asyncio.get_running_loop().time(), self._options.liveness_timeout / PROBES
+        if now - self._alarm.when() > wait:  # this process stood still: what was sent to it may lie unread
+            self._hear()
         self._set_alarm()
-        silent = asyncio.get_running_loop().time() - self._heard
-        if silent >= self._options.liveness_timeout / PROBES and (self._probe is None or self._probe.done()):
+        if now - self._heard >= wait and (self._probe is None or self._probe.done()):
             self._probe = asyncio.create_task(self._ask_for_life(), name=f"sign of life of {self.base_url}")
 
     async def _ask_for_life(self) -> None:

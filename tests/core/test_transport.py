@@ -103,6 +103,18 @@ async def test_a_slow_honest_answer_of_a_server_that_gives_signs_of_life_is_wait
     assert set(asked) == {"/x", "/health"}
 
 
+async def test_a_client_that_was_stopped_itself_blames_nobody() -> None:
+    async def answer(path: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if path == "/health":
+            time.sleep(1)  # the whole process stands still, as under SIGSTOP or on a starved machine
+        else:
+            await asyncio.sleep(1.5)
+        writer.write(OK)
+
+    async with serving(answer) as url, client(url, read_timeout=60, liveness_timeout=0.6) as http:
+        assert await http.send("GET", "/x") == b"{}"
+
+
 async def test_no_sign_of_life_is_asked_for_while_answers_come() -> None:
     asked = []
 
