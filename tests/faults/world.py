@@ -195,23 +195,26 @@ class World:
             self._whole[more] = labels_of(runs)
         return self._whole[more]
 
-    def truth(self) -> dict[bytes, tuple[float, float]]:
-        """What the honest server answers to every prompt that passed the proxy, by cache key."""
-        identity = self._identity
-        answers = {}
+    def _keys(self, runs: Path) -> dict[bytes, tuple[int, ...]]:
+        """Every prompt that passed the proxy, by its key in the response cache of this run."""
+        identity = EngineIdentity(**json.loads((runs / "a" / "run.json").read_text())["engine"])
+        keys = {}
         for prompt in {prompt for exchange in self.proxy.exchanges for prompt in exchange.prompts}:
             digest = hashlib.sha256(json.dumps(list(prompt), separators=(",", ":")).encode()).hexdigest()
-            answers[cache_key(identity, LABELS, digest)] = label_distribution(signed_by_words(prompt))
-        return answers
+            keys[cache_key(identity, LABELS, digest)] = prompt
+        return keys
+
+    def stored(self, runs: Path) -> set[tuple[int, ...]]:
+        """Prompts whose answers are in the response cache; none before the run has begun."""
+        if not (runs / "a" / "run.json").exists():
+            return set()
+        keys = self._keys(runs)
+        return {keys[key] for key, *_ in _rows(runs) if key in keys}
 
     def wrong_in_cache(self, runs: Path) -> int:
         """Rows of the response cache that the honest server would not have given for their prompt."""
-        document = json.loads((runs / "a" / "run.json").read_text())
-        self._identity = EngineIdentity(**document["engine"])
-        truth = self.truth()
-        with contextlib.closing(sqlite3.connect(runs / "responses.sqlite")) as db:
-            rows = db.execute("SELECT key, true_logprob, false_logprob FROM answers").fetchall()
-        return sum(truth.get(key) != (true, false) for key, true, false in rows)
+        truth = {key: label_distribution(signed_by_words(prompt)) for key, prompt in self._keys(runs).items()}
+        return sum(truth.get(key) != (true, false) for key, true, false in _rows(runs))
 
     def paid_twice(self) -> int:
         """Prompts that were asked again after their whole honest answer had been handed over."""
@@ -226,6 +229,12 @@ class World:
 
 def labels_of(runs: Path) -> bytes:
     return (runs / "a" / "labels.jsonl").read_bytes()
+
+
+def _rows(runs: Path) -> list[tuple[bytes, float, float]]:
+    """key, log P(True), log P(False) of every answer."""
+    with contextlib.closing(sqlite3.connect(runs / "responses.sqlite")) as db:
+        return db.execute("SELECT key, true_logprob, false_logprob FROM answers").fetchall()
 
 
 def _no_drawing() -> contextlib.AbstractContextManager[object]:
