@@ -12,23 +12,26 @@ what the honest server answers to that prompt; and if no prompt whose answer arr
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
 import platform
 import random
 import shutil
-import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+from src.experiments.ICM import main as icm
 from tests.faults.proxy import FAULTS, SLOW_KINDS, Strike
+from tests.faults.store import forks
 from tests.faults.world import World, labels_of, other_weights
 
 SWAPS: dict[str, dict[str, Any]] = {
@@ -213,30 +216,22 @@ def kill_campaign(world: World, kills: int, seed: int, *, told: bool = False) ->
         runs = world.home / f"kill {number}"
         world.be(trees=bool(number % 2))
         world.proxy.renew([])
-        process = world.process(runs, "--seed", "0")
+        process = _start(world, runs)
         moment = rng.uniform(0.0, duration)
-        try:
-            process.communicate(timeout=moment)
+        process.join(moment)
+        if process.exitcode is not None:
             shutil.rmtree(runs)
             continue  # it was done before: not a kill
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
+        process.kill()
+        process.join()
         stored = world.stored(runs)
         report.runs += 1
         before = list(world.proxy.exchanges)
-        process = world.process(runs, "--seed", "0")
-        try:
-            _, err = process.communicate(timeout=90)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            report.hangs += 1
-            report.failures.append(f"kill {number} at {moment:.3f} s: the resumed run hung")
-            continue
+        ended = world.run(runs, "--seed", "0", limit=90)
+        report.hangs += ended.hung
         wrong = []
-        if process.returncode:
-            wrong.append(f"cannot be resumed ({process.returncode}): {err[-300:]}")
+        if ended.code:
+            wrong.append(f"cannot be resumed ({ended.code}): {ended.err[-300:]}")
         else:
             if labels_of(runs) != whole:
                 wrong.append("other labels")
@@ -261,12 +256,25 @@ def kill_campaign(world: World, kills: int, seed: int, *, told: bool = False) ->
     return report
 
 
+def _start(world: World, runs: Path) -> ForkServerProcess:
+    """A run in a process of its own, forked from one that has imported everything: kills meet the run, not imports."""
+    process = forks.Process(target=run_here, args=(world.arguments(runs, "--seed", "0"), world.environment()))
+    process.start()
+    return process
+
+
+def run_here(arguments: list[str], environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        sys.exit(icm(arguments))
+
+
 def _seconds_of_a_run(world: World) -> float:
-    runs = world.home / "timed"
-    started = time.perf_counter()
-    process = world.process(runs, "--seed", "0")
-    process.communicate()
-    assert process.returncode == 0
+    for name in ("warm", "timed"):
+        started = time.perf_counter()
+        process = _start(world, world.home / name)
+        process.join()
+        assert process.exitcode == 0
     return time.perf_counter() - started
 
 
@@ -289,6 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif args.runs:
         result["faults"] = shared_campaign(args.runs, args.seed, args.jobs).as_dict()
     if args.kills:
+        forks.set_forkserver_preload(["__main__"])  # imported once, not in every child
         with World() as world:
             result["kills"] = kill_campaign(world, args.kills, args.seed, told=True).as_dict()
     result["seconds"] = round(time.perf_counter() - started, 1)
