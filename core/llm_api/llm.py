@@ -281,5 +281,8 @@ def _http_options(settings: Settings) -> HttpOptions:
         connect_timeout=settings.connect_timeout,
         read_timeout=settings.read_timeout,
         max_concurrent_requests=settings.max_concurrent_requests,
-        retry=RetryPolicy(max_attempts=settings.max_attempts, deadline=settings.retry_deadline),
+        liveness_timeout=settings.liveness_timeout,
+        retry=RetryPolicy(
+            max_attempts=settings.max_attempts, deadline=settings.retry_deadline, base=settings.retry_base
+        ),
     )

@@ -126,8 +126,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (BadInput, ConfigurationError, ServerUnreachable) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except APIError as error:
-        print(f"error: {error}\nNothing is lost; go on with:\n  {resume}", file=sys.stderr)
+    except (APIError, OSError, MemoryError) as error:
+        said = "out of memory." if isinstance(error, MemoryError) else error
+        print(f"error: {said}\nNothing is lost; go on with:\n  {resume}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, asyncio.CancelledError):
         print(f"\nstopped. Nothing is lost; go on with:\n  {resume}", file=sys.stderr)

@@ -16,6 +16,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "compare": ("src.experiments.compare", "put runs side by side"),
     "watch": ("src.experiments.watch", "follow a run in progress in the terminal"),
     "export": ("src.experiments.export", "write a run's labels for other tools"),
+    "cache": ("src.experiments.cache_command", "look after cached scores: stats, verify, prune"),
 }
 """Name -> (module with `main(arguments) -> exit code`, what it does). Imported only when called."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import logging
 import re
@@ -68,8 +69,14 @@ def determinism_of(args: argparse.Namespace, identity: EngineIdentity) -> dict[s
         return None
     entry = manifest_entry(identity, read_record(args.runs_dir / "determinism", identity))
     if entry["doubt"]:
-        logging.warning("%s", entry["doubt"])
+        _warn_once(str(entry["doubt"]))
     return dict(entry)
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    """One warning, however many batches of a data set are labelled."""
+    logging.warning("%s", text)
 
 
 def load_claims(args: argparse.Namespace) -> tuple[Testbed, list[Claim], Path]:
@@ -177,13 +184,14 @@ async def label_pool(
 
     progress: told of every step (default: a bar of its own). cache_share: how many runs share the server's KV cache.
     """
+    checked = determinism_of(args, labelling.identity)
     if known is None:
         capacity = await labelling.api.kv_cache_tokens()
         known = {
             "settings": settings,
             "flags": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
             "engine": identity_record(labelling.identity),
-            "determinism": determinism_of(args, labelling.identity),
+            "determinism": checked,
             "kv_capacity": None if capacity is None else capacity // cache_share,
             "environment": environment(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -91,6 +91,17 @@ class Testbed:
         shown = {k: v.replace("\n", "") if self.strip_newlines and k != "question" else v for k, v in fields.items()}
         return self.template.format_map(shown)
 
+    def imitates(self, claim: Claim) -> bool:
+        """Whether a field of the claim holds the template's own opening, or its ending, at the start of a line.
+
+        Such a claim can close its own demonstration and go on as another one, with a label of its author's choice.
+        """
+        opening = self.template.partition("{")[0].strip()
+        ending = self.template.rpartition("}")[2].strip().rpartition("\n")[2]
+        fields = (claim.question, claim.choice, claim.choice_2, claim.answer)
+        lines = [line.strip() for field in fields if field is not None for line in field.splitlines()[1:]]
+        return any(line.startswith((opening, ending)) for line in lines)
+
     @property
     def upstream_leaks(self) -> bool:
         """Whether the published keys of this testbed are made from gold labels."""

@@ -90,6 +90,7 @@ class FakeVLLM:
     ) -> None:
         self.chat_template = chat_template
         self.model, self.root, self.salt = model, root, salt
+        self.version = "0.26.0+fake"
         self.log_odds = log_odds
         self.api_key = api_key
         self.max_model_len, self.max_logprobs = max_model_len, max_logprobs
@@ -156,7 +157,7 @@ class FakeVLLM:
         return web.json_response({"object": "list", "data": [card]})
 
     async def _version(self, _: web.Request) -> web.Response:
-        return web.json_response({"version": "0.26.0+fake"})
+        return web.json_response({"version": self.version})
 
     async def _metrics(self, _: web.Request) -> web.Response:
         if not self.metrics:
