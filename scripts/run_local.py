@@ -44,7 +44,9 @@ UNFINISHED: Final = (1, 130)
 def icm_command(model: str, given: Sequence[str]) -> list[str]:
     """ICM.py on all built-in claims, unless `given` names other data: 64 by search, the rest from their labels."""
     names = {argument.split("=", 1)[0] for argument in given}
-    testbed = [] if names & {"--testbed", "--data"} else ["--testbed", "builtin", "--label_rest"]
+    testbed = [] if names & {"--testbed", "--data"} else ["--testbed", "builtin"]
+    if testbed and not names & {"--num_batches", "--passes"}:  # those label whole batches by themselves
+        testbed.append("--label_rest")
     return [sys.executable, str(ICM), "--model", model, *testbed, *DEFAULTS, *given]
 
 

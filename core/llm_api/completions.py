@@ -20,6 +20,9 @@ from core.settings import MissingLabelPolicy
 PARSER_VERSION: Final = 1
 """Raise when the same answer would be read as other numbers; part of every cache key."""
 
+ROUNDING: Final = 1e-3
+"""Nats above 0 that a log-probability may come out as by rounding; one further above is none."""
+
 VLLM_MINUS_INFINITY: Final = -9999.0
 """vLLM writes log-probabilities of -inf, which JSON cannot hold, as this number."""
 
@@ -83,8 +86,8 @@ def text_body(fields: Mapping[str, object], prompt: Prompt) -> bytes:
 def read_answers(body: bytes, prompts: Sequence[Prompt]) -> Answers:
     """Check a 2xx body against the prompts it answers, and put its choices in their order.
 
-    Raises TransientError for a body that is truncated, malformed or holds other choices than were asked for, and
-    ConfigurationError where the server leaves logprobs out.
+    Raises TransientError for a body that is truncated, malformed, holds other choices than were asked for or answers
+    another request, and ConfigurationError where the server leaves logprobs out.
     """
     try:
         parsed = orjson.loads(body)
@@ -97,7 +100,10 @@ def read_answers(body: bytes, prompts: Sequence[Prompt]) -> Answers:
     top = [_first_token(choice, prompt.name) for choice, prompt in zip(choices, prompts, strict=True)]
     usage = parsed.get("usage")
     counted = usage.get("prompt_tokens") if isinstance(usage, dict) else None
-    return Answers(top, counted if isinstance(counted, int) else 0)
+    counted = counted if isinstance(counted, int) else 0
+    if counted:
+        _check_count(counted, prompts)
+    return Answers(top, counted)
 
 
 def read_generated(body: bytes, count: int) -> list[tuple[list[str], list[float]]]:
@@ -120,13 +126,13 @@ def read_generated(body: bytes, count: int) -> list[tuple[list[str], list[float]
 def read_tree_answer(body: bytes, labels: LabelTokens, prompts: Sequence[Prompt]) -> Answers:
     """Check what our extension answered to a PromptTree; null, which stands for -inf and NaN, leaves the label out.
 
-    Raises TransientError for a body that is truncated, malformed or answers another number of prompts.
+    Raises TransientError for a body that is truncated, malformed, answers another number of prompts or another request.
     """
     keys = [token_key(label) for label in labels.ids]
     try:
         parsed = orjson.loads(body)
         top = [
-            {key: float(value) for key, value in zip(keys, pair, strict=True) if value is not None}
+            {key: _logprob(value) for key, value in zip(keys, pair, strict=True) if value is not None}
             for pair in parsed["logprobs"]
         ]
         counted, cached = int(parsed["prompt_tokens"]), parsed["cached_tokens"]
@@ -134,6 +140,7 @@ def read_tree_answer(body: bytes, labels: LabelTokens, prompts: Sequence[Prompt]
         raise TransientError(f"the answer is truncated or malformed ({type(error).__name__}).") from None
     if len(top) != len(prompts):
         raise TransientError(f"asked about {len(prompts)} prompts and got {len(top)} answers.")
+    _check_count(counted, prompts)
     return Answers(top, counted, cached if isinstance(cached, int) else None)
 
 
@@ -172,6 +179,22 @@ def _first_token(choice: dict[str, Any], name: str) -> dict[str, float]:
     try:
         top = logprobs["top_logprobs"][0]
         # Some servers write null for -inf.
-        return {key: -math.inf if value is None else float(value) for key, value in top.items()}
+        return {key: -math.inf if value is None else _logprob(value) for key, value in top.items()}
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise TransientError(f"prompt {name!r}: no logprobs of its next token ({type(error).__name__}).") from None
+
+
+def _logprob(value: object) -> float:
+    """Raises ValueError for a number that is no log-probability, and TypeError for what is no number."""
+    if not isinstance(value, float | int):
+        raise TypeError
+    if value > ROUNDING:
+        raise ValueError("above 0")
+    return float(value)
+
+
+def _check_count(counted: int, prompts: Sequence[Prompt]) -> None:
+    """An answer whose tokens are not those that were sent is one to another request. Prompts of text have no count."""
+    sent = sum(prompt.num_tokens for prompt in prompts)
+    if sent and counted != sent:
+        raise TransientError(f"the answer counts {counted} prompt tokens and {sent} were sent: it is to other prompts.")

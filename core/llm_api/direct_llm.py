@@ -194,6 +194,10 @@ class DirectEngine:
         """Token ids of each text, from the model's own tokenizer."""
         return await self._in_thread(functools.partial(self._encode, texts, special), alone=False)
 
+    async def tokenize_chat(self, messages: Sequence[str]) -> list[list[int]] | None:
+        """See Engine.tokenize_chat; by the model's own tokenizer."""
+        return await self._in_thread(functools.partial(self._encode_chat, messages))
+
     async def score(
         self, prompts: Sequence[Prompt], labels: LabelTokens, *, on_answer: OnAnswer | None = None
     ) -> EngineAnswer:
@@ -391,6 +395,16 @@ class DirectEngine:
     def _encode(self, texts: Sequence[str], special: bool) -> list[list[int]]:
         tokenizer = self._llm.get_tokenizer()
         return [list(tokenizer.encode(text, add_special_tokens=special)) for text in texts]
+
+    def _encode_chat(self, messages: Sequence[str]) -> list[list[int]] | None:
+        tokenizer = self._llm.get_tokenizer()
+        if not getattr(tokenizer, "chat_template", None):
+            return None
+        asked = [[{"role": "user", "content": text}] for text in messages]
+        return [
+            list(tokenizer.apply_chat_template(each, add_generation_prompt=True, tokenize=True, return_dict=False))
+            for each in asked
+        ]
 
     def _score(self, prompts: Sequence[Prompt], labels: LabelTokens) -> EngineAnswer:
         true, false = labels.ids

@@ -6,6 +6,8 @@
       RequestRejected           the server refuses this request for good: 400, 401, 403, 404, 413, 422
       RateLimited               429, with the wait the server asked for
       TransientError            may go away: 408, 5xx, reset, timeout, truncated or malformed body
+      ServerChanged             another model or version answers than the one that was asked at first
+      StorageFailed             a disk that is full, read-only or broken, or a file that another process holds
       MissingLabel              the answer lacks a label token; names the prompt
       RetriesExhausted          attempts or deadline used up; its __cause__ is the last error
 
@@ -57,6 +59,14 @@ class TransientError(APIError):
     def __init__(self, message: str, *, retry_after: float | None = None, hint: str = "") -> None:
         super().__init__(message, hint=hint)
         self.retry_after = retry_after
+
+
+class ServerChanged(APIError):
+    """Where one engine answered, another one does now: its scores would not be those of the first."""
+
+
+class StorageFailed(APIError):
+    """What was found out cannot be kept: disk full, read-only, broken, or held by another process."""
 
 
 class MissingLabel(APIError):

@@ -98,6 +98,10 @@ class ExternalAPI:
         """None: the endpoint is asked in text."""
         return None
 
+    async def tokenize_chat(self, messages: Sequence[str]) -> list[list[int]] | None:
+        """None: the endpoint is asked in text."""
+        return None
+
     async def score(
         self, prompts: Sequence[Prompt], labels: LabelTokens, *, on_answer: OnAnswer | None = None
     ) -> EngineAnswer:

@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from copy import copy
 from types import TracebackType
 from typing import Final, Self
 
@@ -83,6 +84,7 @@ class ModelAPI:
         self._accept_floored = accept_floored
         self._scores = scores
         self._identity: EngineIdentity | None = None
+        self._alone = True
         # A future is set to None where its owner failed or was cancelled: whoever waits then asks by itself.
         self._in_flight: dict[bytes, asyncio.Future[LabelLogprobs | None]] = {}
 
@@ -112,6 +114,16 @@ class ModelAPI:
             if self._cache is not None:
                 self._cache.close()
 
+    def share(self, *, alone: bool = True) -> ModelAPI:
+        """The same engine, cache and questions in flight, with counts of its own; whoever opened this one closes it.
+
+        alone: nobody else asks meanwhile, so that the engine's counters tell what this one's questions cost.
+        """
+        twin = copy(self)
+        twin.stats = ScoreStats()
+        twin._alone = alone
+        return twin
+
     @property
     def identity(self) -> EngineIdentity:
         """Who answers. Raises RuntimeError before start()."""
@@ -123,13 +135,17 @@ class ModelAPI:
         """Token ids of each text; None where the engine is asked in text."""
         return await self._engine.tokenize(texts, special=special)
 
+    async def tokenize_chat(self, messages: Sequence[str]) -> list[list[int]] | None:
+        """See Engine.tokenize_chat."""
+        return await self._engine.tokenize_chat(messages)
+
     async def label_tokens(self, true: str = " True", false: str = " False") -> LabelTokens:
         """The labels as single tokens of this model. See resolve_label_tokens."""
         return await resolve_label_tokens(self._engine, true, false)
 
     async def prefix_cache(self) -> PrefixCacheCounters | None:
-        """The engine's prefix-cache counters since it started; None where it has none."""
-        return await self._engine.prefix_cache()
+        """The engine's prefix-cache counters since it started; None where it has none, or counts others' questions."""
+        return await self._engine.prefix_cache() if self._alone else None
 
     async def kv_cache_tokens(self) -> int | None:
         """How many tokens the engine's KV cache holds; None where it does not say."""
@@ -413,5 +429,8 @@ def _http_options(settings: Settings) -> HttpOptions:
         connect_timeout=settings.connect_timeout,
         read_timeout=settings.read_timeout,
         max_concurrent_requests=settings.max_concurrent_requests,
-        retry=RetryPolicy(max_attempts=settings.max_attempts, deadline=settings.retry_deadline),
+        liveness_timeout=settings.liveness_timeout,
+        retry=RetryPolicy(
+            max_attempts=settings.max_attempts, deadline=settings.retry_deadline, base=settings.retry_base
+        ),
     )

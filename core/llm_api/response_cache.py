@@ -15,6 +15,7 @@ import struct
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -22,26 +23,46 @@ from typing import Any, Final, Self
 import orjson
 
 from core.llm_api.completions import PARSER_VERSION
-from core.llm_api.errors import ConfigurationError
+from core.llm_api.errors import APIError, ConfigurationError, StorageFailed
 from core.llm_api.types import EngineIdentity, LabelLogprobs, LabelTokens
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION: Final = 1
-"""Of the database's layout, kept in PRAGMA user_version."""
 BUSY_TIMEOUT: Final = 30.0
 """Seconds to wait for another process that is writing."""
+_COLUMNS: Final = "key, true_logprob, false_logprob, floored, checksum"
 _KEYS_PER_QUERY: Final = 500  # SQLite before 3.32 takes at most 999 parameters
 
-_CREATE: Final = """
-CREATE TABLE IF NOT EXISTS answers (
-    key BLOB PRIMARY KEY,
-    true_logprob REAL NOT NULL,
-    false_logprob REAL NOT NULL,
-    floored INTEGER NOT NULL,
-    checksum INTEGER NOT NULL
-) WITHOUT ROWID
-"""
+MIGRATIONS: Final = (
+    """
+    CREATE TABLE answers (
+        key BLOB PRIMARY KEY,
+        true_logprob REAL NOT NULL,
+        false_logprob REAL NOT NULL,
+        floored INTEGER NOT NULL,
+        checksum INTEGER NOT NULL
+    ) WITHOUT ROWID
+    """,
+    # Unix seconds; 0 for answers that were there before.
+    "ALTER TABLE answers ADD COLUMN stored INTEGER NOT NULL DEFAULT 0",
+)
+"""Number n (from 0) turns format n into format n + 1, which PRAGMA user_version tells. Only ever appended to."""
+FORMAT_VERSION: Final = len(MIGRATIONS)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheState:
+    """What a cache holds. damaged: rows that fail their checksum. floored: see LabelLogprobs. oldest, newest: Unix
+    seconds, of the rows that tell. bytes: of the file and what is not yet moved into it. faults: of the file itself, as
+    SQLite words them."""
+
+    rows: int
+    damaged: int
+    floored: int
+    oldest: int | None
+    newest: int | None
+    bytes: int
+    faults: tuple[str, ...]
 
 
 def cache_key(identity: EngineIdentity, labels: LabelTokens, prompt_digest: str) -> bytes:
@@ -72,6 +93,7 @@ class ResponseCache:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.damaged = 0
+        self._is_open = False
         with self._named_errors():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT, isolation_level=None)
@@ -80,6 +102,7 @@ class ResponseCache:
             except BaseException:
                 self._db.close()
                 raise
+        self._is_open = True
 
     def __repr__(self) -> str:
         return f"ResponseCache({str(self.path)!r})"
@@ -93,13 +116,13 @@ class ResponseCache:
         self.close()
 
     def get_many(self, keys: Sequence[bytes]) -> dict[bytes, LabelLogprobs]:
-        """The answers that are there, by key; one query for every 500 keys. Raises ConfigurationError on a bad file."""
+        """The answers that are there, by key; one query for every 500 keys. Raises StorageFailed where it cannot."""
         found: dict[bytes, LabelLogprobs] = {}
         with self._named_errors():
             for start in range(0, len(keys), _KEYS_PER_QUERY):
                 some = keys[start : start + _KEYS_PER_QUERY]
                 marks = ",".join("?" * len(some))
-                query = f"SELECT * FROM answers WHERE key IN ({marks})"  # noqa: S608 - only question marks
+                query = f"SELECT {_COLUMNS} FROM answers WHERE key IN ({marks})"  # noqa: S608 - only question marks
                 for key, true, false, floored, checksum in self._db.execute(query, some):
                     answer = _decode(key, true, false, floored, checksum)
                     if answer is None:
@@ -109,19 +132,53 @@ class ResponseCache:
         return found
 
     def put_many(self, answers: Mapping[bytes, LabelLogprobs]) -> None:
-        """Store answers in one transaction, over what was there. Raises ConfigurationError where it cannot."""
+        """Store answers in one transaction, over what was there. Raises StorageFailed where it cannot."""
+        now = int(time.time())
         rows = [
-            (key, a.true, a.false, int(a.floored), _checksum(key, a.true, a.false, a.floored))
+            (key, a.true, a.false, int(a.floored), _checksum(key, a.true, a.false, a.floored), now)
             for key, a in answers.items()
         ]
         if rows:
             with self._named_errors(), self._transaction():
-                self._db.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?)", rows)
+                self._db.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?, ?)", rows)
 
     def __len__(self) -> int:
         """Number of rows, damaged ones included."""
         with self._named_errors():
             return int(self._db.execute("SELECT count(*) FROM answers").fetchone()[0])
+
+    def state(self) -> CacheState:
+        """Look at every row and at the file itself."""
+        rows = damaged = floored = 0
+        with self._named_errors():
+            faults = tuple(str(row[0]) for row in self._db.execute("PRAGMA integrity_check") if row[0] != "ok")
+            for key, true, false, floor, checksum in self._db.execute(f"SELECT {_COLUMNS} FROM answers"):  # noqa: S608
+                answer = _decode(key, true, false, floor, checksum)
+                rows += 1
+                damaged += answer is None
+                floored += answer is not None and answer.floored
+            [(oldest, newest)] = self._db.execute("SELECT min(stored), max(stored) FROM answers WHERE stored > 0")
+        parts = (self.path, self.path.with_name(self.path.name + "-wal"))
+        size = sum(part.stat().st_size for part in parts if part.exists())
+        return CacheState(rows, damaged, floored, oldest, newest, size, faults)
+
+    def prune(self, *, before: float | None = None, damaged: bool = False) -> int:
+        """Remove answers stored before `before` (Unix seconds; those without a time are older than all), and those
+        that fail their checksum; give the space back. The number of rows removed."""
+        with self._named_errors():
+            with self._transaction():
+                bad = [
+                    (key,)
+                    for key, *rest in self._db.execute(f"SELECT {_COLUMNS} FROM answers")  # noqa: S608
+                    if damaged and _decode(key, *rest) is None
+                ]
+                start = self._db.total_changes
+                self._db.executemany("DELETE FROM answers WHERE key = ?", bad)
+                if before is not None:
+                    self._db.execute("DELETE FROM answers WHERE stored < ?", (int(before),))
+                removed = self._db.total_changes - start
+            self._db.execute("VACUUM")
+        return removed
 
     def close(self) -> None:
         """Close the file; idempotent."""
@@ -132,7 +189,7 @@ class ResponseCache:
         # A power cut may lose the last answers but not corrupt the file; they are asked for again.
         self._db.execute("PRAGMA synchronous=NORMAL")
         with self._transaction():
-            version = int(self._db.execute("PRAGMA user_version").fetchone()[0])
+            version = int(self._db.execute("PRAGMA user_version").fetchone()[0])  # under the lock: once
             if version > FORMAT_VERSION:
                 raise ConfigurationError(
                     f"{self.path} was written by a newer version (format {version}, this one reads {FORMAT_VERSION}).",
@@ -142,8 +199,10 @@ class ResponseCache:
                 raise ConfigurationError(
                     f"{self.path} is a SQLite database of something else.", hint="Use another cache_path."
                 )
-            self._db.execute(_CREATE)
-            self._db.execute(f"PRAGMA user_version={FORMAT_VERSION}")
+            if version < FORMAT_VERSION:
+                for migration in MIGRATIONS[version:]:
+                    self._db.execute(migration)
+                self._db.execute(f"PRAGMA user_version={FORMAT_VERSION}")
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -159,18 +218,20 @@ class ResponseCache:
 
     @contextlib.contextmanager
     def _named_errors(self) -> Iterator[None]:
+        # What cannot be opened is a wrong setting; what fails later stops a run that can go on when it is mended.
+        kind: type[APIError] = StorageFailed if self._is_open else ConfigurationError
         try:
             yield
         except sqlite3.OperationalError as error:  # locked, read-only, disk full, no such directory
-            raise ConfigurationError(
+            raise kind(
                 f"cannot use the cache {self.path}: {error}.", hint="Free it, or use another cache_path."
             ) from error
         except sqlite3.DatabaseError as error:
-            raise ConfigurationError(
+            raise kind(
                 f"the cache {self.path} is damaged or no database: {error}.", hint="Move it away; a new one is made."
             ) from error
         except OSError as error:
-            raise ConfigurationError(f"cannot use the cache {self.path}: {error.strerror}.") from error
+            raise kind(f"cannot use the cache {self.path}: {error.strerror}.") from error
 
     def _report_damage(self) -> None:
         self.damaged += 1

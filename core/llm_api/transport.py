@@ -2,15 +2,23 @@
 
 The only file that touches aiohttp on the client's side and the only one that sees a key. `send` is one attempt; `call`
 puts a concurrency slot and retries around an attempt, parsing included, so that a truncated body is asked for again.
+
+An answer may honestly take minutes, so silence on one connection says little. While requests are out, the server is
+asked for a sign of life on the side; one that gives none is given up with all its requests in about a minute.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
+import logging
+import socket
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any, Final, TypeVar
 
 import aiohttp
@@ -28,20 +36,36 @@ from core.llm_api.errors import (
 from core.llm_api.retry import RetryPolicy, parse_retry_after, with_retries
 from core.llm_api.telemetry import RequestTelemetry, outcome_of
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MESSAGE_LIMIT: Final = 300
 """Characters of a server's own error message that we pass on."""
 KEEPALIVE: Final = 4.0
 """Seconds an idle connection is kept. vLLM (uvicorn) closes its end after 5 s; reusing one then resets the request."""
+MAX_ANSWER: Final = 64 * 2**20
+"""Bytes of an answer that are read at most: 1,024 prompts with 20 alternatives each are 3 MB."""
+LOOK: Final = 1.0
+"""Seconds between looks at whether a connection whose answer has begun still stands."""
+SETTLE: Final = 10.0
+"""Seconds that requests in flight have to end by themselves when another one of their batch has failed for good."""
+PROBES: Final = 6
+"""Signs of life asked for until a silent server is given up."""
+KEEPALIVE_IDLE, KEEPALIVE_INTERVAL, KEEPALIVE_COUNT = 15, 5, 4
+"""TCP keepalive, seconds and probes: the kernel notices in 35 s that the other end of a connection is gone."""
 
 
 @dataclass(frozen=True, slots=True)
 class HttpOptions:
-    """How patient and how parallel a client is. Timeouts in seconds; there is no total timeout, on purpose."""
+    """How patient and how parallel a client is. Timeouts in seconds; there is no total timeout, on purpose.
+
+    read_timeout: without a byte on one connection. liveness_timeout: without any sign of life from a server that has
+    requests out, on any connection.
+    """
 
     connect_timeout: float = 10.0
     read_timeout: float = 900.0
+    liveness_timeout: float = 60.0
     max_concurrent_requests: int = 64
     retry: RetryPolicy = field(default_factory=RetryPolicy)
 
@@ -49,16 +73,35 @@ class HttpOptions:
 class HttpTransport:
     """Requests to one server. `key_name` is the setting that holds the key, for hints; `absent` says how to get one.
 
+    alive: a path that a live server answers at once, whatever it answers; "" asks for no sign of life.
     bytes_sent: bytes of all request bodies handed to the connection so far, retries included, headers not.
+    era: raised whenever the server may have been replaced since the last answer: an attempt failed, or a connection was
+    opened while no other stood. What holds for the server was found out in one era, and must be found out anew in the
+    next.
     """
 
     def __init__(
-        self, base_url: str, *, key: SecretStr | None, key_name: str, options: HttpOptions, absent: str = ""
+        self,
+        base_url: str,
+        *,
+        key: SecretStr | None,
+        key_name: str,
+        options: HttpOptions,
+        absent: str = "",
+        alive: str = "",
     ) -> None:
         self.base_url = base_url
         self.contacted = False
         self.bytes_sent = 0
         self.telemetry = RequestTelemetry(base_url)
+        self.era = 0
+        self._alive = alive
+        self._sockets: list[socket.socket] = []
+        self._out: set[asyncio.Timeout] = set()
+        self._silenced: set[asyncio.Timeout] = set()
+        self._heard = 0.0
+        self._alarm: asyncio.TimerHandle | None = None
+        self._probe: asyncio.Task[None] | None = None
         self._key = key
         self._key_name = key_name
         self._options = options
@@ -108,15 +151,30 @@ class HttpTransport:
         request_id: sent as X-Request-Id, by which servers name the request in their log.
         """
         url = self.base_url + path
+        # aiohttp's own timeouts come first; this one is the end of a wait that they lose sight of.
+        patience = asyncio.timeout(self._options.connect_timeout + 2 * self._options.read_timeout)
         try:
-            async with await self._request(method, url, body, request_id) as response:
-                self.contacted = True
-                content = await response.read()
-                status, answered = response.status, response.headers
+            async with patience:
+                with self._watched(patience):
+                    async with await self._request(method, url, body, request_id) as response:
+                        self.contacted = True
+                        self._hear()
+                        patience.reschedule(None)
+                        content = await _read(response, self._options.read_timeout)
+                        self._hear()
+                        status, answered = response.status, response.headers
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            self.era += 1
+            if patience in self._silenced:
+                raise self._given_up() from None
             raise self._connection_error(error, url) from None
+        if content is None:
+            self.era += 1
+            raise TransientError(f"the answer of {url} is longer than {MAX_ANSWER / 2**20:.0f} MiB.")
         if 200 <= status < 300:
             return content
+        if status >= 500:  # what a server says that goes down or comes up, or what stands before it
+            self.era += 1
         raise self._status_error(status, content, answered, url)
 
     @asynccontextmanager
@@ -195,6 +253,10 @@ class HttpTransport:
 
     async def aclose(self) -> None:
         """Close the connections; idempotent."""
+        probe, self._probe = self._probe, None
+        if probe is not None:
+            probe.cancel()
+            await asyncio.gather(probe, return_exceptions=True)
         session, self._session = self._session, None
         if session is not None:
             await session.close()
@@ -202,12 +264,82 @@ class HttpTransport:
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:
             # The slots bound the number of requests; a second bound in the connector could only starve /metrics.
-            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE)
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE, socket_factory=self._make_socket)
             timeout = aiohttp.ClientTimeout(
                 total=None, sock_connect=self._options.connect_timeout, sock_read=self._options.read_timeout
             )
             self._session = aiohttp.ClientSession(connector=connector, timeout=timeout)
         return self._session
+
+    def _make_socket(self, address: aiohttp.AddrInfoType) -> socket.socket:
+        family, kind, protocol, *_ = address
+        made = socket.socket(family, kind, protocol)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in (
+            ("TCP_KEEPIDLE", KEEPALIVE_IDLE),
+            ("TCP_KEEPINTVL", KEEPALIVE_INTERVAL),
+            ("TCP_KEEPCNT", KEEPALIVE_COUNT),
+        ):
+            if hasattr(socket, name):  # not everywhere
+                made.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        self._sockets = [sock for sock in self._sockets if sock.fileno() != -1]
+        if not self._sockets:
+            self.era += 1
+        self._sockets.append(made)
+        return made
+
+    @contextlib.contextmanager
+    def _watched(self, patience: asyncio.Timeout) -> Iterator[None]:
+        """Let `patience` end when the server is given up."""
+        if not self._out:
+            self._hear()
+            self._set_alarm()
+        self._out.add(patience)
+        try:
+            yield
+        finally:
+            self._out.discard(patience)
+            if not self._out and self._alarm is not None:
+                self._alarm.cancel()
+
+    def _hear(self) -> None:
+        self._heard = asyncio.get_running_loop().time()
+
+    def _set_alarm(self) -> None:
+        if self._alive:
+            loop = asyncio.get_running_loop()
+            self._alarm = loop.call_at(loop.time() + self._options.liveness_timeout / PROBES, self._look_for_life)
+
+    def _look_for_life(self) -> None:
+        """While requests are out and nothing is heard, ask for a sign of life, one question at a time."""
+        assert self._alarm is not None
+        now, wait = asyncio.get_running_loop().time(), self._options.liveness_timeout / PROBES
+        if now - self._alarm.when() > wait:  # this process stood still: what was sent to it may lie unread
+            self._hear()
+        self._set_alarm()
+        if now - self._heard >= wait and (self._probe is None or self._probe.done()):
+            self._probe = asyncio.create_task(self._ask_for_life(), name=f"sign of life of {self.base_url}")
+
+    async def _ask_for_life(self) -> None:
+        loop = asyncio.get_running_loop()
+        limit = self._options.liveness_timeout
+        try:
+            async with asyncio.timeout(limit / PROBES):
+                async with self._open().get(self.base_url + self._alive, allow_redirects=False):
+                    self._hear()
+        except (aiohttp.ClientError, TimeoutError, OSError):
+            if loop.time() - self._heard >= limit:
+                self._silenced = set(self._out)
+                for patience in self._out:
+                    patience.reschedule(loop.time())
+                self._hear()  # whoever asks next has all the time again
+
+    def _given_up(self) -> APIError:
+        silent = self._options.liveness_timeout
+        return TransientError(
+            f"{self.base_url} gave no sign of life for {silent:g} s.",
+            hint="Raise liveness_timeout if it is only busy.",
+        )
 
     def _connection_error(self, error: Exception, url: str) -> APIError:
         name = type(error).__name__
@@ -227,7 +359,8 @@ class HttpTransport:
     def _status_error(self, status: int, content: bytes, headers: Mapping[str, str], url: str) -> APIError:
         said = self._redact(server_message(content))
         message = f"HTTP {status} from {url}" + (f": {said}" if said else "")
-        wait = parse_retry_after(headers.get("Retry-After"))
+        # A date is one of the server's clock, which need not be ours.
+        wait = parse_retry_after(headers.get("Retry-After"), now=_date(headers.get("Date")))
         if status == 429:
             return RateLimited(message, retry_after=wait)
         if status in (408, 425) or (status >= 500 and status not in (501, 505)):
@@ -273,6 +406,41 @@ def server_message(content: bytes) -> str:
     return text if len(text) <= MESSAGE_LIMIT else text[:MESSAGE_LIMIT] + "..."
 
 
+async def _read(response: aiohttp.ClientResponse, silence: float) -> bytes | None:
+    """The whole body; None where it is longer than MAX_ANSWER. silence: seconds without a byte.
+
+    Looks by itself whether the connection still stands: where it breaks off after a malformed chunk, aiohttp (3.14)
+    leaves its reader waiting for ever.
+    """
+    content = bytearray()
+    loop = asyncio.get_running_loop()
+    heard = loop.time()
+    while not response.content.at_eof():
+        look = asyncio.timeout(min(LOOK, silence))
+        try:
+            async with look:
+                content += await response.content.readany()
+            heard = loop.time()
+        except TimeoutError:
+            if not look.expired() or loop.time() - heard >= silence:
+                raise
+            if response.connection is None or response.connection.transport is None:
+                raise aiohttp.ClientPayloadError from None
+        if len(content) > MAX_ANSWER:
+            response.close()
+            return None
+    return bytes(content)
+
+
+def _date(value: str | None) -> datetime | None:
+    """An HTTP date; None where there is none or it cannot be read."""
+    try:
+        date = parsedate_to_datetime(value or "")
+    except (ValueError, TypeError, IndexError):
+        return None
+    return date if date.tzinfo else date.replace(tzinfo=UTC)
+
+
 async def all_or_cancel(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     """Run calls at once, started in order: their results in order. The first failure cancels the rest and is raised."""
     try:
@@ -282,4 +450,26 @@ async def all_or_cancel(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
         first = failures.exceptions[0]
         # `from None` would wipe the cause that RetriesExhausted carries.
         raise first from first.__cause__
+    return [task.result() for task in tasks]
+
+
+async def all_or_settle(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """The same, but what is on its way when one fails has SETTLE seconds to arrive: it may have been computed already.
+
+    Cancelled at once where the caller is.
+    """
+    tasks = [asyncio.create_task(call) for call in calls]
+    if not tasks:
+        return []
+    try:
+        _, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        if pending:
+            await asyncio.wait(pending, timeout=SETTLE)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    failures = [error for task in tasks if not task.cancelled() and (error := task.exception()) is not None]
+    if failures:
+        raise failures[0] from failures[0].__cause__
     return [task.result() for task in tasks]

@@ -257,6 +257,13 @@ class Engine(Protocol):
         """Token ids of each text, with the model's special tokens if asked; None: the engine is asked in text."""
         ...
 
+    async def tokenize_chat(self, messages: Sequence[str]) -> list[list[int]] | None:
+        """Token ids of each user message in the model's chat template, up to where its answer begins.
+
+        None where the model has no chat template, or the engine is asked in text.
+        """
+        ...
+
     async def score(
         self, prompts: Sequence[Prompt], labels: LabelTokens, *, on_answer: OnAnswer | None = None
     ) -> EngineAnswer:

@@ -14,11 +14,11 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final, TypeVar
 
-from core.llm_api.errors import APIError, ConfigurationError, RetriesExhausted, ServerUnreachable
+from core.llm_api.errors import APIError, ConfigurationError, RetriesExhausted, ServerChanged, ServerUnreachable
 from core.llm_api.generation import Embeddings, Generation, Piece, TextRequest
 from core.llm_api.retry import RetryPolicy
 from core.llm_api.telemetry import RequestTelemetry
-from core.llm_api.transport import all_or_cancel
+from core.llm_api.transport import all_or_cancel, all_or_settle
 from core.llm_api.types import (
     EngineAnswer,
     EngineIdentity,
@@ -34,7 +34,7 @@ from core.llm_api.vllm_llm import START_HINT, VLLMClient
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-LOST: Final = (ServerUnreachable, RetriesExhausted)
+LOST: Final = (ServerUnreachable, RetriesExhausted, ServerChanged)
 """Errors that another server need not have. Whatever else a server says (a bad prompt, a missing label), all would."""
 BRIEF_ATTEMPTS: Final = 3
 BRIEF_DEADLINE: Final = 60.0  # seconds; a request that timed out once is not sent there again
@@ -119,7 +119,8 @@ class VLLMGroup:
     """An Engine over the servers of `clients`; their order decides which part of a tree each holds.
 
     patience: how long the last server that is left is waited for; while there are others, one that fails is given up
-    sooner. One that hangs without closing its connections is given up at the client's read timeout.
+    sooner. One that hangs without closing its connections is given up when it gave no sign of life for the client's
+    liveness_timeout.
     probe_after: seconds until a lost server is first looked for again.
     """
 
@@ -181,6 +182,16 @@ class VLLMGroup:
             member = self._up[0]
             try:
                 return await member.client.tokenize(texts, special=special)
+            except LOST as error:
+                if not self._drop(member, error):
+                    raise
+
+    async def tokenize_chat(self, messages: Sequence[str]) -> list[list[int]] | None:
+        """See Engine.tokenize_chat; from the first server that can be asked."""
+        while True:
+            member = self._up[0]
+            try:
+                return await member.client.tokenize_chat(messages)
             except LOST as error:
                 if not self._drop(member, error):
                     raise
@@ -309,7 +320,7 @@ class VLLMGroup:
         for position in positions:
             server = server_for(batch.prompts[position].place, len(self._members), able)
             shares.setdefault(server, []).append(position)
-        await all_or_cancel(
+        await all_or_settle(
             self._ask_one(batch, self._members[server], share, alone=len(able) == 1) for server, share in shares.items()
         )
 

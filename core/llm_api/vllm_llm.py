@@ -8,8 +8,10 @@ our launcher also takes a pool as a tree of segments (core/vllm_extension), whic
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import AsyncGenerator, Sequence
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -26,17 +28,25 @@ from core.llm_api.completions import (
     token_key,
     vllm_fields,
 )
-from core.llm_api.errors import APIError, ConfigurationError, MissingLabel, RequestRejected, TransientError
+from core.llm_api.errors import (
+    APIError,
+    ConfigurationError,
+    MissingLabel,
+    RequestRejected,
+    ServerChanged,
+    TransientError,
+)
 from core.llm_api.generation import Embeddings, Generation, Piece, TextRequest
 from core.llm_api.http_text import HttpText
 from core.llm_api.prompt_tree import FORMAT, PATH, PromptTree
 from core.llm_api.retry import RetryPolicy
 from core.llm_api.telemetry import RequestTelemetry
 from core.llm_api.tokens import CANARY_TEXT, fingerprint
-from core.llm_api.transport import HttpOptions, HttpTransport, all_or_cancel
+from core.llm_api.transport import HttpOptions, HttpTransport, all_or_cancel, all_or_settle
 from core.llm_api.types import (
     EngineAnswer,
     EngineIdentity,
+    LabelLogprobs,
     LabelTokens,
     OnAnswer,
     PrefixCacheCounters,
@@ -49,7 +59,15 @@ from core.settings import MAX_PROMPTS_PER_REQUEST, MissingLabelPolicy
 
 log = logging.getLogger(__name__)
 
+CANARY: Final = {"prompt": CANARY_TEXT, "add_special_tokens": True}
 START_HINT: Final = "Start one with: scripts/launch_vllm_server.sh local"
+ALIVE: Final = "/health"
+TREES_AGAIN: Final = 60.0
+"""Seconds until a server that lost our extension, or could not say whether it has it, is asked about it again."""
+BACK_HINT: Final = "Start that one again, then go on; or use another --run."
+SAME_WEIGHTS: Final = 0.25
+"""Nats by which the canary's log-probabilities may differ between two askings of one server, among other requests.
+Measured differences that kernels make are below 0.1 nat; other weights differ by more in some of the first tokens."""
 
 
 class VLLMClient:
@@ -72,7 +90,12 @@ class VLLMClient:
         options: HttpOptions | None = None,
     ) -> None:
         self._http = HttpTransport(
-            base_url, key=api_key, key_name="VLLM_API_KEY", options=options or HttpOptions(), absent=START_HINT
+            base_url,
+            key=api_key,
+            key_name="VLLM_API_KEY",
+            options=options or HttpOptions(),
+            absent=START_HINT,
+            alive=ALIVE,
         )
         self._text = HttpText(self._http, model)
         self._model = model
@@ -82,9 +105,14 @@ class VLLMClient:
         self._exact: bool | None = None
         self._use_extension = use_extension
         self._takes_trees = False
+        self._trees_again: float | None = None  # when to ask about it again, monotonic seconds; None: no need
         self._fast_prefixes = False
         self._kernels = ""
         self._top = TOP_LOGPROBS
+        self._identity: EngineIdentity | None = None
+        self._canary: dict[str, float] = {}
+        self._known_era = -1  # the transport's era in which the server was last found to be the one of start()
+        self._checking = asyncio.Lock()
 
     @property
     def base_url(self) -> str:
@@ -127,15 +155,19 @@ class VLLMClient:
 
     async def start(self) -> EngineIdentity:
         """Find the model, ask the canary, and see whether labels can be asked for by id."""
-        identity = await self.connect()
-        tokens = await self._tokenize_one(CANARY_TEXT, special=True)
+        card = await self._model_card()
+        era = self._http.era
+        identity = await self._identify(card)
+        tokens = await self._tokenize_one(CANARY)
         canary = Prompt((Segment(CANARY_TEXT, tokens),), name="canary")
-        top = await self._ask_canary(canary)
+        self._canary = await self._ask_canary(canary)
         self._exact = await self._probe_exact(canary)
         if not self._exact:
             log.warning("%s does not return chosen logprobs; using its top %d", self._http.base_url, self._top)
         self._takes_trees = await self._probe_trees() and self._use_extension
-        return replace(identity, determinism=self._kernels, fingerprint=fingerprint(tokens, top))
+        self._identity = replace(identity, determinism=self._kernels, fingerprint=fingerprint(tokens, self._canary))
+        self._known_era = era
+        return self._identity
 
     async def answers(self) -> bool:
         """Whether something answers there at all, by one attempt; start() says whether it is what we need."""
@@ -147,7 +179,21 @@ class VLLMClient:
 
     async def tokenize(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
         """Token ids of each text, from the server's own tokenizer."""
-        return await all_or_cancel(self._tokenize_one(text, special=special) for text in texts)
+        return await all_or_cancel(
+            self._tokenize_one({"prompt": text, "add_special_tokens": special}) for text in texts
+        )
+
+    async def tokenize_chat(self, messages: Sequence[str]) -> list[list[int]] | None:
+        """See Engine.tokenize_chat; the server applies its model's template."""
+        try:
+            return await all_or_cancel(
+                self._tokenize_one({"messages": [{"role": "user", "content": text}], "add_generation_prompt": True})
+                for text in messages
+            )
+        except RequestRejected as error:
+            if "chat template" not in str(error).lower():
+                raise
+            return None
 
     async def score(
         self,
@@ -163,10 +209,17 @@ class VLLMClient:
         """
         fields = vllm_fields(self._model, labels if self.exact_labels else None, top=self._top)
         size = self._prompts_per_request
-        parts = await all_or_cancel(
-            self._score_request(start, prompts[start : start + size], labels, fields, on_answer, retry)
-            for start in range(0, len(prompts), size)
-        )
+        failed: list[APIError] = []
+
+        async def part(start: int) -> EngineAnswer:
+            some = prompts[start : start + size]
+            try:
+                return await self._score_request(start, some, labels, fields, on_answer, retry, failed)
+            except APIError as error:
+                failed.append(error)
+                raise
+
+        parts = await all_or_settle(part(start) for start in range(0, len(prompts), size))
         return EngineAnswer(
             [logprobs for part in parts for logprobs in part.logprobs],
             prompt_tokens=sum(part.prompt_tokens for part in parts),
@@ -223,44 +276,96 @@ class VLLMClient:
         fields: dict[str, object],
         on_answer: OnAnswer | None,
         retry: RetryPolicy | None,
+        failed: Sequence[APIError],
     ) -> EngineAnswer:
+        """One request of a batch; nothing new is sent once another one has `failed`."""
         true, false = map(token_key, labels.ids)
 
-        async def attempt() -> EngineAnswer:
+        async def attempt() -> tuple[list[LabelLogprobs | MissingLabel], Answers, int]:
+            if failed:
+                raise failed[0]
             # The body is joined in the slot, so that of many waiting requests only those in flight hold one.
+            await self._look_for_trees()
             answers = await self._ask_tree(prompts, labels) if self.takes_trees else None
             if answers is None:
                 answers = read_answers(await self._post("/v1/completions", token_body(fields, prompts)), prompts)
-            logprobs = [
-                label_logprobs(top, true, false, missing=self._missing, name=prompt.name)
-                for top, prompt in zip(answers.top, prompts, strict=True)
-            ]
-            counted = answers.prompt_tokens or sum(p.num_tokens for p in prompts)
-            return EngineAnswer(logprobs, counted, cached_tokens=answers.cached_tokens)
+            found: list[LabelLogprobs | MissingLabel] = []
+            for top, prompt in zip(answers.top, prompts, strict=True):
+                try:
+                    found.append(label_logprobs(top, true, false, missing=self._missing, name=prompt.name))
+                except MissingLabel as error:
+                    found.append(error)
+            return found, answers, self._http.era
 
-        answer, retries = await self._http.call(attempt, retry=retry)
-        answer = replace(answer, retries=retries)
-        if on_answer is not None:
-            on_answer(range(start, start + len(prompts)), answer)
+        (found, answers, era), retries = await self._http.call(attempt, retry=retry)
+        if era != self._known_era:
+            await self._check_same(retry)
+        good = [position for position, each in enumerate(found) if not isinstance(each, MissingLabel)]
+        answer = EngineAnswer(
+            [each for each in found if not isinstance(each, MissingLabel)],
+            answers.prompt_tokens or sum(p.num_tokens for p in prompts),
+            retries=retries,
+            cached_tokens=answers.cached_tokens,
+        )
+        if on_answer is not None and good:
+            on_answer([start + position for position in good], answer)
+        for each in found:
+            if isinstance(each, MissingLabel):  # the others of its request are paid for and kept
+                raise each
         return answer
 
     async def _identify(self, card: dict[str, Any]) -> EngineIdentity:
-        try:
-            version = str((await self._get_json("/version")).get("version", ""))
-        except RequestRejected:
-            version = ""  # a proxy that passes only /v1
         length = card.get("max_model_len")
         return EngineIdentity(
             kind="vllm",
             model=self._model,
             root=str(card.get("root") or ""),
             revision=self._revision,
-            version=version,
+            version=await self._version(),
             max_model_len=length if isinstance(length, int) else None,
         )
 
-    async def _model_card(self) -> dict[str, Any]:
-        listed = (await self._get_json("/v1/models")).get("data")
+    async def _check_same(self, retry: RetryPolicy | None) -> None:
+        """See that the server, which may have been restarted, is still the one of start().
+
+        Answers wait for this: those of other weights or kernels must not mix with what is known. Raises ServerChanged.
+        """
+        known = self._identity
+        assert known is not None
+        async with self._checking:
+            while self._known_era != self._http.era:
+                try:
+                    card = await self._model_card(retry)
+                except ConfigurationError as error:
+                    raise ServerChanged(str(error.args[0]), hint=BACK_HINT) from None
+                era = self._http.era
+                now = replace(known, root=str(card.get("root") or ""), version=await self._version(retry))
+                tokens = await self._tokenize_one(CANARY, retry=retry)
+                canary = Prompt((Segment(CANARY_TEXT, tokens),), name="canary")
+                changed = [
+                    f"{name} {getattr(now, name)!r}, not {getattr(known, name)!r}"
+                    for name in ("root", "version")
+                    if getattr(now, name) != getattr(known, name)
+                ]
+                body = token_body(vllm_fields(self._model, None, top=self._top), [canary])
+                top = await self._read(body, canary, retry)
+                if not _same_weights(top, self._canary):
+                    changed.append("other answers to a fixed prompt")
+                if changed:
+                    told = ", ".join(changed)
+                    raise ServerChanged(
+                        f"the server at {self._http.base_url} is not the one asked at first: {told}.", hint=BACK_HINT
+                    )
+                self._known_era = era
+
+    async def _version(self, retry: RetryPolicy | None = None) -> str:
+        try:
+            return str((await self._get_json("/version", retry)).get("version", ""))
+        except RequestRejected:
+            return ""  # a proxy that passes only /v1
+
+    async def _model_card(self, retry: RetryPolicy | None = None) -> dict[str, Any]:
+        listed = (await self._get_json("/v1/models", retry)).get("data")
         cards = [card for card in listed if isinstance(card, dict)] if isinstance(listed, list) else []
         for card in cards:
             if card.get("id") == self._model:
@@ -305,14 +410,29 @@ class VLLMClient:
 
         Also takes note of what else the extension says of the server.
         """
+        self._trees_again = None
         try:
             said = _json_object(await self._http.send("GET", PATH), PATH)  # once: to do without it costs only time
+        except RequestRejected:
+            return False
         except APIError:
+            self._trees_again = time.monotonic() + TREES_AGAIN
             return False
         self._fast_prefixes = said.get("fast_prefixes") is True
         self._kernels = str(said.get("kernels", ""))
         models = said.get("models")
         return said.get("format") == FORMAT and isinstance(models, list) and self._model in models
+
+    async def _look_for_trees(self) -> None:
+        """Whether the extension that was lost is back."""
+        if self._trees_again is not None and time.monotonic() >= self._trees_again:
+            self._trees_again = time.monotonic() + TREES_AGAIN  # others need not ask meanwhile
+            again = self._trees_again
+            self._takes_trees = await self._probe_trees() and self._use_extension
+            if self._takes_trees:
+                log.warning("%s takes pools as trees again", self._http.base_url)
+            else:
+                self._trees_again = again
 
     async def _ask_tree(self, prompts: Sequence[Prompt], labels: LabelTokens) -> Answers | None:
         """None where the server has lost its extension, which a restart by other means can do."""
@@ -324,16 +444,17 @@ class VLLMClient:
                 raise
         log.warning("%s no longer takes pools as trees; sending whole prompts", self._http.base_url)
         self._takes_trees = False
+        self._trees_again = time.monotonic() + TREES_AGAIN
         return None
 
-    async def _read(self, body: bytes, prompt: Prompt) -> dict[str, float]:
+    async def _read(self, body: bytes, prompt: Prompt, retry: RetryPolicy | None = None) -> dict[str, float]:
         async def attempt() -> dict[str, float]:
             return read_answers(await self._post("/v1/completions", body), [prompt]).top[0]
 
-        return (await self._http.call(attempt))[0]
+        return (await self._http.call(attempt, retry=retry))[0]
 
-    async def _tokenize_one(self, text: str, *, special: bool) -> list[int]:
-        body = orjson.dumps({"model": self._model, "prompt": text, "add_special_tokens": special})
+    async def _tokenize_one(self, text: Mapping[str, Any], *, retry: RetryPolicy | None = None) -> list[int]:
+        body = orjson.dumps({"model": self._model, **text})
 
         async def attempt() -> list[int]:
             tokens = _json_object(await self._post("/tokenize", body), "/tokenize").get("tokens")
@@ -341,7 +462,7 @@ class VLLMClient:
                 raise TransientError("/tokenize did not answer with token ids.")
             return tokens
 
-        return (await self._http.call(attempt))[0]
+        return (await self._http.call(attempt, retry=retry))[0]
 
     async def _metrics(self) -> str | None:
         try:
@@ -349,14 +470,21 @@ class VLLMClient:
         except RequestRejected:
             return None
 
-    async def _get_json(self, path: str) -> dict[str, Any]:
+    async def _get_json(self, path: str, retry: RetryPolicy | None = None) -> dict[str, Any]:
         async def attempt() -> dict[str, Any]:
             return _json_object(await self._http.send("GET", path), path)
 
-        return (await self._http.call(attempt))[0]
+        return (await self._http.call(attempt, retry=retry))[0]
 
     async def _post(self, path: str, body: bytes) -> bytes:
         return await self._http.send("POST", path, body)
+
+
+def _same_weights(top: Mapping[str, float], known: Mapping[str, float]) -> bool:
+    """Whether two askings of the canary agree on its most probable tokens; the tail of the list may change places."""
+    first = sorted(known, key=lambda token: -known[token])[:5]
+    lowest = min(top.values(), default=0.0)
+    return all(abs(top.get(token, lowest) - known[token]) <= SAME_WEIGHTS for token in first)
 
 
 def _json_object(body: bytes, path: str) -> dict[str, Any]:

@@ -16,10 +16,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-import logging
 from typing import Any, Final
-
-log = logging.getLogger(__name__)
 
 ROWS: Final = 64
 """Rows of one matrix product. 64 costs a large batch next to nothing, and a batch of one some tens of percent."""
@@ -74,12 +71,13 @@ def pieces(query_start: Any, lengths: Any, piece: int, torch: Any) -> tuple[Any,
 
 
 def install() -> None:
-    """Make the CPU engine of this process exact; does nothing the second time, or where vLLM runs on something else."""
+    """Make the CPU engine of this process exact; does nothing the second time.
+
+    Raises RuntimeError where this vLLM lacks what should be replaced: a server that was asked for exact scores must not
+    start without them.
+    """
     try:
         torch: Any = importlib.import_module("torch")
-        platforms: Any = importlib.import_module("vllm.platforms")
-        if not platforms.current_platform.is_cpu():
-            return
         layers: Any = importlib.import_module("vllm.model_executor.layers.utils")
         attention: Any = importlib.import_module("vllm.v1.attention.backends.cpu_attn")
         ops: Any = importlib.import_module("vllm._custom_ops")

@@ -6,6 +6,7 @@ other vLLM servers of the same Python.
 
 from __future__ import annotations
 
+import importlib
 import os
 from typing import Any, Final
 
@@ -13,7 +14,8 @@ FAST_PREFIXES: Final = "ICM_FAST_PREFIXES"
 """Environment variable: "1" makes the engine reuse its work on prefixes that successive prompts share."""
 
 BATCH_INVARIANT: Final = "ICM_BATCH_INVARIANT"
-"""Environment variable: "1" makes every score a function of its prompt alone (docs/determinism.md)."""
+"""Environment variable: "1" makes every score a function of its prompt alone; on GPUs beside VLLM_BATCH_INVARIANT=1
+(docs/determinism.md)."""
 
 _CHOOSE_KERNELS: Final = ("VLLM_BATCH_INVARIANT", "VLLM_ATTENTION_BACKEND", BATCH_INVARIANT)
 
@@ -27,9 +29,15 @@ def register() -> None:
         block_lookup.install()
         token_copy.install()
     if os.environ.get(BATCH_INVARIANT) == "1":
-        from core.vllm_extension import cpu_exact
+        platforms: Any = importlib.import_module("vllm.platforms")
+        if platforms.current_platform.is_cpu():
+            from core.vllm_extension import cpu_exact
 
-        cpu_exact.install()
+            cpu_exact.install()
+        else:
+            from core.vllm_extension import exact
+
+            exact.install()
 
 
 def kernels(attention: Any = None) -> str:

@@ -9,6 +9,14 @@ from typing import Final
 
 COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "label": ("src.experiments.ICM", "label a data set: the search, its baselines, labels and curves"),
+    "baselines": ("src.experiments.baselines", "hold ICM against zero-shot, many-shot and bootstrapping"),
+    "run": ("src.experiments.run_experiment", "run an experiment that a file describes (experiments/*.yaml)"),
+    "diagnose": ("src.experiments.diagnose", "say what may be wrong with a run's labels, and what to do about it"),
+    "report": ("src.experiments.report", "write one HTML page of one or several runs"),
+    "compare": ("src.experiments.compare", "put runs side by side"),
+    "watch": ("src.experiments.watch", "follow a run in progress in the terminal"),
+    "export": ("src.experiments.export", "write a run's labels for other tools"),
+    "cache": ("src.experiments.cache_command", "look after cached scores: stats, verify, prune"),
     "check-direct": ("src.experiments.check_direct", "check chats and completions of a model in this process"),
     "metrics": ("src.monitoring.vllm_scrape", "serve the metrics of several vLLM servers as one page for Prometheus"),
 }

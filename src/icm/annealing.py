@@ -17,6 +17,7 @@ from typing import Literal
 
 import numpy as np
 
+from src.icm.capped_layout import CappedLayout
 from src.icm.consistency import Consistency, Constraint, Labels
 from src.icm.objective import Evaluation, Objective
 from src.icm.planner import TokenCosts, evaluation_tokens, excess_tokens, relaid_tokens
@@ -37,11 +38,17 @@ class Stream(IntEnum):
     SEEDS = 1
     LAYOUT = 2
     STEP = 3
+    PART = 4
 
 
 def generator(seed: int, stream: Stream, index: int = 0) -> np.random.Generator:
     """The generator of one purpose (and one iteration) of a run."""
     return np.random.default_rng([seed, stream, index])
+
+
+def part_seed(seed: int, batch: int, number: int) -> int:
+    """The seed of one of several searches that a run is made of: of a batch, and of its pass `number`."""
+    return int(np.random.SeedSequence([seed, Stream.PART, batch, number]).generate_state(1)[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +60,9 @@ class SearchSettings:
     anchors: claims that stand last in every prompt when a tree is built (see prefix_tree); 0 is cheapest.
     max_tail: appended demonstrations after which the tree is built anew at the latest; None: the planner decides.
     mirror: once the search has settled, try all labels flipped (see `wants_mirror`).
+    context_cap: demonstrations at most in every prompt (see capped_layout); None: all. Another objective.
+    best_of: claims whose labels an iteration predicts; only the surest change is evaluated (see `choose`).
+    local_gain: a new claim is accepted by its own term of U, the others' as they last were (see `decides_by_itself`).
     """
 
     seed: int = 27565976
@@ -69,6 +79,9 @@ class SearchSettings:
     anchors: int = 0
     max_tail: int | None = None
     mirror: bool = True
+    context_cap: int | None = None
+    best_of: int = 1
+    local_gain: bool = False
 
     def temperature(self, iteration: int, accepted: int) -> float:
         """T of iteration n = 0, 1, ... after `accepted` accepted changes.
@@ -101,10 +114,14 @@ class Problem:
     def size(self) -> int:
         return len(self.groups)
 
-    def new_layout(self, labelled: Sequence[int], rebuilds: int = 0) -> Layout:
+    def new_layout(self, labelled: Sequence[int], rebuilds: int = 0, *, labels: Labels | None = None) -> Layout:
+        """A layout of `labelled`. labels: what a sample of demonstrations is balanced by, where there is a cap."""
+        rng = generator(self.settings.seed, Stream.LAYOUT, rebuilds)
+        cap, anchors = self.settings.context_cap, self.settings.anchors
+        if cap is not None:
+            return CappedLayout.build(labelled, labels, self.groups, rng, cap=cap, anchors=anchors)
         if self.settings.layout == "upstream":
             return UpstreamLayout.build(labelled)
-        rng = generator(self.settings.seed, Stream.LAYOUT, rebuilds)
         return TreeLayout.build(labelled, self.groups, rng, anchors=self.settings.anchors)
 
     def seed_labels(self) -> Labels:
@@ -137,7 +154,8 @@ class Candidate:
 @dataclass(frozen=True, slots=True)
 class SearchState:
     """Where a search stands. `unchanged` counts proposals in a row that changed nothing, `refused` the claims they
-    were about. `debt`: tokens computed on account of the tail since the last rebuild (see planner)."""
+    were about. `debt`: tokens computed on account of the tail since the last rebuild (see planner). `stale`: changes
+    accepted since all log-odds were last asked; above 0 with local_gain only."""
 
     iteration: int
     labels: Labels
@@ -149,6 +167,7 @@ class SearchState:
     rebuilds: int = 0
     mirror_tried: bool = False
     debt: int = 0
+    stale: int = 0
 
     @property
     def labelled(self) -> tuple[int, ...]:
@@ -196,10 +215,47 @@ def proposal_weights(labels: Labels, groups: Sequence[str], refused: frozenset[i
 
 
 def propose(problem: Problem, state: SearchState) -> int:
-    """The claim whose label iteration `state.iteration` reconsiders."""
+    """The claim whose label iteration `state.iteration` reconsiders (with best_of, the first of them)."""
+    return proposals(problem, state)[0]
+
+
+def proposals(problem: Problem, state: SearchState) -> tuple[int, ...]:
+    """The `best_of` different claims whose labels iteration `state.iteration` predicts."""
     weights = proposal_weights(state.labels, problem.groups, state.refused)
     rng = generator(problem.settings.seed, Stream.STEP, state.iteration)
-    return int(rng.choice(problem.size, p=weights / weights.sum()))
+    share = weights / weights.sum()
+    count = min(problem.settings.best_of, problem.size)
+    if count == 1:
+        return (int(rng.choice(problem.size, p=share)),)
+    return tuple(rng.choice(problem.size, size=count, replace=False, p=share).tolist())
+
+
+def choose(problem: Problem, state: SearchState, log_odds: Mapping[int, float]) -> int:
+    """Of the proposed claims, the one whose predicted label differs from its own and is the surest; else the first.
+
+    log_odds: of each proposed claim, in the order proposed, nats.
+    """
+    changes = [c for c, value in log_odds.items() if predicted_label(problem, state, value) != state.labels[c]]
+    offset = state.evaluation.offset
+    return max(changes, key=lambda c: abs(log_odds[c] - offset)) if changes else next(iter(log_odds))
+
+
+def decides_by_itself(problem: Problem, state: SearchState, claim: int, labels: Labels) -> bool:
+    """Whether a proposal needs no evaluation of the pool: with local_gain, a new claim that breaks no constraint.
+
+    Labels are never *changed* on an estimate: the conditionals of a language model come from no common distribution, so
+    flips by each claim's own gain can go round in circles for ever.
+    """
+    if not problem.settings.local_gain or state.labels[claim] is not None:
+        return False
+    return problem.consistency.count(labels) == state.evaluation.inconsistent
+
+
+def local_evaluation(problem: Problem, state: SearchState, labels: Labels, log_odds: Mapping[int, float]) -> Evaluation:
+    """U of `labels` if no other claim's log-odds changed: those of the last evaluation, and the given ones (nats)."""
+    known = {**state.evaluation.log_odds, **log_odds}
+    asked = {claim: value for claim, value in known.items() if labels[claim] is not None}
+    return problem.objective.evaluate(labels, asked, problem.consistency)
 
 
 def predicted_label(problem: Problem, state: SearchState, log_odds: float) -> bool:
@@ -286,6 +342,7 @@ def advance(problem: Problem, state: SearchState, outcome: Outcome) -> SearchSta
         unchanged=0,
         refused=frozenset(),
         debt=state.debt + outcome.excess,
+        stale=0 if outcome.tried else state.stale + 1,
     )
 
 
@@ -308,21 +365,29 @@ def _relabelled(state: SearchState, labels: Labels) -> list[int]:
 
 
 def wants_rebuild(problem: Problem, state: SearchState) -> bool:
-    """Whether the tail has grown past what it is worth keeping (see planner), or past `max_tail`."""
-    longest = problem.settings.max_tail
-    if longest is not None and state.layout.tail_length >= longest:
+    """Whether the tail has grown past what it is worth keeping (see planner), or past `max_tail`.
+
+    Where an evaluation is of a sample, or was pieced together, the pool is laid out and asked anew whenever it has
+    doubled, and pieced-together log-odds also before a search ends or tries the mirror.
+    """
+    settings = problem.settings
+    if state.stale and settled(problem, state):
         return True
+    if settings.max_tail is not None and state.layout.tail_length >= settings.max_tail:
+        return True
+    if settings.context_cap is not None or settings.local_gain:
+        return len(state.layout.questions) >= 2 * state.layout.built_with
     return pays_to_rebuild(problem.costs, state.layout, state.debt)
 
 
 def rebuilt_layout(problem: Problem, state: SearchState) -> Layout:
     """The layout of the next rebuild. Its scores replace the state's, so that U is compared within one layout."""
-    return problem.new_layout(state.labelled, state.rebuilds + 1)
+    return problem.new_layout(state.labelled, state.rebuilds + 1, labels=state.labels)
 
 
 def rebuild(state: SearchState, layout: Layout, evaluation: Evaluation) -> SearchState:
     """The state in a new layout: same labels, scores as that layout gives them."""
-    return replace(state, layout=layout, evaluation=evaluation, rebuilds=state.rebuilds + 1, debt=0)
+    return replace(state, layout=layout, evaluation=evaluation, rebuilds=state.rebuilds + 1, debt=0, stale=0)
 
 
 def settled(problem: Problem, state: SearchState) -> bool:
@@ -345,7 +410,8 @@ def wants_mirror(problem: Problem, state: SearchState) -> bool:
     A model that learns from its context predicts consistently inverted labels nearly as well as the right ones, so the
     search has a second basin, and single flips cannot leave it. Not in the paper; decided by U alone, once a run.
     """
-    return problem.settings.mirror and not state.mirror_tried and bool(state.labelled) and settled(problem, state)
+    wanted = problem.settings.mirror and not state.mirror_tried and bool(state.labelled)
+    return wanted and not state.stale and settled(problem, state)
 
 
 def mirrored_labels(labels: Labels) -> Labels:
@@ -368,5 +434,5 @@ def mirror(state: SearchState, evaluation: Evaluation | None) -> SearchState:
 
 
 def finished(problem: Problem, state: SearchState) -> bool:
-    """Settled, and the mirror tried where it is wanted."""
-    return settled(problem, state) and not wants_mirror(problem, state)
+    """Settled on log-odds that were all asked, and the mirror tried where it is wanted."""
+    return settled(problem, state) and not state.stale and not wants_mirror(problem, state)

@@ -18,7 +18,7 @@ from src.icm.annealing import (
     flipped,
     mirror,
     mirrored_labels,
-    propose,
+    proposals,
     rebuild,
     rebuilt_layout,
     wants_mirror,
@@ -111,12 +111,15 @@ def _apply(problem: Problem, state: SearchState | None, record: Mapping[str, Any
     event = record["event"]
     if event == "start":
         seeds = flipped((None,) * problem.size, _claims(record["labels"]))
-        layout = problem.new_layout([i for i, label in enumerate(seeds) if label is not None])
+        # Laid out before the seeds were repaired.
+        layout = problem.new_layout(
+            [i for i, label in enumerate(seeds) if label is not None], labels=problem.seed_labels()
+        )
         return SearchState(0, seeds, layout, _evaluation(problem, seeds, record))
     if state is None:
         raise JournalMismatch("it does not begin with a start")
     if event == "rebuild":
-        if not wants_rebuild(problem, state):
+        if not wants_rebuild(problem, state) and not state.stale:
             raise JournalMismatch(f"it rebuilds at iteration {state.iteration}, where this search would not")
         return rebuild(state, rebuilt_layout(problem, state), _evaluation(problem, state.labels, record))
     if event == "mirror":
@@ -128,7 +131,7 @@ def _apply(problem: Problem, state: SearchState | None, record: Mapping[str, Any
     if event != "step":
         raise JournalMismatch(f"it has an event {event!r} that this version does not know")
     claim = record["claim"]
-    if record["iteration"] != state.iteration or claim != propose(problem, state):
+    if record["iteration"] != state.iteration or claim not in proposals(problem, state):
         raise JournalMismatch(f"iteration {record['iteration']} proposes claim {claim}; this search would not")
     labels = flipped(state.labels, _claims(record["changes"])) if record["accepted"] else None
     outcome = Outcome(

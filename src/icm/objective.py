@@ -82,7 +82,7 @@ def auc(log_odds: Sequence[float], gold: Sequence[bool]) -> float | None:
     return float((difference > 0).mean() + 0.5 * (difference == 0).mean())
 
 
-def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson_interval(successes: float, trials: int, z: float = 1.959964) -> tuple[float, float]:
     """Wilson score interval of a proportion (Wilson 1927), 95% by default; (0, 1) where nothing was tried."""
     if trials == 0:
         return 0.0, 1.0

@@ -63,6 +63,11 @@ class Layout(Protocol):
         ...
 
     @property
+    def built_with(self) -> int:
+        """How many claims were labelled when the layout was built."""
+        ...
+
+    @property
     def detours(self) -> int:
         """Demonstrations that a prefix cache holds besides the tree and the tail's copies, because questions with a
         sibling in the tail (or near the end of what they share) see others than the rest does from there on."""
@@ -117,6 +122,10 @@ class UpstreamLayout:
         return 0
 
     @property
+    def built_with(self) -> int:
+        return len(self.labelled)
+
+    @property
     def detours(self) -> int:
         return 0
 
@@ -165,6 +174,10 @@ class TreeLayout:
     @property
     def tail_length(self) -> int:
         return len(self.tail) - self.anchors
+
+    @property
+    def built_with(self) -> int:
+        return len(self.questions) - self.tail_length
 
     @cached_property
     def detours(self) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from src.icm.consistency import Label
+from src.icm.annealing import SearchSettings
+from src.icm.consistency import Consistency, Label
 from src.icm.objective import Evaluation, wilson_interval
 from src.icm.testbeds import Claim
 
@@ -37,6 +38,21 @@ def collapse_warning(labels: Sequence[Label]) -> str | None:
     )
 
 
+def changes_objective(settings: SearchSettings) -> list[str]:
+    """What a variant searches for in place of the paper's U, one sentence each; none for the paper's own."""
+    told = []
+    if settings.context_cap is not None:
+        told.append(
+            f"every label is predicted from a balanced sample of at most {settings.context_cap} others "
+            "(--context_cap), not from all"
+        )
+    if settings.local_gain:
+        told.append(
+            "claims were taken in by their own term of U (--local_gain), an estimate; the U shown is the full one"
+        )
+    return told
+
+
 def check_table(worth: Mapping[str, Evaluation], calibration: str) -> str:
     """The table of --check: labeling, U, mean signed log-odds (nats), inconsistent pairs; then what it means."""
     lines = [f"{'labeling':<14}{'U':>10}{'predictability':>17}{'inconsistent':>15}   (calibration: {calibration})"]
@@ -61,10 +77,29 @@ def check_table(worth: Mapping[str, Evaluation], calibration: str) -> str:
     return "\n".join(lines)
 
 
-def label_row(claim: Claim, label: Label, log_odds: float | None, by: str) -> dict[str, Any]:
-    """One line of labels.jsonl. log_odds in nats; by: "icm" for a label of the search, else how it was predicted."""
+def claim_row(claim: Claim) -> dict[str, Any]:
+    """What lines of labels.jsonl and claims.jsonl say of the claim itself."""
     row: dict[str, Any] = {"row": claim.row, "consistency_id": claim.group, "question": claim.question}
     row["choice"] = claim.choice
     if claim.choice_2 is not None:
         row["choice_2"] = claim.choice_2
-    return row | {"label": label, "log_odds": log_odds, "gold": claim.gold, "by": by}
+    return row
+
+
+def label_row(
+    claim: Claim, label: Label, log_odds: float | None, by: str, zero_shot: float | None = None
+) -> dict[str, Any]:
+    """One line of labels.jsonl. log_odds and zero_shot (without demonstrations, where it was asked) in nats.
+
+    by: "icm" for a label of the search, else how it was predicted.
+    """
+    told = {} if zero_shot is None else {"zero_shot": zero_shot}
+    return claim_row(claim) | {"label": label, "log_odds": log_odds, **told, "gold": claim.gold, "by": by}
+
+
+def pool_rows(claims: Sequence[Claim], consistency: Consistency) -> list[dict[str, Any]]:
+    """The lines of claims.jsonl: the pool in its order, each constraint at its first claim as [position, relation]."""
+    rows = [claim_row(claim) | {"gold": claim.gold, "constraints": []} for claim in claims]
+    for constraint in consistency.constraints:
+        rows[constraint.first]["constraints"].append([constraint.second, constraint.relation.value])
+    return rows

@@ -7,6 +7,7 @@ the published keys, which are made from gold labels and leak them, "none" has no
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -70,13 +71,12 @@ class Testbed:
         fields = {
             key: str(row[key]) for key in ("question", "choice", "choice_2", "answer") if row.get(key) is not None
         }
-        shown = {k: v.replace("\n", "") if self.strip_newlines and k != "question" else v for k, v in fields.items()}
         group = row.get("consistency_id")
         for name, text in {**fields, "consistency_id": str(group)}.items():
             if any("\ud800" <= character <= "\udfff" for character in text):
                 raise BadInput(f"has half a character (a lone surrogate) in {name}")
         return Claim(
-            text=self.template.format_map(shown),
+            text=self.text(fields),
             group=f"row {index}" if group in (None, "") else str(group),
             gold=parse_label(row.get("label")),
             row=index,
@@ -85,6 +85,22 @@ class Testbed:
             choice_2=fields.get("choice_2"),
             answer=fields.get("answer"),
         )
+
+    def text(self, fields: Mapping[str, str]) -> str:
+        """The question that a claim of these fields (question, choice, choice_2) is put as, without its label."""
+        shown = {k: v.replace("\n", "") if self.strip_newlines and k != "question" else v for k, v in fields.items()}
+        return self.template.format_map(shown)
+
+    def imitates(self, claim: Claim) -> bool:
+        """Whether a field of the claim holds the template's own opening, or its ending, at the start of a line.
+
+        Such a claim can close its own demonstration and go on as another one, with a label of its author's choice.
+        """
+        opening = self.template.partition("{")[0].strip()
+        ending = self.template.rpartition("}")[2].strip().rpartition("\n")[2]
+        fields = (claim.question, claim.choice, claim.choice_2, claim.answer)
+        lines = [line.strip() for field in fields if field is not None for line in field.splitlines()[1:]]
+        return any(line.startswith((opening, ending)) for line in lines)
 
     @property
     def upstream_leaks(self) -> bool:
@@ -228,16 +244,34 @@ def sample_pool(claims: Sequence[Claim], batch_size: int, rng: np.random.Generat
 
     A group that would overflow is passed over for a smaller one. Raises BadInput where not one group fits.
     """
+    return split_pools(claims, batch_size, 1, rng)[0]
+
+
+def split_pools(
+    claims: Sequence[Claim], batch_size: int, count: int | None, rng: np.random.Generator
+) -> list[list[Claim]]:
+    """`count` pools (None: as many as hold all claims) of at most batch_size claims, whole groups, about equally large.
+
+    Groups come in random order; each goes to the smallest pool, and to none where it does not fit into any. Raises
+    BadInput where not one group fits, where a pool stays empty, or where all were wanted and a group is too large.
+    """
     groups: dict[str, list[Claim]] = defaultdict(list)
     for claim in claims:
         groups[claim.group].append(claim)
     keys = list(groups)
-    pool: list[Claim] = []
+    sizes = [len(members) for members in groups.values()]
+    if min(sizes) > batch_size:
+        raise BadInput(f"--batch_size {batch_size} is smaller than the smallest group of claims ({min(sizes)})")
+    if count is None and max(sizes) > batch_size:
+        raise BadInput(f"--batch_size {batch_size} is smaller than the largest group of claims ({max(sizes)})")
+    pools: list[list[Claim]] = [[] for _ in range(count or math.ceil(len(claims) / batch_size))]
     for index in rng.permutation(len(keys)):
         members = groups[keys[index]]
-        if len(pool) + len(members) <= batch_size:
-            pool += members
-    if not pool:
-        smallest = min(map(len, groups.values()))
-        raise BadInput(f"--batch_size {batch_size} is smaller than the smallest group of claims ({smallest})")
-    return pool
+        smallest = min(pools, key=len)
+        if len(smallest) + len(members) <= batch_size:
+            smallest += members
+        elif count is None:
+            pools.append(list(members))
+    if not all(pools):
+        raise BadInput(f"--num_batches {count} is more than the {len(keys)} groups of claims")
+    return pools

@@ -22,13 +22,15 @@ from src.pipeline.search import PoolScorer
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Labels of a set of claims by the sign of their log-odds.
+    """Labels of a set of claims by the sign of their log-odds, unless they were come by in another way.
 
-    log_odds: nats, by position. offset: subtracted before taking the sign (0 unless calibrated).
+    log_odds: nats, by position. offset: subtracted before taking the sign (0 unless calibrated). given: the labels,
+    where they are not the signs (annealed, or made consistent).
     """
 
     log_odds: dict[int, float]
     offset: float = 0.0
+    given: dict[int, bool] | None = None
 
     def calibrated(self) -> Prediction:
         """The same scores against their own mean (batch calibration)."""
@@ -36,6 +38,8 @@ class Prediction:
 
     @property
     def labels(self) -> dict[int, bool]:
+        if self.given is not None:
+            return self.given
         return {claim: value > self.offset for claim, value in self.log_odds.items()}
 
     def agreement(self, gold: Sequence[Label]) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from src.icm.testbeds import TESTBEDS, BadInput, Claim, Testbed, custom_testbed
+
+log = logging.getLogger(__name__)
 
 MAX_BYTES = 256 * 1024 * 1024
 
@@ -48,6 +51,13 @@ def claims_of(testbed: Testbed, rows: list[Row], path: Path) -> list[Claim]:
             claims.append(testbed.claim(row.fields, index))
         except BadInput as error:
             raise BadInput(f"{path}:{row.line}: row {index} {error}") from None
+    forged = [row.line for row, claim in zip(rows, claims, strict=True) if testbed.imitates(claim)]
+    if forged:
+        log.warning(
+            "%s:%d: holds a line that begins like the prompt's own (%d such rows): the model may read that claim as "
+            "several demonstrations, labels included (docs/security.md)",
+            *(path, forged[0], len(forged)),
+        )
     return claims
 
 

@@ -1,6 +1,6 @@
 """One ICM run from a pool of claims to labels on disk: prepare, search, report. The command line sits on top.
 
-`prepare` needs no model; `Labelling` holds what the model adds (tokenized segments) and does the run's work.
+`prepare_batches` needs no model; `Labelling` holds what the model adds (tokenized segments) and does the run's work.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from src.icm.planner import TokenCosts
 from src.icm.prompts import SEPARATOR, PromptBook
 from src.icm.report import label_row
 from src.icm.speculation import Pace
-from src.icm.testbeds import BadInput, Claim, ConsistencyMode, Testbed, sample_pool
+from src.icm.testbeds import BadInput, Claim, ConsistencyMode, Testbed, split_pools
 from src.pipeline.baselines import Prediction, check_precondition, predict, reference_labelings
 from src.pipeline.run_folder import RunFolder
 from src.pipeline.search import OnRecord, PoolScorer, search
@@ -54,17 +54,49 @@ def prepare(
     objective: Objective,
     settings: SearchSettings,
 ) -> Pool:
-    """Draw the pool (whole groups, at most batch_size claims) and its constraints from `settings.seed`."""
-    pool = sample_pool(claims, batch_size, generator(settings.seed, Stream.POOL))
-    drawn = {claim.row for claim in pool}
-    problem = Problem(
-        groups=tuple(claim.group for claim in pool),
-        consistency=testbed.consistency(pool, consistency),
+    """One pool: see prepare_batches."""
+    [pool] = prepare_batches(
+        testbed,
+        claims,
+        path,
+        batch_size=batch_size,
+        count=1,
+        consistency=consistency,
         objective=objective,
         settings=settings,
     )
+    return pool
+
+
+def prepare_batches(
+    testbed: Testbed,
+    claims: list[Claim],
+    path: Path,
+    *,
+    batch_size: int,
+    count: int | None,
+    consistency: ConsistencyMode,
+    objective: Objective,
+    settings: SearchSettings,
+) -> list[Pool]:
+    """`count` pools (None: as many as hold all claims) of whole groups, and their constraints, from `settings.seed`.
+
+    Pools have at most batch_size claims and share none; `rest` of each are the claims that are in no pool.
+    """
+    batches = split_pools(claims, batch_size, count, generator(settings.seed, Stream.POOL))
+    drawn = {claim.row for batch in batches for claim in batch}
+    rest = tuple(claim for claim in claims if claim.row not in drawn)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Pool(testbed, tuple(pool), tuple(c for c in claims if c.row not in drawn), problem, digest)
+    pools = []
+    for batch in batches:
+        problem = Problem(
+            groups=tuple(claim.group for claim in batch),
+            consistency=testbed.consistency(batch, consistency),
+            objective=objective,
+            settings=settings,
+        )
+        pools.append(Pool(testbed, tuple(batch), rest, problem, digest))
+    return pools
 
 
 @dataclass(frozen=True)
@@ -167,19 +199,22 @@ class Labelling:
         )
         return replace(predicted, offset=state.evaluation.offset)
 
-    def label_rows(self, state: SearchState, predictions: Mapping[str, Prediction]) -> list[dict[str, Any]]:
+    def label_rows(
+        self, state: SearchState, predictions: Mapping[str, Prediction], zero_shot: Prediction
+    ) -> list[dict[str, Any]]:
         """The rows of labels.jsonl: the pool in its order, then the rest where it was labelled.
 
         predictions: labels that the search did not give, by how they were come by (the rows' `by`).
         """
+        alone = zero_shot.log_odds
         rows = {
-            claim: label_row(self.pool.claims[claim], state.labels[claim], log_odds, "icm")
+            claim: label_row(self.pool.claims[claim], state.labels[claim], log_odds, "icm", alone.get(claim))
             for claim, log_odds in state.evaluation.log_odds.items()
         }
         claims = (*self.pool.claims, *self.pool.rest)
         for by, prediction in predictions.items():
             for claim, label in prediction.labels.items():
-                rows[claim] = label_row(claims[claim], label, prediction.log_odds[claim], by)
+                rows[claim] = label_row(claims[claim], label, prediction.log_odds[claim], by, alone.get(claim))
         return [rows[claim] for claim in sorted(rows)]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
+from typing import Protocol
 
 from tqdm import tqdm
 
@@ -13,6 +14,20 @@ from src.icm.journal import Record
 from src.icm.objective import accuracy
 from src.icm.report import collapse_warning
 from src.pipeline.labelling import Pool
+
+
+class Progress(Protocol):
+    """What shows how a search goes; used as a context manager."""
+
+    def __enter__(self) -> Progress: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def update(self, state: SearchState, record: Record) -> None:
+        """Show where the search stands after one journal record."""
+        ...
 
 
 class SearchProgress:
@@ -72,3 +87,65 @@ class SearchProgress:
         if warning:
             self._warned = True
             self._bar.write(f"warning: {warning}")
+
+
+class PartsProgress:
+    """One bar over the labelled claims of several searches that run at once, and a line for each that ends."""
+
+    def __init__(self, claims: int, parts: int, quiet: bool) -> None:
+        interval = 0.5 if sys.stderr.isatty() else 15.0
+        self._bar = tqdm(total=claims, unit="claim", disable=quiet, dynamic_ncols=True, mininterval=interval)
+        self._parts = parts
+        self._finished = self._claims_finished = 0
+        self._labelled: dict[str, int] = {}
+
+    def __enter__(self) -> PartsProgress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+
+    def of(self, part: str) -> PartProgress:
+        """What one of the searches reports to."""
+        return PartProgress(self, part)
+
+    def show(self, part: str, labelled: int) -> None:
+        """One part's labelled claims so far."""
+        self._labelled[part] = labelled
+        self._draw()
+
+    def finish(self, part: str, claims: int, line: str) -> None:
+        """A part has ended, in this session or before; line: what it came to."""
+        self._labelled.pop(part, None)
+        self._finished += 1
+        self._claims_finished += claims
+        if not self._bar.disable:
+            self._bar.write(f"{part}: {line}", file=sys.stderr)
+        self._draw()
+
+    def _draw(self) -> None:
+        running = " ".join(f"{name}:{count}" for name, count in self._labelled.items())
+        self._bar.set_postfix_str(f"{self._finished}/{self._parts} finished {running}", refresh=False)
+        self._bar.update(sum(self._labelled.values()) + self._claims_finished - self._bar.n)
+
+
+class PartProgress:
+    """One part's view of a PartsProgress."""
+
+    def __init__(self, whole: PartsProgress, part: str) -> None:
+        self._whole = whole
+        self._part = part
+
+    def __enter__(self) -> PartProgress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    def update(self, state: SearchState, record: Record) -> None:
+        """Show where the search stands after one journal record."""
+        self._whole.show(self._part, len(state.labelled))

@@ -1,23 +1,26 @@
-"""runs/NAME/: run.json (what the run is), log.jsonl (the journal), labels.jsonl and curves.png (the result).
+"""runs/NAME/: run.json (what the run is), claims.jsonl (its pool), log.jsonl (the journal), labels.jsonl and curves.png
+(the result).
 
 Only complete lines of the journal count: a line torn by a kill is cut off before the run goes on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import platform
 import subprocess
 from collections.abc import Iterable, Mapping
 from importlib import metadata
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
 import orjson
 
-from core.files import write_atomically
+from core.files import cannot_write, sync_folder, write_atomically
 from src.icm.testbeds import BadInput
 
 FORMAT = 2  # of run.json and the journal; 1 had a fixed tail length, and no excess in a step
@@ -29,7 +32,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock: IO[bytes] | None = None
-        self._log: IO[bytes] | None = None
+        self._log: FileIO | None = None
 
     @property
     def log_path(self) -> Path:
@@ -42,6 +45,10 @@ class RunFolder:
     @property
     def curves_path(self) -> Path:
         return self.path / "curves.png"
+
+    @property
+    def claims_path(self) -> Path:
+        return self.path / "claims.jsonl"
 
     @property
     def run_path(self) -> Path:
@@ -94,9 +101,14 @@ class RunFolder:
             content = self.log_path.read_bytes()
         except FileNotFoundError:
             return []
+        except OSError as error:
+            raise BadInput(f"{self.log_path}: cannot be read ({error.strerror})") from None
         end = content.rfind(b"\n") + 1
         if end < len(content):
-            os.truncate(self.log_path, end)
+            try:
+                os.truncate(self.log_path, end)
+            except OSError as error:
+                raise cannot_write(self.log_path, error) from error
         records = []
         for number, line in enumerate(content[:end].splitlines(), start=1):
             try:
@@ -108,15 +120,32 @@ class RunFolder:
         return records
 
     def append_log(self, record: Mapping[str, Any]) -> None:
-        """Append one line and see it onto the disk before the search goes on."""
-        if self._log is None:
-            self._log = self.log_path.open("ab")
-        self._log.write(orjson.dumps(record) + b"\n")
-        self._log.flush()
-        os.fsync(self._log.fileno())
+        """Append one line and see it onto the disk before the search goes on. Raises StorageFailed, and then leaves
+        the journal without the line."""
+        line = orjson.dumps(record) + b"\n"
+        try:
+            if self._log is None:
+                self._log = self.log_path.open("ab", buffering=0)
+                sync_folder(self.path)
+            start = self._log.tell()
+            try:
+                written = 0
+                while written < len(line):  # a disk that fills up takes a part
+                    written += self._log.write(line[written:])
+                os.fsync(self._log.fileno())
+            except OSError:
+                with contextlib.suppress(OSError):
+                    self._log.truncate(start)
+                raise
+        except OSError as error:
+            raise cannot_write(self.log_path, error) from error
 
     def write_labels(self, rows: Iterable[Mapping[str, Any]]) -> None:
         write_atomically(self.labels_path, b"".join(orjson.dumps(row) + b"\n" for row in rows))
+
+    def write_claims(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """The pool as the run found it, so that a run in progress can be read without its data file."""
+        write_atomically(self.claims_path, b"".join(orjson.dumps(row) + b"\n" for row in rows))
 
 
 def environment() -> dict[str, Any]:

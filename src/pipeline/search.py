@@ -7,7 +7,7 @@ repair round in one batch.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 
 from core.llm_api.llm import ModelAPI
@@ -18,15 +18,18 @@ from src.icm.annealing import (
     Problem,
     SearchState,
     advance,
+    choose,
     decide,
+    decides_by_itself,
     excess,
     explore,
     finished,
+    local_evaluation,
     mirror,
     mirrored_labels,
     predicted_label,
     proposal,
-    propose,
+    proposals,
     rebuild,
     rebuilt_layout,
     wants_mirror,
@@ -69,8 +72,12 @@ class PoolScorer:
 
     async def ask(self, claim: int, candidate: Candidate) -> float:
         """log-odds (nats) of `claim` given every other labelled claim."""
-        scores = await self.api.score([self.prompt(claim, candidate)], self.labels)
-        return scores.log_odds[0]
+        return (await self.ask_all([claim], candidate))[0]
+
+    async def ask_all(self, claims: Sequence[int], candidate: Candidate) -> list[float]:
+        """log-odds (nats) of each claim given every other labelled claim, in one batch."""
+        scores = await self.api.score([self.prompt(claim, candidate) for claim in claims], self.labels)
+        return scores.log_odds
 
     async def evaluate(self, candidates: Sequence[Candidate]) -> list[Evaluation]:
         """The worth of every labeling, all asked in one batch."""
@@ -176,14 +183,14 @@ async def search(
             state = mirror(state, evaluation if accepted else None)
             await journal(mirror_record(state, accepted, evaluation.utility), state)
             continue
-        if wants_rebuild(problem, state):
+        outcome = None if wants_rebuild(problem, state) else await _step(scorer, ahead, state)
+        if outcome is None:
             layout = rebuilt_layout(problem, state)
             ahead.before_rebuild(rebuild(state, layout, state.evaluation))
             [evaluation] = await scorer.evaluate([Candidate(state.labels, layout)])
             state = rebuild(state, layout, evaluation)
-            ahead.stand_at(state)
             await journal(rebuild_record(state), state)
-        outcome = await _step(scorer, ahead, state)
+            continue
         ahead.learn(outcome)
         after = advance(problem, state, outcome)
         await journal(step_record(state, outcome, after), after)
@@ -206,31 +213,35 @@ async def _start(scorer: PoolScorer) -> SearchState:
     """Evaluate the random seeds and repair their inconsistencies."""
     problem = scorer.problem
     labels = problem.seed_labels()
-    layout = problem.new_layout([i for i, label in enumerate(labels) if label is not None])
-    best, evaluation, _ = await _explore(scorer, Candidate(labels, layout), 0, {})
+    layout = problem.new_layout([i for i, label in enumerate(labels) if label is not None], labels=labels)
+    best, evaluation, _ = await _explore(problem, scorer.evaluate, Candidate(labels, layout), 0, {})
     return SearchState(0, best.labels, layout, evaluation)
 
 
-async def _step(scorer: PoolScorer, ahead: Lookahead, state: SearchState) -> Outcome:
+async def _step(scorer: PoolScorer, ahead: Lookahead, state: SearchState) -> Outcome | None:
+    """One iteration; None where it must compare evaluations, and the state's is pieced together."""
     problem = scorer.problem
-    claim = propose(problem, state)
-    # A labelled claim's question is part of the current evaluation: nothing new to ask.
-    log_odds = state.evaluation.log_odds.get(claim)
-    if log_odds is None:
-        ahead.before_prediction(state)
-        log_odds = await scorer.ask(claim, Candidate(state.labels, state.layout))
+    answers = await _predictions(scorer, ahead, state)
+    claim = choose(problem, state, answers)
+    log_odds = answers[claim]
     predicted = predicted_label(problem, state, log_odds)
     temperature = problem.settings.temperature(state.iteration, state.accepted)
     if predicted == state.labels[claim]:
         return Outcome(claim, log_odds, predicted, temperature)
     start = proposal(state, claim, predicted)
-    best, evaluation, tried = await _explore(
-        scorer,
-        start,
-        state.iteration,
-        {state.labels: state.evaluation},
-        lambda batch: ahead.before_evaluation(state, claim, start, batch),
-    )
+
+    async def evaluate(batch: list[Candidate]) -> list[Evaluation]:
+        ahead.before_evaluation(state, claim, start, batch)
+        return await scorer.evaluate(batch)
+
+    tried: list[Labels] = []
+    if decides_by_itself(problem, state, claim, start.labels):
+        best, evaluation = start, local_evaluation(problem, state, start.labels, {claim: log_odds})
+    elif state.stale:
+        return None
+    else:
+        known = {state.labels: state.evaluation}
+        best, evaluation, tried = await _explore(problem, evaluate, start, state.iteration, known)
     accepted, probability, temperature = decide(problem, state, evaluation.utility)
     changed = accepted and best.labels != state.labels
     return Outcome(
@@ -247,25 +258,34 @@ async def _step(scorer: PoolScorer, ahead: Lookahead, state: SearchState) -> Out
     )
 
 
+async def _predictions(scorer: PoolScorer, ahead: Lookahead, state: SearchState) -> dict[int, float]:
+    """log-odds (nats) of the claims that this iteration proposes, in the order proposed."""
+    claims = proposals(scorer.problem, state)
+    # A labelled claim's question is part of the current evaluation, unless that was pieced together.
+    known = {} if state.stale else state.evaluation.log_odds
+    asked = [claim for claim in claims if claim not in known]
+    answers: dict[int, float] = {}
+    if asked:
+        ahead.before_prediction(state)
+        answers = dict(zip(asked, await scorer.ask_all(asked, Candidate(state.labels, state.layout)), strict=True))
+    return {claim: known[claim] if claim in known else answers[claim] for claim in claims}
+
+
 async def _explore(
-    scorer: PoolScorer,
+    problem: Problem,
+    evaluate: Callable[[list[Candidate]], Awaitable[list[Evaluation]]],
     start: Candidate,
     iteration: int,
     known: dict[Labels, Evaluation],
-    before: Callable[[Sequence[Candidate]], None] = lambda _: None,
 ) -> tuple[Candidate, Evaluation, list[Labels]]:
-    """Drive `annealing.explore`: evaluate what it yields until it names the best labeling. Also: what was evaluated.
-
-    before: told of every batch before it is asked.
-    """
-    exploration = explore(scorer.problem, start, iteration, known)
+    """Drive `annealing.explore`: evaluate what it yields until it names the best labeling. Also: what was evaluated."""
+    exploration = explore(problem, start, iteration, known)
     tried: list[Labels] = []
     try:
         wanted = next(exploration)
         while True:
-            before(wanted)
             tried += [candidate.labels for candidate in wanted]
-            wanted = exploration.send(await scorer.evaluate(wanted))
+            wanted = exploration.send(await evaluate(wanted))
     except StopIteration as stop:
         best, evaluation, _ = stop.value
         return best, evaluation, tried

@@ -86,8 +86,11 @@ class FakeVLLM:
         trees: bool = False,  # runs our extension
         fast_prefixes: bool = False,  # and says that its engine does, too
         kernels: str = "",  # and which kernels answer
+        chat_template: str | None = None,  # one user message in braces
     ) -> None:
+        self.chat_template = chat_template
         self.model, self.root, self.salt = model, root, salt
+        self.version = "0.26.0+fake"
         self.log_odds = log_odds
         self.api_key = api_key
         self.max_model_len, self.max_logprobs = max_model_len, max_logprobs
@@ -158,7 +161,7 @@ class FakeVLLM:
         return web.json_response({"object": "list", "data": [card]})
 
     async def _version(self, _: web.Request) -> web.Response:
-        return web.json_response({"version": "0.26.0+fake"})
+        return web.json_response({"version": self.version})
 
     async def _metrics(self, _: web.Request) -> web.Response:
         if not self.metrics:
@@ -176,6 +179,11 @@ class FakeVLLM:
 
     async def _tokenize(self, request: web.Request) -> web.Response:
         body = await request.json()
+        if "messages" in body:
+            if self.chat_template is None:
+                problem = {"error": {"message": "This model has no chat template.", "code": 400}}
+                return web.json_response(problem, status=400)
+            body = {"prompt": self.chat_template.format(body["messages"][0]["content"]), "add_special_tokens": True}
         text = body["prompt"]
         tokens = encode(text)
         if self.split_labels and text in _FIXED:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.llm_api.completions import label_logprobs, read_answers, token_body, vllm_fields
+from core.llm_api.completions import label_logprobs, read_answers, read_tree_answer, token_body, vllm_fields
 from core.llm_api.errors import ConfigurationError, MissingLabel, TransientError
 from core.llm_api.types import LabelTokens, Prompt, Segment
 
@@ -21,7 +21,7 @@ def prompts(n: int) -> list[Prompt]:
 
 def body(n: int, **changes: object) -> dict:
     choices = [{"index": i, "logprobs": {"top_logprobs": [{"a": -float(i), "b": -2}]}} for i in range(n)]
-    return {"choices": choices, "usage": {"prompt_tokens": 5 * n}} | changes
+    return {"choices": choices, "usage": {"prompt_tokens": 3 * n}} | changes
 
 
 def test_body_is_joined_from_the_prompts_own_json() -> None:
@@ -49,7 +49,7 @@ def test_choices_are_put_in_the_prompts_order(order: list[int]) -> None:
     answer["choices"] = [answer["choices"][i] for i in order]
     read = read_answers(orjson.dumps(answer), prompts(6))
     assert [top["a"] for top in read.top] == [-0.0, -1, -2, -3, -4, -5]
-    assert read.prompt_tokens == 30
+    assert read.prompt_tokens == 18
 
 
 @pytest.mark.parametrize(
@@ -133,3 +133,28 @@ def test_whatever_is_listed_a_score_is_finite_or_an_error(top: dict[str, float],
     assert math.isfinite(answer.true)
     assert math.isfinite(answer.false)
     assert answer.floored == (not {"T", "F"} <= {k for k, v in top.items() if math.isfinite(v) and v > -9999})
+
+
+@pytest.mark.parametrize("value", [0.01, 3.5, "-1", True, [], {}])
+def test_what_is_no_log_probability_is_refused(value: object) -> None:
+    answer = body(2)
+    answer["choices"][1]["logprobs"]["top_logprobs"][0]["b"] = value
+    with pytest.raises(TransientError, match="claim 1"):
+        read_answers(orjson.dumps(answer), prompts(2))
+    pairs = {"logprobs": [[-1, -2], [-1, value]], "prompt_tokens": 6, "cached_tokens": 0}
+    with pytest.raises(TransientError):
+        read_tree_answer(orjson.dumps(pairs), LABELS, prompts(2))
+
+
+def test_rounding_above_zero_is_a_log_probability_of_zero() -> None:
+    answer = body(1)
+    answer["choices"][0]["logprobs"]["top_logprobs"][0]["b"] = 1e-6
+    assert read_answers(orjson.dumps(answer), prompts(1)).top[0]["b"] == pytest.approx(0, abs=1e-5)
+
+
+def test_an_answer_that_counts_other_tokens_is_to_other_prompts() -> None:
+    with pytest.raises(TransientError, match="counts 7 prompt tokens and 6 were sent"):
+        read_answers(orjson.dumps(body(2, usage={"prompt_tokens": 7})), prompts(2))
+    pairs = {"logprobs": [[-1, -2]] * 2, "prompt_tokens": 7, "cached_tokens": 0}
+    with pytest.raises(TransientError, match="other prompts"):
+        read_tree_answer(orjson.dumps(pairs), LABELS, prompts(2))

@@ -151,6 +151,21 @@ async def test_a_model_that_does_not_load(vllm: ModuleType) -> None:
     await engine.aclose()
 
 
+async def test_a_chat_template_is_applied_by_the_models_own_tokenizer(vllm: ModuleType) -> None:
+    engine = DirectEngine("m")
+    await engine.start()
+    assert await engine.tokenize_chat(["Hello"]) is None
+
+    def apply(messages: list[dict[str, str]], **options: bool) -> list[int]:
+        assert options == {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
+        return encode(f"{messages[0]['role']}: {messages[0]['content']}")
+
+    tokenizer = SimpleNamespace(chat_template="jinja", apply_chat_template=apply)
+    FakeLLM.made[0].get_tokenizer = lambda: tokenizer
+    assert await engine.tokenize_chat(["Hello"]) == [encode("user: Hello")]
+    await engine.aclose()
+
+
 async def test_revision_and_token_reach_vllm(vllm: ModuleType) -> None:
     engine = DirectEngine("m", revision="abc", hf_token=SecretStr(KEY))
     assert (await engine.start()).revision == "abc"

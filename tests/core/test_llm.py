@@ -39,6 +39,7 @@ class ScriptedEngine:
         self.gate.set()
         self.broken: set[int] = set()
         self.closed = 0
+        self.counters: PrefixCacheCounters | None = None
         self.floored = False
         self.identity = EngineIdentity("scripted", "m", fingerprint="f", max_model_len=100)
 
@@ -65,7 +66,7 @@ class ScriptedEngine:
         return EngineAnswer(answers, prompt_tokens=len(answers), requests=len(answers))
 
     async def prefix_cache(self) -> PrefixCacheCounters | None:
-        return None
+        return self.counters
 
     async def kv_cache_tokens(self) -> int | None:
         return 7
@@ -180,6 +181,18 @@ async def test_concurrent_twins_share_one_request(engine: ScriptedEngine) -> Non
         assert engine.asked == [[1, 2], [3]]
         assert api.stats.in_flight_hits == 2
         assert api._in_flight == {}
+
+
+async def test_a_share_asks_the_same_engine_and_counts_its_own(engine: ScriptedEngine, tmp_path: Path) -> None:
+    async with ModelAPI(engine, cache=ResponseCache(tmp_path / "c.sqlite")) as api:
+        one, other = api.share(), api.share(alone=False)
+        await asyncio.gather(one.score(pool(1, 2), LABELS), other.score(pool(2, 3), LABELS))
+        assert sorted(token for batch in engine.asked for token in batch) == [1, 2, 3]
+        assert (one.stats.asked, other.stats.asked, api.stats.asked) == (2, 2, 0)
+        engine.counters = PrefixCacheCounters(10, 4)
+        assert await one.prefix_cache() == engine.counters
+        assert await other.prefix_cache() is None  # others' questions are in it
+    assert engine.closed == 1
 
 
 async def test_a_failed_owner_does_not_poison_its_twins(engine: ScriptedEngine) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from core.llm_api import response_cache
-from core.llm_api.errors import ConfigurationError
+from core.llm_api.errors import ConfigurationError, StorageFailed
 from core.llm_api.response_cache import ResponseCache, cache_key
 from core.llm_api.types import EngineIdentity, LabelLogprobs, LabelTokens
 
@@ -100,8 +100,8 @@ def test_wal_and_version(path: Path) -> None:
     ResponseCache(path).close()
     db = sqlite3.connect(path)
     assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-    assert db.execute("PRAGMA user_version").fetchone() == (1,)
-    db.execute("PRAGMA user_version=2")
+    assert db.execute("PRAGMA user_version").fetchone() == (2,)
+    db.execute("PRAGMA user_version=3")
     db.close()
     with pytest.raises(ConfigurationError, match="newer version"):
         ResponseCache(path)
@@ -120,7 +120,8 @@ def test_a_corrupt_database(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[4096:] = b"\xa5" * (len(content) - 4096)
     path.write_bytes(content)
-    with pytest.raises(ConfigurationError, match=r"[Mm]ove it away"), ResponseCache(path) as cache:
+    damage = (ConfigurationError, StorageFailed)  # met at once, or when a row is read
+    with pytest.raises(damage, match=r"[Mm]ove it away"), ResponseCache(path) as cache:
         cache.get_many([key(i) for i in range(2000)])
 
 
@@ -147,7 +148,7 @@ def test_a_lock_held_too_long(path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with ResponseCache(path) as cache:
         other = sqlite3.connect(path, isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
-        with pytest.raises(ConfigurationError, match="locked"):
+        with pytest.raises(StorageFailed, match="locked"):
             cache.put_many({key(0): LabelLogprobs(-1, -2)})
         other.execute("ROLLBACK")
         other.close()
@@ -158,7 +159,7 @@ def test_a_transaction_that_fails_halfway_leaves_nothing(path: Path) -> None:
     with ResponseCache(path) as cache:
         abort = "BEGIN SELECT RAISE(ABORT, 'no'); END"
         cache._db.execute(f"CREATE TRIGGER t BEFORE INSERT ON answers WHEN new.true_logprob < -8 {abort}")
-        with pytest.raises(ConfigurationError):
+        with pytest.raises(StorageFailed):
             cache.put_many({key(0): LabelLogprobs(-1, -2), key(1): LabelLogprobs(-9, -2)})
         assert len(cache) == 0
         cache.put_many({key(0): LabelLogprobs(-1, -2)})
@@ -183,3 +184,76 @@ def test_several_processes_at_once(path: Path) -> None:
     with ResponseCache(path) as cache:
         assert len(cache) == 3 * 40 + 1
         assert cache.get_many([key(2039)]) == {key(2039): LabelLogprobs(-3, -39)}
+
+
+# Formats, looking after it
+
+
+def old_cache(path: Path, answers: dict[bytes, LabelLogprobs]) -> None:
+    """A cache as format 1 was."""
+    path.parent.mkdir(parents=True)
+    db = sqlite3.connect(path)
+    db.execute(response_cache.MIGRATIONS[0])
+    rows = [
+        (k, a.true, a.false, int(a.floored), response_cache._checksum(k, a.true, a.false, a.floored))
+        for k, a in answers.items()
+    ]
+    db.executemany("INSERT INTO answers VALUES (?, ?, ?, ?, ?)", rows)
+    db.execute("PRAGMA user_version=1")
+    db.commit()
+    db.close()
+
+
+def test_an_older_format_is_migrated_with_all_its_answers(path: Path) -> None:
+    answers = {key(i): LabelLogprobs(-0.25 * i, -1) for i in range(50)}
+    old_cache(path, answers)
+    with ResponseCache(path) as cache:
+        assert cache.get_many(list(answers)) == answers
+        state = cache.state()
+        assert (state.rows, state.damaged, state.oldest) == (50, 0, None)
+        cache.put_many({key(99): LabelLogprobs(-1, -2)})
+        assert cache.state().oldest is not None
+    with ResponseCache(path) as cache:
+        assert len(cache) == 51
+
+
+def migrate(path: Path) -> int:
+    with ResponseCache(path) as cache:
+        return len(cache)
+
+
+def test_many_processes_that_open_an_older_cache_at_once_migrate_it_once(path: Path) -> None:
+    old_cache(path, {key(i): LabelLogprobs(-0.25 * i, -1) for i in range(50)})
+    with multiprocessing.get_context("spawn").Pool(4) as pool:
+        assert pool.map(migrate, [path] * 8) == [50] * 8
+
+
+def test_a_migration_that_is_killed_leaves_the_older_format(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old_cache(path, {key(0): LabelLogprobs(-1, -2)})
+    with monkeypatch.context() as patch:
+        patch.setattr(response_cache, "MIGRATIONS", (*response_cache.MIGRATIONS, "SELECT * FROM nowhere"))
+        with pytest.raises(ConfigurationError):
+            ResponseCache(path)
+    db = sqlite3.connect(path)
+    assert db.execute("PRAGMA user_version").fetchone() == (1,)
+    db.close()
+    with ResponseCache(path) as cache:
+        assert len(cache) == 1
+
+
+def test_its_state_and_pruning(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ResponseCache(path) as cache:
+        for day in (1, 2, 3):
+            monkeypatch.setattr(response_cache.time, "time", lambda day=day: 86_400.0 * day)
+            cache.put_many({key(10 * day + i): LabelLogprobs(-1, -2, floored=i == 0) for i in range(4)})
+        cache._db.execute("UPDATE answers SET true_logprob = -7 WHERE key = ?", (key(31),))
+        state = cache.state()
+        assert (state.rows, state.damaged, state.floored) == (12, 1, 3)
+        assert (state.oldest, state.newest, state.faults) == (86_400, 3 * 86_400, ())
+        assert state.bytes > 0
+        assert cache.prune() == 0
+        assert cache.prune(damaged=True) == 1
+        assert cache.prune(before=3 * 86_400) == 8
+        assert cache.get_many([key(10 * day + i) for day in (1, 2, 3) for i in range(4)]).keys() == {
+            key(30), key(32), key(33)
+        }  # fmt: skip

@@ -22,7 +22,7 @@ from core.llm_api.vllm_group import VLLMGroup, server_for
 from core.llm_api.vllm_llm import VLLMClient
 from src.icm.prefix_tree import TreeLayout
 from src.icm.prompts import PromptBook
-from tests.core.fake_server import FALSE, TRUE, FakeVLLM, Fault, hashed_log_odds
+from tests.core.fake_server import BOS, FALSE, TRUE, FakeVLLM, Fault, encode, hashed_log_odds
 
 LABELS = LabelTokens(true_id=TRUE, false_id=FALSE)
 QUICK = RetryPolicy(max_attempts=4, deadline=10, base=0.01, cap=0.02)
@@ -323,6 +323,9 @@ async def test_tokenizing_goes_on_with_another_server() -> None:
     async with servers(2) as fakes, started(fakes) as group:
         await fakes[0].__aexit__()
         assert await group.tokenize([" True"]) == [[TRUE]]
+        assert await group.tokenize_chat(["Hello"]) is None
+        fakes[1].chat_template = "{}:"
+        assert await group.tokenize_chat(["Hello"]) == [[BOS, *encode("Hello:")]]
 
 
 # Servers that cannot be used

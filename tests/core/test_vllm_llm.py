@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
+from core.llm_api import transport
 from core.llm_api.completions import token_body, vllm_fields
 from core.llm_api.errors import (
     ConfigurationError,
@@ -18,6 +19,7 @@ from core.llm_api.errors import (
     RateLimited,
     RequestRejected,
     RetriesExhausted,
+    ServerChanged,
     ServerUnreachable,
     TransientError,
 )
@@ -212,7 +214,8 @@ async def test_splitting_keeps_order_and_bounds_concurrency(server: FakeVLLM) ->
     await engine.aclose()
 
 
-async def test_the_first_failure_cancels_the_others(server: FakeVLLM) -> None:
+async def test_the_first_failure_soon_ends_the_others(server: FakeVLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "SETTLE", 0.2)
     engine = await started(server, prompts_per_request=1)
     server.latency = 5
     server.faults = [
@@ -491,4 +494,119 @@ async def test_a_large_body_travels_whole(server: FakeVLLM) -> None:
     body = len(token_body(vllm_fields(server.model, LABELS), pool))
     assert engine.bytes_sent - before == body
     assert answer.logprobs[59].log_odds == pytest.approx(hashed_log_odds(pool[59].token_ids))
+    await engine.aclose()
+
+
+# What was paid for is kept, and only what the same server gave is taken
+
+
+async def test_answers_beside_one_that_lacks_a_label_are_kept(server: FakeVLLM) -> None:
+    engine = await started(server)
+    server.faults = [Fault(patch=lambda answer: answer["choices"][2]["logprobs"]["top_logprobs"][0].clear())]
+    heard: dict[int, float] = {}
+
+    def on_answer(positions: Any, answer: EngineAnswer) -> None:
+        heard.update(zip(positions, (logprobs.log_odds for logprobs in answer.logprobs), strict=True))
+
+    with pytest.raises(MissingLabel, match="claim 2"):
+        await engine.score(prompts(4), LABELS, on_answer=on_answer)
+    assert heard == {at: pytest.approx(hashed_log_odds(prompts(4)[at].token_ids)) for at in (0, 1, 3)}
+    await engine.aclose()
+
+
+async def test_answers_on_their_way_when_another_request_fails_are_kept(server: FakeVLLM) -> None:
+    engine = await started(server, prompts_per_request=1)
+    bad = Fault(status=400, body={"error": {"message": "bad prompt"}}, only=lambda b: b["prompt"][0][-1] == 2)
+    server.faults = [bad, Fault(delay=0.3, times=None)]
+    heard: list[int] = []
+    with pytest.raises(RequestRejected, match="bad prompt"):
+        await engine.score(prompts(5), LABELS, on_answer=lambda positions, _: heard.extend(positions))
+    assert sorted(heard) == [0, 1, 3, 4]
+    await engine.aclose()
+
+
+async def test_nothing_new_is_sent_after_a_failure(server: FakeVLLM) -> None:
+    options = HttpOptions(retry=QUICK, max_concurrent_requests=1)
+    engine = await started(server, prompts_per_request=1, options=options)
+    server.faults = [Fault(status=400, body={"error": {"message": "bad prompt"}})]
+    asked = len(server.pools)
+    with pytest.raises(RequestRejected, match="bad prompt"):
+        await engine.score(prompts(20), LABELS)
+    assert len(server.pools) == asked + 1
+    await engine.aclose()
+
+
+@pytest.mark.parametrize("trees", [False, True])
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"version": "0.99"}, "version '0.99', not '0.26.0"),
+        ({"root": "/models/other"}, "root '/models/other'"),
+        ({"log_odds": lambda tokens: 0.3 - hashed_log_odds(tokens)}, "other answers to a fixed prompt"),
+        ({"model": "another"}, "serves 'another'|does not exist"),
+    ],
+)
+async def test_a_server_that_comes_back_as_another_is_not_believed(
+    changes: dict[str, Any], told: str, trees: bool
+) -> None:
+    server = FakeVLLM(trees=trees)
+    await server.__aenter__()
+    engine = await started(server)
+    assert len((await engine.score(prompts(2), LABELS)).logprobs) == 2
+    await server.__aexit__()
+    for name, value in changes.items():
+        setattr(server, name, value)
+    heard: list[int] = []
+    async with server:
+        with pytest.raises((ServerChanged, RequestRejected), match=told):
+            await engine.score(prompts(4), LABELS, on_answer=lambda positions, _: heard.extend(positions))
+        assert not heard
+        await engine.aclose()
+
+
+async def test_a_server_that_comes_back_as_it_was_is_believed_and_asked_once_who_it_is() -> None:
+    server = FakeVLLM()
+    await server.__aenter__()
+    engine = await started(server, prompts_per_request=1)
+    await server.__aexit__()
+    async with server:
+        before = len(server.requests)
+        answer = await engine.score(prompts(4), LABELS)
+        assert len(answer.logprobs) == 4
+        assert server.requests[before:].count("/version") == 1
+        assert server.requests.count("/version") == 2
+        await engine.score(prompts(4, length=5), LABELS)
+        assert server.requests.count("/version") == 2
+        await engine.aclose()
+
+
+async def test_kernels_may_differ_a_little_between_two_askings(server: FakeVLLM) -> None:
+    engine = await started(server)
+    server.log_odds = lambda tokens: hashed_log_odds(tokens) + 0.1
+    engine._http.era += 1
+    await engine.score(prompts(1), LABELS)
+    await engine.aclose()
+
+
+async def test_an_extension_that_was_lost_is_found_again(caplog: pytest.LogCaptureFixture) -> None:
+    async with FakeVLLM(trees=True) as server:
+        engine = await started(server)
+        server.trees = False
+        await engine.score(prompts(2), LABELS)
+        assert not engine.takes_trees
+        server.trees = True
+        await engine.score(prompts(2, length=4), LABELS)
+        assert not engine.takes_trees  # not asked at every request
+        engine._trees_again = time.monotonic()  # a minute later
+        await engine.score(prompts(2, length=5), LABELS)
+        assert engine.takes_trees
+        assert server.requests[-1] == PATH
+        assert caplog.text.count("takes pools as trees again") == 1
+        await engine.aclose()
+
+
+async def test_an_answer_to_other_prompts_is_asked_for_again(server: FakeVLLM) -> None:
+    engine = await started(server)
+    server.faults = [Fault(patch=lambda answer: answer["usage"].update(prompt_tokens=999))]
+    assert (await engine.score(prompts(2), LABELS)).retries == 1
     await engine.aclose()

@@ -1,14 +1,15 @@
-"""docs/cli.md shows the command line's real help. To renew it: UPDATE_DOCS=1 make test-fast ARGS="-k cli_docs"."""
+"""docs/cli.md shows every command's real help. To renew it: UPDATE_DOCS=1 make test-fast ARGS="-k cli_docs"."""
 
 from __future__ import annotations
 
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from src.experiments.ICM import build_parser
+from src.experiments.commands import COMMANDS
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "cli.md"
 
@@ -17,8 +18,11 @@ DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "cli.md"
 def test_the_documented_help_is_the_real_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "118")
     monkeypatch.setenv("NO_COLOR", "1")
-    shown = build_parser().format_help().replace(str(DOCUMENT.parents[1]), ".")
-    expected = f"# ICM.py\n\nWhat `python ICM.py --help` prints.\n\n```\n{shown}```\n"
+    parts = ["# Command lines\n\nWhat `icm COMMAND --help` prints. `python src/experiments/ICM.py` is `icm label`.\n"]
+    for name, (module, purpose) in COMMANDS.items():
+        shown = import_module(module).build_parser().format_help().replace(str(DOCUMENT.parents[1]), ".")
+        parts.append(f"## icm {name}: {purpose}\n\n```\n{shown}```\n")
+    expected = "\n".join(parts)
     if os.environ.get("UPDATE_DOCS"):
         DOCUMENT.write_text(expected)
     assert expected.split() == DOCUMENT.read_text().split()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import product
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -33,3 +37,32 @@ def test_count_agrees_with_broken(labels: list[bool | None]) -> None:
     assert consistency.count(labels) == len(consistency.broken(labels))
     trues, falses = labels.count(True), labels.count(False)
     assert consistency.count(labels) == trues * falses
+
+
+@given(
+    st.lists(st.floats(-5, 5), min_size=1, max_size=7),
+    st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6), st.sampled_from(Relation)), max_size=8),
+)
+def test_the_nearest_labels_break_least_and_then_lose_least(
+    margins: list[float], pairs: list[tuple[int, int, Relation]]
+) -> None:
+    constraints = [Constraint(min(a, b), max(a, b), r) for a, b, r in pairs if a != b and max(a, b) < len(margins)]
+    consistency = Consistency(constraints)
+
+    def gain(labels: Sequence[bool]) -> float:
+        return sum(m if label else -m for m, label in zip(margins, labels, strict=True))
+
+    found = consistency.nearest(margins)
+    best = max(
+        product((True, False), repeat=len(margins)), key=lambda labels: (-consistency.count(labels), gain(labels))
+    )
+    assert consistency.count(found) == consistency.count(best)
+    assert gain(found) == pytest.approx(gain(best))
+
+
+def test_a_large_component_is_decided_by_the_surest_first() -> None:
+    chain = Consistency([Constraint(i, i + 1, Relation.EXACTLY_ONE) for i in range(19)])
+    labels = chain.nearest([1.0] * 7 + [-3.0] + [1.0] * 12)
+    assert chain.count(labels) == 0
+    assert labels[7] is False
+    assert all(label == (i % 2 == 0) for i, label in enumerate(labels))

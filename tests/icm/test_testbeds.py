@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from src.icm.consistency import Relation
-from src.icm.testbeds import TESTBEDS, BadInput, Claim, custom_testbed, parse_label, sample_pool
+from src.icm.testbeds import TESTBEDS, BadInput, Claim, custom_testbed, parse_label, sample_pool, split_pools
 
 ROW = {"question": "Q?", "choice": "c", "label": 1, "consistency_id": 0}
 
@@ -126,3 +126,41 @@ def test_pools_hold_whole_groups_within_the_batch_size(groups: list[int], batch_
     assert len(pool) == sum(sizes[g] for g in taken) <= batch_size
     assert all(sizes[g] > batch_size - len(pool) for g in sizes if g not in taken)
     assert pool == sample_pool(rows, batch_size, np.random.default_rng(seed))
+
+
+@given(
+    st.lists(st.integers(0, 9), min_size=1, max_size=40),
+    st.integers(1, 12),
+    st.integers(1, 5) | st.none(),
+    st.integers(0, 2**32),
+)
+def test_batches_are_whole_groups_that_share_no_claim(
+    groups: list[int], batch_size: int, count: int | None, seed: int
+) -> None:
+    rows = claims("truthfulQA", *({"consistency_id": group} for group in groups))
+    sizes = {str(group): groups.count(group) for group in groups}
+    try:
+        pools = split_pools(rows, batch_size, count, np.random.default_rng(seed))
+    except BadInput:
+        too_large = min(sizes.values()) > batch_size or (count is None and max(sizes.values()) > batch_size)
+        fitting = sum(size <= batch_size for size in sizes.values())
+        assert too_large or (count is not None and count > fitting)
+        return
+    taken = [claim.row for pool in pools for claim in pool]
+    assert len(taken) == len(set(taken))
+    assert all(0 < len(pool) <= batch_size for pool in pools)
+    for pool in pools:
+        for group in {claim.group for claim in pool}:
+            assert sum(claim.group == group for claim in pool) == sizes[group]
+    if count is None:
+        assert len(taken) == len(rows)
+    else:
+        assert len(pools) == count
+
+
+def test_batches_of_equal_groups_are_equally_large() -> None:
+    rows = claims("truthfulQA", *({"consistency_id": i // 2} for i in range(100)))
+    pools = split_pools(rows, 32, None, np.random.default_rng(1))
+    assert [len(pool) for pool in pools] == [26, 26, 24, 24]
+    [alone] = split_pools(rows, 32, 1, np.random.default_rng(1))
+    assert alone == sample_pool(rows, 32, np.random.default_rng(1))

@@ -1,0 +1,334 @@
+"""On which of its settings the attention of a row depends: the experiment that chooses them for exact scores.
+
+    python benchmarks/attention_rows.py --json benchmarks/results/attention-rows.json       # about a minute
+
+Needs one NVIDIA GPU (compute capability 9 for FlashAttention 3) and vLLM 0.26 or newer. The last tokens of a sequence
+are computed again with all before them read from the paged KV cache: 1, 2, 15, 16, 17, 64, half or all of them at a
+time, alone and in a batch of others. Every value must have the bits it had when the whole sequence was computed in one
+call. Settings: FlashAttention's version, the number of splits, the longest query it is told of (as it is; 2; just above
+FlashAttention 3's small tile, as core/vllm_extension/exact.py does; a constant), pack_gqa, and scheduler metadata; for
+head sizes 64 and 128, 4 and 8 query heads a key head, with and without a sliding window.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+if str(Path(__file__).resolve().parents[1]) not in sys.path:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from core.vllm_extension.query_length import least_query_length
+
+LENGTH: Final = 1021
+"""Tokens of the sequence: not a multiple of any block."""
+
+ASKED: Final = (1, 2, 15, 16, 17, 64, LENGTH // 2, LENGTH)
+OTHERS: Final = ((300, 300), (77, 1), (2000, 40), (16, 16), (513, 17), (1400, 1), (64, 3))
+"""(length, query tokens) of the sequences beside it."""
+
+CONSTANT: Final = 8192
+DEVICE: Final = "cuda"
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """How FlashAttention is called. longest: what it is told of the longest query (real, 2, floor or constant)."""
+
+    version: int
+    splits: int = 1
+    longest: str = "real"
+    pack: bool | None = None
+    scheduled: bool = False
+
+    @property
+    def name(self) -> str:
+        pack = "" if self.pack is None else f", pack_gqa {self.pack}"
+        scheduled = ", scheduler metadata" if self.scheduled else ""
+        return f"FA{self.version}, {self.splits or 'auto'} splits, longest {self.longest}{pack}{scheduled}"
+
+
+SETTINGS: Final = (
+    *(Setting(2, splits, longest) for splits in (0, 1) for longest in ("real", "2", "floor")),
+    *(Setting(3, splits, longest) for splits in (0, 1) for longest in ("real", "2", "floor", "constant")),
+    *(Setting(3, splits, longest, scheduled=True) for splits in (0, 1) for longest in ("real", "floor")),
+)
+
+PACKED: Final = tuple(Setting(3, 1, longest, pack=pack) for longest in ("real", "floor") for pack in (True, False))
+"""Called past vLLM's interface, so asked last: should one of them read out of bounds, the GPU answers nothing more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Shape of the attention: head size, query and key heads, tokens of a cache block, sliding window in tokens."""
+
+    size: int
+    queries: int
+    keys: int
+    block: int = 16
+    window: int | None = None
+
+    @property
+    def name(self) -> str:
+        window = f", window {self.window}" if self.window else ""
+        return f"head size {self.size}, {self.queries}/{self.keys} heads, blocks of {self.block}{window}"
+
+
+SHAPES: Final = (
+    Heads(64, 32, 8),
+    Heads(128, 32, 8),
+    Heads(64, 64, 8),
+    Heads(128, 64, 8),
+    Heads(128, 16, 16),
+    Heads(256, 8, 4),
+    Heads(64, 32, 8, window=512),
+    Heads(128, 32, 8, window=512),
+    Heads(64, 32, 8, block=256),
+    Heads(128, 32, 8, block=256),
+)
+
+
+class Cache:
+    """Paged keys and values of the sequence and the others, in vLLM's layout, and the queries of all their tokens."""
+
+    def __init__(self, heads: Heads, dtype: torch.dtype) -> None:
+        generator = torch.Generator(device=DEVICE).manual_seed(0)
+        self.heads = heads
+        self.lengths = [LENGTH, *(length for length, _ in OTHERS)]
+        blocks = [-(-length // heads.block) for length in self.lengths]
+        total, widest = sum(blocks), max(blocks)
+
+        def random(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, device=DEVICE, generator=generator).to(dtype)
+
+        # (blocks, heads, tokens, keys and values next to each other), seen as (blocks, tokens, heads, size)
+        stored = random(total, heads.keys, heads.block, 2 * heads.size)
+        self.keys, self.values = stored.transpose(1, 2).split(heads.size, dim=-1)
+        self.queries = [random(length, heads.queries, heads.size) * 2 for length in self.lengths]
+        order = torch.randperm(total, generator=torch.Generator().manual_seed(1)).tolist()
+        self.tables = torch.zeros(len(blocks), widest, device=DEVICE, dtype=torch.int32)
+        for row, count in enumerate(blocks):
+            self.tables[row, :count] = torch.tensor([order.pop() for _ in range(count)], device=DEVICE)
+
+    def attend(self, setting: Setting, asked: list[tuple[int, int]]) -> list[torch.Tensor]:
+        """Outputs (tokens, heads, size) of the last tokens of sequences: asked is [(which, how many), ...]."""
+        heads = self.heads
+        queries = torch.cat([self.queries[which][self.lengths[which] - count :] for which, count in asked])
+        starts = torch.tensor([0, *(count for _, count in asked)], device=DEVICE).cumsum(0, dtype=torch.int32)
+        rows = torch.tensor([which for which, _ in asked], device=DEVICE)
+        used = torch.tensor([self.lengths[which] for which, _ in asked], device=DEVICE, dtype=torch.int32)
+        real = max(count for _, count in asked)
+        floor = {
+            "real": 1,
+            "2": 2,
+            "floor": least_query_length(heads.queries, heads.keys),
+            "constant": CONSTANT,
+        }[setting.longest]
+        longest, furthest = max(real, floor), max(self.lengths[which] for which, _ in asked)
+        if heads.window:
+            furthest = max(furthest, heads.window + 1)
+        window = (-1, -1) if heads.window is None else (heads.window - 1, 0)
+        out = self._call(setting, queries, starts, used, self.tables[rows].contiguous(), longest, furthest, window)
+        return list(out.split([count for _, count in asked]))
+
+    def _call(
+        self,
+        setting: Setting,
+        queries: torch.Tensor,
+        starts: torch.Tensor,
+        used: torch.Tensor,
+        tables: torch.Tensor,
+        longest: int,
+        furthest: int,
+        window: tuple[int, int],
+    ) -> torch.Tensor:
+        from vllm.vllm_flash_attn import flash_attn_interface as interface
+
+        heads, scale = self.heads, 1 / math.sqrt(self.heads.size)
+        metadata = None
+        if setting.scheduled:
+            metadata = interface.get_scheduler_metadata(
+                batch_size=len(used),
+                max_seqlen_q=longest,
+                max_seqlen_k=furthest,
+                num_heads_q=heads.queries,
+                num_heads_kv=heads.keys,
+                headdim=heads.size,
+                cache_seqlens=used,
+                qkv_dtype=queries.dtype,
+                cu_seqlens_q=starts,
+                page_size=heads.block,
+                causal=True,
+                window_size=window,
+                num_splits=setting.splits,
+            )
+        if setting.pack is None:
+            return interface.flash_attn_varlen_func(
+                q=queries,
+                k=self.keys,
+                v=self.values,
+                max_seqlen_q=longest,
+                cu_seqlens_q=starts,
+                max_seqlen_k=furthest,
+                seqused_k=used,
+                softmax_scale=scale,
+                causal=True,
+                window_size=list(window),
+                block_table=tables,
+                scheduler_metadata=metadata,
+                num_splits=setting.splits,
+                fa_version=setting.version,
+            )
+        out = torch.empty_like(queries)
+        before_rotary = (queries, self.keys, self.values, None, None, None, out, starts, None, None, None, used)
+        torch.ops._vllm_fa3_C.fwd(
+            *before_rotary,
+            longest,
+            furthest,
+            tables,
+            *(None,) * 8,  # batch index, left padding, three of rotary embeddings, three scales
+            scale,
+            True,
+            *window,
+            0.0,
+            True,
+            metadata,
+            setting.splits,
+            setting.pack,
+            0,
+            None,
+            1,
+            0,
+            None,
+        )
+        return out
+
+
+def compare(cache: Cache, setting: Setting) -> dict[str, dict[int, tuple[int, float]]]:
+    """Per company (alone, batch first, batch last) and number of tokens: elements that differ, largest difference."""
+    whole = cache.attend(setting, [(0, LENGTH)])[0]
+    others = [(number + 1, count) for number, (_, count) in enumerate(OTHERS)]
+    short = [(which, 1) for which, _ in others]
+    found: dict[str, dict[int, tuple[int, float]]] = {}
+    for company, before, after in (
+        ("alone", [], []),
+        ("first of a batch", [], others),
+        ("last of a batch", others, []),
+        ("among single tokens", short, short),
+    ):
+        found[company] = {}
+        for count in ASKED:
+            part = cache.attend(setting, [*before, (0, count), *after])[len(before)]
+            difference = (part.float() - whole[LENGTH - count :].float()).abs()
+            found[company][count] = (int((difference != 0).sum()), float(difference.max()))
+    return found
+
+
+class Report:
+    """Measures, prints as it goes, and keeps what was found; failures are kept too, and do not stop the rest."""
+
+    def __init__(self, vllm: str, path: Path | None, seconds: float) -> None:
+        self.failures: list[str] = []
+        self._results: list[dict[str, Any]] = []
+        self._vllm, self._path = vllm, path
+        self._start = time.monotonic()
+        self._end = self._start + seconds
+
+    def measure(self, heads: Heads, settings: Sequence[Setting]) -> None:
+        """One shape of attention, under each setting."""
+        if time.monotonic() > self._end:
+            self.failures.append(f"{heads.name}: out of time")
+            return
+        print(f"\n{heads.name}: elements that differ with {', '.join(map(str, ASKED))} of {LENGTH} tokens computed")
+        try:
+            cache = Cache(heads, torch.bfloat16)
+        except Exception as error:  # noqa: BLE001  one chance on a rented machine: the rest must still run
+            self._failed(heads.name, error)
+            return
+        for setting in settings:
+            try:
+                found = compare(cache, setting)
+            except Exception as error:  # noqa: BLE001
+                self._failed(f"{heads.name}, {setting.name}", error)
+                continue
+            counts = {company: [number for number, _ in by_count.values()] for company, by_count in found.items()}
+            largest = max(value for by_count in found.values() for _, value in by_count.values())
+            exact = not any(number for numbers in counts.values() for number in numbers)
+            self._results.append(
+                {"heads": heads.name, "setting": setting.name, "exact": exact, "largest": largest, "differing": counts}
+            )
+            detail = "exact"
+            if not exact:
+                worst = max(counts, key=lambda company: sum(counts[company]))
+                detail = f"up to {largest:.1e}: alone {counts['alone']}"
+                if counts[worst] != counts["alone"]:
+                    detail += f", {worst} {counts[worst]}"
+            print(f"  {setting.name}: {detail}", flush=True)
+
+    def exact_everywhere(self, setting: str) -> bool:
+        """Whether a setting was measured, and exact wherever it was."""
+        found = [result["exact"] for result in self._results if result["setting"] == setting]
+        return bool(found) and all(found)
+
+    def write(self) -> None:
+        """Everything so far, as JSON."""
+        if self._path is None:
+            return
+        record = {
+            "gpu": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "vllm": self._vllm,
+            "seconds": round(time.monotonic() - self._start, 1),
+            "tokens": list(ASKED),
+            "failures": self.failures,
+            "results": self._results,
+        }
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.write_text(json.dumps(record, indent=1) + "\n")
+
+    def _failed(self, what: str, error: Exception) -> None:
+        self.failures.append(f"{what}: {type(error).__name__}: {str(error)[:300]}")
+        print(f"  FAILED {self.failures[-1]}", flush=True)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write all counts here")
+    parser.add_argument("--seconds", type=float, default=110.0, help="start no further shape after this long")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code 0, whatever was found; 2 without a GPU or vLLM."""
+    options = build_parser().parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("benchmarks/attention_rows.py needs an NVIDIA GPU, and there is none here", file=sys.stderr)
+        return 2
+    try:
+        import vllm
+    except ImportError as error:
+        print(f"benchmarks/attention_rows.py needs vLLM: {error}", file=sys.stderr)
+        return 2
+    report = Report(vllm.__version__, options.json, options.seconds)
+    for settings in (SETTINGS, PACKED):
+        for heads in SHAPES:
+            report.measure(heads, settings)
+        report.write()
+    names = [setting.name for setting in (*SETTINGS, *PACKED)]
+    exact = [name for name in names if report.exact_everywhere(name)]
+    print(f"\nexact for every shape that ran: {exact or 'none'}; {len(report.failures)} failures")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,34 @@
+"""Kernels whose result for one row does not depend on the other rows, and a mode that makes PyTorch use them.
+
+    from core.batch_invariant import set_batch_invariant_mode
+
+    with set_batch_invariant_mode():
+        logits = model(tokens)           # a row of the batch has the same bits alone and among others
+
+Works with plain PyTorch models in bfloat16, float16 and float32, eagerly, under torch.compile and in CUDA graphs. In a
+vLLM server: ICM_BATCH_INVARIANT=1 (core/vllm_extension/exact.py). What it guarantees and costs: docs/determinism.md.
+Needs PyTorch 2.9 or newer and the Triton that comes with it.
+"""
+
+from core.batch_invariant.matmul import agreement, product, settle_tiles
+from core.batch_invariant.mode import (
+    disable_batch_invariant_mode,
+    enable_batch_invariant_mode,
+    is_batch_invariant_mode_enabled,
+    set_batch_invariant_mode,
+)
+from core.batch_invariant.rows import log_softmax, rms_norm, softmax, total
+
+__all__ = [
+    "agreement",
+    "disable_batch_invariant_mode",
+    "enable_batch_invariant_mode",
+    "is_batch_invariant_mode_enabled",
+    "log_softmax",
+    "product",
+    "rms_norm",
+    "set_batch_invariant_mode",
+    "settle_tiles",
+    "softmax",
+    "total",
+]

@@ -1,0 +1,172 @@
+"""vLLM with scores that are a function of the prompt alone: what its batch-invariant mode leaves open, closed.
+
+Asked for by ICM_BATCH_INVARIANT=1 beside vLLM's own VLLM_BATCH_INVARIANT=1, whose other settings (NCCL, one attention
+split, no cascade attention) are needed and stay. Three things are replaced, in every process of vLLM:
+
+- Linear layers: vLLM's Triton product by ours, which chooses among tiles that give the same bits (faster).
+- RMS norms. vLLM 0.26 adds the residual with a kernel that gives a row 1024 threads below 256 tokens in a step and 256
+  from there on (csrc/layernorm_kernels.cu, max_block_size), in its batch-invariant mode too. That is another order of
+  the sum: a prompt whose uncached part is short gets other bits when it is alone. Ours looks at the row alone.
+- FlashAttention is told of at least as many query tokens as take its usual path. Both versions choose by the longest
+  query of a step: FlashAttention 2 lays out steps of one token each differently; FlashAttention 3 halves its tile when
+  the query tokens that share a key head are 64 or fewer, which at head size 64 also changes the block of keys that it
+  adds up at a time (192 instead of 128), and it drops the causal mask for single tokens. The number is an upper bound
+  for both, so that a larger one costs nothing that was measured. ICM_BATCH_INVARIANT_ATTENTION=0 leaves it as it is.
+
+vLLM 0.26.0 (its GPU build) and 0.32.0 have what is replaced here; another version that lacks it is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, Final
+
+import torch
+
+from core.batch_invariant import enable_batch_invariant_mode, product, settle_tiles
+from core.vllm_extension.query_length import least_query_length
+
+# Below vLLM's logger, which is the one that its workers show.
+log = logging.getLogger(f"vllm.{__name__}")
+
+VLLM: Final = "VLLM_BATCH_INVARIANT"
+"""vLLM's own environment variable for its mode."""
+
+ATTENTION: Final = "ICM_BATCH_INVARIANT_ATTENTION"
+"""Environment variable: "0" leaves vLLM's attention as it is."""
+
+SOURCES: Final = ("vllm.model_executor.determinism.batch_invariant", "vllm.model_executor.layers.batch_invariant")
+"""Where vLLM keeps its mode: newer versions, 0.26."""
+
+IMPORTERS: Final = (
+    "vllm.model_executor.layers.linear",
+    "vllm.model_executor.layers.vocab_parallel_embedding",
+    "vllm.model_executor.layers.layernorm",
+)
+"""Modules that hold names of the above from the moment they are imported."""
+
+
+def install() -> None:
+    """Have the above replaced when a worker of this process switches vLLM's mode on; does nothing the second time.
+
+    Not before: vLLM's attention module looks at the configuration when it is imported, and only a worker has one.
+    Raises RuntimeError without VLLM_BATCH_INVARIANT=1, and later in the worker if vLLM lacks what should be replaced: a
+    server that was asked for exact scores must not start without them.
+    """
+    if os.environ.get(VLLM) != "1":
+        raise RuntimeError(f"ICM_BATCH_INVARIANT=1 also needs {VLLM}=1: the kernels are only a part of an exact server")
+    source = _source()
+    own = source.enable_batch_invariant_mode
+    if getattr(own, "exact", False):
+        return
+
+    @functools.wraps(own)
+    def enable() -> None:
+        bmm = torch.bmm
+        own()
+        # vLLM puts its function in the place of torch.bmm itself, which no override would reach.
+        torch.bmm = bmm
+        enable_batch_invariant_mode()
+        if torch.cuda.is_available():
+            settle_tiles(torch.device("cuda", torch.cuda.current_device()))
+        try:
+            _replace_linear(source)
+            _replace_norms(source)
+            if os.environ.get(ATTENTION) != "0":
+                _replace_attention()
+        except (ImportError, AttributeError) as error:
+            raise RuntimeError(f"this vLLM cannot be made exact, it lacks what is replaced: {error}") from error
+        log.info("exact scores: batch-invariant kernels, RMS norms and attention are in place")
+
+    enable.exact = True  # type: ignore[attr-defined]
+    source.enable_batch_invariant_mode = enable  # type: ignore[attr-defined]
+    if source._batch_invariant_MODE:
+        enable()
+
+
+def _source() -> ModuleType:
+    for name in SOURCES:
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not name.startswith(error.name):
+                raise
+    raise RuntimeError("this vLLM has no batch-invariant mode")
+
+
+def _replace_name(source: ModuleType, name: str, ours: Callable[..., Any]) -> None:
+    own = getattr(source, name)
+    if own.__module__ == __name__:
+        return
+    setattr(source, name, ours)
+    for module in [sys.modules.get(importer) for importer in IMPORTERS]:
+        if module is not None and getattr(module, name, None) is own:
+            setattr(module, name, ours)
+
+
+def _replace_linear(source: ModuleType) -> None:
+    def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
+        return torch.ops.icm.linear(x, weight, None if bias is None else bias.expand(weight.shape[0]))
+
+    def matmul(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return product(a, b, bias)
+
+    _replace_name(source, "linear_batch_invariant", linear)
+    _replace_name(source, "matmul_persistent", matmul)
+
+
+def _replace_norms(source: ModuleType) -> None:
+    layernorm: Any = importlib.import_module("vllm.model_executor.layers.layernorm")
+
+    def norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float = 1e-6, residual: Any = None) -> Any:
+        if residual is None:
+            return torch.ops.icm.rms_norm(x, weight, eps)
+        return torch.ops.icm.add_rms_norm(x, residual, weight, eps)
+
+    _replace_name(source, "rms_norm_batch_invariant", norm)
+    # The classes as well: forward_native is what compiled models run, and Gemma's norm asks nobody.
+    plain, gemma = layernorm.RMSNorm, layernorm.GemmaRMSNorm
+    own_forward = plain.forward_native
+    if own_forward.__module__ == __name__:
+        return
+
+    def forward(self: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
+        if self.variance_size_override is not None:
+            return own_forward(self, x, residual)
+        weight = self.weight.data if getattr(self, "has_weight", True) else None
+        return norm(x, weight, self.variance_epsilon, residual)
+
+    def gemma_forward(self: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
+        return norm(x, self.weight.data.float() + 1.0, self.variance_epsilon, residual)
+
+    for owner, ours in ((plain, forward), (gemma, gemma_forward)):
+        owner.forward_native = ours
+        owner.forward_cuda = ours
+
+
+def _replace_attention() -> None:
+    backend: Any = importlib.import_module("vllm.v1.attention.backends.flash_attn")
+    builder = backend.FlashAttentionMetadataBuilder
+    own = builder.build
+    if getattr(own, "exact", False):
+        return
+
+    @functools.wraps(own)
+    def build(self: Any, common_prefix_len: int, common_attn_metadata: Any, *rest: Any, **named: Any) -> Any:
+        batch = copy.copy(common_attn_metadata)
+        batch.max_query_len = max(batch.max_query_len, least_query_length(self.num_heads_q, self.num_heads_kv))
+        window = getattr(self.kv_cache_spec, "sliding_window", None)
+        if window:
+            # A window that spans all keys of a step counts as none, which is another tile.
+            batch.max_seq_len = max(batch.max_seq_len, min(window + 1, self.model_config.max_model_len))
+        return own(self, common_prefix_len, batch, *rest, **named)
+
+    build.exact = True  # type: ignore[attr-defined]
+    builder.build = build

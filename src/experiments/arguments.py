@@ -1,0 +1,180 @@
+"""The flags of the search, shared by every command that runs it: those of the published code, and this project's."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn, get_args
+
+from core.settings import REPO_ROOT
+from src.icm.annealing import LayoutName, Scheduler, SearchSettings, Stop
+from src.icm.objective import Calibration
+from src.icm.testbeds import TESTBEDS, ConsistencyMode
+
+
+def add_search_arguments(parser: argparse.ArgumentParser) -> None:
+    """Data, model and search: every flag of the published code under its own name and default, and ours."""
+    defaults = SearchSettings()
+    data = parser.add_argument_group("data")
+    data.add_argument("--testbed", default="gsm8k", choices=list(TESTBEDS), help="builtin ships with the code")
+    data.add_argument("--data", type=Path, metavar="FILE", help="your own .json, .jsonl or .csv instead of a testbed")
+    data.add_argument("--data_dir", type=Path, default=REPO_ROOT / "data", help="where the testbeds' files lie")
+    data.add_argument("--batch_size", type=at_least(2), default=256, help="claims in the pool (whole groups)")
+    data.add_argument(
+        "--consistency",
+        choices=get_args(ConsistencyMode),
+        default="gold-free",
+        help="constraints between claims of a group; upstream reproduces keys that leak gold labels",
+    )
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", default="meta-llama/Llama-3.1-70B", help="name under which the model is served")
+    model.add_argument(
+        "--use_vllm",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="a vLLM server without rate limits, or an external API; default: whichever is configured",
+    )
+    model.add_argument("--direct", action="store_true", help="vLLM in this process, no server; --model is a path or id")
+    model.add_argument(
+        "--missing_label",
+        choices=("error", "floor"),
+        default=None,
+        help="an answer without a label token: stop, or floor it and count it (default: error)",
+    )
+    model.add_argument(
+        "--prompts_per_request",
+        type=at_least(1),
+        default=None,
+        help="split a pool into requests of this many prompts (default: one request)",
+    )
+    model.add_argument("--read_timeout", type=finite, default=None, help="seconds for one answer (default: 900)")
+
+    search = parser.add_argument_group("search")
+    search.add_argument("--alpha", type=finite, default=30.0, help="weight of mutual predictability in U")
+    search.add_argument("--num_seed", type=at_least(0), default=defaults.num_seed, help="claims labelled at random")
+    search.add_argument("--K", type=at_least(0), default=defaults.K, help="iterations at most")
+    search.add_argument(
+        "--consistency_fix_K",
+        type=at_least(0),
+        default=defaults.consistency_fix_K,
+        help="repairs tried for an inconsistent proposal",
+    )
+    search.add_argument(
+        "--decay", type=finite, default=defaults.decay, help="the paper's beta with --scheduler log; the base with exp"
+    )
+    search.add_argument("--initial_T", type=finite, default=defaults.initial_T, help="first temperature, units of U")
+    search.add_argument("--final_T", type=finite, default=defaults.final_T, help="lowest temperature, units of U")
+    search.add_argument(
+        "--scheduler",
+        choices=get_args(Scheduler),
+        default=defaults.scheduler,
+        help="log: T0/(1+decay*ln(n)); log-upstream: T0/(1+2*ln(1+accepted)); exp: T0*decay^accepted",
+    )
+    search.add_argument(
+        "--stop",
+        choices=get_args(Stop),
+        default=defaults.stop,
+        help="labelled: when no claim is left to try and --patience proposals changed nothing; K: after K",
+    )
+    search.add_argument("--patience", type=at_least(1), default=defaults.patience, help="see --stop")
+    search.add_argument(
+        "--calibrate",
+        choices=get_args(Calibration),
+        default="none",
+        help="mean: subtract the pool's mean log-odds from every score (changes the objective)",
+    )
+    search.add_argument(
+        "--layout",
+        choices=get_args(LayoutName),
+        default=defaults.layout,
+        help="order of demonstrations: prefix tree, or the published code's fixed order",
+    )
+    search.add_argument(
+        "--anchors",
+        type=at_least(0),
+        default=defaults.anchors,
+        help="labels that stand last in every prompt of a tree, the same for all",
+    )
+    search.add_argument(
+        "--max_tail",
+        type=at_least(1),
+        default=defaults.max_tail,
+        help="labels appended to the tree before it is rebuilt at the latest (default: as a cost model says)",
+    )
+
+    search.add_argument(
+        "--context_cap",
+        type=at_least(2),
+        default=None,
+        metavar="C",
+        help="cheaper: at most C demonstrations in every prompt, a balanced sample drawn anew whenever the pool has "
+        "doubled (changes the objective; default: all other labels)",
+    )
+    search.add_argument(
+        "--best_of",
+        type=at_least(1),
+        default=defaults.best_of,
+        metavar="M",
+        help="cheaper: predict M claims an iteration and evaluate only the surest change (same objective)",
+    )
+    search.add_argument(
+        "--local_gain",
+        action="store_true",
+        help="cheaper: take in a new claim by its own term of U; the whole pool is asked before labels are changed, "
+        "when it has doubled, and at the end (growth follows an estimate of the objective)",
+    )
+    search.add_argument(
+        "--mirror",
+        action=argparse.BooleanOptionalAction,
+        default=defaults.mirror,
+        help="once settled, flip every label if U says so: inverted labels are a second optimum",
+    )
+
+
+class Parser(argparse.ArgumentParser):
+    """Complains in one line, like every other bad input."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """The epilog as it is written, and behind each flag its default, unless there is none or the text tells it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if action.default in (None, argparse.SUPPRESS, False) or "default" in text:
+            return text
+        return f"{text} (default: %(default)s)"
+
+
+def finite(text: str) -> float:
+    """A number that is neither infinite nor NaN."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a finite number, not {text}")
+    return value
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A whole number of at least `least` that every library takes."""
+
+    def whole_number(text: str) -> int:
+        value = int(text)
+        if not least <= value < 2**63:
+            raise argparse.ArgumentTypeError(f"must be at least {least} and below 2^63, not {value}")
+        return value
+
+    return whole_number
+
+
+def lookahead_of(text: str) -> int | None:
+    """The value of --lookahead; None is auto."""
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) > 1024:
+        raise argparse.ArgumentTypeError(f"must be auto, or a whole number up to 1024, not {text}")
+    return int(text)

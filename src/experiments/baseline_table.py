@@ -1,0 +1,193 @@
+"""The table of `icm baselines`: from the rows of finished seeds to JSON and to text. Asks nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import orjson
+from pydantic import TypeAdapter, ValidationError
+
+from core.files import write_atomically
+from src.icm.objective import wilson_interval
+from src.icm.statistics import Difference, Judged, Share, paired_difference, share_right
+from src.icm.testbeds import BadInput
+from src.pipeline.comparison import TITLES, Answer, RowResult
+
+FORMAT: Final = 1
+AGAINST: Final = ("zero-shot", "many-shot-gold")
+SETS: Final = ("pool", "test")
+_ROW: Final = TypeAdapter(RowResult)
+Results = Mapping[str, Mapping[int, RowResult]]
+
+
+class TableFolder:
+    """runs/NAME/ of a table: baselines.json, and seed-S/ with that seed's ICM run and rows/ROW.json."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.table_path = path / "baselines.json"
+
+    def seed_path(self, seed: int) -> Path:
+        """The ordinary run folder of this seed's search."""
+        return self.path / f"seed-{seed}"
+
+    def read_table(self) -> dict[str, Any] | None:
+        """baselines.json; None where this table was never begun. Raises BadInput where it cannot be used."""
+        try:
+            document = orjson.loads(self.table_path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, orjson.JSONDecodeError):
+            raise BadInput(
+                f"{self.table_path}: cannot be read; move {self.path} away, or choose another --run"
+            ) from None
+        if not isinstance(document, dict) or document.get("format") != FORMAT:
+            raise BadInput(f"{self.table_path}: was written by another version; choose another --run")
+        return document
+
+    def write_table(self, document: Mapping[str, Any]) -> None:
+        """Replace baselines.json."""
+        content = {"format": FORMAT, "kind": "baselines", **document}
+        write_atomically(self.table_path, orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS))
+
+    def read_row(self, row: str, seed: int) -> RowResult | None:
+        """A finished row of one seed; None where it is not there."""
+        path = self._row_path(row, seed)
+        try:
+            return _ROW.validate_json(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValidationError):
+            raise BadInput(f"{path}: is damaged; remove it, and the same command makes it again") from None
+
+    def write_row(self, result: RowResult, seed: int) -> None:
+        """Keep a finished row."""
+        path = self._row_path(result.row, seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, orjson.dumps(result))
+
+    def read_results(self, rows: Sequence[str], seeds: Sequence[int]) -> dict[str, dict[int, RowResult]]:
+        """Every finished row by name and seed."""
+        found: dict[str, dict[int, RowResult]] = {}
+        for row in rows:
+            of_row = {seed: result for seed in seeds if (result := self.read_row(row, seed)) is not None}
+            if of_row:
+                found[row] = of_row
+        return found
+
+    def _row_path(self, row: str, seed: int) -> Path:
+        return self.seed_path(seed) / "rows" / f"{row}.json"
+
+
+def row_documents(results: Results) -> list[dict[str, Any]]:
+    """One entry a row: shares with intervals on both sets of claims, differences to AGAINST, U, and cost."""
+    judged = {name: {row: _judged(of_row, name) for row, of_row in results.items()} for name in SETS}
+    documents = []
+    for row, of_row in results.items():
+        document: dict[str, Any] = {"row": row, "title": TITLES[row], "seeds": sorted(of_row)}
+        for name in SETS:
+            share = share_right(judged[name][row])
+            document[name] = (
+                None
+                if share is None
+                else _share_document(share)
+                | {
+                    "versus": {
+                        other: _difference_document(difference)
+                        for other in AGAINST
+                        if other != row
+                        and other in results
+                        and (difference := paired_difference(judged[name][row], judged[name][other])) is not None
+                    }
+                }
+            )
+        utilities = [of_row[seed].utility for seed in sorted(of_row)]
+        if None not in utilities:
+            document["U"] = utilities
+        costs = [result.cost for result in of_row.values()]
+        document["cost"] = {
+            key: round(sum(getattr(cost, key) for cost in costs), 3)
+            for key in ("seconds", "asked", "prompt_tokens", "cached_tokens", "requests")
+        }
+        documents.append(document)
+    return documents
+
+
+def table_text(document: Mapping[str, Any]) -> str:
+    """The table for a terminal: agreement with gold, mean over seeds, 95% intervals."""
+    seeds, settings = document["seeds"], document["settings"]
+    head = (
+        f"{settings['testbed']}, {settings['model']}, pool of {settings['batch_size']}, alpha {settings['alpha']:g}, "
+        f"calibration: {settings['calibrate']}, {len(seeds)} seed{'s' if len(seeds) != 1 else ''}"
+    )
+    lines = [
+        head,
+        f"{'':<28}{'pool labels':<33}{'held-out claims':<33}{'against zero-shot':<38}against gold labels",
+    ]
+    for row in document["rows"]:
+        test = row["test"]
+        versus = test["versus"] if test else {}
+        lines.append(
+            f"{row['title']:<28}{_share_text(row['pool']):<33}{_share_text(test):<33}"
+            f"{_difference_text(versus.get('zero-shot')):<38}{_difference_text(versus.get('many-shot-gold'))}".rstrip()
+        )
+    lines += [
+        "mean over seeds ± standard deviation (95% interval over distinct claims); differences on held-out claims,",
+        "bootstrapped over groups. Pool labels of the many-shot rows: each claim predicted from the others.",
+    ]
+    return "\n".join(lines)
+
+
+def _judged(of_row: Mapping[int, RowResult], name: str) -> list[Judged]:
+    return [
+        Judged(seed, answer.claim, answer.group, answer.label == answer.gold)
+        for seed, result in sorted(of_row.items())
+        for answer in _answers(result, name)
+        if answer.gold is not None
+    ]
+
+
+def _answers(result: RowResult, name: str) -> Sequence[Answer]:
+    return result.pool if name == "pool" else result.test
+
+
+def _share_document(share: Share) -> dict[str, Any]:
+    return {
+        "seeds": [
+            {"seed": seed, "agreeing": right, "compared": compared, "interval": wilson_interval(right, compared)}
+            for seed, (right, compared) in share.by_seed.items()
+        ],
+        "mean": share.mean,
+        "sd": share.deviation,
+        "claims": share.claims,
+        "interval": share.interval,
+    }
+
+
+def _difference_document(difference: Difference) -> dict[str, Any]:
+    return {
+        "difference": difference.mean,
+        "interval": difference.interval,
+        "p": difference.p,
+        "mcnemar": [
+            {"seed": seed, "only_this": test.only_first, "only_other": test.only_second, "p": test.p}
+            for seed, test in difference.mcnemar.items()
+        ],
+    }
+
+
+def _share_text(share: Mapping[str, Any] | None) -> str:
+    if share is None:
+        return "-"
+    spread = "" if share["sd"] is None else f" ± {share['sd']:.3f}"
+    return f"{share['mean']:.3f}{spread} ({share['interval'][0]:.3f} to {share['interval'][1]:.3f})"
+
+
+def _difference_text(difference: Mapping[str, Any] | None) -> str:
+    if difference is None:
+        return "-"
+    low, high = difference["interval"]
+    p = "p < 0.001" if difference["p"] < 0.001 else f"p = {difference['p']:.3f}"
+    return f"{difference['difference']:+.3f} ({low:+.3f} to {high:+.3f}), {p}"

@@ -1,0 +1,137 @@
+"""An experiment as a file (experiments/*.yaml): a command, its settings, and what the paper reports beside one's own.
+
+Keys are checked: the file's by its schema, the settings' against the command's own flags, so they cannot drift apart.
+A key that does not exist is named with the nearest that does.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Final, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from src.experiments.commands import COMMANDS
+from src.icm.testbeds import BadInput
+
+Command = Literal["label", "baselines"]
+Value = bool | int | float | str | list[int] | list[str] | None
+NOT_SETTINGS: Final = ("help", "is_complete", "check")
+"""Flags that ask something of a run instead of describing it."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PaperFigures(_Strict):
+    """What a publication reports for this setting; None where it gives no number.
+
+    accuracy: by method, shares 0 to 1. read: how exact they are ("table", or "bars of a figure", or "not given").
+    """
+
+    source: str
+    accuracy: dict[str, float | None]
+    read: str
+
+
+class Experiment(_Strict):
+    """One reproducible experiment. settings: the command's flags without their dashes.
+
+    hardware: what it needs or was measured on. yours: the place to write down what it gave, by method.
+    """
+
+    title: str
+    command: Command
+    settings: dict[str, Value]
+    hardware: str | None = None
+    notes: str | None = None
+    paper: PaperFigures | None = None
+    yours: dict[str, float | None] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An experiment and the command line it stands for."""
+
+    experiment: Experiment
+    arguments: list[str]
+
+
+def load_experiment(path: Path) -> Loaded:
+    """Read and check one file. Raises BadInput in one line with what to write instead."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"{path}: not found") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise BadInput(f"{path}: is not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(content, dict):
+        raise BadInput(f"{path}: is not a list of keys and values")
+    try:
+        experiment = Experiment.model_validate(content)
+    except ValidationError as error:
+        raise BadInput(f"{path}: {_told(error)}") from None
+    parser = parser_of(experiment.command)
+    return Loaded(experiment, _arguments(path, parser, experiment.settings))
+
+
+def parser_of(command: Command) -> argparse.ArgumentParser:
+    """The parser of `icm COMMAND`."""
+    parser: argparse.ArgumentParser = import_module(COMMANDS[command][0]).build_parser()
+    return parser
+
+
+def _arguments(path: Path, parser: argparse.ArgumentParser, settings: Mapping[str, Value]) -> list[str]:
+    """The settings as a command line: switches by themselves, lists as several values, null as the flag's default."""
+    actions = {action.dest: action for action in parser._actions if action.dest not in NOT_SETTINGS}
+    arguments = []
+    for name, value in settings.items():
+        if name not in actions:
+            raise BadInput(f"{path}: settings: there is no {name!r}{_nearest(name, actions)}")
+        action = actions[name]
+        if value is None:
+            continue
+        if isinstance(value, bool):
+            if action.nargs != 0:
+                raise BadInput(f"{path}: settings: {name} takes a value, not {str(value).lower()}")
+            if isinstance(action, argparse.BooleanOptionalAction):
+                arguments.append(f"--{name}" if value else f"--no-{name}")
+            elif value:
+                arguments.append(f"--{name}")
+        elif action.nargs == 0:
+            raise BadInput(f"{path}: settings: {name} is true or false, not {value!r}")
+        elif isinstance(value, list):
+            if action.nargs != "+":
+                raise BadInput(f"{path}: settings: {name} takes one value, not a list")
+            arguments += [f"--{name}", *map(str, value)]
+        else:
+            arguments += [f"--{name}", str(value)]
+    return arguments
+
+
+def _told(error: ValidationError) -> str:
+    """The first complaint, a misspelt key with the nearest valid one."""
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"]]
+    if first["type"] == "extra_forbidden":
+        *above, key = place
+        model: type[BaseModel] = PaperFigures if above else Experiment
+        return f"{': '.join([*above, ''])}there is no {key!r}{_nearest(key, model.model_fields)}"
+    if place == ["command"]:
+        return f"command: {first['input']!r} is none of {', '.join(get_args(Command))}"
+    return f"{'.'.join(place)}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def _nearest(key: str, valid: Any) -> str:
+    names = [str(name) for name in valid]
+    close = get_close_matches(key, names, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(names)}"

@@ -1,0 +1,114 @@
+"""Write a run's labels for other tools.
+
+    icm export runs/NAME --format csv -o labels.csv
+    icm export runs/NAME --format dpo --least 1 -o pairs.jsonl
+
+jsonl: one claim a line, as `icm label --data` reads it. csv: for spreadsheets; no cell can act as a formula. datasets:
+a folder that Hugging Face's load_dataset reads. dpo: prompt, chosen, rejected. sft: prompt and completion, for
+fine-tuning. axolotl: the same as its input_output segments. docs/recipes.md says how each is used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+from src.experiments.arguments_of_reports import parser_of
+from src.icm.exports import Only, Pairs, chosen_claims, plain_rows, preference_pairs, training_rows
+from src.icm.run_record import RunRecord
+from src.icm.testbeds import BadInput
+from src.pipeline.handover import write_csv, write_dataset, write_jsonl
+from src.pipeline.run_reader import is_baselines, read_run
+from src.pipeline.training import axolotl_rows
+
+NAMES = {
+    "jsonl": "export.jsonl",
+    "csv": "export.csv",
+    "datasets": "dataset",
+    "dpo": "dpo.jsonl",
+    "sft": "sft.jsonl",
+    "axolotl": "axolotl.jsonl",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    parser = parser_of("icm export", __doc__)
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, as in runs/NAME")
+    parser.add_argument("--format", choices=list(NAMES), default="jsonl", help="what to write (default: jsonl)")
+    parser.add_argument("-o", "--output", type=Path, metavar="PATH", help="file (datasets: folder); default: in RUN")
+    parser.add_argument(
+        "--only", choices=get_args(Only), default="all", help="search: leave out labels that the search did not give"
+    )
+    parser.add_argument("--least", type=_nats, default=0.0, metavar="NATS", help="leave out labels less sure than this")
+    parser.add_argument(
+        "--pairs", choices=get_args(Pairs), default="best", help="dpo, of single claims: one pair a question, or all"
+    )
+    parser.add_argument("--bos", default="", metavar="TOKEN", help="axolotl: the token that a prompt begins with")
+    return parser
+
+
+def _nats(text: str) -> float:
+    value = float(text)
+    if not (math.isfinite(value) and value >= 0):
+        raise argparse.ArgumentTypeError(f"must be 0 or more, not {text}")
+    return value
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit codes: 0 written, 2 no such run, nothing to write, or a file that cannot be written."""
+    args = build_parser().parse_args(arguments)
+    path = args.output or args.run / NAMES[args.format]
+    try:
+        if is_baselines(args.run):
+            raise BadInput(f"{args.run}: is a table of baselines; name one of its runs, as in {args.run}/seed-1")
+        told = _export(args, read_run(args.run), path)
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {path}: cannot be written ({error.strerror})", file=sys.stderr)
+        return 2
+    print(f"{path}: {told}")
+    return 0
+
+
+def _export(args: argparse.Namespace, run: RunRecord, path: Path) -> str:
+    """Write it and say what was written. Raises BadInput where there is nothing to write."""
+    claims = chosen_claims(run, args.only, args.least)
+    if not claims:
+        raise BadInput(
+            f"{args.run}: no label is left to write" + ("" if run.finished else " (the run is not finished)")
+        )
+    if path.is_dir() and args.format != "datasets":
+        raise BadInput(f"{path}: is a folder; name a file")
+    left_out = len(run.claims) - len(claims)
+    rest = f", {left_out:,} left out" if left_out else ""
+    if args.format == "dpo":
+        found = preference_pairs(run, claims, args.pairs)
+        if not found.pairs:
+            raise BadInput(f"{args.run}: no question has both a True and a False claim: there is no pair to write")
+        write_jsonl(path, found.pairs)
+        return (
+            f"{len(found.pairs):,} pairs; {found.unpaired:,} claims had no partner, "
+            f"{found.contradicting:,} pairs contradicted themselves{rest}"
+        )
+    if args.format == "csv":
+        write_csv(path, plain_rows(run, claims))
+    elif args.format == "datasets":
+        write_dataset(path, run, claims)
+    elif args.format == "sft":
+        write_jsonl(path, training_rows(run, claims))
+    elif args.format == "axolotl":
+        write_jsonl(path, axolotl_rows(training_rows(run, claims), args.bos))
+    else:
+        write_jsonl(path, plain_rows(run, claims))
+    return f"{len(claims):,} claims{rest}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,238 @@
+"""A run of several searches: a data set in batches (`--num_batches`), each labelled once or by a vote (`--passes`).
+
+Every search is an ordinary run in a folder of its own, journaled and resumed by itself; several go on at once on one
+server. What a search does depends on its claims and its seed alone, so the labels are the same however many run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import orjson
+
+from core.llm_api.llm import ModelAPI
+from src.experiments.single_run import (
+    COSTS,
+    check_readable,
+    check_same_engine,
+    check_same_run,
+    finish,
+    identity_record,
+    model_api_of,
+    pools_of,
+    run_name,
+    settings_of,
+    warn_of_leaks,
+)
+from src.experiments.summary import print_summary
+from src.icm.annealing import part_seed
+from src.icm.report import collapse_warning
+from src.icm.testbeds import BadInput
+from src.pipeline.labelling import Pool
+from src.pipeline.progress import PartsProgress
+from src.pipeline.run_folder import RunFolder, environment
+
+PLANNED_AT_ONCE: Final = 4
+"""Searches that share the server's KV cache in every plan, however many run: plans decide scores (see planner)."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One search. pass_number is 0 where there is only one pass."""
+
+    name: str
+    batch: int
+    pass_number: int
+    pool: Pool
+
+
+async def run_parts(args: argparse.Namespace) -> int:
+    """Label every part, put their labels together, print the summary. Returns the exit code."""
+    parts = _parts(args)
+    settings = settings_of(args, parts[0].pool) | {
+        "num_batches": len({part.batch for part in parts}),
+        "passes": args.passes,
+    }
+    folder = RunFolder(args.runs_dir / run_name(args, settings))
+    known = folder.read_run()
+    if known is not None:
+        check_readable(folder, known)
+        check_same_run(folder, known["settings"], settings)
+        if "result" in known:
+            print_summary(folder, known)
+            return 0
+    if args.is_complete:
+        return 1
+    warn_of_leaks(args, parts[0].pool)
+    with folder:
+        async with model_api_of(args) as api:
+            if known is None:
+                known = {
+                    "kind": "parts",
+                    "settings": settings,
+                    "flags": {name: _plain(value) for name, value in vars(args).items()},
+                    "engine": identity_record(api.identity),
+                    "kv_capacity": await api.kv_cache_tokens(),
+                    "environment": environment(),
+                    "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                    "parts": [part.name for part in parts],
+                }
+                folder.write_run(known)
+            else:
+                check_same_engine(folder, known["engine"], api.identity)
+            documents = await _label_all(args, api, folder, parts, settings)
+            rows = _rows(folder, parts)
+            folder.write_labels(rows)
+            document = {
+                **known,
+                "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                "result": _result(parts, documents, rows),
+                "cost": {key: round(sum(each["cost"][key] for each in documents), 3) for key in COSTS},
+                "left_out": len(parts[0].pool.rest),
+                "model_api": api.stats.as_dict() | _sums([each["model_api"] for each in documents]),
+            }
+            folder.write_run(document)
+    print_summary(folder, document)
+    return 0
+
+
+def _parts(args: argparse.Namespace) -> list[Part]:
+    """Every batch's passes, in order. Raises BadInput for flags that do not go together."""
+    if args.check:
+        raise BadInput("--check measures one pool: leave out --num_batches and --passes")
+    if args.label_rest:
+        raise BadInput("--label_rest labels from one pool's labels; --num_batches all leaves no claim to label")
+    if args.passes % 2 == 0:
+        raise BadInput(f"--passes {args.passes}: must be odd, or votes could be equal")
+    parts = []
+    for batch, pool in enumerate(pools_of(args, args.num_batches)):
+        for number in range(args.passes):
+            name = f"batch-{batch:03d}" + (f"-pass-{number}" if args.passes > 1 else "")
+            own = replace(pool.problem.settings, seed=part_seed(args.seed, batch, number))
+            parts.append(Part(name, batch, number, replace(pool, problem=replace(pool.problem, settings=own))))
+    return parts
+
+
+async def _label_all(
+    args: argparse.Namespace, api: ModelAPI, folder: RunFolder, parts: Sequence[Part], settings: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Every part's finished run.json. The first failure stops the others, which lose nothing, and is raised."""
+    turns = asyncio.Semaphore(args.at_once)
+    claims = sum(len(part.pool.claims) for part in parts)
+
+    async def label(part: Part) -> dict[str, Any]:
+        own = dict(settings) | {"part": part.name, "part_seed": part.pool.problem.settings.seed}
+        alone = replace(part.pool, rest=())
+        async with turns:
+            document = await finish(
+                args,
+                api.share(alone=args.at_once == 1),
+                alone,
+                RunFolder(folder.path / part.name),
+                own,
+                progress=progress.of(part.name),
+                cache_share=min(PLANNED_AT_ONCE, len(parts)),
+            )
+        agreeing, compared = _known(document["result"])
+        told = f", agreement {agreeing / compared:.2f}" if compared else ""
+        progress.finish(part.name, len(alone.claims), f"U {document['result']['U']:.1f}{told}")
+        return document
+
+    failure: BaseException | None = None
+    tasks: list[asyncio.Task[dict[str, Any]]] = []
+    with PartsProgress(claims, len(parts), args.quiet) as progress:
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks += [group.create_task(label(part), name=part.name) for part in parts]
+        except BaseExceptionGroup as failures:
+            failure = failures.exceptions[0]
+    if failure is not None:
+        raise failure
+    return [task.result() for task in tasks]
+
+
+def _rows(folder: RunFolder, parts: Sequence[Part]) -> list[dict[str, Any]]:
+    """labels.jsonl of the whole: one row a claim, by its row in the data; of several passes the majority's label."""
+    found: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
+    for part in parts:
+        for line in RunFolder(folder.path / part.name).labels_path.read_bytes().splitlines():
+            row = orjson.loads(line)
+            found[row["row"], part.batch].append(row)
+    return [_voted(rows) | {"batch": batch} for (_, batch), rows in sorted(found.items())]
+
+
+def _voted(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The majority's label; log_odds: the mean of the passes'."""
+    if len(rows) == 1:
+        return rows[0]
+    votes = sum(row["label"] for row in rows)
+    return {
+        **rows[0],
+        "label": 2 * votes > len(rows),
+        "log_odds": sum(row["log_odds"] for row in rows) / len(rows),
+        "by": "vote",
+        "votes_true": votes,
+        "votes": len(rows),
+    }
+
+
+def _result(
+    parts: Sequence[Part], documents: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The whole's outcome: sums over parts, of U and predictability means, and of the labels what the vote gave."""
+    results = [document["result"] for document in documents]
+    voted = [row for row in rows if row["by"] in ("icm", "vote")]
+    predicted = [row for row in rows if row["by"] == "predicted"]
+    first = [result for part, result in zip(parts, results, strict=True) if part.pass_number == 0]
+    return {
+        **_sums([{key: r[key] for key in ("iterations", "accepted", "rebuilds", "inconsistent")} for r in results]),
+        "labelled": len(voted),
+        "true_labels": sum(row["label"] for row in voted),
+        "U": sum(r["U"] for r in results) / len(results),
+        "predictability": sum(r["predictability"] for r in results) / len(results),
+        "icm": _agreement(voted),
+        "zero_shot": _added([r["zero_shot"] for r in first]),
+        "zero_shot_calibrated": _added([r["zero_shot_calibrated"] for r in first]),
+        "predicted": {"predicted": _agreement(predicted)} if predicted else {},
+        "warning": collapse_warning([row["label"] for row in rows]),
+        "changes_objective": results[0]["changes_objective"],
+        "parts": [
+            {
+                "part": part.name,
+                "labelled": result["labelled"],
+                "U": result["U"],
+                "icm": result["icm"],
+                "seconds": document["cost"]["seconds"],
+                "warning": result["warning"],
+            }
+            for part, result, document in zip(parts, results, documents, strict=True)
+        ],
+    }
+
+
+def _agreement(rows: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+    known = [row for row in rows if row["gold"] is not None]
+    return sum(row["label"] == row["gold"] for row in known), len(known)
+
+
+def _known(result: Mapping[str, Any]) -> tuple[int, int]:
+    """Agreement of a part's labels, those that the search did not give included."""
+    return _added([result["icm"], *result["predicted"].values()])
+
+
+def _added(counts: Sequence[Sequence[int]]) -> tuple[int, int]:
+    return sum(a for a, _ in counts), sum(n for _, n in counts)
+
+
+def _sums(records: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    return {key: sum(record[key] for record in records) for key in records[0]}
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, str | int | float | bool | None) else str(value)

@@ -1,0 +1,104 @@
+"""Run an experiment that a file describes, or check the file.
+
+    icm run experiments/builtin-cpu.yaml                       # what the file says
+    icm run experiments/truthfulqa-8b.yaml --seeds 1 2 3       # flags of its command win over the file
+    icm run --check_only experiments/*.yaml                    # are all keys and values valid? asks no model
+
+The run's folder gets an experiment.json: the file's name, its digest, and the figures of the paper it holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import logging
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+
+import orjson
+
+from core.files import write_atomically
+from src.experiments.arguments import HelpFormatter, Parser
+from src.experiments.commands import COMMANDS
+from src.experiments.experiment_file import Loaded, load_experiment, parser_of
+from src.icm.testbeds import BadInput
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Files, and whether only to check them; what is not known here goes to the experiment's command."""
+    parser = Parser(
+        prog="icm run",
+        description=(__doc__ or "").partition("\n")[0],
+        epilog=(__doc__ or "").partition("\n\n")[2],
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("file", type=Path, nargs="+", metavar="FILE", help="an experiment; several with --check_only")
+    parser.add_argument("--check_only", action="store_true", help="check the files and print their command lines")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code of the experiment's command; 2 where the file is not valid."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    first_flag = next((i for i, text in enumerate(given) if text.startswith("--") and text not in _OWN), len(given))
+    options = build_parser().parse_args(given[:first_flag])
+    more = given[first_flag:]
+    try:
+        loaded = [load_experiment(path) for path in options.file]
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.check_only:
+        for each in loaded:
+            parser_of(each.experiment.command).parse_args(each.arguments)
+            print(shlex.join(["icm", each.experiment.command, *each.arguments]))
+        return 0
+    if len(loaded) > 1:
+        print("error: one experiment at a time (several only with --check_only)", file=sys.stderr)
+        return 2
+    return _run(loaded[0], options.file[0], more)
+
+
+_OWN = ("--check_only", "--help")
+
+
+def _run(loaded: Loaded, path: Path, more: Sequence[str]) -> int:
+    experiment = loaded.experiment
+    arguments = [*loaded.arguments, *more]
+    args = parser_of(experiment.command).parse_args(arguments)
+    if args.run is None:  # the folder must be known here, to say in it what it comes from
+        arguments += ["--run", path.stem]
+    command: Callable[[Sequence[str]], int] = import_module(COMMANDS[experiment.command][0]).main
+    sys.argv[0] = f"icm {experiment.command}"  # what resuming is told to call
+    print(f"{experiment.title}\n  {shlex.join(['icm', experiment.command, *arguments])}", file=sys.stderr)
+    code = command(arguments)
+    folder: Path = args.runs_dir / (args.run or path.stem)
+    if folder.is_dir():
+        record = {
+            "file": path.name,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "changed": list(more),
+            "paper": None if experiment.paper is None else experiment.paper.model_dump(),
+        }
+        write_atomically(folder / "experiment.json", orjson.dumps(record, option=orjson.OPT_INDENT_2))
+    if experiment.paper is not None and code == 0:
+        _print_paper(loaded)
+    return code
+
+
+def _print_paper(loaded: Loaded) -> None:
+    paper = loaded.experiment.paper
+    assert paper is not None
+    print(f"  the paper ({paper.source}; {paper.read}):")
+    for method, value in paper.accuracy.items():
+        yours = loaded.experiment.yours.get(method)
+        print(f"    {method:<28}{'not given' if value is None else f'{value:.2f}':<12}yours {yours or '-'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

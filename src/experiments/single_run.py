@@ -1,0 +1,277 @@
+"""One pool, one folder: what flags ask for, whether it is what the folder holds, and the run itself."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import logging
+import re
+import sys
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from core.determinism.record import manifest_entry, read_record
+from core.llm_api.llm import ModelAPI, open_model_api
+from core.llm_api.types import EngineIdentity
+from core.settings import Settings
+from src.icm.annealing import SearchSettings
+from src.icm.objective import Objective
+from src.icm.report import changes_objective, collapse_warning, pool_rows
+from src.icm.testbeds import BadInput, Claim, Testbed
+from src.monitoring.run_metrics import published
+from src.pipeline.datafiles import load_data_file, load_testbed
+from src.pipeline.labelling import Labelling, Pool, prepare_batches, result_record
+from src.pipeline.plots import plot_curves
+from src.pipeline.progress import Progress, SearchProgress
+from src.pipeline.run_folder import FORMAT, RunFolder, environment
+
+VARIANTS = ("context_cap", "best_of", "local_gain")
+COSTS = (
+    *("asked", "from_cache", "asked_ahead", "ahead_used"),
+    *("tokens_sent", "tokens_cached", "tokens_computed", "floored", "seconds"),
+)
+
+
+def model_api_of(args: argparse.Namespace, more: Mapping[str, object] | None = None) -> ModelAPI:
+    """The ModelAPI that the flags ask for, not yet started. more: settings that win over them."""
+    settings = Settings.load(
+        {
+            "missing_label": args.missing_label,
+            "prompts_per_request": args.prompts_per_request,
+            "read_timeout": args.read_timeout,
+            "cache_path": args.runs_dir / "responses.sqlite",
+            **(more or {}),
+        }
+    )
+    return open_model_api(settings, model=args.model, use_vllm=args.use_vllm, direct=args.direct)
+
+
+def warn_of_leaks(args: argparse.Namespace, pool: Pool) -> None:
+    """Say so where the constraints are made from gold labels."""
+    if args.consistency == "upstream" and pool.testbed.upstream_leaks:
+        print(
+            "warning: --consistency upstream makes its keys from gold labels: accuracy is not unsupervised",
+            file=sys.stderr,
+        )
+
+
+def determinism_of(args: argparse.Namespace, identity: EngineIdentity) -> dict[str, Any] | None:
+    """The last determinism check of this engine, for run.json; warns where it gives no reason to trust the last bit.
+
+    None for an external API, which cannot be checked.
+    """
+    if identity.kind == "openai-compatible":
+        return None
+    entry = manifest_entry(identity, read_record(args.runs_dir / "determinism", identity))
+    if entry["doubt"]:
+        _warn_once(str(entry["doubt"]))
+    return dict(entry)
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    """One warning, however many batches of a data set are labelled."""
+    logging.warning("%s", text)
+
+
+def load_claims(args: argparse.Namespace) -> tuple[Testbed, list[Claim], Path]:
+    """The claims of --data or --testbed."""
+    if args.data is not None:
+        return load_data_file(args.data)
+    return load_testbed(args.testbed, args.data_dir)
+
+
+def pool_of(args: argparse.Namespace, held_out: Collection[int] = ()) -> Pool:
+    """The pool and its constraints, from flags and files alone. held_out: rows that must not be in it."""
+    [pool] = pools_of(args, 1, held_out)
+    return pool if args.label_rest else replace(pool, rest=(), left_out=len(pool.rest))
+
+
+def pools_of(args: argparse.Namespace, count: int | None, held_out: Collection[int] = ()) -> list[Pool]:
+    """The same for `count` pools that share no claim; None: for as many as hold all claims."""
+    if args.initial_T <= 0 or args.final_T <= 0 or args.decay <= 0:
+        raise BadInput("--initial_T, --final_T and --decay must be above 0")
+    testbed, claims, path = load_claims(args)
+    claims = [claim for claim in claims if claim.row not in held_out]
+    search = SearchSettings(**{field.name: getattr(args, field.name) for field in fields(SearchSettings)})
+    return prepare_batches(
+        testbed,
+        claims,
+        path,
+        batch_size=args.batch_size,
+        count=count,
+        consistency=args.consistency,
+        objective=Objective(args.alpha, args.calibrate),
+        settings=search,
+    )
+
+
+def settings_of(args: argparse.Namespace, pool: Pool) -> dict[str, Any]:
+    """Everything that decides the labels, for run.json and the run's name. Holds no key and no path."""
+    decisive = {
+        field.name: value
+        for field in fields(SearchSettings)
+        # Left out at their defaults: runs that were begun before there were variants go on.
+        if (value := getattr(args, field.name)) != field.default or field.name not in VARIANTS
+    }
+    return {
+        "testbed": pool.testbed.name if args.data is None else args.data.name,
+        "data_sha256": pool.data_digest,
+        "model": args.model,
+        "batch_size": args.batch_size,
+        "consistency": args.consistency,
+        "alpha": args.alpha,
+        "calibrate": args.calibrate,
+        "label_rest": args.label_rest,
+        **decisive,
+    }
+
+
+def run_name(args: argparse.Namespace, settings: Mapping[str, Any]) -> str:
+    """The folder under --runs_dir: --run, or made from the settings. Raises BadInput where --run is a path."""
+    if args.run is not None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", args.run):
+            raise BadInput(f"--run {args.run!r}: a name of letters, digits, '_', '.' and '-', not a path")
+        return str(args.run)
+    digest = hashlib.sha256(orjson.dumps(settings, option=orjson.OPT_SORT_KEYS)).hexdigest()[:8]
+    parts = (settings["testbed"], args.model.rsplit("/", 1)[-1], f"N{args.batch_size}", f"seed{args.seed}", digest)
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(parts)).lstrip(".-")
+
+
+async def finish(
+    args: argparse.Namespace,
+    api: ModelAPI,
+    pool: Pool,
+    folder: RunFolder,
+    settings: Mapping[str, Any],
+    *,
+    progress: Progress | None = None,
+    cache_share: int = 1,
+) -> dict[str, Any]:
+    """The finished run.json of `pool` in `folder`: begun, gone on with, or read, whichever it needs.
+
+    progress and cache_share as in label_pool.
+    """
+    known = folder.read_run()
+    if known is not None:
+        check_readable(folder, known)
+        check_same_run(folder, known["settings"], settings)
+        if "result" in known:
+            return known
+    with folder:
+        labelling = await Labelling.open(pool, api)
+        return await label_pool(
+            args, labelling, folder, settings, folder.read_run(), progress=progress, cache_share=cache_share
+        )
+
+
+async def label_pool(
+    args: argparse.Namespace,
+    labelling: Labelling,
+    folder: RunFolder,
+    settings: Mapping[str, Any],
+    known: dict[str, Any] | None,
+    *,
+    progress: Progress | None = None,
+    cache_share: int = 1,
+) -> dict[str, Any]:
+    """Search, label the rest if asked, write the results; returns the finished run.json.
+
+    progress: told of every step (default: a bar of its own). cache_share: how many runs share the server's KV cache.
+    """
+    checked = determinism_of(args, labelling.identity)
+    if known is None:
+        capacity = await labelling.api.kv_cache_tokens()
+        known = {
+            "settings": settings,
+            "flags": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+            "engine": identity_record(labelling.identity),
+            "determinism": checked,
+            "kv_capacity": None if capacity is None else capacity // cache_share,
+            "environment": environment(),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        folder.write_claims(pool_rows(labelling.pool.claims, labelling.pool.problem.consistency))
+        folder.write_run(known)
+    else:
+        check_same_engine(folder, known["engine"], labelling.identity)
+    labelling = labelling.planned_for(known["kv_capacity"])
+    # Of several searches at once none has the port; nor does a command that has no such flag.
+    port = getattr(args, "metrics_port", None) if progress is None else None
+    with (
+        progress or SearchProgress(labelling.pool, args.quiet) as shown,
+        published(port, labelling.api, folder.path.name, labelling.pool, shown.update) as heard,
+    ):
+        state = await labelling.search(folder, heard, _lookahead(args, labelling.identity))
+    zero_shot = await labelling.zero_shot()
+    predictions = {}
+    if None in state.labels:
+        predictions["predicted"] = await labelling.predict_unlabelled(state)
+    if labelling.pool.rest:
+        predictions["many-shot"] = await labelling.label_rest(state)
+    folder.write_labels(labelling.label_rows(state, predictions, zero_shot))
+    records = folder.read_log()
+    title = f"{settings['testbed']}, {args.model}, alpha {args.alpha:g}, calibration {args.calibrate}"
+    plot_curves(records, labelling.pool.gold, folder.curves_path, title)
+    cost = {key: round(sum(record.get(key, 0) for record in records), 3) for key in COSTS}
+    warning = collapse_warning(state.labels)
+    document = {
+        **known,
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "result": result_record(labelling, state, zero_shot, predictions)
+        | {"warning": warning, "changes_objective": changes_objective(labelling.pool.problem.settings)},
+        "cost": cost,
+        "left_out": labelling.pool.left_out,
+        "model_api": labelling.api.stats.as_dict(),
+    }
+    folder.write_run(document)
+    return document
+
+
+def _lookahead(args: argparse.Namespace, identity: EngineIdentity) -> int | None:
+    """--lookahead, None where it is auto. Every question of an external API is paid for: auto asks none early there."""
+    if args.best_of > 1 or (args.lookahead is None and identity.kind == "openai-compatible"):
+        return 0  # what best_of will need next depends on its answers, and it asks several at once anyway
+    return None if args.lookahead is None else int(args.lookahead)
+
+
+def check_readable(folder: RunFolder, known: Mapping[str, Any]) -> None:
+    """A run that an earlier version began rebuilt its tree by another rule; only its result can still be shown."""
+    if known.get("format", 0) < FORMAT and "result" not in known:
+        raise BadInput(
+            f"{folder.path}: was begun by an earlier version, whose journal this one cannot go on with. "
+            "Move it away, or choose another --run"
+        )
+
+
+def check_same_run(folder: RunFolder, known: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Raises BadInput where `folder` was started with other settings."""
+    changed = [name for name in {**known, **settings} if known.get(name) != settings.get(name)]
+    if changed:
+        told = ", ".join(f"--{name} {known.get(name)}, now {settings.get(name)}" for name in changed)
+        raise BadInput(f"{folder.path}: was started with {told}. Use the same flags, or another --run")
+
+
+def check_same_engine(folder: RunFolder, known: Mapping[str, Any], identity: EngineIdentity) -> None:
+    """Scores of two models must not mix in one run. Raises BadInput where model or version differ."""
+    now = identity_record(identity)
+    changed = [name for name in ("model", "root", "revision", "version") if known.get(name) != now[name]]
+    if changed:
+        told = ", ".join(f"{name} {known.get(name)!r}, now {now[name]!r}" for name in changed)
+        raise BadInput(f"{folder.path}: was started on another engine ({told}). Start that one, or use another --run")
+    if known.get("fingerprint") != now["fingerprint"]:
+        logging.warning(
+            "the engine answers a fixed prompt differently than when this run began (other hardware, "
+            "precision or kernels?): its scores differ slightly from the run's first part"
+        )
+
+
+def identity_record(identity: EngineIdentity) -> dict[str, Any]:
+    """The engine's identity for run.json."""
+    return {field.name: getattr(identity, field.name) for field in fields(identity)}

@@ -1,0 +1,55 @@
+"""What a finished run prints."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from src.icm.report import agreement
+from src.pipeline.run_folder import RunFolder
+
+
+def print_summary(folder: RunFolder, document: Mapping[str, Any]) -> None:
+    """A finished run.json in a few lines; a warning goes to standard error."""
+    result, settings, cost = document["result"], document["settings"], document["cost"]
+    calibration = settings["calibrate"]
+    print(
+        f"{settings['testbed']}: {result['labelled']} claims labelled by {document['engine']['model']} in "
+        f"{result['iterations']} iterations, {cost['seconds']:.0f} s (calibration: {calibration})"
+    )
+    print(f"  agreement with gold  {agreement(*result['icm'])}")
+    print(f"  zero-shot            {agreement(*result['zero_shot'])}")
+    print(f"  zero-shot calibrated {agreement(*result['zero_shot_calibrated'])}")
+    for by, counts in result["predicted"].items():
+        outside = "not taken in by the search" if by == "predicted" else "outside the pool"
+        print(f"  {by:<20} {agreement(*counts)}  (claims {outside}, labelled from the pool's labels)")
+    if "parts" in result:
+        print(f"  {len(result['parts'])} searches; U and nats are means over them, counts and seconds sums")
+    print(
+        f"  U {result['U']:.2f}: {settings['alpha']:g} x {result['predictability']:.3f} nat - "
+        f"{result['inconsistent']} inconsistent pairs; {result['true_labels']} of {result['labelled']} True"
+    )
+    for change in result.get("changes_objective", []):
+        print(f"  not the paper's objective: {change}")
+    computed = cost["tokens_computed"]
+    if computed:
+        total = computed + cost["tokens_cached"]
+        print(
+            f"  prompt tokens {total:,.0f}, computed {computed:,.0f} (prefix cache hit rate {1 - computed / total:.3f})"
+        )
+    if cost.get("asked_ahead"):
+        print(f"  questions asked ahead {cost['asked_ahead']:,.0f}, used {cost['ahead_used']:,.0f}")
+    if cost["floored"]:
+        print(f"  {cost['floored']} answers lacked a label token and were floored")
+    if document["left_out"]:
+        how = "--num_batches all" if "parts" in result else "--label_rest"
+        print(f"  {document['left_out']} claims of the file are outside the pool, without a label (see {how})")
+    if "parts" in result:
+        print(
+            f"  labels {folder.labels_path}\n  parts  {folder.path}/{result['parts'][0]['part']} and so on, each a run"
+        )
+    else:
+        print(f"  labels {folder.labels_path}\n  curves {folder.curves_path}\n  log    {folder.log_path}")
+    if result["warning"]:
+        print(f"warning: {result['warning']}", file=sys.stderr)

@@ -1,0 +1,82 @@
+"""How a run went, as series over its iterations, from its journal."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from src.icm.consistency import Label
+
+WINDOW = 50  # iterations of a running share: short enough to show the freeze, long enough to be a share
+RECENT = 10  # journal lines behind a running mean of seconds and of the cache hit rate
+
+
+@dataclass(frozen=True)
+class Curves:
+    """One value a journal line, all lists of one length; None where a line cannot tell.
+
+    utility: U(D). accuracy: share of labels that are gold's, of those whose gold is known. temperature: of steps, in
+    units of U. acceptance: share of the last WINDOW iterations that changed a label. labelled: claims. true_share: of
+    the labels. hit_rate: share of prompt tokens found cached, and seconds: a step's, both over the last RECENT lines.
+    rebuilds, mirrors: iterations at which the tree was built anew, and all labels flipped (accepted or not).
+    """
+
+    iteration: list[int] = field(default_factory=list)
+    utility: list[float] = field(default_factory=list)
+    accuracy: list[float | None] = field(default_factory=list)
+    temperature: list[float | None] = field(default_factory=list)
+    acceptance: list[float | None] = field(default_factory=list)
+    labelled: list[int] = field(default_factory=list)
+    true_share: list[float | None] = field(default_factory=list)
+    inconsistent: list[int | None] = field(default_factory=list)
+    hit_rate: list[float | None] = field(default_factory=list)
+    seconds: list[float | None] = field(default_factory=list)
+    rebuilds: list[int] = field(default_factory=list)
+    mirrors: list[int] = field(default_factory=list)
+
+
+def curves_of(records: Iterable[Mapping[str, Any]], gold: Sequence[Label]) -> Curves:
+    """The curves of a journal. gold: by pool position; shorter or empty where it is not known."""
+    drawn = Curves()
+    labels: dict[int, bool] = {}
+    agreeing = compared = trues = 0
+    changed: deque[bool] = deque(maxlen=WINDOW)
+    tokens: deque[tuple[float, float]] = deque(maxlen=RECENT)
+    seconds: deque[float] = deque(maxlen=RECENT)
+    inconsistent: int | None = None
+    for record in records:
+        event, iteration = record["event"], int(record.get("iteration", 0))
+        if event == "rebuild":
+            drawn.rebuilds.append(iteration)
+        if event == "mirror":
+            drawn.mirrors.append(iteration)
+        for key, value in (record.get("labels") or record.get("changes") or {}).items():
+            claim, label = int(key), bool(value)
+            known = gold[claim] if claim < len(gold) else None
+            before = labels.get(claim)
+            trues += label - (before is True)
+            if known is not None:
+                agreeing += (label == known) - (before == known)
+                compared += before is None
+            labels[claim] = label
+        if event == "step":
+            changed.append(bool(record["accepted"]))
+            inconsistent = record.get("inconsistent", inconsistent)
+        if record.get("tokens_cached") is not None and record.get("tokens_computed") is not None:
+            tokens.append((record["tokens_cached"], record["tokens_computed"]))
+        if record.get("seconds") is not None:
+            seconds.append(record["seconds"])
+        sent = sum(cached + computed for cached, computed in tokens)
+        drawn.iteration.append(iteration + (event == "step"))
+        drawn.utility.append(float(record["U"]))
+        drawn.accuracy.append(agreeing / compared if compared else None)
+        drawn.temperature.append(record.get("T"))
+        drawn.acceptance.append(sum(changed) / len(changed) if changed else None)
+        drawn.labelled.append(len(labels))
+        drawn.true_share.append(trues / len(labels) if labels else None)
+        drawn.inconsistent.append(inconsistent)
+        drawn.hit_rate.append(sum(cached for cached, _ in tokens) / sent if sent else None)
+        drawn.seconds.append(sum(seconds) / len(seconds) if seconds else None)
+    return drawn

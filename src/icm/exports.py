@@ -1,0 +1,161 @@
+"""A run's labels as rows that other tools take: plain, for spreadsheets, as preference pairs, and for fine-tuning."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from src.icm.run_record import LabelledClaim, RunRecord, probability
+from src.icm.testbeds import TESTBEDS, Testbed, custom_testbed
+
+Only = Literal["all", "search"]
+Pairs = Literal["best", "all"]
+
+# What makes a spreadsheet read a cell as a formula (OWASP, CSV injection), full-width forms included.
+FORMULA = re.compile(r"\s*[=+\-@\t\r\n＝＋－＠'|%]")
+SPLIT_FORMULA = re.compile(r"([;\t]\s*)(?=[=+\-@＝＋－＠])")
+CELL_LIMIT = 32_767  # characters; what Excel keeps of a cell
+HALF_CHARACTER = re.compile(r"[\ud800-\udfff]")
+
+
+@dataclass(frozen=True, slots=True)
+class PairCount:
+    """Preference pairs and what was left out on the way: claims that found no partner, pairs told both ways round."""
+
+    pairs: list[dict[str, Any]]
+    unpaired: int
+    contradicting: int
+
+
+def chosen_claims(run: RunRecord, only: Only = "all", least: float = 0.0) -> list[LabelledClaim]:
+    """The labelled claims to hand over. least: nats that a log-odds must lie from what decides it."""
+    offset = run.offset
+    return [
+        claim
+        for claim in run.claims
+        if claim.label is not None
+        and (only == "all" or claim.searched)
+        and (not least or (claim.log_odds is not None and abs(claim.log_odds - offset) >= least))
+    ]
+
+
+def plain_rows(run: RunRecord, claims: Iterable[LabelledClaim]) -> Iterator[dict[str, Any]]:
+    """One row a claim, its columns those that `--data` reads; `probability` is P(True) against the pool's offset.
+
+    Every row has the same columns: readers that infer a table's types from its first rows need that.
+    """
+    offset, compared = run.offset, any(claim.choice_2 is not None for claim in run.claims)
+    for claim in claims:
+        yield {
+            "question": mended(claim.question),
+            "choice": mended(claim.choice),
+            **({"choice_2": None if claim.choice_2 is None else mended(claim.choice_2)} if compared else {}),
+            "label": claim.label,
+            "log_odds": claim.log_odds,
+            "probability": None if claim.log_odds is None else probability(claim.log_odds - offset),
+            "zero_shot": claim.zero_shot,
+            "gold": claim.gold,
+            "by": claim.by,
+            "consistency_id": mended(claim.group),
+            "row": claim.row,
+        }
+
+
+def preference_pairs(run: RunRecord, claims: Sequence[LabelledClaim], pairs: Pairs = "best") -> PairCount:
+    """prompt, chosen, rejected, and the margin in nats between the two.
+
+    Of comparisons, the better answer is chosen; both orders of one pair make one row, and none where they contradict
+    each other. Of single claims, a True one is chosen over a False one of the same question: the pair with the largest
+    margin, or every pair.
+    """
+    return _of_comparisons(run, claims) if run.compares else _of_claims(claims, pairs)
+
+
+def training_rows(run: RunRecord, claims: Iterable[LabelledClaim]) -> Iterator[dict[str, str]]:
+    """prompt and completion: the question as the run asked it, and its label word."""
+    testbed = testbed_of(run)
+    for claim in claims:
+        fields = {"question": claim.question, "choice": claim.choice, "choice_2": claim.choice_2 or ""}
+        yield {"prompt": mended(testbed.text(fields)), "completion": " True" if claim.label else " False"}
+
+
+def testbed_of(run: RunRecord) -> Testbed:
+    """The testbed that a run's claims were asked by."""
+    known = TESTBEDS.get(run.testbed)
+    if known is not None:
+        return known
+    return custom_testbed({"choice_2": "x" if run.compares else None})
+
+
+def spreadsheet_cell(text: str) -> str:
+    """`text` so that no spreadsheet takes it for a formula: a ' before it where it could be one.
+
+    Also after a semicolon or tab inside, which divides cells where a spreadsheet's locale says so. A ' that was there
+    already gets another one, so removing one gives the text back.
+    """
+    safe = SPLIT_FORMULA.sub(r"\1'", text)
+    if FORMULA.match(safe):
+        safe = "'" + safe
+    return safe[:CELL_LIMIT]
+
+
+def mended(text: str) -> str:
+    """`text` without half characters, which no UTF-8 file can hold."""
+    return HALF_CHARACTER.sub("\ufffd", text)
+
+
+def _of_comparisons(run: RunRecord, claims: Sequence[LabelledClaim]) -> PairCount:
+    offset = run.offset
+    found: dict[tuple[str, str, str], tuple[float | None, str]] = {}
+    contradicting: set[frozenset[tuple[str, str, str]]] = set()
+    unpaired = 0
+    for claim in claims:
+        if claim.choice_2 is None:
+            unpaired += 1
+            continue
+        chosen, rejected = (claim.choice, claim.choice_2) if claim.label else (claim.choice_2, claim.choice)
+        if (claim.question, rejected, chosen) in found:
+            contradicting.add(frozenset(((claim.question, rejected, chosen), (claim.question, chosen, rejected))))
+        margin = None if claim.log_odds is None else abs(claim.log_odds - offset)
+        found.setdefault((claim.question, chosen, rejected), (margin, claim.group))
+    dropped = {key for both in contradicting for key in both}
+    rows = [
+        _pair(question, chosen, rejected, margin, group)
+        for (question, chosen, rejected), (margin, group) in found.items()
+        if (question, chosen, rejected) not in dropped
+    ]
+    return PairCount(rows, unpaired, len(contradicting))
+
+
+def _of_claims(claims: Sequence[LabelledClaim], pairs: Pairs) -> PairCount:
+    questions: Mapping[str, list[LabelledClaim]] = defaultdict(list)
+    for claim in claims:
+        questions[claim.question].append(claim)
+    rows, unpaired = [], 0
+    for question, members in questions.items():
+        trues = [claim for claim in members if claim.label]
+        falses = [claim for claim in members if not claim.label]
+        if not trues or not falses:
+            unpaired += len(members)
+            continue
+        found = [(better, worse) for better in trues for worse in falses]
+        if pairs == "best":
+            found = [max(found, key=lambda pair: _gap(*pair) or 0.0)]
+        rows += [
+            _pair(question, better.choice, worse.choice, _gap(better, worse), better.group) for better, worse in found
+        ]
+    return PairCount(rows, unpaired, 0)
+
+
+def _gap(better: LabelledClaim, worse: LabelledClaim) -> float | None:
+    if better.log_odds is None or worse.log_odds is None:
+        return None
+    return better.log_odds - worse.log_odds
+
+
+def _pair(question: str, chosen: str, rejected: str, margin: float | None, group: str) -> dict[str, Any]:
+    texts = {"prompt": mended(question), "chosen": mended(chosen), "rejected": mended(rejected)}
+    return {**texts, "margin": margin, "consistency_id": mended(group)}

@@ -1,0 +1,157 @@
+"""What a run folder holds, as plain values: the claims with their labels, the journal, settings, result and costs.
+
+Read from files by `src.pipeline.run_reader`; everything that tells of finished runs (curves, diagnosis, reports,
+comparisons, exports) works on these values alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from src.icm.consistency import Constraint, Label
+from src.icm.testbeds import TESTBEDS
+
+SEARCHED = ("icm", "vote")  # `by` of a label that a search gave, or the majority of several
+IN_POOL = (*SEARCHED, "predicted")  # `by` of a label that belongs to a claim of the pool
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledClaim:
+    """One claim and what the run says of it.
+
+    log_odds: final leave-one-out log-odds, nats. zero_shot: log-odds without demonstrations, nats. Both None where they
+    are not known. by: "icm" for a label of the search, "vote" for the majority of several, "predicted" for a claim of
+    the pool that the search did not take in, else how the label was come by. row: index in the data file.
+    """
+
+    row: int
+    group: str
+    question: str
+    choice: str
+    choice_2: str | None = None
+    label: Label = None
+    log_odds: float | None = None
+    gold: Label = None
+    by: str = "icm"
+    zero_shot: float | None = None
+
+    @property
+    def in_pool(self) -> bool:
+        return self.by in IN_POOL
+
+    @property
+    def searched(self) -> bool:
+        """Whether a search gave the label."""
+        return self.label is not None and self.by in SEARCHED
+
+    @property
+    def agrees(self) -> bool | None:
+        """Whether the label is the gold one; None where either is missing."""
+        return None if self.label is None or self.gold is None else self.label == self.gold
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run. Mappings are those of run.json; empty where the run has not got that far.
+
+    claims: the pool in its order, then claims outside it. constraints: between pool positions, None where the run was
+    made by a version that did not record them. skipped: damaged lines of its files that were left out. parts: the runs
+    of its batches, where a data set was labelled in several; the claims are then all of theirs.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    claims: tuple[LabelledClaim, ...]
+    journal: tuple[Mapping[str, Any], ...] = ()
+    constraints: tuple[Constraint, ...] | None = None
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    result: Mapping[str, Any] | None = None
+    cost: Mapping[str, float] = field(default_factory=dict)
+    model_api: Mapping[str, float] = field(default_factory=dict)
+    started: str | None = None
+    finished: str | None = None
+    left_out: int = 0
+    skipped: int = 0
+    parts: tuple[RunRecord, ...] = ()
+
+    @property
+    def pool(self) -> tuple[LabelledClaim, ...]:
+        return tuple(claim for claim in self.claims if claim.in_pool)
+
+    @property
+    def gold(self) -> list[Label]:
+        """Gold labels by pool position."""
+        return [claim.gold for claim in self.pool]
+
+    @property
+    def offset(self) -> float:
+        """What is subtracted from a final log-odds before its sign is the label, nats: 0 unless calibrated."""
+        if self.settings.get("calibrate") != "mean":
+            return 0.0
+        known = [claim.log_odds for claim in self.pool if claim.searched and claim.log_odds is not None]
+        return sum(known) / len(known) if known else 0.0
+
+    @property
+    def searches(self) -> tuple[RunRecord, ...]:
+        """The runs that hold a journal: its parts, or itself."""
+        return self.parts or (self,)
+
+    @property
+    def compares(self) -> bool:
+        """Whether a claim is "choice is better than choice_2". The built-in testbed's choice_2 is in no prompt."""
+        known = TESTBEDS.get(self.testbed)
+        if known is not None:
+            return "choice_2" in known.columns
+        return any(claim.choice_2 for claim in self.claims)
+
+    @property
+    def model(self) -> str:
+        return str(self.engine.get("model") or self.settings.get("model") or "unknown model")
+
+    @property
+    def testbed(self) -> str:
+        return str(self.settings.get("testbed") or "unknown testbed")
+
+
+def labels_over_time(journal: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[int, bool]]:
+    """The pool's labels by position after each journal line: one mapping, which changes as the caller goes on."""
+    labels: dict[int, bool] = {}
+    for record in journal:
+        changes = record.get("labels") or record.get("changes") or {}
+        labels |= {int(claim): bool(label) for claim, label in changes.items()}
+        yield labels
+
+
+def final_labels(journal: Sequence[Mapping[str, Any]]) -> dict[int, bool]:
+    """The pool's labels by position as the journal leaves them."""
+    last = deque(labels_over_time(journal), maxlen=1)
+    return dict(last[0]) if last else {}
+
+
+def final_scores(journal: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """The last evaluation's log-odds (nats) by pool position; empty where nothing was evaluated."""
+    for record in reversed(journal):
+        scores = record.get("scores")
+        if scores and record.get("accepted", True):
+            return {int(claim): float(value) for claim, value in scores.items()}
+    return {}
+
+
+def with_journal_labels(claims: Sequence[LabelledClaim], journal: Sequence[Mapping[str, Any]]) -> list[LabelledClaim]:
+    """`claims` (the pool, in its order) labelled as the journal leaves them: a run that is not finished."""
+    labels = final_labels(journal)
+    scores = final_scores(journal)
+    return [replace(claim, label=labels.get(at), log_odds=scores.get(at), by="icm") for at, claim in enumerate(claims)]
+
+
+def probability(log_odds: float) -> float:
+    """P(True) from log-odds in nats, without overflow."""
+    if log_odds >= 0:
+        return 1 / (1 + math.exp(-log_odds))
+    power = math.exp(log_odds)
+    return power / (1 + power)

@@ -1,0 +1,54 @@
+"""Claims are other people's text. Here it is made harmless to look at: in a page, and in a terminal."""
+
+from __future__ import annotations
+
+import unicodedata
+
+KEPT = {"\n", "\t"}
+BIDI = {*"\u061c\u200e\u200f", *"\u202a\u202b\u202c\u202d\u202e", *"\u2066\u2067\u2068\u2069"}
+
+
+def visible(text: str) -> str:
+    """`text` with every character that would act instead of showing replaced by its name, as <U+202E>.
+
+    Control characters (escape sequences among them), half characters, and marks that turn the writing direction; tabs
+    and line ends stay.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(f"<U+{ord(one):04X}>" if _acts(one) else one for one in text)
+
+
+def one_line(text: str, length: int = 120) -> str:
+    """Visible text on one line, cut to `length` characters."""
+    line = " ".join(visible(text).split())
+    return line if len(line) <= length else line[: length - 1] + "…"
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A figure with thousands separated, '–' where there is none."""
+    if value is None:
+        return "–"
+    return f"{value:,.{digits}f}"
+
+
+def whole(value: float | None) -> str:
+    """A count with thousands separated, '–' where there is none."""
+    return number(value, 0)
+
+
+def duration(seconds: float) -> str:
+    """'42 s', '3 min 20 s', '2 h 05 min'."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min"
+
+
+def _acts(character: str) -> bool:
+    if character in KEPT:
+        return False
+    return character in BIDI or unicodedata.category(character) in ("Cc", "Cs", "Co", "Zl", "Zp")

@@ -1,0 +1,125 @@
+"""What is replaced in vLLM for exact scores: it is there, it is replaced once, and it computes the same."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from core.vllm_extension.query_length import SMALL_TILE, least_query_length
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize(
+    ("heads", "key_heads", "length"), [(32, 8, 17), (64, 8, 9), (8, 8, 65), (128, 1, 2), (4, 1, 17), (32, 32, 65)]
+)
+def test_the_least_query_length_leaves_the_small_tile(heads: int, key_heads: int, length: int) -> None:
+    assert least_query_length(heads, key_heads) == length
+    assert length * (heads // key_heads) > SMALL_TILE
+
+
+# A worker switches vLLM's mode on, whichever order things were imported in.
+START = """
+import sys
+from types import SimpleNamespace
+import torch
+from vllm.v1.attention.backends import flash_attn
+seen = []
+flash_attn.FlashAttentionMetadataBuilder.build = lambda self, prefix, batch, fast_build=False: seen.append(batch)
+if sys.argv[1] == "late":
+    import vllm.model_executor.layers.linear, vllm.model_executor.layers.vocab_parallel_embedding
+from core.batch_invariant import is_batch_invariant_mode_enabled
+from core.vllm_extension import exact
+source, bmm = exact._source(), torch.bmm
+source.current_platform = SimpleNamespace(dispatch_key="CPU", is_cuda=lambda: False, is_cuda_alike=lambda: False,
+                                          is_xpu=lambda: False, is_rocm=lambda: False)
+if sys.argv[1] == "enabled":
+    source.enable_batch_invariant_mode()
+    torch.bmm = bmm
+exact.install(); exact.install()
+assert is_batch_invariant_mode_enabled() == (sys.argv[1] == "enabled")
+source.enable_batch_invariant_mode(); source.enable_batch_invariant_mode()
+assert source._batch_invariant_MODE and is_batch_invariant_mode_enabled() and torch.bmm is bmm
+"""
+
+PROGRAM = """
+from vllm.model_executor.layers import layernorm, linear, vocab_parallel_embedding
+ours = "core.vllm_extension.exact"
+for module, name in ((linear, "linear_batch_invariant"), (vocab_parallel_embedding, "linear_batch_invariant"),
+                     (layernorm, "rms_norm_batch_invariant"), (source, "matmul_persistent")):
+    assert getattr(module, name).__module__ == ours, (module, name)
+
+x, w, bias, r = torch.randn(3, 2, 32), torch.randn(5, 32), torch.randn(5), torch.randn(3, 2, 32)
+torch.testing.assert_close(linear.linear_batch_invariant(x, w, bias), torch.nn.functional.linear(x, w, bias))
+torch.testing.assert_close(source.matmul_persistent(x[0], w.t(), bias), torch.nn.functional.linear(x[0], w, bias))
+
+from vllm.config import VllmConfig, set_current_vllm_config
+with set_current_vllm_config(VllmConfig()):
+    for cls in (layernorm.RMSNorm, layernorm.GemmaRMSNorm):
+        norm = cls(32, eps=1e-5)
+        norm.weight.data = torch.rand(32)
+        weight = norm.weight.data + (1 if cls is layernorm.GemmaRMSNorm else 0)
+        def expected(z):
+            return z * (z.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight
+        for forward in (norm.forward_cuda, norm.forward_native):
+            torch.testing.assert_close(forward(x), expected(x))
+            y, added = forward(x, r)
+            torch.testing.assert_close(added, x + r)
+            torch.testing.assert_close(y, expected(x + r))
+
+def lengths(longest, furthest, window):
+    builder = SimpleNamespace(num_heads_q=32, num_heads_kv=8, model_config=SimpleNamespace(max_model_len=4096),
+                              kv_cache_spec=SimpleNamespace(sliding_window=window))
+    batch = SimpleNamespace(max_query_len=longest, max_seq_len=furthest)
+    flash_attn.FlashAttentionMetadataBuilder.build(builder, 0, batch, fast_build=True)
+    assert (batch.max_query_len, batch.max_seq_len) == (longest, furthest), "vLLM's own batch was changed"
+    return seen[-1].max_query_len, seen[-1].max_seq_len
+print("lengths", lengths(1, 5, None), lengths(40, 5, None), lengths(1, 5, 512), lengths(1, 5, 9999))
+
+# Ours lie on top of vLLM's.
+torch.testing.assert_close(x.softmax(-1), torch.ops.icm.softmax(x, -1), rtol=0, atol=0)
+torch.testing.assert_close(torch.bmm(x, x.mT), torch.ops.icm.product(x, x.mT), rtol=0, atol=0)
+print("done")
+"""
+
+
+def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TRITON_INTERPRET": "1", **variables}
+    return subprocess.run(
+        [sys.executable, "-c", *arguments], env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+
+
+@pytest.mark.real_server
+@pytest.mark.parametrize("order", ["early", "late", "enabled"])
+def test_the_plugin_replaces_what_vllm_computes_with(order: str) -> None:
+    done = run(START + PROGRAM, order, ICM_BATCH_INVARIANT="1", VLLM_BATCH_INVARIANT="1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "lengths (17, 5) (40, 5) (17, 513) (17, 4096)" in done.stdout
+    assert done.stdout.endswith("done\n")
+
+
+@pytest.mark.real_server
+def test_attention_can_be_left_alone() -> None:
+    program = START + "print(hasattr(flash_attn.FlashAttentionMetadataBuilder.build, '__wrapped__'))"
+    for attention, wrapped in (("1", "True"), ("0", "False")):
+        variables = {
+            "ICM_BATCH_INVARIANT": "1",
+            "VLLM_BATCH_INVARIANT": "1",
+            "ICM_BATCH_INVARIANT_ATTENTION": attention,
+        }
+        assert run(program, "early", **variables).stdout.split()[-1] == wrapped
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs PyTorch and Triton (make setup-local)")
+def test_without_vllms_own_mode_it_is_refused() -> None:
+    done = run("from core.vllm_extension import exact; exact.install()", VLLM_BATCH_INVARIANT="0")
+    assert done.returncode == 1
+    assert "ICM_BATCH_INVARIANT=1 also needs VLLM_BATCH_INVARIANT=1" in done.stderr
+    done = run("from core.vllm_extension.plugin import register; register()", ICM_BATCH_INVARIANT="0")
+    assert done.returncode == 0

@@ -1,0 +1,96 @@
+"""Reading runs in every state, and whatever became of their files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from src.icm.consistency import Relation
+from src.icm.testbeds import BadInput
+from src.pipeline.run_reader import read_all, read_run
+from tests.run_examples import write_run
+
+LABELS = [True, False] * 6
+
+
+def test_a_finished_run(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "a", labels=LABELS, gold=LABELS, constraints={0: [(1, "exactly one is true")]}))
+    assert (run.name, run.model, len(run.pool), run.finished is not None) == ("a", "fake-8b", 12, True)
+    assert [claim.label for claim in run.claims] == LABELS
+    assert run.constraints is not None
+    assert [(c.first, c.second, c.relation) for c in run.constraints] == [(0, 1, Relation.EXACTLY_ONE)]
+    assert run.cost["seconds"] == 60.0
+
+
+def test_a_run_in_progress_has_its_journals_labels(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", labels=LABELS, gold=LABELS, finished=False)
+    lines = (folder / "log.jsonl").read_text().splitlines(keepends=True)
+    (folder / "log.jsonl").write_text("".join(lines[:3]) + '{"event": "step", "tor')
+    run = read_run(folder)
+    assert [claim.label for claim in run.claims] == [*LABELS[:6], *[None] * 6]
+    assert [claim.log_odds for claim in run.claims[:2]] == [2.0, -2.0]
+    assert run.skipped == 0  # a torn last line is one still being written
+    assert run.cost["seconds"] == 1.0
+
+
+def test_reading_changes_nothing(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", labels=LABELS)
+    with (folder / "log.jsonl").open("a") as log:
+        log.write('{"torn')
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    read_run(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_damaged_lines_are_counted_and_left_out(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", labels=LABELS)
+    (folder / "labels.jsonl").write_bytes(b"not json\n[1]\n" + (folder / "labels.jsonl").read_bytes() + b"\xff\n")
+    run = read_run(folder)
+    assert (len(run.claims), run.skipped) == (12, 3)
+
+
+def test_half_characters_and_odd_values_are_read(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", labels=LABELS[:2], seeds=2)
+    (folder / "labels.jsonl").write_text('{"row": "x", "choice": "a\\ud800", "label": "True", "log_odds": NaN}\n')
+    [claim] = read_run(folder).claims
+    assert (claim.row, claim.choice, claim.label) == (-1, "a\ud800", None)
+
+
+@pytest.mark.parametrize(("content", "complaint"), [(None, "holds no run"), ("{", "is damaged"), ("[]", "is damaged")])
+def test_what_is_no_run_is_refused(tmp_path: Path, content: str | None, complaint: str) -> None:
+    (tmp_path / "a").mkdir()
+    if content is not None:
+        (tmp_path / "a" / "run.json").write_text(content)
+    with pytest.raises(BadInput, match=complaint):
+        read_run(tmp_path / "a")
+    with pytest.raises(BadInput, match="no such folder"):
+        read_run(tmp_path / "b")
+
+
+def test_a_run_of_several_parts(tmp_path: Path) -> None:
+    for part in ("batch-000", "batch-001"):
+        write_run(tmp_path / "a" / part, labels=LABELS, gold=LABELS)
+    document = {"format": 2, "kind": "parts", "settings": {"testbed": "x"}, "parts": ["batch-000", "batch-001", "../b"]}
+    (tmp_path / "a" / "run.json").write_text(json.dumps(document))
+    run = read_run(tmp_path / "a")
+    assert [part.name for part in run.parts] == ["a/batch-000", "a/batch-001"]
+    assert (len(run.claims), run.cost["seconds"]) == (24, 120.0)
+
+
+def test_a_table_of_baselines_and_its_searches(tmp_path: Path) -> None:
+    for seed in (2, 10):
+        write_run(tmp_path / "t" / f"seed-{seed}", labels=LABELS)
+    against = {"difference": 0.25, "interval": [0.1, 0.4], "p": 0.02}
+    side = {"seeds": [{"seed": 2, "agreeing": 9, "compared": 12}], "mean": 0.75, "sd": None, "claims": 12,
+            "interval": [0.47, 0.91], "versus": {"zero-shot": against}}  # fmt: skip
+    row = {"row": "icm", "title": "ICM", "pool": side, "later": "keys are ignored"}
+    (tmp_path / "t" / "baselines.json").write_text(json.dumps({"format": 1, "kind": "baselines", "rows": [row]}))
+    [table], runs = read_all([tmp_path / "t"])
+    assert table.rows[0].pool is not None
+    assert (table.name, table.rows[0].pool.versus["zero-shot"].p) == ("t", 0.02)
+    assert [run.name for run in runs] == ["t/seed-2", "t/seed-10"]
+    (tmp_path / "t" / "baselines.json").write_text('{"rows": [{"row": 1}]}')
+    with pytest.raises(BadInput, match=r"rows\.0"):
+        read_all([tmp_path / "t"])
