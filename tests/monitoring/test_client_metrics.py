@@ -80,7 +80,6 @@ async def test_scores_texts_and_failures_are_all_there(tmp_path: Any) -> None:
     assert now["icm_client_prompt_tokens_total", "untold"] == 12
     assert now["icm_client_retries_total", ""] == 1
     assert now["icm_client_requests_total", "TransientError"] == 2
-    assert now["icm_client_requests_total", "MissingLabel"] == 1
     assert now["icm_client_requests_total", "cancelled"] == 1
     assert now["icm_client_texts_total", "ok"] == 2
     assert now["icm_client_texts_total", "cancelled"] == 1
