@@ -9,6 +9,7 @@ from typing import Final
 
 COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "label": ("src.experiments.ICM", "label a data set: the search, its baselines, labels and curves"),
+    "serve": ("src.serving.command", "a web application: questions answered from a folder of texts, claims scored"),
     "check-direct": ("src.experiments.check_direct", "check chats and completions of a model in this process"),
     "metrics": ("src.monitoring.vllm_scrape", "serve the metrics of several vLLM servers as one page for Prometheus"),
 }
