@@ -29,7 +29,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 help: ## List the commands
 	@echo "make COMMAND [PYTHON=python3.12] [MODEL=gemma-3-270m|smollm2-135m] [ARGS=\"...\"]"
 	@echo
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-26s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: setup
 setup: $(BASE) ## Make .venv with the tool and its development tools (no vLLM; a minute)
@@ -43,6 +43,10 @@ setup-browser: $(BROWSER) ## Add Playwright, and as root on Debian Chromium: for
 .PHONY: icm
 icm: setup-local ## Label the built-in claims with a real model on this machine (ARGS="--seed 2")
 	@$(PY) scripts/run_local.py --model $(MODEL) $(ARGS)
+
+.PHONY: serve
+serve: setup-local ## Serve answers and scores at port 8080 with a real model on this machine, until Ctrl-C (ARGS="--port 9000")
+	@$(PY) -m src.serving.command --start local --model $(MODEL) $(ARGS)
 
 .PHONY: test
 test: setup-local ## Run every test, those against a real vLLM server included (ARGS="-k tree")
@@ -66,6 +70,80 @@ lint: setup ## Check style (ruff) and types (mypy)
 format: setup ## Rewrite the code in the house style
 	@$(PY) -m ruff check --fix-only -q .
 	@$(PY) -m ruff format .
+
+# The container of vllm/ (docs/containers.md). Settings: VLLM_MODEL, VLLM_PORT, MAX_MODEL_LEN; keys come from the environment.
+VLLM_MODEL ?= 8B
+VLLM_PORT ?= 8000
+VLLM_BIND ?= 127.0.0.1
+MAX_MODEL_LEN ?=
+VLLM_IMAGE ?= icm-vllm:0.26.0
+VLLM_CONTAINER ?= icm-vllm
+DOCKER ?= docker
+DOCKER_ARGS ?= --gpus all
+# Only for these targets: VLLM_PORT means something else to a vLLM that `make icm` starts.
+vllm-run vllm-run-detached vllm-compose-%: export VLLM_MODEL := $(VLLM_MODEL)
+vllm-run vllm-run-detached vllm-compose-%: export MAX_MODEL_LEN := $(MAX_MODEL_LEN)
+vllm-compose-%: export VLLM_PORT := $(VLLM_PORT)
+vllm-compose-%: export VLLM_BIND := $(VLLM_BIND)
+vllm-compose-%: export VLLM_IMAGE := $(VLLM_IMAGE)
+COMPOSE := $(DOCKER) compose -f vllm/docker-compose.yml
+# Keys by name: an argument could be read by every user of the machine. HF_TOKEN and VLLM_API_KEY may be unset.
+VLLM_RUN = $(DOCKER) run --name $(VLLM_CONTAINER) --init --ipc=host $(DOCKER_ARGS) \
+  -p $(VLLM_BIND):$(VLLM_PORT):8000 -v icm-hf-cache:/home/icm/.cache/huggingface \
+  -e VLLM_MODEL -e MAX_MODEL_LEN -e HF_TOKEN -e VLLM_API_KEY
+
+.PHONY: vllm-build
+vllm-build: ## Build the container of the vLLM server (needs Docker, as all vllm- commands but vllm-test)
+	@$(DOCKER) build -f vllm/Dockerfile -t $(VLLM_IMAGE) .
+
+.PHONY: vllm-run
+vllm-run: ## Run it in the foreground (VLLM_MODEL=8B VLLM_PORT=8000 MAX_MODEL_LEN= ARGS="vLLM's options")
+	@$(VLLM_RUN) --rm $(VLLM_IMAGE) $(ARGS)
+
+.PHONY: vllm-run-detached
+vllm-run-detached: ## Run it in the background
+	@$(VLLM_RUN) --detach --restart unless-stopped $(VLLM_IMAGE) $(ARGS)
+
+.PHONY: vllm-compose-up
+vllm-compose-up: ## The same by docker compose, in the foreground
+	@$(COMPOSE) up --build
+
+.PHONY: vllm-compose-up-detached
+vllm-compose-up-detached: ## The same by docker compose, in the background
+	@$(COMPOSE) up --build --detach
+
+.PHONY: vllm-compose-down
+vllm-compose-down: ## Stop what compose started; downloaded models stay
+	@$(COMPOSE) down
+
+.PHONY: vllm-compose-logs
+vllm-compose-logs: ## Follow the log of what compose started
+	@$(COMPOSE) logs --follow
+
+.PHONY: vllm-test
+vllm-test: setup ## Check that the server at VLLM_PORT answers alike whatever else it does (ARGS=--quick)
+	@$(PY) scripts/test_determinism.py --url http://127.0.0.1:$(VLLM_PORT) $(ARGS)
+
+.PHONY: vllm-stop
+vllm-stop: ## Stop and remove the container
+	@$(DOCKER) stop -t 30 $(VLLM_CONTAINER)
+	@$(DOCKER) rm --force $(VLLM_CONTAINER) 2>/dev/null || true
+
+.PHONY: vllm-logs
+vllm-logs: ## Follow the container's log
+	@$(DOCKER) logs --follow $(VLLM_CONTAINER)
+
+.PHONY: vllm-shell
+vllm-shell: ## Open a shell in the running container
+	@$(DOCKER) exec --interactive --tty $(VLLM_CONTAINER) bash
+
+.PHONY: vllm-info
+vllm-info: ## Show the settings, the container's state, and what it serves
+	@echo "model $(VLLM_MODEL)  port $(VLLM_BIND):$(VLLM_PORT)  max-model-len $(or $(MAX_MODEL_LEN),as configured)"
+	@echo "image $(VLLM_IMAGE)  container $(VLLM_CONTAINER)  HF_TOKEN $(if $(HF_TOKEN),set,not set)  VLLM_API_KEY $(if $(VLLM_API_KEY),set,not set)"
+	@$(DOCKER) ps --all --filter name=^$(VLLM_CONTAINER)$$ --format 'state {{.Status}}' || true
+	@curl -sS --max-time 5 $(if $(VLLM_API_KEY),-H @<(printf 'Authorization: Bearer %s' "$$VLLM_API_KEY")) \
+	  http://127.0.0.1:$(VLLM_PORT)/v1/models || echo "nothing answers at port $(VLLM_PORT)"
 
 .PHONY: clean
 clean: ## Remove .venv, models/ and caches; runs/ and data/ stay

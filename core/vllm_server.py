@@ -101,6 +101,10 @@ class VLLMServer:
         """Process id of the server, which is its process group's too; None before it was started."""
         return None if self._process is None else self._process.pid
 
+    def is_running(self) -> bool:
+        """Whether the process that was started has not ended."""
+        return self._process is not None and self._process.poll() is None
+
     def __enter__(self) -> Self:
         self._catch_signals()
         try:

@@ -36,7 +36,8 @@ grep -v -E '^(#|torch==|triton==)' requirements/local.lock >"$work/constraints.t
 "$python" - >"$work/wanted.txt" <<'PYTHON'
 import tomllib
 project = tomllib.load(open("pyproject.toml", "rb"))["project"]
-print("\n".join(project["dependencies"] + project["optional-dependencies"]["dev"] + ["setuptools"]))
+extras = project["optional-dependencies"]
+print("\n".join(project["dependencies"] + extras["metrics"] + extras["serving"] + extras["dev"] + ["setuptools"]))
 PYTHON
 echo "# Made by scripts/lock.sh; install with --no-deps (make setup does)." >requirements/base.lock
 resolve "$work/base.json" -c "$work/constraints.txt" -r "$work/wanted.txt" >>requirements/base.lock

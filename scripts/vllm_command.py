@@ -203,7 +203,7 @@ def command(
     port_text, rest = take("port", rest, str(DEFAULT_PORT))
     model = locate_model(wanted)
     served, rest = take("served-model-name", rest, Path(model).name if model.startswith("/") else model)
-    if importlib.util.find_spec("vllm") is None:
+    if not vllm_installed():
         how = "run `make setup-local`" if size == "local" else f"{sys.executable} -m pip install '.[gpu]'"
         raise LaunchError(f"vLLM is not installed for {sys.executable}: {how}")
     options = ["--served-model-name", served, *serve_options(section, rest)]
@@ -227,6 +227,12 @@ def _environment(env: Mapping[str, str]) -> Iterator[tuple[str, str]]:
         filled = value.replace("{prefix}", sys.prefix)
         if filled == value or Path(filled).exists():
             yield name, filled
+
+
+def vllm_installed() -> bool:
+    """Whether this interpreter has vLLM, not just the folder vllm/ here, which is found as a package without code."""
+    spec = importlib.util.find_spec("vllm")
+    return spec is not None and spec.origin is not None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -373,6 +373,8 @@ class DirectEngine:
                 os.environ.setdefault(name, value)
         try:
             vllm = importlib.import_module("vllm")
+            if not hasattr(vllm, "LLM"):  # only a folder of that name was found, such as vllm/ of this repository
+                raise ImportError("No module named 'vllm'")
         except ImportError as error:
             raise ConfigurationError(
                 f"vLLM cannot be imported ({error}).", hint="Install it, or use a server: set VLLM_BASE_URL."

@@ -5,6 +5,7 @@ import shlex
 import socket
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ LAUNCHER = REPO_ROOT / "scripts" / "launch_vllm_server.sh"
 
 @pytest.fixture
 def with_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_command.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(vllm_command.importlib.util, "find_spec", lambda name: ModuleSpec(name, None, origin="vllm"))
 
 
 @pytest.fixture
