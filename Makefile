@@ -56,6 +56,15 @@ test: setup-local ## Run every test, those against a real vLLM server included (
 test-fast: setup ## Run the tests that need no vLLM
 	@$(PY) -m pytest -m "not gpu and not real_server" $(ARGS)
 
+.PHONY: chaos
+chaos: setup ## Break runs in every way that we know (docs/robustness.md; an hour and more)
+	@$(PY) -m tests.faults.campaign --runs 1000 --kills 200 --seed 1 --jobs 2 $(ARGS)
+	@$(PY) -m tests.faults.store
+
+.PHONY: fuzz
+fuzz: $(STAMPS)/fuzz ## Fuzz every parser, 10 CPU minutes each (ARGS="--seconds 60")
+	@$(PY) -m tests.faults.fuzz $(ARGS)
+
 .PHONY: bench
 bench: setup-local ## Check how many tokens a step computes, on the local model (ARGS="--json step.json")
 	@$(PY) benchmarks/step.py --start local --model $(MODEL) --claim_tokens 12 --quick $(ARGS)
@@ -162,6 +171,10 @@ $(BASE): requirements/base.lock pyproject.toml | $(PY)
 	@mkdir -p $(STAMPS)
 	@$(STEP) "installing the tool and its development tools" $(PIP_INSTALL) -r requirements/base.lock
 	@$(STEP) "linking this folder into $(VENV)" $(PIP_INSTALL) --no-build-isolation -e .
+	@touch $@
+
+$(STAMPS)/fuzz: requirements/fuzz.lock $(BASE)
+	@$(STEP) "installing the fuzzer" $(PIP_INSTALL) -r requirements/fuzz.lock
 	@touch $@
 
 # Two tries, because an index that cannot be reached costs minutes of retries when it is named on every call.

@@ -4,7 +4,7 @@
     python scripts/test_determinism.py --quick                 # the server that VLLM_BASE_URL names, in a minute
     python scripts/test_determinism.py --url http://host:8000  # the whole matrix: minutes, 256 prompts
     python scripts/test_determinism.py --start local           # a server of its own, restarted halfway
-    python scripts/test_determinism.py --direct models/gemma-3-270m --quick     # vLLM in this process, no server
+    python scripts/test_determinism.py --direct models/gemma-3-270m --cpu --quick     # vLLM in this process, no server
 
 The reference is each prompt asked alone, nothing cached. The result is kept under --runs_dir, where ICM.py finds it.
 Exit code 0: every row is the same to the last bit; 1: one differs; 2: nothing to check there, or wrong arguments.
@@ -173,7 +173,13 @@ async def check(engine: Engine, args: argparse.Namespace, report: Report, earlie
 async def run(args: argparse.Namespace, report: Report) -> Record:
     """Check what the arguments name."""
     if args.direct is not None:
-        options = DirectOptions(max_model_len=args.max_model_len, enforce_eager=True, block_size=args.block_size)
+        options = DirectOptions(
+            max_model_len=args.max_model_len,
+            enforce_eager=True,
+            block_size=args.block_size,
+            cpu=args.cpu,
+            deterministic=args.deterministic,
+        )
         async with direct_engine(args.direct, options) as engine:
             return await check(engine, args, report, None)
     settings = Settings.load({"vllm_base_url": args.url})
@@ -208,7 +214,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", help="name under which it is served (default: the first one it serves)")
     parser.add_argument("--max_model_len", type=int, default=4096, help="for --direct (default: 4096)")
-    parser.add_argument("--block_size", type=int, help="for --direct: tokens of a cache block (on a CPU 32)")
+    parser.add_argument("--cpu", action="store_true", help="for --direct: with the local server's settings for a CPU")
+    parser.add_argument(
+        "--deterministic",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="for --direct: batch-invariant, or vLLM's own kernels",
+    )
+    parser.add_argument("--block_size", type=int, help="for --direct: tokens of a cache block")
     parser.add_argument("--quick", action="store_true", help="12 prompts, no generated text, no restart: in a minute")
     parser.add_argument("--prompts", type=int, metavar="N", help="compare N prompts, 1 to 256 (default: 256, quick 12)")
     parser.add_argument(

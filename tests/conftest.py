@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -35,6 +37,16 @@ def vllm_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningSer
     log = tmp_path_factory.mktemp("vllm") / "server.log"
     with VLLMServer(model=MODEL, log=log) as server:
         yield RunningServer(server.url, server.model)
+
+
+def stand_in_platform(monkeypatch: pytest.MonkeyPatch, *, cpu: bool) -> None:
+    """Let vLLM be one for a CPU or a GPU, in an environment that says nothing of batch invariance."""
+    platforms = ModuleType("vllm.platforms")
+    platforms.current_platform = SimpleNamespace(is_cpu=lambda: cpu)
+    monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
+    for name in ("VLLM_BATCH_INVARIANT", "ICM_BATCH_INVARIANT"):
+        monkeypatch.setenv(name, "")  # so that what the engine sets is undone after the test
+        monkeypatch.delenv(name)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -40,10 +40,13 @@ from core.llm_api.types import (
     Segment,
 )
 from core.settings import MissingLabelPolicy
-from core.vllm_extension.plugin import kernels
+from core.vllm_extension.plugin import BATCH_INVARIANT, kernels
 
 T = TypeVar("T")
 
+
+_EXACT_ATTENTION: Final = {"backend": "FLASH_ATTN", "flash_attn_version": 2}
+"""Of configs/vllm_config.yaml, section gpu, where its reason is."""
 
 _CPU_ENVIRONMENT: Final = {"VLLM_CPU_KVCACHE_SPACE": "4", "TORCHDYNAMO_DISABLE": "1", "VLLM_NO_USAGE_STATS": "1"}
 """Of configs/vllm_config.yaml, where each has its reason; what is set already stays. vLLM reads it when imported."""
@@ -55,8 +58,10 @@ class DirectOptions:
 
     gpu_memory_utilization: share of the GPU's memory, 0 to 1. block_size: tokens a KV-cache block; on CPU a multiple of
     32. cpu: vLLM must be one for the CPU, and gets the settings of the local server (configs/vllm_config.yaml) where
-    none are given here. chat_template: a Jinja template or the path of one, for models that have none. runner:
-    "pooling" for embeddings in place of texts. extra: further engine arguments.
+    none are given here. deterministic: scores depend on their prompt alone, as with the launcher's --deterministic
+    (docs/determinism.md); what the environment says of batch invariance already wins. chat_template: a Jinja template
+    or the path of one, for models that have none. runner: "pooling" for embeddings in place of texts. extra: further
+    engine arguments.
     """
 
     dtype: str = "auto"
@@ -68,6 +73,7 @@ class DirectOptions:
     block_size: int | None = None
     trust_remote_code: bool = False
     cpu: bool = False
+    deterministic: bool = True
     chat_template: str | None = None
     runner: str | None = None
     extra: Mapping[str, object] = field(default_factory=dict)
@@ -349,7 +355,7 @@ class DirectEngine:
         if loaded.llm is None:
             loaded.vllm = self._import()
             try:
-                loaded.llm = loaded.vllm.LLM(**loaded.asked)
+                loaded.llm = loaded.vllm.LLM(**loaded.asked, **self._exactness(loaded.asked))
             except Exception as error:  # noqa: BLE001 - vLLM raises whatever its parts raise
                 # No `from error`: a traceback of vLLM's could show its arguments, the token among them.
                 raise ConfigurationError(
@@ -384,6 +390,17 @@ class DirectEngine:
                 "the installed vLLM is not one for the CPU.", hint="make setup-local installs one; or leave cpu out."
             )
         return vllm
+
+    def _exactness(self, asked: Mapping[str, object]) -> dict[str, object]:
+        """Set the environment for exact scores, and return the engine arguments that they need beside `asked`."""
+        if not self._options.deterministic:
+            return {}
+        if importlib.import_module("vllm.platforms").current_platform.is_cpu():
+            os.environ.setdefault(BATCH_INVARIANT, "1")
+            return {}
+        if os.environ.setdefault("VLLM_BATCH_INVARIANT", "1") != "1" or "attention_config" in asked:
+            return {}
+        return {"attention_config": dict(_EXACT_ATTENTION)}
 
     def _start(self) -> EngineIdentity:
         identity = self._load()

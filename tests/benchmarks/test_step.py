@@ -37,6 +37,7 @@ from benchmarks.step_report import (
 )
 from benchmarks.step_table import tables
 from src.icm.planner import TokenCosts
+from tests.conftest import stand_in_platform
 from tests.core.fake_server import FakeVLLM, Fault
 from tests.core.test_direct_llm import FakeLLM
 
@@ -291,6 +292,7 @@ def test_in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     FakeLLM.made, FakeLLM.failure = [], None
     module.LLM, module.SamplingParams, module.__version__ = FakeLLM, SimpleNamespace, "0.32.0"
     monkeypatch.setitem(sys.modules, "vllm", module)
+    stand_in_platform(monkeypatch, cpu=True)
     engine = json.dumps({"dtype": "bfloat16", "load_format": "dummy", "tokenizer": "/models/here/other"})
     arguments = ["--direct", "/models/here/shape", "--engine", engine, "--sizes", "8", "16", "--repeats", "2"]
     assert step.main([*arguments, "--json", str(tmp_path / "s.json")]) == 0

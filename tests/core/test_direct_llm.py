@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from types import ModuleType, SimpleNamespace
@@ -12,6 +13,7 @@ from pydantic import SecretStr
 from core.llm_api.direct_llm import DirectEngine, DirectOptions
 from core.llm_api.errors import APIError, ConfigurationError, MissingLabel, RequestRejected
 from core.llm_api.types import Engine, EngineAnswer, LabelTokens, PrefixCacheCounters, Prompt, Segment
+from tests.conftest import stand_in_platform
 from tests.core.fake_server import BOS, FALSE, TRUE, encode, hashed_log_odds, label_distribution
 
 KEY = "hf_planted0123456789"
@@ -74,6 +76,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     FakeLLM.made, FakeLLM.failure = [], None
     module.LLM, module.SamplingParams, module.__version__ = FakeLLM, SimpleNamespace, "0.32.0"
     monkeypatch.setitem(sys.modules, "vllm", module)
+    stand_in_platform(monkeypatch, cpu=True)
     return module
 
 
@@ -230,9 +233,7 @@ def test_cpu_mode_takes_the_local_servers_settings_where_none_are_given() -> Non
 
 
 async def test_cpu_mode_needs_a_vllm_for_the_cpu(vllm: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    platforms = ModuleType("vllm.platforms")
-    platforms.current_platform = SimpleNamespace(is_cpu=lambda: False)
-    monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
+    stand_in_platform(monkeypatch, cpu=False)
     engine = DirectEngine("m", DirectOptions(cpu=True))
     with pytest.raises(ConfigurationError, match="not one for the CPU"):
         await engine.connect()
@@ -252,3 +253,37 @@ async def test_what_it_cannot_do_is_told(vllm: ModuleType) -> None:
     await engine.aclose()
     with pytest.raises(RuntimeError):
         await engine.models()
+
+
+@pytest.mark.usefixtures("vllm")
+@pytest.mark.parametrize(
+    ("cpu", "set_already", "deterministic", "variables", "attention"),
+    [
+        (True, {}, True, {"ICM_BATCH_INVARIANT": "1"}, None),
+        (True, {"ICM_BATCH_INVARIANT": "0"}, True, {"ICM_BATCH_INVARIANT": "0"}, None),
+        (True, {}, False, {}, None),
+        (False, {}, True, {"VLLM_BATCH_INVARIANT": "1"}, {"backend": "FLASH_ATTN", "flash_attn_version": 2}),
+        (False, {"VLLM_BATCH_INVARIANT": "0"}, True, {"VLLM_BATCH_INVARIANT": "0"}, None),
+        (False, {}, False, {}, None),
+    ],
+)
+async def test_scores_are_exact_as_the_launchers_are_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+    cpu: bool,
+    set_already: dict[str, str],
+    deterministic: bool,
+    variables: dict[str, str],
+    attention: dict[str, object] | None,
+) -> None:
+    stand_in_platform(monkeypatch, cpu=cpu)
+    for name, value in set_already.items():
+        monkeypatch.setenv(name, value)
+    engine = DirectEngine("/models/x", DirectOptions(deterministic=deterministic))
+    identity = await engine.start()
+    try:
+        names = ("VLLM_BATCH_INVARIANT", "ICM_BATCH_INVARIANT")
+        assert {name: os.environ[name] for name in names if name in os.environ} == variables
+        assert FakeLLM.made[0].arguments.get("attention_config") == attention
+        assert all(f"{name}={value}" in identity.determinism for name, value in variables.items())
+    finally:
+        await engine.aclose()

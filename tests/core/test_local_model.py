@@ -19,6 +19,7 @@ from core.llm_api.errors import APIError, ConfigurationError, RequestRejected
 from core.llm_api.generation import End, Failed, Message, Metrics, SamplingOptions, TextEngine, Token
 from core.llm_api.llm import ModelAPI
 from core.llm_api.local_model import LocalModel
+from tests.conftest import stand_in_platform
 
 QUESTION = [Message("user", "Name a river")]
 PLAIN = "{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -111,6 +112,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     module.LLM, module.SamplingParams, module.__version__ = WritingLLM, SimpleNamespace, "0.32.0"
     parameters.RequestOutputKind = Kind
     monkeypatch.setitem(sys.modules, "vllm", module)
+    stand_in_platform(monkeypatch, cpu=True)
     monkeypatch.setitem(sys.modules, "vllm.sampling_params", parameters)
     yield
     assert all(not llm.requests for llm in WritingLLM.made), "nothing is left in the engine"
