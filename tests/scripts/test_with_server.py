@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -16,7 +16,7 @@ class Server:
     """What VLLMServer is to the script. `events`: what happened, in order."""
 
     url = "http://127.0.0.1:4321"
-    events: list[str] = []
+    events: ClassVar[list[str]] = []
     fails = False
 
     def __init__(self, **options: Any) -> None:
