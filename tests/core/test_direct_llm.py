@@ -180,6 +180,7 @@ async def test_revision_and_token_reach_vllm(vllm: ModuleType) -> None:
 async def test_kernels_named_in_the_environment_are_part_of_the_identity(
     vllm: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    stand_in_platform(monkeypatch, cpu=False)
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     engine = DirectEngine("m")
     assert (await engine.start()).determinism == "VLLM_BATCH_INVARIANT=1"
