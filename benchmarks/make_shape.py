@@ -4,16 +4,29 @@
     scripts/launch_vllm_server.sh /tmp/llama-8b --load-format dummy --served-model-name llama-8b
 
 How long arithmetic takes does not depend on the weights, so a shape with random weights measures speed as the real
-model would. Its answers mean nothing. The tokenizer takes one token a word, so that a claim of 40 words has 40 tokens.
+model would. Its answers mean nothing. The tokenizer takes one token a word, so that a claim of 40 words has 40 tokens;
+it knows the words of the built-in claims as well.
+
+vLLM's dummy weights are too small to show how rounding differs. --weights writes random ones as a model is initialized
+with (normal, standard deviation 0.02; PyTorch and transformers needed), for scripts/test_determinism.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any, Final
+
+if str(Path(__file__).resolve().parents[1]) not in sys.path:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from src.pipeline.datafiles import load_testbed
+
+# What a byte-level pre-tokenizer splits text into: words, numbers and marks, each with the blank before it, and blanks.
+_PIECE: Final = re.compile(r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?\d+| ?[^\s\w]+|\s+(?!\S)|\s+")
 
 LABELS: Final = (" True", " False")
 WORDS: Final = 4000
@@ -91,6 +104,7 @@ def tokenizer() -> dict[str, Any]:
     # The byte-level alphabet writes a blank as Ġ and a line feed as Ċ.
     texts = [BOS, "<unk>", "ĊĊ", *("Ġ" + label.strip() for label in LABELS)]
     texts += ["Ġ" + word(number).strip() for number in range(WORDS)]
+    texts += sorted({_as_bytes(piece) for piece in _built_in_pieces() if piece.isascii()} - set(texts))
     return {
         "version": "1.0",
         "added_tokens": [
@@ -117,6 +131,15 @@ def tokenizer() -> dict[str, Any]:
     }
 
 
+def _built_in_pieces() -> set[str]:
+    _, claims, _ = load_testbed("builtin", Path())
+    return {piece for claim in claims for piece in _PIECE.findall(claim.text)}
+
+
+def _as_bytes(piece: str) -> str:
+    return piece.replace(" ", "Ġ").replace("\n", "Ċ")
+
+
 def make_shape(name: str, folder: Path) -> Path:
     """Write config.json and the tokenizer of the shape `name` into `folder`, which is made where it is missing."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -130,13 +153,28 @@ def make_shape(name: str, folder: Path) -> Path:
     return folder
 
 
+def write_weights(folder: Path) -> None:
+    """Random weights for the config.json in `folder`, bfloat16, made on the GPU where there is one."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(config, torch_dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+
+
 def main() -> int:
     """Write the folder and say where it is."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("shape", choices=list(SHAPES))
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--weights", action="store_true", help="also write random weights of a model's usual scale")
     args = parser.parse_args()
     print(make_shape(args.shape, args.folder))
+    if args.weights:
+        write_weights(args.folder)
     return 0
 
 
