@@ -23,6 +23,7 @@ import numpy as np
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from core.llm_api.errors import StorageFailed
 from src.icm.testbeds import BadInput
 from src.pipeline.datafiles import read_rows
 from src.pipeline.handover import write_jsonl
@@ -136,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     try:
         count = write_jsonl(args.output, claims_of(_items(args)))
-    except BadInput as error:
+    except (BadInput, StorageFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:

@@ -33,6 +33,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(ROOT))
 
 from core.files import write_atomically  # noqa: E402
+from core.llm_api.errors import StorageFailed  # noqa: E402
 from core.vllm_server import ServerFailed, VLLMServer  # noqa: E402
 from src.icm.annealing import Stream, generator  # noqa: E402
 from src.icm.exports import chosen_claims, plain_rows, training_rows  # noqa: E402
@@ -84,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         rounds = Rounds(args)
         rounds.run()
-    except BadInput as error:
+    except (BadInput, StorageFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except CommandFailed as error:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from core.files import write_atomically
+from core.llm_api.errors import StorageFailed
 from src.experiments.arguments_of_reports import parser_of, run_folders
 from src.icm.diagnosis import flips
 from src.icm.testbeds import BadInput
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             page = render_comparison(grids, shared_curves(runs), flips(searches), tables, names)
             write_atomically(args.output, page.encode("utf-8", "replace"))
             print(f"\n{args.output}")
-    except BadInput as error:
+    except (BadInput, StorageFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
+from core.llm_api.errors import StorageFailed
 from src.experiments.arguments_of_reports import parser_of
 from src.icm.exports import Only, Pairs, chosen_claims, plain_rows, preference_pairs, training_rows
 from src.icm.run_record import RunRecord
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if is_baselines(args.run):
             raise BadInput(f"{args.run}: is a table of baselines; name one of its runs, as in {args.run}/seed-1")
         told = _export(args, read_run(args.run), path)
-    except BadInput as error:
+    except (BadInput, StorageFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:

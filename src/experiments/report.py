@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from core.files import write_atomically
+from core.llm_api.errors import StorageFailed
 from src.experiments.arguments_of_reports import parser_of, run_folders
 from src.icm.testbeds import BadInput
 from src.pipeline.prices import read_prices
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if path.is_dir():
             raise BadInput(f"{path}: is a folder; name a file")
         write_atomically(path, page.encode("utf-8", "replace"))
-    except BadInput as error:
+    except (BadInput, StorageFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:

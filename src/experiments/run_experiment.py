@@ -21,6 +21,7 @@ from pathlib import Path
 import orjson
 
 from core.files import write_atomically
+from core.llm_api.errors import StorageFailed
 from src.experiments.arguments import HelpFormatter, Parser
 from src.experiments.commands import COMMANDS
 from src.experiments.experiment_file import Loaded, load_experiment, parser_of
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     more = given[first_flag:]
     try:
         loaded = [load_experiment(path) for path in options.file]
-    except BadInput as error:
+    except (BadInput, StorageFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if options.check_only:
