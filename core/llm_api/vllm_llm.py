@@ -111,6 +111,7 @@ class VLLMClient:
         self._top = TOP_LOGPROBS
         self._identity: EngineIdentity | None = None
         self._canary: dict[str, float] = {}
+        self._canary_fields: dict[str, object] = {}
         self._known_era = -1  # the transport's era in which the server was last found to be the one of start()
         self._checking = asyncio.Lock()
 
@@ -160,8 +161,8 @@ class VLLMClient:
         identity = await self._identify(card)
         tokens = await self._tokenize_one(CANARY)
         canary = Prompt((Segment(CANARY_TEXT, tokens),), name="canary")
-        self._canary = await self._ask_canary(canary)
         self._exact = await self._probe_exact(canary)
+        self._canary = await self._ask_canary(canary)
         if not self._exact:
             log.warning("%s does not return chosen logprobs; using its top %d", self._http.base_url, self._top)
         self._takes_trees = await self._probe_trees() and self._use_extension
@@ -347,8 +348,7 @@ class VLLMClient:
                     for name in ("root", "version")
                     if getattr(now, name) != getattr(known, name)
                 ]
-                body = token_body(vllm_fields(self._model, None, top=self._top), [canary])
-                top = await self._read(body, canary, retry)
+                top = await self._read(token_body(self._canary_fields, [canary]), canary, retry)
                 if not _same_weights(top, self._canary):
                     changed.append("other answers to a fixed prompt")
                 if changed:
@@ -377,16 +377,27 @@ class VLLMClient:
         )
 
     async def _ask_canary(self, canary: Prompt) -> dict[str, float]:
-        """The top logprobs after the canary; fewer where the server was started with a lower --max-logprobs."""
-        for top in (TOP_LOGPROBS, 5, 1):
-            body = token_body(vllm_fields(self._model, None, top=top), [canary])
+        """Log-probabilities after the canary; fewer where the server was started with a lower --max-logprobs.
+
+        Of tokens named by id where the server takes ids: to a request for top ones, vLLM (0.32) answers with the
+        sampled token alone while another's pool is computed with it, and the server would seem to be another one.
+        """
+        attempts = [vllm_fields(self._model, None, top=top) for top in (TOP_LOGPROBS, 5, 1)]
+        if self._exact:
+            tokens = sorted(set(canary.token_ids))
+            attempts = [
+                {**vllm_fields(self._model, None, top=1), "logprob_token_ids": tokens[-count:]} for count in (5, 2)
+            ]
+        for fields in attempts:
             try:
-                answers = await self._read(body, canary)
+                answers = await self._read(token_body(fields, [canary]), canary)
             except RequestRejected as error:
-                if error.status != 400 or top == 1:
+                if error.status not in (400, 422) or fields is attempts[-1]:
                     raise
             else:
-                self._top = top
+                self._canary_fields = fields
+                if not self._exact:
+                    self._top = int(str(fields["logprobs"]))
                 return answers
         raise AssertionError("unreachable")
 

@@ -296,7 +296,8 @@ class FakeVLLM:
         ranked = sorted(every.items(), key=lambda item: -item[1])
         wanted = body.get("logprob_token_ids")
         if wanted is not None and self.exact_labels == "yes":
-            listed = dict(ranked[:1]) | {t: every.get(t, -25.0 - t % 7) for t in wanted if t not in self.drop}
+            rest = -25.0 - (5.0 + offset / 1000) * bool(self.salt)
+            listed = dict(ranked[:1]) | {t: every.get(t, rest - t % 7) for t in wanted if t not in self.drop}
         else:
             listed = dict(ranked[: body["logprobs"]])
         by_id = body.get("return_tokens_as_token_ids")

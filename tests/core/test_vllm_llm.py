@@ -60,9 +60,9 @@ async def test_identity(server: FakeVLLM) -> None:
     assert engine.exact_labels
     assert (identity.kind, identity.model, identity.root) == ("vllm", "fake-8b", "/models/fake")
     assert (identity.version, identity.revision, identity.max_model_len) == ("0.26.0+fake", "main", 8192)
-    canary = server.completions[0]
+    canary = server.completions[1]
     assert len(canary["prompt"][0]) < 16
-    assert canary["logprobs"] == 20
+    assert len(canary["logprob_token_ids"]) == 5
     assert await engine.start() == identity
     await engine.aclose()
     await engine.aclose()

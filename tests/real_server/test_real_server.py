@@ -173,6 +173,20 @@ async def test_a_client_that_leaves_stops_its_pool(vllm_server: RunningServer) -
             await asyncio.sleep(0.2)
 
 
+async def test_a_server_is_known_again_while_it_computes_a_pool(vllm_server: RunningServer) -> None:
+    async with ModelAPI(VLLMClient(vllm_server.url, vllm_server.model)) as api:
+        book, labels = await book_of(api, 48)
+        prompts = prompts_of(book, UpstreamLayout.build(range(48)), labels)
+        scoring = asyncio.create_task(api.score(prompts, await api.label_tokens()))
+        fingerprints = []
+        while not scoring.done() or not fingerprints:
+            client = VLLMClient(vllm_server.url, vllm_server.model)
+            fingerprints.append((await client.start()).fingerprint)
+            await client.aclose()
+        await scoring
+        assert set(fingerprints) == {api.identity.fingerprint}
+
+
 async def run_icm(server: RunningServer, folder: Path, *more: str) -> str:
     """A small search on the built-in claims, to its end: what it printed. Its files are in folder/real."""
     process = await asyncio.create_subprocess_exec(
