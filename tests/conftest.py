@@ -10,8 +10,13 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from hypothesis import settings
 
 from core.vllm_server import VLLMServer, is_healthy
+
+# A busy machine is slow; how long an example takes is no property of the code.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
 MODEL = os.environ.get("ICM_TEST_MODEL", "gemma-3-270m")
