@@ -14,7 +14,7 @@ if [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
   export DEBIAN_FRONTEND=noninteractive
   "$here/step.sh" "asking Debian for its packages" apt-get update -qq
   "$here/step.sh" "installing Chromium" \
-    apt-get install -y -qq --no-install-recommends chromium-headless-shell fonts-dejavu-core
+    timeout 300 apt-get install -y -qq --no-install-recommends chromium-headless-shell fonts-dejavu-core
   exit 0
 fi
 echo "No Chromium here: install one (on Debian: apt install chromium), or name it in ICM_TEST_CHROMIUM" >&2
