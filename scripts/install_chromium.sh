@@ -12,7 +12,7 @@ done
 here=$(dirname "$0")
 if [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
   export DEBIAN_FRONTEND=noninteractive
-  "$here/step.sh" "asking Debian for its packages" apt-get update -qq
+  "$here/step.sh" "asking Debian for its packages" timeout 120 apt-get update -qq
   "$here/step.sh" "installing Chromium" \
     timeout 300 apt-get install -y -qq --no-install-recommends chromium-headless-shell fonts-dejavu-core
   exit 0
