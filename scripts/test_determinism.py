@@ -35,6 +35,7 @@ from core.determinism.matrix import Matrix, Row, Size  # noqa: E402
 from core.determinism.record import Record, doubt, read_record, row_record, write_record  # noqa: E402
 from core.llm_api.direct_llm import DirectEngine, DirectOptions  # noqa: E402
 from core.llm_api.errors import APIError, ConfigurationError  # noqa: E402
+from core.llm_api.http_text import HttpText  # noqa: E402
 from core.llm_api.transport import HttpOptions, HttpTransport  # noqa: E402
 from core.llm_api.types import EngineIdentity  # noqa: E402
 from core.llm_api.vllm_llm import START_HINT, VLLMClient  # noqa: E402
@@ -66,15 +67,12 @@ async def server_engine(url: str, model: str | None, settings: Settings) -> Asyn
     http = HttpTransport(url, key=settings.vllm_api_key, key_name="VLLM_API_KEY", options=options, absent=START_HINT)
     try:
         if model is None:
-            listed, _ = await http.call(lambda: http.send("GET", "/v1/models"))
-            model = str(orjson.loads(listed)["data"][0]["id"])
+            model = next(iter(await HttpText(http, "").models()), "")
         client = VLLMClient(url, model, api_key=settings.vllm_api_key, options=options)
         try:
             yield Engine(client, HttpAsker(http, model), await client.start())
         finally:
             await client.aclose()
-    except (orjson.JSONDecodeError, LookupError, TypeError):
-        raise ConfigurationError(f"{url} answers, but not like a vLLM server.", hint=START_HINT) from None
     finally:
         await http.aclose()
 
