@@ -10,22 +10,19 @@ command resumes a run that was stopped, and shows a finished one.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import logging
 import shlex
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 if __package__ in (None, ""):  # run as a script, from any folder, without an installed package
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from core.llm_api.errors import APIError, ConfigurationError, ServerUnreachable
 from core.settings import REPO_ROOT
 from src.experiments.arguments import HelpFormatter, Parser, add_search_arguments, at_least, lookahead_of
 from src.experiments.parts import PLANNED_AT_ONCE, run_parts
+from src.experiments.resumable import run_resumable
 from src.experiments.single_run import (
     check_readable,
     check_same_run,
@@ -39,7 +36,6 @@ from src.experiments.single_run import (
 from src.experiments.summary import print_summary
 from src.icm.annealing import SearchSettings
 from src.icm.report import check_table
-from src.icm.testbeds import BadInput
 from src.pipeline.labelling import Labelling
 from src.pipeline.run_folder import RunFolder
 
@@ -127,22 +123,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     program = ["icm", "label"] if sys.argv[0] == "icm label" else ["python", sys.argv[0]]
     resume = shlex.join([*program, *(sys.argv[1:] if arguments is None else arguments)])
-    try:
-        return asyncio.run(_run(args))
-    except (BadInput, ConfigurationError, ServerUnreachable) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (APIError, OSError, MemoryError) as error:
-        said = "out of memory." if isinstance(error, MemoryError) else error
-        print(f"error: {said}\nNothing is lost; go on with:\n  {resume}", file=sys.stderr)
-        return 1
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        print(f"\nstopped. Nothing is lost; go on with:\n  {resume}", file=sys.stderr)
-        return 130
+    return run_resumable(_run(args), resume)
 
 
 async def _run(args: argparse.Namespace) -> int:
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, _task().cancel)
     if args.num_batches != 1 or args.passes != 1:
         return await run_parts(args)
     pool = pool_of(args)
@@ -168,12 +152,6 @@ async def _run(args: argparse.Namespace) -> int:
             document = await label_pool(args, labelling, folder, settings, folder.read_run())
     print_summary(folder, document)
     return 0
-
-
-def _task() -> asyncio.Task[Any]:
-    task = asyncio.current_task()
-    assert task is not None
-    return task
 
 
 if __name__ == "__main__":

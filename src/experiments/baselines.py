@@ -11,12 +11,10 @@ stopped; with more --seeds or --rows it adds them.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import hashlib
 import logging
 import re
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -26,11 +24,11 @@ from typing import Any, Final, get_args
 
 import orjson
 
-from core.llm_api.errors import APIError, ConfigurationError, ServerUnreachable
 from core.llm_api.llm import ModelAPI
 from core.settings import REPO_ROOT
 from src.experiments.arguments import HelpFormatter, Parser, add_search_arguments, at_least, lookahead_of
 from src.experiments.baseline_table import TableFolder, row_documents, table_text
+from src.experiments.resumable import run_resumable
 from src.experiments.single_run import (
     check_same_engine,
     check_same_run,
@@ -111,23 +109,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     args = build_parser().parse_args(given)
     resume = shlex.join(["icm", "baselines", *given])
-    try:
-        return asyncio.run(_run(args))
-    except (BadInput, ConfigurationError, ServerUnreachable) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except APIError as error:
-        print(f"error: {error}\nNothing is lost; go on with:\n  {resume}", file=sys.stderr)
-        return 1
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        print(f"\nstopped. Nothing is lost; go on with:\n  {resume}", file=sys.stderr)
-        return 130
+    return run_resumable(_run(args), resume)
 
 
 async def _run(args: argparse.Namespace) -> int:
-    task = asyncio.current_task()
-    assert task is not None
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     rows = _rows(args)
     test, shared = _held_out(args)
     settings = _settings(args, test)

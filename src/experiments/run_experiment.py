@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     more = given[first_flag:]
     try:
         loaded = [load_experiment(path) for path in options.file]
-    except (BadInput, StorageFailed) as error:
+    except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if options.check_only:
@@ -62,7 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if len(loaded) > 1:
         print("error: one experiment at a time (several only with --check_only)", file=sys.stderr)
         return 2
-    return _run(loaded[0], options.file[0], more)
+    try:
+        return _run(loaded[0], options.file[0], more)
+    except StorageFailed as error:  # what the experiment's command kept is there
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
 _OWN = ("--check_only", "--help")
