@@ -291,7 +291,7 @@ def contrast_chart(run: RunRecord) -> Chart | None:
 def _padded(values: Sequence[float]) -> list[float]:
     """Ticks that have every value between the first and the last."""
     found = ticks(min(values), max(values), 5)
-    step = found[1] - found[0] if len(found) > 1 else 1.0
+    step = found[1] - found[0] if len(found) > 1 else max(1.0, abs(found[0]))
     while found[0] > min(values):
         found.insert(0, round(found[0] - step, 12))
     while found[-1] < max(values) or len(found) < 2:
@@ -300,9 +300,12 @@ def _padded(values: Sequence[float]) -> list[float]:
 
 
 def ticks(low: float, high: float, about: int) -> list[float]:
-    """Round values that cover low to high: about that many, at steps of 1, 2 or 5 times a power of ten."""
+    """Round values that cover low to high: about that many, at steps of 1, 2 or 5 times a power of ten.
+
+    A span too small for steps that can be told apart counts as one value.
+    """
     span = high - low
-    if span <= 0:
+    if span <= 1e-9 * max(1.0, abs(low), abs(high)):
         return [low]
     rough = span / about
     power = 10.0 ** math.floor(math.log10(rough))

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from src.icm.curves import curves_of
@@ -50,6 +50,9 @@ def test_ticks_are_round() -> None:
 
 @settings(deadline=None)
 @given(st.lists(st.floats(-1e5, 1e5, allow_nan=False) | st.none(), min_size=1, max_size=60))
+@example([0.0, 5e-324])
+@example([0.0, 1e-13])
+@example([1e16, 1e16 + 4])
 def test_lines_stay_inside_their_frame(values: list[float | None]) -> None:
     chart = line_chart("U", [("a", range(len(values)), values)], "units")
     if all(value is None for value in values):
