@@ -248,7 +248,10 @@ class Report:
         if time.monotonic() > self._end:
             self.failures.append(f"{heads.name}: out of time")
             return
-        print(f"\n{heads.name}: elements that differ with {', '.join(map(str, ASKED))} of {LENGTH} tokens computed")
+        print(
+            f"\n{heads.name}: elements that differ with {', '.join(map(str, ASKED))} of {LENGTH} tokens computed",
+            flush=True,
+        )
         try:
             cache = Cache(heads, torch.bfloat16)
         except Exception as error:  # noqa: BLE001  one chance on a rented machine: the rest must still run

@@ -56,22 +56,19 @@ def candidates() -> dict[str, Any]:
         return found
     big = HOPPER[0]
     others = [
-        dataclasses.replace(big, stages=4),
+        dataclasses.replace(big, stages=3),
         dataclasses.replace(big, halves=1),
         dataclasses.replace(big, group=4),
         dataclasses.replace(big, group=16),
-        dataclasses.replace(big, persistent=False, stages=4),
-        dataclasses.replace(big, persistent=False),
         Tile(256, 128, 64, warps=8, stages=3, halves=1, persistent=True),
         Tile(128, 128, 64, warps=8, stages=4, persistent=True),
-        Tile(128, 128, 64, warps=4, stages=3),
         Tile(128, 128, 128, warps=8, stages=3),
-        Tile(64, 256, 64, warps=4, stages=4),
+        Tile(64, 256, 64, warps=4, stages=4, persistent=True),
         Tile(64, 256, 64, warps=8, stages=4),
-        Tile(64, 128, 128, warps=4, stages=3),
-        Tile(64, 64, 128, warps=4, stages=4),
-        Tile(64, 32, 128, warps=4, stages=5),
-        Tile(64, 16, 128, warps=4, stages=6),
+        Tile(64, 128, 64, warps=4, stages=7),
+        Tile(64, 64, 64, warps=4, stages=6),
+        Tile(64, 64, 256, warps=4, stages=3),
+        Tile(64, 32, 128, warps=4, stages=8),
     ]
     for tile in others:
         found[f"{tile.name} w{tile.warps} s{tile.stages} h{tile.halves} g{tile.group} p{int(tile.persistent)}"] = tile

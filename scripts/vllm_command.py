@@ -20,6 +20,7 @@ import socket
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Final
 
@@ -30,6 +31,8 @@ CONFIG: Final = REPO_ROOT / "configs" / "vllm_config.yaml"
 REPEATABLE: Final = ("middleware",)
 """Options of which vLLM takes several: one on the command line comes beside ours."""
 HIDDEN: Final = ("gpu", "other")
+BATCH_INVARIANT: Final = "ICM_BATCH_INVARIANT"
+"""What asks our plugin for exact scores, by the name that core/vllm_extension/plugin.py has for it."""
 DEFAULT_HOST: Final = "127.0.0.1"
 DEFAULT_PORT: Final = 8000
 
@@ -206,6 +209,11 @@ def command(
     if not vllm_installed():
         how = "run `make setup-local`" if size == "local" else f"{sys.executable} -m pip install '.[gpu]'"
         raise LaunchError(f"vLLM is not installed for {sys.executable}: {how}")
+    if BATCH_INVARIANT in section.env and BATCH_INVARIANT not in environ and not plugin_installed():
+        raise LaunchError(
+            f"vLLM would not find what makes scores exact: {sys.executable} -m pip install --no-deps {REPO_ROOT}; "
+            "or start with --no-deterministic"
+        )
     options = ["--served-model-name", served, *serve_options(section, rest)]
     if any(_name(argument) == "headless" for argument in rest):
         # Workers for a server on another machine: only `vllm serve` knows how, and nothing listens here. The other
@@ -233,6 +241,11 @@ def vllm_installed() -> bool:
     """Whether this interpreter has vLLM, not just the folder vllm/ here, which is found as a package without code."""
     spec = importlib.util.find_spec("vllm")
     return spec is not None and spec.origin is not None
+
+
+def plugin_installed() -> bool:
+    """Whether vLLM would find our plugin: this package is installed for this interpreter, not just on its path."""
+    return any(entry.value.startswith("core.vllm_extension") for entry in entry_points(group="vllm.general_plugins"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

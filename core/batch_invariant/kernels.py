@@ -64,11 +64,14 @@ def matmul_by_pointers(
     GROUP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     WHOLE_K: tl.constexpr,
+    PIECE: tl.constexpr,
 ):
     """C[z] = A[z] @ B[z] (+ bias): any strides, a BLOCK_M x BLOCK_N tile of a C[z] a program, all of C[0] first.
 
     Order of the sum over K: blocks of BLOCK_K one after the other into one float32 accumulator, each in the steps of
-    the matrix unit (16 deep for 16-bit types). Past the end of K zeros are added, which changes nothing.
+    the matrix unit (16 deep for 16-bit types). Past the end of K zeros are added, which changes nothing. With PIECE,
+    every PIECE of K has an accumulator of its own, and those are added in order: rounding grows with the square root of
+    the number of additions in a chain, and float32 inputs are worth the shorter ones.
     """
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -81,6 +84,7 @@ def matmul_by_pointers(
     b_ptrs = b_ptr + z * stride_bz + depth[:, None] * stride_bk + columns[None, :].to(tl.int64) * stride_bn
     a_rows = rows[:, None] < M
     b_columns = columns[None, :] < N
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in range(0, K, BLOCK_K):
         if WHOLE_K:
@@ -90,8 +94,14 @@ def matmul_by_pointers(
             a = tl.load(a_ptrs, mask=a_rows & (depth[None, :] < K - k), other=0.0)
             b = tl.load(b_ptrs, mask=b_columns & (depth[:, None] < K - k), other=0.0)
         accumulator = _add_product(accumulator, a, b)
+        if PIECE:  # noqa: SIM102  PIECE is known to the compiler, which would fail at a remainder by 0
+            if (k + BLOCK_K) % PIECE == 0:
+                total += accumulator
+                accumulator = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         a_ptrs += BLOCK_K * stride_ak
         b_ptrs += BLOCK_K * stride_bk
+    if PIECE:
+        accumulator = total + accumulator
     if HAS_BIAS:
         accumulator += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
     c_ptrs = c_ptr + z * stride_cz + rows[:, None].to(tl.int64) * stride_cm + columns[None, :] * stride_cn
@@ -101,17 +111,20 @@ def matmul_by_pointers(
 @triton.jit(do_not_specialize=["M"])
 def matmul_by_descriptors(
     a_desc,
+    a_ptr,
     b_desc,
     bias_ptr,
     c_desc,
     M,
     N,
     K,
+    stride_am,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    A_BY_POINTERS: tl.constexpr,
     B_IS_NK: tl.constexpr,
     HALVES: tl.constexpr,
     PROGRAMS: tl.constexpr,
@@ -120,7 +133,9 @@ def matmul_by_descriptors(
 
     B_IS_NK: B lies in memory as (N, K), as the weight of a linear layer does. HALVES = 2 writes a tile in two halves,
     which takes half the shared memory. PROGRAMS: that many programs share the tiles, so that each can write one while
-    it reads the next; 0: a program for every tile. The sum over K is that of matmul_by_pointers.
+    it reads the next; 0: a program for every tile. A_BY_POINTERS: for fewer rows than a tile has, with PROGRAMS = 0;
+    the copy engine takes up to twice as long for a tile that reaches past the end of its matrix (H200, measured). The
+    sum over K is that of matmul_by_pointers.
     """
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -143,8 +158,15 @@ def matmul_by_descriptors(
     else:
         tile_m, tile_n = _place(tl.program_id(0), tiles_m, tiles_n, GROUP)
         accumulator = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        rows = tl.arange(0, BLOCK_M)
+        depth = tl.arange(0, BLOCK_K)
+        a_ptrs = a_ptr + rows[:, None] * stride_am + depth[None, :]
         for k in range(tl.cdiv(K, BLOCK_K)):
-            a = a_desc.load([tile_m * BLOCK_M, k * BLOCK_K])
+            if A_BY_POINTERS:
+                inside = (rows[:, None] < M) & (depth[None, :] < K - k * BLOCK_K)
+                a = tl.load(a_ptrs + k * BLOCK_K, mask=inside, other=0.0)
+            else:
+                a = a_desc.load([tile_m * BLOCK_M, k * BLOCK_K])
             if B_IS_NK:
                 b = b_desc.load([tile_n * BLOCK_N, k * BLOCK_K]).T
             else:

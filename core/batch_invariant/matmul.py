@@ -4,10 +4,7 @@ Tile and order of the sums: `tiles.py` and `kernels.matmul_by_pointers`. Inputs 
 engine can read (16-byte aligned, one dimension contiguous) goes through descriptors, everything else through pointers,
 in the same order of sums.
 
-Error against float64, the largest of (64 x 4096) @ (4096 x 128) of standard normal numbers, as a part of the largest
-exact result, measured with Triton's interpreter: 3e-7 in float32; the float32 sum of float16 or bfloat16 inputs 4e-7
-and 5e-7, of which rounding to 16 bits makes 4.2e-4 in float16 (4.1e-3 in bfloat16, which the interpreter cuts off
-instead of rounding). benchmarks/batch_invariant.py prints the same for a GPU, beside cuBLAS.
+ERRORS
 """
 
 from __future__ import annotations
@@ -27,6 +24,9 @@ log = logging.getLogger(__name__)
 
 SUPPORTED: Final = (torch.bfloat16, torch.float16, torch.float32)
 """Types that the kernels compute; they accumulate in float32. float32 products are true ones, never TF32."""
+
+PIECE: Final = 512
+"""Products of float32 are added up in pieces of so many, each piece in a chain."""
 
 ALIGNMENT: Final = 16
 """Bytes to which addresses and row lengths must be aligned to be described; Triton asks the same of wide loads."""
@@ -144,6 +144,7 @@ def _by_pointers(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, c:
         GROUP=tile.group,
         HAS_BIAS=bias is not None,
         WHOLE_K=k % tile.depth == 0,
+        PIECE=PIECE if a.dtype == torch.float32 else 0,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
@@ -162,17 +163,20 @@ def _by_descriptors(
     count = -(-m // tile.rows) * -(-n // tile.columns)
     kernels.matmul_by_descriptors[(min(count, multiprocessors) if tile.persistent else count,)](
         TensorDescriptor(a, [m, k], a_strides, [tile.rows, tile.depth]),
+        a,
         TensorDescriptor(b, [n, k] if b_is_nk else [k, n], b_strides, b_block),
         c if bias is None else bias.contiguous(),
         TensorDescriptor(c, [m, n], [n, 1], [tile.rows, tile.columns // tile.halves]),
         m,
         n,
         k,
+        a_strides[0],
         BLOCK_M=tile.rows,
         BLOCK_N=tile.columns,
         BLOCK_K=tile.depth,
         GROUP=tile.group,
         HAS_BIAS=bias is not None,
+        A_BY_POINTERS=m < tile.rows and not tile.persistent,
         B_IS_NK=b_is_nk,
         HALVES=tile.halves,
         PROGRAMS=multiprocessors if tile.persistent else 0,

@@ -45,7 +45,7 @@ from core.vllm_extension.plugin import BATCH_INVARIANT, kernels
 T = TypeVar("T")
 
 
-_EXACT_ATTENTION: Final = {"backend": "FLASH_ATTN", "flash_attn_version": 2}
+_EXACT_ATTENTION: Final = {"backend": "FLASH_ATTN"}
 """Of configs/vllm_config.yaml, section gpu, where its reason is."""
 
 _CPU_ENVIRONMENT: Final = {"VLLM_CPU_KVCACHE_SPACE": "4", "TORCHDYNAMO_DISABLE": "1", "VLLM_NO_USAGE_STATS": "1"}
@@ -398,9 +398,10 @@ class DirectEngine:
         if importlib.import_module("vllm.platforms").current_platform.is_cpu():
             os.environ.setdefault(BATCH_INVARIANT, "1")
             return {}
-        if os.environ.setdefault("VLLM_BATCH_INVARIANT", "1") != "1" or "attention_config" in asked:
+        if os.environ.setdefault("VLLM_BATCH_INVARIANT", "1") != "1":
             return {}
-        return {"attention_config": dict(_EXACT_ATTENTION)}
+        os.environ.setdefault(BATCH_INVARIANT, "1")
+        return {} if "attention_config" in asked else {"attention_config": dict(_EXACT_ATTENTION)}
 
     def _start(self) -> EngineIdentity:
         identity = self._load()

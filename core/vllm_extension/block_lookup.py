@@ -68,13 +68,14 @@ class RememberingLookup:
             )
         wanted, place = block_hashes[: max_length // size], (block_pool, kv_cache_group_ids)
         blocks = self._remembered(wanted) if place == self._place else []
+        kept = len(blocks)
         for block_hash in itertools.islice(wanted, len(blocks), None):
             found = block_pool.get_cached_block(block_hash, kv_cache_group_ids)
             if not found:
                 break
             blocks.append(found[0])
         self._place, self._hashes, self._blocks = place, wanted[: len(blocks)], blocks
-        self._keys = [block.block_hash for block in blocks]
+        self._keys = self._keys[:kept] + [block.block_hash for block in itertools.islice(blocks, kept, None)]
         return (list(blocks),), len(blocks) * size
 
     def _remembered(self, wanted: list[Any]) -> list[Any]:

@@ -183,7 +183,7 @@ async def test_kernels_named_in_the_environment_are_part_of_the_identity(
     stand_in_platform(monkeypatch, cpu=False)
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     engine = DirectEngine("m")
-    assert (await engine.start()).determinism == "VLLM_BATCH_INVARIANT=1"
+    assert (await engine.start()).determinism == "VLLM_BATCH_INVARIANT=1,ICM_BATCH_INVARIANT=1"
     await engine.aclose()
 
 
@@ -263,7 +263,7 @@ async def test_what_it_cannot_do_is_told(vllm: ModuleType) -> None:
         (True, {}, True, {"ICM_BATCH_INVARIANT": "1"}, None),
         (True, {"ICM_BATCH_INVARIANT": "0"}, True, {"ICM_BATCH_INVARIANT": "0"}, None),
         (True, {}, False, {}, None),
-        (False, {}, True, {"VLLM_BATCH_INVARIANT": "1"}, {"backend": "FLASH_ATTN", "flash_attn_version": 2}),
+        (False, {}, True, {"VLLM_BATCH_INVARIANT": "1", "ICM_BATCH_INVARIANT": "1"}, {"backend": "FLASH_ATTN"}),
         (False, {"VLLM_BATCH_INVARIANT": "0"}, True, {"VLLM_BATCH_INVARIANT": "0"}, None),
         (False, {}, False, {}, None),
     ],

@@ -83,12 +83,14 @@ def test_every_size_of_the_shipped_configuration_is_complete(size: str) -> None:
 
 
 @pytest.mark.parametrize("size", ["8B", "70B", "405B", "some/model"])
-def test_gpu_servers_are_started_batch_invariant_with_flash_attention_2(size: str) -> None:
+def test_gpu_servers_are_started_in_vllms_mode_and_ours(size: str) -> None:
     section = read_section(size)
-    assert section.env["VLLM_BATCH_INVARIANT"] == "1"
+    assert section.env["VLLM_BATCH_INVARIANT"] == section.env["ICM_BATCH_INVARIANT"] == "1"
     assert section.env["VLLM_USE_FLASHINFER_SAMPLER"] == "0"
     assert section.options["attention-config.backend"] == "FLASH_ATTN"
-    assert section.options["attention-config.flash_attn_version"] == 2
+    inexact = read_section(size, deterministic=False)
+    assert {"VLLM_BATCH_INVARIANT", "ICM_BATCH_INVARIANT"}.isdisjoint(inexact.env)
+    assert "attention-config.backend" not in inexact.options
 
 
 def test_the_cpu_server_is_exact_in_our_way_as_vllms_fails_there() -> None:
@@ -297,3 +299,15 @@ def test_the_launcher_explains_itself() -> None:
     done = launch("--help")
     assert done.returncode == 0
     assert "405B|70B|8B|local" in done.stdout
+
+
+def test_exact_scores_are_refused_where_vllm_would_not_find_our_plugin(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(vllm_command, "vllm_installed", lambda: True)
+    monkeypatch.setattr(vllm_command, "entry_points", lambda group: [])
+    with pytest.raises(LaunchError, match="--no-deterministic"):
+        command([str(tmp_path)], {})
+    assert "ICM_BATCH_INVARIANT" not in command([str(tmp_path), "--no-deterministic"], {})[0]
+    assert command([str(tmp_path)], {"ICM_BATCH_INVARIANT": "0"})

@@ -183,14 +183,15 @@ def test_tiles_that_differ_are_not_chosen_among(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_tile_with_the_fewest_rounds_for_its_size_is_chosen() -> None:
-    big, square, low, small, smallest = HOPPER
+    big, wide, middle, small, smallest = HOPPER
     for m, n, expected in (
         (8192, 4096, big),
         (2048, 4096, big),
         (2048, 28672, big),
-        (1024, 6144, square),  # two rounds of the big tile, the second half empty
-        (512, 4096, square),
-        (64, 28672, low),
+        (1024, 6144, wide),  # two rounds of the big tile, the second half empty
+        (512, 4096, wide),
+        (256, 4096, middle),
+        (64, 28672, wide),
         (64, 6144, small),
         (1, 4096, smallest),
     ):
@@ -207,11 +208,11 @@ def test_families_follow_the_gpu_and_the_setting(monkeypatch: pytest.MonkeyPatch
     assert tiles.tiles(torch.float16, (8, 6)) == AMPERE
     assert len(tiles.tiles(torch.bfloat16, (10, 0))) == 1
     assert {tile.rows >= 64 for tile in HOPPER} == {True}
-    monkeypatch.setenv(tiles.TILE_VARIABLE, "128x128x64")
-    assert [tile.name for tile in tiles.tiles(torch.bfloat16, (9, 0))] == ["128x128x64"]
+    monkeypatch.setenv(tiles.TILE_VARIABLE, "64x128x128")
+    assert [tile.name for tile in tiles.tiles(torch.bfloat16, (9, 0))] == ["64x128x128"]
     assert tiles.tiles(torch.float32, (9, 0)) == tiles.FULL_PRECISION
     monkeypatch.setenv(tiles.TILE_VARIABLE, "7x7x7")
-    with pytest.raises(ValueError, match="this GPU has 128x256x64, 128x128x64"):
+    with pytest.raises(ValueError, match="this GPU has 128x256x64, 64x256x64"):
         tiles.tiles(torch.bfloat16, (9, 0))
 
 
