@@ -1,6 +1,6 @@
 """On which of its settings the attention of a row depends: the experiment that chooses them for exact scores.
 
-    python benchmarks/attention_rows.py --json benchmarks/results/attention-rows.json       # a minute; with FlashAttention 2 several
+    python benchmarks/attention_rows.py --json benchmarks/results/attention-rows.json       # some minutes
 
 Needs one NVIDIA GPU (compute capability 9 for FlashAttention 3) and vLLM 0.26 or newer. The last tokens of a sequence
 are computed again with all before them read from the paged KV cache: 1, 2, 15, 16, 17, 64, half or all of them at a
