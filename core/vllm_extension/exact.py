@@ -13,7 +13,8 @@ split, no cascade attention) are needed and stay. Three things are replaced, in 
   adds up at a time (192 instead of 128), and it drops the causal mask for single tokens. The number is an upper bound
   for both, so that a larger one costs nothing that was measured. ICM_BATCH_INVARIANT_ATTENTION=0 leaves it as it is.
 
-vLLM 0.26.0 (its GPU build) and 0.32.0 have what is replaced here; another version that lacks it is refused.
+Measured with vLLM 0.26.0 on H200s: docs/determinism.md. Sliding windows are left, of which FlashAttention 3 has no exact
+way; a server that has them says so. vLLM 0.32.0 has what is replaced here, too; a version that lacks it is refused.
 """
 
 from __future__ import annotations
@@ -151,6 +152,14 @@ def _replace_norms(source: ModuleType) -> None:
         owner.forward_cuda = ours
 
 
+@functools.cache
+def _warn_of_windows() -> None:
+    log.warning(
+        "this model's attention looks back over a window, for which FlashAttention 3 is not exact: "
+        "scores depend on what is cached (docs/determinism.md)"
+    )
+
+
 def _replace_attention() -> None:
     backend: Any = importlib.import_module("vllm.v1.attention.backends.flash_attn")
     builder = backend.FlashAttentionMetadataBuilder
@@ -164,6 +173,7 @@ def _replace_attention() -> None:
         batch.max_query_len = max(batch.max_query_len, least_query_length(self.num_heads_q, self.num_heads_kv))
         window = getattr(self.kv_cache_spec, "sliding_window", None)
         if window:
+            _warn_of_windows()
             # A window that spans all keys of a step counts as none, which is another tile.
             batch.max_seq_len = max(batch.max_seq_len, min(window + 1, self.model_config.max_model_len))
         return own(self, common_prefix_len, batch, *rest, **named)

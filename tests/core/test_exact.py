@@ -101,6 +101,8 @@ def test_the_plugin_replaces_what_vllm_computes_with(order: str) -> None:
     done = run(START + PROGRAM, order, ICM_BATCH_INVARIANT="1", VLLM_BATCH_INVARIANT="1")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "lengths (17, 5) (40, 5) (17, 513) (17, 4096)" in done.stdout
+    # Two models with windows were seen, one warning is enough.
+    assert (done.stdout + done.stderr).count("for which FlashAttention 3 is not exact") == 1
     assert done.stdout.endswith("done\n")
 
 
