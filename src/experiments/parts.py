@@ -19,11 +19,11 @@ import orjson
 from core.llm_api.llm import ModelAPI
 from src.experiments.single_run import (
     COSTS,
+    beginning,
     check_readable,
     check_same_engine,
     check_same_run,
     finish,
-    identity_record,
     model_api_of,
     pools_of,
     run_name,
@@ -36,7 +36,7 @@ from src.icm.report import collapse_warning
 from src.icm.testbeds import BadInput
 from src.pipeline.labelling import Pool
 from src.pipeline.progress import PartsProgress
-from src.pipeline.run_folder import RunFolder, environment
+from src.pipeline.run_folder import RunFolder
 
 PLANNED_AT_ONCE: Final = 4
 """Searches that share the server's KV cache in every plan, however many run: plans decide scores (see planner)."""
@@ -73,16 +73,8 @@ async def run_parts(args: argparse.Namespace) -> int:
     with folder:
         async with model_api_of(args) as api:
             if known is None:
-                known = {
-                    "kind": "parts",
-                    "settings": settings,
-                    "flags": {name: _plain(value) for name, value in vars(args).items()},
-                    "engine": identity_record(api.identity),
-                    "kv_capacity": await api.kv_cache_tokens(),
-                    "environment": environment(),
-                    "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-                    "parts": [part.name for part in parts],
-                }
+                begun = await beginning(args, api, settings)
+                known = {"kind": "parts", **begun, "parts": [part.name for part in parts]}
                 folder.write_run(known)
             else:
                 check_same_engine(folder, known["engine"], api.identity)
@@ -233,6 +225,3 @@ def _added(counts: Sequence[Sequence[int]]) -> tuple[int, int]:
 def _sums(records: Sequence[Mapping[str, int]]) -> dict[str, int]:
     return {key: sum(record[key] for record in records) for key in records[0]}
 
-
-def _plain(value: Any) -> Any:
-    return value if isinstance(value, str | int | float | bool | None) else str(value)

@@ -171,6 +171,29 @@ async def finish(
         )
 
 
+async def beginning(
+    args: argparse.Namespace, api: ModelAPI, settings: Mapping[str, Any], *, cache_share: int = 1
+) -> dict[str, Any]:
+    """What run.json says of a run that begins: asked for what, of which engine, by which version of this.
+
+    cache_share: how many runs share the server's KV cache.
+    """
+    capacity = await api.kv_cache_tokens()
+    return {
+        "settings": settings,
+        "flags": {name: _plain(value) for name, value in vars(args).items()},
+        "engine": identity_record(api.identity),
+        "determinism": determinism_of(args, api.identity),
+        "kv_capacity": None if capacity is None else capacity // cache_share,
+        "environment": environment(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
 async def label_pool(
     args: argparse.Namespace,
     labelling: Labelling,
@@ -185,22 +208,13 @@ async def label_pool(
 
     progress: told of every step (default: a bar of its own). cache_share: how many runs share the server's KV cache.
     """
-    checked = determinism_of(args, labelling.identity)
     if known is None:
-        capacity = await labelling.api.kv_cache_tokens()
-        known = {
-            "settings": settings,
-            "flags": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
-            "engine": identity_record(labelling.identity),
-            "determinism": checked,
-            "kv_capacity": None if capacity is None else capacity // cache_share,
-            "environment": environment(),
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        }
+        known = await beginning(args, labelling.api, settings, cache_share=cache_share)
         folder.write_claims(pool_rows(labelling.pool.claims, labelling.pool.problem.consistency))
         folder.write_run(known)
     else:
         check_same_engine(folder, known["engine"], labelling.identity)
+        determinism_of(args, labelling.identity)
     labelling = labelling.planned_for(known["kv_capacity"])
     # Of several searches at once none has the port; nor does a command that has no such flag.
     port = getattr(args, "metrics_port", None) if progress is None else None
