@@ -54,7 +54,7 @@ HOPPER: Final = (
     Tile(64, 32, 256, warps=4, stages=4, slowness=2.0),
 )
 """16-bit types on compute capability 9, largest first. 64 rows at least: one instruction for all (see above). Chosen
-among 28 by their times on an H200 for the linear layers of an 8B model and 1 to 1,024 rows: what `choose` takes is
+among 29 by their times on an H200 for the linear layers of an 8B model and 1 to 1,024 rows: what `choose` takes is
 within 3% of the fastest of these five in every case (docs/lab-log.md)."""
 
 OTHER: Final = (Tile(128, 128, 32, warps=8, stages=3),)
