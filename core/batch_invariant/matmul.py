@@ -4,9 +4,9 @@ Tile and order of the sums: `tiles.py` and `kernels.matmul_by_pointers`. Inputs 
 engine can read (16-byte aligned, one dimension contiguous) goes through descriptors, everything else through pointers,
 in the same order of sums.
 
-Error against float64 of (256 x 4096) @ (4096 x 512) of standard normal numbers on an H200, the largest, as a part of the
-largest exact result: float32 5.4e-7 (cuBLAS 5.0e-7), float16 4.4e-4 and bfloat16 3.0e-3 (both as cuBLAS; rounding the
-result is what they are). benchmarks/batch_invariant.py measures it.
+Error against float64 of (256 x 4096) @ (4096 x 512) of standard normal numbers on an H200, the largest, as a part of
+the largest exact result: float32 5.4e-7 (cuBLAS 5.0e-7), float16 4.4e-4 and bfloat16 3.0e-3 (both as cuBLAS; they are
+what rounding the result makes). benchmarks/batch_invariant.py measures it.
 """
 
 from __future__ import annotations

@@ -13,8 +13,9 @@ split, no cascade attention) are needed and stay. Three things are replaced, in 
   adds up at a time (192 instead of 128), and it drops the causal mask for single tokens. The number is an upper bound
   for both, so that a larger one costs nothing that was measured. ICM_BATCH_INVARIANT_ATTENTION=0 leaves it as it is.
 
-Measured with vLLM 0.26.0 on H200s: docs/determinism.md. Sliding windows are left, of which FlashAttention 3 has no exact
-way; a server that has them says so. vLLM 0.32.0 has what is replaced here, too; a version that lacks it is refused.
+Measured with vLLM 0.26.0 on H200s: docs/determinism.md. Sliding windows are left, which FlashAttention 3 has no exact
+way to compute; a server that has them says so. vLLM 0.32.0 has what is replaced here, too; a version that lacks it is
+refused.
 """
 
 from __future__ import annotations
