@@ -70,6 +70,11 @@ def cache_key(identity: EngineIdentity, labels: LabelTokens, prompt_digest: str)
 
     max_model_len is left out: it decides whether a prompt is answered, not what is answered.
     """
+    return cache_keys(identity, labels, [prompt_digest])[0]
+
+
+def cache_keys(identity: EngineIdentity, labels: LabelTokens, prompt_digests: Sequence[str]) -> list[bytes]:
+    """The key of each prompt. What they share is encoded and hashed once."""
     content = {
         "engine": {
             "kind": identity.kind,
@@ -81,10 +86,17 @@ def cache_key(identity: EngineIdentity, labels: LabelTokens, prompt_digest: str)
             "fingerprint": identity.fingerprint,
         },
         "labels": [labels.true, labels.false, labels.true_id, labels.false_id],
-        "prompt": prompt_digest,
+        "prompt": "",
         "parser": PARSER_VERSION,
     }
-    return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).digest()
+    # The prompt comes last in sorted order, and a digest needs no escapes.
+    shared = hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS).removesuffix(b'"}'))
+    keys = []
+    for digest in prompt_digests:
+        state = shared.copy()
+        state.update(digest.encode() + b'"}')
+        keys.append(state.digest())
+    return keys
 
 
 class ResponseCache:
