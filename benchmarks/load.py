@@ -1,17 +1,17 @@
-"""Many runs at once on one client: does its memory stay flat, what can it take alone, and what does a slow server do to it?
+"""Many runs at once on one client: does its memory stay flat, how much can it take, what does a slow server do to it?
 
     python benchmarks/load.py --json load.json                       # everything; a quarter of an hour on two cores
     python benchmarks/load.py --parts throughput --repeats 7         # one part
     python benchmarks/load.py --quick                                # some seconds: counts and bounds, no times
 
-Every run has a pool of its own and evaluates it again and again, as a search does, with other labels every time: no two
-prompts are alike, so the response cache never answers. All runs share one ModelAPI, and every case is a process of its own.
+Every run has a pool of its own and evaluates it again and again, as a search does, with other labels every time: no
+two prompts are alike, so the response cache never answers. All runs share one ModelAPI; every case is a process.
 
-  memory      the tests' stand-in for vLLM, in another process; resident memory of the client over time. In trees, as our
-              servers take pools, and as whole prompts, as a plain vLLM takes them
+  memory      the tests' stand-in for vLLM, in another process; resident memory of the client over time. In trees, as
+              our servers take pools, and as whole prompts, as a plain vLLM takes them
   throughput  an engine in this process that answers at once: what is left is the client. With and without its cache
-  slow        a server that takes seconds for every answer, and one that stops reading requests: everything is asked, next
-              to nothing is answered, for --seconds
+  slow        a server that takes seconds for every answer, and one that stops reading requests: everything is asked,
+              next to nothing is answered, for --seconds
 
 Memory needs Linux (/proc). Exit code 1: a wrong answer, a bound not kept, or fewer scores a second than wanted.
 """
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import multiprocessing
 import os
@@ -28,10 +29,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Final
@@ -66,12 +66,14 @@ from src.icm.prompts import PromptBook
 from src.pipeline.search import PoolScorer
 from tests.core.fake_server import BOS, FALSE, TRUE, FakeVLLM, label_distribution
 
-PEAK: Final = 600e6
-"""Bytes of resident memory that no case may exceed, the interpreter and everything imported included."""
+PEAK: Final = 600.0
+"""MB of resident memory that no case may exceed, the interpreter and everything imported included."""
 RATE: Final = 20_000
 """Scores a second that the client alone should manage."""
-FLAT: Final = 50e6
-"""Bytes by which memory may grow over a million scores, by the slope over the second half."""
+FLAT: Final = 20.0
+"""MB by which memory may grow over a million scores, by the slope over the second half."""
+QUICK_GROWTH: Final = 60.0
+"""MB by which memory may grow in a case of --quick."""
 EVERY: Final = 0.1
 """Seconds between looks at the memory."""
 SLOW: Final = 5.0
@@ -83,7 +85,8 @@ MB: Final = 1e6
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What is measured. route: tree, whole (prompts) or process (no server). scores: how many; 0: for `seconds`.
+    """What is measured. route: tree, whole (prompts) or process (no server). scores: how many; 0: for so many
+    seconds.
 
     stand_in: prompt, slow or stalled. claims: of each run's pool; tokens: of each claim.
     """
@@ -96,7 +99,11 @@ class Case:
     tokens: int
     stand_in: str = "prompt"
     cache: bool = True
-    seconds: float = 0.0
+    for_seconds: float = 0.0
+
+    def __str__(self) -> str:
+        how = {"process": "cached" if self.cache else "no cache"}.get(self.route, self.stand_in)
+        return f"{self.part}, {self.route}, {how}, {self.runs} x {self.claims} x {self.tokens}"
 
 
 @dataclass
@@ -114,7 +121,7 @@ class Memory:
             "first_mb": round(self.looks[0][2] / MB, 1),
             "least_mb": round(min(seen) / MB, 1),
             "peak_mb": round(max(size for _, _, size in self.looks) / MB, 1),
-            "slope_mb_a_million_scores": round(slope(half[:, 0], half[:, 2]), 2),
+            "slope_mb_a_million_scores": round(slope(half[:, 0], half[:, 2]) * 1e6 / MB, 2),
             "slope_mb_a_minute": round(slope(half[:, 1], half[:, 2]) * 60 / MB, 2),
         }
 
@@ -250,7 +257,7 @@ def digest_log_odds(prompt: Prompt) -> float:
 
 
 class Run:
-    """One run's pool, evaluated again and again with other labels."""
+    """One run's pool, asked again and again with other labels."""
 
     def __init__(self, api: ModelAPI, case: Case, number: int) -> None:
         rng = np.random.default_rng([number, case.claims])
@@ -259,19 +266,48 @@ class Run:
         book = PromptBook.build(names, LABELS, tokens=ids, prefix_tokens=(BOS,), separator_tokens=(10,))
         groups = tuple(map(str, range(case.claims)))
         self._layout = TreeLayout.build(range(case.claims), groups, rng)
+        self._api = api.share(alone=False)
         self._scorer = PoolScorer(
-            api.share(alone=False), book, LABELS, Problem(groups, Consistency(()), Objective(1.0), SearchSettings())
+            self._api, book, LABELS, Problem(groups, Consistency(()), Objective(1.0), SearchSettings())
         )
         self._rng = rng
-        self._expected = digest_log_odds if case.route == "process" else lambda p: quick_log_odds(p.token_ids)
+        self._expected: Callable[[Prompt], float] = (
+            digest_log_odds if case.route == "process" else lambda prompt: quick_log_odds(prompt.token_ids)
+        )
 
     async def evaluate(self) -> bool:
-        """Ask the whole pool; whether the answer to a claim drawn at random is the one to its prompt."""
-        candidate = Candidate(tuple((self._rng.random(len(self._layout.questions)) < 0.5).tolist()), self._layout)
+        """Evaluate the pool as a search does; whether a claim drawn at random has the answer to its prompt."""
+        candidate = self._candidate()
         [evaluation] = await self._scorer.evaluate([candidate])
         claim = int(self._rng.integers(len(candidate.labels)))
-        expected = self._expected(self._scorer.prompt(claim, candidate))
-        return abs(evaluation.log_odds[claim] - expected) < 1e-6
+        return self._is_right(self._scorer.prompt(claim, candidate), evaluation.log_odds[claim])
+
+    def prompts(self) -> list[Prompt]:
+        """The whole pool's questions, laid out."""
+        candidate = self._candidate()
+        return [self._scorer.prompt(claim, candidate) for claim in self._layout.questions]
+
+    async def score(self, prompts: Sequence[Prompt]) -> bool:
+        """Ask prompts that are laid out; as `evaluate`."""
+        scores = await self._api.score(prompts, LABELS)
+        at = int(self._rng.integers(len(prompts)))
+        return self._is_right(prompts[at], scores.logprobs[at].log_odds)
+
+    def _candidate(self) -> Candidate:
+        drawn = self._rng.random(len(self._layout.questions)) < 0.5
+        return Candidate(tuple(drawn.tolist()), self._layout)
+
+    def _is_right(self, prompt: Prompt, log_odds: float) -> bool:
+        return abs(log_odds - self._expected(prompt)) < 1e-6
+
+
+@dataclass
+class Work:
+    """What was done. asking: seconds of wall and of this process's CPU without laying prompts out; None: with it."""
+
+    answered: int = 0
+    wrong: int = 0
+    asking: tuple[float, float] | None = None
 
 
 async def measure(case: Case) -> dict[str, Any]:
@@ -279,55 +315,217 @@ async def measure(case: Case) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="icm-load-") as folder:
         cache = ResponseCache(Path(folder) / "cache.sqlite") if case.cache else None
         if case.route == "process":
-            return await _ask(case, AtOnce(), cache)
+            return await _measure(case, AtOnce(), cache)
         with stand_in(case.stand_in, case.route == "tree") as (url, stop):
-            result = await _ask(case, VLLMClient(url, MODEL), cache)
+            result = await _measure(case, VLLMClient(url, MODEL), cache)
             return result | {"most_requests_at_once": stop()}
 
 
-async def _ask(case: Case, engine: Engine, cache: ResponseCache | None) -> dict[str, Any]:
-    memory = Memory()
-    wrong = asked = 0
+async def _measure(case: Case, engine: Engine, cache: ResponseCache | None) -> dict[str, Any]:
+    memory, work = Memory(), Work()
     async with ModelAPI(engine, cache=cache) as api:
         runs = [Run(api, case, number) for number in range(case.runs)]
-        # A run more than the scores would take ends the others' rounds a little early, never late.
-        rounds = iter(range(-(-case.scores // case.claims))) if case.scores else iter(int, 1)
-        answered = 0
-
-        async def go(run: Run) -> None:
-            nonlocal wrong, answered, asked
-            for _ in rounds:
-                asked += case.claims
-                wrong += not await run.evaluate()
-                answered += case.claims
+        bodies = case.runs * sum(prompt.json_size for prompt in runs[0].prompts())
+        began, cpu = time.perf_counter(), time.process_time()
 
         async def look() -> None:
             while True:
-                memory.looks.append((answered, time.perf_counter() - began, resident()))
+                memory.looks.append((work.answered, time.perf_counter() - began, resident()))
                 await asyncio.sleep(EVERY)
 
-        name = f"{case.part}, {case.route}, {case.stand_in if case.route != 'process' else 'cache' * case.cache or 'no cache'}"
-        began, cpu = time.perf_counter(), time.process_time()
         looker = asyncio.create_task(look())
         try:
-            async with Progress().doing(f"{name}, {case.runs} runs of {case.claims} claims"):
+            async with Progress().doing(f"{case}"):
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(case.seconds or None), asyncio.TaskGroup() as group:
-                        for run in runs:
-                            group.create_task(go(run))
+                    async with asyncio.timeout(case.for_seconds or None):
+                        await (_ask_in_turns if case.part == "throughput" else _ask_at_will)(case, runs, work)
         finally:
             looker.cancel()
-        seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
-        memory.looks.append((answered, seconds, resident()))
+        seconds, cpu = work.asking or (time.perf_counter() - began, time.process_time() - cpu)
+        memory.looks.append((work.answered, seconds, resident()))
         return {
             **asdict(case),
-            "asked": asked,
-            "answered": answered,
-            "wrong": wrong,
+            "answered": work.answered,
+            "wrong": work.wrong,
             "seconds": round(seconds, 2),
-            "scores_a_second": round(answered / seconds),
-            "scores_a_cpu_second": round(answered / cpu),
+            "scores_a_second": round(work.answered / seconds),
+            "scores_a_cpu_second": round(work.answered / cpu),
+            "with_layout_a_second": round(work.answered / (time.perf_counter() - began)),
             **memory.summary(),
+            "bodies_of_a_round_mb": round(bodies / MB, 1),
             "rows_in_cache": 0 if cache is None else len(cache),
             "load_average": round(os.getloadavg()[0], 1),
         }
+
+
+async def _ask_at_will(case: Case, runs: Sequence[Run], work: Work) -> None:
+    """Every run evaluates its pool, and again, until the scores of all are enough; without a number, for ever."""
+    rounds = iter(range(-(-case.scores // case.claims))) if case.scores else itertools.count()
+
+    async def go(run: Run) -> None:
+        for _ in rounds:
+            work.wrong += not await run.evaluate()
+            work.answered += case.claims
+
+    async with asyncio.TaskGroup() as group:
+        for run in runs:
+            group.create_task(go(run))
+
+
+async def _ask_in_turns(case: Case, runs: Sequence[Run], work: Work) -> None:
+    """All runs lay out their prompts, which does not count, and ask them at once, which does."""
+    wall = cpu = 0.0
+    while work.answered < case.scores:
+        laid_out = [run.prompts() for run in runs]
+        started, at = time.perf_counter(), time.process_time()
+        right = await asyncio.gather(*(run.score(prompts) for run, prompts in zip(runs, laid_out, strict=True)))
+        wall, cpu = wall + time.perf_counter() - started, cpu + time.process_time() - at
+        work.wrong += right.count(False)
+        work.answered += case.runs * case.claims
+        work.asking = wall, cpu
+        await asyncio.sleep(0)  # for the look at the memory
+
+
+# The command line
+
+
+def cases(args: argparse.Namespace) -> list[Case]:
+    """What the flags ask for. Small pools for the count, large ones, whose bodies are 1.2 GB a round, for the size."""
+    small, large = (args.runs, *args.small), (args.runs, *args.large)
+    part = {
+        "memory": [
+            Case("memory", "tree", args.scores, *small),
+            Case("memory", "whole", args.scores // 20, *small),
+            Case("memory", "tree", args.scores // 20, *large),
+            Case("memory", "whole", args.scores // 20, *large),
+        ],
+        "throughput": [
+            Case("throughput", "process", args.scores // 8, *pool, cache=cache)
+            for _ in range(args.repeats)
+            for pool in (small, large)
+            for cache in (False, True)
+        ],
+        "slow": [
+            Case("slow", "tree", 0, *large, stand_in="stalled", for_seconds=args.seconds),
+            *(
+                Case("slow", "whole", 0, runs, *args.large, stand_in=manner, for_seconds=args.seconds)
+                for runs, manner in ((args.runs, "slow"), (args.runs, "stalled"), (2 * args.runs, "stalled"))
+            ),
+        ],
+    }
+    if args.quick:
+        part["memory"], part["slow"] = part["memory"][:2], part["slow"][-1:]
+        part["throughput"] = part["throughput"][1:2]
+    return [case for name in args.parts for case in part[name]]
+
+
+def broken_bounds(row: Mapping[str, Any], *, quick: bool) -> list[str]:
+    """What a case did not keep. Times are never looked at here."""
+    grown = row["peak_mb"] - row["first_mb"]
+    slots = HttpOptions().max_concurrent_requests
+    found = [
+        (row["wrong"] > 0, f"{row['wrong']} wrong answers"),
+        (row["cache"] and row["rows_in_cache"] < row["answered"], "answers are missing in the cache"),
+        (row.get("most_requests_at_once", 0) > slots, f"more than {slots} requests at once"),
+        (not row["for_seconds"] and row["answered"] < row["scores"], "scores are missing"),
+        (quick and grown > QUICK_GROWTH, f"memory grew by {grown:.0f} MB"),
+        (not quick and row["peak_mb"] > PEAK, f"{row['peak_mb']:.0f} MB of memory, and {PEAK:.0f} are allowed"),
+        (
+            row["part"] == "memory" and row["scores"] >= 500_000 and row["slope_mb_a_million_scores"] > FLAT,
+            f"memory grows by {row['slope_mb_a_million_scores']} MB a million scores",
+        ),
+    ]
+    return [said for is_broken, said in found if is_broken]
+
+
+def too_slow(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Prints best and median of equal throughput cases; what stays below RATE."""
+    slow = []
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for row in rows:
+        if row["part"] == "throughput":
+            kind = (row["claims"], row["tokens"], "with its cache" if row["cache"] else "without a cache")
+            alike.setdefault(kind, []).append(row["scores_a_second"])
+    for (claims, tokens, cache), rates in alike.items():
+        name = f"the client alone, {claims} claims of {tokens} tokens, {cache}"
+        print(f"{name}: best {max(rates):,}, median {statistics.median(rates):,.0f} scores a second")
+        if max(rates) < RATE:
+            slow.append(f"{name}: fewer than {RATE:,} scores a second")
+    return slow
+
+
+def _case_process(told: Connection, case: Case) -> None:
+    with suppress(KeyboardInterrupt):
+        told.send(asyncio.run(measure(case)))
+
+
+def _in_a_process(case: Case) -> dict[str, Any]:
+    """`measure` in a fresh process, whose memory is its own. Raises EOFError where that ends without a word."""
+    spawn = multiprocessing.get_context("spawn")
+    here, there = spawn.Pipe(duplex=False)
+    child = spawn.Process(target=_case_process, args=(there, case))
+    child.start()
+    there.close()
+    try:
+        result: dict[str, Any] = here.recv()
+        return result
+    finally:
+        child.join(5)
+        child.kill()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; see the module for the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = ("memory", "throughput", "slow")
+    parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
+    parser.add_argument("--runs", type=int, default=64, help="runs at once (default 64)")
+    parser.add_argument("--scores", type=int, default=1_000_000, help="of the longest case (default 1000000)")
+    pool = {"nargs": 2, "type": int, "metavar": ("CLAIMS", "TOKENS")}
+    parser.add_argument("--small", **pool, default=[64, 20], help="a small pool (default 64 20)")
+    parser.add_argument("--large", **pool, default=[256, 40], help="a large pool (default 256 40)")
+    parser.add_argument("--repeats", type=int, default=3, help="of each throughput case (default 3)")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each slow case (default 20)")
+    parser.add_argument("--quick", action="store_true", help="a small part of it, in this process; no times are judged")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the rows here, after every case; other parts' rows stay"
+    )
+    args = parser.parse_args(arguments)
+    if args.quick:
+        args.runs, args.scores, args.small, args.large = 8, 2_000, [16, 8], [32, 8]
+        args.repeats, args.seconds = 1, 1.0
+    if min(args.runs, args.scores, *args.small, *args.large, args.repeats, args.seconds) <= 0:
+        parser.error("numbers must be above 0")
+    if not Path("/proc/self/statm").exists():
+        parser.error("memory is read from /proc, which only Linux has")
+    kept: list[dict[str, Any]] = []
+    if args.json is not None and args.json.exists():
+        kept = [row for row in json.loads(args.json.read_text()).get("rows", []) if row["part"] not in args.parts]
+    rows: list[dict[str, Any]] = []
+    broken: list[str] = []
+    print(f"{'case':<44}{'answered':>10}{'scores/s':>10}{'a CPU s':>9}{'MB first':>10}{'peak':>8}{'slope':>8}")
+    try:
+        for case in cases(args):
+            row = asyncio.run(measure(case)) if args.quick else _in_a_process(case)
+            rows.append(row)
+            broken += [f"{case}: {said}" for said in broken_bounds(row, quick=args.quick)]
+            numbers = f"{row['answered']:>10}{row['scores_a_second']:>10}{row['scores_a_cpu_second']:>9}"
+            memory = f"{row['first_mb']:>10}{row['peak_mb']:>8}{row['slope_mb_a_million_scores']:>8}"
+            print(f"{case!s:<44}{numbers}{memory}", flush=True)
+            if args.json is not None:
+                result = {"commit": commit(), "machine": hardware(), "rows": kept + rows}
+                args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    except KeyboardInterrupt:
+        print("stopped; finished cases are kept", file=sys.stderr)
+        return 130
+    except EOFError:
+        print("error: the process of a case ended without a result", file=sys.stderr)
+        return 2
+    slow = too_slow(rows)
+    for said in (broken := broken + ([] if args.quick else slow)):
+        print(f"not kept: {said}", file=sys.stderr)
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

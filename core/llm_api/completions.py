@@ -82,8 +82,8 @@ def token_body(fields: Mapping[str, object], prompts: Sequence[Prompt]) -> bytes
 def token_pieces(fields: Mapping[str, object], prompts: Sequence[Prompt]) -> Pieces:
     """One request for many prompts of token ids, joined from their segments' JSON without serializing a token.
 
-    A pool's body has the size of all its prompts, N^2 demonstrations; a piece has that of one of them, or of PIECE bytes
-    if that is more. Raises ValueError for a prompt without tokens, which was laid out for an engine that is asked in text.
+    A pool's body has the size of all its prompts, N^2 demonstrations; a piece has that of one of them, or PIECE bytes
+    if that is more. Raises ValueError for a prompt without tokens, which was laid out for an engine asked in text.
     """
     sizes = [prompt.json_size for prompt in prompts]
     if EMPTY in sizes:

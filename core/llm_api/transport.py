@@ -175,9 +175,7 @@ class HttpTransport:
         self.telemetry.end(began, outcome)
         self._slots.release()
 
-    async def send(
-        self, method: str, path: str, body: bytes | Pieces | None = None, *, request_id: str = ""
-    ) -> bytes:
+    async def send(self, method: str, path: str, body: bytes | Pieces | None = None, *, request_id: str = "") -> bytes:
         """One attempt: the body of a 2xx answer. Raises a typed APIError for everything else.
 
         request_id: sent as X-Request-Id, by which servers name the request in their log.

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import compress, count
+from itertools import compress, count, pairwise
 from operator import is_not
 from typing import Protocol, runtime_checkable
 
@@ -109,7 +109,7 @@ def digests(prompts: Sequence[Prompt]) -> list[str]:
     N * log2(N) segments of hashing in place of N * N.
     """
     missing = [prompt for prompt in prompts if "digest" not in prompt.__dict__ and prompt._speaks_ids]
-    shared = [common(a.segments, b.segments) for a, b in zip(missing, missing[1:], strict=False)]
+    shared = [common(a.segments, b.segments) for a, b in pairwise(missing)]
     # Hashes of beginnings of the prompt at hand, the longest last: (segments, the hash of their JSON).
     begun = [(0, hashlib.sha256(b"["))]
     for prompt, with_next in zip(missing, [*shared, 0], strict=False):
