@@ -110,21 +110,40 @@ def digests(prompts: Sequence[Prompt]) -> list[str]:
     """
     missing = [prompt for prompt in prompts if "digest" not in prompt.__dict__ and prompt._speaks_ids]
     shared = [common(a.segments, b.segments) for a, b in pairwise(missing)]
-    # Hashes of beginnings of the prompt at hand, the longest last: (segments, the hash of their JSON).
+    # Where later prompts leave the path of each, the farthest first: (segments, nearer ones). The lists share their ends.
+    leaving: list[_Depths | None] = [None]
+    for depth in reversed(shared):
+        nearer = leaving[-1]
+        while nearer is not None and nearer[0] >= depth:
+            nearer = nearer[1]
+        leaving.append((depth, nearer))
+    # Hashes of beginnings of the prompt at hand, which later ones go on from, the longest last: (segments, hash).
     begun = [(0, hashlib.sha256(b"["))]
-    for prompt, with_next in zip(missing, [*shared, 0], strict=False):
+    for prompt, places, with_next in zip(missing, reversed(leaving), [*shared, 0], strict=False):
         at, known = begun[-1]
         state = known.copy()
-        if with_next > at:
-            _add(state, prompt.segments, at, with_next)
-            begun.append((with_next, state.copy()))
-            at = with_next
+        for depth in _beyond(places, at):
+            _add(state, prompt.segments, at, depth)
+            begun.append((depth, state.copy()))
+            at = depth
         _add(state, prompt.segments, at, len(prompt.segments))
         state.update(b"]")
         prompt.__dict__["digest"] = state.hexdigest()  # where cached_property looks for it
         while begun[-1][0] > with_next:
             begun.pop()
     return [prompt.digest for prompt in prompts]
+
+
+_Depths = tuple[int, "_Depths | None"]
+
+
+def _beyond(places: _Depths | None, at: int) -> list[int]:
+    """Those above `at`, ascending."""
+    found = []
+    while places is not None and places[0] > at:
+        found.append(places[0])
+        places = places[1]
+    return found[::-1]
 
 
 def common(a: Sequence[Segment], b: Sequence[Segment]) -> int:
