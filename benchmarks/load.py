@@ -439,18 +439,21 @@ def broken_bounds(row: Mapping[str, Any], *, quick: bool) -> list[str]:
 
 
 def too_slow(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Prints best and median of equal throughput cases; what stays below RATE."""
+    """Prints best and median of equal throughput cases; what stays below RATE at its best."""
     slow = []
-    alike: dict[tuple[object, ...], list[int]] = {}
+    alike: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         if row["part"] == "throughput":
-            kind = (row["claims"], row["tokens"], "with its cache" if row["cache"] else "without a cache")
-            alike.setdefault(kind, []).append(row["scores_a_second"])
-    for (claims, tokens, cache), rates in alike.items():
-        name = f"the client alone, {claims} claims of {tokens} tokens, {cache}"
-        print(f"{name}: best {max(rates):,}, median {statistics.median(rates):,.0f} scores a second")
+            cache = "with its cache" if row["cache"] else "without a cache"
+            alike.setdefault(f"{row['claims']} claims of {row['tokens']} tokens, {cache}", []).append(row)
+    for name, repeated in alike.items():
+        rates, cpu = ([row[key] for row in repeated] for key in ("scores_a_second", "scores_a_cpu_second"))
+        print(
+            f"the client alone, {name}: {max(rates):,} scores a second at best, {statistics.median(rates):,.0f} in the "
+            f"median; {max(cpu):,} and {statistics.median(cpu):,.0f} a second of its CPU time"
+        )
         if max(rates) < RATE:
-            slow.append(f"{name}: fewer than {RATE:,} scores a second")
+            slow.append(f"the client alone, {name}: fewer than {RATE:,} scores a second; is the machine busy?")
     return slow
 
 

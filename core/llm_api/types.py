@@ -110,7 +110,7 @@ def digests(prompts: Sequence[Prompt]) -> list[str]:
     """
     missing = [prompt for prompt in prompts if "digest" not in prompt.__dict__ and prompt._speaks_ids]
     shared = [common(a.segments, b.segments) for a, b in pairwise(missing)]
-    # Where later prompts leave the path of each, the farthest first: (segments, nearer ones). The lists share their ends.
+    # Where later prompts leave the path of each, the farthest first: (segments, nearer ones). Lists share their ends.
     leaving: list[_Depths | None] = [None]
     for depth in reversed(shared):
         nearer = leaving[-1]

@@ -56,13 +56,15 @@ def test_every_bound_is_looked_at() -> None:
 
 def test_best_and_median_of_equal_cases(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [
-        {"part": "throughput", "claims": claims, "tokens": 8, "cache": False, "scores_a_second": rate}
+        {"part": "throughput", "claims": claims, "tokens": 8, "cache": False, "scores_a_second": rate,
+         "scores_a_cpu_second": 2 * rate}
         for claims, rate in ((64, 10_000), (64, 30_000), (64, 21_000), (256, 19_999))
-    ]
+    ]  # fmt: skip
     assert load.too_slow(rows) == [
-        "the client alone, 256 claims of 8 tokens, without a cache: fewer than 20,000 scores a second"
+        "the client alone, 256 claims of 8 tokens, without a cache: fewer than 20,000 scores a second; is the machine busy?"
     ]
-    assert "best 30,000, median 21,000" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "30,000 scores a second at best, 21,000 in the median; 60,000 and 42,000 a second of its CPU time" in told
 
 
 def test_the_slope_is_that_of_the_second_half() -> None:
