@@ -31,7 +31,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Final
@@ -76,6 +76,10 @@ QUICK_GROWTH: Final = 60.0
 """MB by which memory may grow in a case of --quick."""
 EVERY: Final = 0.1
 """Seconds between looks at the memory."""
+LONG: Final = 500_000
+"""Scores from which a case shows whether memory grows; below, the slope is of warming up."""
+FEW: Final = 20
+"""Looks that a slope needs."""
 SLOW: Final = 5.0
 """Seconds that the slow server takes for every answer."""
 LABELS: Final = LabelTokens(" True", " False", TRUE, FALSE)
@@ -112,17 +116,19 @@ class Memory:
 
     looks: list[tuple[int, float, int]] = field(default_factory=list)
 
-    def summary(self) -> dict[str, float]:
-        """Megabytes, from when a fifth of the time was over; slope: least squares over the second half."""
+    def summary(self) -> dict[str, float | None]:
+        """Megabytes, the least of them from when a fifth of the time was over; slopes: least squares over the second
+        half, None where that has fewer than FEW looks."""
         later = self.looks[len(self.looks) // 5 :]
         half = np.array(self.looks[len(self.looks) // 2 :], dtype=float)
+        few = len(half) < FEW
         seen = [size for _, _, size in later]
         return {
             "first_mb": round(self.looks[0][2] / MB, 1),
             "least_mb": round(min(seen) / MB, 1),
             "peak_mb": round(max(size for _, _, size in self.looks) / MB, 1),
-            "slope_mb_a_million_scores": round(slope(half[:, 0], half[:, 2]) * 1e6 / MB, 2),
-            "slope_mb_a_minute": round(slope(half[:, 1], half[:, 2]) * 60 / MB, 2),
+            "slope_mb_a_million_scores": None if few else round(slope(half[:, 0], half[:, 2]) * 1e6 / MB, 2),
+            "slope_mb_a_minute": None if few else round(slope(half[:, 1], half[:, 2]) * 60 / MB, 2),
         }
 
 
@@ -391,26 +397,32 @@ async def _ask_in_turns(case: Case, runs: Sequence[Run], work: Work) -> None:
 
 def cases(args: argparse.Namespace) -> list[Case]:
     """What the flags ask for. Small pools for the count, large ones, whose bodies are 1.2 GB a round, for the size."""
-    small, large = (args.runs, *args.small), (args.runs, *args.large)
+    runs, many = args.runs, args.scores
+
+    def case(name: str, route: str, scores: int, pool: Sequence[int], times: int = 1) -> Case:
+        return Case(name, route, scores, times * runs, claims=pool[0], tokens=pool[1])
+
+    def waiting(route: str, manner: str, times: int = 1) -> Case:
+        return replace(case("slow", route, 0, args.large, times), stand_in=manner, for_seconds=args.seconds)
+
     part = {
         "memory": [
-            Case("memory", "tree", args.scores, *small),
-            Case("memory", "whole", args.scores // 20, *small),
-            Case("memory", "tree", args.scores // 20, *large),
-            Case("memory", "whole", args.scores // 20, *large),
+            case("memory", "tree", many, args.small),
+            case("memory", "whole", many // 20, args.small),
+            case("memory", "tree", many // 20, args.large),
+            case("memory", "whole", many // 20, args.large),
         ],
         "throughput": [
-            Case("throughput", "process", args.scores // 8, *pool, cache=cache)
+            replace(case("throughput", "process", many // 8, pool), cache=cache)
             for _ in range(args.repeats)
-            for pool in (small, large)
+            for pool in (args.small, args.large)
             for cache in (False, True)
         ],
         "slow": [
-            Case("slow", "tree", 0, *large, stand_in="stalled", for_seconds=args.seconds),
-            *(
-                Case("slow", "whole", 0, runs, *args.large, stand_in=manner, for_seconds=args.seconds)
-                for runs, manner in ((args.runs, "slow"), (args.runs, "stalled"), (2 * args.runs, "stalled"))
-            ),
+            waiting("tree", "stalled"),
+            waiting("whole", "slow"),
+            waiting("whole", "stalled"),
+            waiting("whole", "stalled", times=2),
         ],
     }
     if args.quick:
@@ -431,7 +443,7 @@ def broken_bounds(row: Mapping[str, Any], *, quick: bool) -> list[str]:
         (quick and grown > QUICK_GROWTH, f"memory grew by {grown:.0f} MB"),
         (not quick and row["peak_mb"] > PEAK, f"{row['peak_mb']:.0f} MB of memory, and {PEAK:.0f} are allowed"),
         (
-            row["part"] == "memory" and row["scores"] >= 500_000 and row["slope_mb_a_million_scores"] > FLAT,
+            row["scores"] >= LONG and (row["slope_mb_a_million_scores"] or 0.0) > FLAT,
             f"memory grows by {row['slope_mb_a_million_scores']} MB a million scores",
         ),
     ]
@@ -484,9 +496,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--runs", type=int, default=64, help="runs at once (default 64)")
     parser.add_argument("--scores", type=int, default=1_000_000, help="of the longest case (default 1000000)")
-    pool = {"nargs": 2, "type": int, "metavar": ("CLAIMS", "TOKENS")}
-    parser.add_argument("--small", **pool, default=[64, 20], help="a small pool (default 64 20)")
-    parser.add_argument("--large", **pool, default=[256, 40], help="a large pool (default 256 40)")
+    for name, pool in (("small", [64, 20]), ("large", [256, 40])):
+        parser.add_argument(
+            f"--{name}",
+            nargs=2,
+            type=int,
+            metavar=("CLAIMS", "TOKENS"),
+            default=pool,
+            help=f"a {name} pool (default {pool[0]} {pool[1]})",
+        )
     parser.add_argument("--repeats", type=int, default=3, help="of each throughput case (default 3)")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each slow case (default 20)")
     parser.add_argument("--quick", action="store_true", help="a small part of it, in this process; no times are judged")
@@ -513,7 +531,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows.append(row)
             broken += [f"{case}: {said}" for said in broken_bounds(row, quick=args.quick)]
             numbers = f"{row['answered']:>10}{row['scores_a_second']:>10}{row['scores_a_cpu_second']:>9}"
-            memory = f"{row['first_mb']:>10}{row['peak_mb']:>8}{row['slope_mb_a_million_scores']:>8}"
+            slope_told = "-" if row["slope_mb_a_million_scores"] is None else row["slope_mb_a_million_scores"]
+            memory = f"{row['first_mb']:>10}{row['peak_mb']:>8}{slope_told:>8}"
             print(f"{case!s:<44}{numbers}{memory}", flush=True)
             if args.json is not None:
                 result = {"commit": commit(), "machine": hardware(), "rows": kept + rows}

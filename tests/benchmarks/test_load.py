@@ -61,7 +61,8 @@ def test_best_and_median_of_equal_cases(capsys: pytest.CaptureFixture[str]) -> N
         for claims, rate in ((64, 10_000), (64, 30_000), (64, 21_000), (256, 19_999))
     ]  # fmt: skip
     assert load.too_slow(rows) == [
-        "the client alone, 256 claims of 8 tokens, without a cache: fewer than 20,000 scores a second; is the machine busy?"
+        "the client alone, 256 claims of 8 tokens, without a cache: fewer than 20,000 scores a second; "
+        "is the machine busy?"
     ]
     told = capsys.readouterr().out
     assert "30,000 scores a second at best, 21,000 in the median; 60,000 and 42,000 a second of its CPU time" in told
