@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 
 BUSY_TIMEOUT: Final = 30.0
 """Seconds to wait for another process that is writing."""
+CHECKPOINT_PAGES: Final = 4000
+"""Pages of 4 KiB in the log until they are moved into the file, and the disk is waited for. Keys are random, so every
+answer dirties a page; with SQLite's 1000 a row took 62 us of writing in place of 37 side by side on a busy disk."""
 _COLUMNS: Final = "key, true_logprob, false_logprob, floored, checksum"
 _KEYS_PER_QUERY: Final = 500  # SQLite before 3.32 takes at most 999 parameters
 
@@ -200,6 +203,7 @@ class ResponseCache:
         _enter_wal(self._db)
         # A power cut may lose the last answers but not corrupt the file; they are asked for again.
         self._db.execute("PRAGMA synchronous=NORMAL")
+        self._db.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}")
         with self._transaction():
             version = int(self._db.execute("PRAGMA user_version").fetchone()[0])  # under the lock: once
             if version > FORMAT_VERSION:
