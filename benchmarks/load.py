@@ -33,6 +33,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Final
 
@@ -197,8 +198,16 @@ async def _serve(told: Connection, manner: str, trees: bool) -> None:
 
 
 def _server_process(told: Connection, manner: str, trees: bool) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the client's to hear; it then ends this process
-    asyncio.run(_serve(told, manner, trees))
+    asyncio.run(_serve(told, manner, trees))  # until the client ends, which hears of Ctrl-C
+
+
+def _start_deaf(process: BaseProcess) -> None:
+    """Start a process that Ctrl-C does not reach: it would die of it while it still imports, with a traceback."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process.start()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
@@ -207,7 +216,7 @@ def stand_in(manner: str, trees: bool) -> Iterator[tuple[str, Callable[[], int]]
     spawn = multiprocessing.get_context("spawn")
     here, there = spawn.Pipe()
     server = spawn.Process(target=_server_process, args=(there, manner, trees), daemon=True)
-    server.start()
+    _start_deaf(server)
     there.close()
 
     def stop() -> int:
@@ -470,6 +479,7 @@ def too_slow(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _case_process(told: Connection, case: Case) -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as by Ctrl-C: the cache's folder is removed
     with suppress(KeyboardInterrupt):
         told.send(asyncio.run(measure(case)))
 
@@ -479,14 +489,17 @@ def _in_a_process(case: Case) -> dict[str, Any]:
     spawn = multiprocessing.get_context("spawn")
     here, there = spawn.Pipe(duplex=False)
     child = spawn.Process(target=_case_process, args=(there, case))
-    child.start()
+    _start_deaf(child)
     there.close()
     try:
         result: dict[str, Any] = here.recv()
-        return result
+    except BaseException:
+        child.terminate()
+        raise
     finally:
-        child.join(5)
+        child.join(10)
         child.kill()
+    return result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
