@@ -7,13 +7,14 @@ prompts is 18 MB of JSON, and the client must not be the slow part of a step.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 import orjson
 
 from core.llm_api.errors import ConfigurationError, MissingLabel, TransientError
+from core.llm_api.transport import Pieces
 from core.llm_api.types import LabelLogprobs, LabelTokens, Prompt
 from core.settings import MissingLabelPolicy
 
@@ -28,6 +29,12 @@ VLLM_MINUS_INFINITY: Final = -9999.0
 
 TOP_LOGPROBS: Final = 20
 """Alternatives asked for where labels cannot be asked for by name; vLLM's default --max-logprobs."""
+
+PIECE: Final = 2**16
+"""Bytes of a body that are worth a write of their own."""
+
+EMPTY: Final = len(b"[]")
+"""Bytes of a prompt's JSON that holds no token."""
 
 K = TypeVar("K", str, int)
 
@@ -68,14 +75,33 @@ def vllm_fields(model: str, labels: LabelTokens | None, *, top: int = TOP_LOGPRO
 
 
 def token_body(fields: Mapping[str, object], prompts: Sequence[Prompt]) -> bytes:
+    """The whole of token_pieces."""
+    return b"".join(token_pieces(fields, prompts).make())
+
+
+def token_pieces(fields: Mapping[str, object], prompts: Sequence[Prompt]) -> Pieces:
     """One request for many prompts of token ids, joined from their segments' JSON without serializing a token.
 
-    Raises ValueError for a prompt without tokens, which was laid out for an engine that is asked in text.
+    A pool's body has the size of all its prompts, N^2 demonstrations; a piece has that of one of them, or PIECE bytes
+    if that is more. Raises ValueError for a prompt without tokens, which was laid out for an engine asked in text.
     """
-    arrays = [prompt.json for prompt in prompts]
-    if b"[]" in arrays:
-        raise ValueError(f"prompt {prompts[arrays.index(b'[]')].name!r} has no token ids")
-    return b'%b,"prompt":[%b]}' % (orjson.dumps(fields)[:-1], b",".join(arrays))
+    sizes = [prompt.json_size for prompt in prompts]
+    if EMPTY in sizes:
+        raise ValueError(f"prompt {prompts[sizes.index(EMPTY)].name!r} has no token ids")
+    head, end = orjson.dumps(fields)[:-1] + b',"prompt":[', b"]}"
+
+    def make() -> Iterator[bytes]:
+        piece = bytearray(head)
+        for position, prompt in enumerate(prompts):
+            if position:
+                piece += b","
+            piece += prompt.json
+            if len(piece) >= PIECE:
+                yield bytes(piece)
+                piece.clear()
+        yield bytes(piece + end)
+
+    return Pieces(len(head) + sum(sizes) + max(len(sizes) - 1, 0) + len(end), make)
 
 
 def text_body(fields: Mapping[str, object], prompt: Prompt) -> bytes:

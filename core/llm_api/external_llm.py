@@ -164,13 +164,13 @@ class ExternalAPI:
 
     async def _ask(self, prompt: Prompt) -> tuple[Answers, int]:
         fields = {"model": self._model, "max_tokens": 1, "temperature": 0, "logprobs": self._top}
-        body = text_body(fields, prompt)
-        characters = len(prompt.text)
+        characters = sum(len(segment.text) for segment in prompt.segments)
 
         async def attempt() -> Answers:
             reservation = await self._limiter.acquire(math.ceil(characters * self._tokens / self._characters) + 1)
             try:
-                answer = await self._http.send("POST", "/completions", body)
+                # The body is made in the slot: thousands of prompts may wait for a minute's tokens.
+                answer = await self._http.send("POST", "/completions", text_body(fields, prompt))
             except ServerUnreachable:
                 reservation.refund()
                 raise

@@ -39,7 +39,7 @@ from core.llm_api.generation import (
     Token,
 )
 from core.llm_api.rate_limit import RateLimiter
-from core.llm_api.response_cache import ResponseCache, cache_key
+from core.llm_api.response_cache import ResponseCache, cache_keys
 from core.llm_api.retry import RetryPolicy
 from core.llm_api.telemetry import RequestTelemetry, TextTelemetry, outcome_of
 from core.llm_api.tokens import CANARY_TEXT, resolve_label_tokens
@@ -54,6 +54,7 @@ from core.llm_api.types import (
     PrefixCacheCounters,
     Prompt,
     ScoreStats,
+    digests,
 )
 from core.llm_api.vllm_group import VLLMGroup
 from core.llm_api.vllm_llm import VLLMClient
@@ -153,7 +154,7 @@ class ModelAPI:
 
     def are_cached(self, prompts: Sequence[Prompt], labels: LabelTokens) -> bool:
         """Whether `score` would send nothing to the engine for these prompts."""
-        keys = {cache_key(self.identity, labels, prompt.digest) for prompt in prompts}
+        keys = set(cache_keys(self.identity, labels, digests(prompts)))
         return len(self._cached(list(keys))) == len(keys)
 
     async def score(self, prompts: Sequence[Prompt], labels: LabelTokens) -> PoolScores:
@@ -165,7 +166,7 @@ class ModelAPI:
         if not self._scores:
             raise ConfigurationError("this ModelAPI was opened for texts alone.", hint="Open it with scores=True.")
         self._check_lengths(prompts)
-        keys = [cache_key(self.identity, labels, prompt.digest) for prompt in prompts]
+        keys = cache_keys(self.identity, labels, digests(prompts))
         wanted = dict(zip(keys, prompts, strict=True))  # of equal prompts the first keeps its place
         self.stats.asked += len(prompts)
         self.stats.in_flight_hits += len(prompts) - len(wanted)

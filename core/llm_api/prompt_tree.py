@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, TypeGuard
 
-from core.llm_api.types import Prompt
+from core.llm_api.types import Prompt, Segment, common
 from core.settings import MAX_PROMPTS_PER_REQUEST
 
 PATH: Final = "/v1/label_logprobs"
@@ -42,22 +42,27 @@ class PromptTree:
         parents: list[int] = []
         pieces: list[int] = []
         ends: list[int] = []
+        before: Sequence[Segment] = ()
+        path: list[int] = []  # the node that stands for each segment of the prompt before, and what came before it
         for prompt in prompts:
-            node = -1
-            for segment in prompt.segments:
-                if not segment.tokens:
-                    continue
-                piece = numbers.get(id(segment))
-                if piece is None:
-                    piece = numbers[id(segment)] = len(segments)
-                    segments.append(list(segment.tokens))
-                edge = (node, piece)
-                child = children.get(edge)
-                if child is None:
-                    child = children[edge] = len(parents)
-                    parents.append(node)
-                    pieces.append(piece)
-                node = child
+            depth = common(before, prompt.segments)  # pools come depth first: most of a path is the last one's
+            before = prompt.segments
+            del path[depth:]
+            node = path[-1] if path else -1
+            for segment in before[depth:]:
+                if segment.tokens:
+                    piece = numbers.get(id(segment))
+                    if piece is None:
+                        piece = numbers[id(segment)] = len(segments)
+                        segments.append(list(segment.tokens))
+                    edge = (node, piece)
+                    child = children.get(edge)
+                    if child is None:
+                        child = children[edge] = len(parents)
+                        parents.append(node)
+                        pieces.append(piece)
+                    node = child
+                path.append(node)
             if node == -1:
                 raise ValueError(f"prompt {prompt.name!r} has no token ids")
             ends.append(node)

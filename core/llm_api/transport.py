@@ -70,6 +70,36 @@ class HttpOptions:
     retry: RetryPolicy = field(default_factory=RetryPolicy)
 
 
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """A large body that is made while it is sent, so that a server that takes it slowly holds up memory for a piece.
+
+    size: bytes in all; make: the same pieces anew at every call, each worth a write.
+    """
+
+    size: int
+    make: Callable[[], Iterator[bytes]]
+
+    def __len__(self) -> int:
+        return self.size
+
+
+class _PiecesPayload(aiohttp.Payload):
+    """Pieces in aiohttp's words. It waits after every write until the connection takes more."""
+
+    def __init__(self, pieces: Pieces) -> None:
+        super().__init__(pieces, content_type="application/json")
+        self._size = pieces.size
+
+    def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
+        return b"".join(self._value.make()).decode(encoding, errors)
+
+    async def write(self, writer: aiohttp.abc.AbstractStreamWriter) -> None:
+        for piece in self._value.make():
+            await writer.write(piece)
+            await asyncio.sleep(0)  # a fast server would keep everyone else waiting
+
+
 class HttpTransport:
     """Requests to one server. `key_name` is the setting that holds the key, for hints; `absent` says how to get one.
 
@@ -145,7 +175,7 @@ class HttpTransport:
         self.telemetry.end(began, outcome)
         self._slots.release()
 
-    async def send(self, method: str, path: str, body: bytes | None = None, *, request_id: str = "") -> bytes:
+    async def send(self, method: str, path: str, body: bytes | Pieces | None = None, *, request_id: str = "") -> bytes:
         """One attempt: the body of a 2xx answer. Raises a typed APIError for everything else.
 
         request_id: sent as X-Request-Id, by which servers name the request in their log.
@@ -239,9 +269,11 @@ class HttpTransport:
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise self._connection_error(error, url) from None
 
-    async def _request(self, method: str, url: str, body: bytes | None, request_id: str) -> aiohttp.ClientResponse:
+    async def _request(
+        self, method: str, url: str, body: bytes | Pieces | None, request_id: str
+    ) -> aiohttp.ClientResponse:
         # BytesIO is written in pieces; one `bytes` of many MB would block the event loop, and aiohttp warns of it.
-        payload = None if body is None else io.BytesIO(body)
+        payload = io.BytesIO(body) if isinstance(body, bytes) else None if body is None else _PiecesPayload(body)
         self.bytes_sent += len(body or b"")
         headers = {"Content-Type": "application/json"} if body is not None else {}
         if request_id:

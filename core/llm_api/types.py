@@ -12,6 +12,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import compress, count, pairwise
+from operator import is_not
 from typing import Protocol, runtime_checkable
 
 
@@ -71,20 +73,94 @@ class Prompt:
         """Token ids, shape [num_tokens]. Empty where the segments carry text only."""
         return [t for s in self.segments if s.tokens for t in s.tokens]
 
-    @cached_property
+    @property
     def json(self) -> bytes:
-        """The token ids as a JSON array, joined from the segments' encoded pieces."""
-        return b"[" + b",".join([s.json for s in self.segments if s.json]) + b"]"
+        """The token ids as a JSON array, joined from the segments' encoded pieces.
+
+        Joined anew every time: a pool's worth of these is megabytes, and prompts wait for their answers in thousands.
+        """
+        return b"[" + _joined(self.segments) + b"]"
+
+    @property
+    def json_size(self) -> int:
+        """Bytes of `json`, without making it."""
+        sizes = [len(s.json) for s in self.segments if s.json]
+        return sum(sizes) + max(len(sizes) - 1, 0) + 2
 
     @property
     def content(self) -> bytes:
         """What the engine is sent: the token ids as JSON if there are any, else the text."""
-        return self.json if self.segments and self.segments[0].tokens is not None else self.text.encode()
+        return self.json if self._speaks_ids else self.text.encode()
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 of `content`."""
         return hashlib.sha256(self.content).hexdigest()
+
+    @property
+    def _speaks_ids(self) -> bool:
+        return bool(self.segments) and self.segments[0].tokens is not None
+
+
+def digests(prompts: Sequence[Prompt]) -> list[str]:
+    """Every prompt's digest, which each keeps.
+
+    What a prompt shares with the one before it is not hashed again, so a tree's prompts, asked depth first, cost
+    N * log2(N) segments of hashing in place of N * N.
+    """
+    missing = [prompt for prompt in prompts if "digest" not in prompt.__dict__ and prompt._speaks_ids]
+    shared = [common(a.segments, b.segments) for a, b in pairwise(missing)]
+    # Where later prompts leave the path of each, the farthest first: (segments, nearer ones). Lists share their ends.
+    leaving: list[_Depths | None] = [None]
+    for depth in reversed(shared):
+        nearer = leaving[-1]
+        while nearer is not None and nearer[0] >= depth:
+            nearer = nearer[1]
+        leaving.append((depth, nearer))
+    # Hashes of beginnings of the prompt at hand, which later ones go on from, the longest last: (segments, hash).
+    begun = [(0, hashlib.sha256(b"["))]
+    for prompt, places, with_next in zip(missing, reversed(leaving), [*shared, 0], strict=False):
+        at, known = begun[-1]
+        state = known.copy()
+        for depth in _beyond(places, at):
+            _add(state, prompt.segments, at, depth)
+            begun.append((depth, state.copy()))
+            at = depth
+        _add(state, prompt.segments, at, len(prompt.segments))
+        state.update(b"]")
+        prompt.__dict__["digest"] = state.hexdigest()  # where cached_property looks for it
+        while begun[-1][0] > with_next:
+            begun.pop()
+    return [prompt.digest for prompt in prompts]
+
+
+_Depths = tuple[int, "_Depths | None"]
+
+
+def _beyond(places: _Depths | None, at: int) -> list[int]:
+    """Those above `at`, ascending."""
+    found = []
+    while places is not None and places[0] > at:
+        found.append(places[0])
+        places = places[1]
+    return found[::-1]
+
+
+def common(a: Sequence[Segment], b: Sequence[Segment]) -> int:
+    """How many segments two prompts begin with alike; by identity, for a pool's prompts share their segments."""
+    return next(compress(count(), map(is_not, a, b)), min(len(a), len(b)))
+
+
+def _joined(segments: Iterable[Segment]) -> bytes:
+    return b",".join([s.json for s in segments if s.json])
+
+
+def _add(state: hashlib._Hash, segments: Sequence[Segment], start: int, end: int) -> None:
+    """Go on with the hash of a prompt's JSON, which holds segments[:start], up to segments[:end]."""
+    more = _joined(segments[start:end])
+    if more and any(s.json for s in segments[:start]):
+        state.update(b",")
+    state.update(more)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from core.llm_api.completions import (
     read_tree_answer,
     token_body,
     token_key,
+    token_pieces,
     vllm_fields,
 )
 from core.llm_api.errors import (
@@ -42,7 +43,7 @@ from core.llm_api.prompt_tree import FORMAT, PATH, PromptTree
 from core.llm_api.retry import RetryPolicy
 from core.llm_api.telemetry import RequestTelemetry
 from core.llm_api.tokens import CANARY_TEXT, fingerprint
-from core.llm_api.transport import HttpOptions, HttpTransport, all_or_cancel, all_or_settle
+from core.llm_api.transport import HttpOptions, HttpTransport, Pieces, all_or_cancel, all_or_settle
 from core.llm_api.types import (
     EngineAnswer,
     EngineIdentity,
@@ -285,11 +286,11 @@ class VLLMClient:
         async def attempt() -> tuple[list[LabelLogprobs | MissingLabel], Answers, int]:
             if failed:
                 raise failed[0]
-            # The body is joined in the slot, so that of many waiting requests only those in flight hold one.
+            # The body is made in the slot, so that of many waiting requests only those in flight hold (a piece of) one.
             await self._look_for_trees()
             answers = await self._ask_tree(prompts, labels) if self.takes_trees else None
             if answers is None:
-                answers = read_answers(await self._post("/v1/completions", token_body(fields, prompts)), prompts)
+                answers = read_answers(await self._post("/v1/completions", token_pieces(fields, prompts)), prompts)
             found: list[LabelLogprobs | MissingLabel] = []
             for top, prompt in zip(answers.top, prompts, strict=True):
                 try:
@@ -487,7 +488,7 @@ class VLLMClient:
 
         return (await self._http.call(attempt, retry=retry))[0]
 
-    async def _post(self, path: str, body: bytes) -> bytes:
+    async def _post(self, path: str, body: bytes | Pieces) -> bytes:
         return await self._http.send("POST", path, body)
 
 

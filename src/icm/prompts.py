@@ -55,14 +55,11 @@ class PromptBook:
         place: see Prompt.place.
         """
         demonstrations = self.demonstrations
-        segments = [self.prefix]
-        for other in context:
-            label = labels[other]
-            if label is None:
-                raise ValueError(f"claim {other} has no label to demonstrate")
-            segments.append(demonstrations[other][label])
-        segments.append(self.questions[claim])
-        return Prompt(tuple(segments), name=f"claim {claim}", place=place)
+        shown = [demonstrations[other][label] for other in context if (label := labels[other]) is not None]
+        if len(shown) < len(context):
+            unlabelled = next(other for other in context if labels[other] is None)
+            raise ValueError(f"claim {unlabelled} has no label to demonstrate")
+        return Prompt((self.prefix, *shown, self.questions[claim]), name=f"claim {claim}", place=place)
 
     def longest_prompt(self, size: int) -> int:
         """Tokens of the longest prompt once the first `size` claims are labelled, whichever claim of the book is

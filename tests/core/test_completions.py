@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.llm_api.completions import label_logprobs, read_answers, read_tree_answer, token_body, vllm_fields
+from core.llm_api.completions import (
+    PIECE,
+    label_logprobs,
+    read_answers,
+    read_tree_answer,
+    token_body,
+    token_pieces,
+    vllm_fields,
+)
 from core.llm_api.errors import ConfigurationError, MissingLabel, TransientError
 from core.llm_api.types import LabelTokens, Prompt, Segment
 
@@ -30,6 +38,18 @@ def test_body_is_joined_from_the_prompts_own_json() -> None:
         "model": "m", "max_tokens": 1, "temperature": 0, "logprobs": 1, "return_tokens_as_token_ids": True,
         "logprob_token_ids": [7, 9], "prompt": [[0, 1, 2], [1, 1, 2]],
     }  # fmt: skip
+
+
+def test_a_large_body_comes_in_pieces() -> None:
+    shared = Segment("d", list(range(100_000, 101_000)))
+    pool = [Prompt((shared, Segment("q", [i]))) for i in range(100)]
+    pieces = token_pieces(vllm_fields("m", LABELS), pool)
+    made = list(pieces.make())
+    assert sum(map(len, made)) == len(pieces) == pieces.size
+    assert max(map(len, made)) < PIECE + pool[0].json_size + 2
+    assert len(made) > 8
+    assert b"".join(pieces.make()) == b"".join(made), "a retry sends the same"
+    assert orjson.loads(b"".join(made))["prompt"] == [prompt.token_ids for prompt in pool]
 
 
 def test_body_for_top_logprobs() -> None:

@@ -6,6 +6,8 @@ import logging
 import pytest
 from pydantic import SecretStr
 
+from core.llm_api import external_llm
+from core.llm_api.completions import text_body
 from core.llm_api.errors import ConfigurationError, MissingLabel, RequestRejected, ServerUnreachable
 from core.llm_api.external_llm import ExternalAPI
 from core.llm_api.rate_limit import RateLimiter
@@ -167,4 +169,25 @@ async def test_the_first_failure_cancels_the_rest(server: FakeVLLM) -> None:
         await asyncio.wait_for(engine.score(prompts(20), LABELS), 5)
     await asyncio.sleep(0.05)
     assert server.in_flight == 0
+    await engine.aclose()
+
+
+async def test_only_requests_in_flight_hold_a_body(server: FakeVLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = 0
+
+    def counted(fields: dict[str, object], prompt: Prompt) -> bytes:
+        nonlocal made
+        made += 1
+        return text_body(fields, prompt)
+
+    engine = api(server)
+    await engine.start()
+    monkeypatch.setattr(external_llm, "text_body", counted)
+    server.latency = 60
+    waiting = asyncio.create_task(engine.score(prompts(200), LABELS))
+    while server.in_flight < OPTIONS.max_concurrent_requests:
+        await asyncio.sleep(0.01)
+    assert made == OPTIONS.max_concurrent_requests
+    waiting.cancel()
+    await asyncio.wait([waiting])
     await engine.aclose()

@@ -1,16 +1,18 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 import multiprocessing
 import sqlite3
 from pathlib import Path
 
+import orjson
 import pytest
 
 from core.llm_api import response_cache
 from core.llm_api.errors import ConfigurationError, StorageFailed
-from core.llm_api.response_cache import ResponseCache, cache_key
+from core.llm_api.response_cache import ResponseCache, cache_key, cache_keys
 from core.llm_api.types import EngineIdentity, LabelLogprobs, LabelTokens
 
 IDENTITY = EngineIdentity("vllm", "m", "/r", "rev", "1", "det", "print", 100)
@@ -257,3 +259,19 @@ def test_its_state_and_pruning(path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert cache.get_many([key(10 * day + i) for day in (1, 2, 3) for i in range(4)]).keys() == {
             key(30), key(32), key(33)
         }  # fmt: skip
+
+
+def test_a_key_is_the_hash_of_the_canonical_json_of_all_that_matters() -> None:
+    """Written out: caches that earlier versions filled must go on answering."""
+    named = dataclasses.replace(IDENTITY, model='m"\u00fc')
+    fields = ("kind", "model", "root", "revision", "version", "determinism", "fingerprint")
+    content = {
+        "engine": {name: getattr(named, name) for name in fields},
+        "labels": [LABELS.true, LABELS.false, LABELS.true_id, LABELS.false_id],
+        "parser": 1,
+    }
+    digests = [f"{i:064x}" for i in range(3)]
+    whole = [orjson.dumps(content | {"prompt": each}, option=orjson.OPT_SORT_KEYS) for each in digests]
+    expected = [hashlib.sha256(each).digest() for each in whole]
+    assert cache_keys(named, LABELS, digests) == expected
+    assert [cache_key(named, LABELS, each) for each in digests] == expected

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import socket
 import time
+import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -13,9 +14,11 @@ from email.utils import format_datetime
 import pytest
 
 from core.llm_api import transport
+from core.llm_api.completions import token_pieces
 from core.llm_api.errors import APIError, RateLimited, RequestRejected, ServerUnreachable, TransientError
 from core.llm_api.retry import RetryPolicy
-from core.llm_api.transport import HttpOptions, HttpTransport
+from core.llm_api.transport import HttpOptions, HttpTransport, Pieces
+from core.llm_api.types import Prompt, Segment
 
 Answer = Callable[[str, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
@@ -292,3 +295,58 @@ async def test_whoever_is_cancelled_does_not_wait_for_the_others() -> None:
     with pytest.raises(asyncio.CancelledError):
         await calls
     assert time.monotonic() - began < 1
+
+
+# A server that takes its time
+
+
+async def test_requests_that_a_server_does_not_take_hold_no_bodies() -> None:
+    """200 questions of 12 MB each: 2.4 GB, if what waits were encoded; 770 MB, if what is in flight were."""
+    shared = Segment("demonstrations", list(range(100_000, 110_000)))
+    pool = [Prompt((shared, Segment("q", [i]))) for i in range(180)]
+    at_once = 64
+    out = 0
+
+    async def never(path: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal out
+        out += 1
+        await asyncio.sleep(60)
+
+    async with serving(never) as url, client(url, max_concurrent_requests=at_once) as http, asyncio.timeout(30):
+        body = len(token_pieces({}, pool))
+        assert body > 12e6
+        tracemalloc.start()
+        try:
+            asked = [
+                asyncio.create_task(http.call(lambda: http.send("POST", "/x", token_pieces({}, pool))))
+                for _ in range(200)
+            ]
+            while out < at_once:
+                await asyncio.sleep(0.05)
+            await asyncio.sleep(0.5)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert (out, http.telemetry.in_flight, http.telemetry.waiting) == (at_once, at_once, 200 - at_once)
+        assert peak < at_once * 0.6e6, "some pieces of 64 KiB for each request, the test's own server included"
+        for task in asked:
+            task.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
+
+
+async def test_pieces_arrive_in_order_and_are_made_anew_for_a_retry() -> None:
+    seen: list[bytes] = []
+
+    async def second_time(path: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        seen.append(await reader.readexactly(30_000))
+        if len(seen) == 1:
+            writer.transport.abort()
+        writer.write(OK)
+
+    pieces = Pieces(30_000, lambda: iter([b"%05d" % i for i in range(6_000)]))
+    quick = RetryPolicy(max_attempts=3, base=0.01)
+    async with serving(second_time) as url, client(url) as http, asyncio.timeout(10):
+        answer, retries = await http.call(lambda: http.send("POST", "/x", pieces), retry=quick)
+    assert (answer, retries) == (b"{}", 1)
+    assert seen == [b"".join(pieces.make())] * 2
+    assert http.bytes_sent == 60_000
