@@ -224,4 +224,3 @@ def _added(counts: Sequence[Sequence[int]]) -> tuple[int, int]:
 
 def _sums(records: Sequence[Mapping[str, int]]) -> dict[str, int]:
     return {key: sum(record[key] for record in records) for key in records[0]}
-
