@@ -2,9 +2,9 @@
 
     python scripts/licences.py           # make licences
 
-Reads what is installed, asks nobody. A package of a lock that is not installed here keeps the line that the page had for
-that version; where it had none, it is named on standard error and the exit code is 1. ALLOWED holds the licences that a
-dependency may have, EXCEPTIONS the packages that have another one; tests/scripts/test_licences.py checks both.
+Reads what is installed, asks nobody. A package of a lock that is not installed here keeps the line that the page had
+for that version; where it had none, it is named on standard error and the exit code is 1. ALLOWED holds the licences
+that a dependency may have, EXCEPTIONS the packages that have another one; tests/scripts/test_licences.py checks both.
 """
 
 from __future__ import annotations
@@ -21,8 +21,22 @@ PAGE: Final = ROOT / "docs" / "licences.md"
 REQUIREMENTS: Final = ("base.lock", "browser.lock", "fuzz.lock", "audit.lock", "torch.txt", "local.lock")
 
 ALLOWED: Final = frozenset(
-    "0BSD Apache-2.0 BSD-2-Clause BSD-3-Clause BSL-1.0 CC0-1.0 CNRI-Python ISC MIT MIT-0 MIT-CMU MPL-2.0 PSF-2.0 "
-    "Unlicense".split()
+    (
+        "0BSD",
+        "Apache-2.0",
+        "BSD-2-Clause",
+        "BSD-3-Clause",
+        "BSL-1.0",
+        "CC0-1.0",
+        "CNRI-Python",
+        "ISC",
+        "MIT",
+        "MIT-0",
+        "MIT-CMU",
+        "MPL-2.0",
+        "PSF-2.0",
+        "Unlicense",
+    )
 )
 """Licences (SPDX) that ask for no more than their text being passed on, and MPL-2.0, which concerns changed files only.
 No package is distributed with this one; each is installed from where its authors offer it."""
@@ -102,9 +116,9 @@ def installed(name: str, version: str) -> Distribution | None:
 def stated_licence(package: Distribution) -> str:
     """SPDX expression from the metadata: License-Expression, else License, else the classifiers, else the text."""
     metadata = package.metadata
-    if expression := metadata.get("License-Expression"):
+    for expression in metadata.get_all("License-Expression") or []:
         return str(expression)
-    field = str(metadata.get("License") or "").strip()
+    field = "".join(metadata.get_all("License") or []).strip()
     if field and (known := SPELLINGS.get(field, field)) and named_licences(known) <= ALLOWED | {"GPL-3.0-only"}:
         return known
     classifiers = [c.rpartition(" :: ")[2] for c in metadata.get_all("Classifier") or [] if c.startswith("License :: ")]
@@ -147,9 +161,9 @@ def page(of_file: dict[str, list[Package]]) -> str:
     lines = [
         "# Licences of what this package needs",
         "",
-        "Written by `make licences` from the metadata of the installed packages; `tests/scripts/test_licences.py` fails "
-        "when a package has",
-        "a licence that `scripts/licences.py` does not allow. None of these packages is distributed with this one.",
+        "Written by `make licences` from the metadata of installed packages. `tests/scripts/test_licences.py` fails",
+        "when a package has a licence that `scripts/licences.py` does not allow. No package is distributed with",
+        "this one. Packages that the machine did not have keep the line that they had.",
         "",
         "These are allowed although their licence is not on the list:",
         "",
@@ -162,6 +176,7 @@ def page(of_file: dict[str, list[Package]]) -> str:
 
 
 def main() -> int:
+    """Write the page; 1 where a package's licence is not known."""
     before = known_before()
     of_file = {name: packages(name, before) for name in REQUIREMENTS}
     PAGE.write_text(page(of_file), encoding="utf-8")

@@ -89,7 +89,9 @@ def _child(parent: ast.AST, field: str, index: int | None, node: ast.AST, where:
         for new in _replacements(node):
             ast.copy_location(new, node)
             ast.fix_missing_locations(new)
-            yield Mutant(node.lineno, node.col_offset + 1, where or "module", _text(node), _text(new), parent, field, index, new)
+            yield Mutant(
+                node.lineno, node.col_offset + 1, where or "module", _text(node), _text(new), parent, field, index, new
+            )
     inside = where
     if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         inside = f"{where}.{node.name}".lstrip(".")

@@ -74,8 +74,8 @@ class Target:
 TARGETS = (
     Target("src/icm/objective.py", ("tests/icm/test_objective.py",)),
     Target("src/icm/prefix_tree.py", ("tests/icm/test_prefix_tree.py",)),
-    Target("src/icm/annealing.py", ("tests/icm/test_annealing.py",)),
-    # Processes that a test starts would import the unharmed module.
+    Target("src/icm/annealing.py", ("tests/icm/test_annealing_steps.py", "tests/icm/test_annealing.py")),
+    # Of test_response_cache.py only what runs in one process: others would import the unharmed module.
     Target("core/llm_api/response_cache.py", ("tests/core/test_response_cache.py", "-k", "not processes")),
     Target(
         "core/llm_api/types.py",
@@ -238,7 +238,9 @@ def examine(target: Target, *, jobs: int, sample: int | None, survivors: bool) -
         if unharmed != "survived":
             raise SystemExit(f"{target.name}: its tests fail as it is ({unharmed})")
         allowed = max(CPU_AT_LEAST, CPU_ALLOWANCE * cpu)
-        print(f"{target.name}: {len(numbers)} of {len(found)} mutants to meet {cpu:.1f} CPU seconds of tests", flush=True)
+        print(
+            f"{target.name}: {len(numbers)} of {len(found)} mutants to meet {cpu:.1f} CPU seconds of tests", flush=True
+        )
         for done, (number, outcome, _) in enumerate(live_all(target, numbers, jobs, allowed), 1):
             assert number is not None
             if outcome not in (*NOTICED, "survived"):
@@ -246,9 +248,10 @@ def examine(target: Target, *, jobs: int, sample: int | None, survivors: bool) -
             results.add(number, outcome)
             if done % 50 == 0:
                 print(f"{target.name}: {done} of {len(numbers)}", flush=True)
+    lines = (ROOT / target.path).read_text().splitlines()
     for number in wanted:
         if results.outcomes[number] == "survived":
-            print(f"{target.path}:{found[number]}")
+            print(f"{target.path}:{found[number]}    # {lines[found[number].line - 1].strip()}")
     noticed = sum(results.outcomes[number] in NOTICED for number in wanted)
     print(f"{target.name}: {noticed} of {len(wanted)} noticed, {100 * noticed / len(wanted):.1f}%", flush=True)
     return noticed, len(wanted)

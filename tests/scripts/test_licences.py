@@ -95,7 +95,9 @@ def test_where_a_licence_is_read(tmp_path: Path, metadata: str, licence: str, st
 
 def test_a_package_that_is_not_installed_keeps_what_was_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "requirements").mkdir()
-    (tmp_path / "requirements" / "x.lock").write_text("# made\nno-such-package==2 \\\n    --hash=sha256:00\npytest==0.0\n")
+    (tmp_path / "requirements" / "x.lock").write_text(
+        "# made\nno-such-package==2 \\\n    --hash=sha256:00\npytest==0.0\n"
+    )
     monkeypatch.setattr(licences, "ROOT", tmp_path)
     found = packages("x.lock", {("no-such-package", "2"): "ISC", ("pytest", "9"): "MIT"})
     assert [(p.name, p.version, p.licence) for p in found] == [
