@@ -66,14 +66,27 @@ class Target:
     def module(self) -> str:
         return self.path.removesuffix(".py").replace("/", ".")
 
+    @property
+    def source(self) -> Path:
+        return ROOT / self.path
+
     def mutants(self) -> list[Mutant]:
-        everything = mutants(ast.parse((ROOT / self.path).read_text()))
-        return [m for m in everything if not self.only or m.where.startswith(self.only)]
+        return self._mutants_of(ast.parse(self.source.read_text()))
+
+    def mutated(self, number: int) -> tuple[ast.Module, Mutant]:
+        """The module with one of its mutants, and which that is."""
+        tree = ast.parse(self.source.read_text())
+        mutant = self._mutants_of(tree)[number]
+        mutant.apply()
+        return tree, mutant
+
+    def _mutants_of(self, tree: ast.Module) -> list[Mutant]:
+        return [m for m in mutants(tree) if not self.only or m.where.startswith(self.only)]
 
 
 TARGETS = (
     Target("src/icm/objective.py", ("tests/icm/test_objective.py",)),
-    Target("src/icm/prefix_tree.py", ("tests/icm/test_prefix_tree.py",)),
+    Target("src/icm/prefix_tree.py", ("tests/icm/test_prefix_tree_by_hand.py", "tests/icm/test_prefix_tree.py")),
     Target("src/icm/annealing.py", ("tests/icm/test_annealing_steps.py", "tests/icm/test_annealing.py")),
     # Of test_response_cache.py only what runs in one process: others would import the unharmed module.
     Target("core/llm_api/response_cache.py", ("tests/core/test_response_cache.py", "-k", "not processes")),
@@ -98,7 +111,7 @@ class _Loader(importlib.machinery.SourceFileLoader):
 
 class _Finder(importlib.abc.MetaPathFinder):
     def __init__(self, target: Target, tree: ast.Module) -> None:
-        self._name, self._path, self._tree = target.module, str(ROOT / target.path), tree
+        self._name, self._path, self._tree = target.module, str(target.source), tree
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -116,10 +129,7 @@ def _live(target: Target, number: int | None, cpu_seconds: float) -> int:
         os.dup2(silent, stream)
     resource.setrlimit(resource.RLIMIT_CPU, (int(cpu_seconds) + 1, int(cpu_seconds) + 2))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    tree = ast.parse((ROOT / target.path).read_text())
-    if number is not None:
-        chosen = [m for m in mutants(tree) if not target.only or m.where.startswith(target.only)]
-        chosen[number].apply()
+    tree = ast.parse(target.source.read_text()) if number is None else target.mutated(number)[0]
     sys.meta_path.insert(0, _Finder(target, tree))
     sys.dont_write_bytecode = True
     # A fifth of the examples that `make test` tries, and what fails is not made simple for a reader.
@@ -199,7 +209,7 @@ class Results:
     @classmethod
     def of(cls, target: Target, *, survivors: bool) -> Results:
         """Earlier results that still hold. survivors: what earlier tests noticed needs no second look."""
-        code = _digest(ROOT / target.path, Path(mutants_module.__file__))
+        code = _digest(target.source, Path(mutants_module.__file__))
         tests = _digest(*(ROOT / test for test in target.tests if test.endswith(".py")))
         results = cls(RESULTS / f"{target.name}.jsonl", code, tests, {})
         if results.path.exists():
@@ -248,7 +258,7 @@ def examine(target: Target, *, jobs: int, sample: int | None, survivors: bool) -
             results.add(number, outcome)
             if done % 50 == 0:
                 print(f"{target.name}: {done} of {len(numbers)}", flush=True)
-    lines = (ROOT / target.path).read_text().splitlines()
+    lines = target.source.read_text().splitlines()
     for number in wanted:
         if results.outcomes[number] == "survived":
             print(f"{target.path}:{found[number]}    # {lines[found[number].line - 1].strip()}")
