@@ -156,9 +156,11 @@ def test_the_layout_is_the_one_of_the_settings() -> None:
 
 def test_a_rebuilt_layout_is_of_what_is_labelled_now() -> None:
     p = problem(8, context_cap=2)
-    state = state_of(p, True, None, False, True, rebuilds=4)
-    assert rebuilt_layout(p, state) == p.new_layout((0, 2, 3), 5, labels=state.labels)
-    assert sum(bool(state.labels[claim]) for claim in rebuilt_layout(p, state).demonstrations) == 1
+    for rebuilds in range(20):
+        state = state_of(p, True, None, False, True, rebuilds=rebuilds)
+        layout = rebuilt_layout(p, state)
+        assert layout == p.new_layout((0, 2, 3), rebuilds + 1, labels=state.labels)
+        assert sum(bool(state.labels[claim]) for claim in layout.demonstrations) == 1
     trees = problem(8)
     state = state_of(trees, True, True, False, True, rebuilds=4)
     assert rebuilt_layout(trees, state) == trees.new_layout((0, 1, 2, 3), 5)
