@@ -113,7 +113,7 @@ def test_a_sibling_in_the_tail_moves_up_by_the_distance_at_which_it_no_longer_co
 def test_a_sibling_at_the_end_of_the_tree_moves_up_for_those_outside() -> None:
     small = TreeLayout(groups_of(9, (3, 8)), EIGHT)
     assert small.context(8) == (4, 5, 6, 7, 3, 0, 1, 2)
-    groups = groups_of(70, (30, 64), (15, 65), (16, 66))
+    groups = groups_of(70, (30, 64), (5, 65), (16, 66))
     large = TreeLayout(groups, balanced(0, 64))
     first, second = [*range(32, 64)], [*range(32)]
     without = [claim for claim in second if claim != 30]
