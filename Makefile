@@ -83,7 +83,7 @@ coverage: setup ## Run every test that needs no vLLM, and show which lines none 
 .PHONY: audit
 audit: $(STAMPS)/audit ## Look up known vulnerabilities of everything in the locks (asks pypi.org)
 	@for lock in requirements/*.lock; do echo "$$lock"; \
-	  $(VENV)/audit/bin/pip-audit --strict --disable-pip --no-deps --require-hashes -r "$$lock" $(ARGS) || status=1; \
+	  $(VENV)/audit/bin/pip-audit --strict --disable-pip --require-hashes -r "$$lock" $(ARGS) || status=1; \
 	  done; exit $${status:-0}
 
 .PHONY: licences
