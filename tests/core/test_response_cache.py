@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import logging
 import multiprocessing
+import os
 import sqlite3
 from pathlib import Path
 
@@ -53,6 +54,9 @@ def test_one_query_for_hundreds_of_keys(path: Path) -> None:
         cache.get_many([key(i) for i in range(400)])
         assert len(statements) == 1
         statements.clear()
+        cache.get_many([key(i) for i in range(1001)])
+        assert [statement.count("X'") + statement.count("x'") for statement in statements] == [500, 500, 1]
+        statements.clear()
         cache.put_many({key(i): LabelLogprobs(-1, -2) for i in range(400)})
         assert [s for s in statements if not s.startswith("INSERT")] == ["BEGIN IMMEDIATE", "COMMIT"]
 
@@ -74,6 +78,15 @@ def test_the_key_knows_labels_prompt_and_parser_but_not_the_limit(monkeypatch: p
     assert len(others | {base}) == 5
 
 
+def test_keys_and_checksums_are_those_of_caches_that_exist() -> None:
+    """Another spelling of what is hashed would ask every answer again."""
+    known = "21cf7046c504e160ac94b704daec532fb5af609fa44c035dcebbd81e8561b0de"
+    assert response_cache.PARSER_VERSION == 1, "then the key below is another one, too"
+    assert cache_key(IDENTITY, LABELS, "d").hex() == known
+    assert response_cache._checksum(b"key", -0.5, -1.25, True) == 3447029096
+    assert response_cache._checksum(b"key", -0.0, -0.0, False) == response_cache._checksum(b"key", 0.0, 0.0, False)
+
+
 @pytest.mark.parametrize(
     "damage", ["true_logprob = -0.5", "floored = 1", "checksum = checksum + 1", "false_logprob = 'x'"]
 )
@@ -89,6 +102,16 @@ def test_a_damaged_row_is_a_miss_counted_and_reported_once(
         assert len(caplog.records) == 1
         cache.put_many({key(0): LabelLogprobs(-7, -8)})
         assert cache.get_many([key(0)]) == {key(0): LabelLogprobs(-7, -8)}
+
+
+def test_damage_is_reported_when_it_is_first_met(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with ResponseCache(path) as cache:
+        cache.put_many({key(i): LabelLogprobs(-1, -2) for i in range(3)})
+        cache._db.execute("UPDATE answers SET true_logprob = -0.5")
+        with caplog.at_level(logging.WARNING):
+            for met in range(3):
+                cache.get_many([key(met)])
+                assert (cache.damaged, len(caplog.records)) == (met + 1, 1)
 
 
 def test_a_row_under_anothers_key_is_damaged(path: Path) -> None:
@@ -107,6 +130,54 @@ def test_wal_and_version(path: Path) -> None:
     db.close()
     with pytest.raises(ConfigurationError, match="newer version"):
         ResponseCache(path)
+
+
+def test_how_the_file_is_opened(path: Path) -> None:
+    with ResponseCache(path.parent / "deeper" / "cache.sqlite") as cache:
+        assert cache._db.execute("PRAGMA busy_timeout").fetchone() == (30_000,)
+        assert cache._db.execute("PRAGMA synchronous").fetchone() == (1,), "NORMAL"
+        assert repr(cache) == f"ResponseCache({str(cache.path)!r})"
+
+
+class Colliding:
+    """A connection whose first switches to write-ahead logging meet another process."""
+
+    def __init__(self, times: int, message: str = "database is locked") -> None:
+        self.times, self.message, self.asked = times, message, 0
+
+    def execute(self, statement: str) -> None:
+        assert statement == "PRAGMA journal_mode=WAL"
+        self.asked += 1
+        if self.asked <= self.times:
+            raise sqlite3.OperationalError(self.message)
+
+
+def test_two_that_create_a_cache_at_once_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    clock = iter(range(1000))
+    monkeypatch.setattr(response_cache.time, "sleep", slept.append)
+    monkeypatch.setattr(response_cache.time, "monotonic", lambda: float(next(clock)))
+    short = Colliding(3)
+    response_cache._enter_wal(short)  # type: ignore[arg-type]
+    assert (short.asked, slept) == (4, [0.01] * 3)
+    forever = Colliding(1000)
+    with pytest.raises(sqlite3.OperationalError, match="locked"):
+        response_cache._enter_wal(forever)  # type: ignore[arg-type]
+    assert forever.asked == 31, "the clock moves a second each time that it is read"
+    broken = Colliding(1000, "disk I/O error")
+    with pytest.raises(sqlite3.OperationalError, match="I/O"):
+        response_cache._enter_wal(broken)  # type: ignore[arg-type]
+    assert broken.asked == 1
+
+
+def test_a_file_that_is_refused_is_closed(path: Path) -> None:
+    path.parent.mkdir()
+    path.write_bytes(b"this is text, not SQLite " * 100)
+    with pytest.raises(ConfigurationError) as refused:
+        ResponseCache(path)
+    held = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    assert refused.traceback, "which still knows the connection"
+    assert str(path) not in held
 
 
 def test_a_file_that_is_no_database(path: Path) -> None:
@@ -252,7 +323,8 @@ def test_its_state_and_pruning(path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         state = cache.state()
         assert (state.rows, state.damaged, state.floored) == (12, 1, 3)
         assert (state.oldest, state.newest, state.faults) == (86_400, 3 * 86_400, ())
-        assert state.bytes > 0
+        wal = path.with_name(path.name + "-wal")
+        assert state.bytes == path.stat().st_size + wal.stat().st_size > path.stat().st_size
         assert cache.prune() == 0
         assert cache.prune(damaged=True) == 1
         assert cache.prune(before=3 * 86_400) == 8
@@ -275,3 +347,30 @@ def test_a_key_is_the_hash_of_the_canonical_json_of_all_that_matters() -> None:
     expected = [hashlib.sha256(each).digest() for each in whole]
     assert cache_keys(named, LABELS, digests) == expected
     assert [cache_key(named, LABELS, each) for each in digests] == expected
+
+
+def test_what_sqlite_finds_wrong_is_told(path: Path) -> None:
+    with ResponseCache(path) as cache:
+        cache.put_many({key(0): LabelLogprobs(-1, -2)})
+        schema = cache._db.execute("SELECT sql FROM sqlite_master").fetchone()[0]
+    db = sqlite3.connect(path, isolation_level=None)
+    db.execute("PRAGMA writable_schema=1")
+    db.execute("UPDATE sqlite_master SET sql = ?", (schema.replace("true_logprob REAL NOT NULL", "true_logprob REAL"),))
+    db.close()
+    db = sqlite3.connect(path, isolation_level=None)
+    db.execute("UPDATE answers SET true_logprob = NULL")
+    db.execute("PRAGMA writable_schema=1")
+    db.execute("UPDATE sqlite_master SET sql = ?", (schema,))
+    db.close()
+    with ResponseCache(path) as cache:
+        state = cache.state()
+        assert (state.rows, state.damaged) == (1, 1)
+        assert state.faults == ("NULL value in answers.true_logprob",)
+
+
+def test_pruning_gives_the_space_back(path: Path) -> None:
+    with ResponseCache(path) as cache:
+        cache.put_many({key(i): LabelLogprobs(-1, -2) for i in range(3000)})
+        pages = cache._db.execute("PRAGMA page_count").fetchone()[0]
+        assert cache.prune(before=2.0**40) == 3000
+        assert cache._db.execute("PRAGMA page_count").fetchone()[0] < pages / 10

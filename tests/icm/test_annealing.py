@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -184,9 +185,9 @@ def test_gains_are_always_accepted_without_overflow() -> None:
 def test_losses_are_accepted_as_often_as_metropolis_says() -> None:
     p = problem(initial_T=2.0, decay=1e-9)
     accepted = []
+    start = state_of(p, (True, None, None, None), utility=1.0)
     for iteration in range(4000):
-        state = state_of(p, (True, None, None, None), utility=1.0, iteration=iteration)
-        taken, probability, _ = decide(p, state, 0.0)
+        taken, probability, _ = decide(p, replace(start, iteration=iteration), 0.0)
         assert probability == pytest.approx(math.exp(-0.5), rel=1e-6)
         accepted.append(taken)
     assert abs(np.mean(accepted) - math.exp(-0.5)) < 4 * math.sqrt(0.25 / 4000)

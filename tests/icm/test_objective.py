@@ -31,6 +31,22 @@ def test_calibration_subtracts_the_mean_and_makes_constant_labels_worthless() ->
     assert Objective(1, "mean").evaluate((True, True), scores, NONE).predictability == pytest.approx(0.0)
 
 
+def test_nothing_is_subtracted_unless_asked_for() -> None:
+    assert Objective(alpha=1).calibration == "none"
+    assert Objective(1).evaluate((False, True), {0: 3.0, 1: 5.0}, NONE).offset == 0.0
+
+
+def test_nothing_labelled_is_worth_nothing() -> None:
+    worth = Objective(alpha=10).evaluate((None, None), {}, NONE)
+    assert (dict(worth.log_odds), worth.offset, worth.predictability) == ({}, 0.0, 0.0)
+    assert (worth.inconsistent, worth.utility) == (0, 0.0)
+
+
+def test_whole_numbers_are_log_odds_too() -> None:
+    worth = Objective(1).evaluate((True, False), {0: 2**53, 1: 1}, NONE)
+    assert worth.predictability == (2.0**53 - 1) / 2
+
+
 def test_scores_must_be_of_the_labelled_claims() -> None:
     with pytest.raises(ValueError, match="exactly the labelled"):
         Objective(1).evaluate((True, None), {0: 1.0, 1: 1.0}, NONE)
@@ -47,12 +63,21 @@ def test_flipping_every_label_negates_predictability(pool: list[tuple[bool, floa
 
 def test_accuracy_counts_only_claims_with_both_labels() -> None:
     assert accuracy((True, None, False, True), (True, True, True, None)) == (1, 2)
+    assert accuracy((True, False, False, True), (True, True, False, True)) == (3, 4)
+
+
+def test_accuracy_refuses_labels_of_another_pool() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        accuracy((True, False), (True,))
 
 
 def test_auc_by_hand_and_with_ties() -> None:
     assert auc([1.0, 2.0, 3.0], [False, False, True]) == 1.0
     assert auc([1.0, 1.0], [False, True]) == 0.5
     assert auc([1.0, 2.0], [True, True]) is None
+    assert auc([1.0, 2.0], [False, False]) is None
+    assert auc([1, 3, 2], [0, 1, 1]) == 1.0  # gold as a file may hold it
+    assert auc([4.0, 1.0, 2.0, 3.0], [False, True, True, False]) == 0.0
 
 
 def test_wilson_interval_against_published_values() -> None:
@@ -61,3 +86,6 @@ def test_wilson_interval_against_published_values() -> None:
     assert wilson_interval(0, 0) == (0.0, 1.0)
     assert wilson_interval(0, 10)[0] == 0.0
     assert np.isclose(wilson_interval(10, 10)[1], 1.0)
+    for trials in range(1, 200):
+        assert wilson_interval(0, trials)[0] >= 0.0
+        assert wilson_interval(trials, trials)[1] <= 1.0
