@@ -260,9 +260,12 @@ async def test_ctrl_c_closes_the_connection(server: FakeTextServer) -> None:
     server.manner.delay = 0.01
     script = f"""
 import asyncio
+import signal
 from core.llm_api.generation import SamplingOptions
 from core.llm_api.llm import ModelAPI
 from core.llm_api.vllm_llm import VLLMClient
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
 
 async def main():
     async with ModelAPI(VLLMClient({server.url!r}, {server.model!r}), scores=False) as api:
