@@ -26,8 +26,9 @@ from typing import Final
 if str(Path(__file__).resolve().parents[1]) not in sys.path:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.own_process import stand_in
 from benchmarks.step_machine import hardware
-from benchmarks.streams import stand_in
+from benchmarks.streams import serve
 from core.llm_api.direct_llm import DirectOptions
 from core.llm_api.errors import APIError
 from core.llm_api.generation import Message, SamplingOptions, collect
@@ -125,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     try:
         if args.only == "stand-in":
-            with stand_in(0.0) as (url, stop):
+            with stand_in(serve, 0.0) as (url, stop):
                 result["stand-in"] = asyncio.run(over_http(url, "fake-8b", args.turns))
                 stop()
         if args.only in (None, "in-process"):

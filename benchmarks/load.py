@@ -29,11 +29,10 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Final
 
@@ -43,6 +42,7 @@ from aiohttp import web
 if str(Path(__file__).resolve().parents[1]) not in sys.path:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.own_process import serve_until_told, stand_in, start_deaf
 from benchmarks.step_machine import commit, hardware
 from benchmarks.step_measure import Progress
 from core.llm_api.llm import ModelAPI
@@ -191,44 +191,7 @@ class LoadServer(FakeVLLM):
 
 async def _serve(told: Connection, manner: str, trees: bool) -> None:
     async with LoadServer(manner, trees) as server:
-        told.send(server.port)
-        with suppress(EOFError):  # the client was killed
-            await asyncio.to_thread(told.recv)
-            told.send(server.max_in_flight)
-
-
-def _server_process(told: Connection, manner: str, trees: bool) -> None:
-    asyncio.run(_serve(told, manner, trees))  # until the client ends, which hears of Ctrl-C
-
-
-def _start_deaf(process: BaseProcess) -> None:
-    """Start a process that Ctrl-C does not reach: it would die of it while it still imports, with a traceback."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        process.start()
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def stand_in(manner: str, trees: bool) -> Iterator[tuple[str, Callable[[], int]]]:
-    """A LoadServer in a process of its own: its URL, and what stops it and tells the most requests it had at once."""
-    spawn = multiprocessing.get_context("spawn")
-    here, there = spawn.Pipe()
-    server = spawn.Process(target=_server_process, args=(there, manner, trees), daemon=True)
-    _start_deaf(server)
-    there.close()
-
-    def stop() -> int:
-        here.send("stop")
-        return int(here.recv())
-
-    try:
-        yield f"http://127.0.0.1:{here.recv()}", stop
-    finally:
-        here.close()
-        server.join(1)
-        server.kill()
+        await serve_until_told(told, server.port, lambda: server.max_in_flight)
 
 
 class AtOnce:
@@ -331,7 +294,7 @@ async def measure(case: Case) -> dict[str, Any]:
         cache = ResponseCache(Path(folder) / "cache.sqlite") if case.cache else None
         if case.route == "process":
             return await _measure(case, AtOnce(), cache)
-        with stand_in(case.stand_in, case.route == "tree") as (url, stop):
+        with stand_in(_serve, case.stand_in, case.route == "tree") as (url, stop):
             result = await _measure(case, VLLMClient(url, MODEL), cache)
             return result | {"most_requests_at_once": stop()}
 
@@ -489,7 +452,7 @@ def _in_a_process(case: Case) -> dict[str, Any]:
     spawn = multiprocessing.get_context("spawn")
     here, there = spawn.Pipe(duplex=False)
     child = spawn.Process(target=_case_process, args=(there, case))
-    _start_deaf(child)
+    start_deaf(child)
     there.close()
     try:
         result: dict[str, Any] = here.recv()

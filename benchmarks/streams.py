@@ -11,19 +11,18 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import multiprocessing
 import random
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 if str(Path(__file__).resolve().parents[1]) not in sys.path:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.own_process import serve_until_told, stand_in
 from benchmarks.step_machine import hardware
 from core.llm_api.generation import End, SamplingOptions, Token
 from core.llm_api.llm import ModelAPI
@@ -32,7 +31,8 @@ from core.llm_api.vllm_llm import VLLMClient
 from tests.core.fake_text import FakeTextServer, Manner, written
 
 
-async def _serve(told: Connection, delay: float) -> None:
+async def serve(told: Connection, delay: float) -> None:
+    """The tests' stand-in for vLLM; tells the most streams that it had at once."""
     rng = random.Random(7)
 
     def cut(event: bytes) -> list[bytes]:
@@ -40,32 +40,7 @@ async def _serve(told: Connection, delay: float) -> None:
         return [event[:at], event[at:]] if rng.random() < 0.1 else [event]
 
     async with FakeTextServer(manner=Manner(cut=cut, delay=delay)) as server:
-        told.send(server.port)
-        await asyncio.to_thread(told.recv)
-        told.send(server.max_streaming)
-
-
-def _server_process(told: Connection, delay: float) -> None:
-    asyncio.run(_serve(told, delay))
-
-
-@contextmanager
-def stand_in(delay: float) -> Iterator[tuple[str, Callable[[], int]]]:
-    """The tests' stand-in for vLLM in a process of its own: its URL, and what stops it and tells the most streams."""
-    spawn = multiprocessing.get_context("spawn")
-    here, there = spawn.Pipe()
-    server = spawn.Process(target=_server_process, args=(there, delay), daemon=True)
-    server.start()
-
-    def stop() -> int:
-        here.send("stop")
-        return int(here.recv())
-
-    try:
-        yield f"http://127.0.0.1:{here.recv()}", stop
-    finally:
-        server.join(1)
-        server.kill()
+        await serve_until_told(told, server.port, lambda: server.max_streaming)
 
 
 async def measure(url: str, streams: int, at_once: int, tokens: int) -> dict[str, object]:
@@ -125,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--delay", type=float, default=0.005, help="seconds before each token")
     parser.add_argument("--json", type=Path, help="write the result here, too")
     args = parser.parse_args(arguments)
-    with stand_in(args.delay) as (url, most_at_once):
+    with stand_in(serve, args.delay) as (url, most_at_once):
         result = asyncio.run(measure(url, args.streams, args.at_once, args.tokens))
         result["most_at_once"] = most_at_once()
     text = json.dumps(result, indent=1)
