@@ -13,6 +13,8 @@ import importlib
 import os
 import sys
 import threading
+import time
+import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -26,6 +28,7 @@ from core.llm_api.completions import TOP_LOGPROBS, label_logprobs
 from core.llm_api.engine_thread import EngineThread
 from core.llm_api.errors import APIError, ConfigurationError, MissingLabel, RequestRejected
 from core.llm_api.generation import Embeddings, Generation, Piece, TextRequest
+from core.llm_api.prompt_tree import PromptTree
 from core.llm_api.telemetry import RequestTelemetry
 from core.llm_api.tokens import CANARY_TEXT, fingerprint
 from core.llm_api.transport import MESSAGE_LIMIT
@@ -40,7 +43,8 @@ from core.llm_api.types import (
     Segment,
 )
 from core.settings import MissingLabelPolicy
-from core.vllm_extension.plugin import BATCH_INVARIANT, kernels
+from core.vllm_extension import pools
+from core.vllm_extension.plugin import BATCH_INVARIANT, FAST_PREFIXES, kernels
 
 T = TypeVar("T")
 
@@ -101,13 +105,15 @@ class DirectOptions:
 
 @dataclass(eq=False, slots=True)
 class _Loaded:
-    """The vLLM of this process. asked: what it was started with; users: how many DirectEngines hold it."""
+    """The vLLM of this process. asked: what it was started with; users: how many DirectEngines hold it; takes_pools:
+    whether its engine takes a pool in one call."""
 
     asked: Mapping[str, object] = field(repr=False)  # may hold a key
     thread: EngineThread = field(default_factory=EngineThread)
     users: int = 0
     vllm: Any = None
     llm: Any = None
+    takes_pools: bool = False
 
 
 class _Process:
@@ -353,6 +359,7 @@ class DirectEngine:
         """Start vLLM where no other DirectEngine did."""
         loaded = self._loaded
         if loaded.llm is None:
+            os.environ.setdefault(FAST_PREFIXES, "1")  # as the servers that we launch
             loaded.vllm = self._import()
             try:
                 loaded.llm = loaded.vllm.LLM(**loaded.asked, **self._exactness(loaded.asked))
@@ -361,7 +368,9 @@ class DirectEngine:
                 raise ConfigurationError(
                     f"vLLM did not start with {self._model!r}: {self._short(error)}.", hint="vLLM's own log says more."
                 ) from None
-            loaded.thread.engine = loaded.llm.llm_engine
+            engine = loaded.thread.engine = loaded.llm.llm_engine
+            # Without a process of its own an engine has no such calls.
+            loaded.takes_pools = hasattr(engine.engine_core, "call_utility") and pools.usable(engine.vllm_config)
         config = loaded.llm.llm_engine.model_config
         return EngineIdentity(
             kind="vllm-direct",
@@ -428,12 +437,32 @@ class DirectEngine:
 
     def _score(self, prompts: Sequence[Prompt], labels: LabelTokens) -> EngineAnswer:
         true, false = labels.ids
-        tops = self._ask(prompts, labels if self.exact_labels else None)
+        cached: int | None = None
+        tops: Sequence[Mapping[int, float]]
+        if self.exact_labels and self._loaded.takes_pools:
+            tops, cached = self._pool(prompts, (true, false))
+        else:
+            tops = self._ask(prompts, labels if self.exact_labels else None)
         logprobs: list[LabelLogprobs] = [
             label_logprobs(top, true, false, missing=self._missing, name=prompt.name)
             for top, prompt in zip(tops, prompts, strict=True)
         ]
-        return EngineAnswer(logprobs, sum(prompt.num_tokens for prompt in prompts))
+        return EngineAnswer(logprobs, sum(prompt.num_tokens for prompt in prompts), cached_tokens=cached)
+
+    def _pool(self, prompts: Sequence[Prompt], labels: tuple[int, int]) -> tuple[list[dict[int, float]], int]:
+        """As _ask, the pool in one piece (core/vllm_extension/pools.py), and how many of its tokens were cached."""
+        engine, name = self._llm.llm_engine, f"pool-{uuid.uuid4().hex}"
+        began = time.monotonic()
+        try:
+            tree = PromptTree.of(prompts)
+            pools.check(tree, labels, engine.model_config)
+            answer = pools.call(engine.engine_core, name, tree, labels)
+            while not engine.engine_core.outputs_queue.empty():
+                engine.step()  # takes in nothing but the steps' statistics, which get_metrics() reads
+        except Exception as error:
+            raise self._explained(error) from error
+        pools.count(engine, answer, time.monotonic() - began)
+        return [dict(zip(labels, pair, strict=True)) for pair in answer.logprobs], answer.tokens.cached
 
     def _ask(self, prompts: Sequence[Prompt], labels: LabelTokens | None) -> list[dict[int, float]]:
         """Listed log-probabilities after each prompt, nats, by token id: of these labels, or the top ones."""

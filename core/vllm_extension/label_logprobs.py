@@ -3,23 +3,28 @@
     python -m vllm.entrypoints.openai.api_server ... --middleware core.vllm_extension.label_logprobs.LabelLogprobs
 
 /v1/completions spends most of a pool on what ICM does not need: parsing N whole prompts, and starting a detokenizer for
-each, which reads the whole prompt again. This route hands the same token ids and sampling parameters to the same engine
-and leaves that out. It is a middleware only because that is vLLM's way to load a class into its API server
-(`--middleware`, vLLM's docs on the command line); the route itself lies behind vLLM's own, its --api-key included.
+each, which reads the whole prompt again. This route hands the tree to the engine as it is (pools.py), or, to an engine
+that does not take one, the same token ids and sampling parameters prompt by prompt. It is a middleware only because
+that is vLLM's way to load a class into its API server (`--middleware`, vLLM's docs on the command line); the route
+itself lies behind vLLM's own, its --api-key included.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
+import time
 import uuid
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from typing import Any, Final
 
 from core.llm_api.prompt_tree import FORMAT, PATH, PromptTree, read_request
 from core.llm_api.types import sum_known
-from core.vllm_extension import block_hashes
+from core.vllm_extension import block_hashes, pools
 from core.vllm_extension.plugin import kernels
+
+log = logging.getLogger(__name__)
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -38,10 +43,6 @@ class LabelLogprobs:
             scope["app"].router.add_route(PATH, _describe, methods=["GET"])
             scope["app"].router.add_route(PATH, _answer, methods=["POST"])
         await self._app(scope, receive, send)
-
-
-class Stopped(Exception):
-    """The engine ended a prompt without an answer: it is being paused or stopped."""
 
 
 async def _describe(request: Any) -> Any:
@@ -67,11 +68,11 @@ async def _answer(request: Any) -> Any:
     """
     engine = request.app.state.engine_client
     try:
-        tree, labels = read_request(await request.body())
-        lengths, limit = tree.lengths(), engine.model_config.max_model_len
-        if max(lengths) >= limit:
-            raise ValueError(f"a prompt has {max(lengths)} tokens, and the model takes {limit - 1}")
-        scoring = asyncio.create_task(_logprobs(engine, tree, labels))
+        tree, (true, false) = read_request(await request.body())
+        labels = true, false
+        pools.check(tree, labels, engine.model_config)
+        ask = _pool if pools.usable(engine.vllm_config) else _one_by_one
+        scoring = asyncio.create_task(ask(engine, f"pool-{uuid.uuid4().hex}", tree, labels))
         leaving = asyncio.create_task(_client_left(request))
         try:
             await asyncio.wait((scoring, leaving), return_when=asyncio.FIRST_COMPLETED)
@@ -81,14 +82,55 @@ async def _answer(request: Any) -> Any:
         if not scoring.done():
             return _json(499, {"error": {"message": "the client left"}})
         logprobs, cached = scoring.result()
-    except Stopped as error:
+    except pools.Stopped as error:
         return _json(503, {"error": {"message": str(error)}})
     except ValueError as error:  # vLLM's own for a refused prompt, too
         return _json(400, {"error": {"message": str(error)}})
-    return _json(200, {"logprobs": logprobs, "prompt_tokens": sum(lengths), "cached_tokens": cached})
+    content = [[_finite(value) for value in pair] for pair in logprobs]
+    return _json(200, {"logprobs": content, "prompt_tokens": sum(tree.lengths()), "cached_tokens": cached})
 
 
-async def _logprobs(engine: Any, tree: PromptTree, labels: list[int]) -> tuple[list[list[float | None]], int | None]:
+async def _pool(
+    engine: Any, name: str, tree: PromptTree, labels: tuple[int, int]
+) -> tuple[Sequence[Sequence[float]], int | None]:
+    """Logprobs (nats) of every prompt, and how many of their tokens were cached; cancelled, it cancels the prompts."""
+    client = engine.engine_core
+    began = time.monotonic()
+    scoring = asyncio.create_task(client.call_utility_async(pools.SCORE, *pools.arguments(name, tree, labels)))
+    try:
+        while not (await asyncio.wait((scoring,), timeout=pools.ALIVE_S))[0]:
+            if engine.errored:
+                raise pools.Stopped("the engine has died")
+    except asyncio.CancelledError:
+        ending = asyncio.create_task(client.call_utility_async(pools.CANCEL, name))
+        _ENDING.add(ending)
+        ending.add_done_callback(_ended)
+        raise
+    finally:
+        scoring.cancel()
+    try:
+        result = scoring.result()
+    except Exception as error:  # noqa: BLE001 - vLLM raises the bare class for whatever a call to the engine raised
+        raise pools.Stopped(str(error)) from None
+    answer = pools.PoolAnswer.read(result)
+    pools.count(engine, answer, time.monotonic() - began)
+    return answer.logprobs, answer.tokens.cached + answer.tokens.external
+
+
+_ENDING: Final[set[asyncio.Task[object]]] = set()
+"""Calls that nobody waits for; asyncio itself would forget them."""
+
+
+def _ended(task: asyncio.Task[object]) -> None:
+    _ENDING.discard(task)
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.warning("a pool could not be cancelled: %s", error)
+
+
+async def _one_by_one(
+    engine: Any, name: str, tree: PromptTree, labels: tuple[int, int]
+) -> tuple[Sequence[Sequence[float]], int | None]:
+    """As _pool, by vLLM's way for single prompts."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -96,21 +138,20 @@ async def _logprobs(engine: Any, tree: PromptTree, labels: list[int]) -> tuple[l
         max_tokens=1,
         temperature=0.0,
         logprobs=len(labels),
-        logprob_token_ids=labels,
+        logprob_token_ids=list(labels),
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
         skip_clone=True,  # nothing in them changes, and a deep copy for each prompt is a tenth of the route's time
     )
-    name = f"pool-{uuid.uuid4().hex}"
 
-    async def one(number: int) -> tuple[list[float | None], int | None]:
+    async def one(number: int) -> tuple[list[float], int | None]:
         prompt = {"type": "token", "prompt_token_ids": tree.token_ids(number)}
         outputs = [output async for output in engine.generate(prompt, parameters, f"{name}-{number}")]
         if not outputs or not outputs[-1].outputs or not outputs[-1].outputs[0].logprobs:
-            raise Stopped(f"prompt {number} was stopped")
+            raise pools.Stopped(f"prompt {number} was stopped")
         output = outputs[-1]
         listed = output.outputs[0].logprobs[0]
-        return [_finite(listed[label].logprob) for label in labels], output.num_cached_tokens
+        return [listed[label].logprob for label in labels], output.num_cached_tokens
 
     try:
         async with asyncio.TaskGroup() as group:

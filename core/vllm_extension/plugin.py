@@ -23,10 +23,11 @@ _CHOOSE_KERNELS: Final = ("VLLM_BATCH_INVARIANT", "VLLM_ATTENTION_BACKEND", BATC
 def register() -> None:
     """Called by vLLM, possibly several times a process."""
     if os.environ.get(FAST_PREFIXES) == "1":
-        from core.vllm_extension import block_hashes, block_lookup, uncached_tokens
+        from core.vllm_extension import block_hashes, block_lookup, pools, uncached_tokens
 
         block_hashes.install()
         block_lookup.install()
+        pools.install()
         uncached_tokens.install()
     if os.environ.get(BATCH_INVARIANT) == "1":
         platforms: Any = importlib.import_module("vllm.platforms")

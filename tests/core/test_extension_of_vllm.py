@@ -15,6 +15,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import random
 import torch
+from core.vllm_extension import pools
 from core.vllm_extension.plugin import register
 register(); register()
 from vllm.v1.core.kv_cache_manager import KVCacheManager
@@ -29,7 +30,7 @@ from vllm.utils.hashing import sha256
 
 fast = core.get_request_block_hasher
 print("installed", hasattr(fast, "remembers"), hasattr(FullAttentionManager.find_longest_cache_hit, "remembers"),
-      hasattr(GPUModelRunner.add_requests, "uncached_only"))
+      hasattr(GPUModelRunner.add_requests, "uncached_only"), pools.installed())
 
 init_none_hash(sha256)
 spec = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=32, dtype=torch.bfloat16)
@@ -65,8 +66,8 @@ def run(fast: bool) -> list[str]:
 
 def test_it_is_installed_where_it_is_asked_for_and_finds_the_same_blocks() -> None:
     fast, plain = run(fast=True), run(fast=False)
-    assert fast[0] == "installed True True True"
-    assert plain[0] == "installed False False False"
+    assert fast[0] == "installed True True True True"
+    assert plain[0] == "installed False False False False"
     assert fast[1] == plain[1]
     assert any(hit for hit, _, _ in eval(fast[1].removeprefix("found ")))
 

@@ -1,0 +1,335 @@
+"""A pool of prompts that vLLM's engine takes as one tree and answers as one list.
+
+Asked one by one, N prompts of N demonstrations cost vLLM's processes work for every token of every prompt: the API
+server checks and encodes them, the engine decodes them, and both keep books on N requests. Here the tree goes to the
+engine as it came, in one call; the engine makes the requests itself, so that prompts share the very objects of their
+common tokens, begins when it has them all, in few large steps, and hands back the label logprobs together.
+
+The requests are vLLM's own in every other respect: its scheduler, prefix cache, kernels and statistics. The way in is
+vLLM's for calls that an API server makes to an engine ("utility" calls, vllm/v1/engine/core.py), whose result may be a
+Future. Not for data parallel engines, of which a call reaches every one.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
+
+from core.llm_api.prompt_tree import PromptTree
+
+log = logging.getLogger(__name__)
+
+SCORE: Final = "icm_score_pool"
+CANCEL: Final = "icm_cancel_pool"
+"""Methods that `install` adds to vLLM's EngineCore, by which its clients call them."""
+
+ALIVE_S: Final = 1.0
+"""Seconds between looks at whether the engine still lives; vLLM leaves calls to a dead one waiting."""
+
+
+class Stopped(Exception):
+    """The engine ended a prompt without an answer: it is being paused or stopped."""
+
+
+@dataclass(slots=True)
+class Tokens:
+    """Prompt tokens of a pool: all, computed, and found in this engine's prefix cache or in another's (KV transfer)."""
+
+    prompt: int = 0
+    computed: int = 0
+    cached: int = 0
+    external: int = 0
+
+
+@dataclass(slots=True)
+class _Pool:
+    name: str
+    labels: tuple[int, int]
+    left: int
+    logprobs: list[list[float] | None]
+    future: Future[dict[str, object]] = field(default_factory=Future)
+    tokens: Tokens = field(default_factory=Tokens)
+    failure: str = ""
+
+    @property
+    def ids(self) -> list[str]:
+        return [f"{self.name}-{number}" for number in range(len(self.logprobs))]
+
+
+class Pools:
+    """The pools that one vllm.v1.engine.core.EngineCore is computing. All of it runs in the engine's own thread."""
+
+    def __init__(self, core: Any) -> None:
+        self._core = core
+        self._asked: dict[str, tuple[_Pool, int]] = {}  # by the request's id
+        self._ended: list[_Pool] = []
+        scheduler = core.scheduler
+        scheduler.update_from_output = self._without_ours(scheduler.update_from_output)
+        core.post_step = self._then_answer(core.post_step)
+        core._send_abort_outputs = self._and_ours(core._send_abort_outputs)
+
+    def score(self, name: str, tree: PromptTree, labels: tuple[int, int]) -> Future[dict[str, object]]:
+        """Give every prompt to the scheduler. The result, when the last is answered, is for PoolAnswer.read."""
+        from vllm.sampling_params import SamplingParams
+        from vllm.v1.engine import EngineCoreRequest
+
+        core = self._core
+        parameters = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            logprobs=len(labels),
+            logprob_token_ids=list(labels),
+            detokenize=False,
+        )
+        pool = _Pool(name, labels, len(tree.ends), [None] * len(tree.ends))
+        try:
+            for number, key in enumerate(pool.ids):
+                asked = EngineCoreRequest(
+                    request_id=key,
+                    prompt_token_ids=tree.token_ids(number),
+                    mm_features=None,
+                    sampling_params=parameters,
+                    pooling_params=None,
+                    arrival_time=time.time(),
+                    lora_request=None,
+                    cache_salt=None,
+                    data_parallel_rank=None,
+                )
+                core.add_request(*core.preprocess_add_request(asked))
+                self._asked[key] = pool, number
+        except BaseException:
+            self._drop(pool)
+            raise
+        return pool.future
+
+    def cancel(self, name: str) -> None:
+        """Take a pool's prompts out of the engine; nothing happens if it has ended."""
+        for pool, _ in self._asked.values():
+            if pool.name == name:
+                self._drop(pool)
+                self._fail(pool, "the pool was cancelled")
+                self._answer()
+                return
+
+    def _drop(self, pool: _Pool) -> None:
+        left = [key for key in pool.ids if self._asked.pop(key, None)]
+        self._core.abort_requests(left)
+
+    def _fail(self, pool: _Pool, why: str) -> None:
+        if not pool.failure:
+            pool.failure = why
+            self._ended.append(pool)
+
+    def _without_ours(self, own: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(own)
+        def update_from_output(*args: Any, **arguments: Any) -> Any:
+            answers = own(*args, **arguments)
+            if self._asked:
+                for answer in answers.values():
+                    answer.outputs = [output for output in answer.outputs if not self._take(output)]
+            return answers
+
+        return update_from_output
+
+    def _then_answer(self, own: Callable[..., Any]) -> Callable[..., Any]:
+        # After the step's statistics have been sent, so that whoever has the answer finds it counted in them.
+        @functools.wraps(own)
+        def post_step(*args: Any, **arguments: Any) -> Any:
+            result = own(*args, **arguments)
+            self._answer()
+            return result
+
+        return post_step
+
+    def _and_ours(self, own: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(own)
+        def _send_abort_outputs(aborted: Any) -> Any:
+            for request in aborted:
+                if request.request_id in self._asked:
+                    pool, number = self._asked.pop(request.request_id)
+                    self._fail(pool, f"prompt {number} was stopped")
+            self._answer()
+            return own(aborted)
+
+        return _send_abort_outputs
+
+    def _take(self, output: Any) -> bool:
+        """Whether this EngineCoreOutput is of a pool; then it is noted."""
+        place = self._asked.pop(output.request_id, None)
+        if place is None:
+            return False
+        pool, number = place
+        listed = output.new_logprobs
+        # Of one position: the token that greedy decoding took, then the labels.
+        ids, values = ([], []) if listed is None else (listed.logprob_token_ids[0], listed.logprobs[0])
+        logprobs = {int(token): float(value) for token, value in zip(ids, values, strict=True)}
+        if not (output.finished and logprobs.keys() >= set(pool.labels)):
+            self._drop(pool)
+            self._fail(pool, f"prompt {number} was stopped")
+            return True
+        pool.logprobs[number] = [logprobs[label] for label in pool.labels]
+        if (stats := output.prefill_stats) is not None:
+            pool.tokens.prompt += stats.num_prompt_tokens
+            pool.tokens.computed += stats.num_computed_tokens
+            pool.tokens.cached += stats.num_local_cached_tokens
+            pool.tokens.external += stats.num_external_cached_tokens
+        pool.left -= 1
+        if not pool.left:
+            self._ended.append(pool)
+        return True
+
+    def _answer(self) -> None:
+        ended, self._ended = self._ended, []
+        for pool in ended:
+            result: dict[str, object] = {"logprobs": pool.logprobs, "tokens": asdict(pool.tokens)}
+            # Not set_exception: vLLM would write a traceback into its log for every client that leaves.
+            pool.future.set_result({"stopped": pool.failure} if pool.failure else result)
+
+
+@dataclass(frozen=True, slots=True)
+class PoolAnswer:
+    """What an engine answers to a pool. logprobs: [log P(True), log P(False)] of each prompt, nats."""
+
+    logprobs: list[list[float]]
+    tokens: Tokens
+
+    @classmethod
+    def read(cls, result: Mapping[str, Any]) -> PoolAnswer:
+        """From the result of a SCORE call. Raises Stopped."""
+        if "stopped" in result:
+            raise Stopped(result["stopped"])
+        return cls(result["logprobs"], Tokens(**result["tokens"]))
+
+
+def check(tree: PromptTree, labels: tuple[int, int], model_config: Any) -> None:
+    """Raise ValueError for what vLLM's API server would have refused in each of the prompts."""
+    longest, limit = max(tree.lengths()), model_config.max_model_len
+    if longest >= limit:
+        raise ValueError(f"a prompt has {longest} tokens, and the model takes {limit - 1}")
+    largest = max(max(map(max, tree.segments)), *labels)
+    if largest >= model_config.get_vocab_size():
+        raise ValueError(f"token id {largest} is out of vocabulary")
+
+
+def arguments(name: str, tree: PromptTree, labels: tuple[int, int]) -> tuple[object, ...]:
+    """Of a SCORE call."""
+    return name, tree.segments, tree.parents, tree.pieces, tree.ends, list(labels)
+
+
+def usable(vllm_config: Any) -> bool:
+    """Whether an engine of this configuration takes pools; its processes have the plugin as this one has."""
+    return installed() and vllm_config.parallel_config.data_parallel_size == 1
+
+
+def call(client: Any, name: str, tree: PromptTree, labels: tuple[int, int]) -> PoolAnswer:
+    """Score a pool by vLLM's synchronous client (SyncMPClient). Raises what vLLM raises for a dead engine."""
+    result: Future[Any] = Future()
+
+    def wait() -> None:
+        try:
+            result.set_result(client.call_utility(SCORE, *arguments(name, tree, labels)))
+        except BaseException as error:  # noqa: BLE001 - it is the caller's, whatever it is
+            result.set_exception(error)
+
+    threading.Thread(target=wait, name=name, daemon=True).start()
+    while True:
+        try:
+            return PoolAnswer.read(result.result(timeout=ALIVE_S))
+        except FutureTimeout:
+            client.ensure_alive()
+
+
+def count(engine: Any, answer: PoolAnswer, seconds: float) -> None:
+    """Add a pool to the /metrics of an API server (AsyncLLM), which counts tokens and times of the requests it made
+    itself; the rest, such as hits of the prefix cache, the engine counts for every request."""
+    try:
+        _count(engine.logger_manager, answer, seconds)
+    except (ImportError, AttributeError, TypeError) as error:  # another vLLM; the answer is none the worse
+        _warn_uncounted(str(error))
+
+
+@functools.cache
+def _warn_uncounted(why: str) -> None:
+    log.warning("this vLLM's /metrics leave out the tokens of pools: %s", why)
+
+
+def _count(manager: Any, answer: PoolAnswer, seconds: float) -> None:
+    if manager is None:  # --disable-log-stats
+        return
+    from vllm.v1.engine import FinishReason
+    from vllm.v1.metrics.stats import FinishedRequestStats, IterationStats
+
+    asked, tokens, stats = len(answer.logprobs), answer.tokens, IterationStats()
+    stats.num_generation_tokens = asked
+    stats.time_to_first_tokens_iter = [seconds] * asked
+    counted = stats.prompt_token_stats
+    counted.total, counted.computed = tokens.prompt, tokens.computed
+    counted.local_cache_hit, counted.external_kv_transfer = tokens.cached, tokens.external
+    counted.cached_tokens = tokens.cached + tokens.external
+    stats.finished_requests = [
+        FinishedRequestStats(
+            finish_reason=FinishReason.LENGTH,
+            e2e_latency=seconds,
+            num_prompt_tokens=tokens.prompt // asked,
+            num_generation_tokens=1,
+            max_tokens_param=1,
+            num_cached_tokens=counted.cached_tokens // asked,
+        )
+    ] * asked
+    manager.record(engine_idx=0, scheduler_stats=None, iteration_stats=stats, mm_cache_stats=None)
+
+
+def _score(
+    self: Any,
+    name: str,
+    segments: list[list[int]],
+    parents: list[int],
+    pieces: list[int],
+    ends: list[int],
+    labels: list[int],
+) -> Future[dict[str, object]]:
+    true, false = labels
+    return _pools(self).score(name, PromptTree(segments, parents, pieces, ends), (true, false))
+
+
+def _cancel(self: Any, name: str) -> None:
+    _pools(self).cancel(name)
+
+
+def _pools(core: Any) -> Pools:
+    found: Pools | None = getattr(core, "icm_pools", None)
+    if found is None:
+        found = core.icm_pools = Pools(core)
+    return found
+
+
+def installed() -> bool:
+    """Whether engines that this process starts would take pools."""
+    try:
+        core: Any = importlib.import_module("vllm.v1.engine.core")
+    except ImportError:
+        return False
+    return hasattr(core.EngineCore, SCORE)
+
+
+def install() -> None:
+    """Add the methods to the engines of this process; does nothing the second time, or to another vLLM."""
+    try:
+        core: Any = importlib.import_module("vllm.v1.engine.core")
+        process, places = core.EngineCoreProc, ("preprocess_add_request", "post_step", "_send_abort_outputs")
+    except (ImportError, AttributeError) as error:
+        log.warning("this vLLM takes prompts one by one: %s", error)
+        return
+    if missing := [name for name in places if not hasattr(process, name)]:
+        log.warning("this vLLM takes prompts one by one: it has no %s", ", ".join(missing))
+        return
+    setattr(core.EngineCore, SCORE, _score)
+    setattr(core.EngineCore, CANCEL, _cancel)

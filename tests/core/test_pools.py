@@ -1,0 +1,208 @@
+"""Pools in a stand-in for vLLM's engine core; tests/real_server asks the real one."""
+
+from __future__ import annotations
+
+import sys
+from concurrent.futures import Future
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from core.llm_api.prompt_tree import PromptTree
+from core.vllm_extension import pools
+from core.vllm_extension.pools import PoolAnswer, Pools, Stopped, Tokens
+
+TREE = PromptTree(segments=[[1, 2, 3], [4], [5, 6]], parents=[-1, 0, 0, 1], pieces=[0, 1, 2, 2], ends=[1, 2, 3])
+"""Three prompts: 1 2 3 4, 1 2 3 5 6 and 1 2 3 4 5 6."""
+
+LABELS = (7, 9)
+
+
+class Scheduler:
+    """Answers a request in the step that `answers` names it in."""
+
+    def __init__(self) -> None:
+        self.requests: dict[str, Any] = {}
+        self.aborted: list[str] = []
+
+    def update_from_output(self, answers: list[SimpleNamespace]) -> dict[int, SimpleNamespace]:
+        for answer in answers:
+            self.requests.pop(answer.request_id, None)
+        return {0: SimpleNamespace(outputs=answers, scheduler_stats="stats")}
+
+
+class Core:
+    """As much of vLLM's EngineCoreProc as pools touch."""
+
+    def __init__(self) -> None:
+        self.scheduler = Scheduler()
+        self.sent: list[Any] = []
+        self.aborts: list[Any] = []
+
+    def preprocess_add_request(self, request: Any) -> tuple[Any, int]:
+        if request.prompt_token_ids[-1] == 666:
+            raise ValueError("a refused prompt")
+        return request, request.current_wave
+
+    def add_request(self, request: Any, wave: int) -> None:
+        assert wave == 0
+        self.scheduler.requests[request.request_id] = request
+
+    def abort_requests(self, ids: list[str]) -> None:
+        self.scheduler.aborted += [key for key in ids if self.scheduler.requests.pop(key, None)]
+
+    def step(self, *answers: SimpleNamespace) -> None:
+        self.sent += self.scheduler.update_from_output(list(answers))[0].outputs
+        self.post_step(True)
+
+    def post_step(self, model_executed: bool) -> None:
+        pass
+
+    def _send_abort_outputs(self, aborted: list[Any]) -> None:
+        self.aborts += aborted
+
+
+def answer(key: str, logprobs: dict[int, float] | None, *, finished: bool = True, cached: int = 0) -> SimpleNamespace:
+    listed = None
+    if logprobs is not None:
+        listed = SimpleNamespace(logprob_token_ids=np.array([list(logprobs)]), logprobs=np.array([[*logprobs.values()]]))
+    stats = SimpleNamespace(
+        num_prompt_tokens=5, num_computed_tokens=5 - cached, num_local_cached_tokens=cached, num_external_cached_tokens=0
+    )
+    return SimpleNamespace(request_id=key, new_logprobs=listed, finished=finished, prefill_stats=stats)
+
+
+@pytest.fixture(autouse=True)
+def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's two classes that a pool is made of."""
+
+    def module(name: str, **contents: object) -> None:
+        made = ModuleType(name)
+        vars(made).update(contents)
+        monkeypatch.setitem(sys.modules, name, made)
+
+    class Request(SimpleNamespace):
+        current_wave = 0
+
+    module("vllm")
+    module("vllm.sampling_params", SamplingParams=SimpleNamespace)
+    module("vllm.v1")
+    module("vllm.v1.engine", EngineCoreRequest=Request)
+
+
+def begun(core: Core, name: str = "p") -> tuple[Pools, Future[dict[str, object]]]:
+    found = Pools(core)
+    return found, found.score(name, TREE, LABELS)
+
+
+def test_a_pools_prompts_share_their_tokens_and_are_answered_together() -> None:
+    core = Core()
+    _, future = begun(core)
+    asked = core.scheduler.requests
+    assert [asked[f"p-{i}"].prompt_token_ids for i in range(3)] == [[1, 2, 3, 4], [1, 2, 3, 5, 6], [1, 2, 3, 4, 5, 6]]
+    parameters = asked["p-0"].sampling_params
+    assert (parameters.max_tokens, parameters.logprob_token_ids) == (1, [7, 9])
+    core.step(answer("p-1", {9: -1.5, 7: -2.5}, cached=2), other := answer("chat", None))
+    assert core.sent == [other]  # nobody else hears of the pool, and it hears of nobody else
+    assert not future.done()
+    core.step(answer("p-2", {4: -0.25, 7: -3.0, 9: -4.0}), answer("p-0", {7: -np.inf, 9: -0.5}))
+    result = PoolAnswer.read(future.result(timeout=0))
+    assert result.logprobs == [[-np.inf, -0.5], [-2.5, -1.5], [-3.0, -4.0]]
+    assert result.tokens == Tokens(prompt=15, computed=13, cached=2, external=0)
+
+
+def test_statistics_of_the_last_step_leave_before_its_answer() -> None:
+    core = Core()
+    _, future = begun(core)
+    core.scheduler.update_from_output([answer(f"p-{i}", {7: -1.0, 9: -2.0}) for i in range(3)])
+    assert not future.done()
+    core.post_step(True)
+    assert future.done()
+
+
+@pytest.mark.parametrize(
+    "bad", [answer("p-1", None), answer("p-1", {7: -1.0}), answer("p-1", {7: -1.0, 9: -1.0}, finished=False)]
+)
+def test_a_prompt_without_an_answer_stops_its_pool_alone(bad: SimpleNamespace) -> None:
+    core = Core()
+    found, future = begun(core)
+    other = found.score("q", TREE, LABELS)
+    core.step(answer("p-0", {7: -1.0, 9: -2.0}), bad)
+    with pytest.raises(Stopped, match="prompt 1 was stopped"):
+        PoolAnswer.read(future.result(timeout=0))
+    assert core.scheduler.aborted == ["p-2"]
+    core.step(*(answer(f"q-{i}", {7: -1.0, 9: -2.0}) for i in range(3)))
+    assert other.result(timeout=0)["logprobs"] == [[-1.0, -2.0]] * 3
+
+
+def test_a_cancelled_pool_leaves_the_engine() -> None:
+    core = Core()
+    found, future = begun(core)
+    core.step(answer("p-1", {7: -1.0, 9: -2.0}))
+    found.cancel("p")
+    assert core.scheduler.aborted == ["p-0", "p-2"]
+    assert not core.scheduler.requests
+    with pytest.raises(Stopped, match="cancelled"):
+        PoolAnswer.read(future.result(timeout=0))
+    found.cancel("p")
+    found.cancel("never asked")
+    late = answer("p-0", {7: -1.0, 9: -2.0})
+    core.step(late)
+    assert core.sent == [late]  # vLLM's clients ignore what they did not ask
+
+
+def test_an_engine_that_is_paused_or_stopped_says_so() -> None:
+    core = Core()
+    _, future = begun(core)
+    aborted = [SimpleNamespace(request_id="p-2"), SimpleNamespace(request_id="chat")]
+    core._send_abort_outputs(aborted)
+    with pytest.raises(Stopped, match="prompt 2 was stopped"):
+        PoolAnswer.read(future.result(timeout=0))
+    assert core.aborts == aborted
+
+
+def test_a_refused_prompt_leaves_nothing_behind() -> None:
+    core = Core()
+    found = Pools(core)
+    with pytest.raises(ValueError, match="a refused prompt"):
+        found.score("p", PromptTree([[1], [666]], [-1, -1], [0, 1], [0, 1]), LABELS)
+    assert core.scheduler.aborted == ["p-0"]
+    assert not core.scheduler.requests
+
+
+@pytest.mark.parametrize(
+    ("labels", "longest", "vocabulary", "complaint"),
+    [
+        (LABELS, 7, 10, ""),
+        (LABELS, 6, 10, "6 tokens, and the model takes 5"),
+        (LABELS, 7, 9, "token id 9"),
+        ((0, 1), 7, 6, "token id 6"),
+    ],
+)
+def test_what_vllm_would_refuse_is_refused(
+    labels: tuple[int, int], longest: int, vocabulary: int, complaint: str
+) -> None:
+    config = SimpleNamespace(max_model_len=longest, get_vocab_size=lambda: vocabulary)
+    if not complaint:
+        pools.check(TREE, labels, config)
+        return
+    with pytest.raises(ValueError, match=complaint):
+        pools.check(TREE, labels, config)
+
+
+class DeadClient:
+    """vLLM's synchronous client of an engine that died while a call was under way."""
+
+    def call_utility(self, method: str, *arguments: object) -> object:
+        return Future[object]().result(timeout=30)
+
+    def ensure_alive(self) -> None:
+        raise RuntimeError("EngineDeadError")
+
+
+def test_a_call_to_an_engine_that_dies_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pools, "ALIVE_S", 0.05)
+    with pytest.raises(RuntimeError, match="EngineDeadError"):
+        pools.call(DeadClient(), "p", TREE, LABELS)
