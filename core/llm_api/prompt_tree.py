@@ -10,7 +10,7 @@ Both ends use this file: the client encodes, the server's extension (core/vllm_e
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeGuard
 
@@ -90,22 +90,37 @@ class PromptTree:
 
     def lengths(self) -> list[int]:
         """Tokens of each prompt, without making it."""
+        until = self._until()
+        return [until[end] for end in self.ends]
+
+    def prompts(self) -> Iterator[tuple[list[int], int]]:
+        """Token ids of each prompt, and how many of the first it has in common with the prompt before it in the tree.
+
+        Prompts hold the very objects of their segments' ids, so what they have in common takes no memory twice.
+        """
+        until, depth = self._until(), [0] * len(self.parents)
+        for node, parent in enumerate(self.parents):
+            depth[node] = depth[parent] + 1 if parent >= 0 else 0
+        path: list[int] = []  # nodes of the prompt before
+        ids: list[int] = []
+        for end in self.ends:
+            new, node = [], end
+            while node >= 0 and not (depth[node] < len(path) and path[depth[node]] == node):
+                new.append(node)
+                node = self.parents[node]
+            shared = until[node] if node >= 0 else 0
+            path = path[: depth[node] + 1 if node >= 0 else 0] + new[::-1]
+            ids = ids[:shared]
+            for node in reversed(new):
+                ids += self.segments[self.pieces[node]]
+            yield ids, shared
+
+    def _until(self) -> list[int]:
+        """Tokens from the start to the end of each node."""
         until: list[int] = []
         for parent, piece in zip(self.parents, self.pieces, strict=True):
             until.append((until[parent] if parent >= 0 else 0) + len(self.segments[piece]))
-        return [until[end] for end in self.ends]
-
-    def token_ids(self, prompt: int) -> list[int]:
-        """Token ids of one prompt."""
-        path = []
-        node = self.ends[prompt]
-        while node >= 0:
-            path.append(self.pieces[node])
-            node = self.parents[node]
-        ids: list[int] = []
-        for piece in reversed(path):
-            ids += self.segments[piece]
-        return ids
+        return until
 
 
 def read_request(body: bytes) -> tuple[PromptTree, list[int]]:

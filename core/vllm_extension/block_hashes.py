@@ -29,8 +29,8 @@ class RememberingHasher:
     """
 
     def __init__(self, hasher: Hasher, block_size: int) -> None:
-        self._hasher = hasher
-        self._block_size = block_size
+        self.hasher = hasher
+        self.block_size = block_size
         # One attribute, read and written whole: vLLM calls a hasher from the thread that receives requests and from the
         # one that schedules them.
         self._last: tuple[list[int], list[Any]] = [], []
@@ -39,22 +39,26 @@ class RememberingHasher:
         """Hashes of the full blocks that have none yet."""
         # A hash also covers images, adapters and salts; requests with such are left to vLLM, as are continued ones.
         if request.block_hashes or request.mm_features or request.lora_request or request.cache_salt:
-            return self._hasher(request)
+            return self.hasher(request)
         if getattr(request, "prompt_embeds", None) is not None:
-            return self._hasher(request)
+            return self.hasher(request)
         tokens: list[int] = request.prompt_token_ids
         if request.num_tokens != len(tokens):  # it has begun to generate
-            return self._hasher(request)
+            return self.hasher(request)
         last_tokens, last_hashes = self._last
-        known = last_hashes[: common_prefix(tokens, last_tokens) // self._block_size]
-        # vLLM's hasher goes on after the hashes that the request has.
-        request.block_hashes.extend(known)
-        try:
-            hashes = known + self._hasher(request)
-        finally:
-            request.block_hashes.clear()
+        known = last_hashes[: common_prefix(tokens, last_tokens) // self.block_size]
+        hashes = continued(self.hasher, request, known)
         self._last = tokens, hashes
         return hashes
+
+
+def continued(hasher: Hasher, request: Any, known: list[Any]) -> list[Any]:
+    """Hashes of a new request whose first ones are known: vLLM's hasher goes on after those that a request has."""
+    request.block_hashes.extend(known)
+    try:
+        return known + hasher(request)
+    finally:
+        request.block_hashes.clear()
 
 
 def installed() -> bool:

@@ -144,8 +144,8 @@ async def _one_by_one(
         skip_clone=True,  # nothing in them changes, and a deep copy for each prompt is a tenth of the route's time
     )
 
-    async def one(number: int) -> tuple[list[float], int | None]:
-        prompt = {"type": "token", "prompt_token_ids": tree.token_ids(number)}
+    async def one(number: int, ids: list[int]) -> tuple[list[float], int | None]:
+        prompt = {"type": "token", "prompt_token_ids": ids}
         outputs = [output async for output in engine.generate(prompt, parameters, f"{name}-{number}")]
         if not outputs or not outputs[-1].outputs or not outputs[-1].outputs[0].logprobs:
             raise pools.Stopped(f"prompt {number} was stopped")
@@ -155,7 +155,7 @@ async def _one_by_one(
 
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one(number)) for number in range(len(tree.ends))]
+            tasks = [group.create_task(one(number, ids)) for number, (ids, _) in enumerate(tree.prompts())]
     except BaseExceptionGroup as failures:
         raise failures.exceptions[0] from None
     answers = [task.result() for task in tasks]

@@ -16,7 +16,6 @@ import functools
 import importlib
 import logging
 import threading
-import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -24,6 +23,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 from core.llm_api.prompt_tree import PromptTree
+from core.vllm_extension.block_hashes import Hasher, RememberingHasher, continued
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +49,26 @@ class Tokens:
     external: int = 0
 
 
+class _PathHasher:
+    """A vLLM request block hasher for the prompts of a tree, each begun with what it shares with the one before.
+
+    shared: how many tokens the next new request has in common with the last one.
+    """
+
+    def __init__(self, own: Hasher, block_size: int) -> None:
+        self.shared = 0
+        self._own = own
+        self._block_size = block_size
+        self._last: list[Any] = []
+
+    def __call__(self, request: Any) -> list[Any]:
+        """Hashes of the full blocks that have none yet."""
+        if request.block_hashes or request.num_tokens != len(request.prompt_token_ids):  # it has begun to generate
+            return self._own(request)
+        self._last = continued(self._own, request, self._last[: self.shared // self._block_size])
+        return list(self._last)
+
+
 @dataclass(slots=True)
 class _Pool:
     name: str
@@ -71,17 +91,21 @@ class Pools:
         self._core = core
         self._asked: dict[str, tuple[_Pool, int]] = {}  # by the request's id
         self._ended: list[_Pool] = []
+        hasher = core.request_block_hasher
+        known = isinstance(hasher, RememberingHasher)
+        self._hasher = _PathHasher(hasher.hasher, hasher.block_size) if known else hasher
         scheduler = core.scheduler
         scheduler.update_from_output = self._without_ours(scheduler.update_from_output)
+        manager = scheduler.kv_cache_manager
+        manager.estimate_cached_tokens = self._for_others(manager.estimate_cached_tokens)
         core.post_step = self._then_answer(core.post_step)
         core._send_abort_outputs = self._and_ours(core._send_abort_outputs)
 
     def score(self, name: str, tree: PromptTree, labels: tuple[int, int]) -> Future[dict[str, object]]:
         """Give every prompt to the scheduler. The result, when the last is answered, is for PoolAnswer.read."""
         from vllm.sampling_params import SamplingParams
-        from vllm.v1.engine import EngineCoreRequest
+        from vllm.v1.request import Request
 
-        core = self._core
         parameters = SamplingParams(
             max_tokens=1,
             temperature=0.0,
@@ -91,19 +115,18 @@ class Pools:
         )
         pool = _Pool(name, labels, len(tree.ends), [None] * len(tree.ends))
         try:
-            for number, key in enumerate(pool.ids):
-                asked = EngineCoreRequest(
+            for number, (key, (tokens, shared)) in enumerate(zip(pool.ids, tree.prompts(), strict=True)):
+                if isinstance(self._hasher, _PathHasher):
+                    self._hasher.shared = shared
+                # As vLLM makes it of one that arrives (preprocess_add_request), images and grammars apart.
+                request = Request(
                     request_id=key,
-                    prompt_token_ids=tree.token_ids(number),
-                    mm_features=None,
+                    prompt_token_ids=tokens,
                     sampling_params=parameters,
                     pooling_params=None,
-                    arrival_time=time.time(),
-                    lora_request=None,
-                    cache_salt=None,
-                    data_parallel_rank=None,
+                    block_hasher=self._hasher,
                 )
-                core.add_request(*core.preprocess_add_request(asked))
+                self._core.add_request(request)
                 self._asked[key] = pool, number
         except BaseException:
             self._drop(pool)
@@ -148,6 +171,14 @@ class Pools:
             return result
 
         return post_step
+
+    def _for_others(self, own: Callable[[Any], int]) -> Callable[[Any], int]:
+        # A statistic that vLLM walks over all blocks of a request for; nobody is told it of a pool.
+        @functools.wraps(own)
+        def estimate_cached_tokens(request: Any) -> int:
+            return 0 if request.request_id in self._asked else own(request)
+
+        return estimate_cached_tokens
 
     def _and_ours(self, own: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(own)
@@ -324,7 +355,7 @@ def install() -> None:
     """Add the methods to the engines of this process; does nothing the second time, or to another vLLM."""
     try:
         core: Any = importlib.import_module("vllm.v1.engine.core")
-        process, places = core.EngineCoreProc, ("preprocess_add_request", "post_step", "_send_abort_outputs")
+        process, places = core.EngineCoreProc, ("add_request", "post_step", "_send_abort_outputs")
     except (ImportError, AttributeError) as error:
         log.warning("this vLLM takes prompts one by one: %s", error)
         return

@@ -11,10 +11,16 @@ STRIDE: Final = 256
 
 
 def common_prefix(a: Sequence[T], b: Sequence[T]) -> int:
-    """How many items two lists share from their start on. Compares slices, which runs in C, and one slice by item."""
+    """How many items two lists share from their start on. Compares slices, which runs in C."""
     end = min(len(a), len(b))
     for start in range(0, end, STRIDE):
-        left, right = a[start : min(start + STRIDE, end)], b[start : min(start + STRIDE, end)]
-        if left != right:
-            return start + next(i for i, (x, y) in enumerate(zip(left, right, strict=True)) if x != y)
+        stop = min(start + STRIDE, end)
+        if a[start:stop] != b[start:stop]:
+            while stop - start > 1:  # the first difference lies in between
+                middle = (start + stop) // 2
+                if a[start:middle] == b[start:middle]:
+                    start = middle
+                else:
+                    stop = middle
+            return start
     return end

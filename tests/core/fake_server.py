@@ -209,7 +209,7 @@ class FakeVLLM:
         if not self.trees:
             raise web.HTTPNotFound
         tree, labels = prompt_tree.read_request(await request.read())
-        prompts = [tree.token_ids(number) for number in range(len(tree.ends))]
+        prompts = [ids for ids, _ in tree.prompts()]
         body = {"model": self.model, "prompt": prompts, "logprobs": 2, "logprob_token_ids": labels, "tree": True}
         return await self._serve(request, {**body, "return_tokens_as_token_ids": True})
 

@@ -9,10 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from core.llm_api.prompt_tree import PromptTree
+from core.llm_api.types import Prompt, Segment
 from core.vllm_extension import pools
+from core.vllm_extension.block_hashes import RememberingHasher
 from core.vllm_extension.pools import PoolAnswer, Pools, Stopped, Tokens
+from tests.core.test_block_hashes import BLOCK, PlainHasher
+from tests.core.test_block_hashes import Request as Hashed
 
 TREE = PromptTree(segments=[[1, 2, 3], [4], [5, 6]], parents=[-1, 0, 0, 1], pieces=[0, 1, 2, 2], ends=[1, 2, 3])
 """Three prompts: 1 2 3 4, 1 2 3 5 6 and 1 2 3 4 5 6."""
@@ -26,6 +32,7 @@ class Scheduler:
     def __init__(self) -> None:
         self.requests: dict[str, Any] = {}
         self.aborted: list[str] = []
+        self.kv_cache_manager = SimpleNamespace(estimate_cached_tokens=lambda request: 5)
 
     def update_from_output(self, answers: list[SimpleNamespace]) -> dict[int, SimpleNamespace]:
         for answer in answers:
@@ -36,18 +43,15 @@ class Scheduler:
 class Core:
     """As much of vLLM's EngineCoreProc as pools touch."""
 
-    def __init__(self) -> None:
+    def __init__(self, request_block_hasher: Any = None) -> None:
+        self.request_block_hasher = request_block_hasher
         self.scheduler = Scheduler()
         self.sent: list[Any] = []
         self.aborts: list[Any] = []
 
-    def preprocess_add_request(self, request: Any) -> tuple[Any, int]:
+    def add_request(self, request: Any) -> None:
         if request.prompt_token_ids[-1] == 666:
             raise ValueError("a refused prompt")
-        return request, request.current_wave
-
-    def add_request(self, request: Any, wave: int) -> None:
-        assert wave == 0
         self.scheduler.requests[request.request_id] = request
 
     def abort_requests(self, ids: list[str]) -> None:
@@ -67,29 +71,48 @@ class Core:
 def answer(key: str, logprobs: dict[int, float] | None, *, finished: bool = True, cached: int = 0) -> SimpleNamespace:
     listed = None
     if logprobs is not None:
-        listed = SimpleNamespace(logprob_token_ids=np.array([list(logprobs)]), logprobs=np.array([[*logprobs.values()]]))
+        listed = SimpleNamespace(
+            logprob_token_ids=np.array([list(logprobs)]), logprobs=np.array([[*logprobs.values()]])
+        )
     stats = SimpleNamespace(
-        num_prompt_tokens=5, num_computed_tokens=5 - cached, num_local_cached_tokens=cached, num_external_cached_tokens=0
+        num_prompt_tokens=5,
+        num_computed_tokens=5 - cached,
+        num_local_cached_tokens=cached,
+        num_external_cached_tokens=0,
     )
     return SimpleNamespace(request_id=key, new_logprobs=listed, finished=finished, prefill_stats=stats)
 
 
+class Request(SimpleNamespace):
+    """vLLM's, which has its blocks hashed as soon as it is made, and again with every token that is written."""
+
+    def __init__(self, *, block_hasher: Any, **fields: Any) -> None:
+        self.block_hashes: list[int] = []
+        super().__init__(**fields, lora_request=None, mm_features=[], cache_salt=None, output=[], hasher=block_hasher)
+        self.hash()
+
+    def hash(self) -> None:
+        if self.hasher is not None:
+            self.block_hashes.extend(self.hasher(self))
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_token_ids) + len(self.output)
+
+
 @pytest.fixture(autouse=True)
 def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM's two classes that a pool is made of."""
+    """vLLM's classes that a pool is made of."""
 
     def module(name: str, **contents: object) -> None:
         made = ModuleType(name)
         vars(made).update(contents)
         monkeypatch.setitem(sys.modules, name, made)
 
-    class Request(SimpleNamespace):
-        current_wave = 0
-
     module("vllm")
     module("vllm.sampling_params", SamplingParams=SimpleNamespace)
     module("vllm.v1")
-    module("vllm.v1.engine", EngineCoreRequest=Request)
+    module("vllm.v1.request", Request=Request)
 
 
 def begun(core: Core, name: str = "p") -> tuple[Pools, Future[dict[str, object]]]:
@@ -104,6 +127,8 @@ def test_a_pools_prompts_share_their_tokens_and_are_answered_together() -> None:
     assert [asked[f"p-{i}"].prompt_token_ids for i in range(3)] == [[1, 2, 3, 4], [1, 2, 3, 5, 6], [1, 2, 3, 4, 5, 6]]
     parameters = asked["p-0"].sampling_params
     assert (parameters.max_tokens, parameters.logprob_token_ids) == (1, [7, 9])
+    estimate = core.scheduler.kv_cache_manager.estimate_cached_tokens
+    assert (estimate(asked["p-0"]), estimate(SimpleNamespace(request_id="chat"))) == (0, 5)
     core.step(answer("p-1", {9: -1.5, 7: -2.5}, cached=2), other := answer("chat", None))
     assert core.sent == [other]  # nobody else hears of the pool, and it hears of nobody else
     assert not future.done()
@@ -111,6 +136,27 @@ def test_a_pools_prompts_share_their_tokens_and_are_answered_together() -> None:
     result = PoolAnswer.read(future.result(timeout=0))
     assert result.logprobs == [[-np.inf, -0.5], [-2.5, -1.5], [-3.0, -4.0]]
     assert result.tokens == Tokens(prompt=15, computed=13, cached=2, external=0)
+
+
+@given(st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=9), min_size=1, max_size=9))
+def test_blocks_have_the_hashes_that_they_have_without_the_tree(paths: list[list[int]]) -> None:
+    segments = [Segment(str(i), list(range(i, i + 1 + i % 3))) for i in range(5)]
+    tree = PromptTree.of([Prompt(tuple(segments[i] for i in path)) for path in paths])
+    plain = PlainHasher()
+    core = Core(RememberingHasher(plain, BLOCK))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "vllm.v1.request", SimpleNamespace(Request=Request))
+        patch.setitem(sys.modules, "vllm.sampling_params", SimpleNamespace(SamplingParams=SimpleNamespace))
+        Pools(core).score("p", tree, LABELS)
+    asked = list(core.scheduler.requests.values())
+    worked = plain.blocks
+    for written in ([3], [3, 1, 4, 1, 5]):
+        for request in asked:
+            request.output[:] = written
+            request.hash()
+            alone = Hashed(request.prompt_token_ids, written)
+            assert request.block_hashes == PlainHasher()(alone)
+    assert worked <= sum(len(ids) // BLOCK - shared // BLOCK for ids, shared in tree.prompts())
 
 
 def test_statistics_of_the_last_step_leave_before_its_answer() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.llm_api.prompt_tree import PromptTree, read_request
-from core.llm_api.types import LabelTokens, Prompt, Segment
+from core.llm_api.types import LabelTokens, Prompt, Segment, common
 from src.icm.prefix_tree import TreeLayout
 from src.icm.prompts import PromptBook
 
@@ -25,7 +25,13 @@ def test_a_tree_gives_back_every_prompt(paths: list[list[int]]) -> None:
     body = orjson.dumps({"labels": [3, 4], "tree": PromptTree.of(prompts)})
     tree, labels = read_request(body)
     assert labels == [3, 4]
-    assert [tree.token_ids(i) for i in range(len(tree.ends))] == [prompt.token_ids for prompt in prompts]
+    whole = [ids for ids, _ in tree.prompts()]
+    assert whole == [prompt.token_ids for prompt in prompts]
+    before: list[int] = []
+    for (ids, shared), path, last in zip(tree.prompts(), paths, [[], *paths], strict=False):
+        assert ids[:shared] == before[:shared]
+        assert shared == sum(len(SEGMENTS[i].tokens) for i in path[: common(path, last)])
+        before = ids
     assert tree.lengths() == [prompt.num_tokens for prompt in prompts]
     assert len(tree.parents) == len({tuple(path[: end + 1]) for path in paths for end in range(len(path))})
 

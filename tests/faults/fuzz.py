@@ -99,7 +99,7 @@ def tree_request(content: bytes) -> None:
     with contextlib.suppress(ValueError):
         tree, _ = read_request(content)
         tree.lengths()
-        tree.token_ids(0)
+        list(tree.prompts())
 
 
 def metrics(content: bytes) -> None:

@@ -608,7 +608,7 @@ async def _read_body(reader: asyncio.StreamReader, headers: dict[str, str]) -> b
 def _prompts(path: str, body: bytes) -> list[tuple[int, ...]]:
     if path == prompt_tree.PATH:
         tree, _ = prompt_tree.read_request(body)
-        return [tuple(tree.token_ids(number)) for number in range(len(tree.ends))]
+        return [tuple(ids) for ids, _ in tree.prompts()]
     prompt = json.loads(body)["prompt"]
     return [tuple(map(ord, p)) if isinstance(p, str) else tuple(p) for p in prompt]
 
