@@ -16,7 +16,7 @@ from core.llm_api.prompt_tree import PromptTree
 from core.llm_api.types import Prompt, Segment
 from core.vllm_extension import pools
 from core.vllm_extension.block_hashes import RememberingHasher
-from core.vllm_extension.pools import PoolAnswer, Pools, Stopped, Tokens
+from core.vllm_extension.pools import PathHasher, PoolAnswer, Pools, Stopped, Tokens
 from tests.core.test_block_hashes import BLOCK, PlainHasher
 from tests.core.test_block_hashes import Request as Hashed
 
@@ -138,25 +138,37 @@ def test_a_pools_prompts_share_their_tokens_and_are_answered_together() -> None:
     assert result.tokens == Tokens(prompt=15, computed=13, cached=2, external=0)
 
 
-@given(st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=9), min_size=1, max_size=9))
-def test_blocks_have_the_hashes_that_they_have_without_the_tree(paths: list[list[int]]) -> None:
+@given(st.lists(st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=9), min_size=1, max_size=9), max_size=3))
+def test_blocks_have_the_hashes_that_they_have_without_the_tree(pools_of_paths: list[list[list[int]]]) -> None:
     segments = [Segment(str(i), list(range(i, i + 1 + i % 3))) for i in range(5)]
-    tree = PromptTree.of([Prompt(tuple(segments[i] for i in path)) for path in paths])
     plain = PlainHasher()
     core = Core(RememberingHasher(plain, BLOCK))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "vllm.v1.request", SimpleNamespace(Request=Request))
         patch.setitem(sys.modules, "vllm.sampling_params", SimpleNamespace(SamplingParams=SimpleNamespace))
-        Pools(core).score("p", tree, LABELS)
+        asking = Pools(core)
+        for number, paths in enumerate(pools_of_paths):
+            tree = PromptTree.of([Prompt(tuple(segments[i] for i in path)) for path in paths])
+            asking.score(str(number), tree, LABELS)
     asked = list(core.scheduler.requests.values())
-    worked = plain.blocks
+    every = {tuple(request.prompt_token_ids[:end]) for request in asked for end in range(BLOCK, 99, BLOCK)}
+    assert plain.blocks <= len(every)  # each is hashed once, whichever pools it is in
     for written in ([3], [3, 1, 4, 1, 5]):
         for request in asked:
             request.output[:] = written
             request.hash()
-            alone = Hashed(request.prompt_token_ids, written)
-            assert request.block_hashes == PlainHasher()(alone)
-    assert worked <= sum(len(ids) // BLOCK - shared // BLOCK for ids, shared in tree.prompts())
+            assert request.block_hashes == PlainHasher()(Hashed(request.prompt_token_ids, written))
+
+
+def test_remembered_hashes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pools, "REMEMBERED_BLOCKS", 6)
+    plain = PlainHasher()
+    hasher = PathHasher(plain, BLOCK)
+    for start in range(40):
+        tokens = list(range(start, start + 3 * BLOCK))
+        request = Request(prompt_token_ids=tokens, block_hasher=hasher)
+        assert request.block_hashes == PlainHasher()(Hashed(tokens))
+        assert len(hasher._known) <= 6 + 3
 
 
 def test_statistics_of_the_last_step_leave_before_its_answer() -> None:
