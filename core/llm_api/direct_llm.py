@@ -457,8 +457,7 @@ class DirectEngine:
             tree = PromptTree.of(prompts)
             pools.check(tree, labels, engine.model_config)
             answer = pools.call(engine.engine_core, name, tree, labels)
-            while not engine.engine_core.outputs_queue.empty():
-                engine.step()  # takes in nothing but the steps' statistics, which get_metrics() reads
+            pools.record(engine)
         except Exception as error:
             raise self._explained(error) from error
         pools.count(engine, answer, time.monotonic() - began)

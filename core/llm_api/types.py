@@ -58,7 +58,7 @@ class Prompt:
     name: str = ""
     place: float = field(default=0.0, compare=False)
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
         """Length in tokens; 0 where the segments carry text only."""
         return sum(map(len, self.segments))

@@ -16,7 +16,8 @@ import functools
 import importlib
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import asdict, dataclass, field
@@ -58,10 +59,12 @@ class PathHasher:
     hashes are remembered by what they are made of, the hash of the block before and the block's token ids.
 
     shared: how many tokens the next new request has in common with the last one.
+    fresh: how many tokens of the last one no prompt before it can have left in the cache.
     """
 
     def __init__(self, own: Hasher, block_size: int) -> None:
         self.shared = 0
+        self.fresh = 0
         self._own = own
         self._block_size = block_size
         self._last: list[Any] = []
@@ -83,6 +86,7 @@ class PathHasher:
         for block in range(remembered, len(hashes)):
             self._known[self._parts(tokens, hashes, block)] = hashes[block]
         self._last = hashes
+        self.fresh = len(tokens) - remembered * size
         return list(hashes)
 
     def _parts(self, tokens: list[int], hashes: list[Any], block: int) -> tuple[Any, ...]:
@@ -91,19 +95,21 @@ class PathHasher:
         return (hashes[block - 1] if block else None, *tokens[start : start + self._block_size])
 
 
-@dataclass(slots=True)
+@dataclass(eq=False, slots=True)
 class _Pool:
     name: str
     labels: tuple[int, int]
+    parameters: Any  # vLLM's SamplingParams
+    prompts: Iterator[tuple[int, tuple[list[int], int]]]  # those that the engine has not been given yet
     left: int
     logprobs: list[list[float] | None]
     future: Future[dict[str, object]] = field(default_factory=Future)
     tokens: Tokens = field(default_factory=Tokens)
     failure: str = ""
 
-    @property
-    def ids(self) -> list[str]:
-        return [f"{self.name}-{number}" for number in range(len(self.logprobs))]
+    def key(self, number: int) -> str:
+        """Of a prompt's request."""
+        return f"{self.name}-{number}"
 
 
 class Pools:
@@ -112,6 +118,7 @@ class Pools:
     def __init__(self, core: Any) -> None:
         self._core = core
         self._asked: dict[str, tuple[_Pool, int]] = {}  # by the request's id
+        self._waiting: deque[_Pool] = deque()  # with prompts that are not asked yet
         self._ended: list[_Pool] = []
         hasher = core.request_block_hasher
         known = isinstance(hasher, RememberingHasher)
@@ -124,9 +131,8 @@ class Pools:
         core._send_abort_outputs = self._and_ours(core._send_abort_outputs)
 
     def score(self, name: str, tree: PromptTree, labels: tuple[int, int]) -> Future[dict[str, object]]:
-        """Give every prompt to the scheduler. The result, when the last is answered, is for PoolAnswer.read."""
+        """Begin with a pool. The result, when its last prompt is answered, is for PoolAnswer.read."""
         from vllm.sampling_params import SamplingParams
-        from vllm.v1.request import Request
 
         parameters = SamplingParams(
             max_tokens=1,
@@ -135,43 +141,65 @@ class Pools:
             logprob_token_ids=list(labels),
             detokenize=False,
         )
-        pool = _Pool(name, labels, len(tree.ends), [None] * len(tree.ends))
-        try:
-            for number, (key, (tokens, shared)) in enumerate(zip(pool.ids, tree.prompts(), strict=True)):
-                if isinstance(self._hasher, PathHasher):
-                    self._hasher.shared = shared
-                # As vLLM makes it of one that arrives (preprocess_add_request), images and grammars apart.
-                request = Request(
-                    request_id=key,
-                    prompt_token_ids=tokens,
-                    sampling_params=parameters,
-                    pooling_params=None,
-                    block_hasher=self._hasher,
-                )
-                self._core.add_request(request)
-                self._asked[key] = pool, number
-        except BaseException:
-            self._drop(pool)
-            raise
+        size = len(tree.ends)
+        pool = _Pool(name, labels, parameters, enumerate(tree.prompts()), size, [None] * size)
+        self._waiting.append(pool)
+        self._feed()
+        self._answer()
         return pool.future
 
     def cancel(self, name: str) -> None:
         """Take a pool's prompts out of the engine; nothing happens if it has ended."""
-        for pool, _ in self._asked.values():
+        for pool in {*self._waiting, *(pool for pool, _ in self._asked.values())}:
             if pool.name == name:
-                self._drop(pool)
                 self._fail(pool, "the pool was cancelled")
-                self._answer()
-                return
+        self._feed()  # there may be no step to do it after
+        self._answer()
 
-    def _drop(self, pool: _Pool) -> None:
-        left = [key for key in pool.ids if self._asked.pop(key, None)]
-        self._core.abort_requests(left)
+    def _feed(self) -> None:
+        """Give the scheduler as many waiting prompts as fill a step; the next ones are made while it computes."""
+        step, fresh = self._core.vllm_config.scheduler_config.max_num_batched_tokens, 0
+        while self._waiting:
+            pool = self._waiting[0]
+            try:
+                for number, (tokens, shared) in pool.prompts:
+                    fresh += self._ask(pool, number, tokens, shared)
+                    if fresh >= step:
+                        return
+            except Exception as error:
+                log.exception("a pool cannot be asked")
+                self._fail(pool, f"it cannot be asked: {error}")
+            else:
+                self._waiting.popleft()
+
+    def _ask(self, pool: _Pool, number: int, tokens: list[int], shared: int) -> int:
+        """Give one prompt to the scheduler; how many of its tokens must be computed, for all that is known here."""
+        from vllm.v1.request import Request
+
+        if isinstance(self._hasher, PathHasher):
+            self._hasher.shared = shared
+        # As vLLM makes it of one that arrives (preprocess_add_request), images and grammars apart.
+        request = Request(
+            request_id=pool.key(number),
+            prompt_token_ids=tokens,
+            sampling_params=pool.parameters,
+            pooling_params=None,
+            block_hasher=self._hasher,
+        )
+        self._core.add_request(request)
+        self._asked[pool.key(number)] = pool, number
+        return self._hasher.fresh if isinstance(self._hasher, PathHasher) else len(tokens)
 
     def _fail(self, pool: _Pool, why: str) -> None:
-        if not pool.failure:
-            pool.failure = why
-            self._ended.append(pool)
+        """End a pool without its answer."""
+        if pool.failure:
+            return
+        pool.failure = why
+        self._ended.append(pool)
+        if pool in self._waiting:
+            self._waiting.remove(pool)
+        left = [key for number in range(len(pool.logprobs)) if self._asked.pop(key := pool.key(number), None)]
+        self._core.abort_requests(left)
 
     def _without_ours(self, own: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(own)
@@ -185,10 +213,12 @@ class Pools:
         return update_from_output
 
     def _then_answer(self, own: Callable[..., Any]) -> Callable[..., Any]:
-        # After the step's statistics have been sent, so that whoever has the answer finds it counted in them.
+        # After the step has sent its statistics, so that whoever has the answer finds it counted in them. vLLM calls it
+        # after every step that it starts or ends, and waits for other work only if it has no requests then.
         @functools.wraps(own)
         def post_step(*args: Any, **arguments: Any) -> Any:
             result = own(*args, **arguments)
+            self._feed()
             self._answer()
             return result
 
@@ -205,10 +235,10 @@ class Pools:
     def _and_ours(self, own: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(own)
         def _send_abort_outputs(aborted: Any) -> Any:
-            for request in aborted:
-                if request.request_id in self._asked:
-                    pool, number = self._asked.pop(request.request_id)
-                    self._fail(pool, f"prompt {number} was stopped")
+            # vLLM has ended all that it knows of; what waits here would wait for a step that may never come.
+            asked = [self._asked[request.request_id][0] for request in aborted if request.request_id in self._asked]
+            for pool in (*asked, *self._waiting) if asked else ():
+                self._fail(pool, "the engine was paused or stopped")
             self._answer()
             return own(aborted)
 
@@ -225,7 +255,6 @@ class Pools:
         ids, values = ([], []) if listed is None else (listed.logprob_token_ids[0], listed.logprobs[0])
         logprobs = {int(token): float(value) for token, value in zip(ids, values, strict=True)}
         if not (output.finished and logprobs.keys() >= set(pool.labels)):
-            self._drop(pool)
             self._fail(pool, f"prompt {number} was stopped")
             return True
         pool.logprobs[number] = [logprobs[label] for label in pool.labels]
@@ -280,6 +309,15 @@ def arguments(name: str, tree: PromptTree, labels: tuple[int, int]) -> tuple[obj
 def usable(vllm_config: Any) -> bool:
     """Whether an engine of this configuration takes pools; its processes have the plugin as this one has."""
     return installed() and vllm_config.parallel_config.data_parallel_size == 1
+
+
+def record(engine: Any) -> None:
+    """Take in the statistics of the steps of a pool, which vLLM's LLMEngine only does beside outputs of its own."""
+    client = engine.engine_core
+    while not client.outputs_queue.empty():
+        stats = client.get_output().scheduler_stats
+        if stats is not None and engine.logger_manager is not None:
+            engine.logger_manager.record(scheduler_stats=stats, iteration_stats=None)
 
 
 def call(client: Any, name: str, tree: PromptTree, labels: tuple[int, int]) -> PoolAnswer:

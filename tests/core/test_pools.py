@@ -43,8 +43,9 @@ class Scheduler:
 class Core:
     """As much of vLLM's EngineCoreProc as pools touch."""
 
-    def __init__(self, request_block_hasher: Any = None) -> None:
+    def __init__(self, request_block_hasher: Any = None, step: int = 8192) -> None:
         self.request_block_hasher = request_block_hasher
+        self.vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_batched_tokens=step))
         self.scheduler = Scheduler()
         self.sent: list[Any] = []
         self.aborts: list[Any] = []
@@ -216,18 +217,58 @@ def test_an_engine_that_is_paused_or_stopped_says_so() -> None:
     _, future = begun(core)
     aborted = [SimpleNamespace(request_id="p-2"), SimpleNamespace(request_id="chat")]
     core._send_abort_outputs(aborted)
-    with pytest.raises(Stopped, match="prompt 2 was stopped"):
+    with pytest.raises(Stopped, match="paused or stopped"):
         PoolAnswer.read(future.result(timeout=0))
     assert core.aborts == aborted
+    assert core.scheduler.aborted == ["p-0", "p-1", "p-2"]
 
 
 def test_a_refused_prompt_leaves_nothing_behind() -> None:
     core = Core()
     found = Pools(core)
-    with pytest.raises(ValueError, match="a refused prompt"):
-        found.score("p", PromptTree([[1], [666]], [-1, -1], [0, 1], [0, 1]), LABELS)
+    future = found.score("p", PromptTree([[1], [666]], [-1, -1], [0, 1], [0, 1]), LABELS)
+    with pytest.raises(Stopped, match="a refused prompt"):
+        PoolAnswer.read(future.result(timeout=0))
     assert core.scheduler.aborted == ["p-0"]
     assert not core.scheduler.requests
+
+
+def test_prompts_are_made_a_step_at_a_time() -> None:
+    """The engine begins with what fills a step, and has more before it would wait for other work."""
+    core = Core(step=6)
+    found, future = begun(core)
+    other = found.score("q", TREE, LABELS)
+    steps = []
+    while core.scheduler.requests:
+        steps.append(list(core.scheduler.requests))
+        core.step(*(answer(key, {7: -1.0, 9: -2.0}) for key in steps[-1]))
+    # 4 + 5 tokens; the second pool was asked while the first had prompts left.
+    assert steps == [["p-0", "p-1", "p-2"], ["q-0", "q-1"], ["q-2"]]
+    assert future.result(timeout=0)["logprobs"] == other.result(timeout=0)["logprobs"] == [[-1.0, -2.0]] * 3
+
+
+def test_a_pool_behind_one_that_is_cancelled_is_asked() -> None:
+    core = Core(step=1)
+    found, first = begun(core)
+    second, third = found.score("q", TREE, LABELS), found.score("r", TREE, LABELS)
+    found.cancel("q")
+    assert second.result(timeout=0) == {"stopped": "the pool was cancelled"}
+    found.cancel("p")
+    assert first.done()
+    while core.scheduler.requests:
+        core.step(*(answer(key, {7: -1.0, 9: -2.0}) for key in list(core.scheduler.requests)))
+    assert third.result(timeout=0)["logprobs"] == [[-1.0, -2.0]] * 3
+
+
+def test_a_pool_that_waits_does_not_outlive_the_engines_stop() -> None:
+    core = Core(step=1)
+    found, first = begun(core)
+    second = found.score("q", TREE, LABELS)
+    found.cancel("p")
+    third = found.score("r", TREE, LABELS)
+    core._send_abort_outputs([core.scheduler.requests[key] for key in core.scheduler.requests])
+    for future in (first, second, third):
+        assert "stopped" in future.result(timeout=0)
 
 
 @pytest.mark.parametrize(
