@@ -161,16 +161,84 @@ async def test_a_client_that_leaves_stops_its_pool(vllm_server: RunningServer) -
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(3):
                 await api.score(prompts, await api.label_tokens())
+    await idle(vllm_server)
 
-    async def requests_in_engine() -> float:
-        async with aiohttp.ClientSession() as session, session.get(vllm_server.url + "/metrics") as response:
-            lines = (await response.text()).splitlines()
-        names = ("vllm:num_requests_running{", "vllm:num_requests_waiting{")
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(names))
 
+async def counted(server: RunningServer, *names: str) -> list[float]:
+    """The metrics of these names now, each summed over its labels."""
+    async with aiohttp.ClientSession() as session, session.get(server.url + "/metrics") as response:
+        lines = (await response.text()).splitlines()
+    return [sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"vllm:{name}{{")) for name in names]
+
+
+async def idle(server: RunningServer) -> None:
+    """Until no request is in the engine; at most 20 seconds."""
     async with asyncio.timeout(20):
-        while await requests_in_engine():
+        while sum(await counted(server, "num_requests_running", "num_requests_waiting")):
             await asyncio.sleep(0.2)
+
+
+async def test_a_pool_counts_in_the_servers_metrics(vllm_server: RunningServer) -> None:
+    names = (
+        "prompt_tokens_total",
+        "generation_tokens_total",
+        "request_success_total",
+        "e2e_request_latency_seconds_count",
+    )
+    pool = random_pool(np.random.default_rng(5))
+    async with aiohttp.ClientSession(vllm_server.url) as session:
+        before = await counted(vllm_server, *names)
+        async with session.post(PATH, json=pool) as response:
+            answer = await response.json()
+        after = await counted(vllm_server, *names)
+    asked = len(answer["logprobs"])
+    assert [now - then for now, then in zip(after, before, strict=True)] == [
+        answer["prompt_tokens"],
+        asked,
+        asked,
+        asked,
+    ]
+
+
+def random_pool(rng: np.random.Generator) -> dict[str, object]:
+    """A request for the route of trees: random words on random branches, prompts in no order."""
+    nodes = int(rng.integers(5, 30))
+    tree = {
+        "segments": [rng.integers(5, 5000, int(rng.integers(1, 30))).tolist() for _ in range(nodes)],
+        "parents": [int(rng.integers(-1, node)) for node in range(nodes)],
+        "pieces": list(range(nodes)),
+        "ends": rng.integers(0, nodes, int(rng.integers(1, 40))).tolist(),
+    }
+    return {"labels": [100, 200], "tree": tree}
+
+
+async def test_pools_at_once_are_answered_as_alone_whoever_leaves(vllm_server: RunningServer) -> None:
+    rng = np.random.default_rng(4)
+    pools = [random_pool(rng) for _ in range(4)]
+    left = 0
+
+    async with aiohttp.ClientSession(vllm_server.url) as session:
+
+        async def ask(pool: dict[str, object]) -> object:
+            async with session.post(PATH, json=pool) as response:
+                assert response.status == 200
+                return (await response.json())["logprobs"]
+
+        alone = [await ask(pool) for pool in pools]
+
+        async def ask_often(patience: list[float]) -> None:
+            nonlocal left
+            for number, seconds in enumerate(patience):
+                try:
+                    async with asyncio.timeout(seconds):
+                        assert await ask(pools[number % 4]) == alone[number % 4]
+                except TimeoutError:
+                    left += 1
+
+        patiences = rng.choice([0.02, 0.2, 120.0, 120.0], (6, 6)).tolist()
+        await asyncio.gather(*map(ask_often, patiences))
+    assert 0 < left < 36
+    await idle(vllm_server)
 
 
 async def test_a_server_is_known_again_while_it_computes_a_pool(vllm_server: RunningServer) -> None:
