@@ -11,6 +11,7 @@ import fcntl
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Iterable, Mapping
 from importlib import metadata
 from io import FileIO
@@ -24,6 +25,10 @@ from core.files import cannot_write, sync_folder, write_atomically
 from src.icm.testbeds import BadInput
 
 FORMAT = 2  # of run.json and the journal; 1 had a fixed tail length, and no excess in a step
+
+LOCK_WAIT_S = 2.0
+"""Seconds that a run waits for another that holds its folder. One that is killed while it starts git leaves the lock to
+that child for some milliseconds, and may be started again at once."""
 
 
 class RunFolder:
@@ -58,7 +63,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("wb")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(self._lock)
         except BlockingIOError:
             self._close()
             raise BadInput(f"{self.path}: another process is working on this run") from None
@@ -146,6 +151,18 @@ class RunFolder:
     def write_claims(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """The pool as the run found it, so that a run in progress can be read without its data file."""
         write_atomically(self.claims_path, b"".join(orjson.dumps(row) + b"\n" for row in rows))
+
+
+def _lock(file: IO[bytes]) -> None:
+    """Raises BlockingIOError where another process keeps the lock for longer than LOCK_WAIT_S."""
+    deadline = time.monotonic() + LOCK_WAIT_S
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.02)
 
 
 def environment() -> dict[str, Any]:

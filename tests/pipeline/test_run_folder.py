@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
 
 from src.icm.testbeds import BadInput
+from src.pipeline import run_folder
 from src.pipeline.run_folder import FORMAT, RunFolder, environment
 
 
@@ -31,7 +33,18 @@ def test_a_damaged_middle_line_is_refused_with_its_number(tmp_path: Path) -> Non
             folder.read_log()
 
 
-def test_two_processes_cannot_share_a_run(tmp_path: Path) -> None:
+def test_a_run_waits_for_the_last_child_of_one_that_was_killed(tmp_path: Path) -> None:
+    before = RunFolder(tmp_path / "r")
+    before.__enter__()
+    ending = threading.Timer(0.2, before.__exit__, (None, None, None))
+    ending.start()
+    with RunFolder(tmp_path / "r") as folder:
+        assert folder.read_log() == []
+    ending.join()
+
+
+def test_two_processes_cannot_share_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "LOCK_WAIT_S", 0.1)
     with RunFolder(tmp_path / "r"):
         with pytest.raises(BadInput, match="another process"):
             RunFolder(tmp_path / "r").__enter__()
