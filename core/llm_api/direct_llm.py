@@ -13,7 +13,6 @@ import importlib
 import os
 import sys
 import threading
-import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import suppress
@@ -452,7 +451,6 @@ class DirectEngine:
     def _pool(self, prompts: Sequence[Prompt], labels: tuple[int, int]) -> tuple[list[dict[int, float]], int]:
         """As _ask, the pool in one piece (core/vllm_extension/pools.py), and how many of its tokens were cached."""
         engine, name = self._llm.llm_engine, f"pool-{uuid.uuid4().hex}"
-        began = time.monotonic()
         try:
             tree = PromptTree.of(prompts)
             pools.check(tree, labels, engine.model_config)
@@ -460,7 +458,7 @@ class DirectEngine:
             pools.record(engine)
         except Exception as error:
             raise self._explained(error) from error
-        pools.count(engine, answer, time.monotonic() - began)
+        pools.count(engine, answer)
         return [dict(zip(labels, pair, strict=True)) for pair in answer.logprobs], answer.tokens.cached
 
     def _ask(self, prompts: Sequence[Prompt], labels: LabelTokens | None) -> list[dict[int, float]]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import time
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any, Final
@@ -95,7 +94,6 @@ async def _pool(
 ) -> tuple[Sequence[Sequence[float]], int | None]:
     """Logprobs (nats) of every prompt, and how many of their tokens were cached; cancelled, it cancels the prompts."""
     client = engine.engine_core
-    began = time.monotonic()
     scoring = asyncio.create_task(client.call_utility_async(pools.SCORE, *pools.arguments(name, tree, labels)))
     try:
         while not (await asyncio.wait((scoring,), timeout=pools.ALIVE_S))[0]:
@@ -113,7 +111,7 @@ async def _pool(
     except Exception as error:  # noqa: BLE001 - vLLM raises the bare class for whatever a call to the engine raised
         raise pools.Stopped(str(error)) from None
     answer = pools.PoolAnswer.read(result)
-    pools.count(engine, answer, time.monotonic() - began)
+    pools.count(engine, answer)
     return answer.logprobs, answer.tokens.cached + answer.tokens.external
 
 

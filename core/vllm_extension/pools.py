@@ -2,8 +2,8 @@
 
 Asked one by one, N prompts of N demonstrations cost vLLM's processes work for every token of every prompt: the API
 server checks and encodes them, the engine decodes them, and both keep books on N requests. Here the tree goes to the
-engine as it came, in one call; the engine makes the requests itself, so that prompts share the very objects of their
-common tokens, begins when it has them all, in few large steps, and hands back the label logprobs together.
+engine as it came, in one call; the engine makes the requests itself, a step's worth at a time, so that prompts share
+the very objects of their common tokens and steps are full, and hands back the label logprobs together.
 
 The requests are vLLM's own in every other respect: its scheduler, prefix cache, kernels and statistics. The way in is
 vLLM's for calls that an API server makes to an engine ("utility" calls, vllm/v1/engine/core.py), whose result may be a
@@ -16,10 +16,10 @@ import functools
 import importlib
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
@@ -35,8 +35,8 @@ CANCEL: Final = "icm_cancel_pool"
 ALIVE_S: Final = 1.0
 """Seconds between looks at whether the engine still lives; vLLM leaves calls to a dead one waiting."""
 
-REMEMBERED_BLOCKS: Final = 1 << 17
-"""Block hashes that an engine keeps, some 0.5 kB each: 2 million tokens in blocks of 16."""
+REMEMBERED_TOKENS: Final = 1 << 20
+"""Of how many tokens an engine keeps the block hashes, some 50 bytes a token."""
 
 
 class Stopped(Exception):
@@ -81,7 +81,7 @@ class PathHasher:
             hashes.append(found)
         remembered = len(hashes)
         hashes = continued(self._own, request, hashes)
-        if len(self._known) > REMEMBERED_BLOCKS:
+        if len(self._known) * size > REMEMBERED_TOKENS:
             self._known.clear()
         for block in range(remembered, len(hashes)):
             self._known[self._parts(tokens, hashes, block)] = hashes[block]
@@ -103,6 +103,8 @@ class _Pool:
     prompts: Iterator[tuple[int, tuple[list[int], int]]]  # those that the engine has not been given yet
     left: int
     logprobs: list[list[float] | None]
+    times: list[tuple[float, float]] = field(default_factory=list)
+    began: float = field(default_factory=time.monotonic)
     future: Future[dict[str, object]] = field(default_factory=Future)
     tokens: Tokens = field(default_factory=Tokens)
     failure: str = ""
@@ -123,12 +125,14 @@ class Pools:
         hasher = core.request_block_hasher
         known = isinstance(hasher, RememberingHasher)
         self._hasher = PathHasher(hasher.hasher, hasher.block_size) if known else hasher
-        scheduler = core.scheduler
-        scheduler.update_from_output = self._without_ours(scheduler.update_from_output)
-        manager = scheduler.kv_cache_manager
-        manager.estimate_cached_tokens = self._for_others(manager.estimate_cached_tokens)
-        core.post_step = self._then_answer(core.post_step)
-        core._send_abort_outputs = self._and_ours(core._send_abort_outputs)
+        scheduler, manager = core.scheduler, core.scheduler.kv_cache_manager
+        # All are found before any is replaced: another vLLM is left as it is.
+        update, estimate = scheduler.update_from_output, manager.estimate_cached_tokens
+        after_step, send_aborts = core.post_step, core._send_abort_outputs
+        scheduler.update_from_output = self._without_ours(update)
+        manager.estimate_cached_tokens = self._for_others(estimate)
+        core.post_step = self._then_answer(after_step)
+        core._send_abort_outputs = self._and_ours(send_aborts)
 
     def score(self, name: str, tree: PromptTree, labels: tuple[int, int]) -> Future[dict[str, object]]:
         """Begin with a pool. The result, when its last prompt is answered, is for PoolAnswer.read."""
@@ -235,9 +239,8 @@ class Pools:
     def _and_ours(self, own: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(own)
         def _send_abort_outputs(aborted: Any) -> Any:
-            # vLLM has ended all that it knows of; what waits here would wait for a step that may never come.
-            asked = [self._asked[request.request_id][0] for request in aborted if request.request_id in self._asked]
-            for pool in (*asked, *self._waiting) if asked else ():
+            # vLLM has ended all requests; what waits here would wait for a step that may never come.
+            for pool in {*self._waiting, *(pool for pool, _ in self._asked.values())}:
                 self._fail(pool, "the engine was paused or stopped")
             self._answer()
             return own(aborted)
@@ -251,9 +254,11 @@ class Pools:
             return False
         pool, number = place
         listed = output.new_logprobs
-        # Of one position: the token that greedy decoding took, then the labels.
-        ids, values = ([], []) if listed is None else (listed.logprob_token_ids[0], listed.logprobs[0])
-        logprobs = {int(token): float(value) for token, value in zip(ids, values, strict=True)}
+        # Of one position: the token that greedy decoding took, then the labels; then zeros, where others in the step
+        # asked for more.
+        width = 1 + len(pool.labels)
+        ids, values = ((), ()) if listed is None else (listed.logprob_token_ids[0], listed.logprobs[0])
+        logprobs = {int(token): float(value) for token, value in zip(ids[:width], values[:width], strict=True)}
         if not (output.finished and logprobs.keys() >= set(pool.labels)):
             self._fail(pool, f"prompt {number} was stopped")
             return True
@@ -263,6 +268,9 @@ class Pools:
             pool.tokens.computed += stats.num_computed_tokens
             pool.tokens.cached += stats.num_local_cached_tokens
             pool.tokens.external += stats.num_external_cached_tokens
+        now = time.monotonic()
+        begun = [event.timestamp for event in output.events or () if event.type.name == "SCHEDULED"]
+        pool.times.append((min(begun, default=now) - pool.began, now - pool.began))
         pool.left -= 1
         if not pool.left:
             self._ended.append(pool)
@@ -271,28 +279,36 @@ class Pools:
     def _answer(self) -> None:
         ended, self._ended = self._ended, []
         for pool in ended:
-            result: dict[str, object] = {"logprobs": pool.logprobs, "tokens": asdict(pool.tokens)}
+            result: dict[str, object] = {
+                "logprobs": pool.logprobs,
+                "tokens": asdict(pool.tokens),
+                "times": pool.times,
+            }
             # Not set_exception: vLLM would write a traceback into its log for every client that leaves.
             pool.future.set_result({"stopped": pool.failure} if pool.failure else result)
 
 
 @dataclass(frozen=True, slots=True)
 class PoolAnswer:
-    """What an engine answers to a pool. logprobs: [log P(True), log P(False)] of each prompt, nats."""
+    """What an engine answers to a pool. logprobs: [log P(True), log P(False)] of each prompt, nats. times: seconds from
+    the pool's arrival to a prompt's begin and end, in the order in which they ended."""
 
     logprobs: list[list[float]]
     tokens: Tokens
+    times: list[tuple[float, float]]
 
     @classmethod
     def read(cls, result: Mapping[str, Any]) -> PoolAnswer:
         """From the result of a SCORE call. Raises Stopped."""
         if "stopped" in result:
             raise Stopped(result["stopped"])
-        return cls(result["logprobs"], Tokens(**result["tokens"]))
+        return cls(result["logprobs"], Tokens(**result["tokens"]), result["times"])
 
 
 def check(tree: PromptTree, labels: tuple[int, int], model_config: Any) -> None:
     """Raise ValueError for what vLLM's API server would have refused in each of the prompts."""
+    if model_config.runner_type != "generate":
+        raise ValueError("this server embeds, and has no log-probabilities of labels")
     longest, limit = max(tree.lengths()), model_config.max_model_len
     if longest >= limit:
         raise ValueError(f"a prompt has {longest} tokens, and the model takes {limit - 1}")
@@ -307,7 +323,13 @@ def arguments(name: str, tree: PromptTree, labels: tuple[int, int]) -> tuple[obj
 
 
 def usable(vllm_config: Any) -> bool:
-    """Whether an engine of this configuration takes pools; its processes have the plugin as this one has."""
+    """Whether an engine of this configuration takes pools; its processes have the plugin as this one has.
+
+    One with limits on what may be queued (vLLM 0.32) gets prompts one by one, for it is asked before each.
+    """
+    limits = ("max_num_queued_reqs", "max_num_queued_tokens")
+    if any(getattr(vllm_config.scheduler_config, limit, None) is not None for limit in limits):
+        return False
     return installed() and vllm_config.parallel_config.data_parallel_size == 1
 
 
@@ -324,25 +346,26 @@ def call(client: Any, name: str, tree: PromptTree, labels: tuple[int, int]) -> P
     """Score a pool by vLLM's synchronous client (SyncMPClient). Raises what vLLM raises for a dead engine."""
     result: Future[Any] = Future()
 
-    def wait() -> None:
+    def ask() -> None:
         try:
             result.set_result(client.call_utility(SCORE, *arguments(name, tree, labels)))
         except BaseException as error:  # noqa: BLE001 - it is the caller's, whatever it is
             result.set_exception(error)
 
-    threading.Thread(target=wait, name=name, daemon=True).start()
-    while True:
-        try:
-            return PoolAnswer.read(result.result(timeout=ALIVE_S))
-        except FutureTimeout:
-            client.ensure_alive()
+    threading.Thread(target=ask, name=name, daemon=True).start()
+    while not wait([result], timeout=ALIVE_S).done:
+        client.ensure_alive()
+        if not client.output_queue_thread.is_alive():
+            raise RuntimeError("nobody listens to vLLM's engine any more")
+    return PoolAnswer.read(result.result())
 
 
-def count(engine: Any, answer: PoolAnswer, seconds: float) -> None:
+def count(engine: Any, answer: PoolAnswer) -> None:
     """Add a pool to the /metrics of an API server (AsyncLLM), which counts tokens and times of the requests it made
-    itself; the rest, such as hits of the prefix cache, the engine counts for every request."""
+    itself; the rest, such as hits of the prefix cache, the engine counts for every request. Of a pool that was cancelled
+    nothing is added."""
     try:
-        _count(engine.logger_manager, answer, seconds)
+        _count(engine.logger_manager, answer)
     except (ImportError, AttributeError, TypeError) as error:  # another vLLM; the answer is none the worse
         _warn_uncounted(str(error))
 
@@ -352,7 +375,7 @@ def _warn_uncounted(why: str) -> None:
     log.warning("this vLLM's /metrics leave out the tokens of pools: %s", why)
 
 
-def _count(manager: Any, answer: PoolAnswer, seconds: float) -> None:
+def _count(manager: Any, answer: PoolAnswer) -> None:
     if manager is None:  # --disable-log-stats
         return
     from vllm.v1.engine import FinishReason
@@ -360,7 +383,8 @@ def _count(manager: Any, answer: PoolAnswer, seconds: float) -> None:
 
     asked, tokens, stats = len(answer.logprobs), answer.tokens, IterationStats()
     stats.num_generation_tokens = asked
-    stats.time_to_first_tokens_iter = [seconds] * asked
+    stats.time_to_first_tokens_iter = [ended for _, ended in answer.times]
+    stats.max_num_generation_tokens_iter = stats.n_params_iter = [1] * asked
     counted = stats.prompt_token_stats
     counted.total, counted.computed = tokens.prompt, tokens.computed
     counted.local_cache_hit, counted.external_kv_transfer = tokens.cached, tokens.external
@@ -368,13 +392,17 @@ def _count(manager: Any, answer: PoolAnswer, seconds: float) -> None:
     stats.finished_requests = [
         FinishedRequestStats(
             finish_reason=FinishReason.LENGTH,
-            e2e_latency=seconds,
+            e2e_latency=ended,
+            queued_time=begun,
+            prefill_time=ended - begun,
+            inference_time=ended - begun,
             num_prompt_tokens=tokens.prompt // asked,
             num_generation_tokens=1,
             max_tokens_param=1,
             num_cached_tokens=counted.cached_tokens // asked,
         )
-    ] * asked
+        for begun, ended in answer.times
+    ]
     manager.record(engine_idx=0, scheduler_stats=None, iteration_stats=stats, mm_cache_stats=None)
 
 

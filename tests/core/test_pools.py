@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import threading
+import time
 from concurrent.futures import Future
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -81,7 +83,7 @@ def answer(key: str, logprobs: dict[int, float] | None, *, finished: bool = True
         num_local_cached_tokens=cached,
         num_external_cached_tokens=0,
     )
-    return SimpleNamespace(request_id=key, new_logprobs=listed, finished=finished, prefill_stats=stats)
+    return SimpleNamespace(request_id=key, new_logprobs=listed, finished=finished, prefill_stats=stats, events=None)
 
 
 class Request(SimpleNamespace):
@@ -162,7 +164,7 @@ def test_blocks_have_the_hashes_that_they_have_without_the_tree(pools_of_paths: 
 
 
 def test_remembered_hashes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pools, "REMEMBERED_BLOCKS", 6)
+    monkeypatch.setattr(pools, "REMEMBERED_TOKENS", 6 * BLOCK)
     plain = PlainHasher()
     hasher = PathHasher(plain, BLOCK)
     for start in range(40):
@@ -170,6 +172,21 @@ def test_remembered_hashes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         request = Request(prompt_token_ids=tokens, block_hasher=hasher)
         assert request.block_hashes == PlainHasher()(Hashed(tokens))
         assert len(hasher._known) <= 6 + 3
+
+
+def test_a_prompts_times_are_those_of_the_engine() -> None:
+    core = Core()
+    future = Pools(core).score("p", PromptTree([[1]], [-1], [0], [0]), LABELS)
+    began = time.monotonic() + 0.01
+    time.sleep(0.03)
+    timed = answer("p-0", {4: -0.25, 7: -1.5, 9: -0.5})
+    timed.events = [
+        SimpleNamespace(type=SimpleNamespace(name=name), timestamp=at)
+        for name, at in (("QUEUED", 0.0), ("SCHEDULED", began), ("PREEMPTED", 1e9), ("SCHEDULED", 1e9))
+    ]
+    core.step(timed)
+    [(begun, ended)] = PoolAnswer.read(future.result(timeout=0)).times
+    assert 0.009 < begun < 0.02 <= ended < 5
 
 
 def test_statistics_of_the_last_step_leave_before_its_answer() -> None:
@@ -283,12 +300,39 @@ def test_a_pool_that_waits_does_not_outlive_the_engines_stop() -> None:
 def test_what_vllm_would_refuse_is_refused(
     labels: tuple[int, int], longest: int, vocabulary: int, complaint: str
 ) -> None:
-    config = SimpleNamespace(max_model_len=longest, get_vocab_size=lambda: vocabulary)
+    config = SimpleNamespace(runner_type="generate", max_model_len=longest, get_vocab_size=lambda: vocabulary)
     if not complaint:
         pools.check(TREE, labels, config)
         return
     with pytest.raises(ValueError, match=complaint):
         pools.check(TREE, labels, config)
+
+
+def test_a_server_that_embeds_is_not_asked() -> None:
+    config = SimpleNamespace(runner_type="pooling", max_model_len=99, get_vocab_size=lambda: 99)
+    with pytest.raises(ValueError, match="embeds"):
+        pools.check(TREE, LABELS, config)
+
+
+def test_zeros_behind_the_labels_are_nobodys() -> None:
+    """vLLM fills rows up with id 0 and -inf where another request of the step asked for more."""
+    core = Core()
+    future = Pools(core).score("p", PromptTree([[1]], [-1], [0], [0]), (0, 9))
+    padded = answer("p-0", {4: -0.25, 0: -1.5, 9: -0.5})
+    padded.new_logprobs.logprob_token_ids = np.array([[4, 0, 9, 0, 0]])
+    padded.new_logprobs.logprobs = np.array([[-0.25, -1.5, -0.5, -np.inf, -np.inf]])
+    core.step(padded)
+    assert PoolAnswer.read(future.result(timeout=0)).logprobs == [[-1.5, -0.5]]
+
+
+@pytest.mark.parametrize("missing", ["post_step", "_send_abort_outputs"])
+def test_another_engine_is_left_as_it_is(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    core = Core()
+    own = core.scheduler.update_from_output
+    monkeypatch.delattr(Core, missing)
+    with pytest.raises(AttributeError):
+        Pools(core)
+    assert core.scheduler.update_from_output == own
 
 
 class DeadClient:
@@ -301,7 +345,18 @@ class DeadClient:
         raise RuntimeError("EngineDeadError")
 
 
+class DeafClient(DeadClient):
+    """One whose thread that listens to the engine has ended."""
+
+    output_queue_thread = threading.Thread()
+
+    def ensure_alive(self) -> None:
+        pass
+
+
 def test_a_call_to_an_engine_that_dies_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pools, "ALIVE_S", 0.05)
     with pytest.raises(RuntimeError, match="EngineDeadError"):
         pools.call(DeadClient(), "p", TREE, LABELS)
+    with pytest.raises(RuntimeError, match="nobody listens"):
+        pools.call(DeafClient(), "p", TREE, LABELS)

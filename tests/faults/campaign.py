@@ -2,6 +2,7 @@
 
     python -m tests.faults.campaign --runs 1000 --seed 1 --json campaign.json
     python -m tests.faults.campaign --kills 200 --seed 1
+    python scripts/with_server.py -- python -m tests.faults.campaign --real 20    # before a real vLLM on the CPU
 
 Every run has a plan drawn from its own seed (SEED and the run's number), so that one that fails can be repeated alone:
 --only NUMBER. A run passes if it ends by itself with the labels of the undisturbed run, or stops with a reason where
@@ -32,7 +33,7 @@ from typing import Any
 from src.experiments.ICM import main as icm
 from tests.faults.proxy import FAULTS, SLOW_KINDS, Strike
 from tests.faults.store import forks
-from tests.faults.world import World, labels_of, other_weights
+from tests.faults.world import RealWorld, World, labels_of, other_weights
 
 SWAPS: dict[str, dict[str, Any]] = {
     "weights": {"salt": "other", "log_odds": other_weights},
@@ -123,8 +124,8 @@ def draw_plan(seed: int, number: int) -> Plan:
     )
 
 
-def play(world: World, plan: Plan, report: Report) -> list[str]:
-    """Run the plan, resume if it stopped; what is wrong with the outcome."""
+def play(world: World, plan: Plan, report: Report, *, limit: float = 60.0) -> list[str]:
+    """Run the plan, resume if it stopped; what is wrong with the outcome. limit: seconds that a run may take."""
     flags = ("--seed", str(plan.seed))
     whole = world.undisturbed(*flags)
     world.be(trees=plan.trees)
@@ -138,7 +139,7 @@ def play(world: World, plan: Plan, report: Report) -> list[str]:
     world.proxy.swap = swap
     flags += () if plan.size is None else ("--prompts_per_request", str(plan.size))
     wrong = []
-    ended = world.run(runs, *flags)
+    ended = world.run(runs, *flags, limit=limit)
     report.slowest = max(report.slowest, ended.seconds)
     report.by_kind.update(world.proxy.struck)
     if ended.hung:
@@ -157,7 +158,7 @@ def play(world: World, plan: Plan, report: Report) -> list[str]:
     if ended.code:
         world.be(trees=plan.trees)
         world.proxy.plan, world.proxy.strange = [], False
-        again = world.run(runs, *flags)
+        again = world.run(runs, *flags, limit=limit)
         report.hangs += again.hung
         if again.code:
             return [*wrong, f"cannot be resumed ({again.code}): {again.err[-300:]}"]
@@ -186,6 +187,24 @@ def network_campaign(world: World, numbers: Sequence[int], seed: int, *, told: b
             report.failures.append(f"{plan}: {'; '.join(wrong)}")
             if told:
                 print(report.failures[-1], flush=True)
+    return report
+
+
+def real_campaign(world: RealWorld, runs: int, seed: int, *, told: bool = False) -> Report:
+    """`runs` plans of as many kinds, evenly out of all that a server which stays itself can meet."""
+    report = Report()
+    kinds = [kind for kind in sorted(FAULTS) if kind != "restart_as_another"]
+    rng = random.Random(f"real {seed}")
+    for number in range(runs):
+        kind = kinds[(number * len(kinds) // runs + seed - 1) % len(kinds)]
+        strike = Strike(kind, rng.randint(1, 6), 1 if kind in SLOW_KINDS else rng.randint(1, 3), rng.uniform(0.01, 0.3))
+        plan = Plan(number, [strike], "none", trees=True, size=None, seed=number % 2)
+        wrong = play(world, plan, report, limit=400.0)
+        report.runs += 1
+        if wrong:
+            report.failures.append(f"{plan}: {'; '.join(wrong)}")
+        if told:
+            print(f"{plan}: {'; '.join(wrong) or 'as undisturbed'}", flush=True)
     return report
 
 
@@ -282,6 +301,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--runs", type=int, default=0, help="runs with faults on the way to the server")
     parser.add_argument("--kills", type=int, default=0, help="runs killed with SIGKILL and resumed")
+    parser.add_argument("--real", type=int, default=0, help="runs with faults on the way to the vLLM at VLLM_BASE_URL")
+    parser.add_argument("--model", default="gemma-3-270m", help="what that one serves")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=1, help="processes at once for --runs")
     parser.add_argument("--only", type=int, default=None, metavar="NUMBER", help="one run of --runs alone")
@@ -296,6 +317,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result["faults"] = _share([args.only], args.seed).as_dict()
     elif args.runs:
         result["faults"] = shared_campaign(args.runs, args.seed, args.jobs).as_dict()
+    if args.real:
+        with RealWorld(os.environ["VLLM_BASE_URL"], args.model) as world:
+            result["real"] = real_campaign(world, args.real, args.seed, told=True).as_dict()
     if args.kills:
         forks.set_forkserver_preload(["__main__"])  # imported once, not in every child
         with World() as world:

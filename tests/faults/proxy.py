@@ -635,4 +635,4 @@ def _with_logprob(answer: Any, value: object) -> Any:
     return answer
 
 
-_FALSE = 7983
+_FALSE = 7983  # of the fake server; a real one is asked for trees

@@ -31,8 +31,10 @@ from unittest import mock
 
 from matplotlib.figure import Figure
 
+from core.llm_api.llm import ModelAPI
 from core.llm_api.response_cache import cache_key
-from core.llm_api.types import EngineIdentity, LabelTokens
+from core.llm_api.types import EngineIdentity, LabelTokens, Prompt, Segment
+from core.llm_api.vllm_llm import VLLMClient
 from src.experiments.ICM import main
 from tests.core.fake_server import FALSE, TRUE, FakeVLLM, label_distribution
 from tests.faults.proxy import FaultProxy
@@ -90,6 +92,10 @@ class Verdict:
 class World:
     """Servers in a thread, data and run folders in a temporary place. A context manager."""
 
+    model = MODEL
+    labels = LABELS
+    patience: Mapping[str, str] = PATIENCE
+
     def __init__(self, claims: int = 24) -> None:
         self.home = Path(tempfile.mkdtemp(prefix="icm-faults-"))
         self.data = self.home / "claims.jsonl"
@@ -123,13 +129,17 @@ class World:
         async def serve() -> None:
             stopped = asyncio.Event()
             self._stop = stopped.set
-            async with self.server as server, FaultProxy(server.port, labels=(TRUE, FALSE)) as self.proxy:
+            async with self.server as server, self.between(server.port) as self.proxy:
                 self._ready.set()
                 await stopped.wait()
 
         asyncio.set_event_loop(self.loop)
         self.loop.run_until_complete(serve())
         self.loop.close()
+
+    def between(self, port: int) -> FaultProxy:
+        """The proxy before the server at this port."""
+        return FaultProxy(port, labels=self.labels.ids)
 
     def at_server(self, action: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine in the servers' loop."""
@@ -144,12 +154,12 @@ class World:
 
     def arguments(self, runs: Path, *more: str) -> list[str]:
         return [
-            *("--data", str(self.data), "--model", MODEL, "--runs_dir", str(runs), "--run", "a", "--quiet"),
+            *("--data", str(self.data), "--model", self.model, "--runs_dir", str(runs), "--run", "a", "--quiet"),
             *("--num_seed", "4", "--batch_size", "16", "--max_tail", "4", *more),
         ]
 
     def environment(self) -> dict[str, str]:
-        return {"VLLM_BASE_URL": self.proxy.url, "ICM_SECRETS": os.devnull, **PATIENCE}
+        return {"VLLM_BASE_URL": self.proxy.url, "ICM_SECRETS": os.devnull, **self.patience}
 
     def run(self, runs: Path, *more: str, env: Mapping[str, str] | None = None, limit: float = 60.0) -> Ended:
         """`ICM.main` here and now."""
@@ -190,7 +200,7 @@ class World:
             runs = self.home / f"whole {len(self._whole)}"
             self.be()
             self.proxy.renew([])
-            ended = self.run(runs, *more)
+            ended = self.run(runs, *more, limit=400.0)
             assert ended.code == 0, ended.err
             self._whole[more] = labels_of(runs)
         return self._whole[more]
@@ -201,7 +211,7 @@ class World:
         keys = {}
         for prompt in {prompt for exchange in self.proxy.exchanges for prompt in exchange.prompts}:
             digest = hashlib.sha256(json.dumps(list(prompt), separators=(",", ":")).encode()).hexdigest()
-            keys[cache_key(identity, LABELS, digest)] = prompt
+            keys[cache_key(identity, self.labels, digest)] = prompt
         return keys
 
     def stored(self, runs: Path) -> set[tuple[int, ...]]:
@@ -213,8 +223,13 @@ class World:
 
     def wrong_in_cache(self, runs: Path) -> int:
         """Rows of the response cache that the honest server would not have given for their prompt."""
-        truth = {key: label_distribution(signed_by_words(prompt)) for key, prompt in self._keys(runs).items()}
+        keys = self._keys(runs)
+        truth = dict(zip(keys, self.truth(list(keys.values())), strict=True))
         return sum(truth.get(key) != (true, false) for key, true, false in _rows(runs))
+
+    def truth(self, prompts: Sequence[tuple[int, ...]]) -> list[tuple[float, float]]:
+        """What the honest server answers to each."""
+        return [label_distribution(signed_by_words(prompt)) for prompt in prompts]
 
     def paid_twice(self) -> int:
         """Prompts that were asked again after their whole honest answer had been handed over."""
@@ -225,6 +240,35 @@ class World:
             if exchange.delivered is not None:
                 have.update(exchange.prompts)
         return again
+
+
+class RealWorld(World):
+    """The same before a real vLLM server, which answers exactly by prompt and cannot become another."""
+
+    patience: Mapping[str, str] = {**PATIENCE, "ICM_READ_TIMEOUT": "30", "ICM_LIVENESS_TIMEOUT": "10"}
+    """A pool takes the small model on two cores some seconds, and beside other work several times that."""
+
+    def __init__(self, url: str, model: str, claims: int = 16) -> None:
+        super().__init__(claims)
+        self.url, self.model = url, model
+        self.labels = asyncio.run(self._ask(lambda api: api.label_tokens()))
+
+    def between(self, port: int) -> FaultProxy:
+        """Before the real server, whatever the fake one's port."""
+        return FaultProxy(int(self.url.rsplit(":", 1)[1]), labels=self.labels.ids, stall=40.0, silence=20.0)
+
+    def be(self, **attributes: Any) -> None:  # type: ignore[override]
+        """Nothing but itself."""
+
+    def truth(self, prompts: Sequence[tuple[int, ...]]) -> list[tuple[float, float]]:
+        """Asked of the server itself, past proxy and caches."""
+        asked = [Prompt((Segment("", prompt),)) for prompt in prompts]
+        scores = asyncio.run(self._ask(lambda api: api.score(asked, self.labels)))
+        return [(logprobs.true, logprobs.false) for logprobs in scores.logprobs]
+
+    async def _ask(self, question: Callable[[ModelAPI], Coroutine[Any, Any, T]]) -> T:
+        async with ModelAPI(VLLMClient(self.url, self.model)) as api:
+            return await question(api)
 
 
 def labels_of(runs: Path) -> bytes:

@@ -1,0 +1,46 @@
+"""A real vLLM server that embeds, with the small model on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from core.llm_api.errors import ConfigurationError
+from core.llm_api.llm import ModelAPI
+from core.llm_api.vllm_llm import VLLMClient
+from core.vllm_server import VLLMServer
+from tests.conftest import MODEL, RunningServer
+
+pytestmark = [pytest.mark.real_server, pytest.mark.timeout(900)]
+
+CATS = ["The cat sleeps on the warm sofa.", "A kitten is napping on the couch."]
+RATES = ["The central bank raised interest rates.", "Interest rates went up again, says the bank."]
+
+
+@pytest.fixture(scope="module")
+def embedding_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    log: Path = tmp_path_factory.mktemp("vllm") / "embedding.log"
+    with VLLMServer(model=MODEL, log=log, options=("--runner", "pooling", "--convert", "embed")) as server:
+        yield RunningServer(server.url, server.model)
+
+
+async def test_what_means_the_same_is_near(embedding_server: RunningServer) -> None:
+    async with ModelAPI(VLLMClient(embedding_server.url, embedding_server.model), scores=False) as api:
+        vectors = await api.embed([*CATS, *RATES])
+        again = await api.embed(RATES[::-1])
+        nothing = await api.embed([])
+    assert (vectors.shape, vectors.dtype) == ((4, 640), np.float32)
+    assert len(nothing) == 0
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1.0, atol=1e-3)
+    np.testing.assert_allclose(again[::-1], vectors[2:], atol=0.02)  # bfloat16, in another batch
+    near = vectors @ vectors.T
+    assert min(near[0, 1], near[2, 3]) > near[:2, 2:].max() + 0.02
+
+
+async def test_a_server_that_embeds_says_that_it_writes_no_texts(embedding_server: RunningServer) -> None:
+    async with ModelAPI(VLLMClient(embedding_server.url, embedding_server.model), scores=False) as api:
+        with pytest.raises(ConfigurationError, match=embedding_server.model):
+            await api.complete(["Hello"])
