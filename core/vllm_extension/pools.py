@@ -362,8 +362,10 @@ def call(client: Any, name: str, tree: PromptTree, labels: tuple[int, int]) -> P
 
 def count(engine: Any, answer: PoolAnswer) -> None:
     """Add a pool to the /metrics of an API server (AsyncLLM), which counts tokens and times of the requests it made
-    itself; the rest, such as hits of the prefix cache, the engine counts for every request. Of a pool that was cancelled
-    nothing is added."""
+    itself; the rest, such as hits of the prefix cache, the engine counts for every request.
+
+    Of a pool that was cancelled nothing is added.
+    """
     try:
         _count(engine.logger_manager, answer)
     except (ImportError, AttributeError, TypeError) as error:  # another vLLM; the answer is none the worse
