@@ -1,4 +1,5 @@
-"""What vLLM's engine core spends on the blocks of a cached pool, with and without our extension, side by side.
+"""What vLLM's engine core spends on the blocks of a cached pool: as it is, with our extension where prompts come one by
+one, and where the pool comes as a tree (docs/serving.md), side by side.
 
     python benchmarks/engine_core.py --size 256 --block_size 16
 
@@ -15,7 +16,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +26,29 @@ if str(Path(__file__).resolve().parents[1]) not in sys.path:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.step_machine import hardware
+from core.llm_api.prompt_tree import PromptTree
+from core.llm_api.types import Prompt, Segment
 from core.vllm_extension.block_hashes import RememberingHasher
 from core.vllm_extension.block_lookup import RememberingLookup
+from core.vllm_extension.pools import PathHasher
 from src.icm.prefix_tree import TreeLayout
 
 STEPS = ("request and hashes", "lookup", "allocation", "release")
 
 
-def tree_prompts(size: int, claim_tokens: int) -> list[list[int]]:
-    """Token ids of the prompts of a tree over `size` random claims, depth first."""
+def tree_of_claims(size: int, claim_tokens: int) -> PromptTree:
+    """The prompts of a tree over `size` random claims, depth first."""
     rng = np.random.default_rng(0)
-    claims = [rng.integers(0, 100_000, claim_tokens + 2).tolist() for _ in range(size)]
+    claims = [Segment("", rng.integers(0, 100_000, claim_tokens + 2).tolist()) for _ in range(size)]
+    questions = [Segment("", (claim.tokens or ())[:-2]) for claim in claims]
     layout = TreeLayout.build(range(size), [str(i) for i in range(size)], rng)
-    return [
-        [0, *(token for other in layout.context(claim) for token in claims[other]), *claims[claim][:-2]]
-        for claim in layout.questions
-    ]
+    first = Segment("", [0])
+    return PromptTree.of(
+        [
+            Prompt((first, *(claims[other] for other in layout.context(claim)), questions[claim]))
+            for claim in layout.questions
+        ]
+    )
 
 
 class EngineCore:
@@ -68,20 +76,22 @@ class EngineCore:
         self.hasher: Any = get_request_block_hasher(block_size, sha256)
         self._requests = 0
 
-    def pool(self, prompts: Sequence[Sequence[int]], hasher: Callable[..., Any]) -> dict[str, float]:
-        """Seconds of each of STEPS, summed over a pool."""
+    def pool(self, prompts: Iterable[tuple[list[int], int]], hasher: Callable[..., Any]) -> dict[str, float]:
+        """Seconds of each of STEPS, summed over a pool. prompts: token ids of each, and how many are as in the last."""
         from vllm.sampling_params import SamplingParams
         from vllm.v1.request import Request
 
         seconds: dict[str, float] = defaultdict(float)
         manager, clock = self._manager, time.perf_counter
-        for prompt in prompts:
+        for prompt, shared in prompts:
             self._requests += 1
+            if isinstance(hasher, PathHasher):
+                hasher.shared = shared
             sampling = SamplingParams(max_tokens=1, temperature=0.0)
             t0 = clock()
             request = Request(
                 request_id=str(self._requests),
-                prompt_token_ids=list(prompt),
+                prompt_token_ids=prompt,
                 sampling_params=sampling,
                 pooling_params=None,
                 block_hasher=hasher,
@@ -116,29 +126,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError as error:
         print(f"engine_core: needs vLLM ({error}): run `make setup-local`", file=sys.stderr)
         return 2
-    prompts = tree_prompts(args.size, args.claim_tokens)
-    tokens = sum(map(len, prompts))
+    tree = tree_of_claims(args.size, args.claim_tokens)
+    # By JSON and back, as they come one by one: no two prompts have an object in common.
+    single = [(json.loads(json.dumps(ids)), 0) for ids, _ in tree.prompts()]
+    tokens = sum(tree.lengths())
     core = EngineCore(args.block_size, max(100_000, 3 * tokens // max(1, args.size // 16)))
     own = Manager.find_longest_cache_hit
     remembering = functools.partial(RememberingLookup(), own)
     ways = {
         "vLLM": (core.hasher, own),
-        "with the extension": (RememberingHasher(core.hasher, args.block_size), remembering),
+        "one by one": (RememberingHasher(core.hasher, args.block_size), remembering),
+        "as a tree": (PathHasher(core.hasher, args.block_size), remembering),
     }
-    core.pool(prompts, core.hasher)  # fills the cache
+    for hasher, _ in ways.values():
+        core.pool(tree.prompts(), hasher)  # fills the cache, and what a hasher remembers
     measured: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
     for _ in range(args.repeats):
         for name, (hasher, lookup) in ways.items():
             Manager.find_longest_cache_hit = staticmethod(lookup)
-            measured[name].append(core.pool(prompts, hasher))
+            measured[name].append(core.pool(tree.prompts() if name == "as a tree" else single, hasher))
     print(f"vLLM {vllm.__version__}: {args.size} prompts, {tokens:,} tokens, all cached, blocks of {args.block_size}")
-    print(f"{'seconds a pool (median)':<26}{''.join(f'{name:>22}' for name in ways)}{'ratio':>8}")
+    print(f"{'seconds a pool (median)':<26}{''.join(f'{name:>22}' for name in ways)}{'last / first':>14}")
     for step in (*STEPS, "together"):
         found = [
             statistics.median(sum(run.values()) if step == "together" else run[step] for run in runs)
             for runs in measured.values()
         ]
-        print(f"{step:<26}{''.join(f'{value:>22.3f}' for value in found)}{found[1] / found[0]:>8.2f}")
+        print(f"{step:<26}{''.join(f'{value:>22.3f}' for value in found)}{found[-1] / found[0]:>14.2f}")
     if args.json:
         result = {"vllm": vllm.__version__, "hardware": hardware(), "size": args.size, "tokens": tokens}
         result |= {"block_size": args.block_size, "seconds": measured}

@@ -408,7 +408,7 @@ class HttpTransport:
             case 400 | 422:
                 return "Check the prompt's length against the model's, and the request against the server's version."
             case 404:
-                return "Check the URL and the model's name."
+                return "Check the URL, the model's name, and what the server is for: one that embeds writes no texts."
             case 413:
                 return "Lower prompts_per_request."
             case _ if 300 <= status < 400:

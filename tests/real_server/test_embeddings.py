@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import aiohttp
 import numpy as np
 import pytest
 
-from core.llm_api.errors import ConfigurationError
+from core.llm_api.errors import RequestRejected
 from core.llm_api.llm import ModelAPI
+from core.llm_api.prompt_tree import PATH
 from core.llm_api.vllm_llm import VLLMClient
 from core.vllm_server import VLLMServer
 from tests.conftest import MODEL, RunningServer
@@ -40,7 +42,12 @@ async def test_what_means_the_same_is_near(embedding_server: RunningServer) -> N
     assert min(near[0, 1], near[2, 3]) > near[:2, 2:].max() + 0.02
 
 
-async def test_a_server_that_embeds_says_that_it_writes_no_texts(embedding_server: RunningServer) -> None:
+async def test_a_server_that_embeds_is_asked_for_nothing_else_and_lives_on(embedding_server: RunningServer) -> None:
+    pool = {"labels": [1, 2], "tree": {"segments": [[5]], "parents": [-1], "pieces": [0], "ends": [0]}}
+    async with aiohttp.ClientSession(embedding_server.url) as session, session.post(PATH, json=pool) as response:
+        assert response.status == 400
+        assert "embeds" in (await response.json())["error"]["message"]
     async with ModelAPI(VLLMClient(embedding_server.url, embedding_server.model), scores=False) as api:
-        with pytest.raises(ConfigurationError, match=embedding_server.model):
+        with pytest.raises(RequestRejected, match="404"):
             await api.complete(["Hello"])
+        assert (await api.embed(CATS)).shape == (2, 640)
