@@ -69,7 +69,7 @@ async def _answer(request: Any) -> Any:
     try:
         tree, (true, false) = read_request(await request.body())
         labels = true, false
-        pools.check(tree, labels, engine.model_config)
+        lengths = pools.check(tree, labels, engine.model_config)
         ask = _pool if pools.usable(engine.vllm_config) else _one_by_one
         scoring = asyncio.create_task(ask(engine, f"pool-{uuid.uuid4().hex}", tree, labels))
         leaving = asyncio.create_task(_client_left(request))
@@ -86,7 +86,7 @@ async def _answer(request: Any) -> Any:
     except ValueError as error:  # vLLM's own for a refused prompt, too
         return _json(400, {"error": {"message": str(error)}})
     content = [[_finite(value) for value in pair] for pair in logprobs]
-    return _json(200, {"logprobs": content, "prompt_tokens": sum(tree.lengths()), "cached_tokens": cached})
+    return _json(200, {"logprobs": content, "prompt_tokens": sum(lengths), "cached_tokens": cached})
 
 
 async def _pool(
@@ -129,15 +129,10 @@ async def _one_by_one(
     engine: Any, name: str, tree: PromptTree, labels: tuple[int, int]
 ) -> tuple[Sequence[Sequence[float]], int | None]:
     """As _pool, by vLLM's way for single prompts."""
-    from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    parameters = SamplingParams(
-        max_tokens=1,
-        temperature=0.0,
-        logprobs=len(labels),
-        logprob_token_ids=list(labels),
-        detokenize=False,
+    parameters = pools.label_parameters(
+        labels,
         output_kind=RequestOutputKind.FINAL_ONLY,
         skip_clone=True,  # nothing in them changes, and a deep copy for each prompt is a tenth of the route's time
     )

@@ -136,17 +136,8 @@ class Pools:
 
     def score(self, name: str, tree: PromptTree, labels: tuple[int, int]) -> Future[dict[str, object]]:
         """Begin with a pool. The result, when its last prompt is answered, is for PoolAnswer.read."""
-        from vllm.sampling_params import SamplingParams
-
-        parameters = SamplingParams(
-            max_tokens=1,
-            temperature=0.0,
-            logprobs=len(labels),
-            logprob_token_ids=list(labels),
-            detokenize=False,
-        )
         size = len(tree.ends)
-        pool = _Pool(name, labels, parameters, enumerate(tree.prompts()), size, [None] * size)
+        pool = _Pool(name, labels, label_parameters(labels), enumerate(tree.prompts()), size, [None] * size)
         self._waiting.append(pool)
         self._feed()
         self._answer()
@@ -154,11 +145,15 @@ class Pools:
 
     def cancel(self, name: str) -> None:
         """Take a pool's prompts out of the engine; nothing happens if it has ended."""
-        for pool in {*self._waiting, *(pool for pool, _ in self._asked.values())}:
+        for pool in self._begun():
             if pool.name == name:
                 self._fail(pool, "the pool was cancelled")
         self._feed()  # there may be no step to do it after
         self._answer()
+
+    def _begun(self) -> set[_Pool]:
+        """Those that have not ended."""
+        return {*self._waiting, *(pool for pool, _ in self._asked.values())}
 
     def _feed(self) -> None:
         """Give the scheduler as many waiting prompts as fill a step; the next ones are made while it computes."""
@@ -240,7 +235,7 @@ class Pools:
         @functools.wraps(own)
         def _send_abort_outputs(aborted: Any) -> Any:
             # vLLM has ended all requests; what waits here would wait for a step that may never come.
-            for pool in {*self._waiting, *(pool for pool, _ in self._asked.values())}:
+            for pool in self._begun():
                 self._fail(pool, "the engine was paused or stopped")
             self._answer()
             return own(aborted)
@@ -305,16 +300,31 @@ class PoolAnswer:
         return cls(result["logprobs"], Tokens(**result["tokens"]), result["times"])
 
 
-def check(tree: PromptTree, labels: tuple[int, int], model_config: Any) -> None:
-    """Raise ValueError for what vLLM's API server would have refused in each of the prompts."""
+def label_parameters(labels: tuple[int, int], **more: Any) -> Any:
+    """vLLM's SamplingParams for the logprobs of the labels after a prompt, and nothing else. more: of its fields."""
+    from vllm.sampling_params import SamplingParams
+
+    return SamplingParams(
+        max_tokens=1,
+        temperature=0.0,
+        logprobs=len(labels),
+        logprob_token_ids=list(labels),
+        detokenize=False,
+        **more,
+    )
+
+
+def check(tree: PromptTree, labels: tuple[int, int], model_config: Any) -> list[int]:
+    """Tokens of each prompt. Raises ValueError for what vLLM's API server would have refused in each of them."""
     if model_config.runner_type != "generate":
         raise ValueError("this server embeds, and has no log-probabilities of labels")
-    longest, limit = max(tree.lengths()), model_config.max_model_len
-    if longest >= limit:
-        raise ValueError(f"a prompt has {longest} tokens, and the model takes {limit - 1}")
+    lengths, limit = tree.lengths(), model_config.max_model_len
+    if max(lengths) >= limit:
+        raise ValueError(f"a prompt has {max(lengths)} tokens, and the model takes {limit - 1}")
     largest = max(max(map(max, tree.segments)), *labels)
     if largest >= model_config.get_vocab_size():
         raise ValueError(f"token id {largest} is out of vocabulary")
+    return lengths
 
 
 def arguments(name: str, tree: PromptTree, labels: tuple[int, int]) -> tuple[object, ...]:

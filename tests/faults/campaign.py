@@ -308,6 +308,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", type=int, default=None, metavar="NUMBER", help="one run of --runs alone")
     parser.add_argument("--json", type=Path, default=None, help="write the result there")
     args = parser.parse_args(arguments)
+    url = os.environ.get("VLLM_BASE_URL", "")
+    if args.real and not url:
+        parser.error("--real needs a server: set VLLM_BASE_URL, or put scripts/with_server.py -- before the command")
     started = time.perf_counter()
     result: dict[str, Any] = {
         "command": " ".join(["python -m tests.faults.campaign", *(sys.argv[1:] if arguments is None else arguments)]),
@@ -318,7 +321,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif args.runs:
         result["faults"] = shared_campaign(args.runs, args.seed, args.jobs).as_dict()
     if args.real:
-        with RealWorld(os.environ["VLLM_BASE_URL"], args.model) as world:
+        with RealWorld(url, args.model) as world:
             result["real"] = real_campaign(world, args.real, args.seed, told=True).as_dict()
     if args.kills:
         forks.set_forkserver_preload(["__main__"])  # imported once, not in every child
