@@ -204,14 +204,20 @@ def read_piece(data: bytes) -> Piece:
         usage = event.get("usage") or {}
         text, finish_reason = "", None
         for choice in event["choices"]:
-            said = choice["delta"].get("content") if "delta" in choice else choice["text"]
-            text += said or ""
-            finish_reason = choice.get("finish_reason") or finish_reason
+            text += _text(choice["delta"].get("content") if "delta" in choice else choice["text"])
+            finish_reason = _text(choice.get("finish_reason")) or finish_reason
         return Piece(
             text, finish_reason, int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
         )
     except (orjson.JSONDecodeError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise TransientError(f"the stream holds an event that cannot be read ({type(error).__name__}).") from None
+
+
+def _text(value: object) -> str:
+    """Of a field that may be null. Raises TypeError."""
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"a string was due, not {type(value).__name__}")
+    return value or ""
 
 
 def _stream_error(told: object, data: bytes) -> APIError:
@@ -229,8 +235,8 @@ def _generation(body: bytes) -> Generation:
         text = choice["message"]["content"] if "message" in choice else choice["text"]
         usage = answer.get("usage") or {}
         return Generation(
-            text or "",
-            str(choice.get("finish_reason") or "stop"),
+            _text(text),
+            _text(choice.get("finish_reason")) or "stop",
             int(usage.get("prompt_tokens") or 0),
             int(usage.get("completion_tokens") or 0),
         )
@@ -241,9 +247,12 @@ def _generation(body: bytes) -> Generation:
 def _vectors(body: bytes, count: int) -> Embeddings:
     try:
         rows: list[Any] = sorted(orjson.loads(body)["data"], key=lambda row: int(row["index"]))
-        vectors = np.array([row["embedding"] for row in rows], dtype=np.float32)
+        with np.errstate(over="ignore"):
+            vectors = np.array([row["embedding"] for row in rows], dtype=np.float32)
     except (orjson.JSONDecodeError, LookupError, TypeError, ValueError) as error:
         raise TransientError(f"the answer is truncated or malformed ({type(error).__name__}).") from None
     if vectors.ndim != 2 or len(vectors) != count:
         raise TransientError(f"asked for {count} vectors and got an array of shape {vectors.shape}.")
+    if not np.isfinite(vectors).all():
+        raise TransientError("a vector holds a number that is none, or is too large for 32 bits.")
     return vectors

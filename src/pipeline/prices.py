@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from src.icm.costs import Price
 from src.icm.run_record import RunRecord
 from src.icm.testbeds import BadInput
+from src.pipeline.run_schema import first_complaint
 
 ANY_MODEL = "*"
 
@@ -56,5 +57,4 @@ def read_prices(path: Path) -> PriceFile:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: is not YAML ({' '.join(str(error).split())})") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        raise BadInput(f"{path}: {'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}") from None
+        raise BadInput(f"{path}: {first_complaint(error)}") from None

@@ -7,7 +7,7 @@ out and counted; only a folder that holds no run at all is an error.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from src.icm.consistency import Constraint, Label, Relation
 from src.icm.run_record import LabelledClaim, RunRecord, with_journal_labels
 from src.icm.testbeds import BadInput
+from src.pipeline.run_schema import RunDocument, first_complaint, journal_line
 
 BASELINES = "baselines.json"
 
@@ -96,8 +97,7 @@ def read_baselines(folder: Path) -> tuple[BaselineTable, list[RunRecord]]:
     except (orjson.JSONDecodeError, TypeError) as error:
         raise BadInput(f"{path}: is damaged ({error})") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        raise BadInput(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise BadInput(f"{path}: {first_complaint(error)}") from None
     found = sorted(folder.glob("seed-*/run.json"), key=lambda file: (len(file.parent.name), file.parent.name))
     return table, [_within(table.name, read_run(file.parent)) for file in found]
 
@@ -107,15 +107,13 @@ def read_run(folder: Path) -> RunRecord:
     document = _run_document(folder)
     name = folder.resolve().name
     parts = tuple(
-        _within(name, read_run(folder / part))
-        for part in document.get("parts", [])
-        if isinstance(part, str) and "/" not in part and part != ".." and (folder / part / "run.json").is_file()
+        _within(name, read_run(folder / part)) for part in document.parts if (folder / part / "run.json").is_file()
     )
-    journal, damaged = _json_lines(folder / "log.jsonl")
+    lines, damaged = _json_lines(folder / "log.jsonl")
     rows, unreadable = _json_lines(folder / "labels.jsonl")
     pool_rows, _ = _json_lines(folder / "claims.jsonl")
-    skipped = damaged + unreadable
-    journal = [record for record in journal if record.get("event") and "U" in record]
+    journal = [line for line in map(journal_line, lines) if line is not None]
+    skipped = damaged + unreadable + len(lines) - len(journal)
     claims = [_claim(row) for row in rows]
     if not claims and pool_rows:
         claims = with_journal_labels([_claim(row) for row in pool_rows], journal)
@@ -123,18 +121,18 @@ def read_run(folder: Path) -> RunRecord:
         claims = [claim for part in parts for claim in part.claims]
     return RunRecord(
         name=name,
-        settings=_mapping(document, "settings"),
+        settings=document.settings,
         claims=tuple(claims),
         journal=tuple(journal),
         constraints=_constraints(pool_rows) if pool_rows else None,
-        engine=_mapping(document, "engine"),
-        environment=_mapping(document, "environment"),
-        result=document.get("result"),
-        cost=_mapping(document, "cost") or _summed_cost(journal, parts),
-        model_api=_mapping(document, "model_api"),
-        started=document.get("started"),
-        finished=document.get("finished"),
-        left_out=int(document.get("left_out", 0)),
+        engine=document.engine,
+        environment=document.environment,
+        result=document.result,
+        cost=document.cost or _summed_cost(journal, parts),
+        model_api=document.model_api,
+        started=document.started,
+        finished=document.finished,
+        left_out=document.left_out,
         skipped=skipped,
         parts=parts,
     )
@@ -158,21 +156,20 @@ def _within(parent: str, run: RunRecord) -> RunRecord:
     return replace(run, name=f"{parent}/{run.name}")
 
 
-def _run_document(folder: Path) -> dict[str, Any]:
+def _run_document(folder: Path) -> RunDocument:
     path = folder / "run.json"
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such folder; name a run's folder, as in runs/NAME")
     try:
-        document = orjson.loads(path.read_bytes())
+        return RunDocument.model_validate(orjson.loads(path.read_bytes()))
     except FileNotFoundError:
         raise BadInput(f"{folder}: holds no run (it has no run.json)") from None
     except OSError as error:
         raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
     except orjson.JSONDecodeError as error:
         raise BadInput(f"{path}: is damaged ({error})") from None
-    if not isinstance(document, dict):
-        raise BadInput(f"{path}: is damaged (not an object)")
-    return document
+    except ValidationError as error:
+        raise BadInput(f"{path}: is damaged ({first_complaint(error)})") from None
 
 
 def _json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -230,22 +227,19 @@ def _whole(value: object) -> int:
     return value if isinstance(value, int) else -1
 
 
-def _mapping(document: dict[str, Any], key: str) -> dict[str, Any]:
-    value = document.get(key)
-    return value if isinstance(value, dict) else {}
-
-
 def _constraints(rows: Sequence[dict[str, Any]]) -> tuple[Constraint, ...]:
     known = {relation.value: relation for relation in Relation}
-    return tuple(
-        Constraint(first, other, known[relation])
-        for first, row in enumerate(rows)
-        for other, relation in row.get("constraints", [])
-        if relation in known and isinstance(other, int) and first < other < len(rows)
-    )
+    found = []
+    for first, row in enumerate(rows):
+        listed = row.get("constraints")
+        for pair in listed if isinstance(listed, list) else []:
+            match pair:
+                case [int(other), str(relation)] if relation in known and first < other < len(rows):
+                    found.append(Constraint(first, other, known[relation]))
+    return tuple(found)
 
 
-def _summed_cost(journal: Iterable[dict[str, Any]], parts: Iterable[RunRecord]) -> dict[str, float]:
+def _summed_cost(journal: Iterable[Mapping[str, Any]], parts: Iterable[RunRecord]) -> dict[str, float]:
     """What a run that is not finished has cost so far."""
     total: dict[str, float] = {}
     keys = ("asked", "from_cache", "tokens_sent", "tokens_cached", "tokens_computed", "seconds")

@@ -9,6 +9,8 @@ from typing import Any
 
 import orjson
 
+from src.pipeline.run_schema import journal_line, part_names
+
 CHUNK = 1 << 20
 
 
@@ -53,10 +55,10 @@ class JournalTail:
         before = len(self.records)
         for line in lines.splitlines():
             try:
-                record = orjson.loads(line)
+                record = journal_line(orjson.loads(line))
             except orjson.JSONDecodeError:
                 continue
-            if isinstance(record, dict) and record.get("event") and "U" in record:
+            if record is not None:
                 self.records.append(record)
         return len(self.records) > before
 
@@ -64,8 +66,9 @@ class JournalTail:
 def searches_in(folder: Path) -> list[Path]:
     """The folders that hold journals: of a run of several parts its parts, of a table of baselines its seeds."""
     document = run_document(folder)
-    if document and document.get("parts"):
-        return [folder / str(part) for part in document["parts"]]
+    parts = document.get("parts") if document else None
+    if isinstance(parts, list) and parts:
+        return [folder / part for part in part_names(parts)]
     if document and "rows" in document:
         return sorted((path.parent for path in folder.glob("seed-*/run.json")), key=lambda p: (len(p.name), p.name))
     return [folder]

@@ -326,7 +326,7 @@ def _shown(value: object) -> str:
 def _engine(run: RunRecord) -> list[tuple[str, str]]:
     rows = [(name, _shown(value)) for name, value in run.engine.items() if value not in ("", None)]
     for name, value in run.environment.items():
-        if name == "packages":
+        if name == "packages" and isinstance(value, dict):
             rows += [(str(package), str(version)) for package, version in value.items()]
         else:
             rows.append((str(name), _shown(value)))

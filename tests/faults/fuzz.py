@@ -1,7 +1,7 @@
 """Coverage-guided fuzzing (atheris) of everything that reads bytes from outside.
 
-    python -m tests.faults.fuzz --seconds 600                    # CPU seconds for each parser
-    python -m tests.faults.fuzz --parser jsonl --seconds 60
+    python -m tests.faults.fuzz --seconds 600 --jobs 2           # CPU seconds for each parser, two at a time
+    python -m tests.faults.fuzz --only jsonl csv --seconds 60
 
 Each parser runs in a process of its own. A parser may refuse what it is given with the errors that it documents; any
 other exception, a hang of ten seconds or 2 GB of memory is a crash, and the input that did it is kept.
@@ -10,6 +10,7 @@ other exception, a hang of ten seconds or 2 GB of memory is a crash, and the inp
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import json
 import os
@@ -17,7 +18,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +34,26 @@ if "--parser" in sys.argv:
 with _WATCH:
     from core.llm_api.completions import label_logprobs, read_answers, read_tree_answer, token_key
     from core.llm_api.errors import APIError, ConfigurationError, MissingLabel
+    from core.llm_api.http_text import _generation, _pieces, _vectors
     from core.llm_api.prompt_tree import read_request
     from core.llm_api.retry import parse_retry_after
     from core.llm_api.transport import server_message
     from core.llm_api.types import LabelTokens, Prompt, Segment
     from core.llm_api.vllm_metrics import kv_block_size, kv_cache_capacity, prefix_cache_counters
     from core.settings import Settings, read_secrets
+    from src.experiments.experiment_file import load_experiment
     from src.icm.testbeds import BadInput
+    from src.monitoring.relabel import page
+    from src.monitoring.vllm_scrape import Replica
     from src.pipeline.datafiles import load_data_file
+    from src.pipeline.prices import read_prices
     from src.pipeline.run_folder import RunFolder
+    from src.pipeline.run_reader import read_all
+    from src.reporting.page import render_report
 
 LABELS = LabelTokens(true_id=7, false_id=9)
 PROMPTS = [Prompt((Segment("x", [i, 1]), Segment("y", [2])), name=f"claim {i}") for i in range(2)]
+MEMORY = Path("/dev/shm")  # a disk would be what is waited for
 _HOME = Path(tempfile.gettempdir()) / f"icm-fuzz-{os.getpid()}"
 
 
@@ -102,11 +113,39 @@ def tree_request(content: bytes) -> None:
         list(tree.prompts())
 
 
+def stream(content: bytes) -> None:
+    """Cut where its first byte says."""
+
+    async def read() -> None:
+        async def chunks() -> AsyncGenerator[bytes, None]:
+            size = content[0] + 1 if content else 1
+            for start in range(1, len(content), size):
+                yield content[start : start + size]
+
+        async for piece in _pieces(chunks()):
+            piece.text.encode()
+
+    with contextlib.suppress(APIError):
+        asyncio.run(read())
+
+
+def text_answer(content: bytes) -> None:
+    with contextlib.suppress(APIError):
+        _generation(content).text.encode()
+    with contextlib.suppress(APIError):
+        assert len(_vectors(content, 2)) == 2
+
+
 def metrics(content: bytes) -> None:
     text = content.decode(errors="replace")
     prefix_cache_counters(text)
     kv_cache_capacity(text)
     kv_block_size(text)
+
+
+def metrics_page(content: bytes) -> None:
+    labels = {"engine": "vllm", "model_id": "m"}
+    page([Replica(labels, content.decode(errors="replace"), 0.1), Replica({**labels, "engine": "b"}, None, 0.1)])
 
 
 def error_page(content: bytes) -> None:
@@ -124,7 +163,46 @@ def journal(content: bytes) -> None:
         folder.read_run()
 
 
+def run_folder(content: bytes) -> None:
+    """As `icm report` reads and shows it: run.json, then its journal, then its labels."""
+    for name, part in zip(("run.json", "log.jsonl", "labels.jsonl"), content.split(b"\0", 2), strict=False):
+        _file(name, part)
+    try:
+        render_report(*read_all([_HOME]))
+    except BadInput as error:
+        _one_line(error)
+
+
+def experiment(content: bytes) -> None:
+    try:
+        load_experiment(_file("experiment.yaml", content))
+    except BadInput as error:
+        _one_line(error)
+
+
+def prices(content: bytes) -> None:
+    try:
+        read_prices(_file("prices.yaml", content))
+    except BadInput as error:
+        _one_line(error)
+
+
 _ROW = b'{"question": "Is 4 even?", "choice": "yes", "label": 1, "consistency_id": 3}'
+_RUN = (
+    b'{"format":2,"settings":{"testbed":"builtin","model":"m","batch_size":2,"alpha":5.0,"seed":1,"num_seed":1},"engine":'
+    b'{"version":"0.26"},"environment":{"python":"3.11"},"started":"2026-11-21T10:00:00+00:00","finished":null,"left_out":1,'
+    b'"result":{"accuracy":0.5,"U":1.5,"warning":"w"},"cost":{"seconds":2.5,"tokens_sent":9},"parts":["seed-1"]}'
+)
+_LOG = (
+    b'{"event":"start","labels":{"0":true},"scores":{"0":-0.75},"U":-0.75,"asked":1,"tokens_sent":11,"seconds":0.4}\n'
+    b'{"event":"step","iteration":0,"claim":1,"log_odds":-1.0,"current":null,"predicted":false,"tried":3,"excess":0,'
+    b'"U_proposed":2.3,"T":10.0,"probability":1.0,"accepted":true,"U":2.3,"predictability":0.04,"inconsistent":0,"labelled"'
+    b':2,"true_labels":1,"changes":{"1":false},"scores":{"0":1.5,"1":0.5},"asked":4,"tokens_cached":3,"seconds":1.4}\n'
+)
+_LABELS = (
+    b'{"row":0,"consistency_id":"8","question":"ferry","choice":"a","choice_2":"b","label":true,"log_odds":1.5,'
+    b'"zero_shot":3.8,"gold":true,"by":"icm"}\n{"row":1,"choice":"b","label":false,"log_odds":null,"gold":false}\n'
+)
 PARSERS: dict[str, tuple[Callable[[bytes], None], bytes]] = {
     "json": (data_file("json"), b"[" + _ROW + b"," + _ROW + b"]"),
     "jsonl": (data_file("jsonl"), _ROW + b"\n" + _ROW + b"\n"),
@@ -141,13 +219,41 @@ PARSERS: dict[str, tuple[Callable[[bytes], None], bytes]] = {
         tree_request,
         b'{"labels":[7,9],"tree":{"segments":[[1,2],[3]],"parents":[-1,0],"pieces":[0,1],"ends":[1]}}',
     ),
+    "stream": (
+        stream,
+        b'\x20data: {"choices":[{"index":0,"delta":{"content":"no"},"finish_reason":null}]}\n\n: c\r\n'
+        b'data: {"choices":[{"delta":{},"finish_reason":"stop"}],"usage":{"prompt_tokens":3,"completion_tokens":1}}\r\r'
+        b"data: [DONE]\n\n",
+    ),
+    "text-answer": (
+        text_answer,
+        b'{"choices":[{"message":{"content":"no"},"finish_reason":"stop"}],"usage":{"prompt_tokens":3},'
+        b'"data":[{"index":1,"embedding":[0.5,1]},{"index":0,"embedding":[1e3,-1]}]}',
+    ),
     "metrics": (
         metrics,
         b'vllm:prefix_cache_queries_total{engine="0"} 12.0\nvllm:prefix_cache_hits_total{engine="0"} 3.0\n'
         b'vllm:cache_config_info{block_size="16",num_gpu_blocks="4096",sliding_window="None"} 1.0\n',
     ),
+    "metrics-page": (
+        metrics_page,
+        b"# HELP vllm:running Requests.\n# TYPE vllm:running gauge\n"
+        b'vllm:running{engine="0",a="\\"\\n"} 3.0 1700000000\n# TYPE vllm:t histogram\n'
+        b'vllm:t_bucket{le="0.5"} 1\nvllm:t_bucket{le="+Inf"} 2\nvllm:t_count 2\nvllm:t_sum 1.5e-3\n',
+    ),
     "error-page": (error_page, b'{"error": {"message": "no", "code": 400}}'),
     "journal": (journal, b'{"event":"start","labels":{"0":true},"scores":{"0":1.5},"U":2}\n{"format": 2}\n'),
+    "run-folder": (run_folder, _RUN + b"\0" + _LOG + b"\0" + _LABELS),
+    "experiment": (
+        experiment,
+        b"title: a\ncommand: baselines\nhardware: b\nsettings: {testbed: builtin, seeds: [1], alpha: 5, mirror: true}\n"
+        b"notes: >-\n  c\npaper: {source: d, figures: {icm: 0.5}}\nyours: {icm: null}\n",
+    ),
+    "prices": (
+        prices,
+        b'currency: USD\ndate: 2026-11-21\nsource: https://a\nmodels:\n  "*": {per_hour: 3.5}\n  m: '
+        b"{input_per_million_tokens: 4, output_per_million_tokens: 4}\n",
+    ),
 }
 """Name -> (what reads it, a good example to start from)."""
 
@@ -177,27 +283,45 @@ def fuzz(name: str, seconds: int, corpus: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--parser", choices=list(PARSERS), default=None, help="only this one, in this process")
-    parser.add_argument("--seconds", type=int, default=600, help="CPU seconds a parser")
-    parser.add_argument("--corpus", type=Path, default=None, help="where inputs are kept")
+    parser.add_argument(
+        "--parser", choices=list(PARSERS), default=None, help="this one, in this process, until it crashes"
+    )
+    parser.add_argument("--only", nargs="+", choices=list(PARSERS), default=list(PARSERS), help="these (default: all)")
+    parser.add_argument("--seconds", type=int, default=600, help="CPU seconds a parser (default: 600)")
+    parser.add_argument("--jobs", type=int, default=1, help="parsers at a time (default: 1)")
+    parser.add_argument("--corpus", type=Path, default=None, help="where inputs are kept (default: a temporary folder)")
     parser.add_argument("--json", type=Path, default=None, help="write the result there")
     args = parser.parse_args(arguments)
+    above = args.corpus or Path(tempfile.mkdtemp(prefix="icm-corpus-"))
     if args.parser is not None:
-        corpus = args.corpus or Path(tempfile.mkdtemp(prefix="icm-corpus-"))
-        corpus.mkdir(parents=True, exist_ok=True)
-        fuzz(args.parser, args.seconds, corpus)
+        above.mkdir(parents=True, exist_ok=True)
+        fuzz(args.parser, args.seconds, above)
+    print(f"inputs are kept in {above}", flush=True)
     results: dict[str, Any] = {}
-    for name in PARSERS:
-        corpus = (args.corpus or Path(tempfile.mkdtemp(prefix="icm-corpus-"))) / name
+
+    def campaign(name: str, scratch: str) -> None:
         command = [sys.executable, "-m", "tests.faults.fuzz", "--parser", name, "--seconds", str(args.seconds)]
-        done = subprocess.run([*command, "--corpus", str(corpus)], stderr=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run(
+            [*command, "--corpus", str(above / name)],
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            env={**os.environ, "TMPDIR": scratch},
+            check=False,
+        )
         runs = [line.split()[0][1:] for line in done.stderr.splitlines() if line.startswith("#")]
         results[name] = {"exit": done.returncode, "inputs": int(runs[-1]) if runs else 0, "seconds": args.seconds}
         print(name, results[name], flush=True)
         if done.returncode:
             print(done.stderr[-3000:], flush=True)
+
+    with (
+        tempfile.TemporaryDirectory(prefix="icm-fuzz-", dir=MEMORY if MEMORY.is_dir() else None) as scratch,
+        ThreadPoolExecutor(args.jobs) as threads,
+    ):
+        list(threads.map(campaign, args.only, repeat(scratch)))
     if args.json is not None:
-        args.json.write_text(json.dumps(results, indent=2) + "\n")
+        args.json.write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")
     return int(any(result["exit"] for result in results.values()))
 
 

@@ -58,6 +58,52 @@ def test_half_characters_and_odd_values_are_read(tmp_path: Path) -> None:
     assert (claim.row, claim.choice, claim.label) == (-1, "a\ud800", None)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"event": "step", "iteration": 1, "U": 1.0},  # not whether it was accepted
+        {"event": "step", "iteration": "one", "accepted": True, "U": 1.0},
+        {"event": "step", "iteration": 1, "accepted": True, "U": 1.0, "changes": {"-1": True}},
+        {"event": "mirror", "iteration": 1, "accepted": True, "U": 1.0, "U_proposed": None},
+        {"event": "start", "U": 1.0, "labels": [1]},
+        {"event": "start", "labels": {}},
+    ],
+)
+def test_lines_of_the_journal_that_make_no_sense_are_counted_and_left_out(tmp_path: Path, line: object) -> None:
+    folder = write_run(tmp_path / "a", labels=LABELS)
+    whole = read_run(folder)
+    with (folder / "log.jsonl").open("a") as log:
+        log.write(json.dumps(line) + "\n")
+    assert read_run(folder).journal == whole.journal
+    assert read_run(folder).skipped == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("settings", []), ("left_out", "x"), ("cost", {"seconds": "long"}), ("parts", 3)]
+)
+def test_a_damaged_field_of_run_json_is_named(tmp_path: Path, field: str, value: object) -> None:
+    folder = write_run(tmp_path / "a", labels=LABELS)
+    document = json.loads((folder / "run.json").read_text()) | {field: value}
+    (folder / "run.json").write_text(json.dumps(document))
+    with pytest.raises(BadInput, match=rf"run.json: is damaged \({field}"):
+        read_run(folder)
+
+
+def test_what_was_not_counted_is_left_out(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", labels=LABELS)
+    document = json.loads((folder / "run.json").read_text()) | {"cost": {"seconds": 2.5, "tokens_cached": None}}
+    (folder / "run.json").write_text(json.dumps(document))
+    assert read_run(folder).cost == {"seconds": 2.5}
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../a", "b/../../a", "a\0b"])
+def test_a_part_is_a_folder_right_below(tmp_path: Path, name: str) -> None:
+    folder = write_run(tmp_path / "a", labels=LABELS)
+    document = json.loads((folder / "run.json").read_text()) | {"parts": [name]}
+    (folder / "run.json").write_text(json.dumps(document))
+    assert read_run(folder).parts == ()
+
+
 @pytest.mark.parametrize(("content", "complaint"), [(None, "holds no run"), ("{", "is damaged"), ("[]", "is damaged")])
 def test_what_is_no_run_is_refused(tmp_path: Path, content: str | None, complaint: str) -> None:
     (tmp_path / "a").mkdir()

@@ -9,7 +9,8 @@ from src.pipeline.tail import CHUNK, JournalTail, is_finished, searches_in
 
 
 def line(number: int, padding: int = 0) -> bytes:
-    return json.dumps({"event": "step", "U": float(number), "x": "x" * padding}).encode() + b"\n"
+    step = {"event": "step", "iteration": number, "accepted": False, "U": float(number), "x": "x" * padding}
+    return json.dumps(step).encode() + b"\n"
 
 
 def utilities(tail: JournalTail) -> list[float]:
@@ -50,7 +51,7 @@ def test_a_file_that_was_cut_or_replaced_is_read_anew(tmp_path: Path) -> None:
 
 def test_damaged_and_foreign_lines_are_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
-    path.write_bytes(b"{\n[]\n" + line(1) + b'{"event": "new kind"}\n\n')
+    path.write_bytes(b"{\n[]\n" + line(1) + b'{"event": "new kind"}\n{"event": "step", "U": 2}\n\n')
     tail = JournalTail(path)
     tail.poll()
     assert utilities(tail) == [1.0]

@@ -1,0 +1,106 @@
+"""What a line of a journal and a run.json must be, to be shown: files may be old, damaged, or somebody else's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+Position = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, lt=1 << 53)]
+
+
+class JournalLine(TypedDict, total=False):
+    """Keys of src/icm/journal.py, and what the line cost. Others, of other versions, are left out."""
+
+    event: str
+    iteration: Count
+    claim: Position
+    labels: dict[Position, bool]
+    changes: dict[Position, bool]
+    scores: dict[Position, float]
+    U: float
+    U_proposed: float | None
+    T: float | None
+    probability: float | None
+    log_odds: float | None
+    current: bool | None
+    predicted: bool | None
+    accepted: bool
+    predictability: float | None
+    inconsistent: int | None
+    labelled: Count
+    true_labels: Count
+    asked: Count
+    from_cache: Count
+    asked_ahead: Count
+    ahead_used: Count
+    floored: Count
+    tokens_sent: Count | None
+    tokens_cached: Count | None
+    tokens_computed: Count | None
+    seconds: float | None
+
+
+_NEEDED = {
+    "start": {"labels"},
+    "step": {"iteration", "accepted"},
+    "mirror": {"iteration", "accepted", "U_proposed"},
+    "rebuild": {"iteration"},
+}
+_line = TypeAdapter(JournalLine)
+
+
+def journal_line(record: object) -> Mapping[str, Any] | None:
+    """The line as it can be counted on, claims by number; None where it is not one."""
+    try:
+        line = _line.validate_python(record)
+    except ValidationError:
+        return None
+    event = line.get("event")
+    if event is None or "U" not in line or not _NEEDED.get(event, set()) <= line.keys():
+        return None
+    if event == "mirror" and line["U_proposed"] is None:
+        return None
+    return line
+
+
+def _told(counts: object) -> object:
+    """Without what was not counted."""
+    return {name: value for name, value in counts.items() if value is not None} if isinstance(counts, dict) else counts
+
+
+def part_names(names: Sequence[object]) -> list[str]:
+    """Those that name a folder right below the run's own."""
+    return [
+        name for name in names if isinstance(name, str) and name not in ("", ".", "..") and not set("/\0") & set(name)
+    ]
+
+
+Counts = Annotated[dict[str, int | float], BeforeValidator(_told)]
+PartNames = Annotated[list[Any], AfterValidator(part_names)]
+
+
+class RunDocument(BaseModel):
+    """run.json, as far as it is shown."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    settings: dict[str, Any] = {}
+    engine: dict[str, Any] = {}
+    environment: dict[str, Any] = {}
+    result: dict[str, Any] | None = None
+    cost: Counts = {}
+    model_api: Counts = {}
+    started: str | None = None
+    finished: str | None = None
+    left_out: Count = 0
+    parts: PartNames = []
+
+
+def first_complaint(error: ValidationError) -> str:
+    """Where and what, in one line."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"
