@@ -92,6 +92,8 @@ SHAPES: Final[dict[str, dict[str, Any]]] = {
         "quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic"},
     },
 }
+# What four GPUs hold of it, on two: half of its layers.
+SHAPES["405B-fp8-half"] = {**SHAPES["405B-fp8"], "num_hidden_layers": 63}
 
 
 def word(number: int) -> str:

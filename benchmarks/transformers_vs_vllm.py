@@ -1,11 +1,12 @@
 """Why vLLM: Hugging Face transformers in static batches against vLLM, in process and over HTTP, on the same prompts.
 
     python benchmarks/transformers_vs_vllm.py --model gemma-3-270m --at_once 1 8 32 --json result.json
-    python benchmarks/transformers_vs_vllm.py --model MODEL --gpu --at_once 1 16 64 256
+    python benchmarks/transformers_vs_vllm.py --model MODEL --gpu --at_once 16 64 256 --requests 256 --no_deterministic
 
 Requests come as people send them: prompts of different lengths, answers that may end at different lengths. transformers
 fills a batch, pads it, and gives the whole batch back when its longest answer is done; vLLM takes every request as it
-comes. Each engine runs in a process of its own, one after the other, so that memory is its own: the largest sum of its
+comes. On a GPU vLLM records CUDA graphs, in process and over HTTP (the launcher's default is not to, for scores need
+none). Each engine runs in a process of its own, one after the other, so that memory is its own: the largest sum of its
 processes' resident memory (PSS), and on a GPU what the GPU holds. vLLM reserves memory for its cache at start.
 """
 
@@ -150,7 +151,9 @@ class Memory:
         while not self._stop.wait(0.5):
             self.peak = max(self.peak, sum(map(_pss_mib, _family(os.getpid()))))
             if self._gpu:
+                ours = os.environ.get("CUDA_VISIBLE_DEVICES")
                 told = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+                told += [f"--id={ours}"] if ours else []
                 used = subprocess.run(told, capture_output=True, text=True, check=True, timeout=30).stdout.split()
                 self.gpu_peak = max(self.gpu_peak, sum(map(float, used)))
 
@@ -201,7 +204,9 @@ def measure(engine: str, args: argparse.Namespace) -> dict[str, Any]:
             rows[str(at_once)] = watch.row(*await through_api(api, work, at_once))
 
     async def in_process() -> None:
-        options = DirectOptions(cpu=not args.gpu, max_model_len=2048, enable_prefix_caching=False)
+        options = DirectOptions(
+            cpu=not args.gpu, max_model_len=2048, enable_prefix_caching=False, deterministic=not args.no_deterministic
+        )
         async with open_model_api(Settings(), model=model, direct=True, direct_options=options, scores=False) as api:
             await ask(api)
 
@@ -221,8 +226,10 @@ def measure(engine: str, args: argparse.Namespace) -> dict[str, Any]:
     else:
         log = REPO_ROOT / "runs" / "transformers-vs-vllm-server.log"
         size = "local" if folder.is_dir() and not args.gpu else model
-        options = ("--no-enable-prefix-caching",)
-        with VLLMServer(model=args.model, size=size, log=log, options=options) as server:
+        options = ["--no-enable-prefix-caching", "--max-model-len", "2048"]
+        options += ["--no-enforce-eager"] if args.gpu else []
+        options += ["--no-deterministic"] if args.no_deterministic else []
+        with VLLMServer(model=args.model, size=size, log=log, options=tuple(options)) as server:
             asyncio.run(over_http(server.url, args.model if size == "local" else size))
     return {"at_once": rows, **memory.end()}
 
@@ -250,6 +257,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--requests", type=int, default=32, help="of each measurement")
     parser.add_argument("--tokens", type=int, default=64, help="most tokens that a request asks for")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument(
+        "--no_deterministic", action="store_true", help="vLLM's own kernels, whose scores depend on the batch"
+    )
     parser.add_argument("--json", type=Path, help="write the result here, too")
     parser.add_argument("--inside", choices=ENGINES, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
@@ -262,6 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = [sys.executable, __file__, "--inside", engine, "--model", args.model]
         command += ["--requests", str(args.requests), "--tokens", str(args.tokens)]
         command += ["--at_once", *map(str, args.at_once), *(["--gpu"] if args.gpu else [])]
+        command += ["--no_deterministic"] if args.no_deterministic else []
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
         if not found:
@@ -272,6 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "model": args.model,
         "requests": args.requests,
         "tokens_at_most": args.tokens,
+        "vllm_deterministic": not args.no_deterministic,
         "machine": hardware(),
         "commit": commit(),
         "engines": engines,

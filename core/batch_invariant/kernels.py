@@ -311,3 +311,14 @@ def rms_norm_rows(
     if HAS_WEIGHT:
         y = y * tl.load(weight_ptr + lanes, mask=lanes < N, other=0.0).to(tl.float32)[None, :]
     tl.store(y_ptr + places, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["M"])
+def sum_in_order(x_ptr, y_ptr, M, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """(COUNT, M) -> (M,), contiguous: x[0] + x[1] + ... in that order in float32, rounded once."""
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = places < M
+    total = tl.load(x_ptr + places, mask=inside, other=0.0).to(tl.float32)
+    for part in range(1, COUNT):
+        total += tl.load(x_ptr + part * M.to(tl.int64) + places, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + places, total.to(y_ptr.dtype.element_ty), mask=inside)

@@ -1,7 +1,7 @@
 """vLLM with scores that are a function of the prompt alone: what its batch-invariant mode leaves open, closed.
 
-Asked for by ICM_BATCH_INVARIANT=1 beside vLLM's own VLLM_BATCH_INVARIANT=1, whose other settings (NCCL, one attention
-split, no cascade attention) are needed and stay. Three things are replaced, in every process of vLLM:
+Asked for by ICM_BATCH_INVARIANT=1 beside vLLM's own VLLM_BATCH_INVARIANT=1, whose other settings (one attention split,
+no cascade attention) are needed and stay. Four things are replaced, in every process of vLLM:
 
 - Linear layers: vLLM's Triton product by ours, which chooses among tiles that give the same bits (faster).
 - RMS norms. vLLM 0.26 adds the residual with a kernel that gives a row 1024 threads below 256 tokens in a step and 256
@@ -12,6 +12,9 @@ split, no cascade attention) are needed and stay. Three things are replaced, in 
   the query tokens that share a key head are 64 or fewer, which at head size 64 also changes the block of keys that it
   adds up at a time (192 instead of 128), and it drops the causal mask for single tokens. The number is an upper bound
   for both, so that a larger one costs nothing that was measured. ICM_BATCH_INVARIANT_ATTENTION=0 leaves it as it is.
+- The sums over the GPUs of a tensor-parallel layer, by core/batch_invariant/collectives.py: NCCL then only copies, and
+  is freed of the limits that vLLM puts on it (one channel of one thread). ICM_BATCH_INVARIANT_ALL_REDUCE=0 leaves both
+  as they are. Reduce-scatter, which some models with experts use, stays NCCL's.
 
 Measured with vLLM 0.26.0 on H200s: docs/determinism.md. Sliding windows are left, which FlashAttention 3 has no exact
 way to compute; a server that has them says so. vLLM 0.32.0 has what is replaced here, too; a version that lacks it is
@@ -26,13 +29,14 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any, Final
 
 import torch
 
 from core.batch_invariant import enable_batch_invariant_mode, product, settle_tiles
+from core.batch_invariant.collectives import all_reduce
 from core.vllm_extension.query_length import least_query_length
 
 # Below vLLM's logger, which is the one that its workers show.
@@ -43,6 +47,12 @@ VLLM: Final = "VLLM_BATCH_INVARIANT"
 
 ATTENTION: Final = "ICM_BATCH_INVARIANT_ATTENTION"
 """Environment variable: "0" leaves vLLM's attention as it is."""
+
+ALL_REDUCE: Final = "ICM_BATCH_INVARIANT_ALL_REDUCE"
+"""Environment variable: "0" leaves sums over GPUs, and what vLLM makes of NCCL for them, as they are."""
+
+LIMITS: Final = ("NCCL_MIN_NCHANNELS", "NCCL_MAX_NCHANNELS", "NCCL_PROTO", "NCCL_ALGO", "NCCL_NTHREADS")
+"""Environment variables by which vLLM's mode makes NCCL add in one order. Without sums they only make it slow."""
 
 SOURCES: Final = ("vllm.model_executor.determinism.batch_invariant", "vllm.model_executor.layers.batch_invariant")
 """Where vLLM keeps its mode: newer versions, 0.26."""
@@ -69,6 +79,8 @@ def install() -> None:
     if getattr(own, "exact", False):
         return
 
+    asked = {name: os.environ.get(name) for name in LIMITS}
+
     @functools.wraps(own)
     def enable() -> None:
         bmm = torch.bmm
@@ -83,9 +95,12 @@ def install() -> None:
             _replace_norms(source)
             if os.environ.get(ATTENTION) != "0":
                 _replace_attention()
+            if os.environ.get(ALL_REDUCE) != "0":
+                _replace_all_reduce()
+                _put_back(asked)  # no communicator is there yet: workers switch the mode on before they meet
         except (ImportError, AttributeError) as error:
             raise RuntimeError(f"this vLLM cannot be made exact, it lacks what is replaced: {error}") from error
-        log.info("exact scores: batch-invariant kernels, RMS norms and attention are in place")
+        log.info("exact scores: batch-invariant kernels, RMS norms, attention and sums over GPUs are in place")
 
     enable.exact = True  # type: ignore[attr-defined]
     source.enable_batch_invariant_mode = enable  # type: ignore[attr-defined]
@@ -151,6 +166,29 @@ def _replace_norms(source: ModuleType) -> None:
     for owner, ours in ((plain, forward), (gemma, gemma_forward)):
         owner.forward_native = ours
         owner.forward_cuda = ours
+
+
+def _replace_all_reduce() -> None:
+    owner: Any = importlib.import_module("vllm.distributed.device_communicators.cuda_communicator").CudaCommunicator
+    own = owner.all_reduce
+    if getattr(own, "exact", False):
+        return
+
+    @functools.wraps(own)
+    def reduce(self: Any, input_: torch.Tensor) -> Any:
+        # Whole numbers have one sum in any order.
+        return all_reduce(input_, self.device_group) if input_.is_floating_point() else own(self, input_)
+
+    reduce.exact = True  # type: ignore[attr-defined]
+    owner.all_reduce = reduce
+
+
+def _put_back(variables: Mapping[str, str | None]) -> None:
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 @functools.cache

@@ -43,6 +43,7 @@ if sys.argv[1] == "enabled":
     torch.bmm = bmm
 exact.install(); exact.install()
 assert is_batch_invariant_mode_enabled() == (sys.argv[1] == "enabled")
+source.override_envs_for_invariance()
 source.enable_batch_invariant_mode(); source.enable_batch_invariant_mode()
 assert source._batch_invariant_MODE and is_batch_invariant_mode_enabled() and torch.bmm is bmm
 """
@@ -81,6 +82,15 @@ def lengths(longest, furthest, window):
     return seen[-1].max_query_len, seen[-1].max_seq_len
 print("lengths", lengths(1, 5, None), lengths(40, 5, None), lengths(1, 5, 512), lengths(1, 5, 9999))
 
+# Sums over GPUs: of one process here.
+import os, tempfile
+from vllm.distributed.device_communicators.cuda_communicator import CudaCommunicator
+torch.distributed.init_process_group("gloo", init_method=f"file://{tempfile.mktemp()}", rank=0, world_size=1)
+communicator = SimpleNamespace(device_group=torch.distributed.group.WORLD)
+y = CudaCommunicator.all_reduce(communicator, x)
+assert y is not x and torch.equal(y, x)
+print("nccl", os.environ.get("NCCL_MAX_NCHANNELS"), os.environ.get("NCCL_ALGO"), os.environ["NCCL_NVLS_ENABLE"])
+
 # Ours lie on top of vLLM's.
 torch.testing.assert_close(x.softmax(-1), torch.ops.icm.softmax(x, -1), rtol=0, atol=0)
 torch.testing.assert_close(torch.bmm(x, x.mT), torch.ops.icm.product(x, x.mT), rtol=0, atol=0)
@@ -98,8 +108,9 @@ def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.real_server
 @pytest.mark.parametrize("order", ["early", "late", "enabled"])
 def test_the_plugin_replaces_what_vllm_computes_with(order: str) -> None:
-    done = run(START + PROGRAM, order, ICM_BATCH_INVARIANT="1", VLLM_BATCH_INVARIANT="1")
+    done = run(START + PROGRAM, order, ICM_BATCH_INVARIANT="1", VLLM_BATCH_INVARIANT="1", NCCL_MAX_NCHANNELS="7")
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "nccl 7 None 0" in done.stdout  # as it was asked for, not as vLLM limits it
     assert "lengths (17, 5) (40, 5) (17, 513) (17, 4096)" in done.stdout
     # Two models with windows were seen, one warning is enough.
     assert (done.stdout + done.stderr).count("for which FlashAttention 3 is not exact") == 1
@@ -116,6 +127,16 @@ def test_attention_can_be_left_alone() -> None:
             "ICM_BATCH_INVARIANT_ATTENTION": attention,
         }
         assert run(program, "early", **variables).stdout.split()[-1] == wrapped
+
+
+@pytest.mark.real_server
+def test_sums_over_gpus_can_be_left_to_nccl() -> None:
+    variables = {"ICM_BATCH_INVARIANT": "1", "VLLM_BATCH_INVARIANT": "1", "ICM_BATCH_INVARIANT_ALL_REDUCE": "0"}
+    shown = (
+        "import os; from vllm.distributed.device_communicators.cuda_communicator import CudaCommunicator as c;"
+        "print(hasattr(c.all_reduce, '__wrapped__'), os.environ['NCCL_MAX_NCHANNELS'])"
+    )
+    assert run(START + shown, "early", **variables).stdout.split()[-2:] == ["False", "1"]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs PyTorch and Triton (make setup-local)")

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import core.batch_invariant as bi
-from core.batch_invariant import compiled, kernels, matmul, mode, tiles
+from core.batch_invariant import collectives, compiled, kernels, matmul, mode, tiles
 from core.batch_invariant.tiles import AMPERE, HOPPER, OTHER, Tile, choose
 
 CPU = torch.device("cpu")
@@ -549,3 +549,42 @@ def test_the_operators_have_the_shapes_that_they_promise() -> None:
     with FakeTensorMode():
         promised = [(tuple(y.shape), y.dtype) for y in results()]
     assert promised == [(tuple(y.shape), y.dtype) for y in results()]
+
+
+# Sums over processes
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("length", [0, 1, 4095, 9001])
+def test_sums_in_order(count: int, length: int, dtype: torch.dtype) -> None:
+    parts = integers(count, length, dtype=dtype)
+    assert torch.equal(collectives.sum_in_order(parts), parts.sum(0).to(dtype))
+    parts = random(count, length)
+    expected = torch.zeros(length)
+    for part in parts:
+        expected = expected + part
+    assert torch.equal(collectives.sum_in_order(parts), expected)
+
+
+def _in_one_of_several(rank: int, count: int, store: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count)
+    every = [random(24, 5 * count, seed=other) * 10.0 ** (other % 3) for other in range(count)]
+    own, whole = every[rank], collectives.all_reduce(every[rank])
+    expected = every[0]
+    for other in every[1:]:
+        expected = expected + other
+    assert torch.equal(whole, expected)  # in the order of the ranks
+    for rows in (1, 7, 24):
+        for limit in (0, 1 << 30):  # in two steps, in one
+            assert torch.equal(collectives.all_reduce(own[:rows], gathered=limit), whole[:rows])
+    assert torch.equal(collectives.all_reduce(own[:, 1:2].t(), gathered=0), whole[:, 1:2].t())  # not contiguous
+    assert collectives.all_reduce(own[:0]).shape == (0, 5 * count)
+    with pytest.raises(TypeError, match=r"not torch\.int64"):
+        collectives.all_reduce(torch.ones(3, dtype=torch.int64))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_row_has_the_same_sum_over_processes_whatever_is_beside_it(tmp_path: Any, count: int) -> None:
+    torch.multiprocessing.spawn(_in_one_of_several, (count, str(tmp_path / "store")), nprocs=count)
