@@ -63,7 +63,7 @@ class StaticBatches:
         self._device = "cuda" if gpu else "cpu"
         self._tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
         if self._tokenizer.pad_token is None:
-            self._tokenizer.pad_token = self._tokenizer.eos_token
+            self._tokenizer.pad_token = self._tokenizer.eos_token or self._tokenizer.bos_token
         self._model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).to(self._device).eval()
 
     def run(self, work: Sequence[tuple[str, int]], at_once: int) -> tuple[list[float], int]:
@@ -226,11 +226,13 @@ def measure(engine: str, args: argparse.Namespace) -> dict[str, Any]:
     else:
         log = REPO_ROOT / "runs" / "transformers-vs-vllm-server.log"
         size = "local" if folder.is_dir() and not args.gpu else model
+        # As the launcher names it: a folder by its last part.
+        served = args.model if size == "local" else Path(size).name if Path(size).is_dir() else size
         options = ["--no-enable-prefix-caching", "--max-model-len", "2048"]
         options += ["--no-enforce-eager"] if args.gpu else []
         options += ["--no-deterministic"] if args.no_deterministic else []
         with VLLMServer(model=args.model, size=size, log=log, options=tuple(options)) as server:
-            asyncio.run(over_http(server.url, args.model if size == "local" else size))
+            asyncio.run(over_http(server.url, served))
     return {"at_once": rows, **memory.end()}
 
 

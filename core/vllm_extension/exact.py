@@ -14,7 +14,8 @@ no cascade attention) are needed and stay. Four things are replaced, in every pr
   for both, so that a larger one costs nothing that was measured. ICM_BATCH_INVARIANT_ATTENTION=0 leaves it as it is.
 - The sums over the GPUs of a tensor-parallel layer, by core/batch_invariant/collectives.py: NCCL then only copies, and
   is freed of the limits that vLLM puts on it (one channel of one thread). ICM_BATCH_INVARIANT_ALL_REDUCE=0 leaves both
-  as they are. Reduce-scatter, which some models with experts use, stays NCCL's.
+  as they are. Reduce-scatter, which some models with experts use, stays NCCL's. CUDA graphs are refused: it was not
+  seen to work in one.
 
 Measured with vLLM 0.26.0 on H200s: docs/determinism.md. Sliding windows are left, which FlashAttention 3 has no exact
 way to compute; a server that has them says so. vLLM 0.32.0 has what is replaced here, too; a version that lacks it is
@@ -176,8 +177,11 @@ def _replace_all_reduce() -> None:
 
     @functools.wraps(own)
     def reduce(self: Any, input_: torch.Tensor) -> Any:
-        # Whole numbers have one sum in any order.
-        return all_reduce(input_, self.device_group) if input_.is_floating_point() else own(self, input_)
+        if not input_.is_floating_point():
+            return own(self, input_)  # whole numbers have one sum in any order
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(f"exact sums over GPUs are not made for CUDA graphs: --enforce-eager, or {ALL_REDUCE}=0")
+        return all_reduce(input_, self.device_group)
 
     reduce.exact = True  # type: ignore[attr-defined]
     owner.all_reduce = reduce
