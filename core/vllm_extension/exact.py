@@ -179,7 +179,7 @@ def _replace_all_reduce() -> None:
     def reduce(self: Any, input_: torch.Tensor) -> Any:
         if not input_.is_floating_point():
             return own(self, input_)  # whole numbers have one sum in any order
-        if torch.cuda.is_current_stream_capturing():
+        if input_.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(f"exact sums over GPUs are not made for CUDA graphs: --enforce-eager, or {ALL_REDUCE}=0")
         return all_reduce(input_, self.device_group)
 
