@@ -28,9 +28,8 @@ if str(Path(__file__).resolve().parents[1]) not in sys.path:
 from benchmarks.step_machine import hardware
 from core.llm_api.prompt_tree import PromptTree
 from core.llm_api.types import Prompt, Segment
-from core.vllm_extension.block_hashes import RememberingHasher
+from core.vllm_extension.block_hashes import PathHasher, RememberingHasher
 from core.vllm_extension.block_lookup import RememberingLookup
-from core.vllm_extension.pools import PathHasher
 from src.icm.prefix_tree import TreeLayout
 
 STEPS = ("request and hashes", "lookup", "allocation", "release")

@@ -42,7 +42,7 @@ from core.llm_api.types import (
     Segment,
 )
 from core.settings import MissingLabelPolicy
-from core.vllm_extension import pools
+from core.vllm_extension import pool_calls
 from core.vllm_extension.plugin import BATCH_INVARIANT, FAST_PREFIXES, kernels
 
 T = TypeVar("T")
@@ -51,8 +51,16 @@ T = TypeVar("T")
 _EXACT_ATTENTION: Final = {"backend": "FLASH_ATTN"}
 """Of configs/vllm_config.yaml, section gpu, where its reason is."""
 
-_CPU_ENVIRONMENT: Final = {"VLLM_CPU_KVCACHE_SPACE": "4", "TORCHDYNAMO_DISABLE": "1", "VLLM_NO_USAGE_STATS": "1"}
+_CPU_ENVIRONMENT: Final = {
+    "VLLM_CPU_KVCACHE_SPACE": "4",
+    "TORCHDYNAMO_DISABLE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+}
 """Of configs/vllm_config.yaml, where each has its reason; what is set already stays. vLLM reads it when imported."""
+
+_OPENMP: Final = Path(sys.prefix) / "lib" / "libiomp5.so"
+"""Of the same section: LD_PRELOAD for the processes that vLLM starts, which sets it to another library otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -369,7 +377,7 @@ class DirectEngine:
                 ) from None
             engine = loaded.thread.engine = loaded.llm.llm_engine
             # Without a process of its own an engine has no such calls.
-            loaded.takes_pools = hasattr(engine.engine_core, "call_utility") and pools.usable(engine.vllm_config)
+            loaded.takes_pools = hasattr(engine.engine_core, "call_utility") and pool_calls.usable(engine.vllm_config)
         config = loaded.llm.llm_engine.model_config
         return EngineIdentity(
             kind="vllm-direct",
@@ -385,6 +393,8 @@ class DirectEngine:
         if self._options.cpu and "vllm" not in sys.modules:
             for name, value in _CPU_ENVIRONMENT.items():
                 os.environ.setdefault(name, value)
+            if _OPENMP.is_file():
+                os.environ.setdefault("LD_PRELOAD", str(_OPENMP))
         try:
             vllm = importlib.import_module("vllm")
             if not hasattr(vllm, "LLM"):  # only a folder of that name was found, such as vllm/ of this repository
@@ -453,12 +463,12 @@ class DirectEngine:
         engine, name = self._llm.llm_engine, f"pool-{uuid.uuid4().hex}"
         try:
             tree = PromptTree.of(prompts)
-            pools.check(tree, labels, engine.model_config)
-            answer = pools.call(engine.engine_core, name, tree, labels)
-            pools.record(engine)
+            pool_calls.check(tree, labels, engine.model_config)
+            answer = pool_calls.call(engine.engine_core, name, tree, labels)
+            pool_calls.record(engine)
         except Exception as error:
             raise self._explained(error) from error
-        pools.count(engine, answer)
+        pool_calls.count(engine, answer)
         return [dict(zip(labels, pair, strict=True)) for pair in answer.logprobs], answer.tokens.cached
 
     def _ask(self, prompts: Sequence[Prompt], labels: LabelTokens | None) -> list[dict[int, float]]:

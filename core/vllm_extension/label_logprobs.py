@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from core.llm_api.prompt_tree import FORMAT, PATH, PromptTree, read_request
 from core.llm_api.types import sum_known
-from core.vllm_extension import block_hashes, pools
+from core.vllm_extension import block_hashes, pool_calls, pools
 from core.vllm_extension.plugin import kernels
 
 log = logging.getLogger(__name__)
@@ -69,8 +69,8 @@ async def _answer(request: Any) -> Any:
     try:
         tree, (true, false) = read_request(await request.body())
         labels = true, false
-        lengths = pools.check(tree, labels, engine.model_config)
-        ask = _pool if pools.usable(engine.vllm_config) else _one_by_one
+        lengths = pool_calls.check(tree, labels, engine.model_config)
+        ask = _pool if pool_calls.usable(engine.vllm_config) else _one_by_one
         scoring = asyncio.create_task(ask(engine, f"pool-{uuid.uuid4().hex}", tree, labels))
         leaving = asyncio.create_task(_client_left(request))
         try:
@@ -81,7 +81,7 @@ async def _answer(request: Any) -> Any:
         if not scoring.done():
             return _json(499, {"error": {"message": "the client left"}})
         logprobs, cached = scoring.result()
-    except pools.Stopped as error:
+    except pool_calls.Stopped as error:
         return _json(503, {"error": {"message": str(error)}})
     except ValueError as error:  # vLLM's own for a refused prompt, too
         return _json(400, {"error": {"message": str(error)}})
@@ -94,11 +94,11 @@ async def _pool(
 ) -> tuple[Sequence[Sequence[float]], int | None]:
     """Logprobs (nats) of every prompt, and how many of their tokens were cached; cancelled, it cancels the prompts."""
     client = engine.engine_core
-    scoring = asyncio.create_task(client.call_utility_async(pools.SCORE, *pools.arguments(name, tree, labels)))
+    scoring = asyncio.create_task(client.call_utility_async(pools.SCORE, *pool_calls.arguments(name, tree, labels)))
     try:
-        while not (await asyncio.wait((scoring,), timeout=pools.ALIVE_S))[0]:
+        while not (await asyncio.wait((scoring,), timeout=pool_calls.ALIVE_S))[0]:
             if engine.errored:
-                raise pools.Stopped("the engine has died")
+                raise pool_calls.Stopped("the engine has died")
     except asyncio.CancelledError:
         ending = asyncio.create_task(client.call_utility_async(pools.CANCEL, name))
         _ENDING.add(ending)
@@ -109,9 +109,9 @@ async def _pool(
     try:
         result = scoring.result()
     except Exception as error:  # noqa: BLE001 - vLLM raises the bare class for whatever a call to the engine raised
-        raise pools.Stopped(str(error)) from None
-    answer = pools.PoolAnswer.read(result)
-    pools.count(engine, answer)
+        raise pool_calls.Stopped(str(error)) from None
+    answer = pool_calls.PoolAnswer.read(result)
+    pool_calls.count(engine, answer)
     return answer.logprobs, answer.tokens.cached + answer.tokens.external
 
 
@@ -141,7 +141,7 @@ async def _one_by_one(
         prompt = {"type": "token", "prompt_token_ids": ids}
         outputs = [output async for output in engine.generate(prompt, parameters, f"{name}-{number}")]
         if not outputs or not outputs[-1].outputs or not outputs[-1].outputs[0].logprobs:
-            raise pools.Stopped(f"prompt {number} was stopped")
+            raise pool_calls.Stopped(f"prompt {number} was stopped")
         output = outputs[-1]
         listed = output.outputs[0].logprobs[0]
         return [listed[label].logprob for label in labels], output.num_cached_tokens

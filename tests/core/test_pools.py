@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from core.llm_api.prompt_tree import PromptTree
 from core.llm_api.types import Prompt, Segment
-from core.vllm_extension import pools
-from core.vllm_extension.block_hashes import RememberingHasher
-from core.vllm_extension.pools import PathHasher, PoolAnswer, Pools, Stopped, Tokens
+from core.vllm_extension import block_hashes, pool_calls
+from core.vllm_extension.block_hashes import PathHasher, RememberingHasher
+from core.vllm_extension.pool_calls import PoolAnswer, Stopped
+from core.vllm_extension.pools import Pools, Tokens
 from tests.core.test_block_hashes import BLOCK, PlainHasher
 from tests.core.test_block_hashes import Request as Hashed
 
@@ -164,7 +165,7 @@ def test_blocks_have_the_hashes_that_they_have_without_the_tree(pools_of_paths: 
 
 
 def test_remembered_hashes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pools, "REMEMBERED_TOKENS", 6 * BLOCK)
+    monkeypatch.setattr(block_hashes, "REMEMBERED_TOKENS", 6 * BLOCK)
     plain = PlainHasher()
     hasher = PathHasher(plain, BLOCK)
     for start in range(40):
@@ -302,16 +303,16 @@ def test_what_vllm_would_refuse_is_refused(
 ) -> None:
     config = SimpleNamespace(runner_type="generate", max_model_len=longest, get_vocab_size=lambda: vocabulary)
     if not complaint:
-        pools.check(TREE, labels, config)
+        pool_calls.check(TREE, labels, config)
         return
     with pytest.raises(ValueError, match=complaint):
-        pools.check(TREE, labels, config)
+        pool_calls.check(TREE, labels, config)
 
 
 def test_a_server_that_embeds_is_not_asked() -> None:
     config = SimpleNamespace(runner_type="pooling", max_model_len=99, get_vocab_size=lambda: 99)
     with pytest.raises(ValueError, match="embeds"):
-        pools.check(TREE, LABELS, config)
+        pool_calls.check(TREE, LABELS, config)
 
 
 def test_zeros_behind_the_labels_are_nobodys() -> None:
@@ -355,8 +356,8 @@ class DeafClient(DeadClient):
 
 
 def test_a_call_to_an_engine_that_dies_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pools, "ALIVE_S", 0.05)
+    monkeypatch.setattr(pool_calls, "ALIVE_S", 0.05)
     with pytest.raises(RuntimeError, match="EngineDeadError"):
-        pools.call(DeadClient(), "p", TREE, LABELS)
+        pool_calls.call(DeadClient(), "p", TREE, LABELS)
     with pytest.raises(RuntimeError, match="nobody listens"):
-        pools.call(DeafClient(), "p", TREE, LABELS)
+        pool_calls.call(DeafClient(), "p", TREE, LABELS)
