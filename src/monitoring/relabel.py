@@ -39,7 +39,7 @@ class _Merged:
         for replica in self._replicas:
             try:
                 found = [] if replica.text is None else list(text_string_to_metric_families(replica.text))
-            except ValueError:
+            except Exception:  # noqa: BLE001 - of a page that is none, the parser raises what its parts raise
                 found = []
             up.append(float(bool(found)))
             for shown in found:

@@ -57,7 +57,7 @@ async def test_a_server_started_anew_as_another_is_named_as_it_is() -> None:
     assert labels["model_id"] == "next"
 
 
-@pytest.mark.parametrize("text", ["", "{}}}", "no number", "vllm:x 1 2 3 4 nonsense\n", None])
+@pytest.mark.parametrize("text", ["", "{}}}", "no number", "vllm:x 1 2 3 4 nonsense\n", 'a{,\x0c="b"} 1\n', None])
 def test_a_page_that_cannot_be_read_counts_as_a_server_that_is_down(text: str | None) -> None:
     labels = dict.fromkeys(ADDED, "x")
     good = Replica({**labels, "replica_id": "good"}, 'a_total{engine="0"} 5\n', 0.1)
