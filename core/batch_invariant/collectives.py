@@ -16,9 +16,9 @@ import torch.distributed as dist
 from core.batch_invariant import kernels
 from core.batch_invariant.matmul import SUPPORTED, on_device
 
-GATHERED: Final = 1 << 20
-"""Bytes up to which every process fetches all of the others' numbers; beyond, its own share of them, and then the sums.
-A matter of speed: the bits are the same."""
+GATHERED: Final = 32 << 20
+"""Bytes that a process may get from the others in one step; where it would be more, it gets its share of the numbers,
+and then the sums. A matter of speed: the bits are the same."""
 
 BLOCK: Final = 4096
 
@@ -26,25 +26,25 @@ BLOCK: Final = 4096
 def all_reduce(x: torch.Tensor, group: dist.ProcessGroup | None = None, *, gathered: int | None = None) -> torch.Tensor:
     """The sum of x over the processes of `group` (None: all), in a new tensor of x's shape and type.
 
-    gathered: bytes, in the place of GATHERED. Every process must call it, with the same shape. The traffic is that of a
-    ring: with n processes, 2 (n - 1) / n times x for each. Raises TypeError for types other than bfloat16, float16 and
-    float32.
+    gathered: bytes, in the place of GATHERED. Every process must call it, with the same shape. With n processes each
+    gets n - 1 times x in one step, in two what it would in a ring, 2 (n - 1) / n times x. Raises TypeError for types
+    other than bfloat16, float16 and float32.
     """
     if x.dtype not in SUPPORTED:
         raise TypeError(f"batch-invariant sums take bfloat16, float16 and float32, not {x.dtype}")
     count = dist.get_world_size(group)
     flat = x.contiguous().view(-1)
-    # Two processes send each other the same number of bytes either way.
-    limit = GATHERED if gathered is None else gathered
-    if flat.nbytes <= limit or flat.numel() % count or (count == 2 and gathered is None):
+    if (count - 1) * flat.nbytes <= (GATHERED if gathered is None else gathered):
         parts = flat.new_empty(count * flat.numel())
         dist.all_gather_into_tensor(parts, flat, group=group)
         return sum_in_order(parts.view(count, -1)).view(x.shape)
+    if missing := -flat.numel() % count:  # to shares of one length
+        flat = torch.nn.functional.pad(flat, (0, missing))
     parts = torch.empty_like(flat)
     dist.all_to_all_single(parts, flat, group=group)
     whole = torch.empty_like(flat)
     dist.all_gather_into_tensor(whole, sum_in_order(parts.view(count, -1)), group=group)
-    return whole.view(x.shape)
+    return whole[: x.numel()].view(x.shape)
 
 
 def sum_in_order(parts: torch.Tensor) -> torch.Tensor:

@@ -55,12 +55,20 @@ _CPU_ENVIRONMENT: Final = {
     "VLLM_CPU_KVCACHE_SPACE": "4",
     "TORCHDYNAMO_DISABLE": "1",
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
 }
 """Of configs/vllm_config.yaml, where each has its reason; what is set already stays. vLLM reads it when imported."""
 
 _OPENMP: Final = Path(sys.prefix) / "lib" / "libiomp5.so"
-"""Of the same section: LD_PRELOAD for the processes that vLLM starts, which sets it to another library otherwise."""
+"""Of the same section: LD_PRELOAD for the processes that vLLM starts, which sets it to another library otherwise. With
+that other one a core must stay free."""
+
+
+def set_cpu_environment() -> None:
+    """For a vLLM on the CPU that this process is about to import."""
+    for name, value in _CPU_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if _OPENMP.is_file() and os.environ.setdefault("LD_PRELOAD", str(_OPENMP)) == str(_OPENMP):
+        os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +109,7 @@ class DirectOptions:
         return {
             "dtype": "bfloat16" if self.cpu and self.dtype == "auto" else self.dtype,
             "tensor_parallel_size": self.tensor_parallel_size,
-            "enforce_eager": self.enforce_eager or self.cpu,
+            "enforce_eager": self.enforce_eager or self.cpu or (self.deterministic and self.tensor_parallel_size > 1),
             "enable_prefix_caching": self.enable_prefix_caching,
             "trust_remote_code": self.trust_remote_code,
             "disable_log_stats": False,
@@ -391,10 +399,7 @@ class DirectEngine:
 
     def _import(self) -> Any:
         if self._options.cpu and "vllm" not in sys.modules:
-            for name, value in _CPU_ENVIRONMENT.items():
-                os.environ.setdefault(name, value)
-            if _OPENMP.is_file():
-                os.environ.setdefault("LD_PRELOAD", str(_OPENMP))
+            set_cpu_environment()
         try:
             vllm = importlib.import_module("vllm")
             if not hasattr(vllm, "LLM"):  # only a folder of that name was found, such as vllm/ of this repository

@@ -38,6 +38,7 @@ import torch
 
 from core.batch_invariant import enable_batch_invariant_mode, product, settle_tiles
 from core.batch_invariant.collectives import all_reduce
+from core.vllm_extension.plugin import ALL_REDUCE, ATTENTION
 from core.vllm_extension.query_length import least_query_length
 
 # Below vLLM's logger, which is the one that its workers show.
@@ -45,12 +46,6 @@ log = logging.getLogger(f"vllm.{__name__}")
 
 VLLM: Final = "VLLM_BATCH_INVARIANT"
 """vLLM's own environment variable for its mode."""
-
-ATTENTION: Final = "ICM_BATCH_INVARIANT_ATTENTION"
-"""Environment variable: "0" leaves vLLM's attention as it is."""
-
-ALL_REDUCE: Final = "ICM_BATCH_INVARIANT_ALL_REDUCE"
-"""Environment variable: "0" leaves sums over GPUs, and what vLLM makes of NCCL for them, as they are."""
 
 LIMITS: Final = ("NCCL_MIN_NCHANNELS", "NCCL_MAX_NCHANNELS", "NCCL_PROTO", "NCCL_ALGO", "NCCL_NTHREADS")
 """Environment variables by which vLLM's mode makes NCCL add in one order. Without sums they only make it slow."""
@@ -94,14 +89,17 @@ def install() -> None:
         try:
             _replace_linear(source)
             _replace_norms(source)
+            replaced = ["kernels", "RMS norms"]
             if os.environ.get(ATTENTION) != "0":
                 _replace_attention()
+                replaced.append("attention")
             if os.environ.get(ALL_REDUCE) != "0":
                 _replace_all_reduce()
+                replaced.append("sums over GPUs")
                 _put_back(asked)  # no communicator is there yet: workers switch the mode on before they meet
         except (ImportError, AttributeError) as error:
             raise RuntimeError(f"this vLLM cannot be made exact, it lacks what is replaced: {error}") from error
-        log.info("exact scores: batch-invariant kernels, RMS norms, attention and sums over GPUs are in place")
+        log.info("exact scores: in place are batch-invariant %s", ", ".join(replaced))
 
     enable.exact = True  # type: ignore[attr-defined]
     source.enable_batch_invariant_mode = enable  # type: ignore[attr-defined]

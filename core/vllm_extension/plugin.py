@@ -17,7 +17,11 @@ BATCH_INVARIANT: Final = "ICM_BATCH_INVARIANT"
 """Environment variable: "1" makes every score a function of its prompt alone; on GPUs beside VLLM_BATCH_INVARIANT=1
 (docs/determinism.md)."""
 
-_CHOOSE_KERNELS: Final = ("VLLM_BATCH_INVARIANT", "VLLM_ATTENTION_BACKEND", BATCH_INVARIANT)
+ATTENTION: Final = "ICM_BATCH_INVARIANT_ATTENTION"
+ALL_REDUCE: Final = "ICM_BATCH_INVARIANT_ALL_REDUCE"
+"""Environment variables: "0" leaves vLLM's attention, or its sums over GPUs, as they are (exact.py)."""
+
+_CHOOSE_KERNELS: Final = ("VLLM_BATCH_INVARIANT", "VLLM_ATTENTION_BACKEND", BATCH_INVARIANT, ATTENTION, ALL_REDUCE)
 
 
 def register() -> None:

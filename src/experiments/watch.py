@@ -118,7 +118,8 @@ class Watch:
         if not started:
             state = "waiting for its first step" if document else "waiting for it to start"
             return [f"{one_line(self.folder.name)}: {state}"]
-        settings = (document or {}).get("settings", {})
+        settings = (document or {}).get("settings")
+        settings = settings if isinstance(settings, dict) else {}
         told = [str(settings[name]) for name in ("testbed", "model") if name in settings]
         told += [f"{name} {settings[name]}" for name in ("alpha", "seed") if name in settings]
         head = f"{one_line(self.folder.name)}: {one_line(', '.join(told))}"
@@ -168,7 +169,7 @@ class Search:
         """Three lines of figures."""
         curves, last = self.curves, self.tail.records[-1]
         size = max(len(self._gold), curves.labelled[-1])
-        total = sum(record.get("seconds", 0.0) for record in self.tail.records)
+        total = sum(record.get("seconds") or 0.0 for record in self.tail.records)
         return [
             f"  labelled {_bar(curves.labelled[-1], size)} {curves.labelled[-1]} of {size}, "
             f"{_share(curves.true_share[-1])} True; iteration {curves.iteration[-1]}",
@@ -193,10 +194,11 @@ def _gold(folder: Path) -> list[bool | None]:
     """By pool position; from the labels where there is no claims.jsonl, empty where there is neither."""
     for name in ("claims.jsonl", "labels.jsonl"):
         try:
-            rows: list[dict[str, Any]] = [orjson.loads(line) for line in (folder / name).read_bytes().splitlines()]
+            rows: list[Any] = [orjson.loads(line) for line in (folder / name).read_bytes().splitlines()]
         except (OSError, orjson.JSONDecodeError):
             continue
-        return [row.get("gold") for row in rows if row.get("by", "icm") in IN_POOL]
+        if all(isinstance(row, dict) for row in rows):
+            return [row.get("gold") for row in rows if row.get("by", "icm") in IN_POOL]
     return []
 
 

@@ -107,7 +107,7 @@ def read_run(folder: Path) -> RunRecord:
     document = _run_document(folder)
     name = folder.resolve().name
     parts = tuple(
-        _within(name, read_run(folder / part)) for part in document.parts if (folder / part / "run.json").is_file()
+        _within(name, read_run(folder / part)) for part in document.parts if _is_file(folder / part / "run.json")
     )
     lines, damaged = _json_lines(folder / "log.jsonl")
     rows, unreadable = _json_lines(folder / "labels.jsonl")
@@ -149,6 +149,13 @@ def read_all(folders: Sequence[Path]) -> tuple[list[BaselineTable], list[RunReco
         else:
             runs.append(read_run(folder))
     return tables, runs
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # no name for a file
+        return False
 
 
 def _within(parent: str, run: RunRecord) -> RunRecord:

@@ -10,6 +10,15 @@ from typing_extensions import TypedDict
 
 Position = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=0, lt=1 << 53)]
+Number = Annotated[float, Field(gt=-1e100, lt=1e100)]  # what can be drawn: not NaN either
+
+
+def _count_or_none(value: object) -> object:
+    """What a step cost is no reason to leave it out: a server's counters go back to 0 when it starts anew."""
+    return value if isinstance(value, int | float) and 0 <= value < 1 << 53 else None
+
+
+Cost = Annotated[int | float | None, BeforeValidator(_count_or_none)]
 
 
 class JournalLine(TypedDict, total=False):
@@ -20,28 +29,28 @@ class JournalLine(TypedDict, total=False):
     claim: Position
     labels: dict[Position, bool]
     changes: dict[Position, bool]
-    scores: dict[Position, float]
-    U: float
-    U_proposed: float | None
-    T: float | None
-    probability: float | None
-    log_odds: float | None
+    scores: dict[Position, Number]
+    U: Number
+    U_proposed: Number | None
+    T: Number | None
+    probability: Number | None
+    log_odds: Number | None
     current: bool | None
     predicted: bool | None
     accepted: bool
-    predictability: float | None
+    predictability: Number | None
     inconsistent: int | None
     labelled: Count
     true_labels: Count
-    asked: Count
-    from_cache: Count
-    asked_ahead: Count
-    ahead_used: Count
-    floored: Count
-    tokens_sent: Count | None
-    tokens_cached: Count | None
-    tokens_computed: Count | None
-    seconds: float | None
+    asked: Cost
+    from_cache: Cost
+    asked_ahead: Cost
+    ahead_used: Cost
+    floored: Cost
+    tokens_sent: Cost
+    tokens_cached: Cost
+    tokens_computed: Cost
+    seconds: Cost
 
 
 _NEEDED = {
@@ -79,7 +88,12 @@ def part_names(names: Sequence[object]) -> list[str]:
     ]
 
 
-Counts = Annotated[dict[str, int | float], BeforeValidator(_told)]
+def _empty_if_null(value: object) -> object:
+    return {} if value is None else value
+
+
+Mapped = Annotated[dict[str, Any], BeforeValidator(_empty_if_null)]
+Counts = Annotated[dict[str, int | float], BeforeValidator(_told), BeforeValidator(_empty_if_null)]
 PartNames = Annotated[list[Any], AfterValidator(part_names)]
 
 
@@ -88,9 +102,9 @@ class RunDocument(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    settings: dict[str, Any] = {}
-    engine: dict[str, Any] = {}
-    environment: dict[str, Any] = {}
+    settings: Mapped = {}
+    engine: Mapped = {}
+    environment: Mapped = {}
     result: dict[str, Any] | None = None
     cost: Counts = {}
     model_api: Counts = {}

@@ -146,7 +146,8 @@ class Meter:
             now_cached = await self._api.prefix_cache()
             if now_cached is not None and self._cache is not None:
                 delta = now_cached - self._cache
-                cost["tokens_cached"], cost["tokens_computed"] = delta.hits, delta.computed
+                if delta.hits >= 0 and delta.computed >= 0:  # else the server was started anew
+                    cost["tokens_cached"], cost["tokens_computed"] = delta.hits, delta.computed
             self._cache = now_cached
         now = time.perf_counter()
         cost["seconds"] = round(now - self._time, 3)

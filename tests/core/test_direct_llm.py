@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 from pydantic import SecretStr
 
+from core.llm_api import direct_llm
 from core.llm_api.direct_llm import DirectEngine, DirectOptions
 from core.llm_api.errors import APIError, ConfigurationError, MissingLabel, RequestRejected
 from core.llm_api.types import Engine, EngineAnswer, LabelTokens, PrefixCacheCounters, Prompt, Segment
@@ -231,6 +233,26 @@ def test_cpu_mode_takes_the_local_servers_settings_where_none_are_given() -> Non
     assert (arguments["block_size"], arguments["disable_hybrid_kv_cache_manager"]) == (32, True)
     assert DirectOptions(cpu=True, dtype="float32", block_size=64).engine_arguments()["block_size"] == 64
     assert "block_size" not in DirectOptions().engine_arguments()
+
+
+@pytest.mark.parametrize("preloaded", [None, "/lib/theirs.so"])
+def test_all_cores_are_used_only_with_the_library_whose_threads_sleep(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, preloaded: str | None
+) -> None:
+    openmp = tmp_path / "libiomp5.so"
+    monkeypatch.setattr(direct_llm, "_OPENMP", openmp)
+    monkeypatch.setattr(os, "environ", {} if preloaded is None else {"LD_PRELOAD": preloaded})
+    direct_llm.set_cpu_environment()
+    assert "VLLM_CPU_NUM_OF_RESERVED_CPU" not in os.environ, "there is no such library"
+    openmp.touch()
+    direct_llm.set_cpu_environment()
+    assert os.environ["LD_PRELOAD"] == (preloaded or str(openmp))
+    assert os.environ.get("VLLM_CPU_NUM_OF_RESERVED_CPU") == ("0" if preloaded is None else None)
+
+
+def test_exact_sums_over_gpus_are_computed_eagerly() -> None:
+    assert DirectOptions(tensor_parallel_size=2).engine_arguments()["enforce_eager"]
+    assert not DirectOptions(tensor_parallel_size=2, deterministic=False).engine_arguments()["enforce_eager"]
 
 
 async def test_cpu_mode_needs_a_vllm_for_the_cpu(vllm: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,8 +33,11 @@ seen = []
 flash_attn.FlashAttentionMetadataBuilder.build = lambda self, prefix, batch, fast_build=False: seen.append(batch)
 if sys.argv[1] == "late":
     import vllm.model_executor.layers.linear, vllm.model_executor.layers.vocab_parallel_embedding
+from vllm.distributed.device_communicators.cuda_communicator import CudaCommunicator
+CudaCommunicator.all_reduce = lambda self, x: ("own", x.dtype)
 from core.batch_invariant import is_batch_invariant_mode_enabled
 from core.vllm_extension import exact
+exact.log.info = lambda text, *values: print(text % values)
 source, bmm = exact._source(), torch.bmm
 source.current_platform = SimpleNamespace(dispatch_key="CPU", is_cuda=lambda: False, is_cuda_alike=lambda: False,
                                           is_xpu=lambda: False, is_rocm=lambda: False)
@@ -84,11 +87,18 @@ print("lengths", lengths(1, 5, None), lengths(40, 5, None), lengths(1, 5, 512), 
 
 # Sums over GPUs: of one process here.
 import os, tempfile
-from vllm.distributed.device_communicators.cuda_communicator import CudaCommunicator
 torch.distributed.init_process_group("gloo", init_method=f"file://{tempfile.mktemp()}", rank=0, world_size=1)
 communicator = SimpleNamespace(device_group=torch.distributed.group.WORLD)
 y = CudaCommunicator.all_reduce(communicator, x)
 assert y is not x and torch.equal(y, x)
+assert CudaCommunicator.all_reduce(communicator, torch.arange(3)) == ("own", torch.int64)
+torch.cuda.is_current_stream_capturing = lambda: True
+try:
+    CudaCommunicator.all_reduce(communicator, SimpleNamespace(is_cuda=True, is_floating_point=lambda: True))
+except RuntimeError as error:
+    assert "--enforce-eager" in str(error)
+else:
+    raise AssertionError("it was recorded")
 print("nccl", os.environ.get("NCCL_MAX_NCHANNELS"), os.environ.get("NCCL_ALGO"), os.environ["NCCL_NVLS_ENABLE"])
 
 # Ours lie on top of vLLM's.
@@ -133,10 +143,14 @@ def test_attention_can_be_left_alone() -> None:
 def test_sums_over_gpus_can_be_left_to_nccl() -> None:
     variables = {"ICM_BATCH_INVARIANT": "1", "VLLM_BATCH_INVARIANT": "1", "ICM_BATCH_INVARIANT_ALL_REDUCE": "0"}
     shown = (
-        "import os; from vllm.distributed.device_communicators.cuda_communicator import CudaCommunicator as c;"
-        "print(hasattr(c.all_reduce, '__wrapped__'), os.environ['NCCL_MAX_NCHANNELS'])"
+        "import os; from core.vllm_extension.plugin import kernels;"
+        "print(hasattr(CudaCommunicator.all_reduce, '__wrapped__'), os.environ['NCCL_MAX_NCHANNELS'], kernels())"
     )
-    assert run(START + shown, "early", **variables).stdout.split()[-2:] == ["False", "1"]
+    done = run(START + shown, "early", **variables)
+    named = ",".join(f"{name}={value}" for name, value in sorted(variables.items(), reverse=True))
+    assert sorted(done.stdout.split()[-1].split(",")) == sorted(named.split(","))
+    assert done.stdout.split()[-3:-1] == ["False", "1"]
+    assert "batch-invariant kernels, RMS norms, attention\n" in done.stdout
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs PyTorch and Triton (make setup-local)")

@@ -42,6 +42,7 @@ with _WATCH:
     from core.llm_api.vllm_metrics import kv_block_size, kv_cache_capacity, prefix_cache_counters
     from core.settings import Settings, read_secrets
     from src.experiments.experiment_file import load_experiment
+    from src.experiments.watch import Watch
     from src.icm.testbeds import BadInput
     from src.monitoring.relabel import page
     from src.monitoring.vllm_scrape import Replica
@@ -164,9 +165,14 @@ def journal(content: bytes) -> None:
 
 
 def run_folder(content: bytes) -> None:
-    """As `icm report` reads and shows it: run.json, then its journal, then its labels."""
-    for name, part in zip(("run.json", "log.jsonl", "labels.jsonl"), content.split(b"\0", 2), strict=False):
-        _file(name, part)
+    """As `icm report` and `icm watch` show it: run.json, then its journal, then its labels."""
+    document, journal, labels = [*content.split(b"\0", 2), b"", b""][:3]
+    _file("run.json", document)
+    _file("log.jsonl", journal)
+    _file("labels.jsonl", labels)
+    watch = Watch(_HOME)
+    watch.poll()
+    watch.lines(over=False)
     try:
         render_report(*read_all([_HOME]))
     except BadInput as error:

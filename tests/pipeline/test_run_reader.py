@@ -65,6 +65,7 @@ def test_half_characters_and_odd_values_are_read(tmp_path: Path) -> None:
         {"event": "step", "iteration": "one", "accepted": True, "U": 1.0},
         {"event": "step", "iteration": 1, "accepted": True, "U": 1.0, "changes": {"-1": True}},
         {"event": "mirror", "iteration": 1, "accepted": True, "U": 1.0, "U_proposed": None},
+        {"event": "step", "iteration": 1, "accepted": True, "U": 1e308},
         {"event": "start", "U": 1.0, "labels": [1]},
         {"event": "start", "labels": {}},
     ],
@@ -76,6 +77,27 @@ def test_lines_of_the_journal_that_make_no_sense_are_counted_and_left_out(tmp_pa
         log.write(json.dumps(line) + "\n")
     assert read_run(folder).journal == whole.journal
     assert read_run(folder).skipped == 1
+
+
+@pytest.mark.parametrize("cost", [-5000, None, "much", 1e300])
+def test_what_a_step_cost_is_no_reason_to_leave_it_out(tmp_path: Path, cost: object) -> None:
+    """A server that is started anew counts its tokens from 0 again."""
+    folder = write_run(tmp_path / "a", labels=LABELS)
+    whole = read_run(folder)
+    step = {"event": "step", "iteration": 99, "accepted": True, "U": 1.0, "changes": {"0": True}, "tokens_cached": cost}
+    with (folder / "log.jsonl").open("a") as log:
+        log.write(json.dumps(step) + "\n")
+    run = read_run(folder)
+    assert (len(run.journal), run.skipped) == (len(whole.journal) + 1, 0)
+    assert (run.journal[-1]["changes"], run.journal[-1]["tokens_cached"]) == ({0: True}, None)
+
+
+@pytest.mark.parametrize("field", ["settings", "engine", "environment", "cost", "model_api", "result"])
+def test_null_is_nothing(tmp_path: Path, field: str) -> None:
+    folder = write_run(tmp_path / "a", labels=LABELS)
+    document = json.loads((folder / "run.json").read_text()) | {field: None}
+    (folder / "run.json").write_text(json.dumps(document))
+    assert len(read_run(folder).claims) == len(LABELS)
 
 
 @pytest.mark.parametrize(
@@ -99,9 +121,11 @@ def test_what_was_not_counted_is_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["", ".", "..", "../a", "b/../../a", "a\0b"])
 def test_a_part_is_a_folder_right_below(tmp_path: Path, name: str) -> None:
     folder = write_run(tmp_path / "a", labels=LABELS)
-    document = json.loads((folder / "run.json").read_text()) | {"parts": [name]}
+    for other in (tmp_path, folder / "b", tmp_path / "b"):  # where the names lead
+        write_run(other, labels=LABELS)
+    document = json.loads((folder / "run.json").read_text()) | {"parts": [name, "b", "x" * 300]}
     (folder / "run.json").write_text(json.dumps(document))
-    assert read_run(folder).parts == ()
+    assert [part.name for part in read_run(folder).parts] == ["a/b"]
 
 
 @pytest.mark.parametrize(("content", "complaint"), [(None, "holds no run"), ("{", "is damaged"), ("[]", "is damaged")])
