@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -315,7 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             env={**os.environ, "TMPDIR": scratch},
             check=False,
         )
-        runs = [line.split()[0][1:] for line in done.stderr.splitlines() if line.startswith("#")]
+        runs = re.findall(r"^#(\d+)\t", done.stderr, re.MULTILINE)
         results[name] = {"exit": done.returncode, "inputs": int(runs[-1]) if runs else 0, "seconds": args.seconds}
         print(name, results[name], flush=True)
         if done.returncode:
