@@ -148,13 +148,13 @@ class Memory:
         return {**found, "peak_gpu_mib": self.gpu_peak} if self._gpu else found
 
     def _watch(self) -> None:
+        ask = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+        if ours := os.environ.get("CUDA_VISIBLE_DEVICES"):
+            ask.append(f"--id={ours}")
         while not self._stop.wait(0.5):
             self.peak = max(self.peak, sum(map(_pss_mib, _family(os.getpid()))))
             if self._gpu:
-                ours = os.environ.get("CUDA_VISIBLE_DEVICES")
-                told = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-                told += [f"--id={ours}"] if ours else []
-                used = subprocess.run(told, capture_output=True, text=True, check=True, timeout=30).stdout.split()
+                used = subprocess.run(ask, capture_output=True, text=True, check=True, timeout=30).stdout.split()
                 self.gpu_peak = max(self.gpu_peak, sum(map(float, used)))
 
 
@@ -226,8 +226,7 @@ def measure(engine: str, args: argparse.Namespace) -> dict[str, Any]:
     else:
         log = REPO_ROOT / "runs" / "transformers-vs-vllm-server.log"
         size = "local" if folder.is_dir() and not args.gpu else model
-        # As the launcher names it: a folder by its last part.
-        served = args.model if size == "local" else Path(size).name if Path(size).is_dir() else size
+        served = Path(model).name if Path(model).is_dir() else model  # as the launcher names it
         options = ["--no-enable-prefix-caching", "--max-model-len", "2048"]
         options += ["--no-enforce-eager"] if args.gpu else []
         options += ["--no-deterministic"] if args.no_deterministic else []

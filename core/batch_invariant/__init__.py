@@ -18,6 +18,7 @@ from core.batch_invariant.mode import (
     set_batch_invariant_mode,
 )
 from core.batch_invariant.rows import log_softmax, rms_norm, softmax, total
+from core.batch_invariant.scaled import scaled_product
 
 __all__ = [
     "agreement",
@@ -27,6 +28,7 @@ __all__ = [
     "log_softmax",
     "product",
     "rms_norm",
+    "scaled_product",
     "set_batch_invariant_mode",
     "settle_tiles",
     "softmax",

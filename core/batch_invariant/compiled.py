@@ -8,44 +8,48 @@ tests/core/test_batch_invariant.py run it.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 import torch
 
 from core.batch_invariant import ops
 from core.batch_invariant.matmul import SUPPORTED
 
+TAG: Final = f"icm-{hashlib.sha256(b''.join(Path(m).read_bytes() for m in (__file__, ops.__file__))).hexdigest()[:16]}"
+"""Stands for what compiled code calls while the mode is on: another one where this file or ops.py has changed."""
+
 _MISSING = object()
 _before: dict[Any, Any] = {}
-_cache_before: bool | None = None
+_tag_before = ""
 
 
 def use_kernels() -> None:
     """From now on, what is compiled calls the kernels. Nothing happens where this PyTorch has no Inductor."""
-    global _cache_before
+    global _tag_before
     modules = _modules()
     if modules is None or _before:
         return
-    inductor, functorch = modules
+    inductor, compiler = modules
     for operator, ours in _replacements().items():
         own = inductor.decompositions.get(operator, _MISSING)
         _before[operator] = own
         inductor.decompositions[operator] = _choose(ours, None if own is _MISSING else own)
     inductor.fast_random_decomps.cache_clear()
-    # What PyTorch keeps on disk of earlier compilations does not know of the mode.
-    _cache_before = functorch.enable_autograd_cache
-    functorch.enable_autograd_cache = False
+    # What PyTorch keeps on disk of other compilations does not know of the mode.
+    _tag_before = compiler.cache_key_tag
+    compiler.cache_key_tag = _tag_before + TAG
 
 
 def use_pytorch() -> None:
     """Undo use_kernels."""
-    global _cache_before
     modules = _modules()
     if modules is None or not _before:
         return
-    inductor, functorch = modules
+    inductor, compiler = modules
     for operator, own in _before.items():
         if own is _MISSING:
             del inductor.decompositions[operator]
@@ -53,14 +57,14 @@ def use_pytorch() -> None:
             inductor.decompositions[operator] = own
     _before.clear()
     inductor.fast_random_decomps.cache_clear()
-    functorch.enable_autograd_cache = _cache_before
+    compiler.cache_key_tag = _tag_before
 
 
 def _modules() -> tuple[Any, Any] | None:
     try:
         return (
             importlib.import_module("torch._inductor.decomposition"),
-            importlib.import_module("torch._functorch.config"),
+            importlib.import_module("torch.compiler.config"),
         )
     except ImportError:
         return None

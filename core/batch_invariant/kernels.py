@@ -108,28 +108,35 @@ def matmul_by_pointers(
     tl.store(c_ptrs, accumulator.to(c_ptr.dtype.element_ty), mask=a_rows & b_columns)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "stride_sa", "stride_sb"])
 def matmul_by_descriptors(
     a_desc,
     a_ptr,
     b_desc,
     bias_ptr,
     c_desc,
+    scale_a_ptr,
+    scale_b_ptr,
     M,
     N,
     K,
     stride_am,
+    stride_sa,
+    stride_sb,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    SCALED: tl.constexpr,
     A_BY_POINTERS: tl.constexpr,
     B_IS_NK: tl.constexpr,
     HALVES: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
     """C = A @ B (+ bias) through tensor descriptors, which Hopper's copy engine reads and writes in whole tiles.
+
+    SCALED: every element is multiplied by its column's scale and then by its row's, before the bias.
 
     B_IS_NK: B lies in memory as (N, K), as the weight of a linear layer does. HALVES = 2 writes a tile in two halves,
     which takes half the shared memory. PROGRAMS: that many programs share the tiles, so that each can write one while
@@ -154,6 +161,10 @@ def matmul_by_descriptors(
                 accumulator = _add_product(accumulator, a, b)
             written += PROGRAMS
             tile_m, tile_n = _place(written, tiles_m, tiles_n, GROUP)
+            if SCALED:
+                accumulator = _scale(
+                    accumulator, scale_a_ptr, scale_b_ptr, tile_m, tile_n, M, N, stride_sa, stride_sb, BLOCK_M, BLOCK_N
+                )
             _write(accumulator, bias_ptr, c_desc, tile_m, tile_n, N, BLOCK_M, BLOCK_N, HAS_BIAS, HALVES)
     else:
         tile_m, tile_n = _place(tl.program_id(0), tiles_m, tiles_n, GROUP)
@@ -172,7 +183,33 @@ def matmul_by_descriptors(
             else:
                 b = b_desc.load([k * BLOCK_K, tile_n * BLOCK_N])
             accumulator = _add_product(accumulator, a, b)
+        if SCALED:
+            accumulator = _scale(
+                accumulator, scale_a_ptr, scale_b_ptr, tile_m, tile_n, M, N, stride_sa, stride_sb, BLOCK_M, BLOCK_N
+            )
         _write(accumulator, bias_ptr, c_desc, tile_m, tile_n, N, BLOCK_M, BLOCK_N, HAS_BIAS, HALVES)
+
+
+@triton.jit
+def _scale(
+    accumulator,
+    scale_a_ptr,
+    scale_b_ptr,
+    tile_m,
+    tile_n,
+    M,
+    N,
+    stride_sa,
+    stride_sb,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """A tile, its columns scaled and then its rows. A stride of 0: one scale for all."""
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    of_rows = tl.load(scale_a_ptr + rows * stride_sa, mask=rows < M, other=0.0)
+    of_columns = tl.load(scale_b_ptr + columns * stride_sb, mask=columns < N, other=0.0)
+    return (accumulator * of_columns[None, :]) * of_rows[:, None]
 
 
 @triton.jit

@@ -68,7 +68,7 @@ def product(
             descriptors = capability_of(a.device)[0] == 9 and describable(a, b, c)
         with on_device(a.device):
             if descriptors:
-                _by_descriptors(a, b, bias, c, tile, multiprocessors)
+                by_descriptors(a, b, bias, c, tile, multiprocessors)
             else:
                 _by_pointers(a, b, bias, c, tile)
     if out is not None and not direct:
@@ -81,10 +81,10 @@ def describable(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> bool:
     """Whether descriptors can read a and b and write c: 16-bit types, aligned, one dimension contiguous."""
     if a.dim() != 2 or a.element_size() != 2 or c.element_size() != 2 or (c.shape[1] * 2) % ALIGNMENT:
         return False
-    return _rows_of(a) is not None and (_rows_of(b.t()) is not None or _rows_of(b) is not None)
+    return rows_of(a) is not None and (rows_of(b.t()) is not None or rows_of(b) is not None)
 
 
-def _rows_of(x: torch.Tensor) -> list[int] | None:
+def rows_of(x: torch.Tensor) -> list[int] | None:
     """Strides of a matrix whose rows a descriptor can read, or None."""
     inner = 1 if x.shape[1] == 1 else x.stride(1)
     # The stride of a single row means nothing, and need not be aligned.
@@ -152,13 +152,23 @@ def _by_pointers(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, c:
     )
 
 
-def _by_descriptors(
-    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, c: torch.Tensor, tile: Tile, multiprocessors: int
+def by_descriptors(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    c: torch.Tensor,
+    tile: Tile,
+    multiprocessors: int,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
+    """c (M, N) = a (M, K) @ b (K, N) + bias (N,), with `scales` of a's rows (M,) and b's columns (N,), or of all (1,).
+
+    Raises ValueError for matrices that descriptors cannot read.
+    """
     (m, k), n = a.shape, b.shape[1]
-    a_strides, b_strides = _rows_of(a), _rows_of(b.t())
+    a_strides, b_strides = rows_of(a), rows_of(b.t())
     b_is_nk = b_strides is not None
-    b_strides = b_strides or _rows_of(b)
+    b_strides = b_strides or rows_of(b)
     if a_strides is None or b_strides is None:
         raise ValueError("descriptors cannot read these strides or addresses")
     b_block = [tile.columns, tile.depth] if b_is_nk else [tile.depth, tile.columns]
@@ -169,15 +179,18 @@ def _by_descriptors(
         TensorDescriptor(b, [n, k] if b_is_nk else [k, n], b_strides, b_block),
         c if bias is None else bias.contiguous(),
         TensorDescriptor(c, [m, n], [n, 1], [tile.rows, tile.columns // tile.halves]),
+        *((c, c) if scales is None else scales),
         m,
         n,
         k,
         a_strides[0],
+        *((0, 0) if scales is None else (int(scale.numel() > 1) for scale in scales)),
         BLOCK_M=tile.rows,
         BLOCK_N=tile.columns,
         BLOCK_K=tile.depth,
         GROUP=tile.group,
         HAS_BIAS=bias is not None,
+        SCALED=scales is not None,
         A_BY_POINTERS=m < tile.rows and not tile.persistent,
         B_IS_NK=b_is_nk,
         HALVES=tile.halves,

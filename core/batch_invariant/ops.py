@@ -2,6 +2,7 @@
 
     icm::linear(x, weight, bias) -> y                (..., K), (N, K), (N,) -> (..., N)
     icm::product(a, b, bias) -> c                    (M, K), (K, N), (N,) -> (M, N), or with a batch in front of both
+    icm::scaled_product(a, b, scale_a, scale_b, bias, dtype) -> c      the same of 8-bit floats and their scales
     icm::log_softmax, icm::softmax(x, dim, dtype)    as in PyTorch, dtype being that of the result
     icm::total(x, dims, keepdim, dtype, mean)        sum or mean
     icm::rms_norm(x, weight, epsilon)                y
@@ -21,6 +22,7 @@ import torch
 
 from core.batch_invariant import rows
 from core.batch_invariant.matmul import product
+from core.batch_invariant.scaled import scaled_product
 
 NAMESPACE: Final = "icm"
 
@@ -41,6 +43,17 @@ def _product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None)
 
 def _product_shape(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     return a.new_empty(*a.shape[:-1], b.shape[-1])
+
+
+def _scaled_product_shape(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scale_a: torch.Tensor,
+    scale_b: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    return a.new_empty(a.shape[0], b.shape[1], dtype=dtype)
 
 
 def _log_softmax(x: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -90,6 +103,11 @@ def _add_rms_norm_shape(
 _OPERATORS: Final[tuple[tuple[str, Callable[..., object], Callable[..., object]], ...]] = (
     ("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor", linear, _linear_shape),
     ("product(Tensor a, Tensor b, Tensor? bias=None) -> Tensor", _product, _product_shape),
+    (
+        "scaled_product(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? bias, ScalarType dtype) -> Tensor",
+        scaled_product,
+        _scaled_product_shape,
+    ),
     ("log_softmax(Tensor x, int dim, ScalarType? dtype=None) -> Tensor", _log_softmax, _softmax_shape),
     ("softmax(Tensor x, int dim, ScalarType? dtype=None) -> Tensor", _softmax, _softmax_shape),
     ("total(Tensor x, int[] dims, bool keepdim, ScalarType? dtype, bool mean) -> Tensor", _total, _total_shape),

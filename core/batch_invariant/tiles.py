@@ -57,6 +57,15 @@ HOPPER: Final = (
 among 29 by their times on an H200 for the linear layers of an 8B model and 1 to 1,024 rows: what `choose` takes is
 within 3% of the fastest of these five in every case (docs/lab-log.md)."""
 
+HOPPER_FP8: Final = (
+    Tile(128, 256, 128, warps=8, stages=3, halves=2, persistent=True),
+    Tile(64, 256, 128, warps=4, stages=4, slowness=1.05),
+    Tile(64, 128, 128, warps=4, stages=6, slowness=1.4),
+    Tile(64, 64, 256, warps=4, stages=5, slowness=1.5),
+    Tile(64, 32, 256, warps=4, stages=6, slowness=2.0),
+)
+"""8-bit floats on compute capability 9, whose matrix instruction is 32 deep in all of them."""
+
 OTHER: Final = (Tile(128, 128, 32, warps=8, stages=3),)
 """16-bit types on what is neither: one tile, since nobody compared several there."""
 
@@ -76,6 +85,8 @@ def tiles(dtype: torch.dtype, capability: tuple[int, int]) -> tuple[Tile, ...]:
     """The tiles that may compute products of this type on such a GPU, largest first."""
     if dtype == torch.float32:
         return FULL_PRECISION
+    if dtype == torch.float8_e4m3fn:
+        return HOPPER_FP8
     family = {0: AMPERE, 8: AMPERE, 9: HOPPER}.get(capability[0], OTHER)
     wanted = os.environ.get(TILE_VARIABLE)
     if not wanted:

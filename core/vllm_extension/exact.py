@@ -1,7 +1,7 @@
 """vLLM with scores that are a function of the prompt alone: what its batch-invariant mode leaves open, closed.
 
 Asked for by ICM_BATCH_INVARIANT=1 beside vLLM's own VLLM_BATCH_INVARIANT=1, whose other settings (one attention split,
-no cascade attention) are needed and stay. Four things are replaced, in every process of vLLM:
+no cascade attention) are needed and stay. Five things are replaced, in every process of vLLM:
 
 - Linear layers: vLLM's Triton product by ours, which chooses among tiles that give the same bits (faster).
 - RMS norms. vLLM 0.26 adds the residual with a kernel that gives a row 1024 threads below 256 tokens in a step and 256
@@ -16,6 +16,11 @@ no cascade attention) are needed and stay. Four things are replaced, in every pr
   is freed of the limits that vLLM puts on it (one channel of one thread). ICM_BATCH_INVARIANT_ALL_REDUCE=0 leaves both
   as they are. Reduce-scatter, which some models with experts use, stays NCCL's. CUDA graphs are refused: it was not
   seen to work in one.
+- On Hopper the products of fp8 models (Cutlass), which vLLM's mode computes with one tile for any number of rows, by
+  core/batch_invariant/scaled.py, which chooses among tiles (faster). ICM_BATCH_INVARIANT_FP8=0 leaves them as they are,
+  and so do tiles that should differ. Scales of blocks (DeepSeek's format) stay vLLM's.
+
+What is compiled (CUDA graphs) is kept on disk under a name of its own.
 
 Measured with vLLM 0.26.0 on H200s: docs/determinism.md. Sliding windows are left, which FlashAttention 3 has no exact
 way to compute; a server that has them says so. vLLM 0.32.0 has what is replaced here, too; a version that lacks it is
@@ -38,7 +43,9 @@ import torch
 
 from core.batch_invariant import enable_batch_invariant_mode, product, settle_tiles
 from core.batch_invariant.collectives import all_reduce
-from core.vllm_extension.plugin import ALL_REDUCE, ATTENTION
+from core.batch_invariant.compiled import TAG
+from core.batch_invariant.scaled import on_hopper, scalable, tiles_agree
+from core.vllm_extension.plugin import ALL_REDUCE, ATTENTION, BATCH_INVARIANT, FP8
 from core.vllm_extension.query_length import least_query_length
 
 # Below vLLM's logger, which is the one that its workers show.
@@ -85,7 +92,7 @@ def install() -> None:
         torch.bmm = bmm
         enable_batch_invariant_mode()
         if torch.cuda.is_available():
-            settle_tiles(torch.device("cuda", torch.cuda.current_device()))
+            settle_tiles(_device())
         try:
             _replace_linear(source)
             _replace_norms(source)
@@ -97,6 +104,10 @@ def install() -> None:
                 _replace_all_reduce()
                 replaced.append("sums over GPUs")
                 _put_back(asked)  # no communicator is there yet: workers switch the mode on before they meet
+            if os.environ.get(FP8) != "0":
+                _replace_scaled_products()
+                replaced.append("fp8 products")
+            _name_what_is_compiled()
         except (ImportError, AttributeError) as error:
             raise RuntimeError(f"this vLLM cannot be made exact, it lacks what is replaced: {error}") from error
         log.info("exact scores: in place are batch-invariant %s", ", ".join(replaced))
@@ -105,6 +116,10 @@ def install() -> None:
     source.enable_batch_invariant_mode = enable  # type: ignore[attr-defined]
     if source._batch_invariant_MODE:
         enable()
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def _source() -> ModuleType:
@@ -183,6 +198,55 @@ def _replace_all_reduce() -> None:
 
     reduce.exact = True  # type: ignore[attr-defined]
     owner.all_reduce = reduce
+
+
+def _replace_scaled_products() -> None:
+    operators: Any = importlib.import_module("vllm._custom_ops")
+    layers: Any = importlib.import_module("vllm.model_executor.kernels.linear.scaled_mm.cutlass")
+    own, own_init = operators.cutlass_scaled_mm, layers.CutlassFP8ScaledMMLinearKernel.__init__
+    if getattr(own, "exact", False):
+        return
+
+    @functools.cache
+    def ours() -> bool:
+        """Whether our tiles agree here. Not looked at without an fp8 model: compiling them takes seconds."""
+        differing = [what for what, count in tiles_agree(_device()) if count]
+        if differing:
+            log.warning("tiles differ on this GPU, vLLM's own compute fp8: %s", "; ".join(differing[:4]))
+        return not differing
+
+    used = False
+
+    @functools.wraps(own_init)
+    def init(self: Any, *arguments: Any, **named: Any) -> None:
+        nonlocal used
+        own_init(self, *arguments, **named)
+        used = on_hopper(_device()) and ours()
+
+    @functools.wraps(own)
+    def scaled_mm(
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scale_a: torch.Tensor,
+        scale_b: torch.Tensor,
+        out_dtype: torch.dtype,
+        bias: torch.Tensor | None = None,
+    ) -> Any:
+        rows = a.view(-1, a.shape[-1])
+        if not (used and scalable(rows, b, scale_a, scale_b)):
+            return own(a, b, scale_a, scale_b, out_dtype, bias)
+        y = torch.ops.icm.scaled_product(rows, b, scale_a, scale_b, bias, out_dtype)
+        return y.view(*a.shape[:-1], b.shape[1])
+
+    scaled_mm.exact = True  # type: ignore[attr-defined]
+    operators.cutlass_scaled_mm = scaled_mm
+    layers.CutlassFP8ScaledMMLinearKernel.__init__ = init
+
+
+def _name_what_is_compiled() -> None:
+    """vLLM files compiled models under its environment variables, among other things; have ours be one of them."""
+    envs: Any = importlib.import_module("vllm.envs")
+    envs.environment_variables[BATCH_INVARIANT] = lambda: TAG
 
 
 def _put_back(variables: Mapping[str, str | None]) -> None:

@@ -19,9 +19,11 @@ BATCH_INVARIANT: Final = "ICM_BATCH_INVARIANT"
 
 ATTENTION: Final = "ICM_BATCH_INVARIANT_ATTENTION"
 ALL_REDUCE: Final = "ICM_BATCH_INVARIANT_ALL_REDUCE"
-"""Environment variables: "0" leaves vLLM's attention, or its sums over GPUs, as they are (exact.py)."""
+FP8: Final = "ICM_BATCH_INVARIANT_FP8"
+"""Environment variables: "0" leaves vLLM's attention, its sums over GPUs, or its products of fp8 models, as they are
+(exact.py)."""
 
-_CHOOSE_KERNELS: Final = ("VLLM_BATCH_INVARIANT", "VLLM_ATTENTION_BACKEND", BATCH_INVARIANT, ATTENTION, ALL_REDUCE)
+_CHOOSE_KERNELS: Final = ("VLLM_BATCH_INVARIANT", "VLLM_ATTENTION_BACKEND", BATCH_INVARIANT, ATTENTION, ALL_REDUCE, FP8)
 
 
 def register() -> None:

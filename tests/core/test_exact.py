@@ -35,6 +35,10 @@ if sys.argv[1] == "late":
     import vllm.model_executor.layers.linear, vllm.model_executor.layers.vocab_parallel_embedding
 from vllm.distributed.device_communicators.cuda_communicator import CudaCommunicator
 CudaCommunicator.all_reduce = lambda self, x: ("own", x.dtype)
+import vllm._custom_ops
+from vllm.model_executor.kernels.linear.scaled_mm.cutlass import CutlassFP8ScaledMMLinearKernel
+vllm._custom_ops.cutlass_scaled_mm = lambda a, b, scale_a, scale_b, out_dtype, bias=None: "own"
+CutlassFP8ScaledMMLinearKernel.__init__ = lambda self, config, names: None
 from core.batch_invariant import is_batch_invariant_mode_enabled
 from core.vllm_extension import exact
 exact.log.info = lambda text, *values: print(text % values)
@@ -101,6 +105,21 @@ else:
     raise AssertionError("it was recorded")
 print("nccl", os.environ.get("NCCL_MAX_NCHANNELS"), os.environ.get("NCCL_ALGO"), os.environ["NCCL_NVLS_ENABLE"])
 
+# fp8 models: vLLM's product stays until a layer of such a model is made.
+from vllm import _custom_ops as operators
+from vllm.model_executor.kernels.linear.scaled_mm.cutlass import CutlassFP8ScaledMMLinearKernel as Layer
+a, b = torch.randn(2, 3, 32).to(torch.float8_e4m3fn), torch.randn(16, 32).to(torch.float8_e4m3fn).t()
+numbers = a, b, torch.rand(6, 1), torch.rand(16, 1), torch.bfloat16
+assert operators.cutlass_scaled_mm(*numbers) == "own"
+Layer("layer", [])
+y = operators.cutlass_scaled_mm(*numbers)
+expected = (a.double() @ b.double()) * numbers[2].view(2, 3, 1) * numbers[3].t()
+torch.testing.assert_close(y.double(), expected, rtol=0.01, atol=0.01)
+assert operators.cutlass_scaled_mm(a, b, torch.rand(6, 2), *numbers[3:]) == "own"
+import vllm.envs
+from core.batch_invariant.compiled import TAG
+assert TAG in vllm.envs.compile_factors().values() and TAG in torch.compiler.config.cache_key_tag
+
 # Ours lie on top of vLLM's.
 torch.testing.assert_close(x.softmax(-1), torch.ops.icm.softmax(x, -1), rtol=0, atol=0)
 torch.testing.assert_close(torch.bmm(x, x.mT), torch.ops.icm.product(x, x.mT), rtol=0, atol=0)
@@ -140,16 +159,22 @@ def test_attention_can_be_left_alone() -> None:
 
 
 @pytest.mark.real_server
-def test_sums_over_gpus_can_be_left_to_nccl() -> None:
-    variables = {"ICM_BATCH_INVARIANT": "1", "VLLM_BATCH_INVARIANT": "1", "ICM_BATCH_INVARIANT_ALL_REDUCE": "0"}
+def test_sums_over_gpus_and_fp8_products_can_be_left_to_vllm() -> None:
+    variables = {
+        "ICM_BATCH_INVARIANT": "1",
+        "VLLM_BATCH_INVARIANT": "1",
+        "ICM_BATCH_INVARIANT_ALL_REDUCE": "0",
+        "ICM_BATCH_INVARIANT_FP8": "0",
+    }
     shown = (
         "import os; from core.vllm_extension.plugin import kernels;"
-        "print(hasattr(CudaCommunicator.all_reduce, '__wrapped__'), os.environ['NCCL_MAX_NCHANNELS'], kernels())"
+        "print(hasattr(CudaCommunicator.all_reduce, '__wrapped__'), os.environ['NCCL_MAX_NCHANNELS'],"
+        "hasattr(vllm._custom_ops.cutlass_scaled_mm, '__wrapped__'), kernels())"
     )
     done = run(START + shown, "early", **variables)
-    named = ",".join(f"{name}={value}" for name, value in sorted(variables.items(), reverse=True))
-    assert sorted(done.stdout.split()[-1].split(",")) == sorted(named.split(","))
-    assert done.stdout.split()[-3:-1] == ["False", "1"]
+    named = [f"{name}={value}" for name, value in variables.items()]
+    assert sorted(done.stdout.split()[-1].split(",")) == sorted(named)
+    assert done.stdout.split()[-4:-1] == ["False", "1", "False"]
     assert "batch-invariant kernels, RMS norms, attention\n" in done.stdout
 
 

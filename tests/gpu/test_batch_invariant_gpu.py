@@ -184,3 +184,54 @@ def test_without_the_mode_rows_differ(torch: Any) -> None:
     b = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
     whole = a @ b
     assert any(not torch.equal(a[:m] @ b, whole[:m]) for m in SIZES)
+
+
+@pytest.fixture
+def hopper(torch: Any) -> Any:
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("8-bit products are computed on compute capability 9")
+    return torch
+
+
+def test_every_tile_of_8_bit_floats_gives_the_same_bits(hopper: Any) -> None:
+    from core.batch_invariant.scaled import tiles_agree
+
+    for n, k in ((512, 1040), (4608, 16384), (272, 48)):
+        results = tiles_agree(hopper.device("cuda", 0), n=n, k=k)
+        assert len(results) > 50
+        assert [found for found in results if found[1]] == []
+
+
+@pytest.mark.parametrize(("k", "n"), [(4096, 6144), (1008, 528), (16384, 1024)])
+def test_a_row_of_an_8_bit_product_keeps_its_bits(hopper: Any, k: int, n: int) -> None:
+    from core.batch_invariant import scaled_product
+
+    a = hopper.randn(2048, k, device="cuda").to(hopper.float8_e4m3fn)
+    b = hopper.randn(n, k, device="cuda").to(hopper.float8_e4m3fn).t()
+    scale_a, scale_b = hopper.rand(2048, 1, device="cuda"), hopper.rand(n, 1, device="cuda")
+    bias = hopper.randn(n, device="cuda", dtype=hopper.bfloat16)
+    for extra in (None, bias):
+        whole = scaled_product(a, b, scale_a, scale_b, extra)
+        for m in SIZES:
+            for start in (0, 1, 500):
+                rows = slice(start, start + m)
+                assert hopper.equal(scaled_product(a[rows], b, scale_a[rows], scale_b, extra), whole[rows]), (m, start)
+    exact = (a.double() * scale_a) @ (b.double() * scale_b.t()) + bias.double()
+    assert float((whole.double() - exact).abs().max() / exact.abs().max()) < 0.01
+
+
+def test_8_bit_products_in_cuda_graphs_and_compiled(hopper: Any) -> None:
+    from core.batch_invariant import scaled_product
+
+    a = hopper.randn(256, 1024, device="cuda").to(hopper.float8_e4m3fn)
+    b = hopper.randn(512, 1024, device="cuda").to(hopper.float8_e4m3fn).t()
+    scale_a, scale_b = hopper.rand(256, 1, device="cuda"), hopper.rand(512, 1, device="cuda")
+    expected = scaled_product(a, b, scale_a, scale_b)
+    graph = hopper.cuda.CUDAGraph()
+    with hopper.cuda.graph(graph):
+        found = scaled_product(a, b, scale_a, scale_b)
+    graph.replay()
+    assert hopper.equal(found, expected)
+    compiled = hopper.compile(lambda x, s: hopper.ops.icm.scaled_product(x, b, s, scale_b, None, hopper.bfloat16))
+    for rows in (256, 7):
+        assert hopper.equal(compiled(a[:rows], scale_a[:rows]), expected[:rows])
