@@ -75,7 +75,7 @@ def milliseconds(call: Callable[[int], Any], repeats: int) -> float:
 
     for i in range(3):
         call(i)
-    taken = []
+    taken: list[float] = []
     for i in range(repeats):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()

@@ -131,10 +131,12 @@ def row(latencies: list[float], tokens: int, seconds: float, cpu: float) -> dict
 
 
 class Memory:
-    """Watches the largest memory of this process and all below it, in MiB, and of the GPU."""
+    """Watches the largest memory of a process and all below it, in MiB, and of the GPU. From outside: looking takes
+    tens of milliseconds on a large machine, for which an engine in the same process would wait."""
 
-    def __init__(self, gpu: bool) -> None:
+    def __init__(self, pid: int, gpu: bool) -> None:
         self.peak = self.gpu_peak = 0.0
+        self._pid = pid
         self._gpu = gpu
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -152,7 +154,7 @@ class Memory:
         if ours := os.environ.get("CUDA_VISIBLE_DEVICES"):
             ask.append(f"--id={ours}")
         while not self._stop.wait(0.5):
-            self.peak = max(self.peak, sum(map(_pss_mib, _family(os.getpid()))))
+            self.peak = max(self.peak, sum(map(_pss_mib, _family(self._pid))))
             if self._gpu:
                 used = subprocess.run(ask, capture_output=True, text=True, check=True, timeout=30).stdout.split()
                 self.gpu_peak = max(self.gpu_peak, sum(map(float, used)))
@@ -189,12 +191,11 @@ def _pss_mib(pid: int) -> float:
     return next((int(line.split()[1]) / 1024 for line in text.splitlines() if line.startswith("Pss:")), 0.0)
 
 
-def measure(engine: str, args: argparse.Namespace) -> dict[str, Any]:
-    """All numbers of one engine, in this process."""
+def measure(engine: str, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Numbers at every number of requests at once of one engine, in this process."""
     folder = REPO_ROOT / "models" / args.model
     model = str(folder) if folder.is_dir() else args.model
     work = workload(args.requests, args.tokens)
-    memory = Memory(args.gpu)
     rows: dict[str, dict[str, float]] = {}
 
     async def ask(api: ModelAPI) -> None:
@@ -232,7 +233,7 @@ def measure(engine: str, args: argparse.Namespace) -> dict[str, Any]:
         options += ["--no-deterministic"] if args.no_deterministic else []
         with VLLMServer(model=args.model, size=size, log=log, options=tuple(options)) as server:
             asyncio.run(over_http(server.url, served))
-    return {"at_once": rows, **memory.end()}
+    return rows
 
 
 def ratios(engines: dict[str, Any], of: str = "requests_a_second") -> dict[str, dict[str, float]]:
@@ -274,12 +275,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command += ["--requests", str(args.requests), "--tokens", str(args.tokens)]
         command += ["--at_once", *map(str, args.at_once), *(["--gpu"] if args.gpu else [])]
         command += ["--no_deterministic"] if args.no_deterministic else []
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-        found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            memory = Memory(process.pid, args.gpu)
+            shown, _ = process.communicate()
+            peaks = memory.end()
+        found = [line for line in shown.splitlines() if line.startswith("RESULT ")]
         if not found:
-            print(f"error: {engine} failed with exit code {done.returncode}", file=sys.stderr)
+            print(f"error: {engine} failed with exit code {process.returncode}", file=sys.stderr)
             continue
-        engines[engine] = json.loads(found[-1].removeprefix("RESULT "))
+        engines[engine] = {"at_once": json.loads(found[-1].removeprefix("RESULT ")), **peaks}
     result = {
         "model": args.model,
         "requests": args.requests,

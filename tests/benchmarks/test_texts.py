@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -59,8 +60,8 @@ def test_ratios_are_of_equal_numbers_at_once() -> None:
     assert (found["requests_a_second"], found["tokens_a_cpu_second"]) == (0.5, 3.0)
 
 
-def test_memory_is_that_of_this_process_and_its_children() -> None:
-    memory = Memory(gpu=False)
+def test_memory_is_that_of_a_process_and_its_children() -> None:
+    memory = Memory(os.getpid(), gpu=False)
     block = bytearray(64 * 2**20)
     block[::4096] = b"x" * len(block[::4096])
     time.sleep(1.2)

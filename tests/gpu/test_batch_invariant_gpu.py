@@ -216,8 +216,11 @@ def test_a_row_of_an_8_bit_product_keeps_its_bits(hopper: Any, k: int, n: int) -
             for start in (0, 1, 500):
                 rows = slice(start, start + m)
                 assert hopper.equal(scaled_product(a[rows], b, scale_a[rows], scale_b, extra), whole[rows]), (m, start)
+    # The matrix unit loses some bits of such sums; PyTorch's own product in the fast way of adding loses as many.
     exact = (a.double() * scale_a) @ (b.double() * scale_b.t()) + bias.double()
-    assert float((whole.double() - exact).abs().max() / exact.abs().max()) < 0.01
+    own = hopper._scaled_mm(a, b, scale_a, scale_b.t(), bias, out_dtype=hopper.bfloat16, use_fast_accum=True)
+    errors = [float((found.double() - exact).abs().max()) for found in (whole, own)]
+    assert errors[0] < 1.1 * errors[1]
 
 
 def test_8_bit_products_in_cuda_graphs_and_compiled(hopper: Any) -> None:
