@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
+from unittest.mock import patch
 
 if str(Path(__file__).resolve().parents[1]) not in sys.path:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -110,15 +111,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"benchmarks/all_reduce.py needs two NVIDIA GPUs, and there are {count} here", file=sys.stderr)
         return 2
     found: dict[str, dict[str, Any]] = {}
-    before = dict(os.environ)
     with tempfile.TemporaryDirectory() as folder:
         for way, environment in WAYS.items():
             print(f"{way} ...", file=sys.stderr, flush=True)
-            os.environ |= environment
-            torch.multiprocessing.spawn(measure, (count, folder, way, args), nprocs=count)
-            for name in environment:
-                os.environ.pop(name)
-            os.environ |= before
+            with patch.dict(os.environ, environment):
+                torch.multiprocessing.spawn(measure, (count, folder, way, args), nprocs=count)
             found[way] = json.loads(Path(folder, f"{way}.json").read_text())
     print(table(found, args.tokens))
     if args.json is not None:

@@ -250,6 +250,21 @@ def ratios(engines: dict[str, Any], of: str = "requests_a_second") -> dict[str, 
     }
 
 
+def result(engines: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """What is written of the engines that were measured so far."""
+    return {
+        "model": Path(args.model).name if Path(args.model).is_dir() else args.model,
+        "requests": args.requests,
+        "tokens_at_most": args.tokens,
+        "vllm_deterministic": not args.no_deterministic,
+        "machine": hardware(),
+        "commit": commit(),
+        "engines": engines,
+        "throughput_over_transformers": ratios(engines),
+        "tokens_a_cpu_second_over_transformers": ratios(engines, "tokens_a_cpu_second"),
+    }
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; exit code 1 if an engine failed, the others' numbers being written all the same."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -269,6 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("RESULT " + json.dumps(measure(args.inside, args)))
         return 0
     engines: dict[str, Any] = {}
+    text = ""
     for engine in args.engines:
         print(f"{engine} ...", file=sys.stderr, flush=True)
         command = [sys.executable, __file__, "--inside", engine, "--model", args.model]
@@ -284,21 +300,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"error: {engine} failed with exit code {process.returncode}", file=sys.stderr)
             continue
         engines[engine] = {"at_once": json.loads(found[-1].removeprefix("RESULT ")), **peaks}
-    result = {
-        "model": args.model,
-        "requests": args.requests,
-        "tokens_at_most": args.tokens,
-        "vllm_deterministic": not args.no_deterministic,
-        "machine": hardware(),
-        "commit": commit(),
-        "engines": engines,
-        "throughput_over_transformers": ratios(engines),
-        "tokens_a_cpu_second_over_transformers": ratios(engines, "tokens_a_cpu_second"),
-    }
-    text = json.dumps(result, indent=1)
+        text = json.dumps(result(engines, args), indent=1)
+        if args.json is not None:  # each time, for the next engine may take long, or fail
+            args.json.write_text(text + "\n")
     print(text)
-    if args.json is not None:
-        args.json.write_text(text + "\n")
     return 0 if len(engines) == len(args.engines) else 1
 
 

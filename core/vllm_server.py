@@ -44,7 +44,11 @@ _LOG_PREFIX: Final = re.compile(
     r"^(\([^)]*pid=\d+\)\s*)?((DEBUG|INFO|WARNING|ERROR)\s+[\d-]+ [\d:]+ )?(\[[^\]]*\]\s*)?"
 )
 _ESCAPES: Final = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_CAUSE: Final = re.compile(r"(?:^|\s)((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception): .+)")
+"""The last line of a traceback."""
+
 _HINTS: Final = (
+    ("Insufficient space in /dev/shm", "In a container: docker run --shm-size 2g, or --ipc host."),
     ("is in use", "Stop what runs on that port."),
     ("make setup-local", ""),
     ("Cannot allocate memory", "The machine is short of memory: lower VLLM_CPU_KVCACHE_SPACE (GiB)."),
@@ -190,6 +194,10 @@ class VLLMServer:
         lines = self._last_lines(12)
         text = "\n".join(self._last_lines(200))
         hint = next((hint for sign, hint in _HINTS if sign in text), f"The whole log is in {self.log}")
+        # vLLM's own last words say no more than that the engine failed, whose process said why long before.
+        causes = [found for found in _CAUSE.findall(text) if "See root cause above" not in found]
+        if causes and not any(causes[-1] in line for line in lines):
+            lines = [causes[-1], "...", *lines]
         return ServerFailed(
             "\n".join([f"{what}. It said last:", *(f"  {line}" for line in lines), *([hint] if hint else [])])
         )

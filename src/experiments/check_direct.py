@@ -120,7 +120,9 @@ CHECKS: Final[dict[str, Callable[[LocalModel], Result]]] = {
 
 def build_parser() -> argparse.ArgumentParser:
     """Of `icm check-direct`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="icm check-direct", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default=str(REPO_ROOT / "models" / "gemma-3-270m"), help="a path or Hugging Face id")
     parser.add_argument("--cpu", action="store_true", help="run on the CPU (make setup-local installs a vLLM for it)")
     parser.add_argument("--gpu_memory_utilization", type=float, help="share of the GPU's memory, 0 to 1")

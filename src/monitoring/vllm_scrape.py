@@ -121,7 +121,9 @@ async def serve(scraper: VLLMScraper, host: str, port: int) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """Of `icm metrics`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="icm metrics", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--url", help="base URL, or several with commas (default: VLLM_BASE_URL)")
     parser.add_argument("--pool_id", default="default", help="name of this group of servers (default: default)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")

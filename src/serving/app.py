@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
 
 from fastapi import FastAPI, Request, Response
@@ -143,8 +143,7 @@ def _handle_errors(app: FastAPI) -> None:
         if any(problem["type"] == "json_invalid" for problem in error.errors()):
             return _problem(400, "the body is no JSON")
         # Without the input, which may be huge and need not be valid text.
-        details = [": ".join((*_field(problem["loc"]), str(problem["msg"]))) for problem in error.errors()]
-        return _problem(422, "the request is not valid", details[:20])
+        return _problem(422, "the request is not valid", [_told(problem) for problem in error.errors()[:20]])
 
     @app.exception_handler(HTTPException)
     async def refused(_: Request, error: HTTPException) -> JSONResponse:
@@ -178,6 +177,12 @@ def _handle_errors(app: FastAPI) -> None:
     async def unexpected(request: Request, error: Exception) -> JSONResponse:
         log.error("%s failed", request.url.path, exc_info=error)
         return _problem(500, "internal error")
+
+
+def _told(problem: Mapping[str, Any]) -> str:
+    if problem["type"] == "union_tag_not_found":  # pydantic speaks of tags and discriminators
+        return f"{problem['ctx']['discriminator']}: Field required".replace("'", "")
+    return ": ".join((*_field(problem["loc"]), str(problem["msg"])))
 
 
 def _field(place: Sequence[int | str]) -> list[str]:

@@ -82,6 +82,15 @@ def test_a_server_that_dies_is_reported_with_its_words_and_a_way_out(make: Calla
     assert "make setup-local" in str(error.value)
 
 
+def test_the_reason_is_told_where_it_came_long_before_the_end(make: Callable[..., VLLMServer]) -> None:
+    with pytest.raises(ServerFailed) as error, make("fails"):
+        pytest.fail("it is not up")
+    lines = str(error.value).splitlines()
+    assert lines[1:3] == ["  RuntimeError: Insufficient space in /dev/shm", "  ..."]
+    assert lines[-2].endswith("See root cause above.")
+    assert lines[-1] == "In a container: docker run --shm-size 2g, or --ipc host."
+
+
 def test_an_older_log_is_kept_and_not_quoted(make: Callable[..., VLLMServer], tmp_path: Path) -> None:
     log = tmp_path / "old.log"
     log.write_text("an older server's last words\n")

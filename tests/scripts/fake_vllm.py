@@ -1,7 +1,8 @@
 """Stands in for scripts/launch_vllm_server.sh: fake_vllm.py MANNER SIZE --port P ...
 
-A MANNER is one of: up (answers /health, with a child process as vLLM has), dies (exits 3 with a message), stubborn (as
-up, but ignores SIGTERM), silent (never answers).
+A MANNER is one of: up (answers /health, with a child process as vLLM has), dies (exits 3 with a message), fails (as
+vLLM does whose engine did not start: the reason comes long before the end), stubborn (as up, but ignores SIGTERM),
+silent (never answers).
 """
 
 from __future__ import annotations
@@ -18,6 +19,17 @@ print("(APIServer pid=7) INFO 11-21 13:17:27 [core.py:1] \x1b[1mloading weights\
 if manner == "dies":
     print("ValueError: No module named vllm", flush=True)
     sys.exit(3)
+if manner == "fails":
+    print(
+        "(APIServer pid=7) WARNING 11-21 13:17:28 [system_utils.py:1] errors like `OSError: too many files`", flush=True
+    )
+    print(
+        "(EngineCore pid=8) ERROR 11-21 13:17:29 [core.py:2] RuntimeError: Insufficient space in /dev/shm", flush=True
+    )
+    for number in range(30):
+        print(f"(APIServer pid=7)   File line {number}", flush=True)
+    print("(APIServer pid=7) RuntimeError: Engine core initialization failed. See root cause above.", flush=True)
+    sys.exit(1)
 ignore = "signal.signal(15, signal.SIG_IGN); " if manner == "stubborn" else ""
 if manner == "stubborn":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

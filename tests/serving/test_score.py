@@ -70,7 +70,7 @@ async def test_too_many_demonstrations_for_the_model_are_refused_before_it_is_as
 @pytest.mark.parametrize(
     ("request_body", "complaint"),
     [
-        ({}, "testbed"),
+        ({}, "testbed: Field required"),
         ({"testbed": "gsm9k", "claims": [CLAIM]}, "testbed"),
         ({"testbed": "truthfulQA", "claims": []}, "claims"),
         ({"testbed": "truthfulQA", "claims": [CLAIM] * 257}, "claims"),
