@@ -92,8 +92,6 @@ SHAPES: Final[dict[str, dict[str, Any]]] = {
         "quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic"},
     },
 }
-# What four GPUs hold of it, on two: half of its layers.
-SHAPES["405B-fp8-half"] = {**SHAPES["405B-fp8"], "num_hidden_layers": 63}
 
 
 def word(number: int) -> str:
@@ -142,11 +140,14 @@ def _as_bytes(piece: str) -> str:
     return piece.replace(" ", "Ġ").replace("\n", "Ċ")
 
 
-def make_shape(name: str, folder: Path) -> Path:
-    """Write config.json and the tokenizer of the shape `name` into `folder`, which is made where it is missing."""
+def make_shape(name: str, folder: Path, layers: int | None = None) -> Path:
+    """Write config.json and the tokenizer of the shape `name` into `folder`, which is made where it is missing.
+
+    layers: that many in place of its own. With half of them two GPUs hold and compute, each, what four do of the whole.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     files = {
-        "config.json": LLAMA | SHAPES[name],
+        "config.json": LLAMA | SHAPES[name] | ({} if layers is None else {"num_hidden_layers": layers}),
         "tokenizer.json": tokenizer(),
         "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "unk_token": "<unk>"},
     }
@@ -172,9 +173,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("shape", choices=list(SHAPES))
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--layers", type=int, help="that many layers, in place of the shape's own")
     parser.add_argument("--weights", action="store_true", help="also write random weights of a model's usual scale")
     args = parser.parse_args()
-    print(make_shape(args.shape, args.folder))
+    print(make_shape(args.shape, args.folder, args.layers))
     if args.weights:
         write_weights(args.folder)
     return 0

@@ -182,8 +182,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     import torch
 
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
-        print("benchmarks/scaled_products.py needs an NVIDIA GPU of compute capability 9", file=sys.stderr)
+    if not torch.cuda.is_available():
+        print("benchmarks/scaled_products.py needs an NVIDIA GPU, and there is none here", file=sys.stderr)
+        return 2
+    if torch.cuda.get_device_capability()[0] != 9:
+        print("benchmarks/scaled_products.py needs a GPU of compute capability 9 (Hopper)", file=sys.stderr)
         return 2
     if args.inside:
         print("RESULT " + json.dumps(measure(args.inside, args)))

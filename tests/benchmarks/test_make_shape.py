@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -22,3 +23,10 @@ def test_the_tokenizer_reads_made_up_words_labels_and_the_built_in_claims(tmp_pa
     ids = [tokenizer.encode(claim.text).ids for claim in claims]
     assert not [claim.text for claim, tokens in zip(claims, ids, strict=True) if unknown in tokens]
     assert len({tuple(tokens) for tokens in ids}) == len(claims)
+
+
+def test_a_shape_may_have_fewer_layers(tmp_path: Path) -> None:
+    whole = json.loads((make_shape("405B-fp8", tmp_path / "whole") / "config.json").read_text())
+    half = json.loads((make_shape("405B-fp8", tmp_path / "half", layers=63) / "config.json").read_text())
+    assert {name for name in whole if whole[name] != half[name]} == {"num_hidden_layers"}
+    assert half["num_hidden_layers"] == 63

@@ -46,8 +46,9 @@ def test_sitecustomize_switches_the_mode_on_where_it_is_asked_to(tmp_path: Path)
     assert plain.stdout.split("\n") == ["the next one", "False", ""], plain.stderr
 
 
-@pytest.mark.parametrize("script", ["batch_invariant", "attention_rows"])
+@pytest.mark.parametrize("script", ["batch_invariant", "attention_rows", "gpu_time", "scaled_products"])
 def test_benchmarks_without_a_gpu_end_with_one_line(script: str) -> None:
-    done = run(f"benchmarks/{script}.py", CUDA_VISIBLE_DEVICES="")
+    arguments = ["--model", "FOLDER"] if script == "gpu_time" else []
+    done = run(f"benchmarks/{script}.py", *arguments, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 2
     assert done.stderr == f"benchmarks/{script}.py needs an NVIDIA GPU, and there is none here\n"
