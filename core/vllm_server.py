@@ -44,11 +44,11 @@ _LOG_PREFIX: Final = re.compile(
     r"^(\([^)]*pid=\d+\)\s*)?((DEBUG|INFO|WARNING|ERROR)\s+[\d-]+ [\d:]+ )?(\[[^\]]*\]\s*)?"
 )
 _ESCAPES: Final = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-_CAUSE: Final = re.compile(r"(?:^|\s)((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception): .+)")
-"""The last line of a traceback."""
+_CAUSE: Final = re.compile(r"^(?!.*\bWARNING\b)(?:.*?\s)??((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception): .+)$", re.M)
+"""A line that says what was raised, without the logger's part."""
 
 _HINTS: Final = (
-    ("Insufficient space in /dev/shm", "In a container: docker run --shm-size 2g, or --ipc host."),
+    ("Insufficient space in /dev/shm", "In a container: docker run --shm-size 4g, or --ipc host."),
     ("is in use", "Stop what runs on that port."),
     ("make setup-local", ""),
     ("Cannot allocate memory", "The machine is short of memory: lower VLLM_CPU_KVCACHE_SPACE (GiB)."),
@@ -196,8 +196,8 @@ class VLLMServer:
         hint = next((hint for sign, hint in _HINTS if sign in text), f"The whole log is in {self.log}")
         # vLLM's own last words say no more than that the engine failed, whose process said why long before.
         causes = [found for found in _CAUSE.findall(text) if "See root cause above" not in found]
-        if causes and not any(causes[-1] in line for line in lines):
-            lines = [causes[-1], "...", *lines]
+        if causes and not any(causes[0] in line for line in lines):
+            lines = [causes[0], "...", *lines]
         return ServerFailed(
             "\n".join([f"{what}. It said last:", *(f"  {line}" for line in lines), *([hint] if hint else [])])
         )

@@ -230,11 +230,15 @@ def command(
 
 
 def _environment(env: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """`{prefix}` is the folder of this interpreter's environment; a file named so is left out where it is missing."""
+    """`{prefix}` is the folder of this interpreter's environment; a file named so is left out where it is missing, and
+    so is `VALUE if {prefix}/FILE` where the file is."""
     for name, value in env.items():
-        filled = value.replace("{prefix}", sys.prefix)
-        if filled == value or Path(filled).exists():
-            yield name, filled
+        if "{prefix}" not in value:
+            yield name, value
+            continue
+        wanted, _, file = value.replace("{prefix}", sys.prefix).rpartition(" if ")
+        if Path(file).exists():
+            yield name, wanted or file
 
 
 def vllm_installed() -> bool:

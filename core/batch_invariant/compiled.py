@@ -4,6 +4,9 @@ Inductor turns softmax, means and sums into kernels whose shape follows the size
 product templates by timing them. While the mode is on, its table of decompositions sends these operators to
 torch.ops.icm.* instead, which it cannot take apart. That table is not a public interface: tests/gpu and
 tests/core/test_batch_invariant.py run it.
+
+What PyTorch keeps on disk of compiled code is marked with TAG. Such settings belong to a thread in PyTorch: compile in
+the thread that switched the mode on, or set TORCH_COMPILE_CACHE_KEY_TAG for the whole process.
 """
 
 from __future__ import annotations

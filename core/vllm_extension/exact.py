@@ -68,6 +68,10 @@ IMPORTERS: Final = (
 """Modules that hold names of the above from the moment they are imported."""
 
 
+_fp8_is_ours = False
+"""Whether ours compute the products of the fp8 model that this process has loaded."""
+
+
 def install() -> None:
     """Have the above replaced when a worker of this process switches vLLM's mode on; does nothing the second time.
 
@@ -215,13 +219,11 @@ def _replace_scaled_products() -> None:
             log.warning("tiles differ on this GPU, vLLM's own compute fp8: %s", "; ".join(differing[:4]))
         return not differing
 
-    used = False
-
     @functools.wraps(own_init)
     def init(self: Any, *arguments: Any, **named: Any) -> None:
-        nonlocal used
+        global _fp8_is_ours
         own_init(self, *arguments, **named)
-        used = on_hopper(_device()) and ours()
+        _fp8_is_ours = on_hopper(_device()) and ours()
 
     @functools.wraps(own)
     def scaled_mm(
@@ -233,7 +235,7 @@ def _replace_scaled_products() -> None:
         bias: torch.Tensor | None = None,
     ) -> Any:
         rows = a.view(-1, a.shape[-1])
-        if not (used and scalable(rows, b, scale_a, scale_b)):
+        if not (_fp8_is_ours and scalable(rows, b, scale_a, scale_b)):
             return own(a, b, scale_a, scale_b, out_dtype, bias)
         y = torch.ops.icm.scaled_product(rows, b, scale_a, scale_b, bias, out_dtype)
         return y.view(*a.shape[:-1], b.shape[1])
@@ -246,7 +248,8 @@ def _replace_scaled_products() -> None:
 def _name_what_is_compiled() -> None:
     """vLLM files compiled models under its environment variables, among other things; have ours be one of them."""
     envs: Any = importlib.import_module("vllm.envs")
-    envs.environment_variables[BATCH_INVARIANT] = lambda: TAG
+    # fp8 is settled when the layers are made, which is before anything is compiled.
+    envs.environment_variables[BATCH_INVARIANT] = lambda: f"{TAG},fp8={_fp8_is_ours}"
 
 
 def _put_back(variables: Mapping[str, str | None]) -> None:

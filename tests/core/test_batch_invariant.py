@@ -33,7 +33,12 @@ def test_the_kernels_under_the_interpreter() -> None:
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
-CHECK = "import torch; from core.batch_invariant import is_batch_invariant_mode_enabled as on; print(on())"
+CHECK = """
+import torch
+from core.batch_invariant import is_batch_invariant_mode_enabled as on
+import threading
+threading.Thread(target=lambda: print(on(), torch.compiler.config.cache_key_tag)).start()
+"""
 
 
 def test_sitecustomize_switches_the_mode_on_where_it_is_asked_to(tmp_path: Path) -> None:
@@ -41,9 +46,9 @@ def test_sitecustomize_switches_the_mode_on_where_it_is_asked_to(tmp_path: Path)
     site = REPOSITORY / "core" / "batch_invariant" / "site"
     path = os.pathsep.join([str(site), str(tmp_path), str(REPOSITORY)])
     asked = run("-c", CHECK, TRITON_INTERPRET="1", ICM_BATCH_INVARIANT="1", PYTHONPATH=path)
-    assert asked.stdout.split("\n") == ["the next one", "True", ""], asked.stderr
+    assert asked.stdout.split("\n") == ["the next one", "True icm-batch-invariant", ""], asked.stderr
     plain = run("-c", CHECK, TRITON_INTERPRET="1", ICM_BATCH_INVARIANT="0", PYTHONPATH=path)
-    assert plain.stdout.split("\n") == ["the next one", "False", ""], plain.stderr
+    assert plain.stdout.split("\n") == ["the next one", "False ", ""], plain.stderr
 
 
 @pytest.mark.parametrize("script", ["batch_invariant", "attention_rows", "gpu_time", "scaled_products"])

@@ -111,14 +111,18 @@ from vllm.model_executor.kernels.linear.scaled_mm.cutlass import CutlassFP8Scale
 a, b = torch.randn(2, 3, 32).to(torch.float8_e4m3fn), torch.randn(16, 32).to(torch.float8_e4m3fn).t()
 numbers = a, b, torch.rand(6, 1), torch.rand(16, 1), torch.bfloat16
 assert operators.cutlass_scaled_mm(*numbers) == "own"
+import vllm.envs
+from core.batch_invariant.compiled import TAG
+assert f"{TAG},fp8=False" in vllm.envs.compile_factors().values()
 Layer("layer", [])
 y = operators.cutlass_scaled_mm(*numbers)
 expected = (a.double() @ b.double()) * numbers[2].view(2, 3, 1) * numbers[3].t()
 torch.testing.assert_close(y.double(), expected, rtol=0.01, atol=0.01)
 assert operators.cutlass_scaled_mm(a, b, torch.rand(6, 2), *numbers[3:]) == "own"
-import vllm.envs
-from core.batch_invariant.compiled import TAG
-assert TAG in vllm.envs.compile_factors().values() and TAG in torch.compiler.config.cache_key_tag
+compiled = torch.compile(lambda a, s: operators.cutlass_scaled_mm(a, b, s, numbers[3], torch.bfloat16) * 2,
+                         fullgraph=True, dynamic=True, backend="aot_eager")
+torch.testing.assert_close(compiled(a[0], numbers[2][:3]), y[0] * 2, rtol=0, atol=0)
+assert f"{TAG},fp8=True" in vllm.envs.compile_factors().values() and TAG in torch.compiler.config.cache_key_tag
 
 # Ours lie on top of vLLM's.
 torch.testing.assert_close(x.softmax(-1), torch.ops.icm.softmax(x, -1), rtol=0, atol=0)

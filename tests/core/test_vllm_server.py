@@ -88,7 +88,7 @@ def test_the_reason_is_told_where_it_came_long_before_the_end(make: Callable[...
     lines = str(error.value).splitlines()
     assert lines[1:3] == ["  RuntimeError: Insufficient space in /dev/shm", "  ..."]
     assert lines[-2].endswith("See root cause above.")
-    assert lines[-1] == "In a container: docker run --shm-size 2g, or --ipc host."
+    assert lines[-1] == "In a container: docker run --shm-size 4g, or --ipc host."
 
 
 def test_an_older_log_is_kept_and_not_quoted(make: Callable[..., VLLMServer], tmp_path: Path) -> None:

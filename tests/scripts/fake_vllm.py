@@ -26,6 +26,7 @@ if manner == "fails":
     print(
         "(EngineCore pid=8) ERROR 11-21 13:17:29 [core.py:2] RuntimeError: Insufficient space in /dev/shm", flush=True
     )
+    print("(APIServer pid=7) asyncio.exceptions.CancelledError: the engine is gone", flush=True)
     for number in range(30):
         print(f"(APIServer pid=7)   File line {number}", flush=True)
     print("(APIServer pid=7) RuntimeError: Engine core initialization failed. See root cause above.", flush=True)

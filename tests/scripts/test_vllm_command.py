@@ -239,12 +239,14 @@ def test_libraries_of_the_environment_are_named_only_where_they_are(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tmp_path / "c.yaml"
-    config.write_text("other: {env: {LD_PRELOAD: '{prefix}/lib/some.so'}}")
+    config.write_text("other: {env: {LD_PRELOAD: '{prefix}/lib/some.so', CORES: '0 if {prefix}/lib/some.so'}}")
     monkeypatch.setattr(vllm_command.sys, "prefix", str(tmp_path))
-    assert "LD_PRELOAD" not in command([str(folder)], {}, config)[0]
+    assert not {"LD_PRELOAD", "CORES"} & set(command([str(folder)], {}, config)[0])
     (tmp_path / "lib").mkdir()
     (tmp_path / "lib" / "some.so").touch()
-    assert command([str(folder)], {}, config)[0]["LD_PRELOAD"] == f"{tmp_path}/lib/some.so"
+    environment = command([str(folder)], {}, config)[0]
+    assert environment["LD_PRELOAD"] == f"{tmp_path}/lib/some.so"
+    assert environment["CORES"] == "0"
 
 
 def test_without_vllm_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, folder: Path, config: Path) -> None:

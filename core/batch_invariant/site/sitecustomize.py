@@ -67,6 +67,8 @@ def _run_next() -> None:
 
 
 if os.environ.get("ICM_BATCH_INVARIANT") == "1":
+    # For all threads (core/batch_invariant/compiled.py); torch reads it when it is imported.
+    os.environ.setdefault("TORCH_COMPILE_CACHE_KEY_TAG", "icm-batch-invariant")
     sys.meta_path.insert(0, _AfterTorch())
 if __name__ == "sitecustomize":
     _run_next()

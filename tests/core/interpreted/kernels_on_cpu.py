@@ -152,6 +152,8 @@ def test_8_bit_products_of_few_rows_and_of_one_scale() -> None:
     # As vLLM keeps them, as a row, and unaligned in memory.
     moved = torch.zeros(70 * 48 + 1, dtype=scaled.FP8)[1:].view(70, 48).copy_(a)
     assert torch.equal(bi.scaled_product(moved, b, scale_a.view(-1), scale_b.t()), whole)
+    moved = torch.zeros(32 * 48 + 1, dtype=scaled.FP8)[1:].view(32, 48).copy_(b.t()).t()
+    assert torch.equal(bi.scaled_product(a, moved, scale_a, scale_b), whole)
     one, half = torch.tensor([0.5]), torch.full((70,), 0.5)
     assert torch.equal(bi.scaled_product(a, b, one, scale_b), bi.scaled_product(a, b, half, scale_b))
     assert torch.equal(bi.scaled_product(a, b, scale_a, one), bi.scaled_product(a, b, scale_a, half[:32]))
@@ -178,6 +180,9 @@ def test_8_bit_products_that_are_not_ours_are_refused() -> None:
         bi.scaled_product(a[:, :32], b, scale_a, scale_b)
     with pytest.raises(ValueError, match="is not computed here"):
         bi.scaled_product(a, b, scale_a, scale_b, None, torch.float32)
+    for bias in (torch.zeros(31, dtype=torch.bfloat16), torch.zeros(32)):
+        with pytest.raises(ValueError, match="a bias of"):
+            bi.scaled_product(a, b, scale_a, scale_b, bias)
 
 
 @pytest.mark.parametrize("tile", [*HOPPER, Tile(64, 64, 64, 4, 3, persistent=True), *AMPERE, *OTHER], ids=str)
