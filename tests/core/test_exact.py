@@ -40,7 +40,9 @@ from vllm.model_executor.kernels.linear.scaled_mm.cutlass import CutlassFP8Scale
 vllm._custom_ops.cutlass_scaled_mm = lambda a, b, scale_a, scale_b, out_dtype, bias=None: "own"
 CutlassFP8ScaledMMLinearKernel.__init__ = lambda self, config, names: None
 from core.batch_invariant import is_batch_invariant_mode_enabled
+from functools import partial
 from core.vllm_extension import exact
+exact.tiles_agree = partial(exact.tiles_agree, n=32, k=48)  # numbers enough for an interpreter
 exact.log.info = lambda text, *values: print(text % values)
 source, bmm = exact._source(), torch.bmm
 source.current_platform = SimpleNamespace(dispatch_key="CPU", is_cuda=lambda: False, is_cuda_alike=lambda: False,
