@@ -14,9 +14,7 @@ import torch
 
 from core.batch_invariant import kernels
 from core.batch_invariant.matmul import by_descriptors, on_device, rows_of
-from core.batch_invariant.tiles import Tile, capability_of, choose, multiprocessors_of, tiles
-
-FP8 = torch.float8_e4m3fn
+from core.batch_invariant.tiles import FP8, Tile, capability_of, choose, multiprocessors_of, tiles
 
 
 def on_hopper(device: torch.device) -> bool:

@@ -20,6 +20,9 @@ import torch
 TILE_VARIABLE: Final = "ICM_BATCH_INVARIANT_TILE"
 """Environment variable: a tile as ROWSxCOLUMNSxDEPTH (say 64x128x128) that computes every product of 16-bit types."""
 
+FP8: Final = torch.float8_e4m3fn
+"""The 8-bit floats of fp8 models."""
+
 
 @dataclass(frozen=True, slots=True)
 class Tile:
@@ -85,7 +88,7 @@ def tiles(dtype: torch.dtype, capability: tuple[int, int]) -> tuple[Tile, ...]:
     """The tiles that may compute products of this type on such a GPU, largest first."""
     if dtype == torch.float32:
         return FULL_PRECISION
-    if dtype == torch.float8_e4m3fn:
+    if dtype == FP8:
         return HOPPER_FP8
     family = {0: AMPERE, 8: AMPERE, 9: HOPPER}.get(capability[0], OTHER)
     wanted = os.environ.get(TILE_VARIABLE)

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 import core.batch_invariant as bi
 from core.batch_invariant import collectives, compiled, kernels, matmul, mode, scaled, tiles
-from core.batch_invariant.tiles import AMPERE, HOPPER, HOPPER_FP8, OTHER, Tile, choose
+from core.batch_invariant.tiles import AMPERE, FP8, HOPPER, HOPPER_FP8, OTHER, Tile, choose
 
 CPU = torch.device("cpu")
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -128,7 +128,7 @@ def test_what_does_not_fit_is_refused() -> None:
 
 def eight_bit(m: int, k: int, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """a, b, and scales by powers of two: their products and sums are exact in any order."""
-    a, b = integers(m, k).to(scaled.FP8), integers(n, k, seed=1).to(scaled.FP8).t()
+    a, b = integers(m, k).to(FP8), integers(n, k, seed=1).to(FP8).t()
     return a, b, 2.0 ** -integers(m, 1, seed=2).abs(), 2.0 ** -integers(n, 1, seed=3).abs()
 
 
@@ -150,9 +150,9 @@ def test_8_bit_products_of_few_rows_and_of_one_scale() -> None:
     for rows in (1, 2, 64, 65):
         assert torch.equal(bi.scaled_product(a[:rows], b, scale_a[:rows], scale_b), whole[:rows])
     # As vLLM keeps them, as a row, and unaligned in memory.
-    moved = torch.zeros(70 * 48 + 1, dtype=scaled.FP8)[1:].view(70, 48).copy_(a)
+    moved = torch.zeros(70 * 48 + 1, dtype=FP8)[1:].view(70, 48).copy_(a)
     assert torch.equal(bi.scaled_product(moved, b, scale_a.view(-1), scale_b.t()), whole)
-    moved = torch.zeros(32 * 48 + 1, dtype=scaled.FP8)[1:].view(32, 48).copy_(b.t()).t()
+    moved = torch.zeros(32 * 48 + 1, dtype=FP8)[1:].view(32, 48).copy_(b.t()).t()
     assert torch.equal(bi.scaled_product(a, moved, scale_a, scale_b), whole)
     one, half = torch.tensor([0.5]), torch.full((70,), 0.5)
     assert torch.equal(bi.scaled_product(a, b, one, scale_b), bi.scaled_product(a, b, half, scale_b))
