@@ -88,7 +88,7 @@ async def direct_engine(model: str, options: DirectOptions) -> AsyncIterator[Eng
         await engine.aclose()
 
 
-_TOLD: Final = ("model", "kind", "version", "determinism", "fingerprint")
+_TOLD: Final = ("model", "kind", "version", "dtype", "determinism", "fingerprint")
 
 
 class Report:
@@ -124,7 +124,7 @@ class Report:
             else f"all {len(self.rows)} rows are the same to the last bit"
         )
         self._say(f"{verdict}; {seconds:.0f} s")
-        self._say(" ".join(str(record.engine[name]) for name in _TOLD if record.engine[name]))
+        self._say(" ".join(str(record.engine[name]) for name in _TOLD if record.engine.get(name)))
         if failed:
             self._say("What a difference means and what to do about it: docs/determinism.md")
 

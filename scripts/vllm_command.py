@@ -19,7 +19,7 @@ import shlex
 import socket
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Final
@@ -27,12 +27,22 @@ from typing import Final
 import yaml
 
 REPO_ROOT: Final = Path(__file__).resolve().parents[1]
+if str(REPO_ROOT) not in sys.path:  # run as a script, without an installed package
+    sys.path.insert(0, str(REPO_ROOT))
+
+from core.cpu import fast_type, kv_cache_gib  # noqa: E402
+
+PROGRAM: Final = "launch_vllm_server"
+"""What messages begin with: the script that users call."""
 CONFIG: Final = REPO_ROOT / "configs" / "vllm_config.yaml"
 REPEATABLE: Final = ("middleware",)
 """Options of which vLLM takes several: one on the command line comes beside ours."""
 HIDDEN: Final = ("gpu", "other")
 BATCH_INVARIANT: Final = "ICM_BATCH_INVARIANT"
 """What asks our plugin for exact scores, by the name that core/vllm_extension/plugin.py has for it."""
+FAST_TYPE: Final = "cpu"
+"""A section's `dtype` that stands for the type which this machine's CPU computes fast."""
+KV_CACHE: Final = "VLLM_CPU_KVCACHE_SPACE"
 DEFAULT_HOST: Final = "127.0.0.1"
 DEFAULT_PORT: Final = 8000
 
@@ -214,6 +224,7 @@ def command(
             f"vLLM would not find what makes scores exact: {sys.executable} -m pip install --no-deps {REPO_ROOT}; "
             "or start with --no-deterministic"
         )
+    section = _typed(section, rest, environ)
     options = ["--served-model-name", served, *serve_options(section, rest)]
     if any(_name(argument) == "headless" for argument in rest):
         # Workers for a server on another machine: only `vllm serve` knows how, and nothing listens here. The other
@@ -227,6 +238,24 @@ def command(
     # Our extension of the server is imported from here, wherever the server is started.
     env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPO_ROOT), environ.get("PYTHONPATH", ""))))
     return env, argv
+
+
+def _typed(section: Section, extra: Sequence[str], environ: Mapping[str, str]) -> Section:
+    """The section with this CPU's fast type for `dtype: cpu`, and memory for as many cached tokens whatever the type.
+
+    Says on stderr which type that is and why; a --dtype among `extra` wins in silence.
+    """
+    if section.options.get("dtype") != FAST_TYPE:
+        return section
+    dtype, _ = take("dtype", extra, "")
+    if not dtype:
+        choice = fast_type(environ)
+        dtype = choice.dtype
+        print(f"{PROGRAM}: {choice} (--dtype chooses another type)", file=sys.stderr)
+    env = dict(section.env)
+    if KV_CACHE in env:
+        env[KV_CACHE] = str(kv_cache_gib(dtype, int(env[KV_CACHE])))
+    return replace(section, env=env, options={**section.options, "dtype": dtype})
 
 
 def _environment(env: Mapping[str, str]) -> Iterator[tuple[str, str]]:
@@ -257,7 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         env, argv = command(sys.argv[1:] if arguments is None else arguments, os.environ)
     except LaunchError as error:
-        print(f"launch_vllm_server: {error}", file=sys.stderr)
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 2
     print(shlex.join(["env", *(f"{name}={value}" for name, value in env.items()), *argv]))
     return 0

@@ -47,6 +47,8 @@ class Record(BaseModel):
 def record_path(folder: Path, identity: EngineIdentity) -> Path:
     """Where the last check of this engine is kept."""
     named = [getattr(identity, name) for name in _NAMED_BY]
+    if identity.unusual_dtype:
+        named.append(identity.unusual_dtype)
     return folder / f"{hashlib.sha256(orjson.dumps(named)).hexdigest()[:16]}.json"
 
 

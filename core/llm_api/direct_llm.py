@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import importlib
+import logging
 import os
 import sys
 import threading
@@ -23,6 +24,7 @@ from typing import Any, Final, TypeVar
 import numpy as np
 from pydantic import SecretStr
 
+from core.cpu import fast_type, kv_cache_gib
 from core.llm_api.completions import TOP_LOGPROBS, label_logprobs
 from core.llm_api.engine_thread import EngineThread
 from core.llm_api.errors import APIError, ConfigurationError, MissingLabel, RequestRejected
@@ -43,16 +45,18 @@ from core.llm_api.types import (
 )
 from core.settings import MissingLabelPolicy
 from core.vllm_extension import pool_calls
-from core.vllm_extension.plugin import BATCH_INVARIANT, FAST_PREFIXES, kernels
+from core.vllm_extension.plugin import BATCH_INVARIANT, FAST_PREFIXES, dtype_of, kernels
 
 T = TypeVar("T")
 
+# Below vLLM's logger, which shows such lines among its own.
+log = logging.getLogger(f"vllm.{__name__}")
 
 _EXACT_ATTENTION: Final = {"backend": "FLASH_ATTN"}
 """Of configs/vllm_config.yaml, section gpu, where its reason is."""
 
+KV_CACHE_SPACE: Final = "VLLM_CPU_KVCACHE_SPACE"
 _CPU_ENVIRONMENT: Final = {
-    "VLLM_CPU_KVCACHE_SPACE": "4",
     "TORCHDYNAMO_DISABLE": "1",
     "VLLM_NO_USAGE_STATS": "1",
 }
@@ -63,9 +67,9 @@ _OPENMP: Final = Path(sys.prefix) / "lib" / "libiomp5.so"
 that other one a core must stay free."""
 
 
-def set_cpu_environment() -> None:
-    """For a vLLM on the CPU that this process is about to import."""
-    for name, value in _CPU_ENVIRONMENT.items():
+def set_cpu_environment(dtype: str) -> None:
+    """For a vLLM on the CPU that this process is about to import, and that computes in `dtype`."""
+    for name, value in {**_CPU_ENVIRONMENT, KV_CACHE_SPACE: str(kv_cache_gib(dtype))}.items():
         os.environ.setdefault(name, value)
     if _OPENMP.is_file() and os.environ.setdefault("LD_PRELOAD", str(_OPENMP)) == str(_OPENMP):
         os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
@@ -97,6 +101,11 @@ class DirectOptions:
     runner: str | None = None
     extra: Mapping[str, object] = field(default_factory=dict)
 
+    @property
+    def chosen_dtype(self) -> str:
+        """`dtype`, in place of "auto" on a CPU the type that this one computes fast (core/cpu.py)."""
+        return fast_type().dtype if self.cpu and self.dtype == "auto" else self.dtype
+
     def engine_arguments(self) -> dict[str, object]:
         """Keyword arguments of vllm.LLM, less the model. disable_log_stats=False is what makes get_metrics work."""
         optional = {
@@ -107,7 +116,7 @@ class DirectOptions:
             "disable_hybrid_kv_cache_manager": True if self.cpu else None,
         }
         return {
-            "dtype": "bfloat16" if self.cpu and self.dtype == "auto" else self.dtype,
+            "dtype": self.chosen_dtype,
             "tensor_parallel_size": self.tensor_parallel_size,
             "enforce_eager": self.enforce_eager or self.cpu or (self.deterministic and self.tensor_parallel_size > 1),
             "enable_prefix_caching": self.enable_prefix_caching,
@@ -376,6 +385,8 @@ class DirectEngine:
         if loaded.llm is None:
             os.environ.setdefault(FAST_PREFIXES, "1")  # as the servers that we launch
             loaded.vllm = self._import()
+            if self._options.cpu and self._options.dtype == "auto":
+                log.info("%s", fast_type())
             try:
                 loaded.llm = loaded.vllm.LLM(**loaded.asked, **self._exactness(loaded.asked))
             except Exception as error:  # noqa: BLE001 - vLLM raises whatever its parts raise
@@ -395,11 +406,12 @@ class DirectEngine:
             version=str(loaded.vllm.__version__),
             determinism=kernels(getattr(loaded.llm.llm_engine.vllm_config, "attention_config", None)),
             max_model_len=int(config.max_model_len),
+            dtype=dtype_of(config),
         )
 
     def _import(self) -> Any:
         if self._options.cpu and "vllm" not in sys.modules:
-            set_cpu_environment()
+            set_cpu_environment(str(self._loaded.asked["dtype"]))
         try:
             vllm = importlib.import_module("vllm")
             if not hasattr(vllm, "LLM"):  # only a folder of that name was found, such as vllm/ of this repository

@@ -87,6 +87,7 @@ def cache_keys(identity: EngineIdentity, labels: LabelTokens, prompt_digests: Se
             "version": identity.version,
             "determinism": identity.determinism,
             "fingerprint": identity.fingerprint,
+            **({"dtype": identity.unusual_dtype} if identity.unusual_dtype else {}),
         },
         "labels": [labels.true, labels.false, labels.true_id, labels.false_id],
         "prompt": "",

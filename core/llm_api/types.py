@@ -264,7 +264,8 @@ class EngineIdentity:
     """Everything about an engine that can change an answer; part of every cache key and of run.json.
 
     fingerprint: what the engine answered to a fixed short prompt, so that other weights, another precision or
-    another kernel behind the same model name are told apart.
+    another kernel behind the same model name are told apart. dtype: the type that it computes in, in PyTorch's words
+    without `torch.`; empty where it does not say.
     """
 
     kind: str
@@ -275,11 +276,19 @@ class EngineIdentity:
     determinism: str = ""
     fingerprint: str = ""
     max_model_len: int | None = None
+    dtype: str = ""
 
     def describe(self) -> str:
         """One line for a user."""
         version = f" {self.version}" if self.version else ""
-        return f"{self.model} on {self.kind}{version} (fingerprint {self.fingerprint[:12] or 'none'})"
+        dtype = f"{self.dtype}, " if self.dtype else ""
+        return f"{self.model} on {self.kind}{version} ({dtype}fingerprint {self.fingerprint[:12] or 'none'})"
+
+    @property
+    def unusual_dtype(self) -> str:
+        """dtype where it is known and not bfloat16, in which every engine computed before dtypes were noted: names made
+        without one then, of cached answers and of checks, stay valid."""
+        return "" if self.dtype == "bfloat16" else self.dtype
 
 
 @dataclass(slots=True)

@@ -109,6 +109,7 @@ class VLLMClient:
         self._trees_again: float | None = None  # when to ask about it again, monotonic seconds; None: no need
         self._fast_prefixes = False
         self._kernels = ""
+        self._dtype = ""
         self._top = TOP_LOGPROBS
         self._identity: EngineIdentity | None = None
         self._canary: dict[str, float] = {}
@@ -167,7 +168,9 @@ class VLLMClient:
         if not self._exact:
             log.warning("%s does not return chosen logprobs; using its top %d", self._http.base_url, self._top)
         self._takes_trees = await self._probe_trees() and self._use_extension
-        self._identity = replace(identity, determinism=self._kernels, fingerprint=fingerprint(tokens, self._canary))
+        self._identity = replace(
+            identity, determinism=self._kernels, dtype=self._dtype, fingerprint=fingerprint(tokens, self._canary)
+        )
         self._known_era = era
         return self._identity
 
@@ -432,6 +435,7 @@ class VLLMClient:
             return False
         self._fast_prefixes = said.get("fast_prefixes") is True
         self._kernels = str(said.get("kernels", ""))
+        self._dtype = str(said.get("dtype", ""))
         models = said.get("models")
         return said.get("format") == FORMAT and isinstance(models, list) and self._model in models
 

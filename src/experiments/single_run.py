@@ -273,9 +273,12 @@ def check_same_run(folder: RunFolder, known: Mapping[str, Any], settings: Mappin
 
 
 def check_same_engine(folder: RunFolder, known: Mapping[str, Any], identity: EngineIdentity) -> None:
-    """Scores of two models must not mix in one run. Raises BadInput where model or version differ."""
+    """Scores of two models must not mix in one run. Raises BadInput where model, version or, if both are known, the
+    types that they compute in differ."""
     now = identity_record(identity)
     changed = [name for name in ("model", "root", "revision", "version") if known.get(name) != now[name]]
+    if known.get("dtype") and now["dtype"] and known["dtype"] != now["dtype"]:
+        changed.append("dtype")
     if changed:
         told = ", ".join(f"{name} {known.get(name)!r}, now {now[name]!r}" for name in changed)
         raise BadInput(f"{folder.path}: was started on another engine ({told}). Start that one, or use another --run")

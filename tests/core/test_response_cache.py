@@ -70,6 +70,9 @@ def test_the_key_knows_labels_prompt_and_parser_but_not_the_limit(monkeypatch: p
     base = cache_key(IDENTITY, LABELS, "d")
     assert len(base) == 32
     assert cache_key(dataclasses.replace(IDENTITY, max_model_len=5), LABELS, "d") == base
+    # Every answer was one in bfloat16 before types were noted.
+    assert cache_key(dataclasses.replace(IDENTITY, dtype="bfloat16"), LABELS, "d") == base
+    assert cache_key(dataclasses.replace(IDENTITY, dtype="float32"), LABELS, "d") != base
     swapped = LabelTokens(true_id=2, false_id=1)
     others = {cache_key(IDENTITY, swapped, "d"), cache_key(IDENTITY, LABELS, "e")}
     others.add(cache_key(IDENTITY, LabelTokens("Yes", "No", 1, 2), "d"))

@@ -123,12 +123,15 @@ async def test_a_tree_is_told_how_much_of_it_was_cached() -> None:
         assert (await plain.score(pool, LABELS)).cached_tokens is None
 
 
-async def test_kernels_are_part_of_who_answers() -> None:
-    async with FakeVLLM(trees=True, kernels="ICM_BATCH_INVARIANT=1") as server, AsyncExitStack() as closing:
+async def test_kernels_and_their_type_are_part_of_who_answers() -> None:
+    knobs = {"kernels": "ICM_BATCH_INVARIANT=1", "dtype": "float32"}
+    async with FakeVLLM(trees=True, **knobs) as server, AsyncExitStack() as closing:
         for use_extension in (True, False):
             engine = VLLMClient(server.url, server.model, use_extension=use_extension)
             closing.push_async_callback(engine.aclose)
-            assert (await engine.start()).determinism == "ICM_BATCH_INVARIANT=1"
+            identity = await engine.start()
+            assert (identity.determinism, identity.dtype) == ("ICM_BATCH_INVARIANT=1", "float32")
+            assert "(float32, fingerprint " in identity.describe()
 
 
 async def test_an_extension_of_another_format_or_model_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,10 +6,12 @@ import socket
 import subprocess
 import sys
 from importlib.machinery import ModuleSpec
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from core.cpu import fast_type
 from core.vllm_server import free_port
 from scripts import vllm_command
 from scripts.vllm_command import LaunchError, Section, command, locate_model, main, read_section, serve_options, take
@@ -97,6 +99,40 @@ def test_the_cpu_server_is_exact_in_our_way_as_vllms_fails_there() -> None:
     section = read_section("local")
     assert "VLLM_BATCH_INVARIANT" not in section.env
     assert section.env["ICM_BATCH_INVARIANT"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("limits", "given", "dtype", "gib", "told"),
+    [
+        ({}, [], "bfloat16", "2", "bfloat16, because this CPU has"),
+        ({"ONEDNN_MAX_CPU_ISA": "AVX2"}, [], "float32", "4", "float32, because ONEDNN_MAX_CPU_ISA=AVX2"),
+        ({"ONEDNN_MAX_CPU_ISA": "AVX2"}, ["--dtype", "bfloat16"], "bfloat16", "2", ""),
+        ({}, ["--dtype=float32"], "float32", "4", ""),
+        ({"VLLM_CPU_KVCACHE_SPACE": "9"}, ["--dtype=float32"], "float32", "9", ""),
+    ],
+)
+def test_a_cpu_server_computes_in_the_fast_type_unless_told_otherwise(
+    with_vllm: None,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    limits: dict[str, str],
+    given: list[str],
+    dtype: str,
+    gib: str,
+    told: str,
+) -> None:
+    monkeypatch.setattr(vllm_command, "plugin_installed", lambda: True)
+    monkeypatch.setattr(vllm_command, "fast_type", lambda environ: fast_type(environ, folder.parent / "cpuinfo"))
+    (folder.parent / "cpuinfo").write_text("flags : avx2 avx512_bf16 amx_bf16\n")
+    env, argv = command(["local", "--model", str(folder), "--port", str(free_port()), *given], limits)
+    types = [value for name, value in pairwise([*argv, ""]) if name == "--dtype"]
+    types += [argument.split("=")[1] for argument in argv if argument.startswith("--dtype=")]
+    assert types == [dtype]
+    assert {**env, **limits}["VLLM_CPU_KVCACHE_SPACE"] == gib
+    said = capsys.readouterr().err
+    assert said.count("\n") == bool(told)
+    assert told in said
 
 
 @pytest.mark.parametrize("size", ["8B", "70B", "405B", "local", "some/model"])

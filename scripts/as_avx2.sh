@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Run a command as if this CPU had AVX2 and nothing newer, as most laptops and many cloud machines do.
+#
+#   scripts/as_avx2.sh make icm
+#   scripts/as_avx2.sh make test
+#
+# Every library is kept from newer instructions: oneDNN, PyTorch's own kernels, MKL, OpenBLAS (numpy), and vLLM, which
+# takes its AVX2 build. So the type is float32, results have the bits of such a CPU, and tests see what they see there.
+# Not imitated: its clock, memory, caches and number of cores, so that times here are no forecast of times there.
+set -euo pipefail
+
+[[ $# -gt 0 && $1 != -h && $1 != --help ]] || { sed -n '2,/^set /{/^set /d; s/^# \{0,1\}//; p}' "$0"; exit 0; }
+
+here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+export ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 OPENBLAS_CORETYPE=Haswell
+export PYTHONPATH="$here/avx2${PYTHONPATH:+:$PYTHONPATH}"
+exec "$@"

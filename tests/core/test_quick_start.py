@@ -1,0 +1,107 @@
+"""What a CPU server leaves out when it starts: against stand-ins for vLLM's modules, and in the real ones."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from core.vllm_extension import quick_start
+from core.vllm_extension.quick_start import METHOD
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def vllm(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
+    """Modules with what is replaced; `did` says what of it was called."""
+    did: list[object] = []
+
+    class CpuPlatform:
+        @classmethod
+        def check_and_update_config(cls, config: SimpleNamespace) -> None:
+            did.append((cls.__name__, config.name))
+            os.environ[METHOD] = "spawn"
+
+    class OnlineRenderer:
+        def warmup(self) -> None:
+            did.append("warmed up")
+
+    modules = {
+        "vllm.platforms.cpu": {"CpuPlatform": CpuPlatform},
+        "vllm.tokenizers.registry": {"cached_tokenizer_from_config": lambda model: did.append(f"read {model}")},
+        "vllm.renderers.hf": {"maybe_make_thread_pool": lambda tokenizer, copies=1: did.append((tokenizer, copies))},
+        "vllm.renderers.online_renderer": {"OnlineRenderer": OnlineRenderer},
+    }
+    made = {}
+    for name, content in modules.items():
+        made[name] = ModuleType(name)
+        vars(made[name]).update(content, did=did)
+        monkeypatch.setitem(sys.modules, name, made[name])
+    monkeypatch.setenv(METHOD, "")
+    return made
+
+
+def test_processes_are_forked_with_the_tokenizer_already_read(vllm: dict[str, ModuleType]) -> None:
+    quick_start.install()
+    quick_start.install()
+    platform, did = vllm["vllm.platforms.cpu"].CpuPlatform, vllm["vllm.platforms.cpu"].did
+    for caller in (platform, platform()):  # vLLM asks an instance
+        did.clear()
+        caller.check_and_update_config(SimpleNamespace(name="config", model_config="model"))
+        assert did == [("CpuPlatform", "config"), "read model"]
+        assert os.environ[METHOD] == "fork"
+    did.clear()
+    platform.check_and_update_config(SimpleNamespace(name="none", model_config=None))
+    assert did == [("CpuPlatform", "none")]
+
+
+def test_the_tokenizer_is_copied_once_and_no_chat_template_is_looked_for(vllm: dict[str, ModuleType]) -> None:
+    quick_start.install()
+    did = vllm["vllm.renderers.hf"].did
+    vllm["vllm.renderers.hf"].maybe_make_thread_pool("tokenizer", 2)
+    vllm["vllm.renderers.online_renderer"].OnlineRenderer().warmup()
+    assert did == [("tokenizer", 1)]
+
+
+def test_a_vllm_that_lacks_a_part_starts_without_it(
+    vllm: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delattr(vllm["vllm.renderers.hf"], "maybe_make_thread_pool")
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    with caplog.at_level("WARNING"):
+        quick_start.install()
+    assert [record.getMessage() for record in caplog.records] == [
+        "this vLLM has no place for quick_start's copy_tokenizer_once: module 'vllm.renderers.hf' has no attribute "
+        "'maybe_make_thread_pool'"
+    ]
+    assert vllm["vllm.platforms.cpu"].CpuPlatform.check_and_update_config.quick_start
+
+
+PROGRAM = """
+import os
+os.environ["ICM_QUICK_START"] = "1"
+from core.vllm_extension.plugin import register
+register(); register()
+from vllm.platforms.cpu import CpuPlatform
+from vllm.renderers import hf
+from vllm.renderers.online_renderer import OnlineRenderer
+for replaced in (CpuPlatform.check_and_update_config, hf.maybe_make_thread_pool, OnlineRenderer.warmup):
+    assert replaced.quick_start and not hasattr(replaced.__wrapped__, "quick_start"), replaced
+print("all parts are in place")
+"""
+
+
+@pytest.mark.real_server
+def test_the_vllm_of_the_lock_has_every_part() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.endswith("all parts are in place\n")
+    assert "has no place for" not in done.stderr
