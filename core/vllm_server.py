@@ -43,6 +43,11 @@ kill -s KILL -- "-$1" 2>/dev/null
 _LOG_PREFIX: Final = re.compile(
     r"^(\([^)]*pid=\d+\)\s*)?((DEBUG|INFO|WARNING|ERROR)\s+[\d-]+ [\d:]+ )?(\[[^\]]*\]\s*)?"
 )
+_UP_AFTER: Final = "vLLM server was up after {:.0f} s"
+"""Our own line in the server's log: how long the next start may take."""
+_TIMES: Final = re.compile(_UP_AFTER.replace("{:.0f}", r"(\d+)"))
+_CHOICE: Final = re.compile(r"^launch_vllm_server: (\w+, because .*)$", re.M)
+"""What the launcher chose and why (scripts/vllm_command.py)."""
 _ESCAPES: Final = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _CAUSE: Final = re.compile(r"^(?!.*\bWARNING\b)(?:.*?\s)??((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception): .+)$", re.M)
 """A line that says what was raised, without the logger's part."""
@@ -94,6 +99,7 @@ class VLLMServer:
         self._guardian: subprocess.Popen[bytes] | None = None
         self._handlers: dict[signal.Signals, object] = {}
         self._log_start = 0
+        self._usual: int | None = None
 
     @property
     def url(self) -> str:
@@ -146,6 +152,8 @@ class VLLMServer:
     def _start(self) -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
+            earlier = _TIMES.findall(self._read_log(log.tell() - (1 << 20)))
+            self._usual = int(earlier[-1]) if earlier else None
             self._log_start = log.tell()
             self._process = subprocess.Popen(
                 self._command,
@@ -165,15 +173,21 @@ class VLLMServer:
 
     def _wait_until_up(self) -> None:
         assert self._process is not None
-        progress = _Progress(self._out)
+        progress = _Progress(self._out, self._usual)
         start = time.monotonic()
+        told = False
         while True:
             seconds = time.monotonic() - start
             if self._process.poll() is not None:
                 progress.end()
                 raise self._failed(f"the vLLM server ended with exit code {self._process.returncode}")
+            if not told and (choice := _CHOICE.search(self._read_log(self._log_start))):
+                told = True
+                progress.end(f"vLLM computes in {choice[1]}")
             if is_healthy(self.url):
                 progress.end(f"vLLM server is up at {self.url} after {seconds:.0f} s (log: {self.log})")
+                with self.log.open("a", encoding="utf-8") as log:
+                    log.write(_UP_AFTER.format(seconds) + "\n")
                 return
             if seconds > self._timeout:
                 progress.end()
@@ -183,12 +197,15 @@ class VLLMServer:
 
     def _last_lines(self, count: int) -> list[str]:
         """The last lines that this server, not an earlier one, wrote to the log."""
-        with self.log.open("rb") as log:
-            size = log.seek(0, os.SEEK_END)
-            log.seek(max(self._log_start, size - 16_384))
-            text = log.read().decode(errors="replace")
+        text = self._read_log(max(self._log_start, self.log.stat().st_size - 16_384))
         lines = (_ESCAPES.sub("", line.rsplit("\r", 1)[-1]).rstrip() for line in text.splitlines())
         return [line for line in lines if line][-count:]
+
+    def _read_log(self, start: int) -> str:
+        """The log from byte `start` on, or from its beginning."""
+        with self.log.open("rb") as log:
+            log.seek(max(0, start))
+            return log.read().decode(errors="replace")
 
     def _failed(self, what: str) -> ServerFailed:
         lines = self._last_lines(12)
@@ -214,19 +231,20 @@ class VLLMServer:
 
 
 class _Progress:
-    """One line that changes on a terminal; elsewhere a line every 15 seconds."""
+    """One line that changes on a terminal; elsewhere a line every 15 seconds. usual: seconds of an earlier start."""
 
     EVERY: Final = 15.0
 
-    def __init__(self, out: TextIO) -> None:
+    def __init__(self, out: TextIO, usual: int | None) -> None:
         self._out = out
+        self._usual = "half a minute to two" if usual is None else f"the last start took {usual} s"
         self._terminal = out.isatty()
         self._next = 0.0
 
     def show(self, seconds: float, last: list[str]) -> None:
         """What the server is at: seconds since its start, and its last log line without time and place."""
         doing = _LOG_PREFIX.sub("", last[0]) if last else ""
-        line = f"starting the vLLM server: {seconds:3.0f} s  {doing}"
+        line = f"starting the vLLM server: {seconds:3.0f} s ({self._usual})  {doing}"
         if self._terminal:
             self._out.write(f"\r\033[K{line[:100]}")
         elif seconds >= self._next:

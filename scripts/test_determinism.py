@@ -19,19 +19,20 @@ import math
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import orjson
+from tqdm import tqdm
 
 REPO_ROOT: Final = Path(__file__).resolve().parents[1]
 if str(REPO_ROOT) not in sys.path:  # run as a script, without an installed package
     sys.path.insert(0, str(REPO_ROOT))
 
 from core.determinism.asking import Asker, DirectAsker, HttpAsker, Listed  # noqa: E402
-from core.determinism.matrix import Matrix, Row, Size  # noqa: E402
+from core.determinism.matrix import Material, Matrix, Row, Size  # noqa: E402
 from core.determinism.record import Record, doubt, read_record, row_record, write_record  # noqa: E402
 from core.llm_api.direct_llm import DirectEngine, DirectOptions  # noqa: E402
 from core.llm_api.errors import APIError, ConfigurationError  # noqa: E402
@@ -49,6 +50,8 @@ QUICK: Final = (
     Size(repeats=100, lists=(1, 2, 3, 8), generated=0, top=False),
 )
 WHOLE: Final = (Amount(prompts=256, demonstrations=24, long_tokens=24_000), Size())
+LESS: Final = ((8, 100, 3000), (4, 100, 3000), (4, 40, 1500), (2, 20, 800))
+"""Prompts, repeats of one, and tokens of long strangers that --quick makes do with where it gets --seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,15 +95,26 @@ _TOLD: Final = ("model", "kind", "version", "dtype", "determinism", "fingerprint
 
 
 class Report:
-    """Prints rows as they come, and at the end what they mean."""
+    """Prints rows as they come, under them how long the others will take, and at the end what they mean."""
 
     def __init__(self, quiet: bool) -> None:
         self.rows: list[Row] = []
         self._quiet = quiet
         self._start = time.monotonic()
+        self._bar: tqdm[Any] = tqdm(disable=True)
 
-    def begin(self) -> None:
-        """The heading."""
+    def begin(self, names: Sequence[str]) -> None:
+        """The heading. names: of the rows to come."""
+        self._names = names
+        self._bar = tqdm(
+            total=len(names),
+            unit="row",
+            desc="determinism check",
+            disable=self._quiet or not sys.stderr.isatty(),  # in a log the rows themselves are the progress
+            dynamic_ncols=True,
+            leave=False,
+            mininterval=0.5,
+        )
         self._say("Is a score a function of its prompt alone? Prompts whose answers differ from those asked alone:")
         self._say(
             f"{'':<44} {'differ':>9} {'largest, nats':>13} {'labels':>7} {'U moves':>8} {'decisions':>9} {'cached':>7}"
@@ -110,9 +124,18 @@ class Report:
         """One more row."""
         self.rows.append(row)
         self._say(row_line(row))
+        self._bar.set_postfix_str(
+            "" if len(self.rows) == len(self._names) else self._names[len(self.rows)], refresh=False
+        )
+        self._bar.update()
+
+    def close(self) -> None:
+        """Take the line of the time left away; idempotent."""
+        self._bar.close()
 
     def end(self, record: Record) -> None:
         """The verdict."""
+        self.close()
         if not self.rows:
             self._say(f"this engine passed on {record.finished}")
             return
@@ -124,13 +147,16 @@ class Report:
             else f"all {len(self.rows)} rows are the same to the last bit"
         )
         self._say(f"{verdict}; {seconds:.0f} s")
+        if record.not_reached:
+            self._say(f"not reached in the time given: {', '.join(record.not_reached)}")
         self._say(" ".join(str(record.engine[name]) for name in _TOLD if record.engine.get(name)))
         if failed:
             self._say("What a difference means and what to do about it: docs/determinism.md")
 
     def _say(self, line: str) -> None:
         if not self._quiet:
-            print(line, flush=True)
+            self._bar.write(line, file=sys.stdout)
+            sys.stdout.flush()
 
 
 def row_line(row: Row) -> str:
@@ -150,22 +176,59 @@ async def check(engine: Engine, args: argparse.Namespace, report: Report, earlie
     last = read_record(folder, engine.identity)
     if args.unless_passed and last is not None and doubt(last, engine.identity) is None:
         return last
-    report.begin()
     amount, size = QUICK if args.quick else WHOLE
     if args.prompts is not None:
         amount = replace(amount, prompts=args.prompts)
-    material = await material_for(
-        engine.engine, amount, context=engine.identity.max_model_len, block=await engine.engine.kv_block_size()
-    )
+    begun = time.monotonic()
+    block = await engine.engine.kv_block_size()
+
+    async def material_of(amount: Amount) -> Material:
+        return await material_for(engine.engine, amount, context=engine.identity.max_model_len, block=block)
+
+    if args.seconds is not None:
+        few = await material_of(replace(amount, prompts=3))
+        probe = Matrix(engine.asker, engine.engine, few, size, seed=time.time_ns())
+        amount, size = fitting(amount, size, await probe.seconds_a_prompt(), args.seconds)
+    material = await material_of(amount)
     if earlier is None and last is not None and last.material == material.digest:
         earlier = last.references
     matrix = Matrix(engine.asker, engine.engine, material, size, seed=time.time_ns())
-    async for row in matrix.rows(earlier):
-        report.add(row)
+    names = matrix.names(earlier)
+    report.begin(names)
+    async with aclosing(matrix.rows(earlier)) as rows:
+        async for row in rows:
+            report.add(row)
+            if args.seconds is not None and time.monotonic() - begun > args.seconds:
+                break
     finished = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     return write_record(
-        folder, engine.identity, material, report.rows, matrix.references(), finished=finished, quick=args.quick
+        folder,
+        engine.identity,
+        material,
+        report.rows,
+        matrix.references(),
+        finished=finished,
+        quick=args.quick,
+        not_reached=names[len(report.rows) :],
     )
+
+
+def fitting(amount: Amount, size: Size, prompt_seconds: float, seconds: float) -> tuple[Amount, Size]:
+    """As much of a quick check as ends in time, at best all of it; at least the last of LESS, even if that does not.
+
+    prompt_seconds: what one prompt takes alone and cold.
+    """
+    for prompts, repeats, long_tokens in LESS:
+        if prompts_worth(amount, size) * prompt_seconds <= seconds:
+            break
+        amount = replace(amount, prompts=min(amount.prompts, prompts), long_tokens=min(amount.long_tokens, long_tokens))
+        size = replace(size, repeats=min(size.repeats, repeats))
+    return amount, size
+
+
+def prompts_worth(amount: Amount, size: Size) -> float:
+    """How many prompts, alone and cold, take as long as a quick check. Counted on 2 cores with 4 and 12 prompts."""
+    return 24 * amount.prompts + amount.long_tokens / 100 + 0.3 * size.repeats + 10
 
 
 async def run(args: argparse.Namespace, report: Report) -> Record:
@@ -223,6 +286,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="12 prompts, no generated text, no restart: in a minute")
     parser.add_argument("--prompts", type=int, metavar="N", help="compare N prompts, 1 to 256 (default: 256, quick 12)")
     parser.add_argument(
+        "--seconds",
+        type=float,
+        metavar="S",
+        help="for --quick: ask a slow engine less, so as to end in about S seconds; rows left out are named",
+    )
+    parser.add_argument(
         "--unless_passed", action="store_true", help="do nothing where this engine passed before and answers as then"
     )
     parser.add_argument("--runs_dir", type=Path, default=REPO_ROOT / "runs", help="where the result is kept for ICM.py")
@@ -238,6 +307,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     if args.prompts is not None and not 1 <= args.prompts <= 256:
         print("error: --prompts must be from 1 to 256", file=sys.stderr)
+        return 2
+    if args.seconds is not None and not (args.quick and 0 < args.seconds < math.inf):
+        print("error: --seconds is for --quick, and must be above 0", file=sys.stderr)
         return 2
     if args.option and args.start is None:
         print("error: --option is for --start", file=sys.stderr)

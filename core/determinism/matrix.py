@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -23,6 +24,13 @@ AT_ONCE: Final = 10
 """Requests in flight in the rows that ask many single prompts."""
 SUFFIXES: Final = (1, 2, 15, 16, 17)
 """Uncached tokens at a prompt's end, around what kernels treat as few: one, two, and a block of 16."""
+
+
+SEARCHED: Final = "as a search asks"
+REPEATED: Final = "in the check before this one"
+TEXTS: Final = ("greedy", "temperature 0.7, seeded")
+COMPANY: Final = ("beside others", "prompts cached")
+"""Names of rows: of the pool, of the last check's answers, and of generated texts by kind and by what is beside."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,19 +105,37 @@ class Matrix:
         self._cached: float | None = None  # share of the prompt tokens of the last `ask` that were found cached
         self._references: dict[tuple[Tokens, bool], Listed] = {}
 
-    async def rows(self, earlier: Sequence[Listed] | None = None) -> AsyncIterator[Row]:
+    async def rows(self, earlier: Sequence[Listed] | None = None) -> AsyncGenerator[Row]:
         """Every row of the matrix. earlier: references of an earlier run of the same material, to compare with."""
         for top in (False, True) if self.size.top else (False,):
             await self.refer(self.material.prompts, top)
             for name, step in _steps(self):
                 answers = await step(top)
                 yield Row(name + (", top 20" if top else ""), self._compare(answers, top), self._cached)
-        yield Row("as a search asks", self._compare(await _searched(self), False))
+        yield Row(SEARCHED, self._compare(await _searched(self), False))
         if earlier is not None:
-            yield Row("in the check before this one", self._compare(zip(self.material.prompts, earlier, strict=True)))
+            yield Row(REPEATED, self._compare(zip(self.material.prompts, earlier, strict=True)))
         if self.size.generated:
             async for row in _generated(self):
                 yield row
+
+    async def seconds_a_prompt(self) -> float:
+        """How long one of the material's prompts takes, asked alone and cold; the first one warms the engine up."""
+        first, *others = self.material.prompts
+        await self.ask([Request((first,), self.salt())], False)
+        started = time.perf_counter()
+        await self.ask([Request((prompt,), self.salt()) for prompt in others], False)
+        return (time.perf_counter() - started) / len(others)
+
+    def names(self, earlier: Sequence[Listed] | None = None) -> list[str]:
+        """The names of what `rows` yields, in order."""
+        steps = [name for name, _ in _steps(self)]
+        found = [*steps, *(f"{name}, top 20" for name in steps if self.size.top), SEARCHED]
+        if earlier is not None:
+            found.append(REPEATED)
+        if self.size.generated:
+            found += [_text_name(self.size, kind, how) for kind in TEXTS for how in COMPANY]
+        return found
 
     def references(self) -> list[Listed]:
         """What the material's prompts were answered alone and cold, in order; known once the first row is."""
@@ -258,10 +284,8 @@ async def _searched(run: Matrix) -> Answers:
 async def _generated(run: Matrix) -> AsyncIterator[Row]:
     size = run.size
     prompts = run.material.prompts[: size.texts]
-    for name, sampling in (
-        ("greedy", Sampling(size.generated)),
-        ("temperature 0.7, seeded", Sampling(size.generated, temperature=0.7, seed=run.seed)),
-    ):
+    samplings = (Sampling(size.generated), Sampling(size.generated, temperature=0.7, seed=run.seed))
+    for kind, sampling in zip(TEXTS, samplings, strict=True):
         alone: list[Generated] = []
         for prompt in prompts:
             ((written,),) = await run.asker.generate([Request((prompt,), run.salt())], sampling)
@@ -272,11 +296,12 @@ async def _generated(run: Matrix) -> AsyncIterator[Row]:
         salt = run.salt()
         await run.asker.listed([Request(prompts, salt)], run.material.chosen, at_once=1)
         (cached,) = await run.asker.generate([Request(prompts, salt)], sampling)
-        for how, answers in (
-            ("beside others", [part[0] for part in beside[: len(prompts)]]),
-            ("prompts cached", cached),
-        ):
-            yield Row(f"{size.generated} tokens, {name}, {how}", compare_texts(alone, answers))
+        for how, answers in zip(COMPANY, ([part[0] for part in beside[: len(prompts)]], cached), strict=True):
+            yield Row(_text_name(size, kind, how), compare_texts(alone, answers))
+
+
+def _text_name(size: Size, kind: str, how: str) -> str:
+    return f"{size.generated} tokens, {kind}, {how}"
 
 
 def compare_texts(alone: Sequence[Generated], answers: Sequence[Generated]) -> Compared:

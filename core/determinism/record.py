@@ -25,7 +25,10 @@ _NAMED_BY: Final = ("kind", "model", "root", "revision", "version", "determinism
 
 
 class Record(BaseModel):
-    """A finished check. material: SHA-256 of what was asked. references: logprobs, nats, by token id, a prompt each."""
+    """A finished check. material: SHA-256 of what was asked. references: logprobs, nats, by token id, a prompt each.
+
+    not_reached: names of rows that the time given to it did not allow.
+    """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -37,11 +40,13 @@ class Record(BaseModel):
     rows: list[dict[str, Any]]
     material: str
     references: list[dict[int, float]]
+    not_reached: list[str] = []
 
     def summary(self) -> dict[str, object]:
         """For a run's manifest."""
         failed = [row["name"] for row in self.rows if row["compared"]["differing"]]
-        return {"finished": self.finished, "quick": self.quick, "passed": self.passed, "failed_rows": failed}
+        told: dict[str, object] = {"finished": self.finished, "quick": self.quick, "passed": self.passed}
+        return {**told, "failed_rows": failed, **({"not_reached": self.not_reached} if self.not_reached else {})}
 
 
 def record_path(folder: Path, identity: EngineIdentity) -> Path:
@@ -70,6 +75,7 @@ def write_record(
     *,
     finished: str,
     quick: bool,
+    not_reached: Sequence[str] = (),
 ) -> Record:
     """Keep a finished check; returns it."""
     record = Record(
@@ -81,6 +87,7 @@ def write_record(
         rows=[row_record(row) for row in rows],
         material=material.digest,
         references=[dict(listed) for listed in references],
+        not_reached=list(not_reached),
     )
     write_atomically(record_path(folder, identity), orjson.dumps(record.model_dump(), option=orjson.OPT_NON_STR_KEYS))
     return record
@@ -106,6 +113,11 @@ def doubt(record: Record | None, identity: EngineIdentity) -> str | None:
         return (
             f"this engine failed its determinism check on {record.finished} in {len(failed)} of {len(record.rows)} "
             "rows: scores depend on what else it computes (docs/determinism.md)"
+        )
+    if record.not_reached:
+        return (
+            f"this engine passed {len(record.rows)} rows of its determinism check on {record.finished}, and "
+            f"{len(record.not_reached)} were not reached in the time given; {how}"
         )
     return None
 

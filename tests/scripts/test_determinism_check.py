@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from core.determinism.asking import HttpAsker
 from core.determinism.matrix import Matrix, Size
 from core.llm_api.transport import HttpOptions, HttpTransport
 from core.llm_api.vllm_llm import VLLMClient
-from scripts.test_determinism import Report, build_parser, run
+from scripts.test_determinism import QUICK, Report, build_parser, fitting, run
 from src.pipeline.determinism_material import Amount, material_for
 from tests.conftest import RunningServer
 from tests.core.fake_server import FakeVLLM, hashed_log_odds
@@ -60,6 +61,38 @@ async def test_a_server_that_answers_by_count_fails(tmp_path: Path) -> None:
     assert rows["alone, again"].compared.differing == 12
 
 
+async def test_a_check_ends_in_time_and_names_what_it_did_not_reach(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with FakeVLLM() as server:
+        args = build_parser().parse_args(
+            ["--url", server.url, "--quick", "--runs_dir", str(tmp_path), "--seconds", "0.001", "--unless_passed"]
+        )
+        report = Report(quiet=False)
+        record = await run(args, report)
+        report.end(record)
+        assert [row.name for row in report.rows] == ["one prompt 20 times, 10 at a time"]
+        assert record.passed
+        assert record.not_reached[0] == "alone, again"
+        assert record.not_reached[-1] == "as a search asks"
+        assert f"not reached in the time given: {', '.join(record.not_reached)}" in capsys.readouterr().out
+        args.seconds = 60.0  # enough for everything, which is asked again
+        record = await run(args, Report(quiet=True))
+    assert record.not_reached == []
+    assert len(record.references) == 12
+
+
+def test_a_slow_engine_is_asked_less() -> None:
+    counts = []
+    for prompt_seconds in (0.01, 0.15, 0.2, 0.3, 9.0):
+        amount, size = fitting(*QUICK, prompt_seconds, 45.0)
+        counts.append((amount.prompts, size.repeats, amount.long_tokens))
+    assert counts == [(12, 100, 3000), (8, 100, 3000), (4, 100, 3000), (4, 40, 1500), (2, 20, 800)]
+    few = replace(QUICK[0], prompts=4)
+    assert fitting(few, QUICK[1], 0.01, 45.0) == (few, QUICK[1])
+    assert fitting(few, QUICK[1], 9.0, 45.0)[0].prompts == 2
+
+
 def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=60, check=False
@@ -70,6 +103,8 @@ def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
     ("arguments", "told"),
     [
         (["--url", "http://127.0.0.1:9", "--quick"], "no server answers"),
+        (["--quick", "--seconds", "0"], "--seconds is for --quick, and must be above 0"),
+        (["--seconds", "9"], "--seconds is for --quick"),
         (["--prompts", "0"], "--prompts must be from 1 to 256"),
         (["--url", "http://127.0.0.1:9", "--option", "x"], "--option is for --start"),
     ],

@@ -122,6 +122,14 @@ async def test_an_exact_engine_passes_every_row() -> None:
     assert all(row.compared.prompts for row in rows.values())
 
 
+@pytest.mark.parametrize("earlier", [None, [dict.fromkeys(MATERIAL.chosen, -1.0)] * len(MATERIAL.prompts)])
+@pytest.mark.parametrize("size", [SIZE, replace(SIZE, generated=0), replace(SIZE, top=False)])
+async def test_the_rows_to_come_are_known_by_name(size: Size, earlier: list[Listed] | None) -> None:
+    computer = Computer(lambda together, cached, uncached: 0.0)
+    matrix = Matrix(computer, computer, MATERIAL, size, seed=1)
+    assert matrix.names(earlier) == list(await rows_of(lambda together, cached, uncached: 0.0, size, earlier))
+
+
 async def test_every_row_asks_in_the_state_that_it_names() -> None:
     rows = await rows_of(lambda together, cached, uncached: 0.0)
     cold = ["alone, again", "single requests, 10 at a time", "beside long strangers", "shuffled"]

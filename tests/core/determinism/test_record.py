@@ -16,10 +16,19 @@ from tests.core.determinism.test_matrix import MATERIAL
 ENGINE = EngineIdentity("vllm", "llama", root="/llama", version="0.26.0", fingerprint="abc", max_model_len=4096)
 
 
-def keep(folder: Path, differing: int = 0) -> Record:
+def keep(folder: Path, differing: int = 0, not_reached: tuple[str, ...] = ()) -> Record:
     rows = [Row("alone, again", Compared(9, 0), 0.0), Row("shuffled", Compared(9, differing, float("inf")))]
     references = [{7: -1.0, 8: -2.0}]
-    return write_record(folder, ENGINE, MATERIAL, rows, references, finished="2026-11-21T10:00:00+0000", quick=True)
+    return write_record(
+        folder,
+        ENGINE,
+        MATERIAL,
+        rows,
+        references,
+        finished="2026-11-21T10:00:00+0000",
+        quick=True,
+        not_reached=not_reached,
+    )
 
 
 def test_a_check_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -50,6 +59,22 @@ def test_a_failed_check_is_told_with_its_rows(tmp_path: Path) -> None:
     record = keep(tmp_path, differing=2)
     assert "in 1 of 2 rows" in str(doubt(record, ENGINE))
     assert manifest_entry(ENGINE, record)["failed_rows"] == ["shuffled"]
+
+
+def test_rows_that_were_not_reached_leave_a_doubt(tmp_path: Path) -> None:
+    record = keep(tmp_path, not_reached=("as a search asks",))
+    assert record.passed
+    assert "passed 2 rows" in str(doubt(record, ENGINE))
+    assert "1 were not reached" in str(doubt(record, ENGINE))
+    assert manifest_entry(ENGINE, record)["not_reached"] == ["as a search asks"]
+    assert "not_reached" not in manifest_entry(ENGINE, keep(tmp_path))
+
+
+def test_another_type_is_another_engine_but_for_the_one_of_old_records(tmp_path: Path) -> None:
+    keep(tmp_path)
+    assert doubt(read_record(tmp_path, ENGINE), replace(ENGINE, dtype="bfloat16")) is None
+    assert read_record(tmp_path, replace(ENGINE, dtype="bfloat16")) is not None
+    assert read_record(tmp_path, replace(ENGINE, dtype="float32")) is None
 
 
 def test_a_damaged_or_newer_record_counts_as_none(tmp_path: Path) -> None:
