@@ -1,22 +1,27 @@
 #!/usr/bin/env python3
 """The job of `make icm`: label the built-in claims by ICM with a small real model on this machine.
 
-    python scripts/run_local.py [--model gemma-3-270m] [ICM_OPTION ...]      # e.g. --seed 2
+    python scripts/run_local.py [--model gemma-3-270m] [--minutes 5] [ICM_OPTION ...]      # e.g. --seed 2
 
-Makes the model if it is missing, starts a vLLM server for the time of the run, has a new kind of server checked for
-scores that repeat to the last bit, and calls src/experiments/ICM.py against it; options not known here go there. A run
-that is complete is only shown: no server is started. Ctrl-C stops the server too, and the same command resumes the run.
-The exit code is ICM.py's; 2 if the server did not come up.
+Makes the model if it is missing, starts a vLLM server for the time of the run, times a few questions to see how large a
+pool this machine labels in the given minutes (64 claims, 32 or 16; --batch_size decides it otherwise), has a new kind
+of server checked for scores that repeat to the last bit, and calls src/experiments/ICM.py against it; options not known
+here go there. A run that is complete is only shown: no server is started. Ctrl-C stops the server too, and the same
+command resumes the run, with the pool that it has. The exit code is ICM.py's; 2 if the server did not come up.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import contextlib
+import io
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -25,29 +30,102 @@ REPO_ROOT: Final = Path(__file__).resolve().parents[1]
 if str(REPO_ROOT) not in sys.path:  # run as a script, without an installed package
     sys.path.insert(0, str(REPO_ROOT))
 
+from core.determinism.record import doubt, read_record  # noqa: E402
+from core.llm_api.errors import APIError  # noqa: E402
+from core.llm_api.llm import ModelAPI  # noqa: E402
+from core.llm_api.vllm_llm import VLLMClient  # noqa: E402
 from core.vllm_server import ServerFailed, VLLMServer  # noqa: E402
+from src.experiments.ICM import build_parser  # noqa: E402
+from src.experiments.single_run import pool_of, run_name, settings_of  # noqa: E402
+from src.icm.testbeds import BadInput  # noqa: E402
+from src.pipeline.labelling import Labelling  # noqa: E402
+from src.pipeline.pool_size import SIZES, choose_size, measure  # noqa: E402
 
 ICM: Final = REPO_ROOT / "src" / "experiments" / "ICM.py"
 DETERMINISM: Final = REPO_ROOT / "scripts" / "test_determinism.py"
 
 
-DEFAULTS: Final = ("--batch_size", "64", "--alpha", "50", "--calibrate", "mean")
-"""What a small model needs (docs/lab-log.md); the search takes three minutes on two cores.
+DEFAULTS: Final = ("--alpha", "50", "--calibrate", "mean")
+"""What a small model needs (docs/lab-log.md). Given flags come later and win."""
 
-Given flags come later and win."""
+MINUTES: Final = 5.0
+CHECK_SECONDS: Final = 40.0
+"""What the check of determinism may take of them."""
+END_SECONDS: Final = 10.0
+"""Curves, summary, and stopping the server."""
 
 
 UNFINISHED: Final = (1, 130)
 """Exit codes of a run that can be resumed: the model failed, Ctrl-C."""
 
 
-def icm_command(model: str, given: Sequence[str]) -> list[str]:
-    """ICM.py on all built-in claims, unless `given` names other data: 64 by search, the rest from their labels."""
-    names = {argument.split("=", 1)[0] for argument in given}
+def icm_command(model: str, given: Sequence[str], size: int = SIZES[0]) -> list[str]:
+    """ICM.py on all built-in claims, unless `given` names other data: `size` by search, the rest from their labels."""
+    names = _names(given)
     testbed = [] if names & {"--testbed", "--data"} else ["--testbed", "builtin"]
     if testbed and not names & {"--num_batches", "--passes"}:  # those label whole batches by themselves
         testbed.append("--label_rest")
-    return [sys.executable, str(ICM), "--model", model, *testbed, *DEFAULTS, *given]
+    return [sys.executable, str(ICM), "--model", model, *testbed, "--batch_size", str(size), *DEFAULTS, *given]
+
+
+def _names(given: Sequence[str]) -> set[str]:
+    return {argument.split("=", 1)[0] for argument in given}
+
+
+def begun_size(model: str, given: Sequence[str]) -> int | None:
+    """The pool of the run that these options began earlier, on however fast a machine; None: there is none."""
+    for size in SIZES:
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):  # ICM.py will say it
+                args = build_parser().parse_args(icm_command(model, given, size)[2:])
+            name = run_name(args, settings_of(args, pool_of(args)))
+        except (SystemExit, BadInput):
+            return None
+        if (args.runs_dir / name / "run.json").is_file():
+            return size
+    return None
+
+
+async def fitting_size(model: str, given: Sequence[str], url: str, deadline: float) -> int:
+    """The pool that this machine labels until `deadline`, monotonic seconds, by the time that a few questions take.
+
+    Says which it is and how long it takes. Raises BadInput, also where not even the smallest pool fits the model's
+    context, and an APIError where the server does not answer.
+    """
+    async with ModelAPI(VLLMClient(url, model)) as api:
+        labelling, sizes = await _largest_that_fits(model, given, api)
+        print("measuring how fast this machine answers ...", file=sys.stderr, flush=True)
+        speed = await measure(labelling)
+        record = read_record(REPO_ROOT / "runs" / "determinism", api.identity)
+    check = CHECK_SECONDS if doubt(record, api.identity) else 0.0
+    mean = labelling.planned_for(None).pool.problem.costs.mean
+    left = deadline - time.monotonic() - check - END_SECONDS
+    pool = labelling.pool
+    size, seconds = choose_size(speed, mean, len(pool.claims) + len(pool.rest), left, sizes)
+    dtype = f" in {api.identity.dtype}" if api.identity.dtype else ""
+    print(
+        f"{speed.tokens_a_second:,.0f} tokens a second{dtype}: a pool of {size} claims, which takes some "
+        f"{_minutes(seconds + check)} (--batch_size or --minutes choose another)",
+        file=sys.stderr,
+        flush=True,
+    )
+    return size
+
+
+async def _largest_that_fits(model: str, given: Sequence[str], api: ModelAPI) -> tuple[Labelling, Sequence[int]]:
+    """The largest pool of SIZES whose prompts fit the model's context, tokenized; and those of SIZES that fit."""
+    for at, size in enumerate(SIZES):
+        args = build_parser().parse_args(icm_command(model, given, size)[2:])
+        try:
+            return await Labelling.open(pool_of(args), api), SIZES[at:]
+        except BadInput:
+            if size == SIZES[-1]:
+                raise
+    raise AssertionError("unreachable")
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 99.5 else f"{seconds / 60:.1f} minutes"
 
 
 def run_icm(command: Sequence[str], url: str) -> int:
@@ -76,7 +154,7 @@ def run_icm(command: Sequence[str], url: str) -> int:
 
 def check_once(url: str) -> None:
     """Let test_determinism.py look at this server in short, unless it passed before; what it finds, ICM.py repeats."""
-    short = ["--quick", "--prompts", "4", "--unless_passed"]
+    short = ["--quick", "--prompts", "4", "--seconds", str(CHECK_SECONDS), "--unless_passed"]
     subprocess.run([sys.executable, str(DETERMINISM), "--url", url, *short], check=False)
 
 
@@ -86,9 +164,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--model", default="gemma-3-270m", help="a model that scripts/prepare_model.py knows")
+    parser.add_argument(
+        "--minutes",
+        type=_positive,
+        default=MINUTES,
+        metavar="M",
+        help="take the largest pool of 64, 32 or 16 claims that this machine labels in some M minutes, the server's "
+        "start included (default: %(default)g)",
+    )
     parser.add_argument("--server_log", type=Path, default=REPO_ROOT / "runs" / "vllm_server.log")
     options, rest = parser.parse_known_args(arguments)
-    command = icm_command(options.model, rest)
+    # Batches of a whole data set, or a pool that was asked for, take the time that they take.
+    free = not _names(rest) & {"--batch_size", "--num_batches", "--passes"}
+    size = begun_size(options.model, rest) if free else None
+    command = icm_command(options.model, rest, size or SIZES[0])
 
     # Prints the summary of a complete run (0), nothing of an unfinished one (1), and complains about bad input (2).
     if (code := subprocess.run([*command, "--is_complete"], check=False).returncode) != 1:
@@ -97,8 +186,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     missing = not (REPO_ROOT / "models" / options.model / "provenance.json").is_file()
     if missing and (code := subprocess.run(prepare, check=False).returncode):
         return code
+    deadline = time.monotonic() + 60 * options.minutes
     try:
         with VLLMServer(model=options.model, log=options.server_log) as server:
+            if free and size is None:
+                try:
+                    size = asyncio.run(fitting_size(options.model, rest, server.url, deadline))
+                except (APIError, BadInput) as error:
+                    print(f"error: {error}", file=sys.stderr)
+                    return 2
+                command = icm_command(options.model, rest, size)
             check_once(server.url)
             code = run_icm(command, server.url)
         if code in UNFINISHED:  # ICM.py has said how to go on with a server, and this one is gone
@@ -111,6 +208,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped before the run began.", file=sys.stderr)
         return 130
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
+    return value
 
 
 if __name__ == "__main__":

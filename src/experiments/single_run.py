@@ -20,7 +20,7 @@ from core.determinism.record import manifest_entry, read_record
 from core.llm_api.llm import ModelAPI, open_model_api
 from core.llm_api.types import EngineIdentity
 from core.settings import Settings
-from src.icm.annealing import SearchSettings
+from src.icm.annealing import SearchSettings, SearchState
 from src.icm.objective import Objective
 from src.icm.report import changes_objective, collapse_warning, pool_rows
 from src.icm.testbeds import BadInput, Claim, Testbed
@@ -223,6 +223,10 @@ async def label_pool(
         published(port, labelling.api, folder.path.name, labelling.pool, shown.update) as heard,
     ):
         state = await labelling.search(folder, heard, _lookahead(args, labelling.identity))
+    records = folder.read_log()
+    cost = {key: round(sum(record.get(key, 0) for record in records), 3) for key in COSTS}
+    if progress is None and not args.quiet:
+        print(_last_questions(labelling, state, cost), file=sys.stderr, flush=True)
     zero_shot = await labelling.zero_shot()
     predictions = {}
     if None in state.labels:
@@ -230,10 +234,8 @@ async def label_pool(
     if labelling.pool.rest:
         predictions["many-shot"] = await labelling.label_rest(state)
     folder.write_labels(labelling.label_rows(state, predictions, zero_shot))
-    records = folder.read_log()
     title = f"{settings['testbed']}, {args.model}, alpha {args.alpha:g}, calibration {args.calibrate}"
     plot_curves(records, labelling.pool.gold, folder.curves_path, title)
-    cost = {key: round(sum(record.get(key, 0) for record in records), 3) for key in COSTS}
     warning = collapse_warning(state.labels)
     document = {
         **known,
@@ -246,6 +248,17 @@ async def label_pool(
     }
     folder.write_run(document)
     return document
+
+
+def _last_questions(labelling: Labelling, state: SearchState, cost: Mapping[str, Any]) -> str:
+    """What is asked after the search, and how long that takes at the search's own speed where it is known."""
+    pool = labelling.pool
+    left = len(pool.rest) + state.labels.count(None)
+    later = f", and the labels of {left} others from the search's" if left else ""
+    tokens = (len(pool.claims) + left) * pool.problem.costs.mean
+    known = cost["seconds"] and cost["tokens_computed"]
+    took = f": some {tokens * cost['seconds'] / cost['tokens_computed']:.0f} s" if known else ""
+    return f"the search is over; asking the pool's {len(pool.claims)} claims zero-shot{later}{took}"
 
 
 def _lookahead(args: argparse.Namespace, identity: EngineIdentity) -> int | None:

@@ -117,6 +117,31 @@ async def test_a_finished_run_is_shown_without_a_server(icm: Command, server: Fa
     assert len(server.requests) == asked
 
 
+async def test_what_is_asked_after_the_search_is_told(icm: Command) -> None:
+    icm.arguments.remove("--quiet")
+    code, _, err = await icm("--run", "a", "--label_rest")
+    assert code == 0
+    [line] = [line for line in err.splitlines() if line.startswith("the search is over")]
+    left = 8 + sum(json.loads(row)["by"] == "predicted" for row in icm.labels("a").splitlines())
+    assert f"asking the pool's 16 claims zero-shot, and the labels of {left} others from the search's: some" in line
+
+
+async def test_a_run_does_not_go_on_in_another_type(data: Path, tmp_path: Path) -> None:
+    async with FakeVLLM(trees=True, dtype="bfloat16") as server:
+        icm = Command(server.url, data, tmp_path / "runs")
+        assert (await icm("--run", "a"))[0] == 0
+        document = json.loads((icm.runs / "a/run.json").read_text())
+        assert document["engine"]["dtype"] == "bfloat16"
+        del document["result"]
+        (icm.runs / "a/run.json").write_text(json.dumps(document))
+        server.dtype = "float32"
+        code, _, err = await icm("--run", "a")
+        assert code == 2
+        assert "was started on another engine (dtype 'bfloat16', now 'float32')" in err
+        server.dtype = ""  # without our extension a server does not say
+        assert (await icm("--run", "a"))[0] == 0
+
+
 async def test_the_same_seed_gives_the_same_labels_and_asks_nothing_twice(icm: Command, server: FakeVLLM) -> None:
     await icm("--run", "a")
     asked = len(server.completions)

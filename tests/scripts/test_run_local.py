@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import ClassVar, Self
@@ -14,8 +16,10 @@ import pytest
 
 from core.vllm_server import ServerFailed
 from scripts import run_local
-from scripts.run_local import DEFAULTS, icm_command, main, run_icm
+from scripts.run_local import DEFAULTS, begun_size, icm_command, main, run_icm
 from src.experiments.ICM import build_parser
+from src.experiments.single_run import pool_of, run_name, settings_of
+from tests.core.fake_server import FakeVLLM
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
 
@@ -60,6 +64,12 @@ def icm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(run_local, "ICM", script)
     monkeypatch.setattr(run_local, "VLLMServer", FakeServer)
     monkeypatch.setattr(run_local, "REPO_ROOT", tmp_path)
+
+    async def fitting(model: str, given: Sequence[str], url: str, deadline: float) -> int:
+        (tmp_path / "measured").write_text(f"{deadline - time.monotonic():.0f}")
+        return 32
+
+    monkeypatch.setattr(run_local, "fitting_size", fitting)
     (tmp_path / "models" / "gemma-3-270m").mkdir(parents=True)
     (tmp_path / "models" / "gemma-3-270m" / "provenance.json").touch()
     monkeypatch.setattr(FakeServer, "started", [])
@@ -70,21 +80,86 @@ def icm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_built_in_claims_are_the_default_and_only_that() -> None:
     builtin = ["--testbed", "builtin", "--label_rest"]
-    assert icm_command("m", ["--seed", "2"])[2:] == ["--model", "m", *builtin, *DEFAULTS, "--seed", "2"]
-    assert icm_command("m", ["--testbed=gsm8k"])[2:] == ["--model", "m", *DEFAULTS, "--testbed=gsm8k"]
-    assert icm_command("m", ["--data", "f.csv"])[2:] == ["--model", "m", *DEFAULTS, "--data", "f.csv"]
+    pool = ["--batch_size", "64", *DEFAULTS]
+    assert icm_command("m", ["--seed", "2"])[2:] == ["--model", "m", *builtin, *pool, "--seed", "2"]
+    assert icm_command("m", ["--testbed=gsm8k"])[2:] == ["--model", "m", *pool, "--testbed=gsm8k"]
+    assert icm_command("m", ["--data", "f.csv"])[2:] == ["--model", "m", *pool, "--data", "f.csv"]
 
 
 def test_given_flags_win_over_the_defaults() -> None:
-    args = build_parser().parse_args(icm_command("m", ["--alpha", "7"])[2:])
-    assert (args.alpha, args.batch_size, args.calibrate) == (7, 64, "mean")
+    args = build_parser().parse_args(icm_command("m", ["--alpha", "7"], 16)[2:])
+    assert (args.alpha, args.batch_size, args.calibrate) == (7, 16, "mean")
+    assert build_parser().parse_args(icm_command("m", ["--batch_size", "9"], 16)[2:]).batch_size == 9
 
 
 def test_a_run_gets_a_server_and_its_arguments(icm: Path) -> None:
     assert main(["--seed", "2"]) == 0
-    expected = " ".join(icm_command("gemma-3-270m", ["--seed", "2"])[2:])
+    expected = " ".join(icm_command("gemma-3-270m", ["--seed", "2"], 32)[2:])
     assert (icm / "called").read_text() == f"{FakeServer.url} {expected}"
     assert (FakeServer.started, FakeServer.stopped) == (["gemma-3-270m"], 1)
+
+
+@pytest.mark.parametrize("given", [["--batch_size", "48"], ["--batch_size=48"], ["--num_batches", "2"]])
+def test_a_pool_that_was_asked_for_is_taken_whatever_the_machine(icm: Path, given: list[str]) -> None:
+    assert main(given) == 0
+    assert not (icm / "measured").exists()
+    assert (icm / "called").read_text().endswith(" ".join(given))
+
+
+def test_the_minutes_are_what_the_pool_is_chosen_by(icm: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--minutes", "2.5"]) == 0
+    assert (icm / "measured").read_text() == "150"
+    assert "--minutes" not in (icm / "called").read_text()
+    for wrong in ("0", "-1", "inf", "nan", "soon"):
+        with pytest.raises(SystemExit):
+            main([f"--minutes={wrong}"])
+        assert "--minutes" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_with_the_pool_that_it_has(icm: Path) -> None:
+    given = ["--runs_dir", str(icm / "runs"), "--seed", "3"]
+    assert begun_size("gemma-3-270m", given) is None
+    args = build_parser().parse_args(icm_command("gemma-3-270m", given, 16)[2:])
+    folder = args.runs_dir / run_name(args, settings_of(args, pool_of(args)))
+    folder.mkdir(parents=True)
+    assert begun_size("gemma-3-270m", given) is None  # nothing was asked yet
+    (folder / "run.json").touch()
+    assert begun_size("gemma-3-270m", given) == 16
+    assert begun_size("gemma-3-270m", [*given, "--alpha", "20"]) is None
+    assert main(given) == 0
+    assert not (icm / "measured").exists()
+    assert "--batch_size 16" in (icm / "called").read_text()
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--data", "nowhere.csv"), ("--alhpa", "7"), ("--K", "many")])
+def test_input_that_cannot_be_right_has_begun_nothing(
+    capsys: pytest.CaptureFixture[str], flag: str, value: str
+) -> None:
+    assert begun_size("gemma-3-270m", [flag, value]) is None
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("minutes", "context", "size", "told"),
+    [(60.0, 8192, 64, "a pool of 64 claims"), (0.001, 8192, 16, "a pool of 16"), (60.0, 900, 32, "a pool of 32")],
+)
+async def test_the_pool_follows_the_machines_speed_and_the_models_context(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    minutes: float,
+    context: int,
+    size: int,
+    told: str,
+) -> None:
+    monkeypatch.setattr(run_local, "REPO_ROOT", tmp_path)
+    async with FakeVLLM(trees=True, dtype="float32", max_model_len=context) as server:
+        server.latency = 0.01
+        found = await run_local.fitting_size(server.model, [], server.url, time.monotonic() + 60 * minutes)
+    assert found == size
+    said = capsys.readouterr().err
+    assert told in said
+    assert "tokens a second in float32" in said
 
 
 def test_a_complete_run_starts_no_server(icm: Path) -> None:
