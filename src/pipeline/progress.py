@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
-from typing import Protocol
+from typing import Final, Protocol
 
 from tqdm import tqdm
 
@@ -30,13 +31,22 @@ class Progress(Protocol):
         ...
 
 
-class SearchProgress:
-    """A tqdm bar over labelled claims (--stop labelled) or iterations (--stop K), fed journal records."""
+GROWTH: Final = 2.5
+"""A search that has labelled a share x of its pool has taken some x ** GROWTH of its time: each claim costs more than
+the one before it. From searches over 16, 32 and 64 built-in claims (docs/lab-log.md, 2026-11-27)."""
 
-    def __init__(self, pool: Pool, quiet: bool) -> None:
+
+class SearchProgress:
+    """A tqdm bar over labelled claims (--stop labelled) or iterations (--stop K), fed journal records.
+
+    clock: monotonic seconds.
+    """
+
+    def __init__(self, pool: Pool, quiet: bool, clock: Callable[[], float] = time.monotonic) -> None:
         self._pool = pool
         self._by_iteration = pool.problem.settings.stop == "K"
-        total = pool.problem.settings.K if self._by_iteration else pool.problem.size
+        total = self._total = pool.problem.settings.K if self._by_iteration else pool.problem.size
+        self._first = 0
         interval = 0.5 if sys.stderr.isatty() else 15.0
         self._bar = tqdm(
             total=total,
@@ -45,9 +55,12 @@ class SearchProgress:
             dynamic_ncols=True,
             smoothing=0.1,
             mininterval=interval,
+            # tqdm takes all claims to cost the same; what is left is told behind the bar instead.
+            bar_format=None if self._by_iteration else "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
         )
         self._interval = interval
-        self._shown = time.monotonic()
+        self._clock = clock
+        self._begun = self._shown = clock()
         self._started = False
         self._warned = False
         self._cached = self._computed = 0
@@ -64,11 +77,15 @@ class SearchProgress:
         """Show where the search stands after one journal record."""
         done = state.iteration if self._by_iteration else len(state.labelled)
         if not self._started:  # a resumed run's earlier part must not count as speed
-            self._bar.initial = self._bar.n = done
+            self._bar.initial = self._bar.n = self._first = done
             self._started = True
+            self._begun = self._clock()
         self._cached += record.get("tokens_cached", 0)
         self._computed += record.get("tokens_computed", 0)
         shown = {
+            **(
+                {} if self._by_iteration or (left := self._left(done)) is None else {"left": tqdm.format_interval(left)}
+            ),
             "iteration": state.iteration,
             "U": f"{state.evaluation.utility:.1f}",
             "accepted": f"{state.accepted}/{state.iteration}",
@@ -80,13 +97,18 @@ class SearchProgress:
             shown["hits"] = f"{self._cached / (self._cached + self._computed):.2f}"
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update(done - self._bar.n)
-        if time.monotonic() - self._shown >= self._interval:  # update() shows nothing while the count stands still
+        if self._clock() - self._shown >= self._interval:  # update() shows nothing while the count stands still
             self._bar.refresh()
-            self._shown = time.monotonic()
+            self._shown = self._clock()
         warning = None if self._warned else collapse_warning(state.labels)
         if warning:
             self._warned = True
             self._bar.write(f"warning: {warning}")
+
+    def _left(self, done: int) -> float | None:
+        """Seconds that the search will still take, once it has labelled something in this session."""
+        before, now = ((claims / self._total) ** GROWTH for claims in (self._first, done))
+        return (1 - now) / (now - before) * (self._clock() - self._begun) if now > before else None
 
 
 class PartsProgress:
