@@ -72,6 +72,13 @@ def cpu_flags(cpuinfo: Path = CPUINFO) -> frozenset[str]:
     return frozenset()
 
 
-def kv_cache_gib(dtype: str, gib: int = KV_CACHE_GIB) -> int:
-    """GiB of KV cache that hold as many tokens in `dtype` as `gib` do in a type of two bytes."""
-    return 2 * gib if dtype in (FLOAT32, "float") else gib
+def kv_cache_gib(dtype: str, gib: int = KV_CACHE_GIB, memory: int | None = None) -> int:
+    """GiB of KV cache that hold as many tokens in `dtype` as `gib` do in a type of two bytes.
+
+    No more than a quarter of the machine's memory, but at least 1: beside its cache a small model takes some 4 GB in
+    float32. memory: bytes; this machine's where it is None.
+    """
+    if memory is None:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    wanted = 2 * gib if dtype in (FLOAT32, "float") else gib
+    return max(1, min(wanted, round(memory / 4 / 2**30)))

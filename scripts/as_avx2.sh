@@ -13,5 +13,7 @@ set -euo pipefail
 
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 export ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 OPENBLAS_CORETYPE=Haswell
+# PyTorch 2.13 takes code for wider vectors out of a cache that both share, and computes wrong numbers with it.
+export TORCHINDUCTOR_CACHE_DIR="${TMPDIR:-/tmp}/torchinductor_avx2_$(id -u)"
 export PYTHONPATH="$here/avx2${PYTHONPATH:+:$PYTHONPATH}"
 exec "$@"

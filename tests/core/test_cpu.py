@@ -72,5 +72,13 @@ def test_this_machine_says_what_it_can_do() -> None:
 
 
 def test_as_many_tokens_are_cached_in_either_type() -> None:
-    assert (kv_cache_gib("bfloat16"), kv_cache_gib("float16"), kv_cache_gib("float32")) == (2, 2, 4)
-    assert kv_cache_gib("float32", 3) == 6
+    large = 64 << 30
+    assert [kv_cache_gib(dtype, memory=large) for dtype in ("bfloat16", "float16", "float32")] == [2, 2, 4]
+    assert kv_cache_gib("float32", 3, memory=large) == 6
+
+
+def test_the_cache_leaves_a_small_machine_its_memory() -> None:
+    # Linux says somewhat less than what was bought.
+    assert [kv_cache_gib("float32", memory=int(gib * 2**30)) for gib in (2, 3.8, 7.6, 11.6, 15.5)] == [1, 1, 2, 3, 4]
+    assert kv_cache_gib("bfloat16", memory=int(7.6 * 2**30)) == 2
+    assert 1 <= kv_cache_gib("float32") <= 4
