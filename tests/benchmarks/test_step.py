@@ -36,9 +36,11 @@ from benchmarks.step_report import (
     write_json,
 )
 from benchmarks.step_table import tables
+from core.llm_api import transport
+from core.llm_api.tokens import CANARY_TEXT
 from src.icm.planner import TokenCosts
 from tests.conftest import stand_in_platform
-from tests.core.fake_server import FakeVLLM, Fault
+from tests.core.fake_server import BOS, FakeVLLM, Fault, encode
 from tests.core.test_direct_llm import FakeLLM
 
 
@@ -213,15 +215,18 @@ def test_errors_are_one_line(
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("idle", [transport.KEEPALIVE, 0.001], ids=["connections stay", "connections are opened anew"])
 async def test_a_whole_call(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    idle: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("ICM_SECRETS", "/dev/null")
+    monkeypatch.setattr(transport, "KEEPALIVE", idle)
     json_file, png = tmp_path / "step.json", tmp_path / "step.png"
     async with FakeVLLM() as server:
         arguments = ["--server", server.url, "--model", server.model, "--claim_tokens", "20", "--run", "20", "--quick"]
         code = await asyncio.to_thread(step.main, [*arguments, "--json", str(json_file), "--notes", "a note"])
-        sent = Counter(len(body["prompt"]) for body in server.completions if isinstance(body["prompt"][0], list))
+        sent = [body["prompt"] for body in server.completions if isinstance(body["prompt"][0], list)]
+        versions = server.requests.count("/version")
     assert code == 0
     out = capsys.readouterr().out
     assert "all 16 hold" in out
@@ -236,9 +241,17 @@ async def test_a_whole_call(
         assert measured.computed_tokens is not None
         if case in "abce":
             assert measured.prompts == size
-    # Beside the canaries of both clients: a's 16 and 32 requests, d0 and f's questions, three questions a run sample.
-    canaries, warm_up, asks, run_asks = 4, 4, 4, 2 * 3 * 3
-    assert sent[1] == canaries + warm_up + 16 + 32 + asks + run_asks
+    # a's 16 and 32 requests, d0 and f's questions, three questions a run sample.
+    canary = [[BOS, *encode(CANARY_TEXT)]]
+    asked = Counter(len(prompts) for prompts in sent if prompts != canary)
+    warm_up, asks, run_asks = 4, 4, 2 * 3 * 3
+    assert asked[1] == warm_up + 16 + 32 + asks + run_asks
+    # Both clients ask two canaries beside the version at start, and one whenever they see if the server is still the
+    # same: after a connection that was opened while no other stood, so how often depends on the machine.
+    clients, canaries = 2, sent.count(canary)
+    checks = versions - clients
+    assert canaries == 2 * clients + checks
+    assert checks > 0 or idle > 0.001
     assert found["a", 32][0].prompt_tokens == found["b", 32][0].prompt_tokens
     assert report.run is not None
     assert sorted((s.layout, s.size) for s in report.run.samples) == [
