@@ -50,8 +50,9 @@ QUICK: Final = (
     Size(repeats=100, lists=(1, 2, 3, 8), generated=0, top=False),
 )
 WHOLE: Final = (Amount(prompts=256, demonstrations=24, long_tokens=24_000), Size())
-LESS: Final = ((8, 100, 3000), (4, 100, 3000), (4, 40, 1500), (2, 20, 800))
-"""Prompts, repeats of one, and tokens of long strangers that --quick makes do with where it gets --seconds."""
+LESS: Final = ((8, 100, 3000, 10), (4, 100, 3000, 10), (4, 40, 1500, 10), (2, 20, 800, 10), (2, 20, 800, 5))
+"""Prompts, repeats of one, tokens of long strangers, and demonstrations in a prompt that --quick makes do with where it
+gets --seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,17 +219,22 @@ def fitting(amount: Amount, size: Size, prompt_seconds: float, seconds: float) -
 
     prompt_seconds: what one prompt takes alone and cold.
     """
-    for prompts, repeats, long_tokens in LESS:
+    for prompts, repeats, long_tokens, demonstrations in LESS:
         if prompts_worth(amount, size) * prompt_seconds <= seconds:
             break
-        amount = replace(amount, prompts=min(amount.prompts, prompts), long_tokens=min(amount.long_tokens, long_tokens))
+        amount = replace(
+            amount,
+            prompts=min(amount.prompts, prompts),
+            long_tokens=min(amount.long_tokens, long_tokens),
+            demonstrations=demonstrations,
+        )
         size = replace(size, repeats=min(size.repeats, repeats))
     return amount, size
 
 
 def prompts_worth(amount: Amount, size: Size) -> float:
-    """How many prompts, alone and cold, take as long as a quick check. Counted on 2 cores with 4 and 12 prompts."""
-    return 24 * amount.prompts + amount.long_tokens / 100 + 0.3 * size.repeats + 10
+    """How many prompts, alone and cold, take as long as a quick check. Fitted to checks of 2, 4 and 12 prompts."""
+    return 24 * amount.prompts + amount.long_tokens / 100 + 0.3 * size.repeats + 35
 
 
 async def run(args: argparse.Namespace, report: Report) -> Record:

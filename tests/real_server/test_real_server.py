@@ -30,6 +30,7 @@ SUBJECTS = [
     "The oldest tree in a park",
     "My neighbour's small dog",
 ]
+BLOCK = 32  # tokens of a KV-cache block of the local server
 CLAIMS = ["is heavier than a train", "can be seen from far away", "was mentioned in the news", "makes people happy"]
 
 
@@ -54,8 +55,11 @@ def prompts_of(book: PromptBook, layout: Layout, labels: list[bool]) -> list[Pro
     return [book.prompt(claim, layout.context(claim), labels) for claim in layout.questions]
 
 
-async def test_the_tree_computes_at_most_a_quarter_of_upstreams_tokens(vllm_server: RunningServer) -> None:
-    size = 64
+async def test_the_tree_computes_what_it_should_and_upstreams_order_half_of_all_pairs(
+    vllm_server: RunningServer,
+) -> None:
+    """N log2 N demonstrations against N (N - 1) / 2: at 64 claims less than a quarter, and 16 show the law."""
+    size = 16
     async with ModelAPI(VLLMClient(vllm_server.url, vllm_server.model)) as api:
         book, labels = await book_of(api, size)
         tree = TreeLayout.build(range(size), [str(i) for i in range(size)], np.random.default_rng(0))
@@ -71,8 +75,15 @@ async def test_the_tree_computes_at_most_a_quarter_of_upstreams_tokens(vllm_serv
             delta = after - before
             assert delta.queries == sum(prompt.num_tokens for prompt in prompts_of(book, layout, labels))
             computed[name] = delta.computed
-        print(f"computed tokens at N = {size}: {computed}, ratio {computed['tree'] / computed['upstream']:.3f}")
-        assert computed["tree"] <= computed["upstream"] / 4
+        print(f"computed tokens at N = {size}: {computed}")
+        demonstration = max(len(true) for _, true in book.demonstrations)
+        question = max(map(len, book.questions))
+        # Cached prefixes end on block borders: each branch of the tree, and each question, begins up to a block early.
+        tree_ideal = demonstration * size * np.log2(size) + size * question
+        assert computed["tree"] <= tree_ideal + BLOCK * (2 * size - 1)
+        shortest = min(len(true) for _, true in book.demonstrations)
+        assert computed["upstream"] >= shortest * size * (size - 1) / 2
+        assert computed["tree"] < computed["upstream"]
 
 
 async def test_an_appended_label_costs_little_more_than_itself(vllm_server: RunningServer) -> None:
@@ -89,8 +100,8 @@ async def test_an_appended_label_costs_little_more_than_itself(vllm_server: Runn
         assert after is not None
         demonstration = max(len(true) for _, true in book.demonstrations)
         question = max(map(len, book.questions))
-        block = 32  # cached prefixes end on block borders, up to 31 tokens before the appended demonstration
-        assert (after - before).computed <= size * (demonstration + question + block)
+        # Cached prefixes end on block borders, up to a block before the appended demonstration.
+        assert (after - before).computed <= size * (demonstration + question + BLOCK)
 
 
 async def test_scores_follow_their_prompts_whatever_the_order(vllm_server: RunningServer) -> None:
@@ -243,15 +254,17 @@ async def test_pools_at_once_are_answered_as_alone_whoever_leaves(vllm_server: R
 
 async def test_a_server_is_known_again_while_it_computes_a_pool(vllm_server: RunningServer) -> None:
     async with ModelAPI(VLLMClient(vllm_server.url, vllm_server.model)) as api:
-        book, labels = await book_of(api, 48)
-        prompts = prompts_of(book, UpstreamLayout.build(range(48)), labels)
+        book, labels = await book_of(api, 24)
+        prompts = prompts_of(book, UpstreamLayout.build(range(24)), labels)
         scoring = asyncio.create_task(api.score(prompts, await api.label_tokens()))
-        fingerprints = []
+        fingerprints, meanwhile = [], 0
         while not scoring.done() or not fingerprints:
             client = VLLMClient(vllm_server.url, vllm_server.model)
             fingerprints.append((await client.start()).fingerprint)
             await client.aclose()
+            meanwhile += not scoring.done()
         await scoring
+        assert meanwhile > 0
         assert set(fingerprints) == {api.identity.fingerprint}
 
 

@@ -16,7 +16,7 @@ from core.determinism.asking import HttpAsker
 from core.determinism.matrix import Matrix, Size
 from core.llm_api.transport import HttpOptions, HttpTransport
 from core.llm_api.vllm_llm import VLLMClient
-from scripts.test_determinism import QUICK, Report, build_parser, fitting, run
+from scripts.test_determinism import LESS, QUICK, Report, build_parser, fitting, run
 from src.pipeline.determinism_material import Amount, material_for
 from tests.conftest import RunningServer
 from tests.core.fake_server import FakeVLLM, hashed_log_odds
@@ -84,10 +84,10 @@ async def test_a_check_ends_in_time_and_names_what_it_did_not_reach(
 
 def test_a_slow_engine_is_asked_less() -> None:
     counts = []
-    for prompt_seconds in (0.01, 0.15, 0.2, 0.3, 9.0):
+    for prompt_seconds in (0.01, 0.15, 0.2, 0.27, 0.4, 9.0):
         amount, size = fitting(*QUICK, prompt_seconds, 45.0)
-        counts.append((amount.prompts, size.repeats, amount.long_tokens))
-    assert counts == [(12, 100, 3000), (8, 100, 3000), (4, 100, 3000), (4, 40, 1500), (2, 20, 800)]
+        counts.append((amount.prompts, size.repeats, amount.long_tokens, amount.demonstrations))
+    assert counts == [(12, 100, 3000, 10), *LESS]
     few = replace(QUICK[0], prompts=4)
     assert fitting(few, QUICK[1], 0.01, 45.0) == (few, QUICK[1])
     assert fitting(few, QUICK[1], 9.0, 45.0)[0].prompts == 2
@@ -124,7 +124,7 @@ async def test_the_local_server_is_exact(vllm_server: RunningServer, tmp_path: P
     try:
         identity = await client.start()
         block = await client.kv_block_size()
-        amount = Amount(prompts=6, demonstrations=8, long_tokens=1200, long=2, short=8)
+        amount = Amount(prompts=3, demonstrations=6, long_tokens=1200, long=2, short=8)
         material = await material_for(client, amount, context=identity.max_model_len, block=block)
         size = Size(repeats=20, lists=(1, 2, 3), generated=12, texts=2, top=False)
         matrix = Matrix(HttpAsker(http, vllm_server.model), client, material, size, seed=os.getpid())
