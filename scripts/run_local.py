@@ -158,6 +158,12 @@ def check_once(url: str) -> None:
     subprocess.run([sys.executable, str(DETERMINISM), "--url", url, *short], check=False)
 
 
+def _is_complete(command: Sequence[str], *, quiet: bool = False) -> int:
+    """0: the run is complete, and its summary was printed; 1: it is not; 2: bad input, which was complained about."""
+    output = subprocess.DEVNULL if quiet else None
+    return subprocess.run([*command, "--is_complete"], stdout=output, stderr=output, check=False).returncode
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -167,10 +173,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--minutes",
         type=_positive,
-        default=MINUTES,
         metavar="M",
         help="take the largest pool of 64, 32 or 16 claims that this machine labels in some M minutes, the server's "
-        "start included (default: %(default)g)",
+        f"start included (default: {MINUTES:g}, or the pool of the run that these options began)",
     )
     parser.add_argument("--server_log", type=Path, default=REPO_ROOT / "runs" / "vllm_server.log")
     options, rest = parser.parse_known_args(arguments)
@@ -179,14 +184,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     size = begun_size(options.model, rest) if free else None
     command = icm_command(options.model, rest, size or SIZES[0])
 
-    # Prints the summary of a complete run (0), nothing of an unfinished one (1), and complains about bad input (2).
-    if (code := subprocess.run([*command, "--is_complete"], check=False).returncode) != 1:
+    if size is not None and size < SIZES[0] and options.minutes is not None and _is_complete(command, quiet=True) == 0:
+        size = None  # more time, or less, is asked for than that pool was chosen by
+        command = icm_command(options.model, rest)
+    if (code := _is_complete(command)) != 1:
         return code
+    if size is not None:
+        print(f"going on with a pool of {size} claims", file=sys.stderr)
     prepare = [sys.executable, str(REPO_ROOT / "scripts" / "prepare_model.py"), "--model", options.model]
     missing = not (REPO_ROOT / "models" / options.model / "provenance.json").is_file()
     if missing and (code := subprocess.run(prepare, check=False).returncode):
         return code
-    deadline = time.monotonic() + 60 * options.minutes
+    deadline = time.monotonic() + 60 * (options.minutes or MINUTES)
     try:
         with VLLMServer(model=options.model, log=options.server_log) as server:
             if free and size is None:

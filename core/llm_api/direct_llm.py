@@ -385,7 +385,7 @@ class DirectEngine:
         if loaded.llm is None:
             os.environ.setdefault(FAST_PREFIXES, "1")  # as the servers that we launch
             loaded.vllm = self._import()
-            if self._options.cpu and self._options.dtype == "auto":
+            if self._options.cpu and self._options.dtype == "auto" and "dtype" not in self._options.extra:
                 log.info("%s", fast_type())
             try:
                 loaded.llm = loaded.vllm.LLM(**loaded.asked, **self._exactness(loaded.asked))

@@ -13,6 +13,7 @@ import aiohttp
 import numpy as np
 import pytest
 
+from core.cpu import fast_type
 from core.llm_api.llm import ModelAPI
 from core.llm_api.prompt_tree import PATH
 from core.llm_api.types import Prompt
@@ -293,6 +294,8 @@ async def test_a_whole_run_labels_its_pool_and_repeats_to_the_last_bit(
     assert run["cost"]["tokens_cached"] > 0
     assert run["engine"]["version"]
     assert "ICM_BATCH_INVARIANT=1" in run["engine"]["determinism"]
+    if "ICM_TEST_SERVER" not in os.environ:
+        assert run["engine"]["dtype"] == fast_type().dtype
     assert "agreement with gold" in out
     # Another folder has another cache of answers: everything is asked again, in other batches, beside other questions.
     await run_icm(vllm_server, tmp_path / "second", "--lookahead", "4")

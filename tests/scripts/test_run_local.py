@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import signal
 import subprocess
 import sys
@@ -65,6 +66,13 @@ def icm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(run_local, "VLLMServer", FakeServer)
     monkeypatch.setattr(run_local, "REPO_ROOT", tmp_path)
 
+    def parser() -> argparse.ArgumentParser:  # not the runs of whoever works here
+        made = build_parser()
+        made.set_defaults(runs_dir=tmp_path / "runs")
+        return made
+
+    monkeypatch.setattr(run_local, "build_parser", parser)
+
     async def fitting(model: str, given: Sequence[str], url: str, deadline: float) -> int:
         (tmp_path / "measured").write_text(f"{deadline - time.monotonic():.0f}")
         return 32
@@ -116,7 +124,7 @@ def test_the_minutes_are_what_the_pool_is_chosen_by(icm: Path, capsys: pytest.Ca
         assert "--minutes" in capsys.readouterr().err
 
 
-def test_a_run_goes_on_with_the_pool_that_it_has(icm: Path) -> None:
+def test_a_run_goes_on_with_the_pool_that_it_has(icm: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = ["--runs_dir", str(icm / "runs"), "--seed", "3"]
     assert begun_size("gemma-3-270m", given) is None
     args = build_parser().parse_args(icm_command("gemma-3-270m", given, 16)[2:])
@@ -129,6 +137,15 @@ def test_a_run_goes_on_with_the_pool_that_it_has(icm: Path) -> None:
     assert main(given) == 0
     assert not (icm / "measured").exists()
     assert "--batch_size 16" in (icm / "called").read_text()
+    assert "going on with a pool of 16 claims" in capsys.readouterr().err
+    # Other minutes are no reason to leave what was begun, but one to look anew once it is complete.
+    assert main([*given, "--minutes", "9"]) == 0
+    assert not (icm / "measured").exists()
+    (icm / "complete").touch()
+    assert main(given) == 0
+    assert len(FakeServer.started) == 2
+    assert main([*given, "--minutes", "9"]) == 0
+    assert len(FakeServer.started) == 2  # the stand-in says of every pool that it is complete
 
 
 @pytest.mark.parametrize(("flag", "value"), [("--data", "nowhere.csv"), ("--alhpa", "7"), ("--K", "many")])
