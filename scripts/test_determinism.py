@@ -33,7 +33,7 @@ if str(REPO_ROOT) not in sys.path:  # run as a script, without an installed pack
 
 from core.determinism.asking import Asker, DirectAsker, HttpAsker, Listed  # noqa: E402
 from core.determinism.matrix import Material, Matrix, Row, Size  # noqa: E402
-from core.determinism.record import Record, doubt, read_record, row_record, write_record  # noqa: E402
+from core.determinism.record import Record, needs_check, read_record, row_record, write_record  # noqa: E402
 from core.llm_api.direct_llm import DirectEngine, DirectOptions  # noqa: E402
 from core.llm_api.errors import APIError, ConfigurationError  # noqa: E402
 from core.llm_api.http_text import HttpText  # noqa: E402
@@ -103,9 +103,11 @@ class Report:
         self._quiet = quiet
         self._start = time.monotonic()
         self._bar: tqdm[Any] = tqdm(disable=True)
+        self._names: Sequence[str] = ()
 
     def begin(self, names: Sequence[str]) -> None:
         """The heading. names: of the rows to come."""
+        self.close()
         self._names = names
         self._bar = tqdm(
             total=len(names),
@@ -125,10 +127,13 @@ class Report:
         """One more row."""
         self.rows.append(row)
         self._say(row_line(row))
-        self._bar.set_postfix_str(
-            "" if len(self.rows) == len(self._names) else self._names[len(self.rows)], refresh=False
-        )
+        self._names = self._names[1:]
+        self._bar.set_postfix_str(self._names[0] if self._names else "", refresh=False)
         self._bar.update()
+
+    def note(self, line: str) -> None:
+        """Something beside the table."""
+        self._say(line)
 
     def close(self) -> None:
         """Take the line of the time left away; idempotent."""
@@ -175,7 +180,8 @@ async def check(engine: Engine, args: argparse.Namespace, report: Report, earlie
     """Run the matrix on one engine and keep the result. earlier: see Matrix.rows; None looks for the last check's."""
     folder = args.runs_dir / "determinism"
     last = read_record(folder, engine.identity)
-    if args.unless_passed and last is not None and doubt(last, engine.identity) is None:
+    # A check that was cut short would be again.
+    if args.unless_passed and last is not None and not needs_check(last, engine.identity, whole=args.seconds is None):
         return last
     amount, size = QUICK if args.quick else WHOLE
     if args.prompts is not None:
@@ -194,23 +200,27 @@ async def check(engine: Engine, args: argparse.Namespace, report: Report, earlie
     if earlier is None and last is not None and last.material == material.digest:
         earlier = last.references
     matrix = Matrix(engine.asker, engine.engine, material, size, seed=time.time_ns())
-    names = matrix.names(earlier)
+    names, found = matrix.names(earlier), list[Row]()
     report.begin(names)
     async with aclosing(matrix.rows(earlier)) as rows:
         async for row in rows:
+            found.append(row)
             report.add(row)
             if args.seconds is not None and time.monotonic() - begun > args.seconds:
                 break
-    finished = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    not_reached = names[len(found) :]
+    if last is not None and last.failed_in(not_reached, engine.identity):
+        report.note(f"the check of {last.finished} failed in rows that this one did not reach, and its result is kept")
+        return last
     return write_record(
         folder,
         engine.identity,
         material,
-        report.rows,
+        found,
         matrix.references(),
-        finished=finished,
+        finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         quick=args.quick,
-        not_reached=names[len(report.rows) :],
+        not_reached=not_reached,
     )
 
 
@@ -332,8 +342,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        report.close()
         print("\nstopped; nothing was recorded", file=sys.stderr)
         return 130
+    finally:
+        report.close()
     if args.json is not None:
         rows = [row_record(row) for row in report.rows]
         engine = {name: value for name, value in record.engine.items() if name != "root"}  # a path of this machine

@@ -42,6 +42,11 @@ class Record(BaseModel):
     references: list[dict[int, float]]
     not_reached: list[str] = []
 
+    def failed_in(self, rows: Sequence[str], identity: EngineIdentity) -> bool:
+        """Whether one of these rows failed when this engine, as it answers now, was checked."""
+        failed = {row["name"] for row in self.rows if row["compared"]["differing"]}
+        return self.engine.get("fingerprint") == identity.fingerprint and not failed.isdisjoint(rows)
+
     def summary(self) -> dict[str, object]:
         """For a run's manifest."""
         failed = [row["name"] for row in self.rows if row["compared"]["differing"]]
@@ -117,9 +122,16 @@ def doubt(record: Record | None, identity: EngineIdentity) -> str | None:
     if record.not_reached:
         return (
             f"this engine passed {len(record.rows)} rows of its determinism check on {record.finished}, and "
-            f"{len(record.not_reached)} were not reached in the time given; {how}"
+            f"its time did not allow {len(record.not_reached)} more; {how}"
         )
     return None
+
+
+def needs_check(record: Record | None, identity: EngineIdentity, *, whole: bool = True) -> bool:
+    """Whether this engine did not pass as it answers now. whole: also where its check was cut short."""
+    if record is not None and not whole:
+        record = record.model_copy(update={"not_reached": []})
+    return doubt(record, identity) is not None
 
 
 def manifest_entry(identity: EngineIdentity, record: Record | None) -> Mapping[str, object]:

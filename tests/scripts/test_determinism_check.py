@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from core.determinism.asking import HttpAsker
-from core.determinism.matrix import Matrix, Size
+from core.determinism.comparison import Compared
+from core.determinism.matrix import Matrix, Row, Size
 from core.llm_api.transport import HttpOptions, HttpTransport
 from core.llm_api.vllm_llm import VLLMClient
 from scripts.test_determinism import LESS, QUICK, Report, build_parser, fitting, run
@@ -76,10 +77,51 @@ async def test_a_check_ends_in_time_and_names_what_it_did_not_reach(
         assert record.not_reached[0] == "alone, again"
         assert record.not_reached[-1] == "as a search asks"
         assert f"not reached in the time given: {', '.join(record.not_reached)}" in capsys.readouterr().out
-        args.seconds = 60.0  # enough for everything, which is asked again
+        args.seconds = None  # without a limit everything is asked again
         record = await run(args, Report(quiet=True))
     assert record.not_reached == []
     assert len(record.references) == 12
+
+
+async def test_a_check_that_was_cut_short_is_not_repeated_nor_hides_a_failure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with FakeVLLM() as server:
+        given = ["--url", server.url, "--quick", "--runs_dir", str(tmp_path)]
+        short = build_parser().parse_args([*given, "--seconds", "0.001", "--unless_passed"])
+        first = await run(short, Report(quiet=True))
+        again = Report(quiet=False)
+        assert await run(short, again) == first
+        assert again.rows == []
+        assert capsys.readouterr().out == ""
+    async with FakeVLLM() as server:
+        asked = 0
+
+        def drifting(tokens: Sequence[int]) -> float:
+            nonlocal asked
+            asked += 1
+            return hashed_log_odds(tokens) + 1e-6 * asked
+
+        server.log_odds = drifting
+        given[1] = server.url
+        failed = await run(build_parser().parse_args(given), Report(quiet=True))
+        assert not failed.passed
+        server.log_odds = hashed_log_odds
+        kept = await run(build_parser().parse_args([*given, "--seconds", "0.001"]), Report(quiet=False))
+    assert kept == failed
+    assert f"the check of {failed.finished} failed in rows that this one did not reach" in capsys.readouterr().out
+
+
+def test_a_check_before_and_after_a_restart_counts_its_rows_anew(capsys: pytest.CaptureFixture[str]) -> None:
+    report = Report(quiet=False)
+    row = Row("alone, again", Compared(1, 0), 0.0)
+    for names in (["alone, again"], ["alone, again", "in the check before this one"]):
+        report.begin(names)
+        for _ in names:
+            report.add(row)
+    report.close()
+    assert len(report.rows) == 3
+    assert capsys.readouterr().out.count("alone, again") == 3
 
 
 def test_a_slow_engine_is_asked_less() -> None:

@@ -9,7 +9,15 @@ import orjson
 
 from core.determinism.comparison import Compared
 from core.determinism.matrix import Row
-from core.determinism.record import Record, doubt, manifest_entry, read_record, record_path, write_record
+from core.determinism.record import (
+    Record,
+    doubt,
+    manifest_entry,
+    needs_check,
+    read_record,
+    record_path,
+    write_record,
+)
 from core.llm_api.types import EngineIdentity
 from tests.core.determinism.test_matrix import MATERIAL
 
@@ -65,9 +73,21 @@ def test_rows_that_were_not_reached_leave_a_doubt(tmp_path: Path) -> None:
     record = keep(tmp_path, not_reached=("as a search asks",))
     assert record.passed
     assert "passed 2 rows" in str(doubt(record, ENGINE))
-    assert "1 were not reached" in str(doubt(record, ENGINE))
+    assert "its time did not allow 1 more" in str(doubt(record, ENGINE))
+    assert needs_check(record, ENGINE)
+    assert not needs_check(record, ENGINE, whole=False)
+    assert needs_check(record, replace(ENGINE, fingerprint="def"), whole=False)
+    assert needs_check(keep(tmp_path, differing=1, not_reached=("as a search asks",)), ENGINE, whole=False)
+    assert needs_check(None, ENGINE, whole=False)
     assert manifest_entry(ENGINE, record)["not_reached"] == ["as a search asks"]
     assert "not_reached" not in manifest_entry(ENGINE, keep(tmp_path))
+
+
+def test_a_failure_is_known_by_its_row_and_by_who_failed(tmp_path: Path) -> None:
+    record = keep(tmp_path, differing=1)
+    assert record.failed_in(["alone, again", "shuffled"], ENGINE)
+    assert not record.failed_in(["alone, again"], ENGINE)
+    assert not record.failed_in(["shuffled"], replace(ENGINE, fingerprint="def"))
 
 
 def test_another_type_is_another_engine_but_for_the_one_of_old_records(tmp_path: Path) -> None:
