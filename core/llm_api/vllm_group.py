@@ -59,8 +59,13 @@ def server_for(place: float, count: int, up: Sequence[int]) -> int:
 
 
 def difference(identity: EngineIdentity, expected: EngineIdentity) -> str:
-    """What sets one engine apart from another, for a user; "" where nothing does."""
+    """What sets one engine apart from another, for a user; "" where nothing does.
+
+    A server without our extension does not say in which type it computes; its fingerprint tells.
+    """
     unlike = [f.name for f in fields(EngineIdentity) if getattr(identity, f.name) != getattr(expected, f.name)]
+    if not (identity.dtype and expected.dtype) and "dtype" in unlike:
+        unlike.remove("dtype")
     here, there = (replace(engine, fingerprint=engine.fingerprint[:12]) for engine in (identity, expected))
     return ", ".join(f"{name} {getattr(here, name)!r}, not {getattr(there, name)!r}" for name in unlike)
 
@@ -168,7 +173,7 @@ class VLLMGroup:
                 raise ConfigurationError(
                     f"{member.client.base_url} is not like {first.client.base_url}: {told}.", hint=ALIKE_HINT
                 )
-        self._identity = identity
+        identity = self._identity = replace(identity, dtype=next((e.dtype for e in found.values() if e.dtype), ""))
         for member in found:
             member.up = True
         for member, error in lost.items():

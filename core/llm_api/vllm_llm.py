@@ -355,6 +355,10 @@ class VLLMClient:
                 top = await self._read(token_body(self._canary_fields, [canary]), canary, retry)
                 if not _same_weights(top, self._canary):
                     changed.append("other answers to a fixed prompt")
+                if known.dtype:  # the canary may be too short to show another type
+                    await self._probe_trees()
+                    if self._dtype != known.dtype:
+                        changed.append(f"dtype {self._dtype!r}, not {known.dtype!r}")
                 if changed:
                     told = ", ".join(changed)
                     raise ServerChanged(

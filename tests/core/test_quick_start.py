@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -44,6 +45,8 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
         vars(made[name]).update(content, did=did)
         monkeypatch.setitem(sys.modules, name, made[name])
     monkeypatch.setenv(METHOD, "")
+    monkeypatch.setenv("LD_PRELOAD", "/somewhere/libiomp5.so")
+    monkeypatch.setattr(quick_start, "_end_with_parent", lambda: did.append("forks end with their parent"))
     return made
 
 
@@ -54,11 +57,56 @@ def test_processes_are_forked_with_the_tokenizer_already_read(vllm: dict[str, Mo
     for caller in (platform, platform()):  # vLLM asks an instance
         did.clear()
         caller.check_and_update_config(SimpleNamespace(name="config", model_config="model"))
-        assert did == [("CpuPlatform", "config"), "read model"]
+        assert did == [("CpuPlatform", "config"), "forks end with their parent", "read model"]
         assert os.environ[METHOD] == "fork"
     did.clear()
     platform.check_and_update_config(SimpleNamespace(name="none", model_config=None))
-    assert did == [("CpuPlatform", "none")]
+    assert did == [("CpuPlatform", "none"), "forks end with their parent"]
+
+
+@pytest.mark.parametrize("preloaded", ["", "/usr/lib/libjemalloc.so"])
+def test_without_intels_openmp_nothing_is_forked(
+    vllm: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, preloaded: str
+) -> None:
+    monkeypatch.setenv("LD_PRELOAD", preloaded)
+    quick_start.install()
+    vllm["vllm.platforms.cpu"].CpuPlatform.check_and_update_config(SimpleNamespace(name="c", model_config="m"))
+    assert vllm["vllm.platforms.cpu"].did == [("CpuPlatform", "c")]
+    assert os.environ[METHOD] == "spawn"
+    vllm["vllm.renderers.hf"].maybe_make_thread_pool("tokenizer", 2)
+    assert vllm["vllm.renderers.hf"].did[-1] == ("tokenizer", 1)
+
+
+PARENT = """
+import os, sys, time
+from core.vllm_extension.quick_start import _end_with_parent
+_end_with_parent()
+if os.fork() == 0:
+    if os.fork() == 0:
+        print(os.getpid(), os.getppid(), flush=True)
+    time.sleep(60)
+time.sleep(60)
+"""
+
+
+def test_forks_end_when_their_parent_is_killed() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    with subprocess.Popen([sys.executable, "-c", PARENT], env=environment, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        forks = [int(pid) for pid in parent.stdout.readline().split()]
+        assert len(forks) == 2
+        parent.kill()
+        deadline = time.monotonic() + 20
+        while any(map(_alive, forks)):
+            assert time.monotonic() < deadline, "they live on"
+            time.sleep(0.05)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def test_the_tokenizer_is_copied_once_and_no_chat_template_is_looked_for(vllm: dict[str, ModuleType]) -> None:
@@ -85,7 +133,7 @@ def test_a_vllm_that_lacks_a_part_starts_without_it(
 
 PROGRAM = """
 import os
-os.environ["ICM_QUICK_START"] = "1"
+os.environ["ICM_QUICK_START"], os.environ["LD_PRELOAD"] = "1", "libiomp5.so"
 from core.vllm_extension.plugin import register
 register(); register()
 from vllm.platforms.cpu import CpuPlatform

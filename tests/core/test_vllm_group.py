@@ -331,6 +331,21 @@ async def test_tokenizing_goes_on_with_another_server() -> None:
 # Servers that cannot be used
 
 
+@pytest.mark.parametrize("known", [0, 1])
+async def test_a_server_that_does_not_say_its_type_is_no_other_engine(known: int) -> None:
+    async with servers(2) as fakes:
+        fakes[known].trees, fakes[known].dtype = True, "bfloat16"
+        group = group_of(fakes)
+        assert (await group.start()).dtype == "bfloat16"
+        assert len((await group.score(pool(), LABELS)).logprobs) == 8
+        await group.aclose()
+        fakes[1 - known].trees, fakes[1 - known].dtype = True, "float32"
+        other = group_of(fakes)
+        with pytest.raises(ConfigurationError, match="dtype 'float32', not 'bfloat16'|dtype 'bfloat16', not 'float32'"):
+            await other.start()
+        await other.aclose()
+
+
 @pytest.mark.parametrize(("knob", "value"), [("salt", "x"), ("root", "/models/other"), ("max_model_len", 4096)])
 async def test_servers_that_differ_are_refused_by_name(knob: str, value: object) -> None:
     async with servers(3) as fakes:

@@ -567,6 +567,18 @@ async def test_a_server_that_comes_back_as_another_is_not_believed(
         await engine.aclose()
 
 
+async def test_a_server_that_comes_back_in_another_type_is_not_believed() -> None:
+    async with FakeVLLM(trees=True, dtype="bfloat16") as server:
+        engine = await started(server)
+        engine._http.era += 1
+        assert len((await engine.score(prompts(2), LABELS)).logprobs) == 2
+        server.dtype = "float32"
+        engine._http.era += 1
+        with pytest.raises(ServerChanged, match="dtype 'float32', not 'bfloat16'"):
+            await engine.score(prompts(2, length=5), LABELS)
+        await engine.aclose()
+
+
 async def test_a_server_that_comes_back_as_it_was_is_believed_and_asked_once_who_it_is() -> None:
     server = FakeVLLM()
     await server.__aenter__()
