@@ -7,8 +7,9 @@ several times as fast (docs/installing.md has measurements).
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -16,14 +17,20 @@ from typing import Final
 CPUINFO: Final = Path("/proc/cpuinfo")
 BFLOAT16: Final = "bfloat16"
 FLOAT32: Final = "float32"
+KV_CACHE_SPACE: Final = "VLLM_CPU_KVCACHE_SPACE"
+"""vLLM's environment variable for the memory of its KV cache on a CPU, GiB, a whole number."""
 KV_CACHE_GIB: Final = 2
 """GiB of KV cache for a type of two bytes: some 116,000 tokens of Gemma 3 270M, several trees of 256 short claims."""
+_CGROUP_LIMITS: Final = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+"""Where Linux says how much memory a container may use, bytes: its second and its first version of control groups."""
 
 _INSTRUCTIONS: Final = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 BF16", "bf16": "Arm BF16"}
 """Flags of /proc/cpuinfo that mean fast bfloat16, the fastest first."""
+_NO_BFLOAT16: Final = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
 _BELOW_BFLOAT16: Final = {
     # oneDNN's documentation, "CPU Dispatcher Control": the last instruction set that it may use.
-    "ONEDNN_MAX_CPU_ISA": ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI"),
+    "ONEDNN_MAX_CPU_ISA": _NO_BFLOAT16,
+    "DNNL_MAX_CPU_ISA": _NO_BFLOAT16,  # its older name
     # PyTorch's documentation, "Environment variables": the instruction set of its own kernels.
     "ATEN_CPU_CAPABILITY": ("default", "avx2"),
 }
@@ -75,10 +82,18 @@ def cpu_flags(cpuinfo: Path = CPUINFO) -> frozenset[str]:
 def kv_cache_gib(dtype: str, gib: int = KV_CACHE_GIB, memory: int | None = None) -> int:
     """GiB of KV cache that hold as many tokens in `dtype` as `gib` do in a type of two bytes.
 
-    No more than a quarter of the machine's memory, but at least 1: beside its cache a small model takes some 4 GB in
-    float32. memory: bytes; this machine's where it is None.
+    No more than a quarter of `memory` (bytes; None: memory_limit()), but at least 1: beside its cache a small model
+    takes some 4 GB in float32.
     """
-    if memory is None:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     wanted = 2 * gib if dtype in (FLOAT32, "float") else gib
-    return max(1, min(wanted, round(memory / 4 / 2**30)))
+    quarter = (memory_limit() if memory is None else memory) / 4
+    return max(1, min(wanted, round(quarter / 2**30)))
+
+
+def memory_limit(limits: Sequence[Path] = _CGROUP_LIMITS) -> int:
+    """Bytes of memory that this process may use: the machine's, or less in a container. limits: files that say so."""
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for path in limits:
+        with contextlib.suppress(OSError, ValueError):  # no such version of control groups, or "max"
+            found.append(int(path.read_text()))
+    return min(found)

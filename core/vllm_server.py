@@ -46,7 +46,7 @@ _LOG_PREFIX: Final = re.compile(
 _UP_AFTER: Final = "vLLM server was up after {:.0f} s"
 """Our own line in the server's log: how long the next start may take."""
 _TIMES: Final = re.compile(_UP_AFTER.replace("{:.0f}", r"(\d+)"))
-_CHOICE: Final = re.compile(r"^launch_vllm_server: (\w+, because .*)$", re.M)
+_CHOICE: Final = re.compile(r"^launch_vllm_server: (\w+, because .*?)( \(--dtype .*)?$", re.M)
 """What the launcher chose and why (scripts/vllm_command.py)."""
 _ESCAPES: Final = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _CAUSE: Final = re.compile(r"^(?!.*\bWARNING\b)(?:.*?\s)??((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception): .+)$", re.M)
@@ -237,14 +237,14 @@ class _Progress:
 
     def __init__(self, out: TextIO, usual: int | None) -> None:
         self._out = out
-        self._usual = "half a minute to two" if usual is None else f"the last start took {usual} s"
+        self._usual = "" if usual is None else f" (the last start took {usual} s)"
         self._terminal = out.isatty()
         self._next = 0.0
 
     def show(self, seconds: float, last: list[str]) -> None:
         """What the server is at: seconds since its start, and its last log line without time and place."""
         doing = _LOG_PREFIX.sub("", last[0]) if last else ""
-        line = f"starting the vLLM server: {seconds:3.0f} s ({self._usual})  {doing}"
+        line = f"starting the vLLM server: {seconds:3.0f} s{self._usual}  {doing}"
         if self._terminal:
             self._out.write(f"\r\033[K{line[:100]}")
         elif seconds >= self._next:

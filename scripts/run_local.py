@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import contextlib
 import io
+import math
 import os
 import shlex
 import signal
@@ -30,16 +31,18 @@ REPO_ROOT: Final = Path(__file__).resolve().parents[1]
 if str(REPO_ROOT) not in sys.path:  # run as a script, without an installed package
     sys.path.insert(0, str(REPO_ROOT))
 
-from core.determinism.record import doubt, read_record  # noqa: E402
+from core.determinism.record import needs_check, read_record  # noqa: E402
 from core.llm_api.errors import APIError  # noqa: E402
 from core.llm_api.llm import ModelAPI  # noqa: E402
 from core.llm_api.vllm_llm import VLLMClient  # noqa: E402
+from core.settings import Settings  # noqa: E402
 from core.vllm_server import ServerFailed, VLLMServer  # noqa: E402
 from src.experiments.ICM import build_parser  # noqa: E402
 from src.experiments.single_run import pool_of, run_name, settings_of  # noqa: E402
 from src.icm.testbeds import BadInput  # noqa: E402
 from src.pipeline.labelling import Labelling  # noqa: E402
-from src.pipeline.pool_size import SIZES, choose_size, measure  # noqa: E402
+from src.pipeline.pool_size import choose_pool, measure  # noqa: E402
+from src.pipeline.run_folder import RunFolder  # noqa: E402
 
 ICM: Final = REPO_ROOT / "src" / "experiments" / "ICM.py"
 DETERMINISM: Final = REPO_ROOT / "scripts" / "test_determinism.py"
@@ -48,6 +51,8 @@ DETERMINISM: Final = REPO_ROOT / "scripts" / "test_determinism.py"
 DEFAULTS: Final = ("--alpha", "50", "--calibrate", "mean")
 """What a small model needs (docs/lab-log.md). Given flags come later and win."""
 
+SIZES: Final = (64, 32, 16)
+"""Pools to choose among (--batch_size), the largest first."""
 MINUTES: Final = 5.0
 CHECK_SECONDS: Final = 40.0
 """What the check of determinism may take of them."""
@@ -77,51 +82,68 @@ def begun_size(model: str, given: Sequence[str]) -> int | None:
     for size in SIZES:
         try:
             with contextlib.redirect_stderr(io.StringIO()):  # ICM.py will say it
-                args = build_parser().parse_args(icm_command(model, given, size)[2:])
-            name = run_name(args, settings_of(args, pool_of(args)))
+                args = _options(model, given, size)
+            known = RunFolder(args.runs_dir / run_name(args, settings_of(args, pool_of(args)))).read_run()
         except (SystemExit, BadInput):
             return None
-        if (args.runs_dir / name / "run.json").is_file():
+        if known is not None and known["settings"].get("batch_size") == size:
             return size
     return None
 
 
 async def fitting_size(model: str, given: Sequence[str], url: str, deadline: float) -> int:
-    """The pool that this machine labels until `deadline`, monotonic seconds, by the time that a few questions take.
+    """The --batch_size whose pool this machine labels until `deadline` (monotonic seconds), as a few questions tell.
 
-    Says which it is and how long it takes. Raises BadInput, also where not even the smallest pool fits the model's
-    context, and an APIError where the server does not answer.
+    Says how many claims that are and how long it takes. Raises BadInput, also where not even the smallest pool fits the
+    model's context, and an APIError where the server does not answer.
     """
-    async with ModelAPI(VLLMClient(url, model)) as api:
+    key = Settings.load({"vllm_base_url": url}).vllm_api_key
+    async with ModelAPI(VLLMClient(url, model, api_key=key)) as api:
         labelling, sizes = await _largest_that_fits(model, given, api)
         print("measuring how fast this machine answers ...", file=sys.stderr, flush=True)
         speed = await measure(labelling)
         record = read_record(REPO_ROOT / "runs" / "determinism", api.identity)
-    check = CHECK_SECONDS if doubt(record, api.identity) else 0.0
+    check = CHECK_SECONDS if needs_check(record, api.identity, whole=False) else 0.0
     mean = labelling.planned_for(None).pool.problem.costs.mean
     left = deadline - time.monotonic() - check - END_SECONDS
-    pool = labelling.pool
-    size, seconds = choose_size(speed, mean, len(pool.claims) + len(pool.rest), left, sizes)
+    later = len(labelling.pool.rest)
+    claims, seconds = choose_pool(speed, mean, later, left, list(sizes))
     dtype = f" in {api.identity.dtype}" if api.identity.dtype else ""
     print(
-        f"{speed.tokens_a_second:,.0f} tokens a second{dtype}: a pool of {size} claims, which takes some "
+        f"{speed.tokens_a_second:,.0f} tokens a second{dtype}: a pool of {claims} of "
+        f"{len(labelling.pool.claims) + later + labelling.pool.left_out} claims, labelled in about "
         f"{_minutes(seconds + check)} (--batch_size or --minutes choose another)",
         file=sys.stderr,
-        flush=True,
     )
-    return size
+    if not later and claims < len(labelling.pool.claims) + labelling.pool.left_out:
+        print("the claims outside the pool stay without a label: --label_rest labels them from it", file=sys.stderr)
+    sys.stderr.flush()
+    return sizes[claims]
 
 
-async def _largest_that_fits(model: str, given: Sequence[str], api: ModelAPI) -> tuple[Labelling, Sequence[int]]:
-    """The largest pool of SIZES whose prompts fit the model's context, tokenized; and those of SIZES that fit."""
+async def _largest_that_fits(model: str, given: Sequence[str], api: ModelAPI) -> tuple[Labelling, dict[int, int]]:
+    """The largest pool of SIZES whose prompts fit the model's context, tokenized.
+
+    And the --batch_size of each pool to choose from, by how many claims it has, the largest first: a small data set may
+    have the same pool for several.
+    """
     for at, size in enumerate(SIZES):
-        args = build_parser().parse_args(icm_command(model, given, size)[2:])
         try:
-            return await Labelling.open(pool_of(args), api), SIZES[at:]
+            labelling = await Labelling.open(pool_of(_options(model, given, size)), api)
         except BadInput:
             if size == SIZES[-1]:
                 raise
+        else:
+            sizes = {len(labelling.pool.claims): size}
+            for smaller in SIZES[at + 1 :]:
+                sizes.setdefault(len(pool_of(_options(model, given, smaller)).claims), smaller)
+            return labelling, sizes
     raise AssertionError("unreachable")
+
+
+def _options(model: str, given: Sequence[str], size: int) -> argparse.Namespace:
+    """What ICM.py makes of its command line. Raises SystemExit where it cannot be right."""
+    return build_parser().parse_args(icm_command(model, given, size)[2:])
 
 
 def _minutes(seconds: float) -> str:
@@ -158,12 +180,6 @@ def check_once(url: str) -> None:
     subprocess.run([sys.executable, str(DETERMINISM), "--url", url, *short], check=False)
 
 
-def _is_complete(command: Sequence[str], *, quiet: bool = False) -> int:
-    """0: the run is complete, and its summary was printed; 1: it is not; 2: bad input, which was complained about."""
-    output = subprocess.DEVNULL if quiet else None
-    return subprocess.run([*command, "--is_complete"], stdout=output, stderr=output, check=False).returncode
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -175,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         type=_positive,
         metavar="M",
         help="take the largest pool of 64, 32 or 16 claims that this machine labels in some M minutes, the server's "
-        f"start included (default: {MINUTES:g}, or the pool of the run that these options began)",
+        f"start included (default: {MINUTES:g}); for a new run alone",
     )
     parser.add_argument("--server_log", type=Path, default=REPO_ROOT / "runs" / "vllm_server.log")
     options, rest = parser.parse_known_args(arguments)
@@ -184,13 +200,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     size = begun_size(options.model, rest) if free else None
     command = icm_command(options.model, rest, size or SIZES[0])
 
-    if size is not None and size < SIZES[0] and options.minutes is not None and _is_complete(command, quiet=True) == 0:
-        size = None  # more time, or less, is asked for than that pool was chosen by
-        command = icm_command(options.model, rest)
-    if (code := _is_complete(command)) != 1:
+    if size is not None and options.minutes is not None:
+        print(f"--minutes is for a new run: these options began one with --batch_size {size}", file=sys.stderr)
+    # Prints the summary of a complete run (0), nothing of an unfinished one (1), and complains about bad input (2).
+    if (code := subprocess.run([*command, "--is_complete"], check=False).returncode) != 1:
         return code
     if size is not None:
-        print(f"going on with a pool of {size} claims", file=sys.stderr)
+        print(f"going on with the run of --batch_size {size}", file=sys.stderr)
     prepare = [sys.executable, str(REPO_ROOT / "scripts" / "prepare_model.py"), "--model", options.model]
     missing = not (REPO_ROOT / "models" / options.model / "provenance.json").is_file()
     if missing and (code := subprocess.run(prepare, check=False).returncode):
@@ -220,9 +236,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text}")
     return value
 
 

@@ -30,7 +30,7 @@ REPO_ROOT: Final = Path(__file__).resolve().parents[1]
 if str(REPO_ROOT) not in sys.path:  # run as a script, without an installed package
     sys.path.insert(0, str(REPO_ROOT))
 
-from core.cpu import fast_type, kv_cache_gib  # noqa: E402
+from core.cpu import KV_CACHE_SPACE, fast_type, kv_cache_gib  # noqa: E402
 
 PROGRAM: Final = "launch_vllm_server"
 """What messages begin with: the script that users call."""
@@ -42,7 +42,6 @@ BATCH_INVARIANT: Final = "ICM_BATCH_INVARIANT"
 """What asks our plugin for exact scores, by the name that core/vllm_extension/plugin.py has for it."""
 FAST_TYPE: Final = "cpu"
 """A section's `dtype` that stands for the type which this machine's CPU computes fast."""
-KV_CACHE: Final = "VLLM_CPU_KVCACHE_SPACE"
 DEFAULT_HOST: Final = "127.0.0.1"
 DEFAULT_PORT: Final = 8000
 
@@ -253,8 +252,10 @@ def _typed(section: Section, extra: Sequence[str], environ: Mapping[str, str]) -
         dtype = choice.dtype
         print(f"{PROGRAM}: {choice} (--dtype chooses another type)", file=sys.stderr)
     env = dict(section.env)
-    if KV_CACHE in env:
-        env[KV_CACHE] = str(kv_cache_gib(dtype, int(env[KV_CACHE])))
+    if (gib := env.get(KV_CACHE_SPACE)) is not None:
+        if not gib.isdecimal():
+            raise LaunchError(f"{KV_CACHE_SPACE}: {gib}: vLLM takes a whole number of GiB")
+        env[KV_CACHE_SPACE] = str(kv_cache_gib(dtype, int(gib)))
     return replace(section, env=env, options={**section.options, "dtype": dtype})
 
 

@@ -24,7 +24,7 @@ from typing import Any, Final, TypeVar
 import numpy as np
 from pydantic import SecretStr
 
-from core.cpu import fast_type, kv_cache_gib
+from core.cpu import KV_CACHE_SPACE, fast_type, kv_cache_gib
 from core.llm_api.completions import TOP_LOGPROBS, label_logprobs
 from core.llm_api.engine_thread import EngineThread
 from core.llm_api.errors import APIError, ConfigurationError, MissingLabel, RequestRejected
@@ -55,7 +55,6 @@ log = logging.getLogger(f"vllm.{__name__}")
 _EXACT_ATTENTION: Final = {"backend": "FLASH_ATTN"}
 """Of configs/vllm_config.yaml, section gpu, where its reason is."""
 
-KV_CACHE_SPACE: Final = "VLLM_CPU_KVCACHE_SPACE"
 _CPU_ENVIRONMENT: Final = {
     "TORCHDYNAMO_DISABLE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -411,7 +410,7 @@ class DirectEngine:
 
     def _import(self) -> Any:
         if self._options.cpu and "vllm" not in sys.modules:
-            set_cpu_environment(str(self._loaded.asked["dtype"]))
+            set_cpu_environment(str(self._loaded.asked["dtype"]).removeprefix("torch."))
         try:
             vllm = importlib.import_module("vllm")
             if not hasattr(vllm, "LLM"):  # only a folder of that name was found, such as vllm/ of this repository

@@ -286,8 +286,8 @@ class EngineIdentity:
 
     @property
     def unusual_dtype(self) -> str:
-        """dtype where it is known and not bfloat16, in which every engine computed before dtypes were noted: names made
-        without one then, of cached answers and of checks, stay valid."""
+        """dtype where it is known and not bfloat16, in which our launcher's servers computed before types were noted:
+        old cache keys and check records stay valid."""
         return "" if self.dtype == "bfloat16" else self.dtype
 
 

@@ -254,11 +254,12 @@ def _last_questions(labelling: Labelling, state: SearchState, cost: Mapping[str,
     """What is asked after the search, and how long that takes at the search's own speed where it is known."""
     pool = labelling.pool
     left = len(pool.rest) + state.labels.count(None)
-    later = f", and the labels of {left} others from the search's" if left else ""
+    later = f" and labelling {left} other claims from the pool" if left else ""
     tokens = (len(pool.claims) + left) * pool.problem.costs.mean
-    known = cost["seconds"] and cost["tokens_computed"]
-    took = f": some {tokens * cost['seconds'] / cost['tokens_computed']:.0f} s" if known else ""
-    return f"the search is over; asking the pool's {len(pool.claims)} claims zero-shot{later}{took}"
+    # Not where the answers came from the cache of responses, which says nothing of the engine.
+    known = cost["seconds"] and cost["tokens_computed"] and 2 * cost["from_cache"] <= cost["asked"]
+    took = f" (about {tokens * cost['seconds'] / cost['tokens_computed']:.0f} s)" if known else ""
+    return f"search finished; asking the pool's {len(pool.claims)} claims zero-shot{later}{took}"
 
 
 def _lookahead(args: argparse.Namespace, identity: EngineIdentity) -> int | None:

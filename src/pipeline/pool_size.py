@@ -1,7 +1,7 @@
 """How large a pool this machine can label in a given time, from the speed of a few questions.
 
-What a search computes is known in advance but for its luck; how fast a machine computes it is not: two cores with AMX
-do four times as many tokens a second as two with AVX2. So a few of the run's own questions are timed.
+How many tokens a search computes is nearly known in advance; how fast a machine computes them is not: two cores with
+AMX do four times as many a second as two with AVX2. So a few of the run's own questions are timed.
 """
 
 from __future__ import annotations
@@ -11,23 +11,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
+
 from src.icm.annealing import Candidate, Stream, generator
 from src.pipeline.baselines import predict
 from src.pipeline.labelling import Labelling
 
-SIZES: Final = (64, 32, 16)
-"""Pools to choose among, the largest first."""
 ASKED: Final = 16
 """Claims of the tree that is timed."""
 UNUSED: Final = 1_000_000
-"""A rebuild that no run comes to, whose layout is the run's own nowhere: its prompts would be found cached later."""
-WORTH: Final = {64: 8300.0, 32: 1700.0, 16: 600.0}
-"""Tokens that a whole search computes, in mean demonstrations and questions of a claim."""
+"""A rebuild number that no run reaches. With a layout of the run's own, its prompts would later be found cached."""
+WORTH: Final = {16: 600.0, 32: 1700.0, 64: 8300.0}
+"""Tokens that a whole search over so many claims computes, as multiples of the mean length of a claim's demonstration
+and question together. From searches of the built-in claims (docs/lab-log.md, 2026-11-27)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """tokens: computed, by the engine's count where it counts. seconds: what they took."""
+    """tokens: computed, by the engine's count where it counts, else sent. seconds: what they took."""
 
     tokens: int
     seconds: float
@@ -58,19 +59,26 @@ async def measure(labelling: Labelling) -> Speed:
     return Speed(max(1, computed), seconds)
 
 
-def search_tokens(size: int, mean: float) -> float:
-    """Tokens that a search over `size` claims computes, a size among SIZES; mean: of a demonstration and a question."""
-    return WORTH[size] * mean
+def search_tokens(claims: int, mean: float) -> float:
+    """Tokens that a search over a pool computes. mean: of a claim's demonstration and question together.
 
-
-def choose_size(
-    speed: Speed, mean: float, claims: int, seconds: float, sizes: Sequence[int] = SIZES
-) -> tuple[int, float]:
-    """The largest pool that ends in `seconds`, the smallest if none does; and the seconds that it takes.
-
-    mean: tokens of a demonstration and a question of it. claims: how many there are, those outside the pool labelled
-    from it. sizes: of SIZES, the largest first.
+    Between the sizes of WORTH, and outside them, as a power of the pool's size.
     """
-    # Beside the search every claim is asked once, many-shot or at its end, and those of the pool zero-shot.
-    found = [(size, (search_tokens(size, mean) + (claims + size) * mean) / speed.tokens_a_second) for size in sizes]
+    sizes, worth = (np.log(np.array(list(values), dtype=np.float64)) for values in (WORTH.keys(), WORTH.values()))
+    at = min(max(int(np.searchsorted(sizes, np.log(claims))), 1), len(sizes) - 1)
+    growth = (worth[at] - worth[at - 1]) / (sizes[at] - sizes[at - 1])
+    return mean * float(np.exp(worth[at] + growth * (np.log(claims) - sizes[at])))
+
+
+def choose_pool(speed: Speed, mean: float, asked_later: int, seconds: float, pools: Sequence[int]) -> tuple[int, float]:
+    """The largest pool that is labelled within `seconds`, the smallest if none is; and the seconds that it takes.
+
+    mean: as in search_tokens. asked_later: claims outside the largest pool that are labelled from it. pools: claims of
+    each, the largest first.
+    """
+    found = []
+    for size in pools:
+        # Beside the search the pool is asked zero-shot, and the others after its labels.
+        asked_once = size + (pools[0] - size + asked_later if asked_later else 0)
+        found.append((size, (search_tokens(size, mean) + asked_once * mean) / speed.tokens_a_second))
     return next(((size, needed) for size, needed in found if needed <= seconds), found[-1])

@@ -47,6 +47,8 @@ class SearchProgress:
         self._by_iteration = pool.problem.settings.stop == "K"
         total = self._total = pool.problem.settings.K if self._by_iteration else pool.problem.size
         self._first = 0
+        # With a cap a question is as long at the end as at the beginning.
+        self._growth = GROWTH if pool.problem.settings.context_cap is None else 1.0
         interval = 0.5 if sys.stderr.isatty() else 15.0
         self._bar = tqdm(
             total=total,
@@ -107,7 +109,7 @@ class SearchProgress:
 
     def _left(self, done: int) -> float | None:
         """Seconds that the search will still take, once it has labelled something in this session."""
-        before, now = ((claims / self._total) ** GROWTH for claims in (self._first, done))
+        before, now = ((claims / self._total) ** self._growth for claims in (self._first, done))
         return (1 - now) / (now - before) * (self._clock() - self._begun) if now > before else None
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from core.cpu import CPUINFO, cpu_flags, fast_type, kv_cache_gib
+from core.cpu import CPUINFO, KV_CACHE_GIB, KV_CACHE_SPACE, cpu_flags, fast_type, kv_cache_gib, memory_limit
+from scripts.vllm_command import read_section
 
 ZEN_3 = "fpu sse4_2 avx f16c fma avx2 bmi2 sha_ni vaes"
 ICE_LAKE = f"{ZEN_3} avx512f avx512bw avx512vl avx512_vnni"
@@ -48,6 +49,7 @@ def test_arm_names_its_flags_otherwise(tmp_path: Path, flags: str, dtype: str) -
         ("ONEDNN_MAX_CPU_ISA", "avx512_core", "float32"),
         ("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_AMX", "bfloat16"),
         ("ONEDNN_MAX_CPU_ISA", "ALL", "bfloat16"),
+        ("DNNL_MAX_CPU_ISA", "AVX2_VNNI_2", "float32"),
         ("ATEN_CPU_CAPABILITY", "avx2", "float32"),
         ("ATEN_CPU_CAPABILITY", "avx512", "bfloat16"),
     ],
@@ -82,3 +84,15 @@ def test_the_cache_leaves_a_small_machine_its_memory() -> None:
     assert [kv_cache_gib("float32", memory=int(gib * 2**30)) for gib in (2, 3.8, 7.6, 11.6, 15.5)] == [1, 1, 2, 3, 4]
     assert kv_cache_gib("bfloat16", memory=int(7.6 * 2**30)) == 2
     assert 1 <= kv_cache_gib("float32") <= 4
+
+
+def test_a_containers_limit_counts_as_its_memory(tmp_path: Path) -> None:
+    machine = memory_limit([tmp_path / "missing"])
+    assert machine == memory_limit([]) > 2**20
+    for text, expected in (("max\n", machine), ("1048576\n", 2**20), (f"{2**62}\n", machine)):
+        (tmp_path / "memory.max").write_text(text)
+        assert memory_limit([tmp_path / "memory.max", tmp_path / "missing"]) == expected
+
+
+def test_the_launcher_and_engines_in_process_cache_as_much() -> None:
+    assert read_section("local").env[KV_CACHE_SPACE] == str(KV_CACHE_GIB)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 from pydantic import SecretStr
 
-from core.cpu import FastType
+from core.cpu import KV_CACHE_SPACE, FastType, kv_cache_gib
 from core.llm_api import direct_llm
-from core.llm_api.direct_llm import KV_CACHE_SPACE, DirectEngine, DirectOptions
+from core.llm_api.direct_llm import DirectEngine, DirectOptions
 from core.llm_api.errors import APIError, ConfigurationError, MissingLabel, RequestRejected
 from core.llm_api.types import Engine, EngineAnswer, LabelTokens, PrefixCacheCounters, Prompt, Segment
 from tests.conftest import stand_in_platform
@@ -258,6 +259,7 @@ def test_all_cores_are_used_only_with_the_library_whose_threads_sleep(
 
 
 def test_the_memory_of_the_kv_cache_follows_the_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(direct_llm, "kv_cache_gib", partial(kv_cache_gib, memory=64 << 30))
     for given, dtype, gib in (({}, "bfloat16", "2"), ({}, "float32", "4"), ({KV_CACHE_SPACE: "7"}, "float32", "7")):
         monkeypatch.setattr(os, "environ", dict(given))
         direct_llm.set_cpu_environment(dtype)

@@ -341,7 +341,7 @@ async def test_a_server_that_does_not_say_its_type_is_no_other_engine(known: int
         await group.aclose()
         fakes[1 - known].trees, fakes[1 - known].dtype = True, "float32"
         other = group_of(fakes)
-        with pytest.raises(ConfigurationError, match="dtype 'float32', not 'bfloat16'|dtype 'bfloat16', not 'float32'"):
+        with pytest.raises(ConfigurationError, match=r"is not like .*: dtype '"):
             await other.start()
         await other.aclose()
 

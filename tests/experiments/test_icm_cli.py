@@ -121,9 +121,12 @@ async def test_what_is_asked_after_the_search_is_told(icm: Command) -> None:
     icm.arguments.remove("--quiet")
     code, _, err = await icm("--run", "a", "--label_rest")
     assert code == 0
-    [line] = [line for line in err.splitlines() if line.startswith("the search is over")]
+    [line] = [line for line in err.splitlines() if line.startswith("search finished")]
     left = 8 + sum(json.loads(row)["by"] == "predicted" for row in icm.labels("a").splitlines())
-    assert f"asking the pool's 16 claims zero-shot, and the labels of {left} others from the search's: some" in line
+    assert f"asking the pool's 16 claims zero-shot and labelling {left} other claims from the pool (about" in line
+    _, _, err = await icm("--run", "b", "--label_rest")  # answered by the cache of responses
+    [line] = [line for line in err.splitlines() if line.startswith("search finished")]
+    assert "about" not in line
 
 
 async def test_a_run_does_not_go_on_in_another_type(data: Path, tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from src.icm.annealing import SearchSettings
 from src.pipeline.progress import GROWTH, SearchProgress
 
 
-def pool(size: int, stop: str = "labelled") -> Any:
-    problem = SimpleNamespace(size=size, settings=SearchSettings(stop=stop, K=size))  # type: ignore[arg-type]
+def pool(size: int, **settings: Any) -> Any:
+    problem = SimpleNamespace(size=size, settings=SearchSettings(K=size, **settings))
     return SimpleNamespace(problem=problem, gold=[True] * size)
 
 
@@ -28,7 +28,7 @@ def state(labelled: int, size: int) -> Any:
 
 
 def shown(
-    capsys: pytest.CaptureFixture[str], moments: list[tuple[float, int]], size: int = 64, **more: str
+    capsys: pytest.CaptureFixture[str], moments: list[tuple[float, int]], size: int = 64, **more: Any
 ) -> list[str]:
     """The last text of the bar at each moment: (seconds, claims labelled)."""
     now = 0.0
@@ -60,6 +60,11 @@ def test_what_an_earlier_session_did_does_not_count_as_speed(capsys: pytest.Capt
     assert "left" not in resumed
     share, first = (56 / 64) ** GROWTH, (48 / 64) ** GROWTH
     assert f"left=00:{int(10.0 * (1 - share) / (share - first)):02d}" in later
+
+
+def test_capped_questions_cost_the_same_throughout(capsys: pytest.CaptureFixture[str]) -> None:
+    _, half = shown(capsys, [(0.0, 0), (30.0, 32)], context_cap=8)
+    assert "left=00:30" in half
 
 
 def test_iterations_are_as_tqdm_counts_them(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,11 +15,13 @@ from typing import ClassVar, Self
 
 import pytest
 
+from core.llm_api.errors import ServerUnreachable
 from core.vllm_server import ServerFailed
 from scripts import run_local
 from scripts.run_local import DEFAULTS, begun_size, icm_command, main, run_icm
 from src.experiments.ICM import build_parser
 from src.experiments.single_run import pool_of, run_name, settings_of
+from src.pipeline.run_folder import RunFolder
 from tests.core.fake_server import FakeVLLM
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
@@ -124,28 +126,28 @@ def test_the_minutes_are_what_the_pool_is_chosen_by(icm: Path, capsys: pytest.Ca
         assert "--minutes" in capsys.readouterr().err
 
 
-def test_a_run_goes_on_with_the_pool_that_it_has(icm: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["--runs_dir", str(icm / "runs"), "--seed", "3"]
+@pytest.mark.parametrize("named", [[], ["--run", "mine"]])
+def test_a_run_goes_on_with_the_pool_that_it_has(
+    icm: Path, capsys: pytest.CaptureFixture[str], named: list[str]
+) -> None:
+    given = ["--runs_dir", str(icm / "runs"), "--seed", "3", *named]
     assert begun_size("gemma-3-270m", given) is None
     args = build_parser().parse_args(icm_command("gemma-3-270m", given, 16)[2:])
-    folder = args.runs_dir / run_name(args, settings_of(args, pool_of(args)))
-    folder.mkdir(parents=True)
+    settings = settings_of(args, pool_of(args))
+    folder = RunFolder(args.runs_dir / run_name(args, settings))
+    folder.path.mkdir(parents=True)
     assert begun_size("gemma-3-270m", given) is None  # nothing was asked yet
-    (folder / "run.json").touch()
+    folder.write_run({"settings": settings})
     assert begun_size("gemma-3-270m", given) == 16
-    assert begun_size("gemma-3-270m", [*given, "--alpha", "20"]) is None
-    assert main(given) == 0
+    assert named or begun_size("gemma-3-270m", [*given, "--alpha", "20"]) is None
+    assert main([*given, "--minutes", "9"]) == 0
     assert not (icm / "measured").exists()
     assert "--batch_size 16" in (icm / "called").read_text()
-    assert "going on with a pool of 16 claims" in capsys.readouterr().err
-    # Other minutes are no reason to leave what was begun, but one to look anew once it is complete.
-    assert main([*given, "--minutes", "9"]) == 0
-    assert not (icm / "measured").exists()
-    (icm / "complete").touch()
-    assert main(given) == 0
-    assert len(FakeServer.started) == 2
-    assert main([*given, "--minutes", "9"]) == 0
-    assert len(FakeServer.started) == 2  # the stand-in says of every pool that it is complete
+    told = capsys.readouterr().err
+    assert "going on with the run of --batch_size 16" in told
+    assert "--minutes is for a new run: these options began one with --batch_size 16" in told
+    folder.run_path.write_text("{")
+    assert begun_size("gemma-3-270m", given) is None  # ICM.py says what is wrong with it
 
 
 @pytest.mark.parametrize(("flag", "value"), [("--data", "nowhere.csv"), ("--alhpa", "7"), ("--K", "many")])
@@ -158,7 +160,11 @@ def test_input_that_cannot_be_right_has_begun_nothing(
 
 @pytest.mark.parametrize(
     ("minutes", "context", "size", "told"),
-    [(60.0, 8192, 64, "a pool of 64 claims"), (0.001, 8192, 16, "a pool of 16"), (60.0, 900, 32, "a pool of 32")],
+    [
+        (60.0, 8192, 64, "a pool of 64 of 256"),
+        (0.001, 8192, 16, "a pool of 16 of 256"),
+        (60.0, 900, 32, "a pool of 32 of"),
+    ],
 )
 async def test_the_pool_follows_the_machines_speed_and_the_models_context(
     tmp_path: Path,
@@ -170,52 +176,57 @@ async def test_the_pool_follows_the_machines_speed_and_the_models_context(
     told: str,
 ) -> None:
     monkeypatch.setattr(run_local, "REPO_ROOT", tmp_path)
-    async with FakeVLLM(trees=True, dtype="float32", max_model_len=context) as server:
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    async with FakeVLLM(trees=True, dtype="float32", max_model_len=context, api_key="secret") as server:
         server.latency = 0.01
         found = await run_local.fitting_size(server.model, [], server.url, time.monotonic() + 60 * minutes)
     assert found == size
     said = capsys.readouterr().err
     assert told in said
     assert "tokens a second in float32" in said
+    assert "without a label" not in said  # the built-in ones are labelled from the pool
 
 
-def test_a_complete_run_starts_no_server(icm: Path) -> None:
-    (icm / "complete").touch()
-    assert main([]) == 0
-    assert FakeServer.started == []
-
-
-def test_bad_input_is_known_before_a_server_is_started(icm: Path) -> None:
-    assert main(["--bad"]) == 2
-    assert FakeServer.started == []
-
-
-def test_the_exit_code_is_that_of_icm(icm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FAKE_EXIT", "1")
-    assert main([]) == 1
-    assert FakeServer.stopped == 1
-
-
-@pytest.mark.parametrize(("code", "told"), [(0, False), (1, True), (130, True), (2, False)])
-def test_an_unfinished_run_says_how_to_start_its_server_again(
-    icm: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], code: int, told: bool
+@pytest.mark.parametrize(
+    ("rows", "minutes", "size", "told"),
+    [
+        (10, 60.0, 64, "a pool of 10 of 10 claims"),
+        (10, 0.001, 64, "a pool of 10 of 10 claims"),
+        (20, 0.001, 16, "a pool of 16 of 20 claims"),
+        (100, 60.0, 64, "a pool of 64 of 100 claims"),
+    ],
+)
+async def test_the_pool_of_a_small_file_is_the_file(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    rows: int,
+    minutes: float,
+    size: int,
+    told: str,
 ) -> None:
-    monkeypatch.setenv("FAKE_EXIT", str(code))
-    assert main(["--seed", "2"]) == code
-    assert ("run_local.py --seed 2" in capsys.readouterr().err) == told
+    monkeypatch.setattr(run_local, "REPO_ROOT", tmp_path)
+    data = tmp_path / "mine.csv"
+    data.write_text("question,choice\n" + "".join(f"Is {n} even?,yes\n" for n in range(rows)))
+    async with FakeVLLM() as server:
+        deadline = time.monotonic() + 60 * minutes
+        assert await run_local.fitting_size(server.model, ["--data", str(data)], server.url, deadline) == size
+    said = capsys.readouterr().err
+    assert told in said
+    assert ("stay without a label: --label_rest" in said) == (f"of {rows} of" not in said)
 
 
-def test_a_server_that_does_not_come_up_is_exit_code_2(icm: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    FakeServer.fails = True
-    assert main([]) == 2
-    assert "ended with exit code 1" in capsys.readouterr().err
+@pytest.mark.parametrize("given", [[], ["--batch_size", "64"]])
+def test_a_server_that_does_not_answer_ends_the_job(
+    icm: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], given: list[str]
+) -> None:
+    async def lost(*_: object) -> int:
+        raise ServerUnreachable("nobody answers.", hint="Start one.")
 
-
-def test_a_missing_model_is_made_first(icm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (icm / "scripts").mkdir()
-    (icm / "scripts" / "prepare_model.py").write_text("import sys; sys.exit(2 if 'smollm2-135m' in sys.argv else 0)")
-    assert main(["--model", "smollm2-135m"]) == 2
-    assert FakeServer.started == []
+    monkeypatch.setattr(run_local, "fitting_size", lost)
+    assert main(given) == (0 if given else 2)
+    assert ("error: nobody answers. Start one." in capsys.readouterr().err) != bool(given)
+    assert FakeServer.stopped == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -5,13 +5,14 @@ import shlex
 import socket
 import subprocess
 import sys
+from functools import partial
 from importlib.machinery import ModuleSpec
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from core.cpu import fast_type
+from core.cpu import fast_type, kv_cache_gib
 from core.vllm_server import free_port
 from scripts import vllm_command
 from scripts.vllm_command import LaunchError, Section, command, locate_model, main, read_section, serve_options, take
@@ -123,6 +124,7 @@ def test_a_cpu_server_computes_in_the_fast_type_unless_told_otherwise(
     told: str,
 ) -> None:
     monkeypatch.setattr(vllm_command, "plugin_installed", lambda: True)
+    monkeypatch.setattr(vllm_command, "kv_cache_gib", partial(kv_cache_gib, memory=64 << 30))
     monkeypatch.setattr(vllm_command, "fast_type", lambda environ: fast_type(environ, folder.parent / "cpuinfo"))
     (folder.parent / "cpuinfo").write_text("flags : avx2 avx512_bf16 amx_bf16\n")
     env, argv = command(["local", "--model", str(folder), "--port", str(free_port()), *given], limits)
@@ -133,6 +135,13 @@ def test_a_cpu_server_computes_in_the_fast_type_unless_told_otherwise(
     said = capsys.readouterr().err
     assert said.count("\n") == bool(told)
     assert told in said
+
+
+def test_memory_that_vllm_would_not_take_is_refused(with_vllm: None, folder: Path, tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("local: {model: x, env: {VLLM_CPU_KVCACHE_SPACE: 2.5}, options: {dtype: cpu}}\n")
+    with pytest.raises(LaunchError, match=r"VLLM_CPU_KVCACHE_SPACE: 2\.5: vLLM takes a whole number"):
+        command(["local", "--model", str(folder), "--port", str(free_port())], {}, config)
 
 
 @pytest.mark.parametrize("size", ["8B", "70B", "405B", "local", "some/model"])
