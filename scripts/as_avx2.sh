@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run a command as if this CPU had AVX2 and nothing newer, as most laptops and many cloud machines do.
 #
-#   scripts/as_avx2.sh make icm
+#   scripts/as_avx2.sh make icm ARGS="--runs_dir /tmp/avx2"
 #   scripts/as_avx2.sh make test
 #
 # Every library is kept from newer instructions: oneDNN, PyTorch's own kernels, MKL, OpenBLAS (numpy), and vLLM, which
@@ -9,7 +9,9 @@
 # Not imitated: its clock, memory, caches and number of cores, so that times here are no forecast of times there.
 set -euo pipefail
 
-[[ $# -gt 0 && $1 != -h && $1 != --help ]] || { sed -n '2,/^set /{/^set /d; s/^# \{0,1\}//; p}' "$0"; exit 0; }
+usage() { sed -n '2,/^set /{/^set /d; s/^# \{0,1\}//; p}' "$0"; }
+[[ $# -gt 0 ]] || { usage >&2; exit 2; }
+[[ $1 != -h && $1 != --help ]] || { usage; exit 0; }
 
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 export ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 OPENBLAS_CORETYPE=Haswell

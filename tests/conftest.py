@@ -26,10 +26,11 @@ MODEL = os.environ.get("ICM_TEST_MODEL", "gemma-3-270m")
 
 @dataclass(frozen=True)
 class RunningServer:
-    """Base URL, without /v1, and the name of the served model."""
+    """Base URL, without /v1, the name of the served model, and the server's process group if it was started here."""
 
     url: str
     model: str
+    group: int | None = None
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +44,7 @@ def vllm_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningSer
         return
     log = tmp_path_factory.mktemp("vllm") / "server.log"
     with VLLMServer(model=MODEL, log=log) as server:
-        yield RunningServer(server.url, server.model)
+        yield RunningServer(server.url, server.model, server.pid)
 
 
 def stand_in_platform(monkeypatch: pytest.MonkeyPatch, *, cpu: bool) -> None:

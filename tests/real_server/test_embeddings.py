@@ -37,7 +37,7 @@ async def test_what_means_the_same_is_near(embedding_server: RunningServer) -> N
     assert (vectors.shape, vectors.dtype) == ((4, 640), np.float32)
     assert len(nothing) == 0
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1.0, atol=1e-3)
-    np.testing.assert_allclose(again[::-1], vectors[2:], atol=0.02)  # bfloat16, in another batch
+    np.testing.assert_allclose(again[::-1], vectors[2:], atol=0.02)  # in bfloat16, in another batch
     near = vectors @ vectors.T
     assert min(near[0, 1], near[2, 3]) > near[:2, 2:].max() + 0.02
 
