@@ -12,6 +12,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from core.llm_api.generation import SamplingOptions
 from core.llm_api.llm import ModelAPI
 from core.llm_api.vllm_llm import VLLMClient
 from core.vllm_extension import quick_start
@@ -154,7 +155,7 @@ async def test_the_servers_processes_are_forks_and_use_every_core(vllm_server: R
     if vllm_server.group is None or not (Path(sys.prefix) / "lib" / "libiomp5.so").is_file():
         pytest.skip("a server that somebody else started, or no Intel OpenMP library")
     async with ModelAPI(VLLMClient(vllm_server.url, vllm_server.model), scores=False) as api:
-        await api.complete(["So that its threads are there."])
+        await api.complete(["So that its threads are there."], SamplingOptions(max_tokens=1))
     names, cores = [], set()
     for pid in group_members(vllm_server.group):
         process = Path(f"/proc/{pid}")

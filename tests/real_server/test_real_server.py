@@ -65,7 +65,7 @@ async def test_the_tree_computes_every_distinct_block_once_and_so_less_than_upst
         book, labels = await book_of(api, size)
         tree = TreeLayout.build(range(size), [str(i) for i in range(size)], np.random.default_rng(0))
         computed, expected = {}, {}
-        # The two layouts share at most a block: each begins with another demonstration.
+        seen: set[tuple[int, ...]] = set()  # the second layout may begin with a block of the first
         for name, layout in (("tree", tree), ("upstream", UpstreamLayout.build(range(size)))):
             before = await api.prefix_cache()
             scores = await api.score(prompts_of(book, layout, labels), await api.label_tokens())
@@ -76,22 +76,24 @@ async def test_the_tree_computes_every_distinct_block_once_and_so_less_than_upst
             delta = after - before
             assert delta.queries == sum(prompt.num_tokens for prompt in prompts_of(book, layout, labels))
             computed[name] = delta.computed
-            expected[name] = tokens_of_distinct_blocks(prompts_of(book, layout, labels))
+            expected[name] = tokens_to_compute(prompts_of(book, layout, labels), seen)
         print(f"computed tokens at N = {size}: {computed}")
         assert computed == expected
         # What the server does at 16 claims is arithmetic at 64, where the tree must save three quarters.
         book, labels = await book_of(api, 64)
         tree = TreeLayout.build(range(64), [str(i) for i in range(64)], np.random.default_rng(0))
         of_tree, of_upstream = (
-            tokens_of_distinct_blocks(prompts_of(book, layout, labels))
+            tokens_to_compute(prompts_of(book, layout, labels), set())
             for layout in (tree, UpstreamLayout.build(range(64)))
         )
         assert of_tree <= of_upstream / 4
 
 
-def tokens_of_distinct_blocks(prompts: list[Prompt]) -> int:
-    """Tokens that a prefix cache of whole blocks leaves to compute: at most all but a prompt's last token is found."""
-    seen: set[tuple[int, ...]] = set()
+def tokens_to_compute(prompts: list[Prompt], seen: set[tuple[int, ...]]) -> int:
+    """Tokens that a prefix cache of whole blocks leaves to compute: at most all but a prompt's last token is found.
+
+    seen: beginnings of prompts that are cached, which the prompts' own are added to.
+    """
     computed = 0
     for prompt in prompts:
         ids = tuple(prompt.token_ids)
