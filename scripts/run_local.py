@@ -136,7 +136,8 @@ async def _largest_that_fits(model: str, given: Sequence[str], api: ModelAPI) ->
         else:
             sizes = {len(labelling.pool.claims): size}
             for smaller in SIZES[at + 1 :]:
-                sizes.setdefault(len(pool_of(_options(model, given, smaller)).claims), smaller)
+                with contextlib.suppress(BadInput):  # too small for any group of the claims
+                    sizes.setdefault(len(pool_of(_options(model, given, smaller)).claims), smaller)
             return labelling, sizes
     raise AssertionError("unreachable")
 

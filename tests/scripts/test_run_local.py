@@ -216,6 +216,15 @@ async def test_the_pool_of_a_small_file_is_the_file(
     assert ("stay without a label: --label_rest" in said) == (f"of {rows} of" not in said)
 
 
+async def test_a_pool_is_not_chosen_smaller_than_a_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_local, "REPO_ROOT", tmp_path)
+    data = tmp_path / "mine.csv"
+    rows = [f"Is {n} even?,yes,{n // 20}\n" for n in range(60)]
+    data.write_text("question,choice,consistency_id\n" + "".join(rows))
+    async with FakeVLLM() as server:
+        assert await run_local.fitting_size(server.model, ["--data", str(data)], server.url, time.monotonic()) == 32
+
+
 @pytest.mark.parametrize("given", [[], ["--batch_size", "64"]])
 def test_a_server_that_does_not_answer_ends_the_job(
     icm: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], given: list[str]
