@@ -56,6 +56,7 @@ def test_it_is_up_inside_and_gone_after(make: Callable[..., VLLMServer]) -> None
     assert group_members(server.pid) == []
     assert not is_healthy(server.url)
     assert f"vLLM server is up at {server.url}" in out.getvalue()
+    assert re.search(r"^vLLM server was up after \d+ s$", server.log.read_text(), re.M)
     assert "\r" not in out.getvalue(), "no cursor movements where nobody watches"
 
 
@@ -109,24 +110,22 @@ def test_a_server_that_never_answers_is_stopped(make: Callable[..., VLLMServer])
     assert group_members(server.pid) == []
 
 
-def test_progress_shows_the_last_log_line_without_its_frills(make: Callable[..., VLLMServer]) -> None:
+def test_progress_shows_the_last_log_line_without_its_frills_the_type_and_the_last_start(
+    make: Callable[..., VLLMServer], tmp_path: Path
+) -> None:
     out = io.StringIO()
     out.isatty = lambda: True  # type: ignore[method-assign]
-    with pytest.raises(ServerFailed), make("silent", timeout=8.0, progress=out):
-        pytest.fail("it is not up")
-    assert re.search(r"starting the vLLM server: +\d+ s  child \d+", out.getvalue())
+    log = tmp_path / "old.log"
+    for text, usual in (
+        ("", ""),
+        ("vLLM server was up after 9 s\nvLLM server was up after 12 s\n", " (the last start took 12 s)"),
+    ):
+        log.write_text(text)
+        with pytest.raises(ServerFailed), make("silent", timeout=8.0, progress=out, log=log):
+            pytest.fail("it is not up")
+        assert re.search(rf"starting the vLLM server: +\d+ s{re.escape(usual)}  child \d+", out.getvalue())
+    assert out.getvalue().count("vLLM computes in float32, because a test says so\n") == 2
     assert "\x1b[1m" not in out.getvalue()
-
-
-def test_what_the_launcher_chose_and_how_long_the_last_start_took_are_told(make: Callable[..., VLLMServer]) -> None:
-    with make("up"):
-        pass
-    out = io.StringIO()
-    with make("up", progress=out):
-        pass
-    lines = out.getvalue().splitlines()
-    assert re.match(r"starting the vLLM server: +\d+ s \(the last start took \d s\)", lines[0])
-    assert lines.count("vLLM computes in float32, because a test says so") == 1
 
 
 def test_the_handlers_of_signals_are_put_back(make: Callable[..., VLLMServer]) -> None:
