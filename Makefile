@@ -37,7 +37,7 @@ help: ## List the commands
 setup: $(BASE) ## Make .venv with the tool and its development tools (no vLLM; a minute)
 
 .PHONY: setup-local
-setup-local: $(LOCAL) $(WEIGHTS) ## Add vLLM for the CPU and a small real model (a few minutes, 2 GB)
+setup-local: $(LOCAL) $(WEIGHTS) ## Add vLLM for the CPU and a small real model (a few minutes, 4 GB)
 
 .PHONY: setup-browser
 setup-browser: $(BROWSER) ## Add Playwright, and as root on Debian Chromium: for tests of HTML pages (a minute)

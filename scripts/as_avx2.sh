@@ -10,7 +10,7 @@
 set -euo pipefail
 
 usage() { sed -n '2,/^set /{/^set /d; s/^# \{0,1\}//; p}' "$0"; }
-[[ $# -gt 0 ]] || { usage >&2; exit 2; }
+[[ $# -gt 0 ]] || { echo "as_avx2: give a command to run; --help says more" >&2; exit 2; }
 [[ $1 != -h && $1 != --help ]] || { usage; exit 0; }
 
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)

@@ -112,7 +112,7 @@ async def fitting_size(model: str, given: Sequence[str], url: str, deadline: flo
     print(
         f"{speed.tokens_a_second:,.0f} tokens a second{dtype}: a pool of {claims} of "
         f"{len(labelling.pool.claims) + later + labelling.pool.left_out} claims, labelled in about "
-        f"{_minutes(seconds + check)} (--batch_size or --minutes choose another)",
+        f"{_minutes(seconds + check)} from now (--batch_size or --minutes choose another)",
         file=sys.stderr,
     )
     if not later and claims < len(labelling.pool.claims) + labelling.pool.left_out:
@@ -202,7 +202,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = icm_command(options.model, rest, size or SIZES[0])
 
     if size is not None and options.minutes is not None:
-        print(f"--minutes is for a new run: these options began one with --batch_size {size}", file=sys.stderr)
+        print(
+            f"--minutes is for a new run: these options began one with --batch_size {size} (another --batch_size or "
+            "--seed begins a new one)",
+            file=sys.stderr,
+        )
     # Prints the summary of a complete run (0), nothing of an unfinished one (1), and complains about bad input (2).
     if (code := subprocess.run([*command, "--is_complete"], check=False).returncode) != 1:
         return code

@@ -324,8 +324,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.prompts is not None and not 1 <= args.prompts <= 256:
         print("error: --prompts must be from 1 to 256", file=sys.stderr)
         return 2
-    if args.seconds is not None and not (args.quick and 0 < args.seconds < math.inf):
-        print("error: --seconds is for --quick, and must be above 0", file=sys.stderr)
+    if args.seconds is not None and not args.quick:
+        print("error: --seconds is for --quick", file=sys.stderr)
+        return 2
+    if args.seconds is not None and not 0 < args.seconds < math.inf:
+        print("error: --seconds must be above 0", file=sys.stderr)
         return 2
     if args.option and args.start is None:
         print("error: --option is for --start", file=sys.stderr)

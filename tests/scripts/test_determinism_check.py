@@ -145,7 +145,7 @@ def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
     ("arguments", "told"),
     [
         (["--url", "http://127.0.0.1:9", "--quick"], "no server answers"),
-        (["--quick", "--seconds", "0"], "--seconds is for --quick, and must be above 0"),
+        (["--quick", "--seconds", "0"], "--seconds must be above 0"),
         (["--seconds", "9"], "--seconds is for --quick"),
         (["--prompts", "0"], "--prompts must be from 1 to 256"),
         (["--url", "http://127.0.0.1:9", "--option", "x"], "--option is for --start"),
