@@ -31,6 +31,8 @@ LAUNCHER: Final = REPO_ROOT / "scripts" / "launch_vllm_server.sh"
 GRACE: Final = 10.0
 """Seconds between SIGTERM and SIGKILL."""
 POLL: Final = 0.25
+BEGINNING: Final = 4096
+"""Bytes of a log in which the launcher says what it chose."""
 
 # Reads one line from standard input; at the end of file without one, its parent is gone and it stops the group.
 # POSIX sh takes a process group only in the form `kill -s NAME -- -GROUP`.
@@ -181,7 +183,7 @@ class VLLMServer:
             if self._process.poll() is not None:
                 progress.end()
                 raise self._failed(f"the vLLM server ended with exit code {self._process.returncode}")
-            if not told and (choice := _CHOICE.search(self._read_log(self._log_start))):
+            if not told and (choice := _CHOICE.search(self._read_log(self._log_start, BEGINNING))):
                 told = True
                 progress.end(f"vLLM computes in {choice[1]}")
             if is_healthy(self.url):
@@ -201,11 +203,11 @@ class VLLMServer:
         lines = (_ESCAPES.sub("", line.rsplit("\r", 1)[-1]).rstrip() for line in text.splitlines())
         return [line for line in lines if line][-count:]
 
-    def _read_log(self, start: int) -> str:
-        """The log from byte `start` on, or from its beginning."""
+    def _read_log(self, start: int, size: int = -1) -> str:
+        """The log from byte `start` on, or from its beginning: `size` bytes, or to its end."""
         with self.log.open("rb") as log:
             log.seek(max(0, start))
-            return log.read().decode(errors="replace")
+            return log.read(size).decode(errors="replace")
 
     def _failed(self, what: str) -> ServerFailed:
         lines = self._last_lines(12)

@@ -118,22 +118,18 @@ class Report:
             leave=False,
             mininterval=0.5,
         )
-        self._say("Is a score a function of its prompt alone? Prompts whose answers differ from those asked alone:")
-        self._say(
+        self.say("Is a score a function of its prompt alone? Prompts whose answers differ from those asked alone:")
+        self.say(
             f"{'':<44} {'differ':>9} {'largest, nats':>13} {'labels':>7} {'U moves':>8} {'decisions':>9} {'cached':>7}"
         )
 
     def add(self, row: Row) -> None:
         """One more row."""
         self.rows.append(row)
-        self._say(row_line(row))
+        self.say(row_line(row))
         self._names = self._names[1:]
         self._bar.set_postfix_str(self._names[0] if self._names else "", refresh=False)
         self._bar.update()
-
-    def note(self, line: str) -> None:
-        """Something beside the table."""
-        self._say(line)
 
     def close(self) -> None:
         """Take the line of the time left away; idempotent."""
@@ -143,7 +139,7 @@ class Report:
         """The verdict."""
         self.close()
         if not self.rows:
-            self._say(f"this engine passed on {record.finished}")
+            self.say(f"this engine passed on {record.finished}")
             return
         failed = [row.name for row in self.rows if row.compared.differing]
         seconds = time.monotonic() - self._start
@@ -152,14 +148,15 @@ class Report:
             if failed
             else f"all {len(self.rows)} rows are the same to the last bit"
         )
-        self._say(f"{verdict}; {seconds:.0f} s")
+        self.say(f"{verdict}; {seconds:.0f} s")
         if record.not_reached:
-            self._say(f"not reached in the time given: {', '.join(record.not_reached)}")
-        self._say(" ".join(str(record.engine[name]) for name in _TOLD if record.engine.get(name)))
+            self.say(f"not reached in the time given: {', '.join(record.not_reached)}")
+        self.say(" ".join(str(record.engine[name]) for name in _TOLD if record.engine.get(name)))
         if failed:
-            self._say("What a difference means and what to do about it: docs/determinism.md")
+            self.say("What a difference means and what to do about it: docs/determinism.md")
 
-    def _say(self, line: str) -> None:
+    def say(self, line: str) -> None:
+        """One line, above that of the time left."""
         if not self._quiet:
             self._bar.write(line, file=sys.stdout)
             sys.stdout.flush()
@@ -210,7 +207,7 @@ async def check(engine: Engine, args: argparse.Namespace, report: Report, earlie
                 break
     not_reached = names[len(found) :]
     if last is not None and last.failed_in(not_reached, engine.identity):
-        report.note(f"the check of {last.finished} failed in rows that this one did not reach, and its result is kept")
+        report.say(f"the check of {last.finished} failed in rows that this one did not reach, and its result is kept")
         return last
     return write_record(
         folder,

@@ -42,16 +42,23 @@ class Record(BaseModel):
     references: list[dict[int, float]]
     not_reached: list[str] = []
 
+    @property
+    def failed_rows(self) -> list[str]:
+        """Names of the rows in which something differed."""
+        return [row["name"] for row in self.rows if row["compared"]["differing"]]
+
     def failed_in(self, rows: Sequence[str], identity: EngineIdentity) -> bool:
         """Whether one of these rows failed when this engine, as it answers now, was checked."""
-        failed = {row["name"] for row in self.rows if row["compared"]["differing"]}
-        return self.engine.get("fingerprint") == identity.fingerprint and not failed.isdisjoint(rows)
+        return self.engine.get("fingerprint") == identity.fingerprint and not set(self.failed_rows).isdisjoint(rows)
 
     def summary(self) -> dict[str, object]:
         """For a run's manifest."""
-        failed = [row["name"] for row in self.rows if row["compared"]["differing"]]
         told: dict[str, object] = {"finished": self.finished, "quick": self.quick, "passed": self.passed}
-        return {**told, "failed_rows": failed, **({"not_reached": self.not_reached} if self.not_reached else {})}
+        return {
+            **told,
+            "failed_rows": self.failed_rows,
+            **({"not_reached": self.not_reached} if self.not_reached else {}),
+        }
 
 
 def record_path(folder: Path, identity: EngineIdentity) -> Path:
@@ -113,11 +120,9 @@ def doubt(record: Record | None, identity: EngineIdentity) -> str | None:
     if record.engine.get("fingerprint") != identity.fingerprint:
         return f"this engine answers otherwise than when it was checked on {record.finished}; {how}"
     if not record.passed:
-        failed = record.summary()["failed_rows"]
-        assert isinstance(failed, list)
         return (
-            f"this engine failed its determinism check on {record.finished} in {len(failed)} of {len(record.rows)} "
-            "rows: scores depend on what else it computes (docs/determinism.md)"
+            f"this engine failed its determinism check on {record.finished} in {len(record.failed_rows)} of "
+            f"{len(record.rows)} rows: scores depend on what else it computes (docs/determinism.md)"
         )
     if record.not_reached:
         return (

@@ -291,6 +291,11 @@ class EngineIdentity:
         return "" if self.dtype == "bfloat16" else self.dtype
 
 
+def other_type(dtype: str, expected: str) -> bool:
+    """Whether two engines compute in types that are known and unlike: not every server says its own."""
+    return bool(dtype and expected) and dtype != expected
+
+
 @dataclass(slots=True)
 class ScoreStats:
     """Running totals of a ModelAPI, for progress bars and summaries. All counts, tokens in tokens.

@@ -27,6 +27,7 @@ from core.llm_api.types import (
     OnAnswer,
     PrefixCacheCounters,
     Prompt,
+    other_type,
     sum_known,
 )
 from core.llm_api.vllm_llm import START_HINT, VLLMClient
@@ -64,7 +65,7 @@ def difference(identity: EngineIdentity, expected: EngineIdentity) -> str:
     A server without our extension does not say in which type it computes; its fingerprint tells.
     """
     unlike = [f.name for f in fields(EngineIdentity) if getattr(identity, f.name) != getattr(expected, f.name)]
-    if not (identity.dtype and expected.dtype) and "dtype" in unlike:
+    if "dtype" in unlike and not other_type(identity.dtype, expected.dtype):
         unlike.remove("dtype")
     here, there = (replace(engine, fingerprint=engine.fingerprint[:12]) for engine in (identity, expected))
     return ", ".join(f"{name} {getattr(here, name)!r}, not {getattr(there, name)!r}" for name in unlike)

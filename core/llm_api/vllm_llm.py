@@ -53,6 +53,7 @@ from core.llm_api.types import (
     PrefixCacheCounters,
     Prompt,
     Segment,
+    other_type,
     sum_known,
 )
 from core.llm_api.vllm_metrics import kv_block_size, kv_cache_capacity, prefix_cache_counters
@@ -357,7 +358,7 @@ class VLLMClient:
                     changed.append("other answers to a fixed prompt")
                 if known.dtype:  # the canary may be too short to show another type
                     await self._probe_trees()
-                    if self._dtype != known.dtype:
+                    if other_type(self._dtype, known.dtype):
                         changed.append(f"dtype {self._dtype!r}, not {known.dtype!r}")
                 if changed:
                     told = ", ".join(changed)

@@ -18,7 +18,7 @@ BATCH_INVARIANT: Final = "ICM_BATCH_INVARIANT"
 (docs/determinism.md)."""
 
 QUICK_START: Final = "ICM_QUICK_START"
-"""Environment variable: "1" makes a server on a CPU start in half the time (quick_start.py)."""
+"""Environment variable: "1" makes a server on a CPU start faster (quick_start.py)."""
 
 ATTENTION: Final = "ICM_BATCH_INVARIANT_ATTENTION"
 ALL_REDUCE: Final = "ICM_BATCH_INVARIANT_ALL_REDUCE"

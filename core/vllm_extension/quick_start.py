@@ -1,7 +1,7 @@
-"""A vLLM server on a CPU that is up in half the time: what a server of one text model does not need is left out.
+"""A vLLM server on a CPU that is up in little more than half the time: what one text model does not need is left out.
 
-Of 48 s that a start took on two idle cores (vLLM 0.32, Gemma 3 270M), 17 went into importing vLLM a second and a third
-time, and 12 into reading the tokenizer again, twice, and copying it. Three things change:
+Of 45 s and more that a start took on two cores (vLLM 0.32, Gemma 3 270M), some 17 went into importing vLLM a second and
+a third time, and 12 into reading the tokenizer again, twice, and copying it. Three things change:
 
 - Processes are forked. A server has three, the API server, the engine and the worker, and on a CPU vLLM starts each as
   a new interpreter, which imports vLLM again. A fork has imported it already; used as a library, vLLM forks by default

@@ -18,7 +18,7 @@ import orjson
 
 from core.determinism.record import manifest_entry, read_record
 from core.llm_api.llm import ModelAPI, open_model_api
-from core.llm_api.types import EngineIdentity
+from core.llm_api.types import EngineIdentity, other_type
 from core.settings import Settings
 from src.icm.annealing import SearchSettings, SearchState
 from src.icm.objective import Objective
@@ -291,7 +291,7 @@ def check_same_engine(folder: RunFolder, known: Mapping[str, Any], identity: Eng
     types that they compute in differ."""
     now = identity_record(identity)
     changed = [name for name in ("model", "root", "revision", "version") if known.get(name) != now[name]]
-    if known.get("dtype") and now["dtype"] and known["dtype"] != now["dtype"]:
+    if other_type(known.get("dtype", ""), identity.dtype):
         changed.append("dtype")
     if changed:
         told = ", ".join(f"{name} {known.get(name)!r}, now {now[name]!r}" for name in changed)

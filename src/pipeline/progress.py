@@ -84,11 +84,10 @@ class SearchProgress:
             self._begun = self._clock()
         self._cached += record.get("tokens_cached", 0)
         self._computed += record.get("tokens_computed", 0)
-        shown = {
-            **(
-                {} if self._by_iteration or (left := self._left(done)) is None else {"left": tqdm.format_interval(left)}
-            ),
-            "iteration": state.iteration,
+        left = self._left(done)
+        shown = {} if left is None else {"left": tqdm.format_interval(left)}
+        shown |= {
+            "iteration": str(state.iteration),
             "U": f"{state.evaluation.utility:.1f}",
             "accepted": f"{state.accepted}/{state.iteration}",
         }
@@ -108,7 +107,10 @@ class SearchProgress:
             self._bar.write(f"warning: {warning}")
 
     def _left(self, done: int) -> float | None:
-        """Seconds that the search will still take, once it has labelled something in this session."""
+        """Seconds that the search will still take, once it has labelled something in this session; tqdm tells it of
+        iterations."""
+        if self._by_iteration:
+            return None
         before, now = ((claims / self._total) ** self._growth for claims in (self._first, done))
         return (1 - now) / (now - before) * (self._clock() - self._begun) if now > before else None
 
