@@ -102,6 +102,7 @@ class FakeVLLM:
         self.shuffle = False
         self.drop: set[int] = set()  # token ids never listed
         self.latency = 0.0
+        self.gone = False  # answers nothing more, /health included; its connections stand
         self.requests: list[str] = []
         self.completions: list[dict[str, Any]] = []
         self.authorizations: list[str | None] = []
@@ -149,6 +150,8 @@ class FakeVLLM:
     @web.middleware
     async def _middleware(self, request: web.Request, handler: Any) -> web.StreamResponse:
         self.requests.append(request.path)
+        if self.gone:
+            await asyncio.Event().wait()
         self.authorizations.append(request.headers.get("Authorization"))
         wanted = f"Bearer {self.api_key}"
         if self.api_key and request.path.startswith("/v1") and request.headers.get("Authorization") != wanted:
