@@ -233,7 +233,8 @@ async def _step(scorer: PoolScorer, ahead: Lookahead, state: SearchState) -> Out
         return await scorer.evaluate(batch)
 
     tried: list[Labels] = []
-    if decides_by_itself(problem, state, claim, start.labels):
+    alone = decides_by_itself(problem, state, claim, start.labels)
+    if alone:
         best, evaluation = start, local_evaluation(problem, state, start.labels, {claim: log_odds})
     elif state.stale:
         return None
@@ -253,6 +254,7 @@ async def _step(scorer: PoolScorer, ahead: Lookahead, state: SearchState) -> Out
         probability=probability,
         labels=best.labels if changed else None,
         evaluation=evaluation if changed else None,
+        pieced_together=changed and alone,
     )
 
 
