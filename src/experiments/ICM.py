@@ -36,11 +36,12 @@ from src.experiments.single_run import (
 from src.experiments.summary import print_summary
 from src.icm.annealing import SearchSettings
 from src.icm.report import check_table
+from src.icm.testbeds import BadInput
 from src.pipeline.labelling import Labelling
 from src.pipeline.run_folder import RunFolder
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The search's flags, and those of one run."""
     parser = Parser(
         prog="ICM.py",
@@ -120,15 +121,16 @@ def _batches(text: str) -> int | None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 1 the model failed (resumable), 2 bad input or no usable server, 130 interrupted."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
-    args = build_parser().parse_args(arguments)
+    parser = build_parser()
+    args = parser.parse_args(arguments)
     program = ["icm", "label"] if sys.argv[0] == "icm label" else ["python", sys.argv[0]]
     resume = shlex.join([*program, *(sys.argv[1:] if arguments is None else arguments)])
-    return run_resumable(_run(args), resume)
+    return run_resumable(_run(args, parser.contradiction), resume)
 
 
-async def _run(args: argparse.Namespace) -> int:
+async def _run(args: argparse.Namespace, contradiction: str | None) -> int:
     if args.num_batches != 1 or args.passes != 1:
-        return await run_parts(args)
+        return await run_parts(args, contradiction)
     pool = pool_of(args)
     settings = settings_of(args, pool)
     folder = RunFolder(args.runs_dir / run_name(args, settings))
@@ -139,16 +141,19 @@ async def _run(args: argparse.Namespace) -> int:
         if "result" in known and not args.check:
             print_summary(folder, known)
             return 0
+    elif contradiction:
+        raise BadInput(contradiction)
     if args.is_complete:
         return 1
     warn_of_leaks(args, pool)
     api = model_api_of(args)
+    if args.check:
+        async with api:
+            print(check_table(await (await Labelling.open(pool, api)).check(), args.calibrate))
+        return 0
     with folder:
         async with api:
             labelling = await Labelling.open(pool, api)
-            if args.check:
-                print(check_table(await labelling.check(), args.calibrate))
-                return 0
             document = await label_pool(args, labelling, folder, settings, folder.read_run())
     print_summary(folder, document)
     return 0

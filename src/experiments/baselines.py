@@ -58,7 +58,7 @@ HELD_OUT_SEED: Final = 0
 """Held-out claims are drawn by this, whatever seed draws the pool: every seed is tested on the same ones."""
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The search's flags, and those of the comparison."""
     parser = Parser(
         prog="icm baselines",
@@ -107,12 +107,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 1 the model failed (resumable), 2 bad input or no usable server, 130 interrupted."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     given = list(sys.argv[1:] if arguments is None else arguments)
-    args = build_parser().parse_args(given)
+    parser = build_parser()
+    args = parser.parse_args(given)
     resume = shlex.join(["icm", "baselines", *given])
-    return run_resumable(_run(args), resume)
+    return run_resumable(_run(args, parser.contradiction), resume)
 
 
-async def _run(args: argparse.Namespace) -> int:
+async def _run(args: argparse.Namespace, contradiction: str | None) -> int:
     rows = _rows(args)
     test, shared = _held_out(args)
     settings = _settings(args, test)
@@ -128,6 +129,8 @@ async def _run(args: argparse.Namespace) -> int:
             print(f"  table  {folder.table_path}")
             return 0
     else:
+        if contradiction:
+            raise BadInput(contradiction)
         seeds = sorted(set(args.seeds))
     with lock:
         async with model_api_of(args) as api:

@@ -52,8 +52,11 @@ class Part:
     pool: Pool
 
 
-async def run_parts(args: argparse.Namespace) -> int:
-    """Label every part, put their labels together, print the summary. Returns the exit code."""
+async def run_parts(args: argparse.Namespace, contradiction: str | None) -> int:
+    """Label every part, put their labels together, print the summary. Returns the exit code.
+
+    contradiction: see Parser.
+    """
     parts = _parts(args)
     settings = settings_of(args, parts[0].pool) | {
         "num_batches": len({part.batch for part in parts}),
@@ -67,6 +70,8 @@ async def run_parts(args: argparse.Namespace) -> int:
         if "result" in known:
             print_summary(folder, known)
             return 0
+    elif contradiction:
+        raise BadInput(contradiction)
     if args.is_complete:
         return 1
     warn_of_leaks(args, parts[0].pool)
