@@ -87,6 +87,8 @@ class FakeVLLM:
         fast_prefixes: bool = False,  # and says that its engine does, too
         kernels: str = "",  # and which kernels answer
         dtype: str = "",  # in which type
+        block: int = BLOCK,  # tokens of a block of its cache
+        keeps: str = "all",  # of a prompt's blocks; nothing; window: its last four, as some caches of window layers do
         chat_template: str | None = None,  # one user message in braces
     ) -> None:
         self.chat_template = chat_template
@@ -98,6 +100,7 @@ class FakeVLLM:
         self.exact_labels, self.metrics, self.logprobs = exact_labels, metrics, logprobs
         self.split_labels, self.trees, self.fast_prefixes = split_labels, trees, fast_prefixes
         self.kernels, self.dtype = kernels, dtype
+        self.block, self.keeps = block, keeps
         self.faults: list[Fault] = []
         self.shuffle = False
         self.drop: set[int] = set()  # token ids never listed
@@ -109,6 +112,7 @@ class FakeVLLM:
         self.in_flight = self.max_in_flight = self.aborted = 0
         self.queries = self.hits = 0
         self._blocks: set[int] = set()
+        self._in_window: set[int] = set()
         self._runner: web.AppRunner | None = None
         self.port = 0
 
@@ -177,7 +181,7 @@ class FakeVLLM:
             for engine, share in ((0, total // 3), (1, total - total // 3)):
                 lines += [f'vllm:prefix_cache_{name}_total{{engine="{engine}",model_name="{self.model}"}} {share:.1f}']
             lines += [f'vllm:prefix_cache_{name}_created{{engine="0"}} 1.79e+09']
-        config = 'block_size="16",cache_dtype="auto",num_gpu_blocks="4096",sliding_window="None"'
+        config = f'block_size="{self.block}",cache_dtype="auto",num_gpu_blocks="4096",sliding_window="None"'
         lines += [f'vllm:cache_config_info{{{config},engine="0"}} 1.0', f"vllm:cache_config_info{{{config}}} 1.0"]
         return web.Response(text="\n".join(lines))
 
@@ -310,13 +314,19 @@ class FakeVLLM:
         return {"tokens": ["?"], "token_logprobs": [ranked[0][1]], "top_logprobs": [top], "text_offset": [0]}
 
     def _count_blocks(self, tokens: list[int], salt: str) -> None:
-        """Whole blocks of 16 tokens are found if the whole prefix up to their end was seen; never the last token."""
+        """Whole blocks are found if the whole prefix up to their end was seen; never the last token."""
+        if self.keeps == "nothing":
+            return
         prefix, hits, unbroken = hash(salt), 0, True
-        for start in range(0, len(tokens) - BLOCK + 1, BLOCK):
-            prefix = hash((prefix, *tokens[start : start + BLOCK]))
-            unbroken = unbroken and prefix in self._blocks and start + BLOCK < len(tokens)
-            hits += BLOCK if unbroken else 0
-            self._blocks.add(prefix)
+        seen = []
+        for start in range(0, len(tokens) - self.block + 1, self.block):
+            prefix = hash((prefix, *tokens[start : start + self.block]))
+            unbroken = unbroken and prefix in self._blocks and start + self.block < len(tokens)
+            seen.append(prefix)
+            if unbroken and (self.keeps == "all" or self._in_window.issuperset(seen[-4:])):
+                hits = start + self.block
+        self._blocks.update(seen)
+        self._in_window.update(seen[-4:])
         self.queries += len(tokens)
         self.hits += hits
 
