@@ -14,6 +14,7 @@ import logging
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script, from any folder, without an installed package
@@ -147,13 +148,12 @@ async def _run(args: argparse.Namespace, contradiction: str | None) -> int:
         return 1
     warn_of_leaks(args, pool)
     api = model_api_of(args)
-    if args.check:
-        async with api:
-            print(check_table(await (await Labelling.open(pool, api)).check(), args.calibrate))
-        return 0
-    with folder:
+    with nullcontext() if args.check else folder:
         async with api:
             labelling = await Labelling.open(pool, api)
+            if args.check:
+                print(check_table(await labelling.check(), args.calibrate))
+                return 0
             document = await label_pool(args, labelling, folder, settings, folder.read_run())
     print_summary(folder, document)
     return 0
