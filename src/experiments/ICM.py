@@ -22,6 +22,7 @@ if __package__ in (None, ""):  # run as a script, from any folder, without an in
 
 from core.settings import REPO_ROOT
 from src.experiments.arguments import HelpFormatter, Parser, add_search_arguments, at_least, lookahead_of
+from src.experiments.contradictions import refuse
 from src.experiments.parts import PLANNED_AT_ONCE, run_parts
 from src.experiments.resumable import run_resumable
 from src.experiments.single_run import (
@@ -37,7 +38,6 @@ from src.experiments.single_run import (
 from src.experiments.summary import print_summary
 from src.icm.annealing import SearchSettings
 from src.icm.report import check_table
-from src.icm.testbeds import BadInput
 from src.pipeline.labelling import Labelling
 from src.pipeline.run_folder import RunFolder
 
@@ -142,8 +142,8 @@ async def _run(args: argparse.Namespace, contradiction: str | None) -> int:
         if "result" in known and not args.check:
             print_summary(folder, known)
             return 0
-    elif contradiction:
-        raise BadInput(contradiction)
+    else:
+        refuse(contradiction)
     if args.is_complete:
         return 1
     warn_of_leaks(args, pool)

@@ -28,6 +28,7 @@ from core.llm_api.llm import ModelAPI
 from core.settings import REPO_ROOT
 from src.experiments.arguments import HelpFormatter, Parser, add_search_arguments, at_least, lookahead_of
 from src.experiments.baseline_table import TableFolder, row_documents, table_text
+from src.experiments.contradictions import refuse
 from src.experiments.resumable import run_resumable
 from src.experiments.single_run import (
     check_same_engine,
@@ -129,8 +130,7 @@ async def _run(args: argparse.Namespace, contradiction: str | None) -> int:
             print(f"  table  {folder.table_path}")
             return 0
     else:
-        if contradiction:
-            raise BadInput(contradiction)
+        refuse(contradiction)
         seeds = sorted(set(args.seeds))
     with lock:
         async with model_api_of(args) as api:

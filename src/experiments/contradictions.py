@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Final
 
 from src.icm.annealing import SearchSettings
+from src.icm.testbeds import BadInput
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,12 @@ def contradicted(args: argparse.Namespace, given: Collection[str]) -> list[Rule]
         for rule in RULES
         if rule.flag in given and (rule.other in given or (rule.by_default and rule.other in args)) and rule.holds(args)
     ]
+
+
+def refuse(contradiction: str | None) -> None:
+    """Raises BadInput with the line, if there is one: of a run that begins."""
+    if contradiction:
+        raise BadInput(contradiction)
 
 
 def told(rule: Rule, args: argparse.Namespace) -> str:

@@ -17,6 +17,7 @@ from typing import Any, Final
 import orjson
 
 from core.llm_api.llm import ModelAPI
+from src.experiments.contradictions import refuse
 from src.experiments.single_run import (
     COSTS,
     beginning,
@@ -70,8 +71,8 @@ async def run_parts(args: argparse.Namespace, contradiction: str | None) -> int:
         if "result" in known:
             print_summary(folder, known)
             return 0
-    elif contradiction:
-        raise BadInput(contradiction)
+    else:
+        refuse(contradiction)
     if args.is_complete:
         return 1
     warn_of_leaks(args, parts[0].pool)

@@ -74,6 +74,8 @@ class FakeVLLM:
         *,
         model: str = "fake-8b",
         log_odds: Callable[[Sequence[int]], float] = hashed_log_odds,
+        block: int = BLOCK,  # tokens of a block of its cache
+        keeps: str = "all",  # of a prompt's blocks; nothing; window: its last four, as some caches of window layers do
         api_key: str | None = None,
         max_model_len: int = 8192,
         max_logprobs: int = 20,
@@ -87,25 +89,21 @@ class FakeVLLM:
         fast_prefixes: bool = False,  # and says that its engine does, too
         kernels: str = "",  # and which kernels answer
         dtype: str = "",  # in which type
-        block: int = BLOCK,  # tokens of a block of its cache
-        keeps: str = "all",  # of a prompt's blocks; nothing; window: its last four, as some caches of window layers do
         chat_template: str | None = None,  # one user message in braces
     ) -> None:
         self.chat_template = chat_template
         self.model, self.root, self.salt = model, root, salt
         self.version = "0.26.0+fake"
-        self.log_odds = log_odds
+        self.log_odds, self.block, self.keeps = log_odds, block, keeps
         self.api_key = api_key
         self.max_model_len, self.max_logprobs = max_model_len, max_logprobs
         self.exact_labels, self.metrics, self.logprobs = exact_labels, metrics, logprobs
         self.split_labels, self.trees, self.fast_prefixes = split_labels, trees, fast_prefixes
         self.kernels, self.dtype = kernels, dtype
-        self.block, self.keeps = block, keeps
         self.faults: list[Fault] = []
         self.shuffle = False
         self.drop: set[int] = set()  # token ids never listed
         self.latency = 0.0
-        self.gone = False  # answers nothing more, /health included; its connections stand
         self.requests: list[str] = []
         self.completions: list[dict[str, Any]] = []
         self.authorizations: list[str | None] = []
@@ -154,8 +152,6 @@ class FakeVLLM:
     @web.middleware
     async def _middleware(self, request: web.Request, handler: Any) -> web.StreamResponse:
         self.requests.append(request.path)
-        if self.gone:
-            await asyncio.Event().wait()
         self.authorizations.append(request.headers.get("Authorization"))
         wanted = f"Bearer {self.api_key}"
         if self.api_key and request.path.startswith("/v1") and request.headers.get("Authorization") != wanted:

@@ -60,7 +60,15 @@ class FakeTextServer(FakeVLLM):
         self.template, self.embeds = template, embeds
         self.manner = manner or Manner()
         self.streaming = self.max_streaming = self.left = 0
+        self.gone = False  # answers nothing more, /health included; its connections stand
         self.request_ids: list[str | None] = []
+
+    @web.middleware
+    async def _middleware(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        if self.gone:
+            self.requests.append(request.path)
+            await asyncio.Event().wait()
+        return await super()._middleware(request, handler)
 
     def more_routes(self, app: web.Application) -> None:
         app.router.add_post("/v1/chat/completions", self._chat)
