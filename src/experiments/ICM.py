@@ -31,6 +31,7 @@ from src.experiments.single_run import (
     pool_of,
     run_name,
     settings_of,
+    tell_opening,
     warn_of_leaks,
 )
 from src.experiments.summary import print_summary
@@ -99,7 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="ask the questions of the next M proposals with those that must be asked; the labels do not depend on it. "
         "0: none (default: auto, from the acceptance rate and the seconds of a batch; none at an external API)",
     )
-    run.add_argument("--quiet", action="store_true", help="no progress bar")
+    run.add_argument("--quiet", action="store_true", help="no progress bar, no prompt shown")
     run.add_argument(
         "--metrics_port",
         type=at_least(1),
@@ -146,6 +147,7 @@ async def _run(args: argparse.Namespace) -> int:
     with folder:
         async with api:
             labelling = await Labelling.open(pool, api)
+            tell_opening(args, labelling, settings["testbed"], None if args.check else folder)
             if args.check:
                 print(check_table(await labelling.check(), args.calibrate))
                 return 0

@@ -39,6 +39,7 @@ from src.experiments.single_run import (
     pool_of,
     run_name,
     settings_of,
+    tell_opening,
 )
 from src.icm.annealing import Stream, generator
 from src.icm.testbeds import BadInput, Claim, sample_pool
@@ -99,7 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument("--run", metavar="NAME", help="folder under --runs_dir (default: made from the settings)")
     compare.add_argument("--runs_dir", type=Path, default=REPO_ROOT / "runs", help="where runs and scores are kept")
     compare.add_argument("--lookahead", type=lookahead_of, default=None, metavar="{auto,M}", help="as in icm label")
-    compare.add_argument("--quiet", action="store_true", help="no progress bar")
+    compare.add_argument("--quiet", action="store_true", help="no progress bar, no prompt shown")
     return parser
 
 
@@ -171,7 +172,10 @@ async def _one_seed(
     if test is not None:
         pool = replace(pool, rest=tuple(test))
     _check_gold(pool)
-    comparison = Comparison(await Labelling.open(pool, api))
+    labelling = await Labelling.open(pool, api)
+    if seed == document["seeds_asked"][0]:  # the other pools are drawn from the same claims
+        tell_opening(args, labelling, document["settings"]["testbed"], RunFolder(folder.path))
+    comparison = Comparison(labelling)
     for row in rows:
         if folder.read_row(row, seed) is not None:
             continue

@@ -28,13 +28,14 @@ from src.experiments.single_run import (
     pools_of,
     run_name,
     settings_of,
+    tell_opening,
     warn_of_leaks,
 )
 from src.experiments.summary import print_summary
 from src.icm.annealing import part_seed
 from src.icm.report import collapse_warning
 from src.icm.testbeds import BadInput
-from src.pipeline.labelling import Pool
+from src.pipeline.labelling import Labelling, Pool
 from src.pipeline.progress import PartsProgress
 from src.pipeline.run_folder import RunFolder
 
@@ -78,6 +79,9 @@ async def run_parts(args: argparse.Namespace) -> int:
                 folder.write_run(known)
             else:
                 check_same_engine(folder, known["engine"], api.identity)
+            first = await Labelling.open(replace(parts[0].pool, rest=()), api)
+            pools = [part.pool for part in parts if part.pass_number == 0]
+            tell_opening(args, first, settings["testbed"], folder, pools)
             documents = await _label_all(args, api, folder, parts, settings)
             rows = _rows(folder, parts)
             folder.write_labels(rows)

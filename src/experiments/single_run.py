@@ -9,7 +9,7 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from src.icm.testbeds import BadInput, Claim, Testbed
 from src.monitoring.run_metrics import published
 from src.pipeline.datafiles import load_data_file, load_testbed
 from src.pipeline.labelling import Labelling, Pool, prepare_batches, result_record
+from src.pipeline.opening import example_prompt, opening, prompt_line, prompt_lines
 from src.pipeline.plots import plot_curves
 from src.pipeline.progress import Progress, SearchProgress
 from src.pipeline.run_folder import FORMAT, RunFolder, environment
@@ -142,6 +143,27 @@ def run_name(args: argparse.Namespace, settings: Mapping[str, Any]) -> str:
     digest = hashlib.sha256(orjson.dumps(settings, option=orjson.OPT_SORT_KEYS)).hexdigest()[:8]
     parts = (settings["testbed"], args.model.rsplit("/", 1)[-1], f"N{args.batch_size}", f"seed{args.seed}", digest)
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(parts)).lstrip(".-")
+
+
+def tell_opening(
+    args: argparse.Namespace,
+    labelling: Labelling,
+    name: str,
+    folder: RunFolder | None,
+    pools: Sequence[Pool] = (),
+) -> None:
+    """Say on standard error what the model will be asked, and keep one whole prompt of it in `folder`.
+
+    name: of the data. folder: None where nothing is kept; the prompt is then shown whole. pools: as in `opening`.
+    """
+    prompt = example_prompt(labelling)
+    lines = opening(labelling, name, args.batch_size, pools)
+    if folder is not None:
+        folder.write_prompt(prompt.text)
+    lines.append(prompt_line(labelling, prompt, "whole:" if folder is None else f"whole in {folder.prompt_path}"))
+    if folder is None or not args.quiet:
+        lines += prompt_lines(labelling, prompt, whole=folder is None)
+    print("\n".join(lines), file=sys.stderr, flush=True)
 
 
 async def finish(

@@ -117,6 +117,40 @@ async def test_a_finished_run_is_shown_without_a_server(icm: Command, server: Fa
     assert len(server.requests) == asked
 
 
+async def test_a_run_says_first_what_it_will_ask_and_keeps_one_whole_prompt(icm: Command, server: FakeVLLM) -> None:
+    code, out, err = await icm("--run", "quiet")
+    assert code == 0
+    assert "  | " not in err
+    icm.arguments.remove("--quiet")
+    code, out, err = await icm("--run", "a")
+    assert code == 0
+    lines = err.splitlines()
+    assert [line.split()[0] for line in lines[:5]] == ["data", "groups", "model", "labels", "prompt"]
+    prompt = icm.runs / "a" / "prompt.txt"
+    assert lines[4].endswith(f"whole in {prompt}")
+    assert "  | [... 13 more demonstrations ...]" in lines
+    assert "  | I think this claim is[ True| False]" in lines
+    assert "data  " not in out
+    text = prompt.read_text()
+    assert text.count("I think this claim is") == 16
+    assert text.endswith("I think this claim is")
+    kept = prompt.read_bytes()
+    document = json.loads((icm.runs / "a/run.json").read_text())
+    del document["result"]
+    (icm.runs / "a/run.json").write_text(json.dumps(document))
+    _, _, again = await icm("--run", "a")  # goes on, and says so again
+    assert "".join(again.splitlines()[:5]) == "".join(lines[:5])
+    assert prompt.read_bytes() == kept
+
+
+async def test_the_check_shows_a_whole_prompt(icm: Command) -> None:
+    code, out, err = await icm("--run", "a", "--check")
+    assert code == 0
+    assert err.count("  | I think this claim is") == 16
+    assert err.count("  | I think this claim is[ True| False]") == 1
+    assert "I think" not in out
+
+
 async def test_what_is_asked_after_the_search_is_told(icm: Command) -> None:
     icm.arguments.remove("--quiet")
     code, _, err = await icm("--run", "a", "--label_rest")

@@ -28,6 +28,9 @@ async def test_the_labels_do_not_depend_on_how_many_batches_run_at_once(icm: Com
         assert "agreement with gold" in out
         (icm.runs / "responses.sqlite").unlink()
     assert icm.labels("at-1") == icm.labels("at-2") == icm.labels("at-4")
+    assert err.splitlines().count("data    claims.jsonl: all 24 claims in 3 batches") == 1
+    assert err.count("labels  ") == 1
+    assert (icm.runs / "at-1" / "prompt.txt").read_text().count("I think this claim is") == 8
     found = rows(icm, "at-1")
     assert sorted(row["row"] for row in found) == list(range(24))
     groups = [{row["consistency_id"] for row in found if row["batch"] == batch} for batch in range(3)]
