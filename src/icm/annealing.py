@@ -279,8 +279,8 @@ def explore(
 ) -> Generator[list[Candidate], list[Evaluation], tuple[Candidate, Evaluation, int]]:
     """Repair the inconsistencies of `start`: yields labelings to evaluate, is sent their worth, returns the best.
 
-    Every round takes a broken constraint of the best labeling so far and tries every assignment of the pair that
-    the constraint allows; it stops when nothing is broken, every broken pair was tried, or after
+    Every round takes a broken constraint of the best labeling so far and tries every assignment of its claims that
+    it allows; it stops when nothing is broken, every broken constraint was tried, or after
     consistency_fix_K rounds. `known` evaluations are not asked again. Also returns how many were asked.
     """
     rng = np.random.default_rng([problem.settings.seed, Stream.STEP, iteration, 1])
@@ -293,10 +293,7 @@ def explore(
         if not last:
             constraint = broken[int(rng.integers(len(broken)))]
             tried.add((best, constraint))
-            pair = constraint.first, constraint.second
-            contenders += [
-                flipped(best, dict(zip(pair, values, strict=True))) for values in constraint.relation.assignments
-            ]
+            contenders += [flipped(best, changes) for changes in constraint.repairs(best)]
         unknown = [labels for labels in dict.fromkeys(contenders) if labels not in worth]
         if unknown:
             evaluations = yield [Candidate(labels, start.layout) for labels in unknown]

@@ -98,8 +98,12 @@ def label_row(
 
 
 def pool_rows(claims: Sequence[Claim], consistency: Consistency) -> list[dict[str, Any]]:
-    """The lines of claims.jsonl: the pool in its order, each constraint at its first claim as [position, relation]."""
+    """The lines of claims.jsonl: the pool in its order, each constraint at its first claim as [position, relation].
+
+    One between more than two claims has more positions.
+    """
     rows = [claim_row(claim) | {"gold": claim.gold, "constraints": []} for claim in claims]
     for constraint in consistency.constraints:
-        rows[constraint.first]["constraints"].append([constraint.second, constraint.relation.value])
+        first, *others = constraint.claims
+        rows[first]["constraints"].append([*others, constraint.relation.value])
     return rows

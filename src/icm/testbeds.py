@@ -18,6 +18,7 @@ import numpy as np
 from src.icm.consistency import Consistency, Relation
 
 ConsistencyMode = Literal["gold-free", "upstream", "none"]
+GroupedBy = Literal["consistency_id", "question", "none"]
 
 
 class BadInput(Exception):
@@ -50,6 +51,7 @@ class Testbed:
     """A data file's template and its constraints.
 
     columns: what every row must have. gold_free, upstream: the relation of two claims of one group, or None.
+    grouped_by: what makes rows one group.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Testbed:
     gold_free: RelationRule
     upstream: RelationRule
     strip_newlines: bool = False
+    grouped_by: GroupedBy = "consistency_id"
 
     def claim(self, row: Mapping[str, Any], index: int) -> Claim:
         """The claim of one row. Raises BadInput naming the missing column or unusable value."""

@@ -14,6 +14,7 @@ from typing import Any
 from core.llm_api.llm import ModelAPI
 from core.llm_api.types import EngineIdentity, LabelTokens, Segment
 from src.icm.annealing import Problem, SearchSettings, SearchState, Stream, generator
+from src.icm.consistency import Overview
 from src.icm.objective import Evaluation, Objective, accuracy
 from src.icm.planner import TokenCosts
 from src.icm.prompts import SEPARATOR, PromptBook
@@ -42,6 +43,15 @@ class Pool:
     @property
     def gold(self) -> list[bool | None]:
         return [claim.gold for claim in self.claims]
+
+    @property
+    def grouped_by(self) -> str:
+        """The column that made the groups: consistency_id or question; "none" where every row is one by itself."""
+        return self.testbed.grouped_by
+
+    def overview(self) -> Overview:
+        """Groups and constraints, to be shown."""
+        return self.problem.consistency.overview(self.problem.groups, self.grouped_by)
 
 
 def prepare(

@@ -35,7 +35,7 @@ from src.icm.objective import Evaluation, Objective
 
 
 def problem(size: int = 4, relation: Relation | None = None, **settings: Any) -> Problem:
-    constraints = [] if relation is None else [Constraint(0, 1, relation)]
+    constraints = [] if relation is None else [Constraint((0, 1), relation)]
     groups = tuple("a" if i < 2 else str(i) for i in range(size))
     return Problem(groups, Consistency(constraints), Objective(1.0), SearchSettings(**settings))
 
@@ -162,7 +162,7 @@ def test_repair_ends_consistent_when_consistency_pays(seed: int, relation: Relat
     """With utility = -I(D), a chain of constraints is repaired, and only evaluated labelings are returned."""
     rng = np.random.default_rng(seed)
     size = 6
-    consistency = Consistency([Constraint(i, i + 1, relation) for i in range(0, size - 1, 2)])
+    consistency = Consistency([Constraint((i, i + 1), relation) for i in range(0, size - 1, 2)])
     p = Problem(("g",) * size, consistency, Objective(1.0), SearchSettings(seed=seed))
     start: Labels = tuple((rng.random(size) < 0.5).tolist())
     exploration = explore(p, Candidate(start, p.new_layout(range(size))), 0)

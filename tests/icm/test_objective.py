@@ -16,7 +16,7 @@ NONE = Consistency([])
 
 
 def test_utility_by_hand() -> None:
-    consistency = Consistency([Constraint(0, 1, Relation.AT_MOST_ONE)])
+    consistency = Consistency([Constraint((0, 1), Relation.AT_MOST_ONE)])
     worth = Objective(alpha=10).evaluate((True, True, False, None), {0: 1.0, 1: -2.0, 2: -4.0}, consistency)
     assert worth.predictability == pytest.approx((1.0 - 2.0 + 4.0) / 3)
     assert worth.inconsistent == 1

@@ -20,7 +20,7 @@ def test_a_finished_run(tmp_path: Path) -> None:
     assert (run.name, run.model, len(run.pool), run.finished is not None) == ("a", "fake-8b", 12, True)
     assert [claim.label for claim in run.claims] == LABELS
     assert run.constraints is not None
-    assert [(c.first, c.second, c.relation) for c in run.constraints] == [(0, 1, Relation.EXACTLY_ONE)]
+    assert [(c.claims, c.relation) for c in run.constraints] == [((0, 1), Relation.EXACTLY_ONE)]
     assert run.cost["seconds"] == 60.0
 
 
