@@ -10,7 +10,6 @@ from typing import Final
 
 from core.llm_api.types import Prompt
 from src.icm.annealing import Stream, generator
-from src.icm.consistency import Consistency
 from src.pipeline.labelling import Labelling, Pool
 
 FEW: Final = 3
@@ -31,7 +30,7 @@ def opening(labelling: Labelling, name: str, batch_size: int, pools: Sequence[Po
     pools = pools or [labelling.pool]
     return [
         f"data    {_claims(pools, name, batch_size)}",
-        f"groups  {_groups(pools)}; constraints: {_constraints([pool.problem.consistency for pool in pools])}",
+        f"groups  {_groups(pools)}; constraints: {_constraints(pools)}",
         f"model   {_engine(labelling)}",
         f"labels  {_labels(labelling)}",
     ]
@@ -91,18 +90,22 @@ def _claims(pools: Sequence[Pool], name: str, batch_size: int) -> str:
 
 
 def _groups(pools: Sequence[Pool]) -> str:
-    sizes = Counter(claim.group for pool in pools for claim in pool.claims).values()
-    if max(sizes) == 1:
-        return f"none, each of the {len(sizes)} claims stands by itself"
-    least, most = min(sizes), max(sizes)
-    each = f"of {most}" if least == most else f"of {least} to {most}"
-    return f"{len(sizes)} {each} claims, made by the column consistency_id"
+    seen = [pool.overview() for pool in pools]
+    groups, claims = sum(each.groups for each in seen), sum(len(pool.claims) for pool in pools)
+    smallest, largest = min(each.smallest for each in seen), max(each.largest for each in seen)
+    column = seen[0].grouped_by
+    if largest == 1:
+        told = f"none, each of the {claims} claims stands by itself"
+        return told if column == "none" else f"{told} (by the column {column})"
+    sizes = f"of {largest}" if smallest == largest else f"of {smallest} to {largest}"
+    return f"{groups} {sizes} claims, made by the column {column}"
 
 
-def _constraints(found: Sequence[Consistency]) -> str:
-    counts = Counter(constraint.relation for each in found for constraint in each.constraints)
-    told = [f"{count} pairs of which {relation.value}" for relation, count in counts.items()]
-    return ", ".join(told).replace("of which agree", "that agree") if told else "none"
+def _constraints(pools: Sequence[Pool]) -> str:
+    counts = Counter[str]()
+    for pool in pools:
+        counts.update(pool.overview().constraints)
+    return ", ".join(f"{count} x {relation}" for relation, count in counts.items()) or "none"
 
 
 def _engine(labelling: Labelling) -> str:

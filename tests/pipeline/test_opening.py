@@ -60,8 +60,7 @@ async def test_groups_and_constraints_are_counted_by_kind(opened: Open, tmp_path
         told = opening(labelling, "sums.jsonl", 8)
     assert told[0] == "data    sums.jsonl: all 5 claims (--batch_size 8; the file has no more)"
     assert told[1] == (
-        "groups  2 of 2 to 3 claims, made by the column consistency_id; "
-        "constraints: 1 pairs that agree, 3 pairs of which at most one is true"
+        "groups  2 of 2 to 3 claims, made by the column consistency_id; constraints: 1 x agree, 3 x at most one is true"
     )
 
 
@@ -69,6 +68,7 @@ async def test_claims_that_nothing_binds_are_said_to_stand_alone(opened: Open, t
     data = write(tmp_path / "own.jsonl", [{"question": "Which?", "choice": f"choice {n}"} for n in range(6)])
     async with opened("--data", str(data)) as labelling:
         told = opening(labelling, "own.jsonl", 256)
+    assert told[1].startswith("groups  none, each of the 6 claims stands by itself")
     assert told[1].endswith("constraints: none")
 
 
@@ -94,7 +94,7 @@ async def test_batches_are_counted_together(opened: Open, server: FakeVLLM) -> N
         told = opening(labelling, "builtin", 64, pools)
     assert told[0].endswith("192 of 256 claims in 3 batches, the other 64 left without a label")
     assert "96 of 2 claims" in told[1]
-    assert "96 pairs of which exactly one is true" in told[1]
+    assert "constraints: 96 x exactly one is true" in told[1]
 
 
 async def test_type_and_tokens_are_those_that_the_server_is_asked_with(opened: Open, server: FakeVLLM) -> None:
