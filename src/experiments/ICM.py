@@ -36,7 +36,7 @@ from src.experiments.single_run import (
 )
 from src.experiments.summary import print_summary
 from src.icm.annealing import SearchSettings
-from src.icm.report import check_table
+from src.icm.report import calibration_told, check_table
 from src.pipeline.labelling import Labelling
 from src.pipeline.run_folder import RunFolder
 
@@ -149,7 +149,7 @@ async def _run(args: argparse.Namespace) -> int:
             labelling = await Labelling.open(pool, api)
             tell_opening(args, labelling, settings["testbed"], None if args.check else folder)
             if args.check:
-                print(check_table(await labelling.check(), args.calibrate))
+                print(check_table(await labelling.check(), calibration_told(settings)))
                 return 0
             document = await label_pool(args, labelling, folder, settings, folder.read_run())
     print_summary(folder, document)

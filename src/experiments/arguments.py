@@ -87,6 +87,14 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
         help="mean: subtract the pool's mean log-odds from every score (changes the objective)",
     )
     search.add_argument(
+        "--prior",
+        type=share,
+        default=None,
+        metavar="P",
+        help="with --calibrate mean: the share of claims that are True, where it is known and not a half; the "
+        "(1 - P)-quantile of the pool's log-odds is then subtracted in place of their mean",
+    )
+    search.add_argument(
         "--layout",
         choices=get_args(LayoutName),
         default=defaults.layout,
@@ -156,6 +164,14 @@ def finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"must be a finite number, not {text}")
+    return value
+
+
+def share(text: str) -> float:
+    """A number above 0 and below 1."""
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"must be a share above 0 and below 1, not {text}")
     return value
 
 

@@ -196,7 +196,7 @@ def _result(
         "zero_shot": _added([r["zero_shot"] for r in first]),
         "zero_shot_calibrated": _added([r["zero_shot_calibrated"] for r in first]),
         "predicted": {"predicted": _agreement(predicted)} if predicted else {},
-        "warning": collapse_warning([row["label"] for row in rows]),
+        "warning": collapse_warning([row["label"] for row in rows], parts[0].pool.problem.objective.prior),
         "changes_objective": results[0]["changes_objective"],
         "parts": [
             {

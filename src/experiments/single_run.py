@@ -22,7 +22,7 @@ from core.llm_api.types import EngineIdentity, other_type
 from core.settings import Settings
 from src.icm.annealing import SearchSettings, SearchState
 from src.icm.objective import Objective
-from src.icm.report import changes_objective, collapse_warning, pool_rows
+from src.icm.report import calibration_told, changes_objective, collapse_warning, pool_rows
 from src.icm.testbeds import BadInput, Claim, Testbed
 from src.monitoring.run_metrics import published
 from src.pipeline.datafiles import load_data_file, load_testbed
@@ -98,6 +98,8 @@ def pools_of(args: argparse.Namespace, count: int | None, held_out: Collection[i
     """The same for `count` pools that share no claim; None: for as many as hold all claims."""
     if args.initial_T <= 0 or args.final_T <= 0 or args.decay <= 0:
         raise BadInput("--initial_T, --final_T and --decay must be above 0")
+    if args.prior is not None and args.calibrate == "none":
+        raise BadInput(f"--prior {args.prior:g} is what --calibrate mean calibrates to: add that, or leave --prior out")
     testbed, claims, path = load_claims(args)
     claims = [claim for claim in claims if claim.row not in held_out]
     search = SearchSettings(**{field.name: getattr(args, field.name) for field in fields(SearchSettings)})
@@ -108,7 +110,7 @@ def pools_of(args: argparse.Namespace, count: int | None, held_out: Collection[i
         batch_size=args.batch_size,
         count=count,
         consistency=args.consistency,
-        objective=Objective(args.alpha, args.calibrate),
+        objective=Objective(args.alpha, args.calibrate, args.prior),
         settings=search,
     )
 
@@ -129,6 +131,8 @@ def settings_of(args: argparse.Namespace, pool: Pool) -> dict[str, Any]:
         "consistency": args.consistency,
         "alpha": args.alpha,
         "calibrate": args.calibrate,
+        # Only where it is given: runs that were begun before there was one go on.
+        **({} if args.prior is None else {"prior": args.prior}),
         "label_rest": args.label_rest,
         **decisive,
     }
@@ -256,9 +260,9 @@ async def label_pool(
     if labelling.pool.rest:
         predictions["many-shot"] = await labelling.label_rest(state)
     folder.write_labels(labelling.label_rows(state, predictions, zero_shot))
-    title = f"{settings['testbed']}, {args.model}, alpha {args.alpha:g}, calibration {args.calibrate}"
+    title = f"{settings['testbed']}, {args.model}, alpha {args.alpha:g}, calibration {calibration_told(settings)}"
     plot_curves(records, labelling.pool.gold, folder.curves_path, title)
-    warning = collapse_warning(state.labels)
+    warning = collapse_warning(state.labels, args.prior)
     document = {
         **known,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

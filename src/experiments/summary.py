@@ -6,14 +6,14 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from src.icm.report import agreement
+from src.icm.report import agreement, calibration_told
 from src.pipeline.run_folder import RunFolder
 
 
 def print_summary(folder: RunFolder, document: Mapping[str, Any]) -> None:
     """A finished run.json in a few lines; a warning goes to standard error."""
     result, settings, cost = document["result"], document["settings"], document["cost"]
-    calibration = settings["calibrate"]
+    calibration = calibration_told(settings)
     print(
         f"{settings['testbed']}: {result['labelled']} claims labelled by {document['engine']['model']} in "
         f"{result['iterations']} iterations, {cost['seconds']:.0f} s (calibration: {calibration})"

@@ -17,7 +17,7 @@ from math import sqrt
 from src.icm.comparison import agreement_of, votes
 from src.icm.consistency import Constraint
 from src.icm.objective import auc, wilson_interval
-from src.icm.report import COLLAPSE_MIN_LABELS, COLLAPSE_SHARE
+from src.icm.report import COLLAPSE_MIN_LABELS, COLLAPSE_SHARE, collapse_warning
 from src.icm.run_record import LabelledClaim, RunRecord, final_labels, labels_over_time, probability
 
 LEANING_SHARE = 0.85  # of one label: not a collapse, and worth a look
@@ -187,7 +187,10 @@ def collapse(run: RunRecord) -> Finding:
         details.append(
             f"Without demonstrations the model says True to {sum(v > 0 for v in alone)} of {len(alone)} claims."
         )
-    if share < LEANING_SHARE:
+    expected = run.prior is not None and collapse_warning(labels, run.prior) is None
+    if expected:
+        told += f" The run was told to expect {run.prior:.0%} True."
+    if share < LEANING_SHARE or expected:
         return Finding("collapse", title, Verdict.OK, told, tuple(details))
     verdict = Verdict.PROBLEM if share >= COLLAPSE_SHARE else Verdict.WATCH
     if gold_share is not None and gold_share >= LEANING_SHARE:

@@ -22,8 +22,18 @@ def agreement(agreeing: int, compared: int) -> str:
     return f"{agreeing / compared:.2f} ({agreeing} of {compared}, 95% interval {low:.2f} to {high:.2f})"
 
 
-def collapse_warning(labels: Sequence[Label]) -> str | None:
-    """One line of advice where nearly all labels are the same, None otherwise."""
+def calibration_told(settings: Mapping[str, Any]) -> str:
+    """The calibration of a run's settings in words: "none", "mean", or "mean, prior 0.97"."""
+    prior = settings.get("prior")
+    return str(settings["calibrate"]) if prior is None else f"{settings['calibrate']}, prior {prior:g}"
+
+
+def collapse_warning(labels: Sequence[Label], prior: float | None = None) -> str | None:
+    """One line of advice where nearly all labels are the same, None otherwise.
+
+    prior: the share of True claims, where it is known; then None also where at least half as many labels as it expects
+    are the rarer one.
+    """
     known = [label for label in labels if label is not None]
     if len(known) < COLLAPSE_MIN_LABELS:
         return None
@@ -31,6 +41,10 @@ def collapse_warning(labels: Sequence[Label]) -> str | None:
     if COLLAPSE_SHARE > true_share > 1 - COLLAPSE_SHARE:
         return None
     side = "True" if true_share > 0.5 else "False"
+    if prior is not None:
+        expected = 1 - prior if side == "True" else prior
+        if 1 - max(true_share, 1 - true_share) >= expected / 2:
+            return None
     return (
         f"{sum(label == (side == 'True') for label in known)} of {len(known)} labels are {side}: the search is "
         "collapsing to one label, which is the most predictable labeling of all for a model that leans to one answer. "

@@ -250,7 +250,7 @@ def result_record(
         "inconsistent": state.evaluation.inconsistent,
         "icm": accuracy(state.labels, gold),
         "zero_shot": zero_shot.agreement(gold),
-        "zero_shot_calibrated": zero_shot.calibrated().agreement(gold),
+        "zero_shot_calibrated": zero_shot.calibrated(labelling.pool.problem.objective.prior).agreement(gold),
         "zero_shot_auc": zero_shot.auc(gold),
         "predicted": {by: prediction.agreement(all_gold) for by, prediction in predictions.items()},
     }

@@ -101,7 +101,7 @@ class SearchProgress:
         if self._clock() - self._shown >= self._interval:  # update() shows nothing while the count stands still
             self._bar.refresh()
             self._shown = self._clock()
-        warning = None if self._warned else collapse_warning(state.labels)
+        warning = None if self._warned else collapse_warning(state.labels, self._pool.problem.objective.prior)
         if warning:
             self._warned = True
             self._bar.write(f"warning: {warning}")

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.core.fake_server import FakeVLLM, Fault
@@ -353,6 +354,30 @@ async def test_check_measures_the_precondition_and_stops(icm: Command) -> None:
     assert not (icm.runs / "a" / "labels.jsonl").exists()
 
 
+async def test_a_known_share_of_true_claims_is_a_setting_of_its_own(icm: Command) -> None:
+    assert (await icm("--calibrate", "mean"))[0] == 0
+    code, out, err = await icm("--calibrate", "mean", "--prior", "0.75")
+    assert code == 0, err
+    assert "(calibration: mean, prior 0.75)" in out
+    runs = {json.loads(path.read_text())["settings"].get("prior"): path.parent for path in icm.runs.glob("*/run.json")}
+    assert runs.keys() == {None, 0.75}
+    assert "prior" not in json.loads((runs[None] / "run.json").read_text())["settings"]
+    rows = [json.loads(line) for line in (runs[0.75] / "labels.jsonl").read_text().splitlines()]
+    searched = [row["log_odds"] for row in rows if row["by"] == "icm"]
+    offset = float(np.quantile(searched, 0.25))
+    predicted = [row for row in rows if row["by"] == "predicted"]
+    assert all(row["label"] == (row["log_odds"] > offset) for row in predicted)
+    document = json.loads((runs[0.75] / "run.json").read_text())
+    alone = [row["zero_shot"] for row in rows]
+    right = sum((row["zero_shot"] > np.quantile(alone, 0.25)) == row["gold"] for row in rows)
+    assert document["result"]["zero_shot_calibrated"] == [right, 16]
+    del document["result"]
+    (runs[0.75] / "run.json").write_text(json.dumps(document))
+    labels = (runs[0.75] / "labels.jsonl").read_bytes()
+    assert (await icm("--calibrate", "mean", "--prior", "0.75"))[0] == 0  # replayed from its journal
+    assert (runs[0.75] / "labels.jsonl").read_bytes() == labels
+
+
 async def test_data_without_gold_reports_no_accuracy(icm: Command, data: Path) -> None:
     rows = [json.loads(line) for line in data.read_text().splitlines()]
     data.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "label"}) + "\n" for row in rows))
@@ -406,6 +431,11 @@ BAD = [
     (["--lookahead", "-1"], "must be auto"),
     (["--alpha", "nan"], "must be a finite number"),
     (["--seed", "99999999999999999999"], "below 2^63"),
+    (["--prior", "0"], "--prior: must be a share above 0 and below 1, not 0"),
+    (["--prior", "1.5", "--calibrate", "mean"], "--prior: must be a share"),
+    (["--prior", "nan", "--calibrate", "mean"], "--prior: must be a share"),
+    (["--prior", "97%"], "--prior"),
+    (["--prior", "0.97"], "--prior 0.97 is what --calibrate mean calibrates to"),
 ]
 
 

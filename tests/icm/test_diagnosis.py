@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,17 @@ def test_collapse(tmp_path: Path) -> None:
 
 def test_labels_as_lopsided_as_the_truth_are_no_collapse(tmp_path: Path) -> None:
     assert collapse(example(tmp_path, labels=[True] * 40, gold=[True] * 40)).verdict is Verdict.WATCH
+
+
+def test_labels_as_lopsided_as_they_were_said_to_be_are_no_collapse(tmp_path: Path) -> None:
+    labels = [n > 0 for n in range(40)]
+    run = example(tmp_path, labels=labels, gold=HALF)
+    assert collapse(run).verdict is Verdict.PROBLEM
+    known = replace(run, settings={**run.settings, "calibrate": "mean", "prior": 0.97})
+    assert collapse(known).verdict is Verdict.OK
+    assert "expect 97% True" in collapse(known).told
+    other = replace(run, settings={**run.settings, "calibrate": "mean", "prior": 0.8})
+    assert collapse(other).verdict is Verdict.PROBLEM  # 8 of 40 should be False, not 1
 
 
 def test_few_labels_tell_nothing(tmp_path: Path) -> None:

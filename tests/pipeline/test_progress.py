@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 from src.icm.annealing import SearchSettings
+from src.icm.objective import Objective
 from src.pipeline.progress import GROWTH, SearchProgress
 
 
 def pool(size: int, **settings: Any) -> Any:
-    problem = SimpleNamespace(size=size, settings=SearchSettings(K=size, **settings))
+    problem = SimpleNamespace(size=size, settings=SearchSettings(K=size, **settings), objective=Objective(1.0))
     return SimpleNamespace(problem=problem, gold=[True] * size)
 
 
