@@ -34,7 +34,7 @@ from src.experiments.single_run import (
     tell_opening,
     warn_of_leaks,
 )
-from src.experiments.summary import print_summary
+from src.experiments.summary import print_summary, say_shown_again
 from src.icm.annealing import SearchSettings
 from src.icm.report import calibration_told, check_table
 from src.pipeline.labelling import Labelling
@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 1 the model failed (resumable), 2 bad input or no usable server, 130 interrupted."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     args = build_parser().parse_args(arguments)
-    program = ["icm", "label"] if sys.argv[0] == "icm label" else ["python", sys.argv[0]]
+    program = ["icm", "label"] if sys.argv[0] == "icm label" else [sys.executable, sys.argv[0]]
     resume = shlex.join([*program, *(sys.argv[1:] if arguments is None else arguments)])
     return run_resumable(_run(args), resume)
 
@@ -138,6 +138,7 @@ async def _run(args: argparse.Namespace) -> int:
         check_readable(folder, known)
         check_same_run(folder, known["settings"], settings)
         if "result" in known and not args.check:
+            say_shown_again(known)
             print_summary(folder, known)
             return 0
     if args.is_complete:

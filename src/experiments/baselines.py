@@ -41,6 +41,7 @@ from src.experiments.single_run import (
     settings_of,
     tell_opening,
 )
+from src.experiments.summary import say_shown_again
 from src.icm.annealing import Stream, generator
 from src.icm.testbeds import BadInput, Claim, sample_pool
 from src.pipeline.baselines import Prediction
@@ -125,6 +126,7 @@ async def _run(args: argparse.Namespace) -> int:
         rows = [row for row in TITLES if row in rows or row in known["rows_asked"]]
         seeds = sorted({*args.seeds, *known["seeds_asked"]})
         if all(folder.read_row(row, seed) is not None for row in rows for seed in seeds):
+            say_shown_again(known)
             print(table_text(known))
             print(f"  table  {folder.table_path}")
             return 0

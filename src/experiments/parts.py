@@ -31,7 +31,7 @@ from src.experiments.single_run import (
     tell_opening,
     warn_of_leaks,
 )
-from src.experiments.summary import print_summary
+from src.experiments.summary import print_summary, say_shown_again
 from src.icm.annealing import part_seed
 from src.icm.report import collapse_warning
 from src.icm.testbeds import BadInput
@@ -66,6 +66,7 @@ async def run_parts(args: argparse.Namespace) -> int:
         check_readable(folder, known)
         check_same_run(folder, known["settings"], settings)
         if "result" in known:
+            say_shown_again(known)
             print_summary(folder, known)
             return 0
     if args.is_complete:

@@ -10,6 +10,11 @@ from src.icm.report import agreement, calibration_told
 from src.pipeline.run_folder import RunFolder
 
 
+def say_shown_again(document: Mapping[str, Any]) -> None:
+    """Say on standard error that a finished run is only shown."""
+    print(f"finished {document.get('finished', 'earlier')}; shown again, nothing was computed", file=sys.stderr)
+
+
 def print_summary(folder: RunFolder, document: Mapping[str, Any]) -> None:
     """A finished run.json in a few lines; a warning goes to standard error."""
     result, settings, cost = document["result"], document["settings"], document["cost"]
@@ -19,11 +24,14 @@ def print_summary(folder: RunFolder, document: Mapping[str, Any]) -> None:
         f"{result['iterations']} iterations, {cost['seconds']:.0f} s (calibration: {calibration})"
     )
     print(f"  agreement with gold  {agreement(*result['icm'])}")
-    print(f"  zero-shot            {agreement(*result['zero_shot'])}")
-    print(f"  zero-shot calibrated {agreement(*result['zero_shot_calibrated'])}")
+    known = [result["icm"], result["zero_shot"], *result["predicted"].values()]
+    if any(compared for _, compared in known):  # else it was said once
+        print(f"  zero-shot            {agreement(*result['zero_shot'])}")
+        print(f"  zero-shot calibrated {agreement(*result['zero_shot_calibrated'])}")
     for by, counts in result["predicted"].items():
         outside = "not taken in by the search" if by == "predicted" else "outside the pool"
-        print(f"  {by:<20} {agreement(*counts)}  (claims {outside}, labelled from the pool's labels)")
+        told = agreement(*counts) if counts[1] else "unknown"
+        print(f"  {by:<20} {told}  (claims {outside}, labelled from the pool's labels)")
     if "parts" in result:
         print(f"  {len(result['parts'])} searches; U and nats are means over them, counts and seconds sums")
     print(

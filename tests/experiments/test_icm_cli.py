@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -112,10 +113,12 @@ async def test_a_finished_run_is_shown_without_a_server(icm: Command, server: Fa
     assert (await icm("--run", "a"))[0] == 0
     asked = len(server.requests)
     icm.environment["VLLM_BASE_URL"] = "http://127.0.0.1:9"
-    code, out, _ = await icm("--run", "a", "--is_complete")
+    code, out, err = await icm("--run", "a", "--is_complete")
     assert code == 0
     assert "agreement" in out
     assert len(server.requests) == asked
+    document = json.loads((icm.runs / "a/run.json").read_text())
+    assert err.startswith(f"finished {document['finished']}; shown again, nothing was computed\n")
 
 
 async def test_a_run_says_first_what_it_will_ask_and_keeps_one_whole_prompt(icm: Command, server: FakeVLLM) -> None:
@@ -278,6 +281,8 @@ async def test_an_interrupted_run_says_how_to_go_on(icm: Command, server: FakeVL
     assert process.returncode == 130
     assert "Nothing is lost" in err.decode()
     assert "--run a" in err.decode()
+    again = shlex.split(err.decode().splitlines()[-1])
+    assert again == [*icm.arguments, "--run", "a"]
     assert "Traceback" not in err.decode()
     assert (await icm("--run", "a"))[0] == 0
 
@@ -383,7 +388,8 @@ async def test_data_without_gold_reports_no_accuracy(icm: Command, data: Path) -
     data.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "label"}) + "\n" for row in rows))
     code, out, err = await icm("--run", "a")
     assert code == 0, err
-    assert "unknown (no labels to compare)" in out
+    assert out.count("unknown (no labels to compare)") == 1
+    assert "zero-shot" not in out
 
 
 async def test_an_external_api_is_asked_in_text_and_gives_labels(icm: Command, server: FakeVLLM) -> None:
