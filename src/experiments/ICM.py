@@ -35,7 +35,7 @@ from src.experiments.single_run import (
 )
 from src.experiments.summary import print_summary
 from src.icm.annealing import SearchSettings
-from src.icm.report import check_table
+from src.icm.report import check_table, token_lines
 from src.pipeline.labelling import Labelling
 from src.pipeline.run_folder import RunFolder
 
@@ -147,6 +147,7 @@ async def _run(args: argparse.Namespace) -> int:
         async with api:
             labelling = await Labelling.open(pool, api)
             if args.check:
+                print(token_lines(await labelling.token_record()))
                 print(check_table(await labelling.check(), args.calibrate))
                 return 0
             document = await label_pool(args, labelling, folder, settings, folder.read_run())

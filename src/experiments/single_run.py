@@ -210,6 +210,7 @@ async def label_pool(
     """
     if known is None:
         known = await beginning(args, labelling.api, settings, cache_share=cache_share)
+        known["tokens"] = await labelling.token_record()
         folder.write_claims(pool_rows(labelling.pool.claims, labelling.pool.problem.consistency))
         folder.write_run(known)
     else:
