@@ -1,6 +1,6 @@
 """How a model's tokenizer spells a demonstration, and what tells one engine from another that goes by the same name.
 
-A prompt is put together from pieces that are tokenized once: what the tokenizer puts before every text (BOS), questions,
+A prompt is put together from pieces that are tokenized once: what stands before every text (BOS), questions,
 labels, separators. A tokenizer can make other tokens of a piece alone than of the same piece within a text: those in
 SentencePiece's manner put a space before whatever they are given. So every piece is cut out of the tokens of a whole
 demonstration. docs/algorithm.md says what is found, and how.

@@ -91,23 +91,42 @@ class PromptBook:
             raise ValueError(f"claim {unlabelled} has no label to demonstrate")
         return Prompt((self.prefix, *shown, self.questions[claim]), name=f"claim {claim}", place=place)
 
-    def longest_prompt(self, size: int) -> int:
+    def longest_prompt(self, size: int, cap: int | None = None) -> int:
         """Tokens of the longest prompt once the first `size` claims are labelled, whichever claim of the book is
-        asked; 0 for an engine asked in text. Labels are one token each, so their values do not matter."""
+        asked; 0 for an engine asked in text. Labels are one token each, so their values do not matter.
+
+        cap: demonstrations at most in a prompt, whichever they are; None: all.
+        """
         sizes = [len(true) for _, true in self.demonstrations[:size]]
-        total = len(self.prefix) + sum(sizes)
-        own = [*sizes, *([0] * (len(self.questions) - size))]
-        return max((total - left_out + len(q) for left_out, q in zip(own, self.questions, strict=True)), default=0)
+        shown = size if cap is None else min(cap, size)
+        longest = sorted(range(size), key=lambda claim: -sizes[claim])
+        total = sum(sizes[claim] for claim in longest[:shown])
+        # Without its own demonstration a claim sees the next one in its place, where there is one more.
+        after = sizes[longest[shown]] if shown < size else 0
+        missing = dict.fromkeys(longest[:shown])
+        lengths = (
+            total - (sizes[claim] - after if claim in missing else 0) + len(question)
+            for claim, question in enumerate(self.questions)
+        )
+        return len(self.prefix) + max(lengths, default=0)
 
     def claims_that_fit(self, max_tokens: int, size: int) -> int:
         """How many of the first `size` claims, taken in order, could label each other within `max_tokens`."""
-        longest = max(map(len, self.questions), default=0)
-        used = len(self.prefix) + longest
-        for count, (_, true) in enumerate(self.demonstrations[:size], start=1):
-            used += len(true)
+        return self._that_fit(max_tokens, [len(true) for _, true in self.demonstrations[:size]])
+
+    def cap_that_fits(self, max_tokens: int, size: int) -> int:
+        """How many demonstrations fit into `max_tokens` before any question, whichever of the first `size` they are."""
+        sizes = sorted((len(true) for _, true in self.demonstrations[:size]), reverse=True)
+        return self._that_fit(max_tokens, sizes) - 1
+
+    def _that_fit(self, max_tokens: int, sizes: Sequence[int]) -> int:
+        """1 more than the demonstrations of these sizes that fit before the longest question, or all."""
+        used = len(self.prefix) + max(map(len, self.questions), default=0)
+        for count, size in enumerate(sizes, start=1):
+            used += size
             if used > max_tokens:
                 return count
-        return size
+        return len(sizes)
 
 
 def in_shared_order(prompts: Iterable[Prompt]) -> list[Prompt]:

@@ -150,13 +150,19 @@ class Labelling:
         if limit is None:
             return
         size, room = len(self.pool.claims), limit - 1  # one token is generated
-        needed = self.book.longest_prompt(size)
-        if needed > room:
-            raise BadInput(
-                f"{size} claims need prompts of up to {needed} tokens, and {self.identity.model} has a context of "
-                f"{limit}: {self.book.claims_that_fit(room, size)} of them fit. Use a smaller --batch_size, or start "
-                "the server with a larger --max-model-len"
-            )
+        cap = self.pool.problem.settings.context_cap
+        needed = self.book.longest_prompt(size, cap)
+        if needed <= room:
+            return
+        if cap is None:
+            asked, fit, flag = f"{size} claims", f"{self.book.claims_that_fit(room, size)} of them fit", "--batch_size"
+        else:
+            fitting = self.book.cap_that_fits(room, size)
+            asked, fit, flag = f"{min(cap, size - 1)} demonstrations", f"{fitting} of the longest fit", "--context_cap"
+        raise BadInput(
+            f"{asked} need prompts of up to {needed} tokens, and {self.identity.model} has a context of {limit}: {fit}. "
+            f"Use a smaller {flag}, or start the server with a larger --max-model-len"
+        )
 
     def planned_for(self, kv_capacity: int | None) -> Labelling:
         """The same, its rebuilds planned for an engine whose KV cache holds `kv_capacity` tokens.

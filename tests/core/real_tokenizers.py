@@ -1,4 +1,4 @@
-"""Tokenizers as engines: small SentencePiece models that are trained here, and real ones where a package brings them."""
+"""Tokenizers as engines: small SentencePiece models that are trained here, real ones where a package brings them."""
 
 from __future__ import annotations
 
