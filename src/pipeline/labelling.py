@@ -160,8 +160,8 @@ class Labelling:
             fitting = self.book.cap_that_fits(room, size)
             asked, fit, flag = f"{min(cap, size - 1)} demonstrations", f"{fitting} of the longest fit", "--context_cap"
         raise BadInput(
-            f"{asked} need prompts of up to {needed} tokens, and {self.identity.model} has a context of {limit}: {fit}. "
-            f"Use a smaller {flag}, or start the server with a larger --max-model-len"
+            f"{asked} need prompts of up to {needed} tokens, and {self.identity.model} has a context of "
+            f"{limit}: {fit}. Use a smaller {flag}, or start the server with a larger --max-model-len"
         )
 
     def planned_for(self, kv_capacity: int | None) -> Labelling:
