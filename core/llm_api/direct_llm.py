@@ -229,6 +229,10 @@ class DirectEngine:
         """Token ids of each text, from the model's own tokenizer."""
         return await self._in_thread(functools.partial(self._encode, texts, special), alone=False)
 
+    async def detokenize(self, tokens: Sequence[Sequence[int]]) -> list[str]:
+        """See Engine.detokenize; by the model's own tokenizer."""
+        return await self._in_thread(functools.partial(self._decode, tokens), alone=False)
+
     async def tokenize_chat(self, messages: Sequence[str]) -> list[list[int]] | None:
         """See Engine.tokenize_chat; by the model's own tokenizer."""
         return await self._in_thread(functools.partial(self._encode_chat, messages))
@@ -449,6 +453,10 @@ class DirectEngine:
     def _encode(self, texts: Sequence[str], special: bool) -> list[list[int]]:
         tokenizer = self._llm.get_tokenizer()
         return [list(tokenizer.encode(text, add_special_tokens=special)) for text in texts]
+
+    def _decode(self, tokens: Sequence[Sequence[int]]) -> list[str]:
+        tokenizer = self._llm.get_tokenizer()
+        return [str(tokenizer.decode(list(ids))) for ids in tokens]
 
     def _encode_chat(self, messages: Sequence[str]) -> list[list[int]] | None:
         tokenizer = self._llm.get_tokenizer()

@@ -98,6 +98,10 @@ class ExternalAPI:
         """None: the endpoint is asked in text."""
         return None
 
+    async def detokenize(self, tokens: Sequence[Sequence[int]]) -> list[str] | None:
+        """None: the endpoint is asked in text."""
+        return None
+
     async def tokenize_chat(self, messages: Sequence[str]) -> list[list[int]] | None:
         """None: the endpoint is asked in text."""
         return None

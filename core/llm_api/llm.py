@@ -42,7 +42,7 @@ from core.llm_api.rate_limit import RateLimiter
 from core.llm_api.response_cache import ResponseCache, cache_keys
 from core.llm_api.retry import RetryPolicy
 from core.llm_api.telemetry import RequestTelemetry, TextTelemetry, outcome_of
-from core.llm_api.tokens import CANARY_TEXT, resolve_label_tokens
+from core.llm_api.tokens import CANARY_TEXT, QUESTION, resolve_label_tokens
 from core.llm_api.transport import HttpOptions, all_or_cancel
 from core.llm_api.types import (
     Engine,
@@ -136,13 +136,17 @@ class ModelAPI:
         """Token ids of each text; None where the engine is asked in text."""
         return await self._engine.tokenize(texts, special=special)
 
+    async def detokenize(self, tokens: Sequence[Sequence[int]]) -> list[str] | None:
+        """See Engine.detokenize."""
+        return await self._engine.detokenize(tokens)
+
     async def tokenize_chat(self, messages: Sequence[str]) -> list[list[int]] | None:
         """See Engine.tokenize_chat."""
         return await self._engine.tokenize_chat(messages)
 
-    async def label_tokens(self, true: str = " True", false: str = " False") -> LabelTokens:
-        """The labels as single tokens of this model. See resolve_label_tokens."""
-        return await resolve_label_tokens(self._engine, true, false)
+    async def label_tokens(self, true: str = " True", false: str = " False", *, after: str = QUESTION) -> LabelTokens:
+        """The labels as single tokens of this model, as they follow a text. See resolve_label_tokens."""
+        return await resolve_label_tokens(self._engine, true, false, after=after)
 
     async def prefix_cache(self) -> PrefixCacheCounters | None:
         """The engine's prefix-cache counters since it started; None where it has none, or counts others' questions."""

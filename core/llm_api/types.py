@@ -347,6 +347,10 @@ class Engine(Protocol):
         """Token ids of each text, with the model's special tokens if asked; None: the engine is asked in text."""
         ...
 
+    async def detokenize(self, tokens: Sequence[Sequence[int]]) -> list[str] | None:
+        """The text of each list of token ids; None where the engine does not say."""
+        ...
+
     async def tokenize_chat(self, messages: Sequence[str]) -> list[list[int]] | None:
         """Token ids of each user message in the model's chat template, up to where its answer begins.
 

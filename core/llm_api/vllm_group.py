@@ -192,6 +192,16 @@ class VLLMGroup:
                 if not self._drop(member, error):
                     raise
 
+    async def detokenize(self, tokens: Sequence[Sequence[int]]) -> list[str] | None:
+        """See Engine.detokenize; from the first server that can be asked."""
+        while True:
+            member = self._up[0]
+            try:
+                return await member.client.detokenize(tokens)
+            except LOST as error:
+                if not self._drop(member, error):
+                    raise
+
     async def tokenize_chat(self, messages: Sequence[str]) -> list[list[int]] | None:
         """See Engine.tokenize_chat; from the first server that can be asked."""
         while True:

@@ -189,6 +189,15 @@ class VLLMClient:
             self._tokenize_one({"prompt": text, "add_special_tokens": special}) for text in texts
         )
 
+    async def detokenize(self, tokens: Sequence[Sequence[int]]) -> list[str] | None:
+        """See Engine.detokenize; None where the server, or a proxy before it, does not offer it."""
+        try:
+            return await all_or_cancel(map(self._detokenize_one, tokens))
+        except RequestRejected as error:
+            if error.status not in (404, 405):
+                raise
+            return None
+
     async def tokenize_chat(self, messages: Sequence[str]) -> list[list[int]] | None:
         """See Engine.tokenize_chat; the server applies its model's template."""
         try:
@@ -484,6 +493,17 @@ class VLLMClient:
             return tokens
 
         return (await self._http.call(attempt, retry=retry))[0]
+
+    async def _detokenize_one(self, tokens: Sequence[int]) -> str:
+        body = orjson.dumps({"model": self._model, "tokens": list(tokens)})
+
+        async def attempt() -> str:
+            text = _json_object(await self._post("/detokenize", body), "/detokenize").get("prompt")
+            if not isinstance(text, str):
+                raise TransientError("/detokenize did not answer with a text.")
+            return text
+
+        return (await self._http.call(attempt))[0]
 
     async def _metrics(self) -> str | None:
         try:

@@ -36,7 +36,7 @@ from src.experiments.single_run import (
 )
 from src.experiments.summary import print_summary, say_shown_again
 from src.icm.annealing import SearchSettings
-from src.icm.report import calibration_told, check_table
+from src.icm.report import calibration_told, check_table, token_lines
 from src.pipeline.labelling import Labelling
 from src.pipeline.run_folder import RunFolder
 
@@ -148,8 +148,9 @@ async def _run(args: argparse.Namespace) -> int:
     with folder:
         async with api:
             labelling = await Labelling.open(pool, api)
-            tell_opening(args, labelling, settings["testbed"], None if args.check else folder)
+            await tell_opening(args, labelling, settings["testbed"], None if args.check else folder)
             if args.check:
+                print(token_lines(await labelling.token_record()))
                 print(check_table(await labelling.check(), calibration_told(settings)))
                 return 0
             document = await label_pool(args, labelling, folder, settings, folder.read_run())

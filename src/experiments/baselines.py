@@ -176,7 +176,7 @@ async def _one_seed(
     _check_gold(pool)
     labelling = await Labelling.open(pool, api)
     if seed == document["seeds_asked"][0]:  # the other pools are drawn from the same claims
-        tell_opening(args, labelling, document["settings"]["testbed"], RunFolder(folder.path))
+        await tell_opening(args, labelling, document["settings"]["testbed"], RunFolder(folder.path))
     comparison = Comparison(labelling)
     for row in rows:
         if folder.read_row(row, seed) is not None:

@@ -82,7 +82,7 @@ async def run_parts(args: argparse.Namespace) -> int:
                 check_same_engine(folder, known["engine"], api.identity)
             first = await Labelling.open(replace(parts[0].pool, rest=()), api)
             pools = [part.pool for part in parts if part.pass_number == 0]
-            tell_opening(args, first, settings["testbed"], folder, pools)
+            await tell_opening(args, first, settings["testbed"], folder, pools)
             documents = await _label_all(args, api, folder, parts, settings)
             rows = _rows(folder, parts)
             folder.write_labels(rows)

@@ -149,7 +149,7 @@ def run_name(args: argparse.Namespace, settings: Mapping[str, Any]) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(parts)).lstrip(".-")
 
 
-def tell_opening(
+async def tell_opening(
     args: argparse.Namespace,
     labelling: Labelling,
     name: str,
@@ -161,7 +161,7 @@ def tell_opening(
     name: of the data. folder: None where nothing is kept; the prompt is then shown whole. pools: as in `opening`.
     """
     prompt = example_prompt(labelling)
-    lines = opening(labelling, name, args.batch_size, pools)
+    lines = opening(labelling, await labelling.token_record(), name, args.batch_size, pools)
     if folder is not None:
         folder.write_prompt(prompt.text)
     lines.append(prompt_line(labelling, prompt, "whole:" if folder is None else f"whole in {folder.prompt_path}"))
@@ -236,6 +236,7 @@ async def label_pool(
     """
     if known is None:
         known = await beginning(args, labelling.api, settings, cache_share=cache_share)
+        known["tokens"] = await labelling.token_record()
         folder.write_claims(pool_rows(labelling.pool.claims, labelling.pool.problem.consistency))
         folder.write_run(known)
     else:

@@ -91,6 +91,19 @@ def check_table(worth: Mapping[str, Evaluation], calibration: str) -> str:
     return "\n".join(lines)
 
 
+def token_lines(record: Mapping[str, Any]) -> str:
+    """What a demonstration is made of, for --check: every token with what it adds to the text. See token_record."""
+    lines = [f"{name:<14}{_tokens(record[name])}" for name in ("prefix", "demonstration", "separator")]
+    labels = ", ".join(repr(text) if token is None else f"{text!r} {token}" for text, token in record["labels"].items())
+    return "\n".join([*lines, f"{'labels':<14}{labels}"])
+
+
+def _tokens(found: str | Sequence[tuple[int, str | None]]) -> str:
+    if isinstance(found, str):
+        return f"{found!r}, asked in text"
+    return "  ".join(f"{token}" if text is None else f"{text!r} {token}" for token, text in found) or "none"
+
+
 def claim_row(claim: Claim) -> dict[str, Any]:
     """What lines of labels.jsonl and claims.jsonl say of the claim itself."""
     row: dict[str, Any] = {"row": claim.row, "consistency_id": claim.group, "question": claim.question}

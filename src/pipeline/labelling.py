@@ -6,24 +6,28 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from core.llm_api.llm import ModelAPI
+from core.llm_api.tokens import pieces
 from core.llm_api.types import EngineIdentity, LabelTokens, Segment
 from src.icm.annealing import Problem, SearchSettings, SearchState, Stream, generator
 from src.icm.consistency import Overview
 from src.icm.objective import Evaluation, Objective, accuracy
 from src.icm.planner import TokenCosts
-from src.icm.prompts import SEPARATOR, PromptBook
+from src.icm.prompts import PromptBook
 from src.icm.report import label_row
 from src.icm.speculation import Pace
 from src.icm.testbeds import BadInput, Claim, ConsistencyMode, Testbed, split_pools
 from src.pipeline.baselines import Prediction, check_precondition, predict, reference_labelings
 from src.pipeline.run_folder import RunFolder
 from src.pipeline.search import OnRecord, PoolScorer, search
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -123,34 +127,52 @@ class Labelling:
     async def open(cls, pool: Pool, api: ModelAPI) -> Labelling:
         """Tokenize every claim once. Raises BadInput where a prompt would not fit the model's context."""
         claims = (*pool.claims, *pool.rest)
-        texts = [claim.text for claim in claims]
-        tokens = await api.label_tokens()
-        if not tokens.true.startswith(" "):  # a label without its own space needs one at the end of the question
-            texts = [text + " " for text in texts]
-        ids = await api.tokenize(texts)
-        if ids is None:
-            book = PromptBook.build(texts, tokens)
-        else:
-            [with_special], [plain] = await api.tokenize(["x"], special=True) or [[]], await api.tokenize(["x"]) or [[]]
-            [separator] = await api.tokenize([SEPARATOR]) or [[]]
-            prefix = with_special[: len(with_special) - len(plain)]
-            book = PromptBook.build(texts, tokens, tokens=ids, prefix_tokens=prefix, separator_tokens=separator)
-        labelling = cls(pool, api, api.identity, book, tokens)
+        book = await PromptBook.open(api, [claim.text for claim in claims])
+        labelling = cls(pool, api, api.identity, book, book.labels)
         labelling._check_context()
+        if book.unspelled:
+            log.warning(
+                "the tokenizer of %s has no token for something in %d of %d claims, the first of them in row %d: the "
+                "model does not see it",
+                *(api.identity.model, len(book.unspelled), len(claims), claims[book.unspelled[0]].row),
+            )
         return labelling
+
+    async def token_record(self) -> dict[str, Any]:
+        """What the prompts are made of, for run.json and for reading: the prefix, the labels, the separator, and the
+        shortest demonstration, each token with what it adds to the text (None where the engine does not say)."""
+        shortest = min(range(len(self.pool.claims)), key=lambda claim: _length(self.book.questions[claim]))
+        return {
+            name: segment.text if segment.tokens is None else await self._pieces(segment.tokens)
+            for name, segment in {
+                "prefix": self.book.prefix,
+                "demonstration": self.book.demonstrations[shortest][True],
+                "separator": self.book.separator,
+            }.items()
+        } | {"labels": {self.tokens.true: self.tokens.true_id, self.tokens.false: self.tokens.false_id}}
+
+    async def _pieces(self, tokens: Sequence[int]) -> list[tuple[int, str | None]]:
+        texts = await pieces(self.api, tokens)
+        return [(token, None if texts is None else texts[position]) for position, token in enumerate(tokens)]
 
     def _check_context(self) -> None:
         limit = self.identity.max_model_len
         if limit is None:
             return
         size, room = len(self.pool.claims), limit - 1  # one token is generated
-        needed = self.book.longest_prompt(size)
-        if needed > room:
-            raise BadInput(
-                f"{size} claims need prompts of up to {needed} tokens, and {self.identity.model} has a context of "
-                f"{limit}: {self.book.claims_that_fit(room, size)} of them fit. Use a smaller --batch_size, or start "
-                "the server with a larger --max-model-len"
-            )
+        cap = self.pool.problem.settings.context_cap
+        needed = self.book.longest_prompt(size, cap)
+        if needed <= room:
+            return
+        if cap is None:
+            asked, fit, flag = f"{size} claims", f"{self.book.claims_that_fit(room, size)} of them fit", "--batch_size"
+        else:
+            fitting = self.book.cap_that_fits(room, size)
+            asked, fit, flag = f"{min(cap, size - 1)} demonstrations", f"{fitting} of the longest fit", "--context_cap"
+        raise BadInput(
+            f"{asked} need prompts of up to {needed} tokens, and {self.identity.model} has a context of "
+            f"{limit}: {fit}. Use a smaller {flag}, or start the server with a larger --max-model-len"
+        )
 
     def planned_for(self, kv_capacity: int | None) -> Labelling:
         """The same, its rebuilds planned for an engine whose KV cache holds `kv_capacity` tokens.

@@ -5,8 +5,8 @@ and one whole prompt of the pool. Wrong input shows here, or nowhere. Text only;
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 from core.llm_api.types import Prompt
 from src.icm.annealing import Stream, generator
@@ -22,17 +22,19 @@ PIECES: Final = 4
 """Tokens of a question's end that are shown before its label."""
 
 
-def opening(labelling: Labelling, name: str, batch_size: int, pools: Sequence[Pool] = ()) -> list[str]:
+def opening(
+    labelling: Labelling, tokens: Mapping[str, Any], name: str, batch_size: int, pools: Sequence[Pool] = ()
+) -> list[str]:
     """The lines about claims, constraints, engine and labels. Asks nothing.
 
-    name: of the data. batch_size: what was asked for. pools: all of a data set's batches, where there are several.
+    tokens: the labelling's token_record. name: of the data. batch_size: what was asked for. pools: all of a data set's batches, where there are several.
     """
     pools = pools or [labelling.pool]
     return [
         f"data    {_claims(pools, name, batch_size)}",
         f"groups  {_groups(pools)}; constraints: {_constraints(pools)}",
         f"model   {_engine(labelling)}",
-        f"labels  {_labels(labelling)}",
+        f"labels  {_labels(tokens)}",
     ]
 
 
@@ -114,20 +116,22 @@ def _engine(labelling: Labelling) -> str:
     return f"{identity.model} on {identity.kind}{version}, computes in {identity.dtype or 'a type it does not tell'}"
 
 
-def _labels(labelling: Labelling) -> str:
-    tokens, book = labelling.tokens, labelling.book
-    demonstration = book.demonstrations[0][True]
-    question = book.questions[0]
-    last_line = question.text.rpartition("\n")[2][-ENDING:]
-    ending = last_line + demonstration.text[len(question.text) :]
-    if demonstration.tokens is None:
-        return f"{tokens.true!r} and {tokens.false!r}, asked in text; a demonstration ends in {ending!r}"
-    ids = question.tokens or ()
-    before, after = ids[-PIECES:], demonstration.tokens[len(ids) + 1 :]
+def _labels(record: Mapping[str, Any]) -> str:
+    labels = " and ".join(
+        repr(text) if token is None else f"{text!r} {token}" for text, token in record["labels"].items()
+    )
+    demonstration = record["demonstration"]
+    if isinstance(demonstration, str):
+        last_line = demonstration[: -len(record["separator"])].rpartition("\n")[2]
+        ending = last_line[-ENDING:] + record["separator"]
+        return f"{labels}, asked in text; a demonstration ends in {ending!r}"
+    end = demonstration[-(PIECES + 1 + len(record["separator"])) :]
+    return f"{labels}; a prompt begins with {_told(record['prefix'])}; a demonstration ends in {_told(end)}"
+
+
+def _told(tokens: Sequence[tuple[int, str | None]]) -> str:
     return (
-        f"{tokens.true!r} is token {tokens.true_id}, {tokens.false!r} is {tokens.false_id}; a prompt begins with "
-        f"{list(book.prefix.tokens or ())}; a demonstration ends in {ending!r}, "
-        f"{list(before)} {tokens.true_id} {list(after)}"
+        " ".join(f"{token}" if text is None else f"{text!r} {token}" for token, text in tokens) or "no token of its own"
     )
 
 

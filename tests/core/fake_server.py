@@ -28,11 +28,14 @@ BOS = 1
 TRUE, FALSE = 5852, 7983
 BLOCK = 16
 _PIECE = re.compile(r" ?\w+| ?[^\w\s]|\s")
+_SPLIT_PIECE = re.compile(r"\w+|[^\w\s]|\s")
 _FIXED = {" True": TRUE, " False": FALSE}
 
 
-def encode(text: str) -> list[int]:
-    return [_FIXED.get(piece, 10_000 + zlib.crc32(piece.encode()) % 100_000) for piece in _PIECE.findall(text)]
+def encode(text: str, *, split: bool = False) -> list[int]:
+    """split: the space before a word is a token of its own."""
+    found = (_SPLIT_PIECE if split else _PIECE).findall(text)
+    return [_FIXED.get(piece, 10_000 + zlib.crc32(piece.encode()) % 100_000) for piece in found]
 
 
 def hashed_log_odds(tokens: Sequence[int]) -> float:
@@ -83,6 +86,7 @@ class FakeVLLM:
         root: str = "/models/fake",
         salt: str = "",  # another salt is another model: the canary answers differently
         split_labels: bool = False,  # ' True' is two tokens, 'True' is one
+        detokenizes: bool = True,  # offers /detokenize
         trees: bool = False,  # runs our extension
         fast_prefixes: bool = False,  # and says that its engine does, too
         kernels: str = "",  # and which kernels answer
@@ -107,6 +111,8 @@ class FakeVLLM:
         self.authorizations: list[str | None] = []
         self.in_flight = self.max_in_flight = self.aborted = 0
         self.queries = self.hits = 0
+        self.detokenizes = detokenizes
+        self._known = {BOS: "<bos>"}  # every token that was made here
         self._blocks: set[int] = set()
         self._runner: web.AppRunner | None = None
         self.port = 0
@@ -121,6 +127,7 @@ class FakeVLLM:
         app.router.add_get("/version", self._version)
         app.router.add_get("/metrics", self._metrics)
         app.router.add_post("/tokenize", self._tokenize)
+        app.router.add_post("/detokenize", self._detokenize)
         app.router.add_post("/v1/completions", self._completions)
         app.router.add_get(prompt_tree.PATH, self._describe)
         app.router.add_post(prompt_tree.PATH, self._label_logprobs)
@@ -186,12 +193,16 @@ class FakeVLLM:
                 return web.json_response(problem, status=400)
             body = {"prompt": self.chat_template.format(body["messages"][0]["content"]), "add_special_tokens": True}
         text = body["prompt"]
-        tokens = encode(text)
-        if self.split_labels and text in _FIXED:
-            tokens = [32, _FIXED[text]]
+        tokens = encode(text, split=self.split_labels)
+        self._known.update(zip(tokens, (_SPLIT_PIECE if self.split_labels else _PIECE).findall(text), strict=True))
         if body.get("add_special_tokens", True):
             tokens = [BOS, *tokens]
         return web.json_response({"count": len(tokens), "max_model_len": self.max_model_len, "tokens": tokens})
+
+    async def _detokenize(self, request: web.Request) -> web.Response:
+        if not self.detokenizes:
+            raise web.HTTPNotFound
+        return web.json_response({"prompt": "".join(self._known[token] for token in (await request.json())["tokens"])})
 
     async def _describe(self, _: web.Request) -> web.Response:
         if not self.trees:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.core.fake_server import FakeVLLM, Fault
+from tests.core.fake_server import BOS, FALSE, TRUE, FakeVLLM, Fault
 
 SCRIPT = Path(__file__).resolve().parents[2] / "src" / "experiments" / "ICM.py"
 
@@ -470,6 +470,52 @@ async def test_claims_that_do_not_fit_the_context_are_counted(icm: Command, serv
     assert "16 claims need prompts of up to" in err
     assert "of them fit" in err
     assert len(server.completions) <= 2  # canary and probe
+
+
+async def test_a_capped_context_is_checked_for_what_is_asked(icm: Command, server: FakeVLLM) -> None:
+    server.max_model_len = 150  # too short for 15 demonstrations
+    code, _, err = await icm("--context_cap", "3", "--run", "a", "--label_rest")
+    assert code == 0, err
+    asked = [len(prompt) for body in server.completions for prompt in body["prompt"] if isinstance(prompt, list)]
+    assert max(asked) < 150
+    server.max_model_len = 60
+    code, _, err = await icm("--context_cap", "3", "--run", "b")
+    assert code == 2
+    assert "3 demonstrations need prompts of up to" in err
+    assert "2 of the longest fit. Use a smaller --context_cap" in err
+
+
+async def test_a_capped_run_asks_both_servers_and_ends_as_on_one(
+    icm: Command, server: FakeVLLM, data: Path, tmp_path: Path
+) -> None:
+    flags = ("--run", "a", "--context_cap", "3")
+    assert (await icm(*flags))[0] == 0
+    async with FakeVLLM(log_odds=signed_by_words) as first, FakeVLLM(log_odds=signed_by_words) as second:
+        both = Command(f"{first.url},{second.url}", data, tmp_path / "other runs")
+        code, _, err = await both(*flags)
+        assert code == 0, err
+        counts = [sum(len(body["prompt"]) for body in each.completions) for each in (first, second)]
+    assert min(counts) > sum(counts) / 4
+    assert both.labels("a") == icm.labels("a")
+    scores = [[(r["event"], r.get("claim"), r["U"]) for r in command.log("a")] for command in (icm, both)]
+    assert scores[0] == scores[1]
+
+
+async def test_the_tokens_of_a_demonstration_are_shown_and_kept(icm: Command, server: FakeVLLM) -> None:
+    _, out, _ = await icm("--run", "a", "--check")
+    assert f"' True' {TRUE}" in out
+    assert f"prefix        '<bos>' {BOS}" in out
+    assert (await icm("--run", "b"))[0] == 0
+    tokens = json.loads((icm.runs / "b" / "run.json").read_text())["tokens"]
+    assert tokens["prefix"] == [[BOS, "<bos>"]]
+    assert tokens["labels"] == {" True": TRUE, " False": FALSE}
+    text = "".join(piece for _, piece in tokens["demonstration"])
+    assert text.startswith("Question: Is ")
+    assert text.endswith("I think this claim is True\n\n")
+    assert [TRUE, " True"] in tokens["demonstration"]
+    server.detokenizes = False  # a gateway that passes fewer paths
+    _, out, _ = await icm("--run", "a", "--check")
+    assert f"  {TRUE}  " in out
 
 
 async def test_malformed_secrets_name_the_line_not_the_content(icm: Command, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def solutions() -> list[dict[str, Any]]:
 async def test_groups_and_constraints_are_counted_by_kind(opened: Open, tmp_path: Path) -> None:
     data = write(tmp_path / "sums.jsonl", solutions())
     async with opened("--data", str(data), "--batch_size", "8") as labelling:
-        told = opening(labelling, "sums.jsonl", 8)
+        told = opening(labelling, await labelling.token_record(), "sums.jsonl", 8)
     assert told[0] == "data    sums.jsonl: all 5 claims (--batch_size 8; the file has no more)"
     assert told[1] == (
         "groups  2 of 2 to 3 claims, made by the column consistency_id; constraints: 1 x agree, 3 x at most one is true"
@@ -67,7 +67,7 @@ async def test_groups_and_constraints_are_counted_by_kind(opened: Open, tmp_path
 async def test_claims_that_nothing_binds_are_said_to_stand_alone(opened: Open, tmp_path: Path) -> None:
     data = write(tmp_path / "own.jsonl", [{"question": "Which?", "choice": f"choice {n}"} for n in range(6)])
     async with opened("--data", str(data)) as labelling:
-        told = opening(labelling, "own.jsonl", 256)
+        told = opening(labelling, await labelling.token_record(), "own.jsonl", 256)
     assert told[1].startswith("groups  none, each of the 6 claims stands by itself")
     assert told[1].endswith("constraints: none")
 
@@ -83,7 +83,7 @@ async def test_claims_that_nothing_binds_are_said_to_stand_alone(opened: Open, t
 )
 async def test_how_much_of_the_file_is_labelled(opened: Open, flags: list[str], told: str) -> None:
     async with opened("--testbed", "builtin", *flags) as labelling:
-        [line, *_] = opening(labelling, "builtin", int(flags[1]))
+        [line, *_] = opening(labelling, await labelling.token_record(), "builtin", int(flags[1]))
     assert line.endswith(told)
 
 
@@ -91,7 +91,7 @@ async def test_batches_are_counted_together(opened: Open, server: FakeVLLM) -> N
     flags = ["--testbed", "builtin", "--batch_size", "64"]
     pools = pools_of(build_parser().parse_args(["--model", server.model, *flags]), 3)
     async with opened(*flags) as labelling:
-        told = opening(labelling, "builtin", 64, pools)
+        told = opening(labelling, await labelling.token_record(), "builtin", 64, pools)
     assert told[0].endswith("192 of 256 claims in 3 batches, the other 64 left without a label")
     assert "96 of 2 claims" in told[1]
     assert "constraints: 96 x exactly one is true" in told[1]
@@ -99,19 +99,26 @@ async def test_batches_are_counted_together(opened: Open, server: FakeVLLM) -> N
 
 async def test_type_and_tokens_are_those_that_the_server_is_asked_with(opened: Open, server: FakeVLLM) -> None:
     async with opened("--testbed", "builtin", "--batch_size", "16") as labelling:
-        *_, model, labels = opening(labelling, "builtin", 16)
+        *_, model, labels = opening(labelling, await labelling.token_record(), "builtin", 16)
     assert model == f"model   {server.model} on vllm {server.version}, computes in float32"
-    assert f"' True' is token {TRUE}, ' False' is {FALSE}" in labels
-    assert f"a prompt begins with [{BOS}]" in labels
-    assert "a demonstration ends in 'Positive: True\\n\\n', [" in labels
-    newline = encode("\n")[0]
-    assert labels.endswith(f"{encode('Positive')[0]}, {encode(':')[0]}] {TRUE} [{newline}, {newline}]")
+    assert labels.startswith(f"labels  ' True' {TRUE} and ' False' {FALSE}; a prompt begins with '<bos>' {BOS}; ")
+    [positive, colon, newline] = encode("Positive:\n")
+    ending = f"'Positive' {positive} ':' {colon} ' True' {TRUE} '\\n' {newline} '\\n' {newline}"
+    assert labels.endswith(ending)
+
+
+async def test_a_gateway_that_turns_no_tokens_into_text_has_their_numbers_shown(opened: Open, server: FakeVLLM) -> None:
+    server.detokenizes = False
+    async with opened("--testbed", "builtin", "--batch_size", "16") as labelling:
+        labels = opening(labelling, await labelling.token_record(), "builtin", 16)[3]
+    [positive, colon, newline] = encode("Positive:\n")
+    assert labels.endswith(f"{positive} {colon} {TRUE} {newline} {newline}")
 
 
 async def test_a_server_that_does_not_tell_its_type_is_said_not_to(opened: Open, server: FakeVLLM) -> None:
     server.dtype = ""
     async with opened("--testbed", "builtin", "--batch_size", "16") as labelling:
-        assert opening(labelling, "builtin", 16)[2].endswith("a type it does not tell")
+        assert opening(labelling, await labelling.token_record(), "builtin", 16)[2].endswith("a type it does not tell")
 
 
 @pytest.mark.parametrize("layout", [[], ["--layout", "upstream"]])
@@ -165,7 +172,7 @@ async def test_an_api_that_is_asked_in_text_has_text_shown(server: FakeVLLM) -> 
     async with ModelAPI(ExternalAPI(server.url + "/v1", server.model)) as api:
         args = build_parser().parse_args(["--testbed", "builtin", "--batch_size", "16", "--model", server.model])
         labelling = await Labelling.open(pool_of(args), api)
-        labels = opening(labelling, "builtin", 16)[3]
+        labels = opening(labelling, await labelling.token_record(), "builtin", 16)[3]
         prompt = example_prompt(labelling)
         line = prompt_line(labelling, prompt, "")
     assert labels == "labels  ' True' and ' False', asked in text; a demonstration ends in 'Positive: True\\n\\n'"

@@ -19,7 +19,7 @@ from core.llm_api.prompt_tree import PATH
 from core.llm_api.types import Prompt
 from core.llm_api.vllm_llm import VLLMClient
 from src.icm.prefix_tree import Layout, TreeLayout, UpstreamLayout
-from src.icm.prompts import SEPARATOR, PromptBook
+from src.icm.prompts import PromptBook
 from tests.conftest import RunningServer
 
 pytestmark = [pytest.mark.real_server, pytest.mark.timeout(900)]
@@ -37,7 +37,6 @@ CLAIMS = ["is heavier than a train", "can be seen from far away", "was mentioned
 
 async def book_of(api: ModelAPI, size: int) -> tuple[PromptBook, list[bool]]:
     """`size` claims of some 40 tokens, all different, with random labels."""
-    labels = await api.label_tokens()
     rng = random.Random(size)
     texts = [
         f"Question: What do you know about number {i}, which somebody chose at random for this list of claims?\n"
@@ -45,10 +44,7 @@ async def book_of(api: ModelAPI, size: int) -> tuple[PromptBook, list[bool]]:
         "I think this claim is"
         for i in range(size)
     ]
-    tokens = await api.tokenize(texts)
-    [bos] = await api.tokenize([""], special=True) or [[]]
-    [separator] = await api.tokenize([SEPARATOR]) or [[]]
-    book = PromptBook.build(texts, labels, tokens=tokens, prefix_tokens=bos, separator_tokens=separator)
+    book = await PromptBook.open(api, texts)
     return book, [rng.random() < 0.5 for _ in texts]
 
 
@@ -124,9 +120,9 @@ async def test_an_appended_label_costs_little_more_than_itself(vllm_server: Runn
 
 async def test_scores_follow_their_prompts_whatever_the_order(vllm_server: RunningServer) -> None:
     async with ModelAPI(VLLMClient(vllm_server.url, vllm_server.model)) as api:
-        labels = await api.label_tokens()
         texts = [f"Review: {word}.\nPositive:" for word in ("Wonderful", "Terrible", "Great", "Awful", "Superb", "Bad")]
-        book = PromptBook.build(texts, labels, tokens=await api.tokenize(texts, special=True))
+        book = await PromptBook.open(api, texts)
+        labels = book.labels
         prompts = [book.prompt(i, (), ()) for i in range(len(texts))]
         forward = np.array((await api.score(prompts, labels)).log_odds)
         backward = np.array((await api.score(prompts[::-1], labels)).log_odds)[::-1]
