@@ -23,7 +23,7 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         type=Path,
         metavar="FILE",
-        help="your own claims instead of a testbed: JSON, JSON lines, CSV, Parquet, or a folder written by save_to_disk "
+        help="your own claims instead of a testbed: JSON, JSON lines, CSV, Parquet, or a folder by save_to_disk "
         "(docs/data.md)",
     )
     data.add_argument("--data_dir", type=Path, default=REPO_ROOT / "data", help="where the testbeds' files lie")
