@@ -33,27 +33,22 @@ class Claim:
     """One row of a data file, ready to be asked.
 
     text: the question, ending right before the label. group: claims of one group may constrain each other.
-    gold: the label to report agreement with; never seen by the search. row: its number among the file's claims, which
-    is its index in the data file unless rows before it list several options. relation: what holds for its whole group,
-    or for the options of its row. of_row, option: where the claim is an option, the index of its row, and its place.
+    gold: the label to report agreement with; never seen by the search. row: its number among the file's claims. of_row:
+    the index of its row in the file, the same number unless rows before it list several options. option: its place
+    where it is one of several. relation: what holds for its whole group, or for the options of its row.
     """
 
     text: str
     group: str
     gold: bool | None
     row: int
+    of_row: int
     question: str
     choice: str
     choice_2: str | None = None
     answer: str | None = None
     relation: Relation | None = None
-    of_row: int | None = None
     option: int | None = None
-
-    @property
-    def file_row(self) -> int:
-        """Index of its row in the data file."""
-        return self.row if self.of_row is None else self.of_row
 
 
 RelationRule = Callable[[Claim, Claim], Relation | None]
@@ -106,7 +101,6 @@ class Testbed:
                 row=first + at,
                 gold=option.gold,
                 relation=relation,
-                of_row=index,
                 option=at,
             )
             for at, option in enumerate(options)
@@ -129,6 +123,7 @@ class Testbed:
             group=f"row {index}" if group is None else group,
             gold=parse_label(row.get("label")),
             row=index,
+            of_row=index,
             question=fields["question"],
             choice=fields["choice"],
             choice_2=fields.get("choice_2"),
@@ -166,7 +161,10 @@ class Testbed:
         groups = [claim.group for claim in claims]
         if mode == "upstream":
             return Consistency.of_groups(groups, lambda i, j: self.upstream(claims[i], claims[j]))
-        together = [None if claim.relation is None else (claim.of_row, claim.relation) for claim in claims]
+        together = [
+            None if claim.relation is None else (None if claim.option is None else claim.of_row, claim.relation)
+            for claim in claims
+        ]
         return Consistency.of_groups(groups, lambda i, j: self.gold_free(claims[i], claims[j]), together)
 
 
@@ -180,7 +178,7 @@ def check_relations(claims: Sequence[Claim]) -> None:
     """Raises BadInput where a group's rows disagree on what holds for it, or one claim of several can't be true."""
     groups: dict[str, list[Claim]] = defaultdict(list)
     for claim in claims:
-        if claim.of_row is None:
+        if claim.option is None:
             groups[claim.group].append(claim)
     for members in groups.values():
         first = members[0]
@@ -188,7 +186,7 @@ def check_relations(claims: Sequence[Claim]) -> None:
             if claim.relation is not first.relation:
                 told = ["none" if each.relation is None else each.relation.value for each in (first, claim)]
                 raise BadInput(
-                    f"rows {first.file_row} and {claim.file_row} are of one group ({first.group}), and their "
+                    f"rows {first.of_row} and {claim.of_row} are of one group ({first.group}), and their "
                     f"consistency_relation differs: {told[0]}, {told[1]}"
                 )
         if first.relation is Relation.EXACTLY_ONE:
@@ -196,11 +194,11 @@ def check_relations(claims: Sequence[Claim]) -> None:
             for claim in members:
                 if (other := seen.setdefault(claim.text, claim)) is not claim:
                     raise BadInput(
-                        f"rows {other.file_row} and {claim.file_row} are the same claim, and exactly one of their "
+                        f"rows {other.of_row} and {claim.of_row} are the same claim, and exactly one of their "
                         f"group ({first.group}) is to be true"
                     )
             if len(members) == 1:
-                raise BadInput(f"row {first.file_row} is alone in its group, of which exactly one is to be true")
+                raise BadInput(f"row {first.of_row} is alone in its group, of which exactly one is to be true")
 
 
 def identical_agree(first: Claim, second: Claim) -> Relation | None:

@@ -123,10 +123,12 @@ def options_of(choice: object, label: object) -> tuple[Option, ...] | None:
     twice = [text for text in options if options.count(text) > 1]
     if twice:
         raise BadInput(f"lists the option {shown(twice[0])} twice")
-    return tuple(map(Option, options, _gold(label, options, names)))
+    by_number = isinstance(label, int | float) and all(isinstance(text, str) for text in choice)
+    return tuple(map(Option, options, _gold(label, options, names, by_number)))
 
 
-def _gold(label: Any, options: Sequence[str], names: Sequence[str]) -> list[bool | None]:
+def _gold(label: Any, options: Sequence[str], names: Sequence[str], by_number: bool) -> list[bool | None]:
+    """by_number: a number can only be an index, since no option is one."""
     if isinstance(label, list):
         if len(label) != len(options):
             raise BadInput(f"has {len(label)} labels for its {len(options)} options")
@@ -138,7 +140,7 @@ def _gold(label: Any, options: Sequence[str], names: Sequence[str]) -> list[bool
     if not found:
         if told == "-1":  # how data sets on the Hugging Face hub hide the answers of a test set
             return [None] * len(options)
-        found = {at for at, text in enumerate(options) if text.strip() == told}
+        found = {at for at, text in enumerate(options) if text.strip() == told and not by_number}
         if told.isdecimal() and int(told) < len(options):
             found.add(int(told))
         if len(told) == 1 and told.isascii() and told.isalpha() and ord(told.upper()) - ord("A") < len(options):
@@ -150,5 +152,7 @@ def _gold(label: Any, options: Sequence[str], names: Sequence[str]) -> list[bool
         )
     if len(found) > 1:
         readings = " or ".join(f"option {at}, {shown(options[at])}" for at in sorted(found))
-        raise BadInput(f"has the label {shown(label)}, which could be {readings}")
+        raise BadInput(
+            f"has the label {shown(label)}, which could be {readings}: say it by a letter, as by --map label=0:A,1:B"
+        )
     return [at in found for at in range(len(options))]

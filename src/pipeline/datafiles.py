@@ -225,12 +225,11 @@ def _meant(column: Iterable[object]) -> str:
     if any(set(",:") & set(text) for text in unknown):
         return f". The column's commonest values: {told}"
     sides = [_side(text) for text in unknown]
-    if None not in sides and len(set(sides)) == len(sides):
-        pairs, other = [f"{text}:{side}" for text, side in zip(unknown, sides, strict=True)], ""
-    else:
-        pairs = [f"{text}:{side}" for text, side in zip(unknown, ("true", "false"), strict=False)]
-        other = ", or the other way round"
-    flag = shlex.quote(f"label={','.join(pairs)}")
+    sure = all(sides) and len(set(sides)) == len(sides)
+    if not sure:
+        sides = ["false", "true"] if sides[0] == "false" or sides[1:] == ["true"] else ["true", "false"]
+    other = "" if sure else ", or the other way round"
+    flag = shlex.quote(f"label={','.join(map(':'.join, zip(unknown, sides, strict=False)))}")
     return f". The column's commonest values: {told}; say what they mean, as by --map {flag}{other}"
 
 
@@ -246,9 +245,10 @@ def _is_label(text: str) -> bool:
     return True
 
 
-def _side(text: str) -> str | None:
+def _side(text: str) -> str:
+    """The label that a word looks like: true, false, or nothing."""
     word = as_written(text)
-    return "true" if word in TRUE_WORDS else "false" if word in FALSE_WORDS else None
+    return "true" if word in TRUE_WORDS else "false" if word in FALSE_WORDS else ""
 
 
 def _without_lost(claims: list[Claim], lost: Sequence[Row]) -> list[Claim]:
@@ -258,7 +258,7 @@ def _without_lost(claims: list[Claim], lost: Sequence[Row]) -> list[Claim]:
     return [
         replace(claim, relation=Relation.AT_MOST_ONE)
         if claim.relation is Relation.EXACTLY_ONE
-        and claim.of_row is None
+        and claim.option is None
         and (claim.group in ids or claim.question.strip() in questions)
         else claim
         for claim in claims
@@ -281,7 +281,7 @@ def _check_partly(testbed: Testbed, rows: Sequence[Row], path: Path) -> None:
 
 def _tell_odd_claims(testbed: Testbed, claims: Sequence[Claim], rows: Sequence[Row], path: Path) -> None:
     """Warn of what is read as it is and may not be meant."""
-    forged = [rows[claim.file_row].line for claim in claims if testbed.imitates(claim)]
+    forged = [rows[claim.of_row].line for claim in claims if testbed.imitates(claim)]
     if forged:
         log.warning(
             "%s:%d: holds a line that begins like the prompt's own (%d such rows): the model may read that claim as "
@@ -292,7 +292,7 @@ def _tell_odd_claims(testbed: Testbed, claims: Sequence[Claim], rows: Sequence[R
     known = [claim for claim in claims if claim.gold is not None]
     twice = [(golds[c.text], c) for c in known if golds.setdefault(c.text, c).gold != c.gold]
     if twice:
-        first, second = (rows[claim.file_row].line for claim in twice[0])
+        first, second = (rows[claim.of_row].line for claim in twice[0])
         log.warning(
             "%s:%d: is the same claim as line %d, with the other gold label (%d such rows): agreement with gold cannot "
             "be whole",
