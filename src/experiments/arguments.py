@@ -13,6 +13,8 @@ from src.icm.annealing import LayoutName, Scheduler, SearchSettings, Stop
 from src.icm.objective import Calibration
 from src.icm.testbeds import TESTBEDS, ConsistencyMode, GroupedBy
 
+Arguments = argparse._ArgumentGroup | argparse.ArgumentParser
+
 
 def add_search_arguments(parser: argparse.ArgumentParser) -> None:
     """Data, model and search: every flag of the published code under its own name and default, and ours."""
@@ -34,29 +36,7 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
         default="gold-free",
         help="constraints between claims of a group; upstream reproduces keys that leak gold labels",
     )
-
-    data.add_argument(
-        "--columns",
-        metavar="OURS=THEIRS,...",
-        help="of --data: which of its columns is which, as in question=prompt,choice=answer",
-    )
-    data.add_argument(
-        "--map",
-        nargs="+",
-        metavar="COLUMN=THEIRS:OURS,...",
-        help="of --data: what its values mean, as in label=yes:true,no:false",
-    )
-    data.add_argument(
-        "--group_by",
-        choices=get_args(GroupedBy),
-        help="of --data: what rows of one group have in common; none: every row is a group by itself (default: "
-        "consistency_id where the file has that column, else question)",
-    )
-    data.add_argument(
-        "--skip_bad_rows",
-        action="store_true",
-        help="leave out rows that cannot be used (nothing in a column, a label that is none) and say how many they are",
-    )
+    add_reading_arguments(data)
 
     model = parser.add_argument_group("model")
     model.add_argument("--model", default="meta-llama/Llama-3.1-70B", help="name under which the model is served")
@@ -160,6 +140,32 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         default=defaults.mirror,
         help="once settled, flip every label if U says so: inverted labels are a second optimum",
+    )
+
+
+def add_reading_arguments(data: Arguments) -> None:
+    """How a data file is to be read."""
+    data.add_argument(
+        "--columns",
+        metavar="OURS=THEIRS,...",
+        help="of --data: which of its columns is which, as in question=prompt,choice=answer",
+    )
+    data.add_argument(
+        "--map",
+        nargs="+",
+        metavar="COLUMN=THEIRS:OURS,...",
+        help="of --data: what its values mean, as in label=yes:true,no:false",
+    )
+    data.add_argument(
+        "--group_by",
+        choices=get_args(GroupedBy),
+        help="of --data: what rows of one group have in common; none: every row is a group by itself (default: "
+        "consistency_id where the file has that column, else question)",
+    )
+    data.add_argument(
+        "--skip_bad_rows",
+        action="store_true",
+        help="leave out rows that cannot be used (nothing in a column, a label that is none) and say how many they are",
     )
 
 

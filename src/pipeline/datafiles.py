@@ -60,6 +60,11 @@ def claims_of(
     return _claims_of(testbed, _named(rows, path, reading or Reading()), path, on_bad_row)
 
 
+def named_rows(path: Path, reading: Reading) -> list[Row]:
+    """The rows of a file under our names and with our values; a claim's `of_row` is its index here."""
+    return _named(read_rows(path, reading.columns.values()), path, reading)
+
+
 def load_testbed(name: str, data_dir: Path, on_bad_row: OnBadRow | None = None) -> tuple[Testbed, list[Claim], Path]:
     """A named testbed and its claims. The built-in one ships with the package; others are files in data_dir."""
     testbed = TESTBEDS.get(name)
@@ -82,7 +87,7 @@ def load_data_file(
 ) -> tuple[Testbed, list[Claim], Path]:
     """The claims of a user's own file, read as `reading` says. on_bad_row as in claims_of."""
     reading = reading or Reading()
-    rows = _named(read_rows(path, reading.columns.values()), path, reading)
+    rows = named_rows(path, reading)
     compares = [not is_missing(row.fields.get("choice_2")) for row in rows]
     comparison = (2 * sum(compares), compares[0]) > (len(rows), False)
     if any(each != comparison for each in compares):
