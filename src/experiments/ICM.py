@@ -24,6 +24,7 @@ from src.experiments.arguments import HelpFormatter, Parser, add_search_argument
 from src.experiments.parts import PLANNED_AT_ONCE, run_parts
 from src.experiments.resumable import run_resumable
 from src.experiments.single_run import (
+    as_begun,
     check_readable,
     check_same_run,
     label_pool,
@@ -132,6 +133,9 @@ async def _run(args: argparse.Namespace) -> int:
         return await run_parts(args)
     pool = pool_of(args)
     settings = settings_of(args, pool)
+    same = as_begun(args, settings, lambda known: RunFolder(args.runs_dir / run_name(args, known)).read_run())
+    if same is not args:
+        return await _run(same)
     folder = RunFolder(args.runs_dir / run_name(args, settings))
     known = folder.read_run()
     if known is not None:

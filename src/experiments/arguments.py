@@ -11,7 +11,9 @@ from typing import NoReturn, get_args
 from core.settings import REPO_ROOT
 from src.icm.annealing import LayoutName, Scheduler, SearchSettings, Stop
 from src.icm.objective import Calibration
-from src.icm.testbeds import TESTBEDS, ConsistencyMode
+from src.icm.testbeds import TESTBEDS, ConsistencyMode, GroupedBy
+
+Arguments = argparse._ArgumentGroup | argparse.ArgumentParser
 
 
 def add_search_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +21,13 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
     defaults = SearchSettings()
     data = parser.add_argument_group("data")
     data.add_argument("--testbed", default="gsm8k", choices=list(TESTBEDS), help="builtin ships with the code")
-    data.add_argument("--data", type=Path, metavar="FILE", help="your own .json, .jsonl or .csv instead of a testbed")
+    data.add_argument(
+        "--data",
+        type=Path,
+        metavar="FILE",
+        help="your own claims instead of a testbed: JSON, JSON lines, CSV, Parquet, or a folder by save_to_disk "
+        "(docs/data.md)",
+    )
     data.add_argument("--data_dir", type=Path, default=REPO_ROOT / "data", help="where the testbeds' files lie")
     data.add_argument("--batch_size", type=at_least(2), default=256, help="claims in the pool (whole groups)")
     data.add_argument(
@@ -28,6 +36,7 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
         default="gold-free",
         help="constraints between claims of a group; upstream reproduces keys that leak gold labels",
     )
+    add_reading_arguments(data)
 
     model = parser.add_argument_group("model")
     model.add_argument("--model", default="meta-llama/Llama-3.1-70B", help="name under which the model is served")
@@ -139,6 +148,32 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         default=defaults.mirror,
         help="once settled, flip every label if U says so: inverted labels are a second optimum",
+    )
+
+
+def add_reading_arguments(data: Arguments) -> None:
+    """How a data file is to be read."""
+    data.add_argument(
+        "--columns",
+        metavar="OURS=THEIRS,...",
+        help="of --data: which of its columns is which, as in question=prompt,choice=answer",
+    )
+    data.add_argument(
+        "--map",
+        nargs="+",
+        metavar="COLUMN=THEIRS:OURS,...",
+        help="of --data: what its values mean, as in label=yes:true,no:false",
+    )
+    data.add_argument(
+        "--group_by",
+        choices=get_args(GroupedBy),
+        help="of --data: what rows of one group have in common; none: every row is a group by itself (default: "
+        "consistency_id where the file has that column, else question)",
+    )
+    data.add_argument(
+        "--skip_bad_rows",
+        action="store_true",
+        help="leave out rows that cannot be used (nothing in a column, a label that is none) and say how many they are",
     )
 
 

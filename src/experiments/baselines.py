@@ -30,6 +30,8 @@ from src.experiments.arguments import HelpFormatter, Parser, add_search_argument
 from src.experiments.baseline_table import TableFolder, row_documents, table_text
 from src.experiments.resumable import run_resumable
 from src.experiments.single_run import (
+    as_begun,
+    check_bad_rows,
     check_same_engine,
     check_same_run,
     finish,
@@ -37,6 +39,7 @@ from src.experiments.single_run import (
     load_claims,
     model_api_of,
     pool_of,
+    reading_of,
     run_name,
     settings_of,
     tell_opening,
@@ -48,6 +51,7 @@ from src.pipeline.baselines import Prediction
 from src.pipeline.chat import ask_chat
 from src.pipeline.comparison import TITLES, BootstrapStart, Comparison, Cost, GivenLabels, RowResult
 from src.pipeline.datafiles import claims_of, read_rows
+from src.pipeline.file_kinds import digest_of
 from src.pipeline.labelling import Labelling, Pool
 from src.pipeline.run_folder import RunFolder, environment
 
@@ -118,6 +122,9 @@ async def _run(args: argparse.Namespace) -> int:
     rows = _rows(args)
     test, shared = _held_out(args)
     settings = _settings(args, test)
+    same = as_begun(args, settings, lambda known: TableFolder(args.runs_dir / _name(args, known)).read_table())
+    if same is not args:
+        return await _run(same)
     folder = TableFolder(args.runs_dir / _name(args, settings))
     lock = RunFolder(folder.path)
     known = folder.read_table()
@@ -273,7 +280,10 @@ def _held_out(args: argparse.Namespace) -> tuple[list[Claim] | None, frozenset[i
     testbed, claims, _ = load_claims(args)
     rng = generator(HELD_OUT_SEED, Stream.POOL, 1)
     if args.test_data is not None:
-        test = claims_of(testbed, read_rows(args.test_data), args.test_data)
+        reading, bad = reading_of(args), list[str]()
+        rows = read_rows(args.test_data, reading.columns.values())
+        test = claims_of(testbed, rows, args.test_data, reading, bad.append)
+        check_bad_rows(args, args.test_data, bad)
         if args.test_size is not None:
             test = sample_pool(test, args.test_size, rng)
         seen = len({claim.text for claim in claims} & {claim.text for claim in test})
@@ -310,7 +320,7 @@ def _settings(args: argparse.Namespace, test: Sequence[Claim] | None) -> dict[st
         "rounds": args.rounds,
         "bootstrap_from": args.bootstrap_from,
         "test_data": None if args.test_data is None else args.test_data.name,
-        "test_sha256": None if args.test_data is None else hashlib.sha256(args.test_data.read_bytes()).hexdigest(),
+        "test_sha256": None if args.test_data is None else digest_of(args.test_data),
         "test_size": None if test is None else len(test),
         "chat_model": args.chat_model,
     }

@@ -19,6 +19,8 @@ import orjson
 from core.llm_api.llm import ModelAPI
 from src.experiments.single_run import (
     COSTS,
+    as_begun,
+    bad_rows_record,
     beginning,
     check_readable,
     check_same_engine,
@@ -60,6 +62,9 @@ async def run_parts(args: argparse.Namespace) -> int:
         "num_batches": len({part.batch for part in parts}),
         "passes": args.passes,
     }
+    same = as_begun(args, settings, lambda known: RunFolder(args.runs_dir / run_name(args, known)).read_run())
+    if same is not args:
+        return await run_parts(same)
     folder = RunFolder(args.runs_dir / run_name(args, settings))
     known = folder.read_run()
     if known is not None:
@@ -92,6 +97,7 @@ async def run_parts(args: argparse.Namespace) -> int:
                 "result": _result(parts, documents, rows),
                 "cost": {key: round(sum(each["cost"][key] for each in documents), 3) for key in COSTS},
                 "left_out": len(parts[0].pool.rest),
+                **bad_rows_record(parts[0].pool),
                 "model_api": api.stats.as_dict() | _sums([each["model_api"] for each in documents]),
             }
             folder.write_run(document)

@@ -9,7 +9,7 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from core.llm_api.llm import ModelAPI, open_model_api
 from core.llm_api.types import EngineIdentity, other_type
 from core.settings import Settings
 from src.icm.annealing import SearchSettings, SearchState
+from src.icm.columns import Reading, parse_columns, parse_values
 from src.icm.objective import Objective
 from src.icm.report import calibration_told, changes_objective, collapse_warning, pool_rows
 from src.icm.testbeds import BadInput, Claim, Testbed
@@ -32,6 +33,7 @@ from src.pipeline.plots import plot_curves
 from src.pipeline.progress import Progress, SearchProgress
 from src.pipeline.run_folder import FORMAT, RunFolder, environment
 
+SHOWN_BAD_ROWS = 3
 VARIANTS = ("context_cap", "best_of", "local_gain")
 COSTS = (
     *("asked", "from_cache", "asked_ahead", "ahead_used"),
@@ -81,11 +83,45 @@ def _warn_once(text: str) -> None:
     logging.warning("%s", text)
 
 
+def reading_of(args: argparse.Namespace) -> Reading:
+    """How --columns, --map and --group_by say that --data is to be read."""
+    given = [f"--{name}" for name in ("columns", "map", "group_by") if getattr(args, name) is not None]
+    if args.data is None and given:
+        raise BadInput(f"{' and '.join(given)} say how a --data file is to be read; a testbed's files are known")
+    return Reading(
+        columns={} if args.columns is None else parse_columns(args.columns),
+        values=parse_values(args.map or ()),
+        group_by=args.group_by,
+    )
+
+
 def load_claims(args: argparse.Namespace) -> tuple[Testbed, list[Claim], Path]:
     """The claims of --data or --testbed."""
+    return _load(args)[:3]
+
+
+def _load(args: argparse.Namespace) -> tuple[Testbed, list[Claim], Path, list[str]]:
+    """The same, and of every row that was left out, why. Raises BadInput for the first one without --skip_bad_rows."""
+    bad: list[str] = []
+    reading = reading_of(args)
     if args.data is not None:
-        return load_data_file(args.data)
-    return load_testbed(args.testbed, args.data_dir)
+        testbed, claims, path = load_data_file(args.data, reading, bad.append)
+    else:
+        testbed, claims, path = load_testbed(args.testbed, args.data_dir, bad.append)
+    check_bad_rows(args, path, bad)
+    return testbed, claims, path, bad
+
+
+def check_bad_rows(args: argparse.Namespace, path: Path, bad: Sequence[str]) -> None:
+    """Raises BadInput where rows cannot be used (bad: why, each), unless --skip_bad_rows; then it warns."""
+    if not bad:
+        return
+    if not args.skip_bad_rows:
+        others = f" ({len(bad)} rows cannot be used)" if len(bad) > 1 else ""
+        raise BadInput(f"{bad[0]}{others}. Mend it, or leave such rows out with --skip_bad_rows")
+    shown = "; ".join(complaint.removeprefix(f"{path}:") for complaint in bad[:SHOWN_BAD_ROWS])
+    more = "; ..." if len(bad) > SHOWN_BAD_ROWS else ""
+    _warn_once(f"{path}: {len(bad)} rows are left out (--skip_bad_rows): line {shown}{more}")
 
 
 def pool_of(args: argparse.Namespace, held_out: Collection[int] = ()) -> Pool:
@@ -100,10 +136,10 @@ def pools_of(args: argparse.Namespace, count: int | None, held_out: Collection[i
         raise BadInput("--initial_T, --final_T and --decay must be above 0")
     if args.prior is not None and args.calibrate == "none":
         raise BadInput(f"--prior {args.prior:g} is what --calibrate mean calibrates to: add that, or leave --prior out")
-    testbed, claims, path = load_claims(args)
+    testbed, claims, path, bad = _load(args)
     claims = [claim for claim in claims if claim.row not in held_out]
     search = SearchSettings(**{field.name: getattr(args, field.name) for field in fields(SearchSettings)})
-    return prepare_batches(
+    pools = prepare_batches(
         testbed,
         claims,
         path,
@@ -113,6 +149,7 @@ def pools_of(args: argparse.Namespace, count: int | None, held_out: Collection[i
         objective=Objective(args.alpha, args.calibrate, args.prior),
         settings=search,
     )
+    return [replace(pool, bad_rows=tuple(bad)) for pool in pools]
 
 
 def settings_of(args: argparse.Namespace, pool: Pool) -> dict[str, Any]:
@@ -134,8 +171,46 @@ def settings_of(args: argparse.Namespace, pool: Pool) -> dict[str, Any]:
         # Only where it is given: runs that were begun before there was one go on.
         **({} if args.prior is None else {"prior": args.prior}),
         "label_rest": args.label_rest,
+        **_settings_of_reading(args, pool),
         **decisive,
     }
+
+
+def _settings_of_reading(args: argparse.Namespace, pool: Pool) -> dict[str, Any]:
+    """How a --data file is read; nothing where it is read as it always was, so that runs that were begun go on."""
+    reading = reading_of(args)
+    found: dict[str, Any] = {}
+    if reading.columns:
+        found["columns"] = ",".join(f"{ours}={theirs}" for ours, theirs in sorted(reading.columns.items()))
+    if reading.values:
+        found["map"] = " ".join(
+            f"{column}={','.join(f'{theirs}:{ours}' for theirs, ours in sorted(meanings.items()))}"
+            for column, meanings in sorted(reading.values.items())
+        )
+    if pool.grouped_by == "question":
+        found["group_by"] = pool.grouped_by
+    return found
+
+
+def as_begun(
+    args: argparse.Namespace, settings: Mapping[str, Any], read: Callable[[Mapping[str, Any]], Mapping[str, Any] | None]
+) -> argparse.Namespace:
+    """The flags, with --group_by none where this run was begun before rows with one question were one group.
+
+    read: what is known of a run by its settings, as its folder is named after them.
+    """
+    if args.group_by is not None or "group_by" not in settings:
+        return args
+    before = {name: value for name, value in settings.items() if name != "group_by"}
+    known = read(before)
+    if known is None or known.get("settings") != before:
+        return args
+    print(
+        "this run was begun with every row as a group by itself, and goes on so (--group_by none); in a new one, rows "
+        "with the same question are one group",
+        file=sys.stderr,
+    )
+    return argparse.Namespace(**{**vars(args), "group_by": "none"})
 
 
 def run_name(args: argparse.Namespace, settings: Mapping[str, Any]) -> str:
@@ -271,10 +346,17 @@ async def label_pool(
         | {"warning": warning, "changes_objective": changes_objective(labelling.pool.problem.settings)},
         "cost": cost,
         "left_out": labelling.pool.left_out,
+        **bad_rows_record(labelling.pool),
         "model_api": labelling.api.stats.as_dict(),
     }
     folder.write_run(document)
     return document
+
+
+def bad_rows_record(pool: Pool) -> dict[str, Any]:
+    """What run.json says of rows that were left out, where there are any."""
+    bad = pool.bad_rows
+    return {"bad_rows": {"count": len(bad), "first": list(bad[:SHOWN_BAD_ROWS])}} if bad else {}
 
 
 def _last_questions(labelling: Labelling, state: SearchState, cost: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ A constraint holds between claims of one group (`consistency_id`). Where it come
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import combinations, product
@@ -90,17 +90,34 @@ class Consistency:
         self.constraints = tuple(constraints)
 
     @classmethod
-    def of_groups(cls, groups: Sequence[str], relation: Callable[[int, int], Relation | None]) -> Consistency:
-        """Constraints from `relation(i, j)` for every pair i < j of pool positions that share a group."""
+    def of_groups(
+        cls,
+        groups: Sequence[str],
+        relation: Callable[[int, int], Relation | None],
+        together: Sequence[tuple[Hashable, Relation] | None] | None = None,
+    ) -> Consistency:
+        """The constraints of N claims by their groups.
+
+        relation(i, j): of every pair i < j of pool positions that share a group. together (length N): claims of a group
+        that have the same entry here constrain each other as one set, by the relation that the entry ends in; pairs
+        within such a set get no relation of their own.
+        """
+        together = together or [None] * len(groups)
         members: dict[str, list[int]] = defaultdict(list)
         for position, group in enumerate(groups):
             members[group].append(position)
         found = []
         for positions in members.values():
+            sets: dict[tuple[Hashable, Relation], list[int]] = defaultdict(list)
+            for position in positions:
+                if (entry := together[position]) is not None:
+                    sets[entry].append(position)
+            found += [Constraint(tuple(each), kind) for (_, kind), each in sets.items() if len(each) > 1]
             for first, second in combinations(positions, 2):
-                kind = relation(first, second)
-                if kind is not None:
-                    found.append(Constraint((first, second), kind))
+                if together[first] is not None and together[first] == together[second]:
+                    continue
+                if (pair := relation(first, second)) is not None:
+                    found.append(Constraint((first, second), pair))
         return cls(found)
 
     def counts_by_relation(self) -> dict[str, int]:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from src.icm.report import label_row
 from src.icm.speculation import Pace
 from src.icm.testbeds import BadInput, Claim, ConsistencyMode, Testbed, split_pools
 from src.pipeline.baselines import Prediction, check_precondition, predict, reference_labelings
+from src.pipeline.file_kinds import digest_of
 from src.pipeline.run_folder import RunFolder
 from src.pipeline.search import OnRecord, PoolScorer, search
 
@@ -35,6 +35,7 @@ class Pool:
     """What a run labels, known before any model is asked.
 
     rest: other claims of the file, labelled after the search. left_out: how many more there are that are not labelled.
+    bad_rows: of every row of the file that could not be used, why.
     """
 
     testbed: Testbed
@@ -43,6 +44,7 @@ class Pool:
     problem: Problem
     data_digest: str
     left_out: int = 0
+    bad_rows: tuple[str, ...] = ()
 
     @property
     def gold(self) -> list[bool | None]:
@@ -97,10 +99,12 @@ def prepare_batches(
 
     Pools have at most batch_size claims and share none; `rest` of each are the claims that are in no pool.
     """
-    batches = split_pools(claims, batch_size, count, generator(settings.seed, Stream.POOL))
+    if len(claims) < 2:
+        raise BadInput(f"{path}: holds one claim; a search needs others to show with each claim, so at least 2")
+    batches = split_pools(claims, batch_size, count, generator(settings.seed, Stream.POOL), testbed.grouped_by)
     drawn = {claim.row for batch in batches for claim in batch}
     rest = tuple(claim for claim in claims if claim.row not in drawn)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = digest_of(path)
     pools = []
     for batch in batches:
         problem = Problem(

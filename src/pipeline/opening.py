@@ -27,7 +27,8 @@ def opening(
 ) -> list[str]:
     """The lines about claims, constraints, engine and labels. Asks nothing.
 
-    tokens: the labelling's token_record. name: of the data. batch_size: what was asked for. pools: all of a data set's batches, where there are several.
+    tokens: the labelling's token_record. name: of the data. batch_size: what was asked for. pools: all of a data set's
+    batches, where there are several.
     """
     pools = pools or [labelling.pool]
     return [
@@ -83,12 +84,13 @@ def _claims(pools: Sequence[Pool], name: str, batch_size: int) -> str:
     # Of several batches each has the claims that are in none of them.
     outside = len(first.rest) + first.left_out
     batches = f" in {len(pools)} batches" if len(pools) > 1 else ""
-    if not outside:
-        more = "; the file has no more" if len(pools) == 1 and batch_size > searched else ""
-        told = f"all {searched} claims{batches}"
-        return f"{name}: {told}{f' (--batch_size {batch_size}{more})' if more else ''}"
-    later = "labelled afterwards from their labels" if len(pools) == 1 and first.rest else "left without a label"
-    return f"{name}: {searched} of {searched + outside} claims{batches}, the other {outside} {later}"
+    bad = len(first.bad_rows)
+    unusable = f"; {bad} row{'' if bad == 1 else 's'} left out that cannot be used" if bad else ""
+    if outside:
+        later = "labelled afterwards from their labels" if len(pools) == 1 and first.rest else "left without a label"
+        return f"{name}: {searched} of {searched + outside} claims{batches}, the other {outside} {later}{unusable}"
+    more = f" (--batch_size {batch_size}; the file has no more)" if len(pools) == 1 and batch_size > searched else ""
+    return f"{name}: all {searched} claims{batches}{more}{unusable}"
 
 
 def _groups(pools: Sequence[Pool]) -> str:
@@ -117,9 +119,8 @@ def _engine(labelling: Labelling) -> str:
 
 
 def _labels(record: Mapping[str, Any]) -> str:
-    labels = " and ".join(
-        repr(text) if token is None else f"{text!r} {token}" for text, token in record["labels"].items()
-    )
+    named = record["labels"].items()
+    labels = " and ".join(repr(text) if token is None else f"{text!r} {token}" for text, token in named)
     demonstration = record["demonstration"]
     if isinstance(demonstration, str):
         last_line = demonstration[: -len(record["separator"])].rpartition("\n")[2]
@@ -130,9 +131,8 @@ def _labels(record: Mapping[str, Any]) -> str:
 
 
 def _told(tokens: Sequence[tuple[int, str | None]]) -> str:
-    return (
-        " ".join(f"{token}" if text is None else f"{text!r} {token}" for token, text in tokens) or "no token of its own"
-    )
+    shown = " ".join(f"{token}" if text is None else f"{text!r} {token}" for token, text in tokens)
+    return shown or "no token of its own"
 
 
 def _cut(text: str) -> str:

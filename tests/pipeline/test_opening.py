@@ -64,12 +64,27 @@ async def test_groups_and_constraints_are_counted_by_kind(opened: Open, tmp_path
     )
 
 
-async def test_claims_that_nothing_binds_are_said_to_stand_alone(opened: Open, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ([], "groups  1 of 6 claims, made by the column question; constraints: none"),
+        (["--group_by", "none"], "groups  none, each of the 6 claims stands by itself; constraints: none"),
+    ],
+)
+async def test_what_made_the_groups_is_said_and_that_nothing_binds_them(
+    opened: Open, tmp_path: Path, flags: list[str], told: str
+) -> None:
     data = write(tmp_path / "own.jsonl", [{"question": "Which?", "choice": f"choice {n}"} for n in range(6)])
-    async with opened("--data", str(data)) as labelling:
-        told = opening(labelling, await labelling.token_record(), "own.jsonl", 256)
-    assert told[1].startswith("groups  none, each of the 6 claims stands by itself")
-    assert told[1].endswith("constraints: none")
+    async with opened("--data", str(data), *flags) as labelling:
+        assert opening(labelling, await labelling.token_record(), "own.jsonl", 256)[1] == told
+
+
+async def test_rows_that_were_left_out_are_counted(opened: Open, tmp_path: Path) -> None:
+    rows = [{"question": f"Which {n}?", "choice": None if n == 2 else f"choice {n}"} for n in range(6)]
+    data = write(tmp_path / "own.jsonl", rows)
+    async with opened("--data", str(data), "--skip_bad_rows", "--batch_size", "5") as labelling:
+        [line, *_] = opening(labelling, await labelling.token_record(), "own.jsonl", 5)
+    assert line == "data    own.jsonl: all 5 claims; 1 row left out that cannot be used"
 
 
 @pytest.mark.parametrize(
