@@ -151,13 +151,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _items(args: argparse.Namespace) -> list[Item]:
+    named = [name for name in ("file", "form", "question", "choices", "answer") if getattr(args, name) is not None]
     if args.made:
+        if named:
+            told = ", ".join(name if name == "file" else f"--{name}" for name in named)
+            raise BadInput(f"--made makes claims, and {told} would read some: leave one out")
         if not 1 <= args.count <= 1_000_000:
             raise BadInput(f"--count must be between 1 and 1,000,000, not {args.count}")
         rng = np.random.default_rng(args.seed)
         return [MADE[args.made](rng) for _ in range(args.count)]
     if args.file is None or (args.form is None) == (args.question is None or args.choices is None):
         raise BadInput("give a file with --form, or with --question and --choices; or --made without a file")
+    if args.form and len(named) > 2:
+        raise BadInput(f"--form knows the fields of its file: leave out --{named[2]}")
     form = FORMS[args.form] if args.form else own_form(args.question, args.choices, args.answer)
     items = []
     for row in read_rows(args.file):

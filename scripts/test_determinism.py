@@ -45,6 +45,7 @@ from core.vllm_server import ServerFailed, VLLMServer  # noqa: E402
 from src.icm.testbeds import BadInput  # noqa: E402
 from src.pipeline.determinism_material import Amount, material_for  # noqa: E402
 
+MAX_MODEL_LEN: Final = 4096
 QUICK: Final = (
     Amount(prompts=12, demonstrations=10, long_tokens=3000, long=2, short=16),
     Size(repeats=100, lists=(1, 2, 3, 8), generated=0, top=False),
@@ -293,7 +294,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--option", action="append", default=[], help="for --start: an argument for the server (repeat)"
     )
     parser.add_argument("--model", help="name under which it is served (default: the first one it serves)")
-    parser.add_argument("--max_model_len", type=int, default=4096, help="for --direct (default: 4096)")
+    parser.add_argument("--max_model_len", type=int, default=MAX_MODEL_LEN, help="for --direct (default: 4096)")
     parser.add_argument("--cpu", action="store_true", help="for --direct: with the local server's settings for a CPU")
     parser.add_argument(
         "--deterministic",
@@ -320,6 +321,17 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _of_direct(args: argparse.Namespace) -> str:
+    """The first flag that only an engine in this process heeds; "" where none was given."""
+    given = {
+        "--cpu": args.cpu,
+        "--block_size": args.block_size is not None,
+        "--max_model_len": args.max_model_len != MAX_MODEL_LEN,
+        "--no-deterministic": not args.deterministic,
+    }
+    return next((flag for flag, there in given.items() if there), "")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
@@ -335,6 +347,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if args.option and args.start is None:
         print("error: --option is for --start", file=sys.stderr)
+        return 2
+    if (flag := _of_direct(args)) and args.direct is None:
+        instead = f"; for --start give --option={flag}" if args.start and flag == "--no-deterministic" else ""
+        print(f"error: {flag} is for --direct{instead}", file=sys.stderr)
+        return 2
+    if args.model is not None and args.direct is not None:
+        print("error: --model names what a server serves; --direct says it itself", file=sys.stderr)
         return 2
     only_json = args.json is not None and str(args.json) == "-"
     report = Report(quiet=only_json)

@@ -36,10 +36,16 @@ from core.llm_api.vllm_group import ALIKE_HINT, difference  # noqa: E402
 from core.llm_api.vllm_llm import VLLMClient  # noqa: E402
 from core.settings import Settings  # noqa: E402
 from core.vllm_log import StartFailure, start_failure  # noqa: E402
+from src.pipeline.tree_saving import Saving, tree_saving  # noqa: E402
 
 START: Final = "scripts/launch_vllm_server.sh {8B|70B|405B|local} starts one"
 NO_LOGPROBS: Final = (
     "start the server with --max-logprobs 20 (vLLM's default), and without a proxy that takes logprobs out of answers"
+)
+CACHING_OFF: Final = "start the server with --enable-prefix-caching and --block-size 16"
+BRANCHES_LOST: Final = (
+    "a prompt is found again, and a part of one is not: start the server with --disable-hybrid-kv-cache-manager, as "
+    "scripts/launch_vllm_server.sh does where a model mixes windows with full attention (Gemma 3)"
 )
 LOG_TAIL: Final = 100_000
 """Bytes of a log's end that are searched for a reason."""
@@ -235,9 +241,23 @@ async def _ask(client: VLLMClient, model: str, report: Callable[[Check], None]) 
     trees = "as trees of segments" + ("" if client.fast_prefixes else twice)
     report(Check("pools travel", True, trees if client.takes_trees else plain))
     passed = ok
-    ok, found = await _prefix_cached(client, labels, identity.max_model_len)
-    report(Check("prefix caching", ok, found, "start the server with --enable-prefix-caching and --block-size 16"))
-    return 0 if passed and ok else 1, identity
+    cached, found = await _prefix_cached(client, labels, identity.max_model_len)
+    report(Check("prefix caching", cached, found, CACHING_OFF))
+    saving = await tree_saving(client, labels, WORDS, time.time_ns())
+    if saving is not None:  # else the check before has said what is missing
+        report(_tree_saves(saving, cached))
+    return 0 if passed and cached and (saving is None or saving.enough) else 1, identity
+
+
+def _tree_saves(saving: Saving, cached: bool) -> Check:
+    """What the server saves of a cold pool. cached: whether it finds a prompt again that it was asked before."""
+    block = f"blocks of {saving.block}" if saving.block else "a size of blocks that it does not tell"
+    found = (
+        f"the tree saves {saving.saved:,} of {saving.asked:,} prompt tokens (possible: {saving.possible:,}, {block})"
+    )
+    if saving.in_large_blocks:
+        found += f"; only whole blocks are saved, {saving.at_best:,} in blocks of 16: larger pools save a larger share"
+    return Check("tree saves", saving.enough, found, BRANCHES_LOST if cached else CACHING_OFF)
 
 
 async def _served(url: str, settings: Settings, options: HttpOptions, waiting: Waiting) -> list[str] | APIError:

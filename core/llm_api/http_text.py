@@ -1,11 +1,13 @@
 """Text from an OpenAI-compatible server: /completions, /chat/completions, /embeddings and /models, whole or streamed.
 
 Both HTTP engines hold one of these beside their scoring; connections, keys, slots and retries are the transport's. A
-stream is asked for again only until its headers have come: after that its text may already have been shown.
+stream is asked for again only until its headers have come: after that its text may already have been shown. Silence
+ends it as it ends any other answer, and comments that only keep the connection open count as silence.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, Final
@@ -80,7 +82,7 @@ class HttpText:
         try:
             async with (
                 self._http.stream(path, body, request_id=request.request_id, admitted=admitted, retry=retry) as chunks,
-                aclosing(_pieces(chunks)) as pieces,
+                aclosing(_pieces(chunks, self._http.read_timeout)) as pieces,
             ):
                 async for piece in pieces:
                     _settle(reservations[-1], piece)
@@ -167,11 +169,14 @@ def _settle(reservation: Reservation, counted: Generation | Piece) -> None:
         reservation.settle(counted.prompt_tokens + counted.completion_tokens)
 
 
-async def _pieces(chunks: AsyncGenerator[bytes, None]) -> AsyncGenerator[Piece, None]:
+async def _pieces(chunks: AsyncGenerator[bytes, None], silence: float) -> AsyncGenerator[Piece, None]:
     """The pieces of a stream of chunks; the last one only after [DONE], with the counts that came before that.
 
-    Raises TransientError where the stream ends early or says what cannot be read, and what its error event says.
+    silence: seconds of chunks without an event. Raises TransientError after them, where the stream ends early or says
+    what cannot be read, and what its error event says.
     """
+    loop = asyncio.get_running_loop()
+    heard = loop.time()
     parser = SSEParser()
     finish_reason: str | None = None
     counts = (0, 0)
@@ -192,6 +197,12 @@ async def _pieces(chunks: AsyncGenerator[bytes, None]) -> AsyncGenerator[Piece, 
                 counts = (piece.prompt_tokens, piece.completion_tokens)
             if piece.text:
                 yield Piece(piece.text)
+        if events:
+            heard = loop.time()
+        elif loop.time() - heard >= silence:
+            raise TransientError(
+                f"the stream held no event for {silence:g} s.", hint="Raise read_timeout if the model is slow."
+            )
     raise TransientError("the stream broke off before its end.")
 
 

@@ -142,6 +142,11 @@ class HttpTransport:
     def __repr__(self) -> str:
         return f"HttpTransport({self.base_url!r})"
 
+    @property
+    def read_timeout(self) -> float:
+        """Seconds that a live server may keep silent within an answer."""
+        return self._options.read_timeout
+
     async def call(self, attempt: Callable[[], Awaitable[T]], *, retry: RetryPolicy | None = None) -> tuple[T, int]:
         """Run `attempt` in a slot, with retries: (result, retries). The slot is free while waiting to retry.
 
@@ -181,31 +186,13 @@ class HttpTransport:
         request_id: sent as X-Request-Id, by which servers name the request in their log.
         """
         url = self.base_url + path
-        # aiohttp's own timeouts come first; this one is the end of a wait that they lose sight of.
-        patience = asyncio.timeout(self._options.connect_timeout + 2 * self._options.read_timeout)
-        try:
-            async with patience:
-                with self._watched(patience):
-                    async with await self._request(method, url, body, request_id) as response:
-                        self.contacted = True
-                        self._hear()
-                        patience.reschedule(None)
-                        content = await _read(response, self._options.read_timeout)
-                        self._hear()
-                        status, answered = response.status, response.headers
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            self.era += 1
-            if patience in self._silenced:
-                raise self._given_up() from None
-            raise self._connection_error(error, url) from None
+        async with self._wait(url) as patience, await self._request(method, url, body, request_id) as response:
+            content = await self._content(response, patience)
         if content is None:
-            self.era += 1
-            raise TransientError(f"the answer of {url} is longer than {MAX_ANSWER / 2**20:.0f} MiB.")
-        if 200 <= status < 300:
+            raise self._too_long(url)
+        if 200 <= response.status < 300:
             return content
-        if status >= 500:  # what a server says that goes down or comes up, or what stands before it
-            self.era += 1
-        raise self._status_error(status, content, answered, url)
+        raise self._status_error(response.status, content, response.headers, url)
 
     @asynccontextmanager
     async def stream(
@@ -219,6 +206,7 @@ class HttpTransport:
     ) -> AsyncIterator[AsyncGenerator[bytes, None]]:
         """Chunks of a 2xx answer as they come. Retried until its headers are there; holds a slot until it is left.
 
+        A server that falls silent is given up as in `send`; time that the caller takes over a chunk does not count.
         Leaving before the end closes the connection, by which the server knows to stop. admitted: entered around
         each attempt. retry: in place of the options' policy. Raises a typed APIError for everything that goes wrong.
         """
@@ -251,23 +239,54 @@ class HttpTransport:
             self._free_slot(began, outcome)
 
     async def _opened(self, url: str, body: bytes, request_id: str) -> aiohttp.ClientResponse:
-        try:
+        async with self._wait(url) as patience:
             response = await self._request("POST", url, body, request_id)
             self.contacted = True
             if 200 <= response.status < 300:
                 return response
             async with response:
-                content = await response.read()
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise self._connection_error(error, url) from None
+                content = await self._content(response, patience)
+        if content is None:
+            raise self._too_long(url)
         raise self._status_error(response.status, content, response.headers, url)
 
     async def _chunks(self, response: aiohttp.ClientResponse, url: str) -> AsyncGenerator[bytes, None]:
+        size = 0
+        while True:
+            async with self._wait(url) as patience:
+                patience.reschedule(None)
+                chunk = await _chunk(response, self._options.read_timeout)
+                self._hear()
+            if not chunk:
+                return
+            size += len(chunk)
+            if size > MAX_ANSWER:
+                raise self._too_long(url)
+            yield chunk
+
+    @asynccontextmanager
+    async def _wait(self, url: str) -> AsyncIterator[asyncio.Timeout]:
+        """Around a wait for the server. It ends where the server is given up; what breaks becomes a typed APIError."""
+        # aiohttp's own timeouts come first; this one is the end of a wait that they lose sight of.
+        patience = asyncio.timeout(self._options.connect_timeout + 2 * self._options.read_timeout)
         try:
-            async for chunk in response.content.iter_any():
-                yield chunk
+            async with patience:
+                with self._watched(patience):
+                    yield patience
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            self.era += 1
+            if patience in self._silenced:
+                raise self._given_up() from None
             raise self._connection_error(error, url) from None
+
+    async def _content(self, response: aiohttp.ClientResponse, patience: asyncio.Timeout) -> bytes | None:
+        """The whole body; None where it is longer than MAX_ANSWER."""
+        self.contacted = True
+        self._hear()
+        patience.reschedule(None)
+        content = await _read(response, self._options.read_timeout)
+        self._hear()
+        return content
 
     async def _request(
         self, method: str, url: str, body: bytes | Pieces | None, request_id: str
@@ -373,6 +392,10 @@ class HttpTransport:
             hint="Raise liveness_timeout if it is only busy.",
         )
 
+    def _too_long(self, url: str) -> APIError:
+        self.era += 1
+        return TransientError(f"the answer of {url} is longer than {MAX_ANSWER / 2**20:.0f} MiB.")
+
     def _connection_error(self, error: Exception, url: str) -> APIError:
         name = type(error).__name__
         match error:
@@ -389,6 +412,8 @@ class HttpTransport:
                 return TransientError(f"the connection to {url} broke ({name}).")
 
     def _status_error(self, status: int, content: bytes, headers: Mapping[str, str], url: str) -> APIError:
+        if status >= 500:  # what a server says that goes down or comes up, or what stands before it
+            self.era += 1
         said = self._redact(server_message(content))
         message = f"HTTP {status} from {url}" + (f": {said}" if said else "")
         # A date is one of the server's clock, which need not be ours.
@@ -439,29 +464,34 @@ def server_message(content: bytes) -> str:
 
 
 async def _read(response: aiohttp.ClientResponse, silence: float) -> bytes | None:
-    """The whole body; None where it is longer than MAX_ANSWER. silence: seconds without a byte.
-
-    Looks by itself whether the connection still stands: where it breaks off after a malformed chunk, aiohttp (3.14)
-    leaves its reader waiting for ever.
-    """
+    """The whole body; None where it is longer than MAX_ANSWER. silence: seconds without a byte."""
     content = bytearray()
-    loop = asyncio.get_running_loop()
-    heard = loop.time()
-    while not response.content.at_eof():
-        look = asyncio.timeout(min(LOOK, silence))
-        try:
-            async with look:
-                content += await response.content.readany()
-            heard = loop.time()
-        except TimeoutError:
-            if not look.expired() or loop.time() - heard >= silence:
-                raise
-            if response.connection is None or response.connection.transport is None:
-                raise aiohttp.ClientPayloadError from None
+    while chunk := await _chunk(response, silence):
+        content += chunk
         if len(content) > MAX_ANSWER:
             response.close()
             return None
     return bytes(content)
+
+
+async def _chunk(response: aiohttp.ClientResponse, silence: float) -> bytes:
+    """What has come of the body, at least a byte; b"" at its end. silence: seconds without one.
+
+    Looks by itself whether the connection still stands: where it breaks off after a malformed chunk, aiohttp (3.14)
+    leaves its reader waiting for ever.
+    """
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    while True:
+        look = asyncio.timeout(min(LOOK, silence))
+        try:
+            async with look:
+                return await response.content.readany()
+        except TimeoutError:
+            if not look.expired() or loop.time() - began >= silence:
+                raise
+            if response.connection is None or response.connection.transport is None:
+                raise aiohttp.ClientPayloadError from None
 
 
 def _date(value: str | None) -> datetime | None:

@@ -14,6 +14,7 @@ import logging
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script, from any folder, without an installed package
@@ -21,6 +22,7 @@ if __package__ in (None, ""):  # run as a script, from any folder, without an in
 
 from core.settings import REPO_ROOT
 from src.experiments.arguments import HelpFormatter, Parser, add_search_arguments, at_least, lookahead_of
+from src.experiments.contradictions import refuse
 from src.experiments.parts import PLANNED_AT_ONCE, run_parts
 from src.experiments.resumable import run_resumable
 from src.experiments.single_run import (
@@ -42,7 +44,7 @@ from src.pipeline.labelling import Labelling
 from src.pipeline.run_folder import RunFolder
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The search's flags, and those of one run."""
     parser = Parser(
         prog="ICM.py",
@@ -122,20 +124,21 @@ def _batches(text: str) -> int | None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 1 the model failed (resumable), 2 bad input or no usable server, 130 interrupted."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
-    args = build_parser().parse_args(arguments)
+    parser = build_parser()
+    args = parser.parse_args(arguments)
     program = ["icm", "label"] if sys.argv[0] == "icm label" else [sys.executable, sys.argv[0]]
     resume = shlex.join([*program, *(sys.argv[1:] if arguments is None else arguments)])
-    return run_resumable(_run(args), resume)
+    return run_resumable(_run(args, parser.contradiction), resume)
 
 
-async def _run(args: argparse.Namespace) -> int:
+async def _run(args: argparse.Namespace, contradiction: str | None) -> int:
     if args.num_batches != 1 or args.passes != 1:
-        return await run_parts(args)
+        return await run_parts(args, contradiction)
     pool = pool_of(args)
     settings = settings_of(args, pool)
     same = as_begun(args, settings, lambda known: RunFolder(args.runs_dir / run_name(args, known)).read_run())
     if same is not args:
-        return await _run(same)
+        return await _run(same, contradiction)
     folder = RunFolder(args.runs_dir / run_name(args, settings))
     known = folder.read_run()
     if known is not None:
@@ -145,11 +148,13 @@ async def _run(args: argparse.Namespace) -> int:
             say_shown_again(known)
             print_summary(folder, known)
             return 0
+    else:
+        refuse(contradiction)
     if args.is_complete:
         return 1
     warn_of_leaks(args, pool)
     api = model_api_of(args)
-    with folder:
+    with nullcontext() if args.check else folder:
         async with api:
             labelling = await Labelling.open(pool, api)
             await tell_opening(args, labelling, settings["testbed"], None if args.check else folder)

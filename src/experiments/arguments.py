@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn, get_args
 
 from core.settings import REPO_ROOT
+from src.experiments.contradictions import contradicted, told
 from src.icm.annealing import LayoutName, Scheduler, SearchSettings, Stop
 from src.icm.objective import Calibration
 from src.icm.testbeds import TESTBEDS, ConsistencyMode, GroupedBy
@@ -178,10 +179,30 @@ def add_reading_arguments(data: Arguments) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """Complains in one line, like every other bad input."""
+    """Complains in one line, like every other bad input, also of flags that contradict each other.
+
+    contradiction: of two settings of the search among the arguments last parsed; None where there is none. A run that
+    begins is refused for it. One that an earlier version began so goes on, and needs the same flags.
+    """
+
+    contradiction: str | None = None
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} (see --help)\n")
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: None = None
+    ) -> argparse.Namespace:
+        """As argparse does. Raises SystemExit where two flags that were given contradict each other."""
+        parsed = super().parse_args(args, namespace)
+        absent = object()
+        seen = super().parse_args(args, argparse.Namespace(**{action.dest: absent for action in self._actions}))
+        broken = contradicted(parsed, {name for name, value in vars(seen).items() if value is not absent})
+        for rule in broken:
+            if not rule.of_the_search:
+                self.error(told(rule, parsed))
+        self.contradiction = next((told(rule, parsed) for rule in broken), None)
+        return parsed
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):

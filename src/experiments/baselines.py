@@ -28,6 +28,7 @@ from core.llm_api.llm import ModelAPI
 from core.settings import REPO_ROOT
 from src.experiments.arguments import HelpFormatter, Parser, add_search_arguments, at_least, lookahead_of
 from src.experiments.baseline_table import TableFolder, row_documents, table_text
+from src.experiments.contradictions import refuse
 from src.experiments.resumable import run_resumable
 from src.experiments.single_run import (
     as_begun,
@@ -64,7 +65,7 @@ HELD_OUT_SEED: Final = 0
 """Held-out claims are drawn by this, whatever seed draws the pool: every seed is tested on the same ones."""
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The search's flags, and those of the comparison."""
     parser = Parser(
         prog="icm baselines",
@@ -113,18 +114,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 1 the model failed (resumable), 2 bad input or no usable server, 130 interrupted."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     given = list(sys.argv[1:] if arguments is None else arguments)
-    args = build_parser().parse_args(given)
+    parser = build_parser()
+    args = parser.parse_args(given)
     resume = shlex.join(["icm", "baselines", *given])
-    return run_resumable(_run(args), resume)
+    return run_resumable(_run(args, parser.contradiction), resume)
 
 
-async def _run(args: argparse.Namespace) -> int:
+async def _run(args: argparse.Namespace, contradiction: str | None) -> int:
     rows = _rows(args)
     test, shared = _held_out(args)
     settings = _settings(args, test)
     same = as_begun(args, settings, lambda known: TableFolder(args.runs_dir / _name(args, known)).read_table())
     if same is not args:
-        return await _run(same)
+        return await _run(same, contradiction)
     folder = TableFolder(args.runs_dir / _name(args, settings))
     lock = RunFolder(folder.path)
     known = folder.read_table()
@@ -138,6 +140,7 @@ async def _run(args: argparse.Namespace) -> int:
             print(f"  table  {folder.table_path}")
             return 0
     else:
+        refuse(contradiction)
         seeds = sorted(set(args.seeds))
     with lock:
         async with model_api_of(args) as api:

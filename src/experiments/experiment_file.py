@@ -17,6 +17,7 @@ from typing import Any, Final, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from src.experiments.arguments import Parser
 from src.experiments.commands import COMMANDS
 from src.icm.testbeds import BadInput
 
@@ -84,9 +85,9 @@ def load_experiment(path: Path) -> Loaded:
     return Loaded(experiment, _arguments(path, parser, experiment.settings))
 
 
-def parser_of(command: Command) -> argparse.ArgumentParser:
+def parser_of(command: Command) -> Parser:
     """The parser of `icm COMMAND`."""
-    parser: argparse.ArgumentParser = import_module(COMMANDS[command][0]).build_parser()
+    parser: Parser = import_module(COMMANDS[command][0]).build_parser()
     return parser
 
 

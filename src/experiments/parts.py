@@ -17,6 +17,7 @@ from typing import Any, Final
 import orjson
 
 from core.llm_api.llm import ModelAPI
+from src.experiments.contradictions import refuse
 from src.experiments.single_run import (
     COSTS,
     as_begun,
@@ -55,8 +56,11 @@ class Part:
     pool: Pool
 
 
-async def run_parts(args: argparse.Namespace) -> int:
-    """Label every part, put their labels together, print the summary. Returns the exit code."""
+async def run_parts(args: argparse.Namespace, contradiction: str | None) -> int:
+    """Label every part, put their labels together, print the summary. Returns the exit code.
+
+    contradiction: see Parser.
+    """
     parts = _parts(args)
     settings = settings_of(args, parts[0].pool) | {
         "num_batches": len({part.batch for part in parts}),
@@ -64,7 +68,7 @@ async def run_parts(args: argparse.Namespace) -> int:
     }
     same = as_begun(args, settings, lambda known: RunFolder(args.runs_dir / run_name(args, known)).read_run())
     if same is not args:
-        return await run_parts(same)
+        return await run_parts(same, contradiction)
     folder = RunFolder(args.runs_dir / run_name(args, settings))
     known = folder.read_run()
     if known is not None:
@@ -74,6 +78,8 @@ async def run_parts(args: argparse.Namespace) -> int:
             say_shown_again(known)
             print_summary(folder, known)
             return 0
+    else:
+        refuse(contradiction)
     if args.is_complete:
         return 1
     warn_of_leaks(args, parts[0].pool)

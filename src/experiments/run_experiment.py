@@ -56,7 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if options.check_only:
         for each in loaded:
-            parser_of(each.experiment.command).parse_args(each.arguments)
+            parser = parser_of(each.experiment.command)
+            parser.parse_args(each.arguments)
+            if parser.contradiction:
+                parser.error(parser.contradiction)
             print(shlex.join(["icm", each.experiment.command, *each.arguments]))
         return 0
     if len(loaded) > 1:

@@ -134,8 +134,6 @@ def pools_of(args: argparse.Namespace, count: int | None, held_out: Collection[i
     """The same for `count` pools that share no claim; None: for as many as hold all claims."""
     if args.initial_T <= 0 or args.final_T <= 0 or args.decay <= 0:
         raise BadInput("--initial_T, --final_T and --decay must be above 0")
-    if args.prior is not None and args.calibrate == "none":
-        raise BadInput(f"--prior {args.prior:g} is what --calibrate mean calibrates to: add that, or leave --prior out")
     testbed, claims, path, bad = _load(args)
     claims = [claim for claim in claims if claim.row not in held_out]
     search = SearchSettings(**{field.name: getattr(args, field.name) for field in fields(SearchSettings)})

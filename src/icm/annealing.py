@@ -181,6 +181,7 @@ class Outcome:
     labels, evaluation: the accepted labeling and its worth; None where nothing changed.
     proposed_utility: U of the best labeling tried, None where the predicted label was the current one.
     excess: tokens that trying them cost on account of the tail (see `excess`).
+    pieced_together: whether log-odds of the evaluation are those of an earlier one (see `local_evaluation`).
     """
 
     claim: int
@@ -193,6 +194,7 @@ class Outcome:
     labels: Labels | None = None
     evaluation: Evaluation | None = None
     excess: int = 0
+    pieced_together: bool = False
 
     @property
     def accepted(self) -> bool:
@@ -339,7 +341,7 @@ def advance(problem: Problem, state: SearchState, outcome: Outcome) -> SearchSta
         unchanged=0,
         refused=frozenset(),
         debt=state.debt + outcome.excess,
-        stale=0 if outcome.tried else state.stale + 1,
+        stale=state.stale + 1 if outcome.pieced_together else 0,
     )
 
 

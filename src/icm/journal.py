@@ -15,6 +15,7 @@ from src.icm.annealing import (
     Problem,
     SearchState,
     advance,
+    decides_by_itself,
     flipped,
     mirror,
     mirrored_labels,
@@ -134,6 +135,7 @@ def _apply(problem: Problem, state: SearchState | None, record: Mapping[str, Any
     if record["iteration"] != state.iteration or claim not in proposals(problem, state):
         raise JournalMismatch(f"iteration {record['iteration']} proposes claim {claim}; this search would not")
     labels = flipped(state.labels, _claims(record["changes"])) if record["accepted"] else None
+    start = flipped(state.labels, {claim: bool(record["predicted"])})
     outcome = Outcome(
         claim=claim,
         log_odds=record["log_odds"],
@@ -145,6 +147,7 @@ def _apply(problem: Problem, state: SearchState | None, record: Mapping[str, Any
         probability=record["probability"],
         labels=labels,
         evaluation=None if labels is None else _evaluation(problem, labels, record),
+        pieced_together=labels is not None and decides_by_itself(problem, state, claim, start),
     )
     return advance(problem, state, outcome)
 

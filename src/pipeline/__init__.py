@@ -1,1 +1,1 @@
-"""Steps around a model: load, transform, query, evaluate; and ICM's own steps built from them."""
+"""Steps around a model: pools from data files, searches, baselines, and the files of a run."""

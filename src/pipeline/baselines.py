@@ -1,6 +1,6 @@
 """Labelings to hold ICM against: zero-shot, many-shot with given labels, and the objective's precondition.
 
-Each is a pipeline of its own; all share the pool's tokenized segments.
+All share the pool's tokenized segments.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from core.llm_api.llm import ModelAPI
-from core.llm_api.types import LabelTokens, PoolScores, Prompt
+from core.llm_api.types import LabelTokens
 from src.icm.annealing import Candidate, Problem, mirrored_labels
 from src.icm.consistency import Label, Labels
 from src.icm.objective import Evaluation, accuracy, auc, calibration_offset
 from src.icm.prompts import PromptBook
-from src.pipeline.pipeline import Pipeline
 from src.pipeline.search import PoolScorer
 
 
@@ -62,25 +61,16 @@ async def predict(
     *,
     demonstrations: Sequence[int] = (),
     labels: Sequence[Label] = (),
-    name: str = "zero-shot",
 ) -> Prediction:
     """Predict `claims` after the same demonstrations for all of them (none: zero-shot).
 
     demonstrations: book positions, in the order they stand in the prompt. labels: by book position.
     """
 
-    def prompts(asked: Sequence[int]) -> Sequence[Prompt]:
-        # All share the same prefix: every server computes it once and takes its part of the questions.
-        return [book.prompt(claim, demonstrations, labels, at / len(asked)) for at, claim in enumerate(asked)]
-
-    def prediction(asked: Sequence[int], scores: PoolScores) -> Prediction:
-        return Prediction(dict(zip(asked, scores.log_odds, strict=True)))
-
-    pipeline = Pipeline(name, api)
-    asked = pipeline.load("claims", lambda: claims)
-    scores = pipeline.query("log-odds", pipeline.transform("prompts", prompts, asked), tokens)
-    result = pipeline.evaluate("labels", prediction, asked, scores)
-    return (await pipeline.run())[result]
+    # All share the same prefix: every server computes it once and takes its part of the questions.
+    prompts = [book.prompt(claim, demonstrations, labels, at / len(claims)) for at, claim in enumerate(claims)]
+    scores = await api.score(prompts, tokens)
+    return Prediction(dict(zip(claims, scores.log_odds, strict=True)))
 
 
 def reference_labelings(gold: Sequence[Label], rng: np.random.Generator) -> dict[str, Labels]:

@@ -202,7 +202,6 @@ class Comparison:
             self._asked,
             demonstrations=self._layout.demonstrations,
             labels=labels,
-            name="held-out claims",
         )
         return replace(predicted, offset=evaluation.offset), evaluation.utility
 

@@ -231,7 +231,6 @@ class Labelling:
             range(size, size + len(self.pool.rest)),
             demonstrations=state.layout.demonstrations,
             labels=state.labels,
-            name="label the rest",
         )
         return replace(predicted, offset=state.evaluation.offset)
 

@@ -1,7 +1,6 @@
 """ICM's search against a real model: asks what `annealing` proposes, journals every iteration, resumes.
 
-A pool evaluation is a pipeline of four steps (labelings -> prompts -> log-odds -> utility), all labelings of one
-repair round in one batch.
+All labelings of one repair round are asked in one batch.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from core.llm_api.llm import ModelAPI
 from core.llm_api.types import LabelTokens, PoolScores, PrefixCacheCounters, Prompt
@@ -50,10 +50,17 @@ from src.icm.prompts import PromptBook
 from src.icm.speculation import Pace
 from src.icm.testbeds import BadInput
 from src.pipeline.lookahead import Lookahead
-from src.pipeline.pipeline import Pipeline, Scores
 from src.pipeline.run_folder import RunFolder
 
 OnRecord = Callable[[SearchState, Record], None]
+
+
+class Scores(Protocol):
+    """What a pool is asked of: a ModelAPI, or what stands in front of one."""
+
+    async def score(self, prompts: Sequence[Prompt], labels: LabelTokens) -> PoolScores:
+        """See ModelAPI.score."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -81,18 +88,8 @@ class PoolScorer:
 
     async def evaluate(self, candidates: Sequence[Candidate]) -> list[Evaluation]:
         """The worth of every labeling, all asked in one batch."""
-        pipeline = Pipeline("pool evaluation", self.api)
-        labelings = pipeline.load("labelings", lambda: candidates)
-        prompts = pipeline.transform("prompts", self._prompts, labelings)
-        scores = pipeline.query("log-odds", prompts, self.labels)
-        worth = pipeline.evaluate("utility", self._evaluations, labelings, scores)
-        return (await pipeline.run())[worth]
-
-    def _prompts(self, candidates: Sequence[Candidate]) -> Sequence[Prompt]:
-        return [self.prompt(claim, candidate) for candidate in candidates for claim in candidate.layout.questions]
-
-    def _evaluations(self, candidates: Sequence[Candidate], scores: PoolScores) -> list[Evaluation]:
-        answers = iter(scores.log_odds)
+        prompts = [self.prompt(claim, candidate) for candidate in candidates for claim in candidate.layout.questions]
+        answers = iter((await self.api.score(prompts, self.labels)).log_odds)
         return [
             self.problem.objective.evaluate(
                 candidate.labels,
@@ -236,7 +233,8 @@ async def _step(scorer: PoolScorer, ahead: Lookahead, state: SearchState) -> Out
         return await scorer.evaluate(batch)
 
     tried: list[Labels] = []
-    if decides_by_itself(problem, state, claim, start.labels):
+    alone = decides_by_itself(problem, state, claim, start.labels)
+    if alone:
         best, evaluation = start, local_evaluation(problem, state, start.labels, {claim: log_odds})
     elif state.stale:
         return None
@@ -256,6 +254,7 @@ async def _step(scorer: PoolScorer, ahead: Lookahead, state: SearchState) -> Out
         probability=probability,
         labels=best.labels if changed else None,
         evaluation=evaluation if changed else None,
+        pieced_together=changed and alone,
     )
 
 

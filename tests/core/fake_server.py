@@ -77,6 +77,8 @@ class FakeVLLM:
         *,
         model: str = "fake-8b",
         log_odds: Callable[[Sequence[int]], float] = hashed_log_odds,
+        block: int = BLOCK,  # tokens of a block of its cache
+        keeps: str = "all",  # of a prompt's blocks; nothing; window: its last four, as some caches of window layers do
         api_key: str | None = None,
         max_model_len: int = 8192,
         max_logprobs: int = 20,
@@ -96,7 +98,7 @@ class FakeVLLM:
         self.chat_template = chat_template
         self.model, self.root, self.salt = model, root, salt
         self.version = "0.26.0+fake"
-        self.log_odds = log_odds
+        self.log_odds, self.block, self.keeps = log_odds, block, keeps
         self.api_key = api_key
         self.max_model_len, self.max_logprobs = max_model_len, max_logprobs
         self.exact_labels, self.metrics, self.logprobs = exact_labels, metrics, logprobs
@@ -114,6 +116,7 @@ class FakeVLLM:
         self.detokenizes = detokenizes
         self._known = {BOS: "<bos>"}  # every token that was made here
         self._blocks: set[int] = set()
+        self._in_window: set[int] = set()
         self._runner: web.AppRunner | None = None
         self.port = 0
 
@@ -181,7 +184,7 @@ class FakeVLLM:
             for engine, share in ((0, total // 3), (1, total - total // 3)):
                 lines += [f'vllm:prefix_cache_{name}_total{{engine="{engine}",model_name="{self.model}"}} {share:.1f}']
             lines += [f'vllm:prefix_cache_{name}_created{{engine="0"}} 1.79e+09']
-        config = 'block_size="16",cache_dtype="auto",num_gpu_blocks="4096",sliding_window="None"'
+        config = f'block_size="{self.block}",cache_dtype="auto",num_gpu_blocks="4096",sliding_window="None"'
         lines += [f'vllm:cache_config_info{{{config},engine="0"}} 1.0', f"vllm:cache_config_info{{{config}}} 1.0"]
         return web.Response(text="\n".join(lines))
 
@@ -318,13 +321,19 @@ class FakeVLLM:
         return {"tokens": ["?"], "token_logprobs": [ranked[0][1]], "top_logprobs": [top], "text_offset": [0]}
 
     def _count_blocks(self, tokens: list[int], salt: str) -> None:
-        """Whole blocks of 16 tokens are found if the whole prefix up to their end was seen; never the last token."""
+        """Whole blocks are found if the whole prefix up to their end was seen; never the last token."""
+        if self.keeps == "nothing":
+            return
         prefix, hits, unbroken = hash(salt), 0, True
-        for start in range(0, len(tokens) - BLOCK + 1, BLOCK):
-            prefix = hash((prefix, *tokens[start : start + BLOCK]))
-            unbroken = unbroken and prefix in self._blocks and start + BLOCK < len(tokens)
-            hits += BLOCK if unbroken else 0
-            self._blocks.add(prefix)
+        seen = []
+        for start in range(0, len(tokens) - self.block + 1, self.block):
+            prefix = hash((prefix, *tokens[start : start + self.block]))
+            unbroken = unbroken and prefix in self._blocks and start + self.block < len(tokens)
+            seen.append(prefix)
+            if unbroken and (self.keeps == "all" or self._in_window.issuperset(seen[-4:])):
+                hits = start + self.block
+        self._blocks.update(seen)
+        self._in_window.update(seen[-4:])
         self.queries += len(tokens)
         self.hits += hits
 

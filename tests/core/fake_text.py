@@ -22,11 +22,13 @@ from tests.core.fake_server import FakeVLLM, encode
 
 @dataclass
 class Manner:
-    """How streams are written. Each of the last five breaks them.
+    """How streams are written. Each of the last eight breaks them.
 
     delay: seconds before each token; cut: turns the bytes of an event into those that are written at a time; line_end;
     comments: one before each event. silent_after, broken_after, error_after: tokens until it stops without a word,
-    drops the connection, or sends an error event; done and finish: whether [DONE] and a finish reason are sent.
+    drops the connection, or sends an error event; stalls_after, comments_after, gone_after: until nothing comes on a
+    connection that stands, comments alone, or nothing on any connection. done and finish: whether [DONE] and a finish
+    reason are sent.
     """
 
     delay: float = 0.0
@@ -36,6 +38,9 @@ class Manner:
     silent_after: int | None = None
     broken_after: int | None = None
     error_after: int | None = None
+    stalls_after: int | None = None
+    comments_after: int | None = None
+    gone_after: int | None = None
     done: bool = True
     finish: bool = True
 
@@ -55,7 +60,15 @@ class FakeTextServer(FakeVLLM):
         self.template, self.embeds = template, embeds
         self.manner = manner or Manner()
         self.streaming = self.max_streaming = self.left = 0
+        self.gone = False  # answers nothing more, /health included; its connections stand
         self.request_ids: list[str | None] = []
+
+    @web.middleware
+    async def _middleware(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        if self.gone:
+            self.requests.append(request.path)
+            await asyncio.Event().wait()
+        return await super()._middleware(request, handler)
 
     def more_routes(self, app: web.Application) -> None:
         app.router.add_post("/v1/chat/completions", self._chat)
@@ -138,6 +151,12 @@ class FakeTextServer(FakeVLLM):
                 return None
             if index == manner.error_after:
                 return await event(json.dumps({"error": {"message": "the engine died", "code": 500}}))
+            if index in (manner.stalls_after, manner.gone_after):
+                self.gone = index == manner.gone_after
+                await asyncio.Event().wait()
+            while index == manner.comments_after:
+                await response.write(b": still here\n\n")
+                await asyncio.sleep(0.05)
             text = written(prompt, index)
             last = manner.finish and index == body["max_tokens"] - 1
             choice: dict[str, Any] = {"index": 0, "finish_reason": "length" if last else None}

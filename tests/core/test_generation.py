@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from pydantic import SecretStr
 
+from core.llm_api import transport
 from core.llm_api.errors import (
     ConfigurationError,
     RateLimited,
@@ -189,6 +190,104 @@ async def test_a_stream_that_breaks_ends_in_one_error(
     assert len(events) == tokens + 3, "what came before the failure stands"
     with pytest.raises(TransientError, match=told):
         await collect(api.stream_chat(QUESTION, SHORT))
+
+
+SILENT = RetryPolicy(max_attempts=2, deadline=60, base=0.01)
+
+
+async def silenced(server: FakeTextServer, **limits: float) -> tuple[int, Exception]:
+    """Tokens and the error of a stream from a server that falls silent."""
+    options = HttpOptions(retry=SILENT, **limits)  # type: ignore[arg-type]
+    async with asyncio.timeout(60), ModelAPI(client(server, options), scores=False) as api:
+        events = await events_of(api)
+    failed = events[-1]
+    assert isinstance(failed, Failed)
+    return len(events) - 3, failed.error
+
+
+@pytest.mark.parametrize("tokens", [0, 2])
+async def test_a_stream_whose_host_is_gone_ends_long_before_the_read_timeout(
+    server: FakeTextServer, tokens: int
+) -> None:
+    server.manner = Manner(gone_after=tokens)
+    came, error = await silenced(server, read_timeout=600, liveness_timeout=0.5)
+    assert came == tokens
+    assert isinstance(error, TransientError)
+    assert "no sign of life for 0.5 s" in str(error)
+
+
+async def test_a_stream_that_is_never_begun_is_given_up_and_asked_for_again(server: FakeTextServer) -> None:
+    server.faults = [Fault(delay=600, times=1)]
+
+    async def hang() -> None:
+        while not server.request_ids:
+            await asyncio.sleep(0.01)
+        server.gone = True
+
+    hung = asyncio.create_task(hang())
+    came, error = await silenced(server, read_timeout=600, liveness_timeout=0.5)
+    await hung
+    assert came == 0
+    assert isinstance(error, RetriesExhausted)
+    assert "no sign of life for 0.5 s" in str(error)
+    assert server.requests.count("/v1/chat/completions") == 2
+
+
+@pytest.mark.parametrize("tokens", [0, 2])
+async def test_a_stream_that_stalls_at_a_live_server_ends_after_the_read_timeout(
+    server: FakeTextServer, tokens: int
+) -> None:
+    server.manner = Manner(stalls_after=tokens)
+    came, error = await silenced(server, read_timeout=2, liveness_timeout=3)
+    assert came == tokens
+    assert isinstance(error, TransientError)
+    assert "sent nothing for 2 s" in str(error)
+    assert "/health" in server.requests, "it gave signs of life, and was waited for"
+
+
+async def test_comments_that_keep_a_connection_open_are_silence(server: FakeTextServer) -> None:
+    server.manner = Manner(comments_after=2)
+    came, error = await silenced(server, read_timeout=2)
+    assert came == 2
+    assert isinstance(error, TransientError)
+    assert "no event for 2 s" in str(error)
+
+
+async def test_a_server_that_ends_in_the_middle_ends_the_stream(server: FakeTextServer) -> None:
+    server.manner = Manner(stalls_after=2)
+    async with ModelAPI(client(server), scores=False) as api, asyncio.timeout(60):
+        async with aclosing(api.stream_chat(QUESTION, SHORT)) as events:
+            last: StreamEvent | None = None
+            async for last in events:
+                if isinstance(last, Token) and last.index == 1:
+                    await server.__aexit__()
+    assert isinstance(last, Failed)
+    assert isinstance(last.error, TransientError)
+
+
+async def test_a_slow_stream_of_a_live_server_is_waited_for(server: FakeTextServer) -> None:
+    server.manner = Manner(delay=0.9)
+    options = HttpOptions(retry=SILENT, read_timeout=60, liveness_timeout=0.6)
+    async with ModelAPI(client(server, options), scores=False) as api:
+        assert (await events_of(api))[-1] == End("length")
+    assert server.requests.count("/health") >= 5
+
+
+async def test_a_reader_who_takes_long_over_a_token_does_not_end_the_stream(server: FakeTextServer) -> None:
+    options = HttpOptions(retry=SILENT, read_timeout=1.5, liveness_timeout=1.5)
+    async with ModelAPI(client(server, options), scores=False) as api:
+        async with aclosing(api.stream_chat(QUESTION, SHORT)) as events:
+            async for last in events:
+                if isinstance(last, Token) and last.index < 2:
+                    await asyncio.sleep(2)
+    assert last == End("length")
+
+
+async def test_a_stream_without_end_is_cut_off(server: FakeTextServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "MAX_ANSWER", 10_000)
+    async with ModelAPI(client(server), scores=False) as api:
+        with pytest.raises(TransientError, match="longer than"):
+            await collect(api.stream_chat(QUESTION, SamplingOptions(max_tokens=4_000)))
 
 
 async def test_before_its_first_byte_a_stream_is_retried(server: FakeTextServer, api: ModelAPI) -> None:

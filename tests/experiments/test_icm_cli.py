@@ -210,8 +210,9 @@ async def test_a_server_with_our_extension_gives_the_same_labels(icm: Command, s
 
 
 async def test_a_layout_changes_prompts_not_the_pool(icm: Command) -> None:
-    assert (await icm("--run", "a", "--layout", "upstream"))[0] == 0
     assert (await icm("--run", "b"))[0] == 0
+    del icm.arguments[-2:]  # --max_tail 4: upstream's order has no tail
+    assert (await icm("--run", "a", "--layout", "upstream"))[0] == 0
     rows = [[json.loads(line)["row"] for line in icm.labels(run).splitlines()] for run in "ab"]
     assert rows[0] == rows[1]
 
@@ -356,7 +357,47 @@ async def test_check_measures_the_precondition_and_stops(icm: Command) -> None:
     for labeling in ("gold", "all True", "all False", "flipped gold", "random"):
         assert labeling in out
     assert "calibration: mean" in out
-    assert not (icm.runs / "a" / "labels.jsonl").exists()
+    assert {path.name.partition("-")[0] for path in icm.runs.iterdir()} == {"responses.sqlite"}, "scores, and no run"
+
+
+async def test_check_changes_nothing_in_the_folder_of_a_run(icm: Command) -> None:
+    await icm("--run", "a")
+    before = {path: path.read_bytes() for path in (icm.runs / "a").iterdir()}
+    code, out, err = await icm("--run", "a", "--check")
+    assert code == 0, err
+    assert "flipped gold" in out
+    assert {path: path.read_bytes() for path in (icm.runs / "a").iterdir()} == before
+
+
+async def test_settings_that_contradict_each_other_are_refused_of_a_run_that_begins(
+    icm: Command, server: FakeVLLM
+) -> None:
+    flags = ("--run", "a", "--layout", "upstream")
+    code, _, err = await icm(*flags)
+    assert code == 2
+    assert err == "error: --max_tail 4 and --layout upstream contradict each other: upstream's order has no tail\n"
+    code, _, err = await icm(*flags, "--num_batches", "2", "--batch_size", "8")
+    assert code == 2
+    assert "--max_tail 4 and --layout upstream" in err
+    assert not icm.runs.exists()
+    assert not server.requests
+
+
+async def test_a_run_that_began_with_settings_that_contradict_each_other_goes_on(icm: Command) -> None:
+    *begun, flag, value = icm.arguments
+    icm.arguments = begun
+    flags = ("--run", "a", "--layout", "upstream")
+    assert (await icm(*flags))[0] == 0
+    labels, journal = icm.labels("a"), icm.log("a")
+    path = icm.runs / "a" / "run.json"
+    document = json.loads(path.read_text())
+    document["settings"]["max_tail"] = int(value)  # as a version without this check wrote it
+    del document["result"]
+    path.write_text(json.dumps(document))
+    (icm.runs / "a" / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in journal[:5]))
+    code, _, err = await icm(*flags, flag, value)
+    assert code == 0, err
+    assert icm.labels("a") == labels
 
 
 async def test_a_known_share_of_true_claims_is_a_setting_of_its_own(icm: Command) -> None:
@@ -441,7 +482,7 @@ BAD = [
     (["--prior", "1.5", "--calibrate", "mean"], "--prior: must be a share"),
     (["--prior", "nan", "--calibrate", "mean"], "--prior: must be a share"),
     (["--prior", "97%"], "--prior"),
-    (["--prior", "0.97"], "--prior 0.97 is what --calibrate mean calibrates to"),
+    (["--prior", "0.97"], "--prior 0.97 and --calibrate none contradict each other"),
 ]
 
 

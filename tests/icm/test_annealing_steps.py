@@ -301,12 +301,22 @@ def test_a_refused_claim_is_remembered_with_what_it_cost() -> None:
     assert advance(p, state, Outcome(2, 1.0, True, 10.0, excess=11, evaluation=worth(1.0))) == expected
 
 
-@pytest.mark.parametrize(("tried", "stale"), [(0, 3), (1, 0), (4, 0)])
-def test_an_accepted_change_ends_the_waiting(tried: int, stale: int) -> None:
+# What was tried says nothing of staleness: an evaluation that was known already was asked, too.
+@pytest.mark.parametrize(
+    ("tried", "pieced_together", "stale"), [(0, True, 3), (1, False, 0), (4, False, 0), (0, False, 0)]
+)
+def test_an_accepted_change_ends_the_waiting(tried: int, pieced_together: bool, stale: int) -> None:
     p = problem()
     state = state_of(p, True, False, unchanged=7, refused=frozenset({3}), debt=5, iteration=2, stale=2, accepted=4)
     labels: Labels = (True, False, True, None)
-    outcome = Outcome(2, 1.0, True, 10.0, tried=tried, excess=11, labels=labels, evaluation=worth(2.0))
+    outcome = Outcome(
+        *(2, 1.0, True, 10.0),
+        tried=tried,
+        excess=11,
+        labels=labels,
+        evaluation=worth(2.0),
+        pieced_together=pieced_together,
+    )
     assert advance(p, state, outcome) == replace(
         state,
         iteration=3,

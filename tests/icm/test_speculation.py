@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from src.icm.annealing import Outcome
-from src.icm.objective import Evaluation
-from src.icm.speculation import MOST, Pace
+from src.icm.annealing import Outcome, Problem, SearchSettings, SearchState, proposal
+from src.icm.consistency import Consistency
+from src.icm.objective import Evaluation, Objective
+from src.icm.speculation import MOST, Pace, accepted
 
 WORTH = Evaluation({}, 0.0, 0.0, 0, 0.0)
 CHANGE = Outcome(0, 1.0, True, 1.0, proposed_utility=1.0, labels=(True,), evaluation=WORTH)
@@ -68,6 +69,14 @@ def test_predictions_for_an_accepted_change_are_asked_where_they_save_more_than_
     assert timed(pace_of(CHANGE), 0.1, 1e-5).is_worth(5_000)
     assert not timed(pace_of(CHANGE), 0.1, 1e-5).is_worth(20_000)
     assert not timed(pace_of(REFUSAL), 0.1, 1e-5).is_worth(5_000)
+
+
+def test_a_change_that_is_taken_for_granted_was_evaluated_as_a_whole() -> None:
+    """Nothing was tried for its sake, and still no log-odds of it are an estimate."""
+    problem = Problem(("a", "b", "c"), Consistency([]), Objective(1.0), SearchSettings())
+    state = SearchState(0, (True, None, None), problem.new_layout([0]), WORTH)
+    after = accepted(problem, state, 1, proposal(state, 1, False))
+    assert (after.labels, after.stale) == ((True, False, None), 0)
 
 
 @given(st.integers(0, 40), st.floats(0.001, 10), st.floats(1e-6, 1e-3), st.lists(st.integers(100, 50_000), max_size=20))

@@ -26,16 +26,19 @@ async def test_the_documented_experiment_runs(tmp_path: Path) -> None:
             "ICM_SECRETS": os.devnull,
             "PYTHONPATH": str(REPOSITORY),
         }
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            str(script),
-            "fake-8b",
-            cwd=tmp_path,
-            env=environment,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-        )
-        out, err = await process.communicate()
-    assert process.returncode == 0, err.decode()
-    assert "mean change of the log-odds" in out.decode()
-    assert (tmp_path / "runs" / "wording" / "mean-change.json").exists()
+        asked = []
+        for _ in range(2):
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                str(script),
+                "fake-8b",
+                cwd=tmp_path,
+                env=environment,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+            )
+            out, err = await process.communicate()
+            assert process.returncode == 0, err.decode()
+            assert "mean change of the log-odds" in out.decode()
+            asked.append(sum(len(body["prompt"]) == 64 for body in server.completions))
+    assert asked == [1, 1]  # the second time every score comes from the cache

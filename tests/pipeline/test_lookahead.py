@@ -42,6 +42,7 @@ class ExactEngine:
     def __init__(self) -> None:
         self.batches: list[list[str]] = []
         self.marks: list[int] = []  # how many there were at each journal record
+        self.states: list[SearchState] = []  # after each journal record
 
     async def start(self) -> EngineIdentity:
         return EngineIdentity("exact", "m")
@@ -128,9 +129,10 @@ async def run(
     )
     count = 0
 
-    def on_record(_: SearchState, record: Record) -> None:
+    def on_record(state: SearchState, record: Record) -> None:
         nonlocal count
         count += 1
+        engine.states.append(state)
         engine.marks.append(len(engine.batches))
         if count == stop_after:
             raise Stopped

@@ -39,6 +39,15 @@ async def test_a_stopped_search_goes_on_as_if_it_had_not(variant: str, tmp_path:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+async def test_a_journal_tells_what_was_pieced_together(variant: str, tmp_path: Path) -> None:
+    problem = make_problem(**VARIANTS[variant])
+    _, records, engine = await run(problem, tmp_path / "run", Pace(0))
+    assert any(state.stale for state in engine.states) == ("local_gain" in VARIANTS[variant])
+    for count, state in enumerate(engine.states, start=1):
+        assert replay(problem, records[:count]) == state
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 async def test_what_is_asked_ahead_decides_nothing(variant: str, tmp_path: Path) -> None:
     problem = make_problem(**VARIANTS[variant])
     without, _, _ = await run(problem, tmp_path / "without", Pace(0))

@@ -72,6 +72,8 @@ def test_made_claims_are_true_where_they_say_so(tmp_path: Path, made: str) -> No
         (ARC | {"choices": "a"}, ["--form", "arc"], "is not of this form"),
         (ARC, [], "--form"),
         (ARC, ["--form", "arc", "--question", "q", "--choices", "c"], "--form"),
+        (ARC, ["--form", "arc", "--answer", "key"], "leave out --answer"),
+        (ARC, ["--made", "larger", "--form", "arc"], "file, --form would read some"),
     ],
 )
 def test_bad_input_is_one_line(

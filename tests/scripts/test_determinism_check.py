@@ -153,6 +153,11 @@ def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["--seconds", "9"], "--seconds is for --quick"),
         (["--prompts", "0"], "--prompts must be from 1 to 256"),
         (["--url", "http://127.0.0.1:9", "--option", "x"], "--option is for --start"),
+        (["--url", "http://127.0.0.1:9", "--cpu"], "--cpu is for --direct"),
+        (["--block_size", "32"], "--block_size is for --direct"),
+        (["--start", "local", "--max_model_len", "512"], "--max_model_len is for --direct"),
+        (["--start", "local", "--no-deterministic"], "for --start give --option=--no-deterministic"),
+        (["--direct", "here", "--model", "m"], "--model names what a server serves"),
     ],
 )
 def test_what_cannot_be_checked_is_an_error_in_one_line(arguments: list[str], told: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Coroutine
@@ -22,7 +23,10 @@ from tests.core.fake_server import FakeVLLM, Fault
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "test_vllm_server.py"
 
-NAMES = ["reachable", "model served", "ready", "logprobs", "exact label logprobs", "pools travel", "prefix caching"]
+NAMES = [
+    *("reachable", "model served", "ready", "logprobs", "exact label logprobs", "pools travel", "prefix caching"),
+    "tree saves",
+]
 Examination = Callable[..., Coroutine[Any, Any, tuple[int, dict[str, Check]]]]
 
 
@@ -187,6 +191,60 @@ async def test_a_server_without_counters_fails_the_cache_check(checks_of: Examin
         code, checks = await checks_of(server.url)
     assert code == 1
     assert "/metrics" in checks["prefix caching"].found
+    assert "tree saves" not in checks
+
+
+SAVED = re.compile(r"the tree saves ([\d,]+) of ([\d,]+) prompt tokens \(possible: ([\d,]+), ")
+
+
+def saved(check: Check) -> list[int]:
+    """Tokens saved, asked, and possible to save."""
+    told = SAVED.match(check.found)
+    assert told is not None, check.found
+    return [int(number.replace(",", "")) for number in told.groups()]
+
+
+@pytest.mark.parametrize("block", [16, 32])
+@pytest.mark.parametrize("trees", [False, True])
+async def test_a_good_server_saves_all_that_its_blocks_allow(checks_of: Examination, block: int, trees: bool) -> None:
+    async with FakeVLLM(block=block, trees=trees) as server:
+        code, checks = await checks_of(server.url)
+    assert code == 0
+    tokens, asked, possible = saved(checks["tree saves"])
+    assert tokens == possible > 0.5 * asked
+    assert f"blocks of {block})" in checks["tree saves"].found
+
+
+async def test_a_server_that_loses_the_trees_branches_is_told_which_flag_keeps_them(checks_of: Examination) -> None:
+    async with FakeVLLM(keeps="window") as server:
+        code, checks = await checks_of(server.url)
+    assert code == 1
+    assert checks["prefix caching"].passed, "the same prompt is found again"
+    tokens, _, possible = saved(checks["tree saves"])
+    assert tokens < 0.75 * possible
+    assert not checks["tree saves"].passed
+    assert "--disable-hybrid-kv-cache-manager" in checks["tree saves"].todo
+    assert checks["tree saves"].todo in checks["tree saves"].line()
+
+
+async def test_a_server_without_prefix_caching_is_told_how_to_switch_it_on(checks_of: Examination) -> None:
+    async with FakeVLLM(keeps="nothing") as server:
+        code, checks = await checks_of(server.url)
+    assert code == 1
+    assert saved(checks["tree saves"])[0] == 0
+    for name in ("prefix caching", "tree saves"):
+        assert not checks[name].passed
+        assert "--enable-prefix-caching" in checks[name].todo
+        assert "hybrid" not in checks[name].todo
+
+
+async def test_a_server_with_large_blocks_is_told_that_only_whole_ones_are_saved(checks_of: Examination) -> None:
+    async with FakeVLLM(block=528) as server:
+        code, checks = await checks_of(server.url)
+    assert code == 0
+    tokens, asked, possible = saved(checks["tree saves"])
+    assert tokens == possible < 0.5 * asked
+    assert "blocks of 528); only whole blocks are saved" in checks["tree saves"].found
 
 
 async def test_a_wrong_key_is_told_and_not_shown(checks_of: Examination, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,7 +285,7 @@ def test_json_says_the_same_as_the_lines() -> None:
 def test_a_real_server_passes(vllm_server: RunningServer) -> None:
     done = run_script("--url", vllm_server.url, "--model", vllm_server.model, "--json")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert [check["passed"] for check in json.loads(done.stdout)] == [True] * 7
+    assert [check["passed"] for check in json.loads(done.stdout)] == [True] * 8
 
 
 @pytest.mark.real_server

@@ -1,0 +1,118 @@
+"""Flags that cannot both be kept to: which, and why. One of them would have to be ignored, so both are refused.
+
+Defaults contradict nothing, unless a rule says so: what was not asked for is not missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, fields
+from typing import Any, Final
+
+from src.icm.annealing import SearchSettings
+from src.icm.testbeds import BadInput
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """`flag` is of no use beside `other` where `holds`. by_default: also where `other` was not given."""
+
+    flag: str
+    other: str
+    why: str
+    holds: Callable[[argparse.Namespace], bool]
+    by_default: bool = False
+
+    @property
+    def of_the_search(self) -> bool:
+        """Whether both are kept with a run, which an earlier version may have begun in spite of the rule."""
+        return {self.flag, self.other} <= _OF_THE_SEARCH
+
+
+_OF_THE_SEARCH: Final = {field.name for field in fields(SearchSettings)} | {"batch_size"}
+
+
+def _upstream(args: argparse.Namespace) -> bool:
+    return bool(args.layout == "upstream")
+
+
+def _always(_: argparse.Namespace) -> bool:
+    return True
+
+
+RULES: Final = (
+    Rule("testbed", "data", "a file of yours is read in place of a testbed", _always),
+    Rule("data_dir", "data", "a file of yours is read from where its own path says", _always),
+    Rule("use_vllm", "direct", "vLLM in this process is neither a server nor an external API", lambda a: a.direct),
+    Rule("prompts_per_request", "direct", "vLLM in this process is sent no requests", lambda a: a.direct),
+    Rule("read_timeout", "direct", "vLLM in this process is sent no requests", lambda a: a.direct),
+    Rule(
+        *("prompts_per_request", "use_vllm", "an external API gets one prompt a request"),
+        lambda a: a.use_vllm is False,
+    ),
+    Rule("context_cap", "layout", "a capped sample has its own order", _upstream),
+    Rule("anchors", "layout", "upstream's order has no anchors", lambda a: _upstream(a) and a.anchors > 0),
+    Rule("max_tail", "layout", "upstream's order has no tail", _upstream),
+    Rule("decay", "scheduler", "that schedule has no decay", lambda a: a.scheduler == "log-upstream"),
+    Rule("patience", "stop", "only --K ends such a search", lambda a: a.stop == "K"),
+    Rule(
+        *("prior", "calibrate", "the share of True claims is what --calibrate mean calibrates to"),
+        lambda a: a.calibrate == "none",
+        by_default=True,
+    ),
+    Rule(
+        *("num_seed", "batch_size", "the pool holds fewer claims than are to be labelled at random"),
+        lambda a: a.num_seed > a.batch_size,
+        by_default=True,
+    ),
+    Rule(
+        *("initial_T", "final_T", "the lowest temperature is above the first"),
+        lambda a: a.final_T > a.initial_T > 0,
+        by_default=True,
+    ),
+    Rule(
+        *("final_T", "initial_T", "the lowest temperature is above the first"),
+        lambda a: a.final_T > a.initial_T > 0,
+        by_default=True,
+    ),
+    Rule(
+        *("lookahead", "best_of", "what it asks next depends on its answers, so nothing can be asked ahead"),
+        lambda a: a.best_of > 1 and bool(a.lookahead),
+    ),
+    Rule("is_complete", "check", "one looks at a run, the other measures a pool", _always),
+    Rule("metrics_port", "num_batches", "of several searches none has the port", lambda a: a.num_batches != 1),
+    Rule("metrics_port", "passes", "of several searches none has the port", lambda a: a.passes != 1),
+    Rule("chat_url", "chat_model", "no chat model is asked", lambda a: a.chat_model is None, by_default=True),
+    Rule("pairs", "format", "only dpo writes pairs", lambda a: a.format != "dpo", by_default=True),
+    Rule("bos", "format", "only axolotl's rows hold that token", lambda a: a.format != "axolotl", by_default=True),
+)
+
+
+def contradicted(args: argparse.Namespace, given: Collection[str]) -> list[Rule]:
+    """The rules that `args` break. given: the flags that were named, without their dashes."""
+    return [
+        rule
+        for rule in RULES
+        if rule.flag in given and (rule.other in given or (rule.by_default and rule.other in args)) and rule.holds(args)
+    ]
+
+
+def refuse(contradiction: str | None) -> None:
+    """Raises BadInput with the line, if there is one: of a run that begins."""
+    if contradiction:
+        raise BadInput(contradiction)
+
+
+def told(rule: Rule, args: argparse.Namespace) -> str:
+    """One line that names both flags as they stand."""
+    first, second = (_shown(name, getattr(args, name)) for name in (rule.flag, rule.other))
+    return f"{first} and {second} contradict each other: {rule.why}"
+
+
+def _shown(name: str, value: Any) -> str:
+    if value is None:
+        return f"no --{name}"
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name} {value:g}" if isinstance(value, float) else f"--{name} {value}"

@@ -1,0 +1,99 @@
+"""What the prefix tree saves on a server: a small pool asked cold, beside what whole blocks of its cache allow.
+
+The pool's claims are random words, so that no server has seen them.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from core.llm_api.types import LabelTokens, Prompt
+from core.llm_api.vllm_llm import VLLMClient
+from src.icm.prefix_tree import TreeLayout
+from src.icm.prompts import PromptBook
+
+CLAIMS: Final = 16
+WORDS_EACH: Final = 40
+"""Of a claim: some 50 tokens, as TruthfulQA's have. Sixteen are longer than a window of 512 tokens."""
+SMALLEST_BLOCK: Final = 16
+"""Tokens; what launch_vllm_server.sh starts GPU servers with."""
+ENOUGH: Final = 0.75
+"""Of what is possible. A batch that ends in the middle of a prompt takes some away."""
+
+
+@dataclass(frozen=True, slots=True)
+class Saving:
+    """Tokens. asked: of all prompts; saved: found in the cache, by the server's own counters.
+
+    block: of the server's cache, None where it does not say; possible: found if it kept every block of that size, and
+    at_best: of SMALLEST_BLOCK.
+    """
+
+    asked: int
+    saved: int
+    possible: int
+    at_best: int
+    block: int | None
+
+    @property
+    def enough(self) -> bool:
+        """Whether the server saves about what its blocks allow."""
+        return self.saved >= ENOUGH * self.possible
+
+    @property
+    def in_large_blocks(self) -> bool:
+        """Whether it is the size of the blocks that costs most of the saving."""
+        return self.possible < ENOUGH * self.at_best
+
+
+async def tree_saving(client: VLLMClient, labels: LabelTokens, words: Sequence[str], seed: int) -> Saving | None:
+    """Ask `client` a pool that `seed` draws from `words`; None where the server shows no counters of its cache.
+
+    On a server that others use, their prompts are counted, too. Raises APIError as VLLMClient.score does.
+    """
+    prompts = await cold_pool(client, labels, words, seed)
+    before = await client.prefix_cache()
+    await client.score(prompts, labels)
+    after = await client.prefix_cache()
+    if before is None or after is None:
+        return None
+    asked = [prompt.token_ids for prompt in prompts]
+    block = await client.kv_block_size()
+    return Saving(
+        asked=sum(map(len, asked)),
+        saved=(after - before).hits,
+        possible=found_in_blocks(asked, block or SMALLEST_BLOCK),
+        at_best=found_in_blocks(asked, SMALLEST_BLOCK),
+        block=block,
+    )
+
+
+async def cold_pool(client: VLLMClient, labels: LabelTokens, words: Sequence[str], seed: int) -> list[Prompt]:
+    """One leave-one-out question a claim, in the order of a tree: as long as a search's, and without any sense."""
+    rng = random.Random(seed)
+    texts = [" ".join(rng.choices(words, k=WORDS_EACH)) for _ in range(CLAIMS)]
+    book = PromptBook.build(texts, labels, tokens=await client.tokenize(texts))
+    layout = TreeLayout.build(range(CLAIMS), [str(i) for i in range(CLAIMS)], np.random.default_rng(seed))
+    marks = [rng.random() < 0.5 for _ in range(CLAIMS)]
+    return [book.prompt(claim, layout.context(claim), marks, layout.place(claim)) for claim in layout.questions]
+
+
+def found_in_blocks(prompts: Sequence[Sequence[int]], block: int) -> int:
+    """Tokens of `prompts`, asked in order, that a cache finds which keeps all whole blocks of `block` tokens.
+
+    A block is found where its prompt was the same up to the block's end before, and never the prompt's last token,
+    from which the answer is computed.
+    """
+    known: set[tuple[int, ...]] = set()
+    found = 0
+    for prompt in prompts:
+        ends = range(block, len(prompt) + 1, block)
+        beginnings = [tuple(prompt[:end]) for end in ends]
+        found += block * sum(end < len(prompt) and start in known for end, start in zip(ends, beginnings, strict=True))
+        known.update(beginnings)
+    return found

@@ -1,0 +1,165 @@
+"""Flags that contradict each other are refused in one line that names both; everything that documents show is not."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from src.experiments import ICM, baselines, export
+from src.experiments.arguments import Parser
+from src.experiments.contradictions import RULES
+from src.experiments.experiment_file import load_experiment, parser_of
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+AT_ONCE = [
+    "--testbed builtin / --data mine.jsonl",
+    "--data_dir there / --data mine.jsonl",
+    "--use_vllm / --direct",
+    "--no-use_vllm / --direct",
+    "--prompts_per_request 8 / --direct",
+    "--read_timeout 60 / --direct",
+    "--prompts_per_request 8 / --no-use_vllm",
+    "--lookahead 4 / --best_of 4",
+    "--is_complete / --check",
+    "--metrics_port 9465 / --num_batches 2",
+    "--metrics_port 9465 / --passes 3",
+]
+OF_THE_SEARCH = [
+    "--context_cap 8 / --layout upstream",
+    "--anchors 4 / --layout upstream",
+    "--max_tail 8 / --layout upstream",
+    "--decay 0.9 / --scheduler log-upstream",
+    "--patience 10 / --stop K",
+    "--num_seed 9 / --batch_size 8",
+    "--initial_T 0.1 / --final_T 0.2",
+    "--final_T 0.2 / --initial_T 0.1",
+]
+LIKE_DEFAULTS = [
+    "--num_seed 300",
+    "--initial_T 0.001",
+    "--final_T 20",
+]
+TOGETHER = [
+    "",
+    "--layout upstream",
+    "--layout upstream --anchors 0 --no-mirror --local_gain",
+    "--layout tree --context_cap 8 --anchors 2 --max_tail 4",
+    "--scheduler exp --decay 0.9",
+    "--scheduler log-upstream",
+    "--stop K --mirror",
+    "--stop labelled --patience 4",
+    "--local_gain --best_of 4",
+    "--best_of 4 --lookahead 0",
+    "--best_of 4 --lookahead auto",
+    "--best_of 1 --lookahead 4",
+    "--batch_size 4",
+    "--initial_T 0.01 --final_T 0.01",
+    "--direct --model there",
+    "--use_vllm --prompts_per_request 8 --read_timeout 60",
+    "--no-use_vllm --read_timeout 60",
+    "--testbed truthfulQA --data_dir there",
+    "--check --label_rest --lookahead 4 --metrics_port 9465",
+    "--is_complete --label_rest",
+    "--metrics_port 9465 --num_batches 1 --passes 1",
+]
+
+
+def flags(line: str) -> list[str]:
+    return shlex.split(line.replace("/", ""))
+
+
+def complaint(parser: Parser, line: str, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args(flags(line))
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", AT_ONCE)
+def test_two_flags_that_contradict_each_other_are_refused_at_once(
+    line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = complaint(ICM.build_parser(), line, capsys)
+    first, second = line.split(" / ")
+    assert said.startswith(f"error: {first} and {second} contradict each other: ")
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("line", OF_THE_SEARCH)
+@pytest.mark.parametrize("command", [ICM, baselines])
+def test_two_settings_of_the_search_that_contradict_each_other_are_told(line: str, command: object) -> None:
+    parser = command.build_parser()  # type: ignore[attr-defined]
+    parser.parse_args(flags(line))
+    first, second = line.split(" / ")
+    assert parser.contradiction is not None
+    assert {first, second} <= set(re.findall(r"--\w+ \S+", parser.contradiction))
+    # Whichever stands first.
+    parser.parse_args(flags(f"{second} {first}"))
+    assert parser.contradiction is not None
+    # One parser's next command line is another matter.
+    parser.parse_args([])
+    assert parser.contradiction is None
+
+
+@pytest.mark.parametrize("line", LIKE_DEFAULTS)
+def test_a_value_that_its_counterparts_default_rules_out_is_told(line: str) -> None:
+    parser = ICM.build_parser()
+    parser.parse_args(flags(line))
+    assert parser.contradiction is not None
+    assert line in parser.contradiction
+
+
+@pytest.mark.parametrize("line", TOGETHER)
+def test_what_goes_together_and_defaults_are_taken(line: str) -> None:
+    parser = ICM.build_parser()
+    parser.parse_args(shlex.split(line))
+    assert parser.contradiction is None
+
+
+def test_what_only_a_comparison_or_an_export_has(capsys: pytest.CaptureFixture[str]) -> None:
+    said = complaint(baselines.build_parser(), "--chat_url http:there", capsys)
+    assert "--chat_url http:there and no --chat_model" in said
+    assert "--pairs all and --format jsonl" in complaint(export.build_parser(), "run --pairs all", capsys)
+    assert "--bos x and --format sft" in complaint(export.build_parser(), "run --bos x --format sft", capsys)
+    export.build_parser().parse_args(["run", "--format", "dpo", "--pairs", "all"])
+    export.build_parser().parse_args(["run", "--format", "axolotl", "--bos", "x"])
+
+
+def test_every_rule_is_tried_here() -> None:
+    tried = {tuple(re.findall(r"--(?:no-)?(\w+)", line)) for line in AT_ONCE + OF_THE_SEARCH}
+    elsewhere = {("chat_url", "chat_model"), ("pairs", "format"), ("bos", "format")}
+    assert {(rule.flag, rule.other) for rule in RULES} == tried | elsewhere
+
+
+def documented() -> list[list[str]]:
+    """Command lines of `icm label` and `icm baselines` in the documents, as lists of words."""
+    found = []
+    for path in (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))):
+        text = path.read_text().replace("\\\n", " ")
+        found += re.findall(
+            r"(?:icm (?:label|baselines)|ICM\.py)(?: [^`#\n|]*)? --[^`#\n|]*", text.replace("\n--", " --")
+        )
+    lines = [shlex.split(line.replace("...", "")) for line in found if "--help" not in line]
+    # In running text, a last flag may stand without its value.
+    return [line[:-1] if line[-1] in ("--data", "--model") else line for line in lines]
+
+
+def test_no_command_line_of_a_document_is_refused() -> None:
+    lines = documented()
+    assert len(lines) >= 10
+    for line in lines:
+        parser = baselines.build_parser() if "baselines" in line[:2] else ICM.build_parser()
+        parser.parse_args(line[1:] if line[0].endswith(".py") else line[2:])
+        assert parser.contradiction is None, line
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "experiments").glob("*.yaml")), ids=lambda path: path.stem)
+def test_no_experiment_is_refused(path: Path) -> None:
+    loaded = load_experiment(path)
+    parser = parser_of(loaded.experiment.command)
+    parser.parse_args(loaded.arguments)
+    assert parser.contradiction is None
