@@ -114,20 +114,28 @@ def pool_of(size: int, trues: int, draw: int, objective: Objective) -> Pool:
     )
 
 
-async def answers(api: ModelAPI, size: int, trues: int, draw: int) -> dict[str, dict[str, Right]]:
-    """The same answers with every offset: {how they were asked: {offset: Right}}."""
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """One pool's answers with every offset. spread: standard deviation of the log-odds, nats."""
+
+    spread: float
+    by_offset: dict[str, Right]
+
+
+async def answers(api: ModelAPI, size: int, trues: int, draw: int) -> dict[str, Answers]:
+    """By how they were asked: zero-shot, or with gold demonstrations."""
     pool = pool_of(size, trues, draw, Objective(ALPHA))
     labelling = await Labelling.open(pool, api)
     gold = [claim.gold is True for claim in pool.claims]
     layout = pool.problem.new_layout(range(size))
     [shown] = await labelling.scorer().evaluate([Candidate(tuple(gold), layout)])
     asked = {"zero-shot": (await labelling.zero_shot()).log_odds, "gold demonstrations": shown.log_odds}
-    found: dict[str, dict[str, Right]] = {}
+    found = {}
     for how, log_odds in asked.items():
         scores = [log_odds[claim] for claim in range(size)]
-        for name, offset in OFFSETS.items():
-            limit = offset(scores, trues / size)
-            found.setdefault(how, {})[name] = right([score > limit for score in scores], gold)
+        limits = {name: offset(scores, trues / size) for name, offset in OFFSETS.items()}
+        by_offset = {name: right([score > limit for score in scores], gold) for name, limit in limits.items()}
+        found[how] = Answers(float(np.std(scores)), by_offset)
     return found
 
 
@@ -161,12 +169,15 @@ async def measure(args: argparse.Namespace) -> list[dict[str, object]]:
                     if args.only and name not in args.only:
                         continue
                     for draw in range(args.draws):
-                        found, utility, seconds = await searched(api, args.size, trues, draw, objective)
-                        rows.append(_row(trues, "ICM", name, [found], draw=draw, U=utility, seconds=seconds))
+                        one, utility, seconds = await searched(api, args.size, trues, draw, objective)
+                        rows.append(_row(trues, "ICM", name, [one], draw=draw, U=utility, seconds=seconds))
                 continue
             drawn = [await answers(api, args.size, trues, draw) for draw in range(args.draws)]
             for how in drawn[0]:
-                rows += [_row(trues, how, name, [each[how][name] for each in drawn]) for name in OFFSETS]
+                spread = float(np.mean([each[how].spread for each in drawn]))
+                for name in OFFSETS:
+                    found = [each[how].by_offset[name] for each in drawn]
+                    rows.append(_row(trues, how, name, found, spread=spread))
     return rows
 
 
