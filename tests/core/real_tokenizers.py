@@ -18,7 +18,8 @@ from src.icm import testbeds
 
 GEMMA: Final = Path(__file__).resolve().parents[2] / "models" / "gemma-3-270m" / "tokenizer.json"
 CLAIMS: Final = [
-    f"Question: {text}\nClaim: {text}\nI think this claim is {label}\n\nReview: {text}\nPositive: {label}\nAnswer: {label}"
+    f"Question: {text}\nClaim: {text}\nI think this claim is {label}\n\n"
+    f"Review: {text}\nPositive: {label}\nAnswer: {label}"
     for row in Path(testbeds.__file__).with_name("builtin_testbed.jsonl").read_text().splitlines()
     for text in [json.loads(row)["choice"]]
     for label in ("True", "False")
