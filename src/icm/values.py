@@ -148,7 +148,7 @@ def _gold(label: Any, options: Sequence[str], names: Sequence[str], by_number: b
     if not found:
         raise BadInput(
             f"has the label {shown(label)}, which names none of its {len(options)} options: say it by an index from 0 "
-            f"to {len(options) - 1}, a letter from A or the option's text, or what it means by --map label={told}:0"
+            f"to {len(options) - 1}, a letter from A or the option's text, or what it means by --map label=THEIRS:INDEX"
         )
     if len(found) > 1:
         readings = " or ".join(f"option {at}, {shown(options[at])}" for at in sorted(found))
