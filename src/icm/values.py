@@ -141,8 +141,7 @@ def _gold(label: Any, options: Sequence[str], names: Sequence[str], by_number: b
         if told == "-1":  # how data sets on the Hugging Face hub hide the answers of a test set
             return [None] * len(options)
         found = {at for at, text in enumerate(options) if text.strip() == told and not by_number}
-        if told.isdecimal() and int(told) < len(options):
-            found.add(int(told))
+        found |= {at for at in range(len(options)) if str(at) == told}
         if len(told) == 1 and told.isascii() and told.isalpha() and ord(told.upper()) - ord("A") < len(options):
             found.add(ord(told.upper()) - ord("A"))
     if not found:
