@@ -17,7 +17,7 @@ import numpy as np
 
 from src.icm.consistency import Consistency, Relation
 from src.icm.values import BadInput as BadInput
-from src.icm.values import group_of, is_missing, options_of, parse_relation, text_of
+from src.icm.values import group_of, is_missing, options_of, parse_relation, shown, text_of
 from src.icm.values import parse_label as parse_label
 
 ConsistencyMode = Literal["gold-free", "upstream", "none"]
@@ -26,6 +26,8 @@ GroupedBy = Literal["consistency_id", "question", "none"]
 
 TEXTS: Final = ("question", "choice", "choice_2", "answer")
 """Columns whose texts make a claim."""
+
+SHOWN_COLUMNS: Final = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +112,7 @@ class Testbed:
         """The claim of one row. Raises BadInput naming the missing column or unusable value."""
         lacking = [column for column in self.columns if column not in row]
         if lacking:
-            has = ", ".join(repr(name) for name in row) or "no column"
+            has = ", ".join([*map(shown, list(row)[:SHOWN_COLUMNS]), *["..."] * (len(row) > SHOWN_COLUMNS)]) or "none"
             raise BadInput(f"lacks the column{'s' if len(lacking) > 1 else ''} {', '.join(lacking)} (it has {has})")
         empty = [column for column in self.columns if is_missing(row[column])]
         if empty:
@@ -186,7 +188,7 @@ def check_relations(claims: Sequence[Claim]) -> None:
             if claim.relation is not first.relation:
                 told = ["none" if each.relation is None else each.relation.value for each in (first, claim)]
                 raise BadInput(
-                    f"rows {first.of_row} and {claim.of_row} are of one group ({first.group}), and their "
+                    f"rows {first.of_row} and {claim.of_row} are of one group ({shown(first.group)}), and their "
                     f"consistency_relation differs: {told[0]}, {told[1]}"
                 )
         if first.relation is Relation.EXACTLY_ONE:
@@ -195,7 +197,7 @@ def check_relations(claims: Sequence[Claim]) -> None:
                 if (other := seen.setdefault(claim.text, claim)) is not claim:
                     raise BadInput(
                         f"rows {other.of_row} and {claim.of_row} are the same claim, and exactly one of their "
-                        f"group ({first.group}) is to be true"
+                        f"group ({shown(first.group)}) is to be true"
                     )
             if len(members) == 1:
                 raise BadInput(f"row {first.of_row} is alone in its group, of which exactly one is to be true")

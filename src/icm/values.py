@@ -141,14 +141,13 @@ def _gold(label: Any, options: Sequence[str], names: Sequence[str], by_number: b
         if told == "-1":  # how data sets on the Hugging Face hub hide the answers of a test set
             return [None] * len(options)
         found = {at for at, text in enumerate(options) if text.strip() == told and not by_number}
-        if told.isdecimal() and int(told) < len(options):
-            found.add(int(told))
+        found |= {at for at in range(len(options)) if str(at) == told}
         if len(told) == 1 and told.isascii() and told.isalpha() and ord(told.upper()) - ord("A") < len(options):
             found.add(ord(told.upper()) - ord("A"))
     if not found:
         raise BadInput(
             f"has the label {shown(label)}, which names none of its {len(options)} options: say it by an index from 0 "
-            f"to {len(options) - 1}, a letter from A or the option's text, or what it means by --map label={told}:0"
+            f"to {len(options) - 1}, a letter from A or the option's text, or what it means by --map label=THEIRS:INDEX"
         )
     if len(found) > 1:
         readings = " or ".join(f"option {at}, {shown(options[at])}" for at in sorted(found))

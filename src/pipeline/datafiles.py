@@ -41,6 +41,9 @@ OnBadRow = Callable[[str], None]
 ALL_ONE_QUESTION: Final = 26
 """Claims of one question from which it looks like an instruction that stands in every row; letters name this many."""
 
+LONGEST_WORD: Final = 40
+"""Characters of a label that a refusal still shows how to map."""
+
 TRUE_WORDS: Final = frozenset(("yes", "y", "t", "correct", "right", "positive", "pos", "valid", "good"))
 FALSE_WORDS: Final = frozenset(("no", "n", "f", "incorrect", "wrong", "negative", "neg", "invalid", "bad", "-1"))
 
@@ -227,7 +230,7 @@ def _meant(column: Iterable[object]) -> str:
     counts = Counter(text for each in column if (text := _plain(each)) is not None)
     told = ", ".join(f"{shown(text)} ({count})" for text, count in counts.most_common(3))
     unknown = [text for text, _ in counts.most_common() if not _is_label(text)][:2]
-    if any(set(",:") & set(text) for text in unknown):
+    if any(set(",:") & set(text) or not text.isprintable() or len(text) > LONGEST_WORD for text in unknown):
         return f". The column's commonest values: {told}"
     sides = [_side(text) for text in unknown]
     sure = all(sides) and len(set(sides)) == len(sides)

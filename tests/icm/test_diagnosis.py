@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from src.icm.consistency import Constraint, Relation
 from src.icm.diagnosis import Verdict, collapse, diagnose, flips, frozen, inconsistency, inversion, salience
 from src.icm.run_record import RunRecord
 from src.pipeline.run_reader import read_run
@@ -81,6 +82,13 @@ def test_groups_that_stay_inconsistent(tmp_path: Path) -> None:
     assert finding.verdict is Verdict.PROBLEM
     assert "1 of 2 constraints are broken, in 1 groups" in finding.told
     assert "rows 0 (True) and 1 (True)" in finding.details[0]
+
+
+def test_a_set_of_claims_that_are_all_false_is_told_whole(tmp_path: Path) -> None:
+    run = example(tmp_path, labels=[False, False, False, *HALF[3:]])
+    finding = inconsistency(replace(run, constraints=(Constraint((0, 1, 2), Relation.EXACTLY_ONE),)))
+    assert finding.told == "1 of 1 constraints are broken, in 1 groups."
+    assert "rows 0 (False), 1 (False) and 2 (False), of which exactly one is True." in finding.details[0]
 
 
 def test_an_older_run_has_only_a_count(tmp_path: Path) -> None:

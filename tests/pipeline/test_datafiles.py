@@ -625,7 +625,7 @@ def test_of_a_group_that_lost_a_row_at_most_one_is_true(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "complaint"),
     [
-        (["q,a,g,exactly one", "q,b,g,agree"], "rows 0 and 1 are of one group (g), and their consistency_relation"),
+        (["q,a,g,exactly one", "q,b,g,agree"], "rows 0 and 1 are of one group ('g'), and their consistency_relation"),
         (["q,a,g,exactly one", "q,b,g,"], "differs: exactly one is true, none"),
         (["q,a,g,exactly one", "q,a,g,exactly one"], "rows 0 and 1 are the same claim, and exactly one"),
         (["q,a,g,exactly one", "q,a,h,"], "row 0 is alone in its group, of which exactly one is to be true"),
