@@ -27,7 +27,7 @@ from core.llm_api.types import (
     OnAnswer,
     PrefixCacheCounters,
     Prompt,
-    other_type,
+    known_to_differ,
     sum_known,
 )
 from core.llm_api.vllm_llm import START_HINT, VLLMClient
@@ -65,9 +65,13 @@ def difference(identity: EngineIdentity, expected: EngineIdentity) -> str:
     A server without our extension does not say in which type it computes; its fingerprint tells.
     """
     unlike = [f.name for f in fields(EngineIdentity) if getattr(identity, f.name) != getattr(expected, f.name)]
-    if "dtype" in unlike and not other_type(identity.dtype, expected.dtype):
-        unlike.remove("dtype")
-    here, there = (replace(engine, fingerprint=engine.fingerprint[:12]) for engine in (identity, expected))
+    for name in {"dtype", "config"}.intersection(unlike):
+        if not known_to_differ(getattr(identity, name), getattr(expected, name)):
+            unlike.remove(name)
+    here, there = (
+        replace(engine, fingerprint=engine.fingerprint[:12], config=engine.config[:12])
+        for engine in (identity, expected)
+    )
     return ", ".join(f"{name} {getattr(here, name)!r}, not {getattr(there, name)!r}" for name in unlike)
 
 

@@ -117,11 +117,11 @@ async def test_the_cache_answers_and_outlives_the_api(engine: ScriptedEngine, tm
     async with ModelAPI(engine, cache=ResponseCache(tmp_path / "c")) as api:
         scores = await api.score(pool(1, 2, 5), LABELS)
         assert (odds(scores), scores.prompt_tokens) == ([1, 2, 5], 0)
-        assert api.are_cached(pool(5, 1), LABELS)
-        assert not api.are_cached(pool(5, 6), LABELS)
+        assert await api.are_cached(pool(5, 1), LABELS)
+        assert not await api.are_cached(pool(5, 6), LABELS)
     assert engine.asked == [[1, 2], [5]]
     async with ModelAPI(engine) as api:
-        assert not api.are_cached(pool(5), LABELS)
+        assert not await api.are_cached(pool(5), LABELS)
     engine.identity = EngineIdentity("scripted", "m", fingerprint="another")
     async with ModelAPI(engine, cache=ResponseCache(tmp_path / "c")) as api:
         await api.score(pool(1), LABELS)
