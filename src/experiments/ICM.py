@@ -27,6 +27,7 @@ from src.experiments.single_run import (
     check_readable,
     check_same_run,
     label_pool,
+    may_be_renamed,
     model_api_of,
     pool_of,
     run_name,
@@ -135,7 +136,7 @@ async def _run(args: argparse.Namespace) -> int:
     known = folder.read_run()
     if known is not None:
         check_readable(folder, known)
-        check_same_run(folder, known["settings"], settings)
+        check_same_run(folder, known["settings"], settings, renamed=may_be_renamed(known))
         if "result" in known and not args.check:
             print_summary(folder, known)
             return 0

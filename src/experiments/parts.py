@@ -24,6 +24,7 @@ from src.experiments.single_run import (
     check_same_engine,
     check_same_run,
     finish,
+    may_be_renamed,
     model_api_of,
     pools_of,
     run_name,
@@ -63,7 +64,7 @@ async def run_parts(args: argparse.Namespace) -> int:
     known = folder.read_run()
     if known is not None:
         check_readable(folder, known)
-        check_same_run(folder, known["settings"], settings)
+        check_same_run(folder, known["settings"], settings, renamed=may_be_renamed(known))
         if "result" in known:
             print_summary(folder, known)
             return 0
@@ -78,6 +79,7 @@ async def run_parts(args: argparse.Namespace) -> int:
                 folder.write_run(known)
             else:
                 check_same_engine(folder, known["engine"], api.identity)
+                settings = known["settings"]  # under the name that the model had, as the parts that are there
             documents = await _label_all(args, api, folder, parts, settings)
             rows = _rows(folder, parts)
             folder.write_labels(rows)

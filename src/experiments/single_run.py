@@ -18,7 +18,7 @@ import orjson
 
 from core.determinism.record import manifest_entry, read_record
 from core.llm_api.llm import ModelAPI, open_model_api
-from core.llm_api.types import EngineIdentity, other_type
+from core.llm_api.types import EngineIdentity, known_to_differ
 from core.settings import Settings
 from src.icm.annealing import SearchSettings, SearchState
 from src.icm.objective import Objective
@@ -161,7 +161,7 @@ async def finish(
     known = folder.read_run()
     if known is not None:
         check_readable(folder, known)
-        check_same_run(folder, known["settings"], settings)
+        check_same_run(folder, known["settings"], settings, renamed=may_be_renamed(known))
         if "result" in known:
             return known
     with folder:
@@ -278,29 +278,49 @@ def check_readable(folder: RunFolder, known: Mapping[str, Any]) -> None:
         )
 
 
-def check_same_run(folder: RunFolder, known: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Raises BadInput where `folder` was started with other settings."""
+def check_same_run(
+    folder: RunFolder, known: Mapping[str, Any], settings: Mapping[str, Any], *, renamed: bool = False
+) -> None:
+    """Raises BadInput where `folder` was started with other settings. renamed: see may_be_renamed."""
     changed = [name for name in {**known, **settings} if known.get(name) != settings.get(name)]
+    if renamed:
+        changed = [name for name in changed if name != "model"]
     if changed:
         told = ", ".join(f"--{name} {known.get(name)}, now {settings.get(name)}" for name in changed)
         raise BadInput(f"{folder.path}: was started with {told}. Use the same flags, or another --run")
 
 
+def may_be_renamed(known: Mapping[str, Any]) -> bool:
+    """Whether the run of this run.json can go on under another name of its model: there is something left to ask, and
+    check_same_engine can see whether it is the same model."""
+    return "result" not in known and bool(known["engine"].get("fingerprint"))
+
+
 def check_same_engine(folder: RunFolder, known: Mapping[str, Any], identity: EngineIdentity) -> None:
-    """Scores of two models must not mix in one run. Raises BadInput where model, version or, if both are known, the
-    types that they compute in differ."""
+    """Scores of two models must not mix in one run. Raises BadInput where the version differs, the type or the model's
+    configuration (if both are known), or the model; that may lie elsewhere and have another name if it answers alike.
+    """
     now = identity_record(identity)
-    changed = [name for name in ("model", "root", "revision", "version") if known.get(name) != now[name]]
-    if other_type(known.get("dtype", ""), identity.dtype):
-        changed.append("dtype")
+    names = [name for name in ("model", "root") if known.get(name) != now[name]]
+    moved = bool(names) and identity.has_content_of(known)
+    changed = [] if moved else names
+    changed += [name for name in ("revision", "version") if known.get(name) != now[name]]
+    changed += [name for name in ("dtype", "config") if known_to_differ(known.get(name, ""), now[name])]
     if changed:
-        told = ", ".join(f"{name} {known.get(name)!r}, now {now[name]!r}" for name in changed)
+        told = ", ".join(f"{name} {_short(known.get(name))!r}, now {_short(now[name])!r}" for name in changed)
         raise BadInput(f"{folder.path}: was started on another engine ({told}). Start that one, or use another --run")
+    if moved:
+        told = ", ".join(f"{name} {known.get(name)!r}, now {now[name]!r}" for name in names)
+        print(f"the model is the one of before by its answers, and goes on ({told})", file=sys.stderr, flush=True)
     if known.get("fingerprint") != now["fingerprint"]:
         logging.warning(
             "the engine answers a fixed prompt differently than when this run began (other hardware, "
             "precision or kernels?): its scores differ slightly from the run's first part"
         )
+
+
+def _short(value: object) -> object:
+    return value[:12] if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else value
 
 
 def identity_record(identity: EngineIdentity) -> dict[str, Any]:

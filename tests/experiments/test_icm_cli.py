@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -308,6 +309,81 @@ async def test_a_server_with_another_version_is_refused_mid_run(icm: Command, se
     code, _, err = await icm("--run", "a")
     assert code == 2
     assert "0.0.1" in err
+
+
+def unfinished(icm: Command, run: str, lines: int | None = None) -> None:
+    """The run as if it had been stopped, after so many lines of its journal."""
+    folder = icm.runs / run
+    document = json.loads((folder / "run.json").read_text())
+    del document["result"]
+    (folder / "run.json").write_text(json.dumps(document))
+    (folder / "labels.jsonl").unlink()
+    log = folder / "log.jsonl"
+    log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:lines]))
+
+
+async def test_a_run_goes_on_with_its_model_in_another_place_and_under_another_name(
+    icm: Command, server: FakeVLLM
+) -> None:
+    assert (await icm("--run", "a"))[0] == 0
+    labels = icm.labels("a")
+    unfinished(icm, "a", 9)
+    asked = len(server.completions)
+    server.root, server.model = "/moved/here", "my-name"
+    code, _, err = await icm("--run", "a", "--model", "my-name")
+    assert code == 0, err
+    assert "the model is the one of before by its answers, and goes on (model 'fake-8b', now 'my-name', root" in err
+    assert icm.labels("a") == labels
+    assert len(server.completions) - asked <= 2  # the canary and the probe: all else is in the cache
+    code, _, err = await icm("--run", "a", "--model", "fake-8b")  # and the finished run keeps the name it was begun with
+    assert code == 0, err
+    code, _, err = await icm("--run", "a", "--model", "my-name")
+    assert code == 2
+    assert "--model fake-8b, now my-name" in err
+
+
+@pytest.mark.parametrize("change", ["root", "name"])
+async def test_a_run_does_not_go_on_with_another_model_in_another_place(
+    icm: Command, server: FakeVLLM, change: str
+) -> None:
+    assert (await icm("--run", "a", "--K", "5"))[0] == 0
+    unfinished(icm, "a")
+    server.salt = "other weights"
+    if change == "root":
+        server.root = "/moved/here"
+    else:
+        server.model = "my-name"
+    code, _, err = await icm("--run", "a", "--K", "5", "--model", server.model)
+    assert code == 2
+    told = "root '/models/fake', now '/moved/here'" if change == "root" else "model 'fake-8b', now 'my-name'"
+    assert f"was started on another engine ({told})" in err
+
+
+async def test_a_run_does_not_go_on_with_another_configuration_of_its_model(data: Path, tmp_path: Path) -> None:
+    async with FakeVLLM(trees=True, config="a" * 64) as server:
+        icm = Command(server.url, data, tmp_path / "runs")
+        assert (await icm("--run", "a", "--K", "5"))[0] == 0
+        unfinished(icm, "a")
+        server.config = "b" * 64
+        code, _, err = await icm("--run", "a", "--K", "5")
+        assert code == 2
+        assert "was started on another engine (config 'aaaaaaaaaaaa', now 'bbbbbbbbbbbb')" in err
+
+
+async def test_a_run_folder_goes_on_where_it_was_copied_to(icm: Command, server: FakeVLLM, tmp_path: Path) -> None:
+    assert (await icm("--run", "a"))[0] == 0
+    labels = icm.labels("a")
+    unfinished(icm, "a", 9)
+    elsewhere = tmp_path / "another machine"
+    shutil.copytree(icm.runs / "a", elsewhere / "runs" / "a")
+    (tmp_path / "claims.jsonl").rename(elsewhere / "claims.jsonl")
+    shutil.rmtree(icm.runs)
+    async with FakeVLLM(log_odds=signed_by_words, root="/its/own/path") as other:
+        there = Command(other.url, elsewhere / "claims.jsonl", elsewhere / "runs")
+        code, _, err = await there("--run", "a")
+        assert code == 0, err
+        assert there.labels("a") == labels
+    assert not icm.runs.exists()
 
 
 async def test_check_measures_the_precondition_and_stops(icm: Command) -> None:
