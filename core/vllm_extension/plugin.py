@@ -87,7 +87,9 @@ def config_digest(config: Any) -> str:
     if model is None:
         return ""
     cache = getattr(getattr(config, "cache_config", None), "cache_dtype", "auto")
-    told = json.dumps([_telling(model.to_dict()), str(cache)], sort_keys=True, default=lambda value: type(value).__name__)
+    told = json.dumps(
+        [_telling(model.to_dict()), str(cache)], sort_keys=True, default=lambda value: type(value).__name__
+    )
     return hashlib.sha256(told.encode()).hexdigest()
 
 

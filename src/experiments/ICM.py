@@ -32,6 +32,7 @@ from src.experiments.single_run import (
     pool_of,
     run_name,
     settings_of,
+    tell_of_continuing,
     warn_of_leaks,
 )
 from src.experiments.summary import print_summary
@@ -79,6 +80,13 @@ def build_parser() -> argparse.ArgumentParser:
         default=PLANNED_AT_ONCE,
         metavar="N",
         help="batches and passes that are searched at the same time; the labels do not depend on it",
+    )
+    run.add_argument(
+        "--continue_from",
+        metavar="RUN",
+        help="start with the labels of another run, finished or not, for its claims that are still in the data, in "
+        "place of random ones; then go on with what is new. RUN: its name under --runs_dir, or its folder. They are in "
+        "the pool whatever --batch_size is",
     )
     run.add_argument("--run", metavar="NAME", help="folder under --runs_dir (default: made from the settings)")
     run.add_argument("--runs_dir", type=Path, default=REPO_ROOT / "runs", help="where runs and cached scores are kept")
@@ -143,6 +151,7 @@ async def _run(args: argparse.Namespace) -> int:
     if args.is_complete:
         return 1
     warn_of_leaks(args, pool)
+    tell_of_continuing(args, pool)
     api = model_api_of(args)
     with folder:
         async with api:

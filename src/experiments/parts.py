@@ -100,6 +100,8 @@ def _parts(args: argparse.Namespace) -> list[Part]:
     """Every batch's passes, in order. Raises BadInput for flags that do not go together."""
     if args.check:
         raise BadInput("--check measures one pool: leave out --num_batches and --passes")
+    if args.continue_from is not None:
+        raise BadInput("--continue_from goes on with one pool: leave out --num_batches and --passes")
     if args.label_rest:
         raise BadInput("--label_rest labels from one pool's labels; --num_batches all leaves no claim to label")
     if args.passes % 2 == 0:

@@ -25,6 +25,7 @@ from src.icm.objective import Objective
 from src.icm.report import changes_objective, collapse_warning, pool_rows
 from src.icm.testbeds import BadInput, Claim, Testbed
 from src.monitoring.run_metrics import published
+from src.pipeline.continuing import read_continued
 from src.pipeline.datafiles import load_data_file, load_testbed
 from src.pipeline.labelling import Labelling, Pool, prepare_batches, result_record
 from src.pipeline.plots import plot_curves
@@ -59,6 +60,17 @@ def warn_of_leaks(args: argparse.Namespace, pool: Pool) -> None:
             "warning: --consistency upstream makes its keys from gold labels: accuracy is not unsupervised",
             file=sys.stderr,
         )
+
+
+def tell_of_continuing(args: argparse.Namespace, pool: Pool) -> None:
+    """Say which labels the search starts with, and which of the other run's it cannot take over."""
+    if pool.continued is not None:
+        file = pool.testbed.name if args.data is None else args.data.name
+        outside = len(pool.rest) + pool.left_out
+        for line in pool.continued.notes(
+            file=file, model=args.model, pool=len(pool.claims), outside=0 if args.label_rest else outside
+        ):
+            print(line, file=sys.stderr)
 
 
 def determinism_of(args: argparse.Namespace, identity: EngineIdentity) -> dict[str, Any] | None:
@@ -99,6 +111,8 @@ def pools_of(args: argparse.Namespace, count: int | None, held_out: Collection[i
         raise BadInput("--initial_T, --final_T and --decay must be above 0")
     testbed, claims, path = load_claims(args)
     claims = [claim for claim in claims if claim.row not in held_out]
+    name = getattr(args, "continue_from", None)  # a flag of ICM.py alone
+    continued = None if name is None else read_continued(name, args.runs_dir, testbed, claims, path)
     search = SearchSettings(**{field.name: getattr(args, field.name) for field in fields(SearchSettings)})
     return prepare_batches(
         testbed,
@@ -109,6 +123,7 @@ def pools_of(args: argparse.Namespace, count: int | None, held_out: Collection[i
         consistency=args.consistency,
         objective=Objective(args.alpha, args.calibrate),
         settings=search,
+        continued=continued,
     )
 
 
@@ -129,6 +144,7 @@ def settings_of(args: argparse.Namespace, pool: Pool) -> dict[str, Any]:
         "alpha": args.alpha,
         "calibrate": args.calibrate,
         "label_rest": args.label_rest,
+        **({} if pool.continued is None else {"continue_from": pool.continued.digest}),
         **decisive,
     }
 
@@ -210,6 +226,8 @@ async def label_pool(
     """
     if known is None:
         known = await beginning(args, labelling.api, settings, cache_share=cache_share)
+        if labelling.pool.continued is not None:
+            known["continued_from"] = labelling.pool.continued.summary()
         folder.write_claims(pool_rows(labelling.pool.claims, labelling.pool.problem.consistency))
         folder.write_run(known)
     else:

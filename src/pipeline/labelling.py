@@ -21,6 +21,7 @@ from src.icm.report import label_row
 from src.icm.speculation import Pace
 from src.icm.testbeds import BadInput, Claim, ConsistencyMode, Testbed, split_pools
 from src.pipeline.baselines import Prediction, check_precondition, predict, reference_labelings
+from src.pipeline.continuing import Continued
 from src.pipeline.run_folder import RunFolder
 from src.pipeline.search import OnRecord, PoolScorer, search
 
@@ -30,6 +31,7 @@ class Pool:
     """What a run labels, known before any model is asked.
 
     rest: other claims of the file, labelled after the search. left_out: how many more there are that are not labelled.
+    continued: the run whose labels it starts with.
     """
 
     testbed: Testbed
@@ -38,6 +40,7 @@ class Pool:
     problem: Problem
     data_digest: str
     left_out: int = 0
+    continued: Continued | None = None
 
     @property
     def gold(self) -> list[bool | None]:
@@ -78,12 +81,19 @@ def prepare_batches(
     consistency: ConsistencyMode,
     objective: Objective,
     settings: SearchSettings,
+    continued: Continued | None = None,
 ) -> list[Pool]:
     """`count` pools (None: as many as hold all claims) of whole groups, and their constraints, from `settings.seed`.
 
-    Pools have at most batch_size claims and share none; `rest` of each are the claims that are in no pool.
+    Pools have at most batch_size claims and share none; `rest` of each are the claims that are in no pool. continued:
+    one pool, which begins with the claims that the other run labelled.
     """
-    batches = split_pools(claims, batch_size, count, generator(settings.seed, Stream.POOL))
+    rng, start = generator(settings.seed, Stream.POOL), None
+    if continued is None:
+        batches = split_pools(claims, batch_size, count, rng)
+    else:
+        places = continued.pool(claims, batch_size, rng)
+        batches, start = [[claims[at] for at in places]], continued.start_labels(places)
     drawn = {claim.row for batch in batches for claim in batch}
     rest = tuple(claim for claim in claims if claim.row not in drawn)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -94,8 +104,9 @@ def prepare_batches(
             consistency=testbed.consistency(batch, consistency),
             objective=objective,
             settings=settings,
+            start_labels=start,
         )
-        pools.append(Pool(testbed, tuple(batch), rest, problem, digest))
+        pools.append(Pool(testbed, tuple(batch), rest, problem, digest, continued=continued))
     return pools
 
 

@@ -61,9 +61,7 @@ def test_one_query_for_hundreds_of_keys(path: Path) -> None:
         assert [s for s in statements if not s.startswith("INSERT")] == ["BEGIN IMMEDIATE", "COMMIT"]
 
 
-@pytest.mark.parametrize(
-    "name", ["kind", "revision", "version", "determinism", "fingerprint", "dtype", "config"]
-)
+@pytest.mark.parametrize("name", ["kind", "revision", "version", "determinism", "fingerprint", "dtype", "config"])
 def test_all_that_is_known_of_an_engines_content_is_in_the_key(name: str) -> None:
     assert cache_key(dataclasses.replace(IDENTITY, **{name: "other"}), LABELS, "d") != cache_key(IDENTITY, LABELS, "d")
 

@@ -335,8 +335,7 @@ async def test_a_run_goes_on_with_its_model_in_another_place_and_under_another_n
     assert "the model is the one of before by its answers, and goes on (model 'fake-8b', now 'my-name', root" in err
     assert icm.labels("a") == labels
     assert len(server.completions) - asked <= 2  # the canary and the probe: all else is in the cache
-    code, _, err = await icm("--run", "a", "--model", "fake-8b")  # and the finished run keeps the name it was begun with
-    assert code == 0, err
+    assert (await icm("--run", "a", "--model", "fake-8b"))[0] == 0  # finished, it keeps the name that it began with
     code, _, err = await icm("--run", "a", "--model", "my-name")
     assert code == 2
     assert "--model fake-8b, now my-name" in err
@@ -384,6 +383,69 @@ async def test_a_run_folder_goes_on_where_it_was_copied_to(icm: Command, server:
         assert code == 0, err
         assert there.labels("a") == labels
     assert not icm.runs.exists()
+
+
+def grow(data: Path, *, new: int, without: Sequence[int] = ()) -> Path:
+    """The file without some rows, with groups of two claims more."""
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    rows = [row for number, row in enumerate(rows) if number not in without]
+    rows += [
+        {"question": f"Is {n} odd?", "choice": answer, "label": int((n % 2 == 1) == (answer == "yes")),
+         "consistency_id": f"odd {n}"}
+        for n in range(new) for answer in ("yes", "no")
+    ]  # fmt: skip
+    grown = data.with_name("grown.jsonl")
+    grown.write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))
+    return grown
+
+
+async def test_a_grown_file_goes_on_from_what_is_labelled(icm: Command, data: Path) -> None:
+    assert (await icm("--run", "a"))[0] == 0
+    before = {(r["question"], r["choice"]): r for r in map(json.loads, icm.labels("a").splitlines())}
+    labelled = {at: row["label"] for at, row in before.items() if row["by"] == "icm"}
+    removed = before["Is 3 even?", "yes"] if ("Is 3 even?", "yes") in before else next(iter(before.values()))
+    grown = grow(data, new=3, without=[removed["row"]])
+    there = Command(icm.environment["VLLM_BASE_URL"], grown, icm.runs)
+    code, _, err = await there("--run", "b", "--continue_from", "a", "--batch_size", "20", "--K", "0")
+    assert code == 0, err
+    kept = {at: label for at, label in labelled.items() if at != (removed["question"], removed["choice"])}
+    assert f"starts with {len(kept)} labels of a ({sum(kept.values())} True) in place of random ones" in err
+    assert f"1 claim of a not in grown.jsonl, removed or edited: row {removed['row']} (" in err
+    assert "claims of grown.jsonl beside them: --batch_size 29 takes in all" in err
+    [start] = [record for record in icm.log("b") if record["event"] == "start"]
+    pool = [json.loads(line) for line in (icm.runs / "b" / "claims.jsonl").read_text().splitlines()]
+    assert len(start["labels"]) == len(kept)
+    assert {(pool[int(at)]["question"], pool[int(at)]["choice"]) for at in start["labels"]} == kept.keys()
+    document = json.loads((icm.runs / "b" / "run.json").read_text())
+    assert document["continued_from"]["labels"] == len(kept)
+    assert len(document["settings"]["continue_from"]) == 64
+
+
+async def test_a_run_that_goes_on_from_another_is_resumed_as_every_run(
+    icm: Command, server: FakeVLLM, data: Path
+) -> None:
+    assert (await icm("--run", "a"))[0] == 0
+    unfinished(icm, "a", 20)  # its last state in the journal counts
+    there = Command(server.url, grow(data, new=4), icm.runs)
+    flags = ("--continue_from", str(icm.runs / "a"), "--batch_size", "64", "--context_cap", "8")
+    code, out, err = await there("--run", "whole", *flags)
+    assert code == 0, err
+    assert "claims labelled" in out
+    assert "no room" not in err
+    labels = icm.labels("whole")
+    assert len(labels.splitlines()) == 32
+    unfinished(icm, "whole", 7)
+    (icm.runs / "responses.sqlite").unlink()
+    code, _, err = await there("--run", "whole", *flags)
+    assert code == 0, err
+    assert icm.labels("whole") == labels
+    assert (await there("--run", "whole", "--is_complete", *flags))[0] == 0
+    code, _, err = await there("--run", "whole", *flags[2:])
+    assert code == 2
+    assert "--continue_from " in err
+    code, _, err = await there(*flags, "--num_batches", "all")
+    assert code == 2
+    assert "leave out --num_batches" in err
 
 
 async def test_check_measures_the_precondition_and_stops(icm: Command) -> None:
@@ -446,6 +508,7 @@ BAD = [
     (["--run", "../x"], "not a path"),
     (["--initial_T", "0"], "must be above 0"),
     (["--lookahead", "-1"], "must be auto"),
+    (["--continue_from", "nobody"], "no run of that name"),
     (["--alpha", "nan"], "must be a finite number"),
     (["--seed", "99999999999999999999"], "below 2^63"),
 ]
