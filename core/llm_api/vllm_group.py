@@ -62,7 +62,7 @@ def server_for(place: float, count: int, up: Sequence[int]) -> int:
 def difference(identity: EngineIdentity, expected: EngineIdentity) -> str:
     """What sets one engine apart from another, for a user; "" where nothing does.
 
-    A server without our extension does not say in which type it computes; its fingerprint tells.
+    A server without our extension says neither in which type it computes nor how; its fingerprint tells.
     """
     unlike = [f.name for f in fields(EngineIdentity) if getattr(identity, f.name) != getattr(expected, f.name)]
     for name in {"dtype", "config"}.intersection(unlike):
@@ -178,7 +178,11 @@ class VLLMGroup:
                 raise ConfigurationError(
                     f"{member.client.base_url} is not like {first.client.base_url}: {told}.", hint=ALIKE_HINT
                 )
-        identity = self._identity = replace(identity, dtype=next((e.dtype for e in found.values() if e.dtype), ""))
+        identity = self._identity = replace(
+            identity,
+            dtype=next((e.dtype for e in found.values() if e.dtype), ""),
+            config=next((e.config for e in found.values() if e.config), ""),
+        )
         for member in found:
             member.up = True
         for member, error in lost.items():

@@ -45,8 +45,8 @@ class LabelLogprobs:
 
 
 async def _describe(request: Any) -> Any:
-    """Which format this route speaks, for which models, which kernels answer in which type with which configuration, and
-    whether shared prefixes are worked on once."""
+    """Which format this route speaks, for which models; which kernels answer, in which type, how configured; whether
+    shared prefixes are worked on once."""
     models = [path.name for path in request.app.state.openai_serving_models.base_model_paths]
     config = getattr(request.app.state.engine_client, "vllm_config", None)
     return _json(

@@ -31,7 +31,7 @@ SHOWN: Final = 60
 class Continued:
     """What another run's pool gives to the claims of a file.
 
-    digest: of that pool's texts, groups and labels. labels: by position in the file's claims, in the order of that pool;
+    digest: of that pool's texts, groups and labels. labels: by position in the file's claims, in that pool's order;
     None for a claim that its search gave no label. gone: claims of that pool that are not in the file. regrouped: how
     many are in another group now.
     """
