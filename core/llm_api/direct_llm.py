@@ -45,7 +45,7 @@ from core.llm_api.types import (
 )
 from core.settings import MissingLabelPolicy
 from core.vllm_extension import pool_calls
-from core.vllm_extension.plugin import BATCH_INVARIANT, FAST_PREFIXES, dtype_of, kernels
+from core.vllm_extension.plugin import BATCH_INVARIANT, FAST_PREFIXES, config_digest, dtype_of, kernels
 
 T = TypeVar("T")
 
@@ -410,6 +410,7 @@ class DirectEngine:
             determinism=kernels(getattr(loaded.llm.llm_engine.vllm_config, "attention_config", None)),
             max_model_len=int(config.max_model_len),
             dtype=dtype_of(config),
+            config=config_digest(getattr(loaded.llm.llm_engine, "vllm_config", None)),
         )
 
     def _import(self) -> Any:

@@ -53,7 +53,7 @@ from core.llm_api.types import (
     PrefixCacheCounters,
     Prompt,
     Segment,
-    other_type,
+    known_to_differ,
     sum_known,
 )
 from core.llm_api.vllm_metrics import kv_block_size, kv_cache_capacity, prefix_cache_counters
@@ -111,6 +111,7 @@ class VLLMClient:
         self._fast_prefixes = False
         self._kernels = ""
         self._dtype = ""
+        self._config = ""
         self._top = TOP_LOGPROBS
         self._identity: EngineIdentity | None = None
         self._canary: dict[str, float] = {}
@@ -170,7 +171,11 @@ class VLLMClient:
             log.warning("%s does not return chosen logprobs; using its top %d", self._http.base_url, self._top)
         self._takes_trees = await self._probe_trees() and self._use_extension
         self._identity = replace(
-            identity, determinism=self._kernels, dtype=self._dtype, fingerprint=fingerprint(tokens, self._canary)
+            identity,
+            determinism=self._kernels,
+            dtype=self._dtype,
+            config=self._config,
+            fingerprint=fingerprint(tokens, self._canary),
         )
         self._known_era = era
         return self._identity
@@ -365,10 +370,12 @@ class VLLMClient:
                 top = await self._read(token_body(self._canary_fields, [canary]), canary, retry)
                 if not _same_weights(top, self._canary):
                     changed.append("other answers to a fixed prompt")
-                if known.dtype:  # the canary may be too short to show another type
+                if known.dtype or known.config:  # the canary may be too short to show another
                     await self._probe_trees()
-                    if other_type(self._dtype, known.dtype):
+                    if known_to_differ(self._dtype, known.dtype):
                         changed.append(f"dtype {self._dtype!r}, not {known.dtype!r}")
+                    if known_to_differ(self._config, known.config):
+                        changed.append("another configuration of the model")
                 if changed:
                     told = ", ".join(changed)
                     raise ServerChanged(
@@ -450,6 +457,7 @@ class VLLMClient:
         self._fast_prefixes = said.get("fast_prefixes") is True
         self._kernels = str(said.get("kernels", ""))
         self._dtype = str(said.get("dtype", ""))
+        self._config = str(said.get("config", ""))
         models = said.get("models")
         return said.get("format") == FORMAT and isinstance(models, list) and self._model in models
 

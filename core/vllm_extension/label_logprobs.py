@@ -21,7 +21,7 @@ from typing import Any, Final
 from core.llm_api.prompt_tree import FORMAT, PATH, PromptTree, read_request
 from core.llm_api.types import sum_known
 from core.vllm_extension import block_hashes, pool_calls, pools
-from core.vllm_extension.plugin import dtype_of, kernels
+from core.vllm_extension.plugin import config_digest, dtype_of, kernels
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +45,8 @@ class LabelLogprobs:
 
 
 async def _describe(request: Any) -> Any:
-    """Which format this route speaks, for which models, which kernels answer in which type, and whether shared prefixes
-    are worked on once."""
+    """Which format this route speaks, for which models; which kernels answer, in which type, how configured; whether
+    shared prefixes are worked on once."""
     models = [path.name for path in request.app.state.openai_serving_models.base_model_paths]
     config = getattr(request.app.state.engine_client, "vllm_config", None)
     return _json(
@@ -57,6 +57,7 @@ async def _describe(request: Any) -> Any:
             "fast_prefixes": block_hashes.installed(),
             "kernels": kernels(getattr(config, "attention_config", None)),
             "dtype": dtype_of(getattr(config, "model_config", None)),
+            "config": config_digest(config),
         },
     )
 

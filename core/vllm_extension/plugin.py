@@ -6,7 +6,9 @@ other vLLM servers of the same Python.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import json
 import os
 from typing import Any, Final
 
@@ -73,3 +75,30 @@ def kernels(attention: Any = None) -> str:
 def dtype_of(model: Any) -> str:
     """The type that vLLM computes in, from its model_config: bfloat16, float32, ...; empty where it does not say."""
     return str(getattr(model, "dtype", "")).removeprefix("torch.")
+
+
+def config_digest(config: Any) -> str:
+    """SHA-256 of what a short prompt does not show of an engine: its model's configuration as vLLM uses it (windows,
+    scaled positions, --hf-overrides), and the type of its KV cache. From its vllm_config; empty where it does not say.
+
+    Left out is what says nothing of answers, or is told elsewhere: where the model lay, who wrote the file, the type.
+    """
+    model = getattr(getattr(config, "model_config", None), "hf_config", None)
+    if model is None:
+        return ""
+    cache = getattr(getattr(config, "cache_config", None), "cache_dtype", "auto")
+    told = json.dumps(
+        [_telling(model.to_dict()), str(cache)], sort_keys=True, default=lambda value: type(value).__name__
+    )
+    return hashlib.sha256(told.encode()).hexdigest()
+
+
+def _telling(value: Any) -> Any:
+    if isinstance(value, dict):
+        silent = ("transformers_version", "dtype", "torch_dtype")
+        return {
+            str(key): _telling(part)
+            for key, part in value.items()
+            if str(key) not in silent and not str(key).startswith("_")
+        }
+    return [_telling(part) for part in value] if isinstance(value, list | tuple) else value

@@ -30,10 +30,12 @@ from src.experiments.single_run import (
     check_readable,
     check_same_run,
     label_pool,
+    may_be_renamed,
     model_api_of,
     pool_of,
     run_name,
     settings_of,
+    tell_of_continuing,
     tell_opening,
     warn_of_leaks,
 )
@@ -82,6 +84,13 @@ def build_parser() -> Parser:
         default=PLANNED_AT_ONCE,
         metavar="N",
         help="batches and passes that are searched at the same time; the labels do not depend on it",
+    )
+    run.add_argument(
+        "--continue_from",
+        metavar="RUN",
+        help="start with the labels of another run, finished or not, for its claims that are still in the data, in "
+        "place of random ones; then go on with what is new. RUN: its name under --runs_dir, or its folder. They are in "
+        "the pool whatever --batch_size is",
     )
     run.add_argument("--run", metavar="NAME", help="folder under --runs_dir (default: made from the settings)")
     run.add_argument("--runs_dir", type=Path, default=REPO_ROOT / "runs", help="where runs and cached scores are kept")
@@ -143,7 +152,7 @@ async def _run(args: argparse.Namespace, contradiction: str | None) -> int:
     known = folder.read_run()
     if known is not None:
         check_readable(folder, known)
-        check_same_run(folder, known["settings"], settings)
+        check_same_run(folder, known["settings"], settings, renamed=may_be_renamed(known))
         if "result" in known and not args.check:
             say_shown_again(known)
             print_summary(folder, known)
@@ -153,6 +162,7 @@ async def _run(args: argparse.Namespace, contradiction: str | None) -> int:
     if args.is_complete:
         return 1
     warn_of_leaks(args, pool)
+    tell_of_continuing(args, pool)
     api = model_api_of(args)
     with nullcontext() if args.check else folder:
         async with api:

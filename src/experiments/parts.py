@@ -27,6 +27,7 @@ from src.experiments.single_run import (
     check_same_engine,
     check_same_run,
     finish,
+    may_be_renamed,
     model_api_of,
     pools_of,
     run_name,
@@ -73,7 +74,7 @@ async def run_parts(args: argparse.Namespace, contradiction: str | None) -> int:
     known = folder.read_run()
     if known is not None:
         check_readable(folder, known)
-        check_same_run(folder, known["settings"], settings)
+        check_same_run(folder, known["settings"], settings, renamed=may_be_renamed(known))
         if "result" in known:
             say_shown_again(known)
             print_summary(folder, known)
@@ -91,6 +92,7 @@ async def run_parts(args: argparse.Namespace, contradiction: str | None) -> int:
                 folder.write_run(known)
             else:
                 check_same_engine(folder, known["engine"], api.identity)
+                settings = known["settings"]  # under the name that the model had, as the parts that are there
             first = await Labelling.open(replace(parts[0].pool, rest=()), api)
             pools = [part.pool for part in parts if part.pass_number == 0]
             await tell_opening(args, first, settings["testbed"], folder, pools)
@@ -115,6 +117,8 @@ def _parts(args: argparse.Namespace) -> list[Part]:
     """Every batch's passes, in order. Raises BadInput for flags that do not go together."""
     if args.check:
         raise BadInput("--check measures one pool: leave out --num_batches and --passes")
+    if args.continue_from is not None:
+        raise BadInput("--continue_from goes on with one pool: leave out --num_batches and --passes")
     if args.label_rest:
         raise BadInput("--label_rest labels from one pool's labels; --num_batches all leaves no claim to label")
     if args.passes % 2 == 0:

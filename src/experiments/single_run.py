@@ -18,7 +18,7 @@ import orjson
 
 from core.determinism.record import manifest_entry, read_record
 from core.llm_api.llm import ModelAPI, open_model_api
-from core.llm_api.types import EngineIdentity, other_type
+from core.llm_api.types import EngineIdentity, known_to_differ
 from core.settings import Settings
 from src.icm.annealing import SearchSettings, SearchState
 from src.icm.columns import Reading, parse_columns, parse_values
@@ -26,6 +26,7 @@ from src.icm.objective import Objective
 from src.icm.report import calibration_told, changes_objective, collapse_warning, pool_rows
 from src.icm.testbeds import BadInput, Claim, Testbed
 from src.monitoring.run_metrics import published
+from src.pipeline.continuing import read_continued
 from src.pipeline.datafiles import load_data_file, load_testbed
 from src.pipeline.labelling import Labelling, Pool, prepare_batches, result_record
 from src.pipeline.opening import example_prompt, opening, prompt_line, prompt_lines
@@ -62,6 +63,17 @@ def warn_of_leaks(args: argparse.Namespace, pool: Pool) -> None:
             "warning: --consistency upstream makes its keys from gold labels: accuracy is not unsupervised",
             file=sys.stderr,
         )
+
+
+def tell_of_continuing(args: argparse.Namespace, pool: Pool) -> None:
+    """Say which labels the search starts with, and which of the other run's it cannot take over."""
+    if pool.continued is not None:
+        file = pool.testbed.name if args.data is None else args.data.name
+        outside = len(pool.rest) + pool.left_out
+        for line in pool.continued.notes(
+            file=file, model=args.model, pool=len(pool.claims), outside=0 if args.label_rest else outside
+        ):
+            print(line, file=sys.stderr)
 
 
 def determinism_of(args: argparse.Namespace, identity: EngineIdentity) -> dict[str, Any] | None:
@@ -136,6 +148,8 @@ def pools_of(args: argparse.Namespace, count: int | None, held_out: Collection[i
         raise BadInput("--initial_T, --final_T and --decay must be above 0")
     testbed, claims, path, bad = _load(args)
     claims = [claim for claim in claims if claim.row not in held_out]
+    name = getattr(args, "continue_from", None)  # a flag of ICM.py alone
+    continued = None if name is None else read_continued(name, args.runs_dir, testbed, claims, path)
     search = SearchSettings(**{field.name: getattr(args, field.name) for field in fields(SearchSettings)})
     pools = prepare_batches(
         testbed,
@@ -146,6 +160,7 @@ def pools_of(args: argparse.Namespace, count: int | None, held_out: Collection[i
         consistency=args.consistency,
         objective=Objective(args.alpha, args.calibrate, args.prior),
         settings=search,
+        continued=continued,
     )
     return [replace(pool, bad_rows=tuple(bad)) for pool in pools]
 
@@ -170,6 +185,7 @@ def settings_of(args: argparse.Namespace, pool: Pool) -> dict[str, Any]:
         **({} if args.prior is None else {"prior": args.prior}),
         "label_rest": args.label_rest,
         **_settings_of_reading(args, pool),
+        **({} if pool.continued is None else {"continue_from": pool.continued.digest}),
         **decisive,
     }
 
@@ -260,7 +276,7 @@ async def finish(
     known = folder.read_run()
     if known is not None:
         check_readable(folder, known)
-        check_same_run(folder, known["settings"], settings)
+        check_same_run(folder, known["settings"], settings, renamed=may_be_renamed(known))
         if "result" in known:
             return known
     with folder:
@@ -310,6 +326,8 @@ async def label_pool(
     if known is None:
         known = await beginning(args, labelling.api, settings, cache_share=cache_share)
         known["tokens"] = await labelling.token_record()
+        if labelling.pool.continued is not None:
+            known["continued_from"] = labelling.pool.continued.summary()
         folder.write_claims(pool_rows(labelling.pool.claims, labelling.pool.problem.consistency))
         folder.write_run(known)
     else:
@@ -386,24 +404,40 @@ def check_readable(folder: RunFolder, known: Mapping[str, Any]) -> None:
         )
 
 
-def check_same_run(folder: RunFolder, known: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Raises BadInput where `folder` was started with other settings."""
+def check_same_run(
+    folder: RunFolder, known: Mapping[str, Any], settings: Mapping[str, Any], *, renamed: bool = False
+) -> None:
+    """Raises BadInput where `folder` was started with other settings. renamed: see may_be_renamed."""
     changed = [name for name in {**known, **settings} if known.get(name) != settings.get(name)]
+    if renamed:
+        changed = [name for name in changed if name != "model"]
     if changed:
         told = ", ".join(f"--{name} {known.get(name)}, now {settings.get(name)}" for name in changed)
         raise BadInput(f"{folder.path}: was started with {told}. Use the same flags, or another --run")
 
 
+def may_be_renamed(known: Mapping[str, Any]) -> bool:
+    """Whether the run of this run.json can go on under another name of its model: there is something left to ask, and
+    check_same_engine can see whether it is the same model."""
+    return "result" not in known and bool(known["engine"].get("fingerprint"))
+
+
 def check_same_engine(folder: RunFolder, known: Mapping[str, Any], identity: EngineIdentity) -> None:
-    """Scores of two models must not mix in one run. Raises BadInput where model, version or, if both are known, the
-    types that they compute in differ."""
+    """Scores of two models must not mix in one run. Raises BadInput where the version differs, the type or the model's
+    configuration (if both are known), or the model; that may lie elsewhere and have another name if it answers alike.
+    """
     now = identity_record(identity)
-    changed = [name for name in ("model", "root", "revision", "version") if known.get(name) != now[name]]
-    if other_type(known.get("dtype", ""), identity.dtype):
-        changed.append("dtype")
+    names = [name for name in ("model", "root") if known.get(name) != now[name]]
+    moved = bool(names) and identity.has_content_of(known)
+    changed = [] if moved else names
+    changed += [name for name in ("revision", "version") if known.get(name) != now[name]]
+    changed += [name for name in ("dtype", "config") if known_to_differ(known.get(name, ""), now[name])]
     if changed:
-        told = ", ".join(f"{name} {known.get(name)!r}, now {now[name]!r}" for name in changed)
+        told = ", ".join(f"{name} {_short(known.get(name))!r}, now {_short(now[name])!r}" for name in changed)
         raise BadInput(f"{folder.path}: was started on another engine ({told}). Start that one, or use another --run")
+    if moved:
+        told = ", ".join(f"{name} {known.get(name)!r}, now {now[name]!r}" for name in names)
+        print(f"the model is the one of before by its answers, and goes on ({told})", file=sys.stderr, flush=True)
     if known.get("fingerprint") != now["fingerprint"]:
         logging.warning(
             "the engine answers a fixed prompt differently than when this run began (other hardware, "
@@ -429,6 +463,10 @@ async def check_same_tokens(folder: RunFolder, known: Mapping[str, Any] | None, 
 def _ids(recorded: Any) -> Any:
     """Without the texts, which not every server tells."""
     return [token for token, _ in recorded] if isinstance(recorded, list) else recorded
+
+
+def _short(value: object) -> object:
+    return value[:12] if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else value
 
 
 def identity_record(identity: EngineIdentity) -> dict[str, Any]:

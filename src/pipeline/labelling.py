@@ -23,6 +23,7 @@ from src.icm.report import label_row
 from src.icm.speculation import Pace
 from src.icm.testbeds import BadInput, Claim, ConsistencyMode, Testbed, split_pools
 from src.pipeline.baselines import Prediction, check_precondition, predict, reference_labelings
+from src.pipeline.continuing import Continued
 from src.pipeline.file_kinds import digest_of
 from src.pipeline.run_folder import RunFolder
 from src.pipeline.search import OnRecord, PoolScorer, search
@@ -36,6 +37,7 @@ class Pool:
 
     rest: other claims of the file, labelled after the search. left_out: how many more there are that are not labelled.
     bad_rows: of every row of the file that could not be used, why.
+    continued: the run whose labels it starts with.
     """
 
     testbed: Testbed
@@ -45,6 +47,7 @@ class Pool:
     data_digest: str
     left_out: int = 0
     bad_rows: tuple[str, ...] = ()
+    continued: Continued | None = None
 
     @property
     def gold(self) -> list[bool | None]:
@@ -94,14 +97,21 @@ def prepare_batches(
     consistency: ConsistencyMode,
     objective: Objective,
     settings: SearchSettings,
+    continued: Continued | None = None,
 ) -> list[Pool]:
     """`count` pools (None: as many as hold all claims) of whole groups, and their constraints, from `settings.seed`.
 
-    Pools have at most batch_size claims and share none; `rest` of each are the claims that are in no pool.
+    Pools have at most batch_size claims and share none; `rest` of each are the claims that are in no pool. continued:
+    one pool, which begins with the claims that the other run labelled.
     """
     if len(claims) < 2:
         raise BadInput(f"{path}: holds one claim; a search needs others to show with each claim, so at least 2")
-    batches = split_pools(claims, batch_size, count, generator(settings.seed, Stream.POOL), testbed.grouped_by)
+    rng, start = generator(settings.seed, Stream.POOL), None
+    if continued is None:
+        batches = split_pools(claims, batch_size, count, rng, testbed.grouped_by)
+    else:
+        places = continued.pool(claims, batch_size, rng)
+        batches, start = [[claims[at] for at in places]], continued.start_labels(places)
     drawn = {claim.row for batch in batches for claim in batch}
     rest = tuple(claim for claim in claims if claim.row not in drawn)
     digest = digest_of(path)
@@ -112,8 +122,9 @@ def prepare_batches(
             consistency=testbed.consistency(batch, consistency),
             objective=objective,
             settings=settings,
+            start_labels=start,
         )
-        pools.append(Pool(testbed, tuple(batch), rest, problem, digest))
+        pools.append(Pool(testbed, tuple(batch), rest, problem, digest, continued=continued))
     return pools
 
 
@@ -158,9 +169,10 @@ class Labelling:
     async def asks_as_before(self) -> bool:
         """Whether versions that kept no token_record asked the same: they put prompts together from pieces alone."""
         question = self.book.questions[0]
-        [alone, plain] = await self.api.tokenize([question.text, "x"]) or [None, []]
-        if alone is None:
+        pieces_alone = await self.api.tokenize([question.text, "x"])
+        if pieces_alone is None:
             return True
+        alone, plain = pieces_alone
         [special] = await self.api.tokenize(["x"], special=True) or [[]]
         before = tuple(special[: len(special) - len(plain)])
         return (tuple(alone), before) == (question.tokens, self.book.prefix.tokens)

@@ -93,6 +93,7 @@ class FakeVLLM:
         fast_prefixes: bool = False,  # and says that its engine does, too
         kernels: str = "",  # and which kernels answer
         dtype: str = "",  # in which type
+        config: str = "",  # and how the model is configured
         chat_template: str | None = None,  # one user message in braces
     ) -> None:
         self.chat_template = chat_template
@@ -103,7 +104,7 @@ class FakeVLLM:
         self.max_model_len, self.max_logprobs = max_model_len, max_logprobs
         self.exact_labels, self.metrics, self.logprobs = exact_labels, metrics, logprobs
         self.split_labels, self.trees, self.fast_prefixes = split_labels, trees, fast_prefixes
-        self.kernels, self.dtype = kernels, dtype
+        self.kernels, self.dtype, self.config = kernels, dtype, config
         self.faults: list[Fault] = []
         self.shuffle = False
         self.drop: set[int] = set()  # token ids never listed
@@ -217,6 +218,7 @@ class FakeVLLM:
                 "fast_prefixes": self.fast_prefixes,
                 "kernels": self.kernels,
                 "dtype": self.dtype,
+                "config": self.config,
             }
         )
 

@@ -37,7 +37,10 @@ class FakeLLM:
         cache = SimpleNamespace(num_gpu_blocks=10, block_size=16, kv_cache_size_tokens=None)
         self.llm_engine = SimpleNamespace(
             model_config=SimpleNamespace(model=model, max_model_len=2048),
-            vllm_config=SimpleNamespace(cache_config=cache),
+            vllm_config=SimpleNamespace(
+                cache_config=cache,
+                model_config=SimpleNamespace(hf_config=SimpleNamespace(to_dict=lambda: {"_name_or_path": model})),
+            ),
             engine_core=core,
         )
         type(self).made.append(self)
@@ -99,6 +102,7 @@ async def test_a_pool_in_one_call_off_the_event_loops_thread(vllm: ModuleType) -
     }  # fmt: skip
     assert (identity.kind, identity.version, identity.max_model_len) == ("vllm-direct", "0.32.0", 2048)
     assert identity.fingerprint
+    assert len(identity.config) == 64
     assert engine.exact_labels
     heard: list[int] = []
     answer = await engine.score(prompts(5), LABELS, on_answer=lambda positions, _: heard.extend(positions))

@@ -334,14 +334,20 @@ async def test_tokenizing_goes_on_with_another_server() -> None:
 @pytest.mark.parametrize("known", [0, 1])
 async def test_a_server_that_does_not_say_its_type_is_no_other_engine(known: int) -> None:
     async with servers(2) as fakes:
-        fakes[known].trees, fakes[known].dtype = True, "bfloat16"
+        fakes[known].trees, fakes[known].dtype, fakes[known].config = True, "bfloat16", "c" * 64
         group = group_of(fakes)
-        assert (await group.start()).dtype == "bfloat16"
+        identity = await group.start()
+        assert (identity.dtype, identity.config) == ("bfloat16", "c" * 64)
         assert len((await group.score(pool(), LABELS)).logprobs) == 8
         await group.aclose()
         fakes[1 - known].trees, fakes[1 - known].dtype = True, "float32"
         other = group_of(fakes)
         with pytest.raises(ConfigurationError, match=r"is not like .*: dtype '"):
+            await other.start()
+        await other.aclose()
+        fakes[1 - known].dtype, fakes[1 - known].config = "bfloat16", "d" * 64
+        other = group_of(fakes)
+        with pytest.raises(ConfigurationError, match=r"is not like .*: config '[cd]{12}', not '[cd]{12}'"):
             await other.start()
         await other.aclose()
 

@@ -579,6 +579,18 @@ async def test_a_server_that_comes_back_in_another_type_is_not_believed() -> Non
         await engine.aclose()
 
 
+async def test_a_server_that_comes_back_with_another_configuration_of_its_model_is_not_believed() -> None:
+    async with FakeVLLM(trees=True, config="one") as server:
+        engine = await started(server)
+        assert engine._identity is not None
+        assert engine._identity.config == "one"
+        server.config = "another"
+        engine._http.era += 1
+        with pytest.raises(ServerChanged, match="another configuration of the model"):
+            await engine.score(prompts(2), LABELS)
+        await engine.aclose()
+
+
 async def test_a_server_that_comes_back_as_it_was_is_believed_and_asked_once_who_it_is() -> None:
     server = FakeVLLM()
     await server.__aenter__()

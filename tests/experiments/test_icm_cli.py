@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -351,6 +352,143 @@ async def test_a_server_with_another_version_is_refused_mid_run(icm: Command, se
     assert "0.0.1" in err
 
 
+def unfinished(icm: Command, run: str, lines: int | None = None) -> None:
+    """The run as if it had been stopped, after so many lines of its journal."""
+    folder = icm.runs / run
+    document = json.loads((folder / "run.json").read_text())
+    del document["result"]
+    (folder / "run.json").write_text(json.dumps(document))
+    (folder / "labels.jsonl").unlink()
+    log = folder / "log.jsonl"
+    log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:lines]))
+
+
+async def test_a_run_goes_on_with_its_model_in_another_place_and_under_another_name(
+    icm: Command, server: FakeVLLM
+) -> None:
+    assert (await icm("--run", "a"))[0] == 0
+    labels = icm.labels("a")
+    unfinished(icm, "a", 9)
+    asked = len(server.completions)
+    server.root, server.model = "/moved/here", "my-name"
+    code, _, err = await icm("--run", "a", "--model", "my-name")
+    assert code == 0, err
+    assert "the model is the one of before by its answers, and goes on (model 'fake-8b', now 'my-name', root" in err
+    assert icm.labels("a") == labels
+    assert len(server.completions) - asked <= 2  # the canary and the probe: all else is in the cache
+    assert (await icm("--run", "a", "--model", "fake-8b"))[0] == 0  # finished, it keeps the name that it began with
+    code, _, err = await icm("--run", "a", "--model", "my-name")
+    assert code == 2
+    assert "--model fake-8b, now my-name" in err
+
+
+@pytest.mark.parametrize("change", ["root", "name"])
+async def test_a_run_does_not_go_on_with_another_model_in_another_place(
+    icm: Command, server: FakeVLLM, change: str
+) -> None:
+    assert (await icm("--run", "a", "--K", "5"))[0] == 0
+    unfinished(icm, "a")
+    server.salt = "other weights"
+    if change == "root":
+        server.root = "/moved/here"
+    else:
+        server.model = "my-name"
+    code, _, err = await icm("--run", "a", "--K", "5", "--model", server.model)
+    assert code == 2
+    told = "root '/models/fake', now '/moved/here'" if change == "root" else "model 'fake-8b', now 'my-name'"
+    assert f"was started on another engine ({told})" in err
+
+
+async def test_a_run_does_not_go_on_with_another_configuration_of_its_model(data: Path, tmp_path: Path) -> None:
+    async with FakeVLLM(trees=True, config="a" * 64) as server:
+        icm = Command(server.url, data, tmp_path / "runs")
+        assert (await icm("--run", "a", "--K", "5"))[0] == 0
+        unfinished(icm, "a")
+        server.config = "b" * 64
+        code, _, err = await icm("--run", "a", "--K", "5")
+        assert code == 2
+        assert "was started on another engine (config 'aaaaaaaaaaaa', now 'bbbbbbbbbbbb')" in err
+
+
+async def test_a_run_folder_goes_on_where_it_was_copied_to(icm: Command, server: FakeVLLM, tmp_path: Path) -> None:
+    assert (await icm("--run", "a"))[0] == 0
+    labels = icm.labels("a")
+    unfinished(icm, "a", 9)
+    elsewhere = tmp_path / "another machine"
+    shutil.copytree(icm.runs / "a", elsewhere / "runs" / "a")
+    (tmp_path / "claims.jsonl").rename(elsewhere / "claims.jsonl")
+    shutil.rmtree(icm.runs)
+    async with FakeVLLM(log_odds=signed_by_words, root="/its/own/path") as other:
+        there = Command(other.url, elsewhere / "claims.jsonl", elsewhere / "runs")
+        code, _, err = await there("--run", "a")
+        assert code == 0, err
+        assert there.labels("a") == labels
+    assert not icm.runs.exists()
+
+
+def grow(data: Path, *, new: int, without: Sequence[int] = ()) -> Path:
+    """The file without some rows, with groups of two claims more."""
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    rows = [row for number, row in enumerate(rows) if number not in without]
+    rows += [
+        {"question": f"Is {n} odd?", "choice": answer, "label": int((n % 2 == 1) == (answer == "yes")),
+         "consistency_id": f"odd {n}"}
+        for n in range(new) for answer in ("yes", "no")
+    ]  # fmt: skip
+    grown = data.with_name("grown.jsonl")
+    grown.write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))
+    return grown
+
+
+async def test_a_grown_file_goes_on_from_what_is_labelled(icm: Command, data: Path) -> None:
+    assert (await icm("--run", "a"))[0] == 0
+    before = {(r["question"], r["choice"]): r for r in map(json.loads, icm.labels("a").splitlines())}
+    labelled = {at: row["label"] for at, row in before.items() if row["by"] == "icm"}
+    removed = before["Is 3 even?", "yes"] if ("Is 3 even?", "yes") in before else next(iter(before.values()))
+    grown = grow(data, new=3, without=[removed["row"]])
+    there = Command(icm.environment["VLLM_BASE_URL"], grown, icm.runs)
+    code, _, err = await there("--run", "b", "--continue_from", "a", "--batch_size", "20", "--K", "0")
+    assert code == 0, err
+    kept = {at: label for at, label in labelled.items() if at != (removed["question"], removed["choice"])}
+    assert f"starts with {len(kept)} labels of a ({sum(kept.values())} True) in place of random ones" in err
+    assert f"1 claim of a not in grown.jsonl, removed or edited: row {removed['row']} (" in err
+    assert "claims of grown.jsonl beside them: --batch_size 29 takes in all" in err
+    [start] = [record for record in icm.log("b") if record["event"] == "start"]
+    pool = [json.loads(line) for line in (icm.runs / "b" / "claims.jsonl").read_text().splitlines()]
+    assert len(start["labels"]) == len(kept)
+    assert {(pool[int(at)]["question"], pool[int(at)]["choice"]) for at in start["labels"]} == kept.keys()
+    document = json.loads((icm.runs / "b" / "run.json").read_text())
+    assert document["continued_from"]["labels"] == len(kept)
+    assert len(document["settings"]["continue_from"]) == 64
+
+
+async def test_a_run_that_goes_on_from_another_is_resumed_as_every_run(
+    icm: Command, server: FakeVLLM, data: Path
+) -> None:
+    assert (await icm("--run", "a"))[0] == 0
+    unfinished(icm, "a", 20)  # its last state in the journal counts
+    there = Command(server.url, grow(data, new=4), icm.runs)
+    flags = ("--continue_from", str(icm.runs / "a"), "--batch_size", "64", "--context_cap", "8")
+    code, out, err = await there("--run", "whole", *flags)
+    assert code == 0, err
+    assert "claims labelled" in out
+    assert "no room" not in err
+    labels = icm.labels("whole")
+    assert len(labels.splitlines()) == 32
+    unfinished(icm, "whole", 7)
+    (icm.runs / "responses.sqlite").unlink()
+    code, _, err = await there("--run", "whole", *flags)
+    assert code == 0, err
+    assert icm.labels("whole") == labels
+    assert (await there("--run", "whole", "--is_complete", *flags))[0] == 0
+    code, _, err = await there("--run", "whole", *flags[2:])
+    assert code == 2
+    assert "--continue_from " in err
+    code, _, err = await there(*flags, "--num_batches", "all")
+    assert code == 2
+    assert "leave out --num_batches" in err
+
+
 async def test_check_measures_the_precondition_and_stops(icm: Command) -> None:
     code, out, err = await icm("--run", "a", "--check", "--calibrate", "mean")
     assert code == 0, err
@@ -476,6 +614,7 @@ BAD = [
     (["--run", "../x"], "not a path"),
     (["--initial_T", "0"], "must be above 0"),
     (["--lookahead", "-1"], "must be auto"),
+    (["--continue_from", "nobody"], "no run of that name"),
     (["--alpha", "nan"], "must be a finite number"),
     (["--seed", "99999999999999999999"], "below 2^63"),
     (["--prior", "0"], "--prior: must be a share above 0 and below 1, not 0"),

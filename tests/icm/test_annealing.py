@@ -271,3 +271,8 @@ def test_the_mirror_is_tried_once_when_the_search_has_settled() -> None:
     assert not finished(p, turned)  # the search goes on from there
     assert not wants_mirror(p, turned)
     assert not wants_mirror(problem(patience=5, mirror=False), settled)
+
+
+def test_labels_of_another_run_stand_in_place_of_random_ones() -> None:
+    p = replace(problem(num_seed=4), start_labels=(True, None, False, None))
+    assert p.seed_labels() == (True, None, False, None)

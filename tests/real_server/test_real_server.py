@@ -280,6 +280,7 @@ async def test_a_server_is_known_again_while_it_computes_a_pool(vllm_server: Run
         await scoring
         assert meanwhile > 0
         assert set(fingerprints) == {api.identity.fingerprint}
+        assert len(api.identity.config) == 64  # the server says how its model is configured
 
 
 async def run_icm(server: RunningServer, folder: Path, *more: str) -> str:
