@@ -29,7 +29,7 @@ from src.icm.testbeds import (
     custom_testbed,
     grouped_by_question,
 )
-from src.icm.values import BadLabel, is_missing, parse_label, shown
+from src.icm.values import BadLabel, is_missing, listed, parse_label, shown
 from src.pipeline.file_kinds import Row, is_csv
 from src.pipeline.file_kinds import read_rows as read_rows
 
@@ -102,6 +102,7 @@ def load_data_file(
         ]
     typical = rows[compares.index(comparison)].fields
     testbed = custom_testbed(typical, _grouped_by(rows, path, reading.group_by))
+    _check_columns(testbed, rows, path)
     return testbed, _claims_of(testbed, rows, path, on_bad_row), path
 
 
@@ -123,6 +124,18 @@ def _named(rows: Sequence[Row], path: Path, reading: Reading) -> list[Row]:
         raise BadInput(f"{path}: {error}") from None
     _tell_unused(rows, names, path, reading)
     return _with_lists(found, path) if is_csv(path) else found
+
+
+def _check_columns(testbed: Testbed, rows: Sequence[Row], path: Path) -> None:
+    """Raises BadInput where no row has a column that a claim needs."""
+    has = list(dict.fromkeys(name for row in rows for name in row.fields))
+    lacking = [column for column in testbed.columns if column not in has]
+    if lacking:
+        several = "s" if len(lacking) > 1 else ""
+        raise BadInput(
+            f"{path}: lacks the column{several} {', '.join(lacking)}; it has {listed(has)}. "
+            f"Say which of them is meant by --columns {','.join(f'{column}=THEIRS' for column in lacking)}"
+        )
 
 
 def _tell_unused(

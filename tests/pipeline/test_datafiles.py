@@ -438,8 +438,15 @@ def test_what_pandas_writes_into_a_csv_for_nothing_is_nothing(tmp_path: Path) ->
 
 def test_a_column_that_is_not_there_is_told_with_those_that_are(tmp_path: Path) -> None:
     path = written(tmp_path, "d.csv", "id,prompt,response\n1,q,a\n2,q,b\n")
-    with pytest.raises(BadInput, match=r"lacks the columns question, choice \(it has 'id', 'prompt', 'response'\)"):
+    with pytest.raises(BadInput) as caught:
         load_data_file(path)
+    assert str(caught.value) == (
+        f"{path}: lacks the columns question, choice; it has 'id', 'prompt', 'response'. "
+        "Say which of them is meant by --columns question=THEIRS,choice=THEIRS"
+    )
+    lines = written(tmp_path, "d.jsonl", '{"question": "q", "choice": "a"}\n{"question": "q", "chioce": "b"}\n')
+    with pytest.raises(BadInput, match=r"d\.jsonl:2: row 1 lacks the column choice \(it has 'question', 'chioce'\)"):
+        load_data_file(lines)
     _, claims, _ = load_data_file(path, Reading(columns={"question": "prompt", "choice": "response"}))
     assert [claim.choice for claim in claims] == ["a", "b"]
     with pytest.raises(BadInput, match=r"d\.csv: --columns question=promt: there is no column 'promt'; did you mean"):
