@@ -543,6 +543,7 @@ def test_lists_that_a_csv_holds_as_text_are_lists(tmp_path: Path) -> None:
     ("row", "complaint"),
     [
         ({"choice": ["a", "b"], "label": 5}, "row 1 has the label 5, which names none of its 2 options"),
+        ({"choice": ["a", "b"], "label": ["x", 1]}, "row 1 has the label 'x', which is neither 0/1 nor true/false"),
         ({"choice": ["a", "b"], "label": [1, 1]}, "has 2 of its 2 options labelled true, and exactly one is true"),
         ({"choice": ["a", "b"], "choice_2": "c"}, "is a comparison"),
         ({"choice": {"a": 1}}, "a dict of options has two lists"),
@@ -619,7 +620,7 @@ def test_a_column_says_that_exactly_one_of_a_group_is_true(tmp_path: Path) -> No
 
 
 def test_of_a_group_that_lost_a_row_at_most_one_is_true(tmp_path: Path) -> None:
-    rows = [f"q,{choice},g,exactly one" for choice in ("a", "", "c")] + ["r,a,h,exactly one", "r,b,h,exactly one"]
+    rows = [f"q,{choice},g,exactly one" for choice in ("a", "", "c")] + ["r,a,h,exactly one", "q,b,h,exactly one"]
     path = written(tmp_path, "d.csv", "question,choice,consistency_id,consistency_relation\n" + "\n".join(rows))
     testbed, claims, _ = load_data_file(path, on_bad_row=[].append)
     constraints = testbed.consistency(claims, "gold-free").constraints
