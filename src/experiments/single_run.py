@@ -133,7 +133,8 @@ def check_bad_rows(args: argparse.Namespace, path: Path, bad: Sequence[str]) -> 
         raise BadInput(f"{bad[0]}{others}. Mend it, or leave such rows out with --skip_bad_rows")
     shown = "; ".join(complaint.removeprefix(f"{path}:") for complaint in bad[:SHOWN_BAD_ROWS])
     more = "; ..." if len(bad) > SHOWN_BAD_ROWS else ""
-    _warn_once(f"{path}: {len(bad)} rows are left out (--skip_bad_rows): line {shown}{more}")
+    count = f"{len(bad)} rows are" if len(bad) > 1 else "1 row is"
+    _warn_once(f"{path}: {count} left out (--skip_bad_rows): line {shown}{more}")
 
 
 def pool_of(args: argparse.Namespace, held_out: Collection[int] = ()) -> Pool:

@@ -54,7 +54,8 @@ def print_summary(folder: RunFolder, document: Mapping[str, Any]) -> None:
         how = "--num_batches all" if "parts" in result else "--label_rest"
         print(f"  {document['left_out']} claims of the file are outside the pool, without a label (see {how})")
     if bad := document.get("bad_rows"):
-        print(f"  {bad['count']} rows of the file were left out (--skip_bad_rows), the first: {bad['first'][0]}")
+        count = f"{bad['count']} rows of the file were" if bad["count"] > 1 else "1 row of the file was"
+        print(f"  {count} left out (--skip_bad_rows), the first: {bad['first'][0]}")
     if "parts" in result:
         print(
             f"  labels {folder.labels_path}\n  parts  {folder.path}/{result['parts'][0]['part']} and so on, each a run"

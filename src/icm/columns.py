@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from typing import Any, Final
 
 from src.icm.testbeds import GroupedBy
-from src.icm.values import BadInput, is_missing
+from src.icm.values import BadInput, is_missing, listed, shown
 
 OURS: Final = ("question", "choice", "choice_2", "answer", "label", "consistency_id", "consistency_relation")
 """Every column that is read. Others are carried along unread."""
@@ -111,9 +111,9 @@ def parse_values(texts: Iterable[str]) -> dict[str, dict[str, str]]:
 
 def nearest(name: str, columns: Iterable[str]) -> str:
     """The end of a complaint about a column that is not there."""
-    listed = list(columns)
-    close = get_close_matches(name, listed, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(map(repr, listed))}"
+    found = list(columns)
+    close = get_close_matches(name, found, n=1, cutoff=0.6)
+    return f"; did you mean {shown(close[0])}?" if close else f"; there are: {listed(found)}"
 
 
 def _check_ours(flag: str, name: str) -> None:

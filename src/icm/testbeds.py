@@ -17,7 +17,7 @@ import numpy as np
 
 from src.icm.consistency import Consistency, Relation
 from src.icm.values import BadInput as BadInput
-from src.icm.values import group_of, is_missing, options_of, parse_relation, shown, text_of
+from src.icm.values import group_of, is_missing, listed, options_of, parse_relation, shown, text_of
 from src.icm.values import parse_label as parse_label
 
 ConsistencyMode = Literal["gold-free", "upstream", "none"]
@@ -26,8 +26,6 @@ GroupedBy = Literal["consistency_id", "question", "none"]
 
 TEXTS: Final = ("question", "choice", "choice_2", "answer")
 """Columns whose texts make a claim."""
-
-SHOWN_COLUMNS: Final = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +110,8 @@ class Testbed:
         """The claim of one row. Raises BadInput naming the missing column or unusable value."""
         lacking = [column for column in self.columns if column not in row]
         if lacking:
-            has = ", ".join([*map(shown, list(row)[:SHOWN_COLUMNS]), *["..."] * (len(row) > SHOWN_COLUMNS)]) or "none"
-            raise BadInput(f"lacks the column{'s' if len(lacking) > 1 else ''} {', '.join(lacking)} (it has {has})")
+            several = "s" if len(lacking) > 1 else ""
+            raise BadInput(f"lacks the column{several} {', '.join(lacking)} (it has {listed(list(row))})")
         empty = [column for column in self.columns if is_missing(row[column])]
         if empty:
             raise BadInput(f"has nothing in {', '.join(empty)}")

@@ -16,6 +16,8 @@ NO_ID: Final = frozenset(("nan", "<na>", "none", "null"))
 """What becomes of a missing value where a table is turned into text; as a group's name it would join strangers."""
 NO_LABEL: Final = NO_ID | {"na", "n/a"}
 
+SHOWN_COLUMNS: Final = 20
+
 RELATIONS: Final[Mapping[str, Relation | None]] = {
     "exactly one": Relation.EXACTLY_ONE,
     "at most one": Relation.AT_MOST_ONE,
@@ -48,6 +50,12 @@ def shown(value: object) -> str:
     """A value as a complaint shows it, in one short line."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def listed(names: Sequence[str]) -> str:
+    """The names of columns as a complaint lists them."""
+    more = ["..."] if len(names) > SHOWN_COLUMNS else []
+    return ", ".join([*map(shown, names[:SHOWN_COLUMNS]), *more]) or "none"
 
 
 def is_missing(value: object) -> bool:

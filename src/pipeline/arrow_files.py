@@ -6,7 +6,7 @@ Labels that a Hugging Face schema numbers (ClassLabel) come out as their names: 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 STATE: Final = "state.json"
 SPLITS: Final = "dataset_dict.json"
-Records = Iterator[dict[str, Any]]
+Records = list[dict[str, Any]]
 
 
 def parquet_rows(path: Path, most_bytes: int) -> Records:
@@ -33,7 +33,7 @@ def parquet_rows(path: Path, most_bytes: int) -> Records:
             if size > most_bytes:
                 raise BadInput(f"{path}: {size / 1e6:.0f} MB unpacked; over {most_bytes / 1e6:.0f} MB are not read")
             return _rows(file.read())
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, ArithmeticError) as error:
         raise _unreadable(path, "Parquet", error) from None
 
 
@@ -46,12 +46,12 @@ def arrow_rows(path: Path, most_bytes: int) -> Records:
     try:
         with pyarrow.OSFile(str(path)) as file:
             return _rows(ipc.open_stream(file).read_all())
-    except (pyarrow.ArrowException, OSError):
+    except (pyarrow.ArrowException, OSError, ValueError, ArithmeticError):
         pass
     try:
         with pyarrow.OSFile(str(path)) as file:
             return _rows(ipc.open_file(file).read_all())
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, ArithmeticError) as error:
         raise _unreadable(path, "Arrow", error) from None
 
 
@@ -88,17 +88,18 @@ def files_of(folder: Path) -> list[Path]:
 
 def saved_rows(folder: Path) -> Records:
     """The rows of a data set that save_to_disk wrote."""
-    for file in files_of(folder):
-        yield from arrow_rows(file, 0)
+    return [row for file in files_of(folder) for row in arrow_rows(file, 0)]
 
 
 def _rows(table: pyarrow.Table) -> Records:
-    names = _label_names(table.schema.metadata)
-    for row in table.to_pylist():
-        for column, known in names.items():
+    """The rows of a table. Raises ArrowInvalid where its buffers are not as its schema says; they are read blindly."""
+    table.validate(full=True)
+    rows: Records = table.to_pylist()
+    for column, known in _label_names(table.schema.metadata).items():
+        for row in rows:
             if isinstance(at := row.get(column), int) and 0 <= at < len(known):
                 row[column] = known[at]
-        yield row
+    return rows
 
 
 def _label_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:

@@ -29,7 +29,7 @@ from src.icm.testbeds import (
     custom_testbed,
     grouped_by_question,
 )
-from src.icm.values import BadLabel, is_missing, parse_label, shown
+from src.icm.values import BadLabel, is_missing, listed, parse_label, shown
 from src.pipeline.file_kinds import Row, is_csv
 from src.pipeline.file_kinds import read_rows as read_rows
 
@@ -92,7 +92,7 @@ def load_data_file(
     reading = reading or Reading()
     rows = named_rows(path, reading)
     compares = [not is_missing(row.fields.get("choice_2")) for row in rows]
-    comparison = (2 * sum(compares), compares[0]) > (len(rows), False)
+    comparison = 2 * sum(compares) > len(rows) or (2 * sum(compares) == len(rows) and compares[0])
     if any(each != comparison for each in compares):
         is_one, others = ("a single claim", "comparisons") if comparison else ("a comparison", "single claims")
         bad = f"is {is_one} (by its choice_2), and most rows, or the first of as many, are {others}"
@@ -102,6 +102,7 @@ def load_data_file(
         ]
     typical = rows[compares.index(comparison)].fields
     testbed = custom_testbed(typical, _grouped_by(rows, path, reading.group_by))
+    _check_columns(testbed, rows, path)
     return testbed, _claims_of(testbed, rows, path, on_bad_row), path
 
 
@@ -123,6 +124,18 @@ def _named(rows: Sequence[Row], path: Path, reading: Reading) -> list[Row]:
         raise BadInput(f"{path}: {error}") from None
     _tell_unused(rows, names, path, reading)
     return _with_lists(found, path) if is_csv(path) else found
+
+
+def _check_columns(testbed: Testbed, rows: Sequence[Row], path: Path) -> None:
+    """Raises BadInput where no row has a column that a claim needs."""
+    has = list(dict.fromkeys(name for row in rows for name in row.fields))
+    lacking = [column for column in testbed.columns if column not in has]
+    if lacking:
+        several = "s" if len(lacking) > 1 else ""
+        raise BadInput(
+            f"{path}: lacks the column{several} {', '.join(lacking)}; it has {listed(has)}. "
+            f"Say which of them is meant by --columns {','.join(f'{column}=THEIRS' for column in lacking)}"
+        )
 
 
 def _tell_unused(
@@ -217,7 +230,8 @@ def _claims_of(testbed: Testbed, rows: Sequence[Row], path: Path, on_bad_row: On
         claims = grouped_by_question(claims)
     if testbed.relation is None:
         try:
-            check_relations(claims := _without_lost(claims, [rows[index] for index, _ in bad]))
+            claims = _without_lost(claims, [rows[index] for index, _ in bad], testbed.grouped_by)
+            check_relations(claims)
         except BadInput as error:
             raise BadInput(f"{path}: {error}") from None
     _check_partly(testbed, rows, path)
@@ -226,8 +240,10 @@ def _claims_of(testbed: Testbed, rows: Sequence[Row], path: Path, on_bad_row: On
 
 
 def _meant(column: Iterable[object]) -> str:
-    """What a column of labels holds, and the flag that says what its values mean."""
+    """What a column of labels holds, and the flag that says what its values mean; nothing where it holds lists."""
     counts = Counter(text for each in column if (text := _plain(each)) is not None)
+    if not counts:
+        return ""
     told = ", ".join(f"{shown(text)} ({count})" for text, count in counts.most_common(3))
     unknown = [text for text, _ in counts.most_common() if not _is_label(text)][:2]
     if any(set(",:") & set(text) or not text.isprintable() or len(text) > LONGEST_WORD for text in unknown):
@@ -259,15 +275,16 @@ def _side(text: str) -> str:
     return "true" if word in TRUE_WORDS else "false" if word in FALSE_WORDS else ""
 
 
-def _without_lost(claims: list[Claim], lost: Sequence[Row]) -> list[Claim]:
+def _without_lost(claims: Sequence[Claim], lost: Sequence[Row], grouped_by: GroupedBy) -> list[Claim]:
     """Of a group that has lost a row, which may have been the true one, only "at most one" is still known."""
-    ids = {str(row.fields.get("consistency_id")) for row in lost}
-    questions = {str(row.fields.get("question")).strip() for row in lost}
+    if grouped_by == "question":
+        questions = {str(row.fields.get("question")).strip() for row in lost}
+        groups = {claim.group for claim in claims if claim.question.strip() in questions}
+    else:
+        groups = {str(row.fields.get("consistency_id")) for row in lost}
     return [
         replace(claim, relation=Relation.AT_MOST_ONE)
-        if claim.relation is Relation.EXACTLY_ONE
-        and claim.option is None
-        and (claim.group in ids or claim.question.strip() in questions)
+        if claim.relation is Relation.EXACTLY_ONE and claim.option is None and claim.group in groups
         else claim
         for claim in claims
     ]

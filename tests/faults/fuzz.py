@@ -214,6 +214,12 @@ PARSERS: dict[str, tuple[Callable[[bytes], None], bytes]] = {
     "json": (data_file("json"), b"[" + _ROW + b"," + _ROW + b"]"),
     "jsonl": (data_file("jsonl"), _ROW + b"\n" + _ROW + b"\n"),
     "csv": (data_file("csv"), b'question,choice,label\n"Is 4\neven?",yes,1\n'),
+    "options": (
+        data_file("json"),
+        b'{"question":"q","choice":["a","b"],"label":"B"}\n{"question":"r","choice":'
+        b'{"text":["1","2"],"label":["A","B"]},"consistency_relation":"at most one"}\n',
+    ),
+    "lists-csv": (data_file("csv"), b"Question; choice;label;consistency_id\nq;['a', 'b'];[1, 0];nan\nr;[1, 2];;\n"),
     "secrets": (secrets, b"# c\nexport VLLM_BASE_URL='http://h:1/v1'  # x\nAPI_KEY=abc\n"),
     "yaml": (yaml_config, b"read_timeout: 5\nvllm_base_url: [http://a:1, http://b]\n"),
     "completions": (

@@ -438,8 +438,15 @@ def test_what_pandas_writes_into_a_csv_for_nothing_is_nothing(tmp_path: Path) ->
 
 def test_a_column_that_is_not_there_is_told_with_those_that_are(tmp_path: Path) -> None:
     path = written(tmp_path, "d.csv", "id,prompt,response\n1,q,a\n2,q,b\n")
-    with pytest.raises(BadInput, match=r"lacks the columns question, choice \(it has 'id', 'prompt', 'response'\)"):
+    with pytest.raises(BadInput) as caught:
         load_data_file(path)
+    assert str(caught.value) == (
+        f"{path}: lacks the columns question, choice; it has 'id', 'prompt', 'response'. "
+        "Say which of them is meant by --columns question=THEIRS,choice=THEIRS"
+    )
+    lines = written(tmp_path, "d.jsonl", '{"question": "q", "choice": "a"}\n{"question": "q", "chioce": "b"}\n')
+    with pytest.raises(BadInput, match=r"d\.jsonl:2: row 1 lacks the column choice \(it has 'question', 'chioce'\)"):
+        load_data_file(lines)
     _, claims, _ = load_data_file(path, Reading(columns={"question": "prompt", "choice": "response"}))
     assert [claim.choice for claim in claims] == ["a", "b"]
     with pytest.raises(BadInput, match=r"d\.csv: --columns question=promt: there is no column 'promt'; did you mean"):
@@ -536,6 +543,7 @@ def test_lists_that_a_csv_holds_as_text_are_lists(tmp_path: Path) -> None:
     ("row", "complaint"),
     [
         ({"choice": ["a", "b"], "label": 5}, "row 1 has the label 5, which names none of its 2 options"),
+        ({"choice": ["a", "b"], "label": ["x", 1]}, "row 1 has the label 'x', which is neither 0/1 nor true/false"),
         ({"choice": ["a", "b"], "label": [1, 1]}, "has 2 of its 2 options labelled true, and exactly one is true"),
         ({"choice": ["a", "b"], "choice_2": "c"}, "is a comparison"),
         ({"choice": {"a": 1}}, "a dict of options has two lists"),
@@ -612,7 +620,7 @@ def test_a_column_says_that_exactly_one_of_a_group_is_true(tmp_path: Path) -> No
 
 
 def test_of_a_group_that_lost_a_row_at_most_one_is_true(tmp_path: Path) -> None:
-    rows = [f"q,{choice},g,exactly one" for choice in ("a", "", "c")] + ["r,a,h,exactly one", "r,b,h,exactly one"]
+    rows = [f"q,{choice},g,exactly one" for choice in ("a", "", "c")] + ["r,a,h,exactly one", "q,b,h,exactly one"]
     path = written(tmp_path, "d.csv", "question,choice,consistency_id,consistency_relation\n" + "\n".join(rows))
     testbed, claims, _ = load_data_file(path, on_bad_row=[].append)
     constraints = testbed.consistency(claims, "gold-free").constraints
