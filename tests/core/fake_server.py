@@ -23,10 +23,12 @@ from typing import Any, Self
 from aiohttp import web
 
 from core.llm_api import prompt_tree
+from core.llm_api.continuation import COUNTING
 
 BOS = 1
 TRUE, FALSE = 5852, 7983
 BLOCK = 16
+COUNTED_ON = " 6 7"
 _PIECE = re.compile(r" ?\w+| ?[^\w\s]|\s")
 _FIXED = {" True": TRUE, " False": FALSE}
 
@@ -274,7 +276,8 @@ class FakeVLLM:
 
     def _complete(self, body: dict[str, Any]) -> dict[str, Any]:
         prompts = _prompts(body)
-        choices = [{"index": i, "text": "?", "logprobs": self._logprobs(p, body)} for i, p in enumerate(prompts)]
+        texts = [COUNTED_ON if p == encode(COUNTING) else "?" for p in prompts]
+        choices = [{"index": i, "text": texts[i], "logprobs": self._logprobs(p, body)} for i, p in enumerate(prompts)]
         if self.shuffle:
             choices = choices[1::2] + choices[0::2]
         count = sum(map(len, prompts))

@@ -1,0 +1,30 @@
+"""Whether an endpoint that is asked in text goes on with that text, or wraps it in a chat template first.
+
+Gateways do so under /v1/completions (OpenRouter for chat models, Ollama for every model with a template): the model
+is then asked to answer the prompt, and what it would say next to it is never seen. The scores look like any others.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from core.llm_api.generation import Generation, SamplingOptions
+
+COUNTING: Final = "1 2 3 4 5"
+GOES_ON: Final = SamplingOptions(max_tokens=4)
+"""Enough for the 6 where the blank before it is a token of its own."""
+ADDED: Final = 3
+"""Tokens that a prompt may have beyond one a character: BOS, SentencePiece's leading blank, a count that is off by one."""
+
+
+def wrapping_seen(answer: Generation) -> str:
+    """What in the answer to COUNTING shows that it was wrapped, as the end of a sentence; "" where nothing does.
+
+    A chat model may well count on, too, but its answer begins without the blank that the text goes on with.
+    """
+    if answer.prompt_tokens > len(COUNTING) + ADDED:
+        return f"it counts {answer.prompt_tokens} tokens in {COUNTING!r}, which has {len(COUNTING)} characters"
+    if not re.match(r" +6(?!\d)", answer.text):
+        return f"it goes on from {COUNTING!r} with {answer.text[:40]!r} and not with ' 6'"
+    return ""
