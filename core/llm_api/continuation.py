@@ -15,7 +15,7 @@ COUNTING: Final = "1 2 3 4 5"
 GOES_ON: Final = SamplingOptions(max_tokens=4)
 """Enough for the 6 where the blank before it is a token of its own."""
 ADDED: Final = 3
-"""Tokens that a prompt may have beyond one a character: BOS, SentencePiece's leading blank, a count that is off by one."""
+"""Tokens that a prompt may have beyond one a character: BOS, SentencePiece's leading blank, one of a wrong count."""
 
 
 def wrapping_seen(answer: Generation) -> str:

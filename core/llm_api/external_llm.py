@@ -282,8 +282,9 @@ class ExternalAPI:
         except (APIError, TimeoutError, orjson.JSONDecodeError, LookupError, TypeError, AttributeError):
             return None  # not every API lists its models
         if served and self._model not in served:
+            names = ", ".join(map(repr, served))
             raise ConfigurationError(
-                f"the llama-server at {self._http.base_url} serves {', '.join(map(repr, served))}, not {self._model!r}.",
+                f"the llama-server at {self._http.base_url} serves {names}, not {self._model!r}.",
                 hint="Give its name as --model, or start it with --alias.",
             )
         return served.get(self._model)
@@ -307,7 +308,7 @@ def _of_prompt(error: APIError, prompt: Prompt) -> APIError:
             return RequestRejected(
                 f"prompt {prompt.name!r}, {size:,} bytes: {error.args[0]}",
                 status=413,
-                hint="Raise what the server, or the proxy before it, takes (nginx: client_max_body_size), or show fewer "
+                hint="Raise what the server, or a proxy before it, takes (nginx: client_max_body_size), or show fewer "
                 "claims at a time (--context_cap).",
             )
         case RequestRejected(status=400 | 422):

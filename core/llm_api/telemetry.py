@@ -40,8 +40,8 @@ class Histogram:
 
 @dataclass(slots=True)
 class RequestTelemetry:
-    """Of one server's transport. queue: seconds until an attempt has its slot; limited: from there to its turn under the
-    rate limits; latency: from there to its end, of those that came to it.
+    """Of one server's transport. queue: seconds until an attempt has its slot; limited: from there to its turn under
+    the rate limits; latency: from there to its end, of those that came to it.
 
     outcomes: attempts by "ok", "cancelled" or the name of the error. retries: attempts after a request's first one.
     """

@@ -20,9 +20,10 @@ from tests.core.fake_server import COUNTED_ON, FakeVLLM, encode
 class FakeEndpoint(FakeVLLM):
     """style: "completions" or "llama" (lists as chats have them, any number of alternatives, other names answered).
 
-    hidden_below: its labels are listed only where so many alternatives are asked for. at_most: alternatives that it lists, whatever is asked for; 0 lists none (`top_logprobs: null`). template: what it
-    puts around a prompt before the model sees it; answers: what the model then says to COUNTING. miscount: what usage
-    says too much; None: it says nothing. prefix: before every path. max_body: bytes; a larger one is answered 413.
+    hidden_below: its labels are listed only where so many alternatives are asked for. at_most: alternatives that it
+    lists, whatever is asked for; 0 lists none (`top_logprobs: null`). template: what it puts around a prompt before
+    the model sees it; counts_on: what the model then says to COUNTING. miscount: what usage says too much; None: it
+    says nothing. prefix: before every path. max_body: bytes; a larger one is answered 413.
     """
 
     def __init__(

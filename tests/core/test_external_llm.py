@@ -317,7 +317,7 @@ async def test_at_llama_server_a_label_that_is_not_listed_is_looked_for_in_the_w
 async def test_llama_server_answers_to_any_name_so_the_name_is_checked() -> None:
     async with FakeEndpoint(style="llama", model="smollm2") as server:
         engine = ExternalAPI(server.url + "/v1", "gemma", options=OPTIONS)
-        with pytest.raises(ConfigurationError, match="serves 'smollm2', not 'gemma'.*--alias"):
+        with pytest.raises(ConfigurationError, match=r"serves 'smollm2', not 'gemma'.*--alias"):
             await engine.start()
         await engine.aclose()
         first = await started(server)
@@ -335,7 +335,7 @@ async def test_an_endpoint_that_lists_one_alternative_is_refused_at_once(at_most
         engine = api(server)
         with pytest.raises(
             ConfigurationError,
-            match="lists the log-probability of 1 token where 20 were asked for.*at least 2.*better 20",
+            match=r"lists the log-probability of 1 token where 20 were asked for.*at least 2.*better 20",
         ) as caught:
             await engine.start()
         assert "\n" not in str(caught.value)
@@ -402,7 +402,7 @@ async def test_a_gateway_behind_a_path_that_lists_no_models() -> None:
         assert {path.rpartition("/")[0] for path in server.requests} == {"/gateway/team-a/openai"}
         await engine.aclose()
         lost = ExternalAPI(server.url + "/gateway", server.model, options=OPTIONS)
-        with pytest.raises(RequestRejected, match="HTTP 404.*LLAMA_API_BASE: /completions is appended to it"):
+        with pytest.raises(RequestRejected, match=r"HTTP 404.*LLAMA_API_BASE: /completions is appended to it"):
             await lost.start()
         await lost.aclose()
 
