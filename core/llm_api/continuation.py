@@ -1,7 +1,7 @@
 """Whether an endpoint that is asked in text goes on with that text, or wraps it in a chat template first.
 
-Gateways do so under /v1/completions (OpenRouter for chat models, Ollama for every model with a template): the model
-is then asked to answer the prompt, and what it would say next to it is never seen. The scores look like any others.
+Gateways to chat models do so under /v1/completions, and Ollama for every model that has a template (ollama#5544). The
+model is then asked to answer the prompt in place of continuing it, and its scores look like any others.
 """
 
 from __future__ import annotations

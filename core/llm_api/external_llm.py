@@ -55,6 +55,8 @@ _LEAST: Final = 2
 """Alternatives without which no prompt could ever be scored: both labels."""
 _LLAMA_TOPS: Final = (200, 2**20)
 """Of llama-server: enough for nearly every prompt, and more than any vocabulary has, for where a label is not in it."""
+_LLAMA_FIELDS: Final = {"post_sampling_probs": False, "n_cache_reuse": 0}
+"""Whatever the server was started with: the model's own probabilities, with no cached keys moved to other positions."""
 _MODELS_PATIENCE: Final = 10.0
 """Seconds that GET /models may take."""
 _FIT_HINT: Final = (
@@ -89,6 +91,7 @@ class ExternalAPI:
         self._check_continuation = check_continuation
         self._tops: tuple[int, ...] = (_TOP_CHOICES[0],)  # alternatives to ask for, the next where a label is missing
         self._fingerprint = ""
+        self._more_fields: Mapping[str, object] = {}
         # Tokens and characters of what was answered so far; the start is a usual ratio for English text.
         self._tokens, self._characters = 1, 4
 
@@ -108,7 +111,7 @@ class ExternalAPI:
         listed = await self._find_top()
         card = await self._llama_card()
         if card is not None:
-            self._tops = _LLAMA_TOPS
+            self._tops, self._more_fields = _LLAMA_TOPS, _LLAMA_FIELDS
             self._fingerprint = _fingerprint(card)
         elif listed < _LEAST:
             raise self._unfit(
@@ -222,7 +225,7 @@ class ExternalAPI:
 
     async def _ask(self, prompt: Prompt, top: int, failed: Sequence[APIError] = ()) -> tuple[Answers, int]:
         """The answer to one prompt, and retries. Ends as cancelled, sending nothing, once another one has `failed`."""
-        fields = {"model": self._model, "max_tokens": 1, "temperature": 0, "logprobs": top}
+        fields = {"model": self._model, "max_tokens": 1, "temperature": 0, "logprobs": top, **self._more_fields}
         characters = sum(len(segment.text) for segment in prompt.segments)
         turns = Turns(self._limiter, lambda: math.ceil(characters * self._tokens / self._characters) + 1)
 
