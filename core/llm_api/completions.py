@@ -223,6 +223,8 @@ def _listed(logprobs: dict[str, Any]) -> dict[str, float]:
         pairs = list(logprobs["top_logprobs"][0].items())
     listed: dict[str, float] = {}
     for token, value in pairs:
+        if not isinstance(token, str):
+            raise TypeError
         # Some servers write null for -inf.
         logprob = -math.inf if value is None else _logprob(value)
         listed[token] = max(logprob, listed.get(token, -math.inf))
