@@ -304,7 +304,9 @@ def _fingerprint(card: Mapping[str, Any]) -> str:
 
 
 def _of_prompt(error: APIError, prompt: Prompt) -> APIError:
-    """The error, with the prompt's name where it may be about that prompt."""
+    """The error, with the prompt's name where it may be about that prompt and does not say so yet."""
+    if repr(prompt.name) in error.args[0]:
+        return error
     match error:
         case RequestRejected(status=413):
             size = len(prompt.text.encode())

@@ -14,7 +14,7 @@ from typing import Any
 
 from aiohttp import web
 
-from tests.core.fake_server import COUNTED_ON, FakeVLLM, encode
+from tests.core.fake_server import FakeVLLM, encode
 
 
 class FakeEndpoint(FakeVLLM):
@@ -23,7 +23,7 @@ class FakeEndpoint(FakeVLLM):
     hidden_below: its labels are listed only where so many alternatives are asked for. at_most: alternatives that it
     lists, whatever is asked for; 0 lists none (`top_logprobs: null`). template: what it puts around a prompt before
     the model sees it; counts_on: what the model then says to COUNTING. miscount: what usage says too much; None: it
-    says nothing. prefix: before every path. max_body: bytes; a larger one is answered 413.
+    says nothing. mounted_at: what is before /completions. body_limit: bytes; a larger one is answered 413.
     """
 
     def __init__(
@@ -33,24 +33,29 @@ class FakeEndpoint(FakeVLLM):
         at_most: int | None = None,
         hidden_below: int = 0,
         template: str = "{}",
-        counts_on: str = COUNTED_ON,
+        counts_on: str = FakeVLLM.counts_on,
         miscount: int | None = 0,
-        prefix: str = "",
-        max_body: int | None = None,
+        mounted_at: str = "/v1",
+        body_limit: int | None = None,
         lists_models: bool = True,
         **rest: Any,
     ) -> None:
         super().__init__(max_logprobs=10**9 if style == "llama" else 20, **rest)
         self.style, self.at_most, self.template, self.counts_on = style, at_most, template, counts_on
-        self.miscount, self.prefix, self.max_body, self.lists_models = miscount, prefix, max_body, lists_models
+        self.miscount, self.mounted_at, self.body_limit, self.lists_models = (
+            miscount,
+            mounted_at,
+            body_limit,
+            lists_models,
+        )
         self.hidden_below = hidden_below
         self.size = 96_576_768  # bytes of the GGUF file
         self.cached = 0  # tokens of every prompt that it says it had
 
     def more_routes(self, app: web.Application) -> None:
-        if self.prefix:
-            app.router.add_post(self.prefix + "/completions", self._completions)
-            app.router.add_get(self.prefix + "/models", self._models)
+        if self.mounted_at != "/v1":
+            app.router.add_post(self.mounted_at + "/completions", self._completions)
+            app.router.add_get(self.mounted_at + "/models", self._models)
 
     async def _models(self, request: web.Request) -> web.Response:
         if not self.lists_models:
@@ -63,7 +68,7 @@ class FakeEndpoint(FakeVLLM):
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
         body = await request.read()
-        if self.max_body is not None and len(body) > self.max_body:
+        if self.body_limit is not None and len(body) > self.body_limit:
             page = "<html><head><title>413 Request Entity Too Large</title></head></html>"
             return web.Response(text=page, status=413, content_type="text/html")
         return await self._serve(request, json.loads(body))
@@ -75,8 +80,6 @@ class FakeEndpoint(FakeVLLM):
         asked = self.template.format(body["prompt"])
         answer = super()._complete(body | {"prompt": asked})
         (choice,) = answer["choices"]
-        if choice["text"] == COUNTED_ON or self.template != "{}":
-            choice["text"] = self.counts_on
         if self.miscount is None:
             del answer["usage"]
         else:

@@ -22,13 +22,11 @@ from typing import Any, Self
 
 from aiohttp import web
 
-from core.llm_api import prompt_tree
-from core.llm_api.continuation import COUNTING
+from core.llm_api import continuation, prompt_tree
 
 BOS = 1
 TRUE, FALSE = 5852, 7983
 BLOCK = 16
-COUNTED_ON = " 6 7"
 _PIECE = re.compile(r" ?\w+| ?[^\w\s]|\s")
 _FIXED = {" True": TRUE, " False": FALSE}
 
@@ -70,6 +68,9 @@ class Fault:
 
 class FakeVLLM:
     """Counts what it sees: `requests` (paths), `completions` (bodies, the canary's included), `max_in_flight`."""
+
+    counts_on = " 6 7"
+    """How the model goes on from "1 2 3 4 5"."""
 
     def __init__(
         self,
@@ -246,6 +247,8 @@ class FakeVLLM:
             return web.json_response({"error": {"message": error, "type": "BadRequestError", "code": 400}}, status=400)
         hits = self.hits
         answer: Any = self._complete(body)
+        if body.get("prompt") == continuation.COUNTING:
+            answer["choices"][0]["text"] = self.counts_on
         if "tree" in body:
             answer = _as_pairs(answer, body["logprob_token_ids"]) | {"cached_tokens": self.hits - hits}
         if fault.patch is not None:
@@ -276,8 +279,7 @@ class FakeVLLM:
 
     def _complete(self, body: dict[str, Any]) -> dict[str, Any]:
         prompts = _prompts(body)
-        texts = [COUNTED_ON if p == encode(COUNTING) else "?" for p in prompts]
-        choices = [{"index": i, "text": texts[i], "logprobs": self._logprobs(p, body)} for i, p in enumerate(prompts)]
+        choices = [{"index": i, "text": "?", "logprobs": self._logprobs(p, body)} for i, p in enumerate(prompts)]
         if self.shuffle:
             choices = choices[1::2] + choices[0::2]
         count = sum(map(len, prompts))

@@ -243,7 +243,7 @@ async def test_an_error_names_the_prompt_that_it_may_be_about(
 
 
 async def test_a_body_that_a_proxy_refuses_names_the_prompt_its_size_and_both_remedies() -> None:
-    async with FakeEndpoint(max_body=1000) as server:
+    async with FakeEndpoint(body_limit=1000) as server:
         engine = api(server)
         await engine.start()
         long = Prompt((Segment("word " * 300),), name="claim 7")
@@ -395,7 +395,7 @@ async def test_usage_that_is_off_by_one_or_absent_is_no_reason_to_refuse(miscoun
 
 
 async def test_a_gateway_behind_a_path_that_lists_no_models() -> None:
-    async with FakeEndpoint(prefix="/gateway/team-a/openai", lists_models=False) as server:
+    async with FakeEndpoint(mounted_at="/gateway/team-a/openai", lists_models=False) as server:
         engine = ExternalAPI(server.url + "/gateway/team-a/openai", server.model, options=OPTIONS)
         await engine.start()
         await engine.score(prompts(2), LABELS)
