@@ -57,6 +57,8 @@ _LLAMA_TOPS: Final = (200, 2**20)
 """Of llama-server: enough for nearly every prompt, and more than any vocabulary has, for where a label is not in it."""
 _LLAMA_FIELDS: Final = {"post_sampling_probs": False, "n_cache_reuse": 0}
 """Whatever the server was started with: the model's own probabilities, with no cached keys moved to other positions."""
+_LLAMA_META: Final = ("vocab_type", "n_vocab", "n_ctx_train", "n_embd", "n_params", "size")
+"""What tells its files apart: the vocabulary, the shape, and the bytes of the weights, which show their type."""
 _MODELS_PATIENCE: Final = 10.0
 """Seconds that GET /models may take."""
 _FIT_HINT: Final = (
@@ -297,10 +299,10 @@ class ExternalAPI:
 
 
 def _fingerprint(card: Mapping[str, Any]) -> str:
-    """SHA-256 of what tells one GGUF file from another: numbers of parameters, bytes, the vocabulary, the type."""
+    """SHA-256 of what llama-server tells of its GGUF file, less what depends on how it was started."""
     meta = card.get("meta")
-    told = {key: value for key, value in meta.items() if key != "n_ctx"} if isinstance(meta, dict) else {}
-    return hashlib.sha256(orjson.dumps(told, option=orjson.OPT_SORT_KEYS)).hexdigest()
+    told = [meta.get(key) if isinstance(meta, dict) else None for key in _LLAMA_META]
+    return hashlib.sha256(orjson.dumps(told)).hexdigest()
 
 
 def _of_prompt(error: APIError, prompt: Prompt) -> APIError:
