@@ -71,6 +71,7 @@ class Settings(BaseModel):
     tokens_per_minute: int | None = Field(default=None, ge=1)
     cache_path: Path | None = None
     missing_label: MissingLabelPolicy = "error"
+    check_continuation: bool = True
 
     @property
     def vllm_configured(self) -> bool:

@@ -129,7 +129,7 @@ def read_answers(body: bytes, prompts: Sequence[Prompt]) -> Answers:
     counted = counted if isinstance(counted, int) else 0
     if counted:
         _check_count(counted, prompts)
-    return Answers(top, counted)
+    return Answers(top, counted, _cached(usage) if len(prompts) == 1 else None)
 
 
 def read_generated(body: bytes, count: int) -> list[tuple[list[str], list[float]]]:
@@ -203,11 +203,39 @@ def _first_token(choice: dict[str, Any], name: str) -> dict[str, float]:
     if logprobs is None:
         raise ConfigurationError("the server returns no logprobs, which ICM's scores are made of.")
     try:
-        top = logprobs["top_logprobs"][0]
-        # Some servers write null for -inf.
-        return {key: -math.inf if value is None else _logprob(value) for key, value in top.items()}
+        return _listed(logprobs)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise TransientError(f"prompt {name!r}: no logprobs of its next token ({type(error).__name__}).") from None
+
+
+def _listed(logprobs: dict[str, Any]) -> dict[str, float]:
+    """The first token's list, as completions have it or, from llama-server, as chats do.
+
+    A server that tells of no alternative lists the token that it chose. Of tokens that read alike the more probable one
+    counts: llama-server cuts bytes off that are no whole character.
+    """
+    if "content" in logprobs:
+        first = logprobs["content"][0]
+        pairs = [(each["token"], each["logprob"]) for each in first.get("top_logprobs") or [first]]
+    elif logprobs["top_logprobs"] is None:
+        pairs = [(logprobs["tokens"][0], logprobs["token_logprobs"][0])]
+    else:
+        pairs = list(logprobs["top_logprobs"][0].items())
+    listed: dict[str, float] = {}
+    for token, value in pairs:
+        if not isinstance(token, str):
+            raise TypeError
+        # Some servers write null for -inf.
+        logprob = -math.inf if value is None else _logprob(value)
+        listed[token] = max(logprob, listed.get(token, -math.inf))
+    return listed
+
+
+def _cached(usage: object) -> int | None:
+    """How many of one prompt's tokens the server had cached; None where it does not say."""
+    details = usage.get("prompt_tokens_details") if isinstance(usage, dict) else None
+    cached = details.get("cached_tokens") if isinstance(details, dict) else None
+    return cached if isinstance(cached, int) and cached >= 0 else None
 
 
 def _logprob(value: object) -> float:

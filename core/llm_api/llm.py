@@ -418,6 +418,7 @@ def _engine(settings: Settings, model: str, use_vllm: bool | None, direct: Direc
         api_key=settings.api_key,
         limiter=RateLimiter(settings.requests_per_minute, settings.tokens_per_minute),
         missing_label=settings.missing_label,
+        check_continuation=settings.check_continuation,
         options=_http_options(settings),
     )
 

@@ -22,7 +22,7 @@ from typing import Any, Self
 
 from aiohttp import web
 
-from core.llm_api import prompt_tree
+from core.llm_api import continuation, prompt_tree
 
 BOS = 1
 TRUE, FALSE = 5852, 7983
@@ -71,6 +71,9 @@ class Fault:
 
 class FakeVLLM:
     """Counts what it sees: `requests` (paths), `completions` (bodies, the canary's included), `max_in_flight`."""
+
+    counts_on = " 6 7"
+    """How the model goes on from "1 2 3 4 5"."""
 
     def __init__(
         self,
@@ -260,6 +263,8 @@ class FakeVLLM:
             return web.json_response({"error": {"message": error, "type": "BadRequestError", "code": 400}}, status=400)
         hits = self.hits
         answer: Any = self._complete(body)
+        if body.get("prompt") == continuation.COUNTING:
+            answer["choices"][0]["text"] = self.counts_on
         if "tree" in body:
             answer = _as_pairs(answer, body["logprob_token_ids"]) | {"cached_tokens": self.hits - hits}
         if fault.patch is not None:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.core.fake_endpoint import FakeEndpoint
 from tests.core.fake_server import BOS, FALSE, TRUE, FakeVLLM, Fault
 
 SCRIPT = Path(__file__).resolve().parents[2] / "src" / "experiments" / "ICM.py"
@@ -584,6 +585,32 @@ async def test_an_external_api_is_asked_in_text_and_gives_labels(icm: Command, s
     assert run["engine"]["kind"] == "openai-compatible"
     assert run["kv_capacity"] is None
     assert run["cost"]["asked_ahead"] == 0  # every question is paid for
+
+
+async def test_a_llama_server_gives_labels_and_says_what_it_had_cached(icm: Command) -> None:
+    async with FakeEndpoint(style="llama", model="fake-8b", log_odds=signed_by_words) as llama:
+        llama.cached = 5
+        icm.environment |= {"LLAMA_API_BASE": llama.url + "/v1", "VLLM_BASE_URL": ""}
+        code, _, err = await icm("--run", "a", "--batch_size", "8")
+        assert code == 0, err
+        assert len(icm.labels("a").splitlines()) == 8
+        assert json.loads((icm.runs / "a" / "run.json").read_text())["engine"]["fingerprint"]
+        sent = [step for step in icm.log("a") if step["event"] == "step" and step["tokens_sent"]]
+        assert sent
+        assert all(step["tokens_cached"] == 5 * (step["asked"] - step["from_cache"]) for step in sent)
+
+
+async def test_an_endpoint_that_cannot_score_is_refused_in_one_line_before_anything_is_asked(icm: Command) -> None:
+    wrapped = FakeEndpoint(template="<|user|>{}<|assistant|>", counts_on="Sure! What next?")
+    alone = FakeEndpoint(at_most=1)
+    for endpoint, told in ((wrapped, "does not continue texts as they are"), (alone, "both labels")):
+        async with endpoint as server:
+            icm.environment |= {"LLAMA_API_BASE": server.url + "/v1", "VLLM_BASE_URL": ""}
+            code, _, err = await icm("--run", "a")
+            assert code == 2, err
+            assert told in err
+            assert len(err.splitlines()) == 1
+            assert len(server.completions) <= 2
 
 
 async def test_a_missing_label_stops_or_is_floored_and_counted(icm: Command, server: FakeVLLM) -> None:

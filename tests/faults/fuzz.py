@@ -227,6 +227,12 @@ PARSERS: dict[str, tuple[Callable[[bytes], None], bytes]] = {
         b'{"choices":[{"index":1,"logprobs":{"top_logprobs":[{"token_id:7":-1.5,"token_id:9":null}]}},{"index":0,'
         b'"logprobs":{"top_logprobs":[{"token_id:7":-1,"token_id:9":-2}]}}],"usage":{"prompt_tokens":6}}',
     ),
+    "chat-style": (
+        completions,
+        b'{"choices":[{"index":0,"logprobs":{"content":[{"id":7,"token":"token_id:7","bytes":[],"logprob":-1,'
+        b'"top_logprobs":[{"id":9,"token":"token_id:9","logprob":null}]}]}},{"index":1,"logprobs":{"tokens":["a"],'
+        b'"token_logprobs":[-1],"top_logprobs":null}}],"usage":{"prompt_tokens":6}}',
+    ),
     "tree-answer": (tree_answer, b'{"logprobs":[[-1,-2],[null,-0.5]],"prompt_tokens":6,"cached_tokens":0}'),
     "tree-request": (
         tree_request,
