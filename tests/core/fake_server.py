@@ -293,7 +293,7 @@ class FakeVLLM:
         true, false = label_distribution(self.log_odds(tokens))
         # Fillers share the last tenth; which ones they are depends on the salt.
         offset = zlib.crc32(self.salt.encode()) % 1000
-        every = {TRUE: true, FALSE: false} | {200_000 + offset + i: math.log(0.05) - i * 0.5 for i in range(40)}
+        every = {TRUE: true, FALSE: false} | {200_000 + offset + i: math.log(0.035) - i * 0.5 for i in range(40)}
         every = {t: lp for t, lp in every.items() if t not in self.drop}
         ranked = sorted(every.items(), key=lambda item: -item[1])
         wanted = body.get("logprob_token_ids")

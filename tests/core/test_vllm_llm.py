@@ -294,7 +294,7 @@ async def test_retries_end(server: FakeVLLM, fault: Fault, cause: type[Exception
         (401, "VLLM_API_KEY"),
         (403, "VLLM_API_KEY"),
         (404, "URL"),
-        (413, "prompts_per_request"),
+        (413, "client_max_body_size"),
         (422, ""),
     ],
 )
