@@ -28,13 +28,13 @@ async def ask_in_halves(
     """Have `count` prompts answered whose one request failed with `whole`: {position: why} of those that fail alone.
 
     ask(start, end): send those of [start, end) and keep their answers; raises an APIError. ours: whether such an error
-    may be the fault of one prompt; others are raised at once. Ends after NAMED prompts, and leaves the rest unasked.
+    may be the fault of one prompt; others are raised at once. Ends at the failure after NAMED prompts.
     Raises `whole` where nothing is answered: after log2(count) + 1 + ALIKE requests.
     """
     failed: dict[int, APIError] = {}
     answered, alike = False, 0
     waiting = _halves(0, count)
-    while waiting and len(failed) < NAMED:
+    while waiting:
         start, end = waiting.pop()
         try:
             await ask(start, end)
@@ -42,6 +42,8 @@ async def ask_in_halves(
         except APIError as error:
             if not ours(error):
                 raise
+            if len(failed) == NAMED:
+                break
             alike += bool(failed)
             if end - start > 1:
                 waiting += _halves(start, end)

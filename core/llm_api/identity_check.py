@@ -166,7 +166,7 @@ class Canary:
                 f"{self.url} counts {one} tokens for a prompt of {sent}: it is sent on as something else.",
                 hint="Have the gateway pass token ids on as they are, without a chat template; or ask vLLM itself.",
             )
-        body = orjson.dumps({**self._fields, "prompt": CANARY_TEXT})
+        body = orjson.dumps({**self._fields, "prompt": CANARY_TEXT, "add_special_tokens": True})
         text = Prompt((Segment(CANARY_TEXT),), name="canary")
         if not _same_weights((await self._listed(body, [text])).top[0], self.answer):
             raise ConfigurationError(
