@@ -334,19 +334,19 @@ class VLLMClient:
 
         failed = await ask_in_halves(ask, len(prompts), whole, ours=batch.worth_a_search)
         if failed:
-            raise self._named([prompts[at].name for at in failed], list(failed.values()), len(prompts))
+            raise self._named([prompts[at].name for at in failed], list(failed.values()))
         return _joined(parts[at] for at in sorted(parts))
 
-    def _named(self, names: list[str], errors: list[APIError], of: int) -> APIError:
+    def _named(self, names: list[str], errors: list[APIError]) -> APIError:
         """Of a kind that another server is asked about where it may be this server's fault."""
-        told = ", ".join(map(repr, names))
-        why = errors[0].__cause__ or errors[0]
-        message = f"{self.base_url} fails for {told} of {of} prompts: {why.args[0]}"
+        first, cause = errors[0], errors[0].__cause__
+        said = str((cause or first).args[0]).rstrip(".")
+        message = f"{self.base_url} fails for {', '.join(map(repr, names))}, also when asked alone: {said}."
         hint = "The others' answers are kept. Leave that claim out, or see what the server's log says of it."
-        if isinstance(errors[0], RequestRejected):
-            return RequestRejected(message, status=errors[0].status, hint=hint)
+        if isinstance(first, RequestRejected):
+            return RequestRejected(message, status=first.status, hint=hint)
         error = RetriesExhausted(message, hint=hint)
-        error.__cause__ = errors[0].__cause__
+        error.__cause__ = cause
         return error
 
     async def _score_request(self, batch: _Batch, start: int, prompts: Sequence[Prompt]) -> EngineAnswer:

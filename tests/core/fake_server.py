@@ -225,7 +225,7 @@ class FakeVLLM:
         tokens = [32, _FIXED[text]] if self.split_labels and text in _FIXED else encode(text)
         return [BOS, *tokens] if body.get("add_special_tokens", True) else tokens
 
-    async def _chat(self, request: web.Request) -> web.Response:
+    async def _chat(self, request: web.Request) -> web.StreamResponse:
         """As much of a chat as says which token ids its prompt has."""
         if self.chat_template is None:
             return _no_template()
@@ -318,7 +318,9 @@ class FakeVLLM:
 
     def _complete(self, body: dict[str, Any]) -> dict[str, Any]:
         prompts = self._prompts(body)
-        choices = [{"index": i, "text": "?", "logprobs": self._logprobs(p, body)} for i, p in enumerate(prompts)]
+        choices: list[dict[str, Any]] = [
+            {"index": i, "text": "?", "logprobs": self._logprobs(p, body)} for i, p in enumerate(prompts)
+        ]
         if body.get("return_token_ids") and self.tells_token_ids:
             for choice, prompt in zip(choices, prompts, strict=True):
                 choice["prompt_token_ids"] = prompt

@@ -161,7 +161,7 @@ async def test_answers_beside_one_that_lacks_a_label_are_kept(vllm: ModuleType) 
     def on_answer(positions: Sequence[int], answer: EngineAnswer) -> None:
         heard.update(zip(positions, (logprobs.log_odds for logprobs in answer.logprobs), strict=True))
 
-    with pytest.raises(MissingLabel, match="'claim 2'.*NaN"):
+    with pytest.raises(MissingLabel, match=r"'claim 2'.*NaN"):
         await engine.score(prompts(4), LABELS, on_answer=on_answer)
     assert heard == {at: pytest.approx(hashed_log_odds([5, at])) for at in (0, 1, 3)}
     await engine.aclose()
