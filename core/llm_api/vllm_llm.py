@@ -279,10 +279,14 @@ class VLLMClient:
             try:
                 return await self._score_or_search(batch, start, prompts)
             except RequestRejected as error:
-                if error.status != 413 or len(prompts) == 1 or error in batch.failed:
+                if error.status != 413 or error in batch.failed:
                     batch.failed.append(error)
                     raise
-                self._lower_body_limit(self._body_size(batch, prompts))
+                size = self._body_size(batch, prompts)
+                if len(prompts) == 1:
+                    batch.failed.append(_alone(error, prompts[0], size))
+                    raise batch.failed[-1] from None
+                self._lower_body_limit(size)
             except APIError as error:
                 batch.failed.append(error)
                 raise
@@ -298,8 +302,11 @@ class VLLMClient:
         return len(_tree_body(prompts, batch.labels) if self.takes_trees else token_pieces(batch.fields, prompts))
 
     def _lower_body_limit(self, refused: int) -> None:
-        """For good: what was refused once is not tried with every pool."""
-        limit = refused // 2
+        """For good: what was refused once is not tried with every pool.
+
+        By a quarter: halves of the refused request fit with room to spare, and few further ones are refused.
+        """
+        limit = refused * 3 // 4
         if self._body_limit is None or limit < self._body_limit:
             log.warning(
                 "%s takes no request of %s bytes (HTTP 413); pools are sent in parts of at most %s from here on",
@@ -364,17 +371,7 @@ class VLLMClient:
             return answers, self._http.era
 
         assert self._check is not None
-        try:
-            (answers, era), retries = await self._http.call(attempt, retry=batch.retry)
-        except RequestRejected as error:
-            if error.status != 413 or len(prompts) > 1:
-                raise
-            size = self._body_size(batch, prompts)
-            raise RequestRejected(
-                f"prompt {prompts[0].name!r} alone is a request of {size:,} bytes: {error.args[0]}",
-                status=413,
-                hint=f"{error.hint} Or use a smaller pool.",
-            ) from None
+        (answers, era), retries = await self._http.call(attempt, retry=batch.retry)
         await self._check.pass_answers_of(era, batch.retry)
         hint = NO_NUMBER
         if not self.exact_labels:
@@ -448,6 +445,14 @@ class VLLMClient:
         self._takes_trees = False
         self._trees_again = time.monotonic() + TREES_AGAIN
         return None
+
+
+def _alone(error: RequestRejected, prompt: Prompt, size: int) -> RequestRejected:
+    return RequestRejected(
+        f"prompt {prompt.name!r} alone is a request of {size:,} bytes: {error.args[0]}",
+        status=error.status,
+        hint=f"{error.hint} Or use a smaller pool.",
+    )
 
 
 @contextmanager
