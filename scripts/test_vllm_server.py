@@ -224,7 +224,8 @@ async def _ask(client: VLLMClient, model: str, report: Callable[[Check], None]) 
     try:
         identity = await client.start()
     except (ConfigurationError, RequestRejected) as error:
-        report(Check("logprobs", False, str(error.args[0]), NO_LOGPROBS))
+        named = error.hint if isinstance(error, ConfigurationError) else ""
+        report(Check("logprobs", False, str(error.args[0]), named or NO_LOGPROBS))
         return 1, None
     report(Check("logprobs", True, f"the top {client.top_logprobs} of a next token"))
 

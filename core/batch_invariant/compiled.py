@@ -22,8 +22,12 @@ import torch
 from core.batch_invariant import ops
 from core.batch_invariant.matmul import SUPPORTED
 
-TAG: Final = f"icm-{hashlib.sha256(b''.join(Path(m).read_bytes() for m in (__file__, ops.__file__))).hexdigest()[:16]}"
-"""Stands for what compiled code calls while the mode is on: another one where this file or ops.py has changed."""
+_SOURCES: Final = b"".join(Path(m).read_bytes() for m in (__file__, ops.__file__))
+_CPU: Final = torch.backends.cpu.get_cpu_capability().lower()
+TAG: Final = f"icm-{hashlib.sha256(_SOURCES).hexdigest()[:16]}-{_CPU}"
+"""Stands for what compiled code calls while the mode is on: another one where this file or ops.py has changed, and for
+CPUs of other instructions: PyTorch 2.13 takes kernels for AVX-512 out of a cache folder where it now compiles for AVX2,
+and the other way round."""
 
 _MISSING = object()
 _before: dict[Any, Any] = {}

@@ -25,7 +25,7 @@ import numpy as np
 from pydantic import SecretStr
 
 from core.cpu import KV_CACHE_SPACE, fast_type, kv_cache_gib
-from core.llm_api.completions import TOP_LOGPROBS, label_logprobs
+from core.llm_api.completions import TOP_LOGPROBS, keep_the_good, label_logprobs, labels_or_missing
 from core.llm_api.engine_thread import EngineThread
 from core.llm_api.errors import APIError, ConfigurationError, MissingLabel, RequestRejected
 from core.llm_api.generation import Embeddings, Generation, Piece, TextRequest
@@ -243,10 +243,9 @@ class DirectEngine:
         """See Engine.score. The whole pool is one call, which cannot be stopped halfway: a cancelled one runs on."""
         if not prompts:
             return EngineAnswer([], 0, requests=0)
-        answer = await self._in_thread(functools.partial(self._score, prompts, labels))
-        if on_answer is not None:
-            on_answer(range(len(prompts)), answer)
-        return answer
+        found, cached = await self._in_thread(functools.partial(self._score, prompts, labels))
+        answer = EngineAnswer([], sum(prompt.num_tokens for prompt in prompts), cached_tokens=cached)
+        return keep_the_good(found, answer, on_answer)
 
     async def listed_logprobs(
         self, prompts: Sequence[tuple[Sequence[int], str]], chosen: Sequence[int] | None, *, top: int = TOP_LOGPROBS
@@ -469,7 +468,10 @@ class DirectEngine:
             for each in asked
         ]
 
-    def _score(self, prompts: Sequence[Prompt], labels: LabelTokens) -> EngineAnswer:
+    def _score(
+        self, prompts: Sequence[Prompt], labels: LabelTokens
+    ) -> tuple[list[LabelLogprobs | MissingLabel], int | None]:
+        """What every prompt's answer is, and how many of their tokens were cached, where that is known."""
         true, false = labels.ids
         cached: int | None = None
         tops: Sequence[Mapping[int, float]]
@@ -477,11 +479,7 @@ class DirectEngine:
             tops, cached = self._pool(prompts, (true, false))
         else:
             tops = self._ask(prompts, labels if self.exact_labels else None)
-        logprobs: list[LabelLogprobs] = [
-            label_logprobs(top, true, false, missing=self._missing, name=prompt.name)
-            for top, prompt in zip(tops, prompts, strict=True)
-        ]
-        return EngineAnswer(logprobs, sum(prompt.num_tokens for prompt in prompts), cached_tokens=cached)
+        return labels_or_missing(tops, prompts, true, false, missing=self._missing), cached
 
     def _pool(self, prompts: Sequence[Prompt], labels: tuple[int, int]) -> tuple[list[dict[int, float]], int]:
         """As _ask, the pool in one piece (core/vllm_extension/pools.py), and how many of its tokens were cached."""

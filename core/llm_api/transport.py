@@ -438,7 +438,7 @@ class HttpTransport:
         if status == 429:
             return RateLimited(message, retry_after=wait)
         if status in (408, 425) or (status >= 500 and status not in (501, 505)):
-            return TransientError(message, retry_after=wait)
+            return TransientError(message, retry_after=wait, status=status)
         return RequestRejected(message.rstrip(".") + ".", status=status, hint=self._hint(status))
 
     def _hint(self, status: int) -> str:
@@ -452,7 +452,7 @@ class HttpTransport:
             case 404:
                 return "Check the URL, the model's name, and what the server is for: one that embeds writes no texts."
             case 413:
-                return "Lower prompts_per_request."
+                return "Raise the limit of what stands before the server (nginx: client_max_body_size)."
             case _ if 300 <= status < 400:
                 return "Redirects are not followed; use the final URL."
             case _:

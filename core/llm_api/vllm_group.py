@@ -356,7 +356,7 @@ class VLLMGroup:
         try:
             # Where others could answer, a server is soon given up; one that stands alone is waited for.
             retry = self._patience if alone else self._brief
-            await member.client.score(prompts, batch.labels, on_answer=heard, retry=retry)
+            await member.client.score(prompts, batch.labels, on_answer=heard, retry=retry, search=alone)
         except LOST as error:
             if any(other is not member and other not in batch.failed for other in self._up):
                 batch.failed.add(member)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,21 @@ def test_sitecustomize_switches_the_mode_on_where_it_is_asked_to(tmp_path: Path)
     assert asked.stdout.split("\n") == ["the next one", "True icm-batch-invariant", ""], asked.stderr
     plain = run("-c", CHECK, TRITON_INTERPRET="1", ICM_BATCH_INVARIANT="0", PYTHONPATH=path)
     assert plain.stdout.split("\n") == ["the next one", "False ", ""], plain.stderr
+
+
+TAG = "from core.batch_invariant.compiled import TAG; print(TAG)"
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the names are those of x86")
+def test_code_compiled_for_one_cpu_is_kept_apart_from_that_for_another() -> None:
+    tags = {}
+    for capability in ("default", "avx2"):
+        done = run("-c", TAG, ATEN_CPU_CAPABILITY=capability)
+        assert done.returncode == 0, done.stderr
+        tags[capability] = done.stdout.strip()
+    assert tags["default"].endswith("-default")
+    assert tags["avx2"].endswith("-avx2")
+    assert tags["default"].removesuffix("-default") == tags["avx2"].removesuffix("-avx2")
 
 
 @pytest.mark.parametrize("script", ["batch_invariant", "attention_rows", "gpu_time", "scaled_products"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -70,8 +71,11 @@ class FakeLLM:
             every = {TRUE: true, FALSE: false} | {t: -5.0 - i for i, t in enumerate(range(300, 330))}
             wanted = getattr(parameters, "logprob_token_ids", None)
             listed = {t: every.get(t, -30.0) for t in wanted} if wanted else dict(list(every.items())[:20])
+            ill = tokens[-1] in self.arguments.get("ill", ())
             entry = {
-                t: SimpleNamespace(logprob=lp) for t, lp in listed.items() if t not in self.arguments.get("drop", ())
+                t: SimpleNamespace(logprob=float("nan") if ill else lp)
+                for t, lp in listed.items()
+                if t not in self.arguments.get("drop", ())
             }
             outputs.append(SimpleNamespace(outputs=[SimpleNamespace(logprobs=[entry])]))
         return outputs
@@ -150,6 +154,20 @@ async def test_errors_are_typed(vllm: ModuleType) -> None:
         await engine.score([Prompt((Segment("x", [666]),))], LABELS)
     with pytest.raises(ValueError, match="claim t"):
         await engine.score([Prompt((Segment("text"),), name="claim t")], LABELS)
+    await engine.aclose()
+
+
+async def test_answers_beside_one_that_lacks_a_label_are_kept(vllm: ModuleType) -> None:
+    engine = DirectEngine("m", DirectOptions(extra={"ill": {2}}))
+    await engine.start()
+    heard: dict[int, float] = {}
+
+    def on_answer(positions: Sequence[int], answer: EngineAnswer) -> None:
+        heard.update(zip(positions, (logprobs.log_odds for logprobs in answer.logprobs), strict=True))
+
+    with pytest.raises(MissingLabel, match=r"'claim 2'.*NaN"):
+        await engine.score(prompts(4), LABELS, on_answer=on_answer)
+    assert heard == {at: pytest.approx(hashed_log_odds([5, at])) for at in (0, 1, 3)}
     await engine.aclose()
 
 

@@ -241,12 +241,14 @@ async def test_a_server_killed_in_the_middle_of_a_request_costs_only_what_it_had
 
 async def test_what_one_server_answered_is_paid_once_though_another_refuses() -> None:
     async with servers(2) as fakes:
-        fakes[1].faults = [Fault(status=400, body={"error": "bad"}, only=lambda body: body["prompt"][0] == [54])]
+        fakes[1].faults = [
+            Fault(status=400, body={"error": "bad"}, only=lambda body: [54] in body["prompt"], times=None)
+        ]
         fakes[1].faults[0].delay = 0.2
         async with ModelAPI(group_of(fakes)) as api:
             with pytest.raises(RequestRejected, match="bad"):
                 await api.score(pool(), LABELS)
-            assert api.stats.engine_prompts == 4
+            assert api.stats.engine_prompts == 7, "all but the one"
         assert len(asked(fakes[0])) == 4, "what every server would refuse is not sent to another one"
 
 
@@ -448,3 +450,23 @@ async def test_a_cancelled_request_leaves_nothing_running(lost: bool) -> None:
         with pytest.raises(asyncio.CancelledError):
             await task
         await until(lambda: fakes[0].in_flight == fakes[1].in_flight == 0)
+
+
+def fails_for(token: int, status: int = 500) -> Fault:
+    return Fault(status=status, body={"error": "ill"}, only=lambda body: [token] in body["prompt"], times=None)
+
+
+async def test_a_claim_that_every_server_fails_for_is_named_and_the_others_are_kept() -> None:
+    async with servers(2) as fakes, started(fakes) as group:
+        for fake in fakes:
+            fake.faults = [fails_for(54)]
+        heard: set[int] = set()
+        with pytest.raises(RetriesExhausted, match="fails for 'claim 4'"):
+            await group.score(pool(), LABELS, on_answer=lambda positions, _: heard.update(positions))
+        assert len(heard) == len(pool()) - 1
+
+
+async def test_a_claim_that_one_server_fails_for_is_answered_by_another() -> None:
+    async with servers(2) as fakes, started(fakes) as group:
+        fakes[1].faults = [fails_for(54)]
+        assert odds(await group.score(pool(), LABELS)) == pytest.approx(expected(pool()))
