@@ -438,7 +438,7 @@ def check_same_engine(folder: RunFolder, known: Mapping[str, Any], identity: Eng
         raise BadInput(f"{folder.path}: was started on another engine ({told}). Start that one, or use another --run")
     if moved:
         told = ", ".join(f"{name} {known.get(name)!r}, now {now[name]!r}" for name in names)
-        print(f"the model is the one of before by its answers, and goes on ({told})", file=sys.stderr, flush=True)
+        print(f"the run goes on: the model answers as before ({told})", file=sys.stderr, flush=True)
     if known.get("fingerprint") != now["fingerprint"]:
         logging.warning(
             "the engine answers a fixed prompt differently than when this run began (other hardware, "

@@ -374,7 +374,7 @@ async def test_a_run_goes_on_with_its_model_in_another_place_and_under_another_n
     server.root, server.model = "/moved/here", "my-name"
     code, _, err = await icm("--run", "a", "--model", "my-name")
     assert code == 0, err
-    assert "the model is the one of before by its answers, and goes on (model 'fake-8b', now 'my-name', root" in err
+    assert "the run goes on: the model answers as before (model 'fake-8b', now 'my-name', root" in err
     assert icm.labels("a") == labels
     assert len(server.completions) - asked <= 2  # the canary and the probe: all else is in the cache
     assert (await icm("--run", "a", "--model", "fake-8b"))[0] == 0  # finished, it keeps the name that it began with
