@@ -25,11 +25,9 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from core.llm_api.errors import StorageFailed
-from src.icm.testbeds import BadInput
+from src.icm.values import BadInput, options_of
 from src.pipeline.datafiles import read_rows
 from src.pipeline.handover import write_jsonl
-
-LETTERS = "ABCDEFGHIJ"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,16 +91,13 @@ MADE = {"additions": additions, "larger": larger}
 
 
 def own_form(question: str, choices: str, answer: str | None) -> Form:
-    """Fields by name; the answer is an index, a letter, or the text of the right choice."""
+    """Fields by name; the answer is told as `--data` takes it (docs/data.md)."""
 
     def form(row: Mapping[str, Any]) -> Item:
-        listed = [str(choice) for choice in row[choices]]
-        told = row[answer] if answer is not None else None
-        if isinstance(told, str) and told in listed:
-            told = listed.index(told)
-        elif isinstance(told, str) and len(told) == 1 and told.upper() in LETTERS:
-            told = LETTERS.index(told.upper())
-        return Item(str(row[question]), listed, _one_of(len(listed), told))
+        options = options_of(row[choices], None if answer is None else row[answer])
+        if options is None:
+            raise TypeError(f"{choices} is no list")
+        return Item(str(row[question]), [option.text for option in options], [option.gold for option in options])
 
     return form
 
@@ -171,7 +166,7 @@ def _items(args: argparse.Namespace) -> list[Item]:
             items.append(form(row.fields))
         except KeyError as error:
             raise BadInput(f"{args.file}:{row.line}: lacks the field {error}") from None
-        except (TypeError, ValueError, IndexError) as error:
+        except (BadInput, TypeError, ValueError, IndexError) as error:
             raise BadInput(f"{args.file}:{row.line}: is not of this form ({error})") from None
     return items
 

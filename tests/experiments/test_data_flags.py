@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.core.fake_server import FakeVLLM
+from tests.experiments.test_baselines import Table
 from tests.experiments.test_icm_cli import Command, signed_by_words
 
 Rows = list[dict[str, Any]]
@@ -187,3 +188,38 @@ async def test_one_claim_is_refused(on: Start, server: FakeVLLM) -> None:
     assert code == 2
     assert "claims.jsonl: holds one claim" in err
     assert not server.completions
+
+
+async def test_batches_and_tables_go_on_with_the_groups_that_they_began_with(on: Start, server: FakeVLLM) -> None:
+    icm = on([row | {"label": n % 2} for n, row in enumerate(questions())])
+    batches = ("--num_batches", "all", "--batch_size", "8", "--num_seed", "2", "--K", "3")
+    assert (await icm("--run", "parts", *batches, "--group_by", "none"))[0] == 0
+    code, out, err = await icm("--run", "parts", *batches)
+    assert code == 0
+    assert "goes on so (--group_by none)" in err
+    assert "3 searches" in out
+    table = Table(server.url, icm.runs.parent / "claims.jsonl", icm.runs)
+    assert (await table("--seeds", "1", "--rows", "zero-shot", "--group_by", "none"))[0] == 0
+    code, _, err = await table("--seeds", "1", "--rows", "many-shot-gold")
+    assert code == 0, err
+    assert "goes on so (--group_by none)" in err
+    assert [row["row"] for row in table.document["rows"]] == ["zero-shot", "many-shot-gold"]
+
+
+async def test_a_test_file_of_a_table_is_read_as_its_data_is(on: Start, server: FakeVLLM) -> None:
+    rows = [
+        {"prompt": row["question"], "choice": row["choice"], "ok": "ny"[n % 2]} for n, row in enumerate(questions())
+    ]
+    data = on(rows).runs.parent / "claims.jsonl"
+    table = Table(server.url, data, data.parent / "runs")
+    test = data.parent / "test.jsonl"
+    others = [row | {"prompt": f"Now: {row['prompt']}"} for row in rows]
+    test.write_text("".join(json.dumps(row) + "\n" for row in [*others, {"ok": "y"}]))
+    flags = ("--seeds", "1", "--rows", "zero-shot", "--columns", "question=prompt,label=ok", "--map", "label=y:1,n:0")
+    code, _, err = await table(*flags, "--test_data", str(test))
+    assert code == 2
+    assert "test.jsonl:25: row 24 lacks the columns question, choice" in err
+    code, _, err = await table(*flags, "--test_data", str(test), "--skip_bad_rows")
+    assert code == 0, err
+    assert "test.jsonl: 1 row is left out (--skip_bad_rows): line 25: row 24 lacks" in err
+    assert table.row("zero-shot")["test"]["claims"] == 24
