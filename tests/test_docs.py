@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from src.serving.documents import Library
 from tests.core.fake_server import FakeVLLM
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -93,6 +94,13 @@ def test_a_dead_link_would_be_seen(tmp_path: Path) -> None:
 def test_the_index_names_every_page() -> None:
     indexed = {target.partition("#")[0] for target in links(DOCS / "README.md")}
     assert {page.name for page in DOCS.glob("*.md")} - {"README.md"} <= indexed
+
+
+@pytest.mark.parametrize("topics", ["", "data file, columns", "data files"])
+def test_a_question_about_columns_finds_the_page_that_answers_it(topics: str) -> None:
+    """What the web application looks up before a model answers (tests/real_server/test_serving.py)."""
+    found = Library.read(DOCS).search(f"Which columns does a data file of my own have? {topics}", 3)
+    assert "installing.md" in [passage.path for passage, _ in found]
 
 
 def test_every_result_is_cited_by_a_page() -> None:
