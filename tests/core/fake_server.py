@@ -22,7 +22,7 @@ from typing import Any, Self
 
 from aiohttp import web
 
-from core.llm_api import prompt_tree
+from icm_vllm import prompt_tree
 
 BOS = 1
 TRUE, FALSE = 5852, 7983
