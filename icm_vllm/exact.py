@@ -14,8 +14,8 @@ no cascade attention) are needed and stay. Five things are replaced, in every pr
   for both, so that a larger one costs nothing that was measured. ICM_BATCH_INVARIANT_ATTENTION=0 leaves it as it is.
 - The sums over the GPUs of a tensor-parallel layer, by icm_vllm/batch_invariant/collectives.py: NCCL then only copies,
   and is freed of the limits that vLLM puts on it (one channel of one thread). ICM_BATCH_INVARIANT_ALL_REDUCE=0 leaves
-  both as they are. Reduce-scatter, which some models with experts use, stays NCCL's. CUDA graphs are refused: it was not
-  seen to work in one.
+  both as they are. Reduce-scatter, which some models with experts use, stays NCCL's. CUDA graphs are refused: it was
+  not seen to work in one.
 - On Hopper the products of fp8 models (Cutlass), which vLLM's mode computes with one tile for any number of rows, by
   icm_vllm/batch_invariant/scaled.py, which chooses among tiles (faster). ICM_BATCH_INVARIANT_FP8=0 leaves them as they
   are, and so do tiles that should differ. Scales of blocks (DeepSeek's format) stay vLLM's.
