@@ -72,7 +72,7 @@ mutation: setup ## Count which small faults in the search and the cache the test
 	@$(PY) -m tests.mutation.run $(ARGS)
 
 # Triton's interpreter takes over ten minutes when every line of it is traced.
-KERNELS_INTERPRETED := tests/core/test_batch_invariant.py::test_the_kernels_under_the_interpreter
+KERNELS_INTERPRETED := tests/icm_vllm/test_batch_invariant.py::test_the_kernels_under_the_interpreter
 # What coverage itself writes is larger than the files that this test allows.
 SMALL_FILES := tests/faults/test_chaos.py::test_a_run_under_tight_limits_stops_with_a_reason_and_is_resumed[small files]
 .PHONY: coverage

@@ -29,7 +29,7 @@ from core.llm_api.completions import TOP_LOGPROBS, keep_the_good, label_logprobs
 from core.llm_api.engine_thread import EngineThread
 from core.llm_api.errors import APIError, ConfigurationError, MissingLabel, RequestRejected
 from core.llm_api.generation import Embeddings, Generation, Piece, TextRequest
-from core.llm_api.prompt_tree import PromptTree
+from core.llm_api.pool_tree import tree_of
 from core.llm_api.telemetry import RequestTelemetry
 from core.llm_api.tokens import CANARY_TEXT, fingerprint
 from core.llm_api.transport import MESSAGE_LIMIT
@@ -44,8 +44,8 @@ from core.llm_api.types import (
     Segment,
 )
 from core.settings import MissingLabelPolicy
-from core.vllm_extension import pool_calls
-from core.vllm_extension.plugin import BATCH_INVARIANT, FAST_PREFIXES, config_digest, dtype_of, kernels
+from icm_vllm import pool_calls
+from icm_vllm.plugin import BATCH_INVARIANT, FAST_PREFIXES, config_digest, dtype_of, kernels
 
 T = TypeVar("T")
 
@@ -482,10 +482,10 @@ class DirectEngine:
         return labels_or_missing(tops, prompts, true, false, missing=self._missing), cached
 
     def _pool(self, prompts: Sequence[Prompt], labels: tuple[int, int]) -> tuple[list[dict[int, float]], int]:
-        """As _ask, the pool in one piece (core/vllm_extension/pools.py), and how many of its tokens were cached."""
+        """As _ask, the pool in one piece (icm_vllm/pools.py), and how many of its tokens were cached."""
         engine, name = self._llm.llm_engine, f"pool-{uuid.uuid4().hex}"
         try:
-            tree = PromptTree.of(prompts)
+            tree = tree_of(prompts)
             pool_calls.check(tree, labels, engine.model_config)
             answer = pool_calls.call(engine.engine_core, name, tree, labels)
             pool_calls.record(engine)

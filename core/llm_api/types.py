@@ -266,7 +266,7 @@ class EngineIdentity:
     fingerprint: what the engine answered to a fixed short prompt, so that other weights, another precision or
     another kernel behind the same model name are told apart. dtype: the type that it computes in, in PyTorch's words
     without `torch.`; empty where it does not say. config: SHA-256 of the model's configuration and of its KV cache's
-    type (vllm_extension.plugin.config_digest); empty where it does not say.
+    type (icm_vllm.plugin.config_digest); empty where it does not say.
     """
 
     kind: str

@@ -3,7 +3,7 @@
 Facts about vLLM that this file relies on, checked with 0.26 and 0.32: /v1/completions takes at most 1,024 prompts of
 token ids and keeps their order; one bad prompt fails the whole request; `logprob_token_ids` returns the logprobs of
 just those tokens, whatever their rank; closing the connection aborts every prompt of the request. A server started by
-our launcher also takes a pool as a tree of segments (core/vllm_extension), which start() finds out.
+our launcher also takes a pool as a tree of segments (icm_vllm), which start() finds out.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from core.llm_api.generation import Embeddings, Generation, Piece, TextRequest
 from core.llm_api.halving import ask_in_halves, may_be_one_prompt
 from core.llm_api.http_text import HttpText
 from core.llm_api.identity_check import Canary, IdentityCheck
-from core.llm_api.prompt_tree import FORMAT, PATH, PromptTree
+from core.llm_api.pool_tree import tree_of
 from core.llm_api.retry import RetryPolicy
 from core.llm_api.telemetry import RequestTelemetry
 from core.llm_api.tokens import fingerprint
@@ -49,7 +49,8 @@ from core.llm_api.types import (
 )
 from core.llm_api.vllm_metrics import kv_block_size, kv_cache_capacity, prefix_cache_counters
 from core.llm_api.vllm_questions import VLLMQuestions
-from core.settings import MAX_PROMPTS_PER_REQUEST, MissingLabelPolicy
+from core.settings import MissingLabelPolicy
+from icm_vllm.prompt_tree import FORMAT, MAX_PROMPTS_PER_REQUEST, PATH
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +152,7 @@ class VLLMClient:
 
     @property
     def fast_prefixes(self) -> bool:
-        """Whether the server says that it does work on shared prefixes once (core/vllm_extension)."""
+        """Whether the server says that it does work on shared prefixes once (icm_vllm)."""
         return self._fast_prefixes
 
     @property
@@ -473,7 +474,7 @@ def _of_an_answer() -> Iterator[None]:
 
 
 def _tree_body(prompts: Sequence[Prompt], labels: LabelTokens) -> bytes:
-    return orjson.dumps({"labels": labels.ids, "tree": PromptTree.of(prompts)})
+    return orjson.dumps({"labels": labels.ids, "tree": tree_of(prompts)})
 
 
 def _joined(parts: Iterable[EngineAnswer]) -> EngineAnswer:

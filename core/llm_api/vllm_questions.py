@@ -14,11 +14,10 @@ import orjson
 
 from core.llm_api.completions import Answers, read_answers
 from core.llm_api.errors import ConfigurationError, NotLogprobs, RequestRejected, TransientError
-from core.llm_api.prompt_tree import PATH
 from core.llm_api.retry import RetryPolicy
 from core.llm_api.transport import HttpTransport, all_or_cancel
 from core.llm_api.types import Prompt
-from core.settings import MAX_PROMPTS_PER_REQUEST
+from icm_vllm.prompt_tree import MAX_PROMPTS_PER_REQUEST, PATH
 
 log = logging.getLogger(__name__)
 

@@ -22,8 +22,9 @@ from typing import Any, Self
 
 from aiohttp import web
 
-from core.llm_api import continuation, prompt_tree
+from core.llm_api import continuation
 from core.llm_api.tokens import CANARY_TEXT
+from icm_vllm import prompt_tree
 
 BOS = 1
 TRUE, FALSE = 5852, 7983

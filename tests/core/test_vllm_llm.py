@@ -23,12 +23,12 @@ from core.llm_api.errors import (
     ServerUnreachable,
     TransientError,
 )
-from core.llm_api.prompt_tree import PATH
 from core.llm_api.retry import RetryPolicy
 from core.llm_api.tokens import CANARY_TEXT, resolve_label_tokens
 from core.llm_api.transport import HttpOptions
 from core.llm_api.types import Engine, EngineAnswer, LabelTokens, Prompt, Segment
 from core.llm_api.vllm_llm import VLLMClient
+from icm_vllm.prompt_tree import PATH
 from tests.core.fake_server import BOS, FALSE, TRUE, FakeVLLM, Fault, hashed_log_odds
 
 KEY = "sk-planted-0123456789"

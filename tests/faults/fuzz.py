@@ -36,12 +36,12 @@ with _WATCH:
     from core.llm_api.completions import label_logprobs, read_answers, read_tree_answer, token_key
     from core.llm_api.errors import APIError, ConfigurationError, MissingLabel
     from core.llm_api.http_text import _generation, _pieces, _vectors
-    from core.llm_api.prompt_tree import read_request
     from core.llm_api.retry import parse_retry_after
     from core.llm_api.transport import server_message
     from core.llm_api.types import LabelTokens, Prompt, Segment
     from core.llm_api.vllm_metrics import kv_block_size, kv_cache_capacity, prefix_cache_counters
     from core.settings import Settings, read_secrets
+    from icm_vllm.prompt_tree import read_request
     from src.experiments.experiment_file import load_experiment
     from src.experiments.watch import Watch
     from src.icm.testbeds import BadInput

@@ -15,9 +15,9 @@ import pytest
 
 from core.cpu import fast_type
 from core.llm_api.llm import ModelAPI
-from core.llm_api.prompt_tree import PATH
 from core.llm_api.types import Prompt
 from core.llm_api.vllm_llm import VLLMClient
+from icm_vllm.prompt_tree import PATH
 from src.icm.prefix_tree import Layout, TreeLayout, UpstreamLayout
 from src.icm.prompts import PromptBook
 from tests.conftest import RunningServer
