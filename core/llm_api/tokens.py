@@ -190,10 +190,19 @@ def fingerprint(tokens: Sequence[int], top: Mapping[str, float]) -> str:
     return hashlib.sha256(orjson.dumps([list(tokens), answer])).hexdigest()
 
 
-async def _ids(engine: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    tokens = await engine.tokenize(texts)
+async def prompt_ids(engine: Tokenizer, text: str) -> list[int]:
+    """The tokens of `text` as a whole prompt: after BOS, with no EOS at its end. For engines that speak token ids."""
+    probes, special = await _ids(engine, PROBES), await _ids(engine, PROBES, special=True)
+    [tokens] = await _ids(engine, [text])
+    return [*_before_texts(special, probes), *tokens]
+
+
+async def _ids(engine: Tokenizer, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
+    """Of no text there are no tokens, and a server may refuse the question."""
+    tokens = await engine.tokenize([text for text in texts if text], special=special)
     assert tokens is not None, "an engine speaks token ids, or it does not"
-    return tokens
+    found = iter(tokens)
+    return [next(found) if text else [] for text in texts]
 
 
 def _before_texts(special: Sequence[list[int]], plain: Sequence[list[int]]) -> tuple[int, ...]:

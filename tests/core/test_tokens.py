@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from core.llm_api.errors import ConfigurationError
-from core.llm_api.tokens import Spelling, fingerprint, pieces, resolve_label_tokens
+from core.llm_api.tokens import Spelling, fingerprint, pieces, prompt_ids, resolve_label_tokens
 from core.llm_api.types import LabelTokens
 from tests.core.real_tokenizers import LocalTokenizer, trained, words_apart
 
@@ -70,6 +70,29 @@ async def test_what_stands_before_texts(bos: tuple[int, ...], eos: tuple[int, ..
     engine = by_character({" True": 900_002, " False": 900_003})
     engine.bos, engine.eos = bos, eos  # 120 is "x", which is asked for
     assert (await Spelling.of(engine)).prefix == bos
+
+
+async def test_a_prompt_has_bos_and_no_eos() -> None:
+    engine = trained(eos=True)
+    assert await prompt_ids(engine, QUESTION) == [*engine.bos, *engine.encode(QUESTION)]
+
+
+async def test_no_empty_text_is_asked_about() -> None:
+    """A server that tokenizes by completing refuses an empty prompt."""
+    asked: list[str] = []
+
+    class Listening(LocalTokenizer):
+        async def tokenize(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
+            asked.extend(texts)
+            return await super().tokenize(texts, special=special)
+
+    engine = Listening(
+        by_character({"True": 900_004, "False": 900_005, " True": 900_002, " False": 900_003}).encode, str
+    )
+    await resolve_label_tokens(engine, "True", "False", after="")
+    await (await Spelling.of(engine, QUESTION)).questions(engine, [QUESTION])
+    assert asked
+    assert "" not in asked
 
 
 async def test_special_tokens_that_change_the_text_are_refused() -> None:
