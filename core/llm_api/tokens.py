@@ -84,13 +84,14 @@ class Spelling:
         Raises ConfigurationError where the labels are not one token each, where a label is joined with the question or
         the separator, and where the separator is lost.
         """
-        plain = await engine.tokenize([*PROBES, LEADS[0], LEADS[0] + PROBES[0], *UNLIKE])
+        plain = await engine.tokenize([*PROBES, LEADS[0], LEADS[0] + PROBES[0], *UNLIKE, " "])
         special = await engine.tokenize(PROBES, special=True)
         if plain is None or special is None:
             return cls(LabelTokens(true, false), closing=true + separator)
-        *probes, lead, after_lead, one, other = plain
+        *probes, lead, after_lead, one, other, space = plain
         leads = () if after_lead == lead + probes[0] else LEADS
-        first = leads[0] if leads else ""
+        # A label after nothing begins an answer, before which a chat template's text was tokenized by itself.
+        first = leads[0] if leads and question else ""
         parts = ["", " ", true, false, true + separator, false + separator]
         asked, spaced, with_true, with_false, true_whole, false_whole = await _ids(
             engine, [first + question + part for part in parts]
@@ -121,7 +122,7 @@ class Spelling:
             closing=true + separator,
             ending=ending,
             leads=leads,
-            unknown=one[-1] if one == other else None,
+            unknown=one[-1] if one and one == other != space else None,
         )
 
     async def questions(self, engine: Tokenizer, texts: Sequence[str]) -> list[tuple[int, ...]] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import pytest
@@ -122,6 +123,14 @@ async def test_labels_as_an_answer_begins() -> None:
     )
 
 
+async def test_sentencepiece_labels_as_an_answer_begins() -> None:
+    """As Llama 2 and Mistral were trained: the answer is tokenized by itself."""
+    engine = trained()
+    [true], [false] = engine.encode("True"), engine.encode("False")
+    labels = await resolve_label_tokens(engine, "True", "False", after="")
+    assert labels == LabelTokens("True", "False", true, false)
+
+
 @pytest.mark.parametrize(
     ("joined", "told"),
     [
@@ -162,6 +171,8 @@ async def test_a_tokenizer_that_cannot_spell_every_text_says_so() -> None:
     spelling = await Spelling.of(engine, QUESTION, separator=SEPARATOR)
     assert spelling.unknown == engine.encode("東")[-1] == 0
     assert (await Spelling.of(trained(), QUESTION, separator=SEPARATOR)).unknown is None
+    silent = LocalTokenizer(lambda text: engine.encode(re.sub("[\ue0a1\ue0a2]", "", text) or " "), engine.decode)
+    assert (await Spelling.of(silent, QUESTION, separator=SEPARATOR)).unknown is None
 
 
 async def test_an_engine_asked_in_text_gets_the_texts() -> None:
