@@ -52,9 +52,10 @@ class Spelling:
     """The tokens of everything in a demonstration but its question, for one model and one kind of question.
 
     prefix: what stands before every prompt. labels: the two labels; where their texts lack the leading space that was
-    asked for, it belongs to the question (`ending`). separator: tokens between demonstrations. leads: what texts are
-    tokenized after, none where the tokenizer puts no space of its own before a text. unknown: the token that stands for
-    whatever the tokenizer cannot spell, None where it spells every text. asked_in_text: there are no tokens at all.
+    asked for, it belongs to the question (`ending`). separator: tokens between demonstrations. closing: the text of a
+    label and the separator. leads: what texts are tokenized after, none where the tokenizer puts no space of its own
+    before a text. unknown: the token that stands for whatever the tokenizer cannot spell, None where it spells every
+    text. asked_in_text: there are no tokens at all.
     """
 
     labels: LabelTokens
