@@ -52,9 +52,10 @@ class Spelling:
     """The tokens of everything in a demonstration but its question, for one model and one kind of question.
 
     prefix: what stands before every prompt. labels: the two labels; where their texts lack the leading space that was
-    asked for, it belongs to the question (`ending`). separator: tokens between demonstrations. leads: what texts are
-    tokenized after, none where the tokenizer puts no space of its own before a text. unknown: the token that stands for
-    whatever the tokenizer cannot spell, None where it spells every text. asked_in_text: there are no tokens at all.
+    asked for, it belongs to the question (`ending`). separator: tokens between demonstrations. closing: the text of a
+    label and the separator. leads: what texts are tokenized after, none where the tokenizer puts no space of its own
+    before a text. unknown: the token that stands for whatever the tokenizer cannot spell, None where it spells every
+    text. asked_in_text: there are no tokens at all.
     """
 
     labels: LabelTokens
@@ -84,13 +85,14 @@ class Spelling:
         Raises ConfigurationError where the labels are not one token each, where a label is joined with the question or
         the separator, and where the separator is lost.
         """
-        plain = await engine.tokenize([*PROBES, LEADS[0], LEADS[0] + PROBES[0], *UNLIKE])
+        plain = await engine.tokenize([*PROBES, LEADS[0], LEADS[0] + PROBES[0], *UNLIKE, " "])
         special = await engine.tokenize(PROBES, special=True)
         if plain is None or special is None:
             return cls(LabelTokens(true, false), closing=true + separator)
-        *probes, lead, after_lead, one, other = plain
+        *probes, lead, after_lead, one, other, space = plain
         leads = () if after_lead == lead + probes[0] else LEADS
-        first = leads[0] if leads else ""
+        # A label after nothing begins an answer, before which a chat template's text was tokenized by itself.
+        first = leads[0] if leads and question else ""
         parts = ["", " ", true, false, true + separator, false + separator]
         asked, spaced, with_true, with_false, true_whole, false_whole = await _ids(
             engine, [first + question + part for part in parts]
@@ -121,7 +123,7 @@ class Spelling:
             closing=true + separator,
             ending=ending,
             leads=leads,
-            unknown=one[-1] if one == other else None,
+            unknown=one[-1] if one and one == other != space else None,
         )
 
     async def questions(self, engine: Tokenizer, texts: Sequence[str]) -> list[tuple[int, ...]] | None:
@@ -190,10 +192,19 @@ def fingerprint(tokens: Sequence[int], top: Mapping[str, float]) -> str:
     return hashlib.sha256(orjson.dumps([list(tokens), answer])).hexdigest()
 
 
-async def _ids(engine: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    tokens = await engine.tokenize(texts)
+async def prompt_ids(engine: Tokenizer, text: str) -> list[int]:
+    """The tokens of `text` as a whole prompt: after BOS, with no EOS at its end. For engines that speak token ids."""
+    probes, special = await _ids(engine, PROBES), await _ids(engine, PROBES, special=True)
+    [tokens] = await _ids(engine, [text])
+    return [*_before_texts(special, probes), *tokens]
+
+
+async def _ids(engine: Tokenizer, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
+    """Of no text there are no tokens, and a server may refuse the question."""
+    tokens = await engine.tokenize([text for text in texts if text], special=special)
     assert tokens is not None, "an engine speaks token ids, or it does not"
-    return tokens
+    found = iter(tokens)
+    return [next(found) if text else [] for text in texts]
 
 
 def _before_texts(special: Sequence[list[int]], plain: Sequence[list[int]]) -> tuple[int, ...]:

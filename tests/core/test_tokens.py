@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import pytest
 
 from core.llm_api.errors import ConfigurationError
-from core.llm_api.tokens import Spelling, fingerprint, pieces, resolve_label_tokens
+from core.llm_api.tokens import Spelling, fingerprint, pieces, prompt_ids, resolve_label_tokens
 from core.llm_api.types import LabelTokens
 from tests.core.real_tokenizers import LocalTokenizer, trained, words_apart
 
@@ -72,6 +73,29 @@ async def test_what_stands_before_texts(bos: tuple[int, ...], eos: tuple[int, ..
     assert (await Spelling.of(engine)).prefix == bos
 
 
+async def test_a_prompt_has_bos_and_no_eos() -> None:
+    engine = trained(eos=True)
+    assert await prompt_ids(engine, QUESTION) == [*engine.bos, *engine.encode(QUESTION)]
+
+
+async def test_no_empty_text_is_asked_about() -> None:
+    """A server that tokenizes by completing refuses an empty prompt."""
+    asked: list[str] = []
+
+    class Listening(LocalTokenizer):
+        async def tokenize(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
+            asked.extend(texts)
+            return await super().tokenize(texts, special=special)
+
+    engine = Listening(
+        by_character({"True": 900_004, "False": 900_005, " True": 900_002, " False": 900_003}).encode, str
+    )
+    await resolve_label_tokens(engine, "True", "False", after="")
+    await (await Spelling.of(engine, QUESTION)).questions(engine, [QUESTION])
+    assert asked
+    assert "" not in asked
+
+
 async def test_special_tokens_that_change_the_text_are_refused() -> None:
     class Changing(LocalTokenizer):
         async def tokenize(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
@@ -97,6 +121,14 @@ async def test_labels_as_an_answer_begins() -> None:
     assert await resolve_label_tokens(engine, "True", "False", after="") == LabelTokens(
         "True", "False", 900_004, 900_005
     )
+
+
+async def test_sentencepiece_labels_as_an_answer_begins() -> None:
+    """As Llama 2 and Mistral were trained: the answer is tokenized by itself."""
+    engine = trained()
+    [true], [false] = engine.encode("True"), engine.encode("False")
+    labels = await resolve_label_tokens(engine, "True", "False", after="")
+    assert labels == LabelTokens("True", "False", true, false)
 
 
 @pytest.mark.parametrize(
@@ -139,6 +171,8 @@ async def test_a_tokenizer_that_cannot_spell_every_text_says_so() -> None:
     spelling = await Spelling.of(engine, QUESTION, separator=SEPARATOR)
     assert spelling.unknown == engine.encode("東")[-1] == 0
     assert (await Spelling.of(trained(), QUESTION, separator=SEPARATOR)).unknown is None
+    silent = LocalTokenizer(lambda text: engine.encode(re.sub("[\ue0a1\ue0a2]", "", text) or " "), engine.decode)
+    assert (await Spelling.of(silent, QUESTION, separator=SEPARATOR)).unknown is None
 
 
 async def test_an_engine_asked_in_text_gets_the_texts() -> None:

@@ -183,6 +183,7 @@ async def test_it_is_one_engine_whose_identity_tells_neither_number_nor_order() 
             assert isinstance(three, Engine)
             assert await three.start() == alone
             assert await three.tokenize(["a b"]) == await one.tokenize(["a b"])
+            assert await three.detokenize(await three.tokenize(["a b"])) == ["a b"]
             assert await three.score([], LABELS) == EngineAnswer([], 0, requests=0, cached_tokens=0)
         await one.aclose()
 
@@ -325,6 +326,7 @@ async def test_tokenizing_goes_on_with_another_server() -> None:
     async with servers(2) as fakes, started(fakes) as group:
         await fakes[0].__aexit__()
         assert await group.tokenize([" True"]) == [[TRUE]]
+        assert await group.detokenize([[TRUE]]) == [" True"]
         assert await group.tokenize_chat(["Hello"]) is None
         fakes[1].chat_template = "{}:"
         assert await group.tokenize_chat(["Hello"]) == [[BOS, *encode("Hello:")]]

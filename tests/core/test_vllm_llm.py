@@ -442,6 +442,16 @@ async def test_tokenize(server: FakeVLLM) -> None:
     await engine.aclose()
 
 
+async def test_detokenize(server: FakeVLLM) -> None:
+    engine = await started(server)
+    tokens = await engine.tokenize([" True", "a b"])
+    assert await engine.detokenize(tokens) == [" True", "a b"]
+    assert await engine.detokenize([]) == []
+    server.detokenizes = False  # a gateway that passes fewer paths
+    assert await engine.detokenize(tokens) is None
+    await engine.aclose()
+
+
 async def test_prefix_cache_and_capacity(server: FakeVLLM) -> None:
     engine = await started(server)
     before = await engine.prefix_cache()

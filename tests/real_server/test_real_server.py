@@ -15,6 +15,7 @@ import pytest
 
 from core.cpu import fast_type
 from core.llm_api.llm import ModelAPI
+from core.llm_api.tokens import pieces
 from core.llm_api.types import Prompt
 from core.llm_api.vllm_llm import VLLMClient
 from icm_vllm.prompt_tree import PATH
@@ -116,6 +117,18 @@ async def test_an_appended_label_costs_little_more_than_itself(vllm_server: Runn
         question = max(map(len, book.questions))
         # Cached prefixes end on block borders, up to a block before the appended demonstration.
         assert (after - before).computed <= size * (demonstration + question + BLOCK)
+
+
+async def test_a_demonstration_has_the_tokens_of_the_whole_text(vllm_server: RunningServer) -> None:
+    async with ModelAPI(VLLMClient(vllm_server.url, vllm_server.model)) as api:
+        book, labels = await book_of(api, 4)
+        prompt = book.prompt(0, (1, 2, 3), labels)
+        [whole] = await api.tokenize([prompt.text], special=True) or [[]]
+        assert prompt.token_ids == whole
+        demonstration = book.demonstrations[0][True]
+        told = await pieces(api, demonstration.tokens or ()) or []
+        assert "".join(told) == demonstration.text
+        assert told[-1 - len(book.separator)] == " True"
 
 
 async def test_scores_follow_their_prompts_whatever_the_order(vllm_server: RunningServer) -> None:
