@@ -260,7 +260,7 @@ async def test_many_servers_may_fail_one_after_the_other() -> None:
             fake.faults = [Fault(status=500, times=None)]
         assert odds(await group.score(prompts, LABELS)) == pytest.approx(expected(prompts))
         assert odds(await group.score(prompts, LABELS)) == pytest.approx(expected(prompts))
-        assert len(fakes[4].completions) > 2
+        assert fakes[4].pools
 
 
 async def test_a_server_with_others_beside_it_is_given_up_sooner_than_the_last_one() -> None:
@@ -269,7 +269,7 @@ async def test_a_server_with_others_beside_it_is_given_up_sooner_than_the_last_o
             fake.faults = [Fault(status=500, times=None)]
         with pytest.raises(RetriesExhausted, match="after 4 attempts"):
             await group.score(pool(), LABELS)
-        tries = sorted(len(fake.completions) - 2 for fake in fakes)
+        tries = sorted(len(fake.pools) for fake in fakes)
         assert tries[0] == 3
         fakes[0].faults = fakes[1].faults = []
         assert odds(await group.score(pool(), LABELS)) == pytest.approx(expected(pool())), "it goes on afterwards"

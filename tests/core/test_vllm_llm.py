@@ -874,6 +874,15 @@ async def test_a_prompt_that_fails_its_request_is_found_and_the_others_are_kept(
         await engine.aclose()
 
 
+@pytest.mark.parametrize(("status", "error"), [(500, RetriesExhausted), (400, RequestRejected)])
+async def test_a_prompt_that_was_sent_alone_is_named(server: FakeVLLM, status: int, error: type[Exception]) -> None:
+    engine = await started(server, prompts_per_request=1)
+    server.faults = [Fault(status=status, body={"error": {"message": "boom"}}, only=has(2), times=None)]
+    with pytest.raises(error, match=r"^prompt 'claim 2': .*boom"):
+        await engine.score(prompts(4), LABELS)
+    await engine.aclose()
+
+
 async def test_a_prompt_that_failed_only_for_a_while_is_answered(server: FakeVLLM) -> None:
     engine = await started(server)
     server.faults = [Fault(status=500, times=4)]
