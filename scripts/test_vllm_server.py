@@ -45,7 +45,8 @@ NO_LOGPROBS: Final = (
 CACHING_OFF: Final = "start the server with --enable-prefix-caching and --block-size 16"
 BRANCHES_LOST: Final = (
     "a prompt is found again, and a part of one is not: start the server with --disable-hybrid-kv-cache-manager, as "
-    "scripts/launch_vllm_server.sh does where a model mixes windows with full attention (Gemma 3)"
+    "scripts/launch_vllm_server.sh local does where a model mixes windows with full attention (Gemma 3); of several "
+    "data-parallel engines each has a cache of its own: start single servers"
 )
 LOG_TAIL: Final = 100_000
 """Bytes of a log's end that are searched for a reason."""
@@ -244,7 +245,7 @@ async def _ask(client: VLLMClient, model: str, report: Callable[[Check], None]) 
     passed = ok
     cached, found = await _prefix_cached(client, labels, identity.max_model_len)
     report(Check("prefix caching", cached, found, CACHING_OFF))
-    saving = await tree_saving(client, labels, WORDS, time.time_ns())
+    saving = await tree_saving(client, labels, WORDS, time.time_ns(), identity.max_model_len)
     if saving is not None:  # else the check before has said what is missing
         report(_tree_saves(saving, cached))
     return 0 if passed and cached and (saving is None or saving.enough) else 1, identity
