@@ -51,7 +51,7 @@ serve: setup-local ## Serve answers and scores at port 8080 with a real model on
 	@$(PY) -m src.serving.command --start local --model $(MODEL) $(ARGS)
 
 .PHONY: test
-test: setup-local ## Run every test, those against a real vLLM server included (ARGS="-k tree")
+test: setup-local $(STAMPS)/tokenizers ## Run every test, those against a real vLLM server included (ARGS="-k tree")
 	@$(PY) -m pytest -m "not gpu" $(ARGS)
 
 .PHONY: test-fast
@@ -72,7 +72,7 @@ mutation: setup ## Count which small faults in the search and the cache the test
 	@$(PY) -m tests.mutation.run $(ARGS)
 
 # Triton's interpreter takes over ten minutes when every line of it is traced.
-KERNELS_INTERPRETED := tests/core/test_batch_invariant.py::test_the_kernels_under_the_interpreter
+KERNELS_INTERPRETED := tests/icm_vllm/test_batch_invariant.py::test_the_kernels_under_the_interpreter
 # What coverage itself writes is larger than the files that this test allows.
 SMALL_FILES := tests/faults/test_chaos.py::test_a_run_under_tight_limits_stops_with_a_reason_and_is_resumed[small files]
 .PHONY: coverage
@@ -202,6 +202,10 @@ $(BASE): requirements/base.lock pyproject.toml | $(PY)
 
 $(STAMPS)/fuzz: requirements/fuzz.lock $(BASE)
 	@$(STEP) "installing the fuzzer" $(PIP_INSTALL_LOCK) requirements/fuzz.lock
+	@touch $@
+
+$(STAMPS)/tokenizers: requirements/tokenizers.lock $(BASE)
+	@$(STEP) "installing tokenizers of models, for tests" $(PIP_INSTALL_LOCK) requirements/tokenizers.lock
 	@touch $@
 
 # pip-audit needs other versions than the tool does: an environment of its own.

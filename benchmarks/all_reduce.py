@@ -45,7 +45,7 @@ def adder(way: str) -> Callable[[Any], Any]:
     """What sums a tensor over all processes, into a new one."""
     import torch
 
-    from core.batch_invariant.collectives import all_reduce
+    from icm_vllm.batch_invariant.collectives import all_reduce
 
     def by_nccl(x: Any) -> Any:
         y = x.clone()

@@ -6,7 +6,7 @@ Needs one NVIDIA GPU (compute capability 9 for FlashAttention 3) and vLLM 0.26 o
 are computed again with all before them read from the paged KV cache: 1, 2, 15, 16, 17, 64, half or all of them at a
 time, alone and in a batch of others. Every value must have the bits it had when the whole sequence was computed in one
 call. Settings: FlashAttention's version, the number of splits, the longest query it is told of (as it is; 2; just above
-FlashAttention 3's small tile, as core/vllm_extension/exact.py does; a constant), pack_gqa, and scheduler metadata; for
+FlashAttention 3's small tile, as icm_vllm/exact.py does; a constant), pack_gqa, and scheduler metadata; for
 head sizes 64 and 128, 4 and 8 query heads a key head, with and without a sliding window.
 """
 
@@ -27,7 +27,7 @@ if str(Path(__file__).resolve().parents[1]) not in sys.path:
 
 import torch
 
-from core.vllm_extension.query_length import least_query_length
+from icm_vllm.query_length import least_query_length
 
 LENGTH: Final = 1021
 """Tokens of the sequence: not a multiple of any block."""

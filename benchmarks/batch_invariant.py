@@ -48,7 +48,7 @@ def gpu() -> torch.device:
 
 def candidates() -> dict[str, Any]:
     """Tiles to compare: those that the library chooses from, and others that could take their place."""
-    from core.batch_invariant.tiles import HOPPER, Tile, capability_of, tiles
+    from icm_vllm.batch_invariant.tiles import HOPPER, Tile, capability_of, tiles
 
     device = gpu()
     found = {f"chosen {tile.name}": tile for tile in tiles(torch.bfloat16, capability_of(device))}
@@ -77,7 +77,7 @@ def candidates() -> dict[str, Any]:
 
 def compile_one(name: str) -> int:
     """Compile and run one candidate; in a process of its own, since a compiler that aborts takes its process along."""
-    from core.batch_invariant import product
+    from icm_vllm.batch_invariant import product
 
     device = gpu()
     a = torch.randn(80, 4096, device=device, dtype=torch.bfloat16)
@@ -158,7 +158,7 @@ def in_blocks(x: torch.Tensor, w: torch.Tensor, rows: int) -> torch.Tensor:
 
 def products(vllm: Any) -> dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
     """Ways to compute x (M, K) @ w (N, K).T."""
-    from core.batch_invariant import product
+    from icm_vllm.batch_invariant import product
 
     ways: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
         "cuBLAS": lambda x, w: torch.mm(x, w.t()),
@@ -173,7 +173,7 @@ def products(vllm: Any) -> dict[str, Callable[[torch.Tensor, torch.Tensor], torc
 
 def tiles_agree(found: Measurements, names: list[str]) -> set[str]:
     """Candidates that give the same bits as the smallest chosen tile by pointers; prints those that do not."""
-    from core.batch_invariant import agreement, product
+    from icm_vllm.batch_invariant import agreement, product
 
     device = gpu()
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -269,7 +269,7 @@ def milliseconds(calls: Sequence[Callable[[], Any]], rounds: int = 5) -> float:
 
 def speed(found: Measurements, ways: dict[str, Callable[..., torch.Tensor]], names: list[str], exact: set[str]) -> None:
     """Time of every way, and of every exact candidate, per shape and M; ratio = cuBLAS's time / this time."""
-    from core.batch_invariant import product
+    from icm_vllm.batch_invariant import product
 
     device = gpu()
     tiles = candidates()
@@ -308,7 +308,7 @@ def speed(found: Measurements, ways: dict[str, Callable[..., torch.Tensor]], nam
 
 def norms(found: Measurements, vllm: Any) -> None:
     """RMS norms with a residual, whose rows vLLM 0.26 computes differently from 256 tokens on; and log-softmax."""
-    from core.batch_invariant import log_softmax, rms_norm
+    from icm_vllm.batch_invariant import log_softmax, rms_norm
 
     device = gpu()
     x = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)

@@ -5,7 +5,7 @@
 
 Matrix products: rows of a large product against the same rows in products of other sizes and other orders; and what
 blocks of rows cost. Attention: the last tokens of a sequence computed again behind a paged cache, alone and in batches,
-against the whole sequence in one call; whole requests, and the pieces that core/vllm_extension/cpu_exact.py makes.
+against the whole sequence in one call; whole requests, and the pieces that icm_vllm/cpu_exact.py makes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, Final
 if str(Path(__file__).resolve().parents[1]) not in sys.path:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from core.vllm_extension.cpu_exact import ROWS, in_blocks, piece_size, pieces
+from icm_vllm.cpu_exact import ROWS, in_blocks, piece_size, pieces
 
 LAYERS: Final = ((640, 1536), (1024, 640), (640, 4096), (2048, 640))
 """(K, N) of Gemma 3 270M's linear layers."""

@@ -26,10 +26,11 @@ if str(Path(__file__).resolve().parents[1]) not in sys.path:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.step_machine import hardware
-from core.llm_api.prompt_tree import PromptTree
+from core.llm_api.pool_tree import tree_of
 from core.llm_api.types import Prompt, Segment
-from core.vllm_extension.block_hashes import PathHasher, RememberingHasher
-from core.vllm_extension.block_lookup import RememberingLookup
+from icm_vllm.block_hashes import PathHasher, RememberingHasher
+from icm_vllm.block_lookup import RememberingLookup
+from icm_vllm.prompt_tree import PromptTree
 from src.icm.prefix_tree import TreeLayout
 
 STEPS = ("request and hashes", "lookup", "allocation", "release")
@@ -42,7 +43,7 @@ def tree_of_claims(size: int, claim_tokens: int) -> PromptTree:
     questions = [Segment("", (claim.tokens or ())[:-2]) for claim in claims]
     layout = TreeLayout.build(range(size), [str(i) for i in range(size)], rng)
     first = Segment("", [0])
-    return PromptTree.of(
+    return tree_of(
         [
             Prompt((first, *(claims[other] for other in layout.context(claim)), questions[claim]))
             for claim in layout.questions

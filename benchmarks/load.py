@@ -203,6 +203,10 @@ class AtOnce:
     async def tokenize(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]] | None:
         return None
 
+    async def detokenize(self, tokens: Sequence[Sequence[int]]) -> list[str] | None:
+        """None: nobody reads these."""
+        return None
+
     async def tokenize_chat(self, messages: Sequence[str]) -> list[list[int]] | None:
         return None
 

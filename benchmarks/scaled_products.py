@@ -44,7 +44,7 @@ def multiplier(way: str) -> Callable[..., Any]:
     import torch
 
     if way == OURS:
-        from core.batch_invariant import scaled_product
+        from icm_vllm.batch_invariant import scaled_product
 
         return scaled_product
     from vllm import _custom_ops
@@ -115,8 +115,8 @@ def tiles(repeats: int, sweep: bool) -> list[dict[str, Any]]:
     """Milliseconds of each tile by itself for gate and up, and whether its bits are those of the smallest."""
     import torch
 
-    from core.batch_invariant.scaled import scaled_product
-    from core.batch_invariant.tiles import HOPPER_FP8, Tile
+    from icm_vllm.batch_invariant.scaled import scaled_product
+    from icm_vllm.batch_invariant.tiles import HOPPER_FP8, Tile
 
     big = HOPPER_FP8[0]
     others = [

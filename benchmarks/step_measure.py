@@ -24,6 +24,7 @@ from benchmarks.make_shape import WORDS, word
 from benchmarks.step_report import CaseResult, Repetition
 from core.llm_api.direct_llm import DirectEngine
 from core.llm_api.llm import ModelAPI
+from core.llm_api.tokens import Spelling
 from core.llm_api.types import LabelTokens
 from core.llm_api.vllm_group import VLLMGroup
 from core.llm_api.vllm_llm import VLLMClient
@@ -31,7 +32,7 @@ from src.icm.annealing import Candidate, Problem, SearchSettings
 from src.icm.consistency import Consistency, Labels
 from src.icm.objective import Objective
 from src.icm.prefix_tree import Layout, TreeLayout
-from src.icm.prompts import SEPARATOR, PromptBook
+from src.icm.prompts import PromptBook
 from src.pipeline.search import PoolScorer
 
 HttpEngine = VLLMClient | VLLMGroup
@@ -87,16 +88,14 @@ def texts(count: int, tokens: int, *, lengths: np.random.Generator, words: np.ra
 class Backend:
     """An engine, ready to be asked. single: the same server, one request a prompt; None in process.
 
-    salt, seed: see the module. prefix, separator: token ids of what Labelling.open puts around claims.
+    salt, seed: see the module. spelling: what the model's tokenizer makes of claims in demonstrations.
     """
 
     api: ModelAPI
     engine: HttpEngine | DirectEngine
     single: ModelAPI | None
     single_engine: HttpEngine | None
-    tokens: LabelTokens
-    prefix: tuple[int, ...]
-    separator: tuple[int, ...]
+    spelling: Spelling
     kv_cache_tokens: int | None
     block_tokens: int | None
     claim_tokens: int
@@ -117,17 +116,12 @@ class Backend:
         salt: int,
     ) -> Backend:
         """Both APIs are started already."""
-        # As Labelling.open finds out what stands before and between claims.
-        plain, separator = await engine.tokenize(["x", SEPARATOR])
-        [special] = await engine.tokenize(["x"], special=True)
         return cls(
             api=api,
             engine=engine,
             single=single,
             single_engine=single_engine,
-            tokens=await api.label_tokens(),
-            prefix=tuple(special[: len(special) - len(plain)]),
-            separator=tuple(separator),
+            spelling=await PromptBook.spelling(engine),
             kv_cache_tokens=await api.kv_cache_tokens(),
             block_tokens=await engine.kv_block_size(),
             claim_tokens=claim_tokens,
@@ -140,11 +134,8 @@ class Backend:
         lengths = np.random.default_rng([self.seed, count, *purpose])
         words = np.random.default_rng([self.salt, next(self.draws)])
         drawn = texts(count, self.claim_tokens, lengths=lengths, words=words)
-        ids = await self.api.tokenize(drawn)
-        book = PromptBook.build(
-            drawn, self.tokens, tokens=ids, prefix_tokens=self.prefix, separator_tokens=self.separator
-        )
-        return Claims(book, tuple((lengths.random(count) < 0.5).tolist()), self.tokens)
+        book = await PromptBook.open(self.api, drawn, self.spelling)
+        return Claims(book, tuple((lengths.random(count) < 0.5).tolist()), book.labels)
 
     async def warm_up(self) -> None:
         """Ask a few claims, one by one too: connections, and whatever an engine compiles at its first request."""

@@ -23,12 +23,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
 from core.llm_api.errors import ConfigurationError
+from icm_vllm.prompt_tree import MAX_PROMPTS_PER_REQUEST
 
 REPO_ROOT: Final = Path(__file__).resolve().parents[1]
 DEFAULT_SECRETS: Final = REPO_ROOT / "SECRETS"
 DEFAULT_CONFIG: Final = REPO_ROOT / "configs" / "client.yaml"
-MAX_PROMPTS_PER_REQUEST: Final = 1024
-"""vLLM's limit of prompts in one /v1/completions request."""
 
 MissingLabelPolicy = Literal["error", "floor"]
 
@@ -71,6 +70,7 @@ class Settings(BaseModel):
     tokens_per_minute: int | None = Field(default=None, ge=1)
     cache_path: Path | None = None
     missing_label: MissingLabelPolicy = "error"
+    check_continuation: bool = True
 
     @property
     def vllm_configured(self) -> bool:

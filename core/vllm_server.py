@@ -42,9 +42,18 @@ kill -s TERM "$1" 2>/dev/null
 for _ in 1 2 3 4 5 6 7 8 9 10; do sleep 1; kill -s 0 -- "-$1" 2>/dev/null || exit 0; done
 kill -s KILL -- "-$1" 2>/dev/null
 """
-_LOG_PREFIX: Final = re.compile(
-    r"^(\([^)]*pid=\d+\)\s*)?((DEBUG|INFO|WARNING|ERROR)\s+[\d-]+ [\d:]+ )?(\[[^\]]*\]\s*)?"
+_STAGES: Final = (
+    ("Started server process", "opening its port"),
+    ("init engine (profile", "making its interface ready"),
+    ("Capturing CUDA graphs", "capturing CUDA graphs"),
+    ("GPU KV cache size", "making room for its prefix cache"),
+    ("GiB for KV cache", "making room for its prefix cache"),
+    ("Dynamo bytecode transform", "compiling"),
+    ("Starting to load model", "loading the model"),
+    ("Initializing a V1 LLM engine", "starting its engine"),
+    ("Resolved architecture", "reading the model's files"),
 )
+"""What the log says, the latest first, and what the server is then at, in words that a newcomer knows."""
 _UP_AFTER: Final = "vLLM server was up after {:.0f} s"
 """Our own line in the server's log: how long the next start may take."""
 _TIMES: Final = re.compile(_UP_AFTER.replace("{:.0f}", r"(\d+)"))
@@ -194,8 +203,13 @@ class VLLMServer:
             if seconds > self._timeout:
                 progress.end()
                 raise self._failed(f"the vLLM server did not answer within {self._timeout:.0f} s")
-            progress.show(seconds, self._last_lines(1))
+            progress.show(seconds, self._stage())
             time.sleep(POLL)
+
+    def _stage(self) -> str:
+        """What the log says that this server is at."""
+        text = self._read_log(self._log_start)
+        return next((words for sign, words in _STAGES if sign in text), "loading vLLM")
 
     def _last_lines(self, count: int) -> list[str]:
         """The last lines that this server, not an earlier one, wrote to the log."""
@@ -243,10 +257,9 @@ class _Progress:
         self._terminal = out.isatty()
         self._next = 0.0
 
-    def show(self, seconds: float, last: list[str]) -> None:
-        """What the server is at: seconds since its start, and its last log line without time and place."""
-        doing = _LOG_PREFIX.sub("", last[0]) if last else ""
-        line = f"starting the vLLM server: {seconds:3.0f} s{self._usual}  {doing}"
+    def show(self, seconds: float, stage: str) -> None:
+        """Seconds since the server's start, and what it is at."""
+        line = f"starting the vLLM server: {seconds:3.0f} s{self._usual}, {stage}"
         if self._terminal:
             self._out.write(f"\r\033[K{line[:100]}")
         elif seconds >= self._next:

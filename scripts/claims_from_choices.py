@@ -4,9 +4,10 @@
     python scripts/claims_from_choices.py mine.jsonl --question stem --choices options --answer key -o claims.jsonl
     python scripts/claims_from_choices.py --made additions --count 200 -o claims.jsonl
 
-Reads .json, .jsonl or .csv as the data sets' own files are (ARC, HellaSwag, PIQA, WinoGrande, TruthfulQA's multiple
-choice). The right choice becomes the gold label, which is only ever used to report agreement. --made needs no file:
-sums, right and wrong by a few, or pairs of numbers of which one is larger.
+For data sets whose own columns are not a question and a list of options, which `--data` reads by itself (docs/data.md):
+ARC, HellaSwag, PIQA, WinoGrande and TruthfulQA's multiple choice, in files of every kind that --data takes. The right
+choice becomes the gold label, which is only ever used to report agreement. --made needs no file: sums, right and wrong
+by a few, or pairs of numbers of which one is larger.
 """
 
 from __future__ import annotations
@@ -24,11 +25,9 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from core.llm_api.errors import StorageFailed
-from src.icm.testbeds import BadInput
+from src.icm.values import BadInput, options_of
 from src.pipeline.datafiles import read_rows
 from src.pipeline.handover import write_jsonl
-
-LETTERS = "ABCDEFGHIJ"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,25 +91,24 @@ MADE = {"additions": additions, "larger": larger}
 
 
 def own_form(question: str, choices: str, answer: str | None) -> Form:
-    """Fields by name; the answer is an index, a letter, or the text of the right choice."""
+    """Fields by name; the answer is told as `--data` takes it (docs/data.md)."""
 
     def form(row: Mapping[str, Any]) -> Item:
-        listed = [str(choice) for choice in row[choices]]
-        told = row[answer] if answer is not None else None
-        if isinstance(told, str) and told in listed:
-            told = listed.index(told)
-        elif isinstance(told, str) and len(told) == 1 and told.upper() in LETTERS:
-            told = LETTERS.index(told.upper())
-        return Item(str(row[question]), listed, _one_of(len(listed), told))
+        options = options_of(row[choices], None if answer is None else row[answer])
+        if options is None:
+            raise TypeError(f"{choices} is no list")
+        return Item(str(row[question]), [option.text for option in options], [option.gold for option in options])
 
     return form
 
 
 def claims_of(items: Sequence[Item]) -> Iterator[dict[str, Any]]:
-    """The rows of a `--data` file. The choices of one question are one group."""
+    """The rows of a `--data` file. The choices of one question are one group, and exactly one of them is true."""
     for number, item in enumerate(items):
         for choice, right in zip(item.choices, item.right, strict=True):
             row: dict[str, Any] = {"question": item.question, "choice": choice, "consistency_id": str(number)}
+            if len(set(item.choices)) == len(item.choices) > 1 and (None in item.right or item.right.count(True) == 1):
+                row["consistency_relation"] = "exactly one"
             yield row if right is None else row | {"label": int(right)}
 
 
@@ -120,7 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=text[0], epilog=text[2], formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("file", nargs="?", type=Path, help=".json, .jsonl or .csv")
+    parser.add_argument("file", nargs="?", type=Path, help="of any kind that --data takes")
     parser.add_argument("--form", choices=list(FORMS), help="whose file it is")
     parser.add_argument("--question", metavar="FIELD", help="of a file of your own: the question")
     parser.add_argument("--choices", metavar="FIELD", help="its list of choices")
@@ -168,7 +166,7 @@ def _items(args: argparse.Namespace) -> list[Item]:
             items.append(form(row.fields))
         except KeyError as error:
             raise BadInput(f"{args.file}:{row.line}: lacks the field {error}") from None
-        except (TypeError, ValueError, IndexError) as error:
+        except (BadInput, TypeError, ValueError, IndexError) as error:
             raise BadInput(f"{args.file}:{row.line}: is not of this form ({error})") from None
     return items
 

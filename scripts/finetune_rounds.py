@@ -35,11 +35,14 @@ if __package__ in (None, ""):
 from core.files import write_atomically  # noqa: E402
 from core.llm_api.errors import StorageFailed  # noqa: E402
 from core.vllm_server import ServerFailed, VLLMServer  # noqa: E402
+from src.experiments.arguments import Parser, add_reading_arguments  # noqa: E402
+from src.experiments.single_run import check_bad_rows, reading_of  # noqa: E402
 from src.icm.annealing import Stream, generator  # noqa: E402
+from src.icm.consistency import Relation  # noqa: E402
 from src.icm.exports import chosen_claims, plain_rows, training_rows  # noqa: E402
 from src.icm.report import agreement  # noqa: E402
 from src.icm.testbeds import TESTBEDS, BadInput, sample_pool  # noqa: E402
-from src.pipeline.datafiles import claims_of, load_data_file, load_testbed, read_rows  # noqa: E402
+from src.pipeline.datafiles import claims_of, load_data_file, load_testbed, named_rows, read_rows  # noqa: E402
 from src.pipeline.handover import write_jsonl  # noqa: E402
 from src.pipeline.run_reader import read_run  # noqa: E402
 from src.pipeline.tail import is_finished  # noqa: E402
@@ -56,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--testbed", choices=[name for name, testbed in TESTBEDS.items() if testbed.file])
-    source.add_argument("--data", type=Path, metavar="FILE", help="your own .json, .jsonl or .csv")
+    source.add_argument("--data", type=Path, metavar="FILE", help="your own claims (docs/data.md)")
     parser.add_argument("--data_dir", type=Path, default=ROOT / "data", help="where the testbeds' files lie")
     parser.add_argument("--model", required=True, help="the pretrained model: path or id")
     parser.add_argument("--batch_size", type=int, default=256, help="claims in a batch, whole groups (default: 256)")
@@ -109,6 +112,11 @@ class Rounds:
 
     def __post_init__(self) -> None:
         self.out: Path = self.args.out.resolve()
+        parser = Parser(add_help=False, allow_abbrev=False)
+        add_reading_arguments(parser)
+        self.reads, self.flags = parser.parse_known_args(self.args.flags, argparse.Namespace(data=self.args.data))
+        if self.reads.group_by is not None:  # columns and values are ours in the batches; their groups are made anew
+            self.flags += ["--group_by", self.reads.group_by]
         self.batches = self._split()
         self._same_plan()
 
@@ -131,23 +139,33 @@ class Rounds:
         args = self.args
         if args.batch_size < 2 or (args.rounds is not None and args.rounds < 1):
             raise BadInput("--batch_size must be at least 2 and --rounds at least 1")
+        reading, bad = reading_of(self.reads), list[str]()
         if args.data is not None:
-            testbed, claims, path = load_data_file(args.data)
+            testbed, claims, path = load_data_file(args.data, reading, bad.append)
         else:
-            testbed, claims, path = load_testbed(args.testbed, args.data_dir)
-        rows = read_rows(path)
+            testbed, claims, path = load_testbed(args.testbed, args.data_dir, bad.append)
+        check_bad_rows(self.reads, path, bad)
+        rows = named_rows(path, reading)
         name = testbed.file or "claims.json"
         files: list[Path] = []
         while claims and (args.rounds is None or len(files) < args.rounds):
             batch = sample_pool(claims, args.batch_size, generator(args.seed, Stream.POOL, len(files)))
-            taken = {claim.row for claim in batch}
-            claims = [claim for claim in claims if claim.row not in taken]
+            taken = {claim.of_row for claim in batch}
+            claims = [claim for claim in claims if claim.of_row not in taken]
             file = self.out / f"batch-{len(files) + 1}" / name
-            content = orjson.dumps([rows[row].fields for row in sorted(taken)], option=orjson.OPT_INDENT_2)
+            fields = [rows[row].fields for row in sorted(taken)]
+            weaker = {claim.of_row for claim in batch if claim.relation is Relation.AT_MOST_ONE}  # a row was left out
+            for at, row in enumerate(sorted(taken)):
+                if row in weaker:
+                    fields[at] = fields[at] | {"consistency_relation": "at most one"}
+            content = orjson.dumps(fields, default=str, option=orjson.OPT_INDENT_2)
             if not file.exists():
                 write_atomically(file, content)
             elif file.read_bytes() != content:
-                raise BadInput(f"{self.out}: was begun with other data or another --seed; choose another --out")
+                raise BadInput(
+                    f"{self.out}: was begun with other data, another --seed, or other groups (of a file without "
+                    "consistency_id, -- --group_by none makes those of earlier versions); choose another --out"
+                )
             claims_of(testbed, read_rows(file), file)
             files.append(file)
         return files
@@ -175,7 +193,7 @@ class Rounds:
         more = [
             *data,
             *("--batch_size", str(self.args.batch_size), "--runs_dir", str(self.out / "runs")),
-            *("--run", f"batch-{number}", *self.args.flags),
+            *("--run", f"batch-{number}", *self.flags),
         ]
         folder, what = self.out / "runs" / f"batch-{number}", f"labelling batch {number}"
         if is_finished(folder):

@@ -18,7 +18,15 @@ from typing import Final
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 PAGE: Final = ROOT / "docs" / "licences.md"
-REQUIREMENTS: Final = ("base.lock", "browser.lock", "fuzz.lock", "audit.lock", "torch.txt", "local.lock")
+REQUIREMENTS: Final = (
+    "base.lock",
+    "browser.lock",
+    "fuzz.lock",
+    "audit.lock",
+    "tokenizers.lock",
+    "torch.txt",
+    "local.lock",
+)
 
 ALLOWED: Final = frozenset(
     (

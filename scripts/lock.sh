@@ -9,8 +9,8 @@
 # they resolve to CUDA builds beside a CPU torch, break `import transformers`, and no text model needs them.
 # base.lock: what pyproject.toml asks for, with the versions of local.lock where both need a package, since both go into
 # one .venv. Either can be installed alone, with --no-deps. browser.lock: what the browser extra adds to base.lock.
-# audit.lock: pip-audit, in an environment of its own. fuzz.lock is written by hand. torch.txt has no hashes: the builds
-# of PyTorch's own index and those of mirrors differ.
+# audit.lock: pip-audit, in an environment of its own. fuzz.lock and tokenizers.lock are written by hand. torch.txt has no
+# hashes: the builds of PyTorch's own index and those of mirrors differ.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

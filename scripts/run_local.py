@@ -38,6 +38,7 @@ from core.llm_api.vllm_llm import VLLMClient  # noqa: E402
 from core.settings import Settings  # noqa: E402
 from core.vllm_server import ServerFailed, VLLMServer  # noqa: E402
 from src.experiments.ICM import build_parser  # noqa: E402
+from src.experiments.resumable import GO_ON_WITH  # noqa: E402
 from src.experiments.single_run import pool_of, run_name, settings_of  # noqa: E402
 from src.icm.testbeds import BadInput  # noqa: E402
 from src.pipeline.labelling import Labelling  # noqa: E402
@@ -58,10 +59,6 @@ CHECK_SECONDS: Final = 40.0
 """What the check of determinism may take of them."""
 END_SECONDS: Final = 10.0
 """Curves, summary, and stopping the server."""
-
-
-UNFINISHED: Final = (1, 130)
-"""Exit codes of a run that can be resumed: the model failed, Ctrl-C."""
 
 
 def icm_command(model: str, given: Sequence[str], size: int = SIZES[0]) -> list[str]:
@@ -151,13 +148,17 @@ def _minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 99.5 else f"{seconds / 60:.1f} minutes"
 
 
-def run_icm(command: Sequence[str], url: str) -> int:
+def run_icm(command: Sequence[str], url: str, again: Sequence[str] = ()) -> int:
     """Run ICM.py against `url` to its end and return its exit code, passing on Ctrl-C and SIGTERM.
+
+    again: the command that starts the server anew and goes on, which a job that is stopped shows in place of its own.
 
     It is put into a process group of its own, because a terminal's Ctrl-C would otherwise reach it twice: it takes the
     first one for "save and end", the second for "end now".
     """
     environment = {**os.environ, "VLLM_BASE_URL": url, "USE_VLLM": "true"}
+    if again:
+        environment[GO_ON_WITH] = shlex.join(again)
     process = subprocess.Popen(command, env=environment, process_group=0)
     try:
         while True:
@@ -173,6 +174,11 @@ def run_icm(command: Sequence[str], url: str) -> int:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def again_by(script: str, arguments: Sequence[str] | None) -> list[str]:
+    """The command line of `script`, by this interpreter. arguments: None for those of this process."""
+    return [sys.executable, script, *(sys.argv[1:] if arguments is None else arguments)]
 
 
 def check_once(url: str) -> None:
@@ -227,11 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     return 2
                 command = icm_command(options.model, rest, size)
             check_once(server.url)
-            code = run_icm(command, server.url)
-        if code in UNFINISHED:  # ICM.py has said how to go on with a server, and this one is gone
-            again = [sys.executable, str(Path(__file__)), *(sys.argv[1:] if arguments is None else arguments)]
-            print(f"The server was stopped too. To start it again and go on:\n  {shlex.join(again)}", file=sys.stderr)
-        return code
+            return run_icm(command, server.url, again_by(__file__, arguments))
     except ServerFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

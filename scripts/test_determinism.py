@@ -119,7 +119,10 @@ class Report:
             leave=False,
             mininterval=0.5,
         )
-        self.say("Is a score a function of its prompt alone? Prompts whose answers differ from those asked alone:")
+        self.say(
+            "Determinism check: the same prompts are asked alone and in every kind of company, a row each. 0 of them "
+            "should differ from what they are alone:"
+        )
         self.say(
             f"{'':<44} {'differ':>9} {'largest, nats':>13} {'labels':>7} {'U moves':>8} {'decisions':>9} {'cached':>7}"
         )
@@ -140,7 +143,10 @@ class Report:
         """The verdict."""
         self.close()
         if not self.rows:
-            self.say(f"this engine passed on {record.finished}")
+            self.say(
+                f"this engine's scores repeated to the last bit when they were checked on {record.finished}, and it "
+                "answers as it did then: not checked again"
+            )
             return
         failed = [row.name for row in self.rows if row.compared.differing]
         seconds = time.monotonic() - self._start

@@ -29,7 +29,7 @@ if str(REPO_ROOT) not in sys.path:  # run as a script, without an installed pack
 from core.llm_api.errors import APIError, ConfigurationError, RequestRejected  # noqa: E402
 from core.llm_api.llm import ModelAPI  # noqa: E402
 from core.llm_api.retry import RetryPolicy  # noqa: E402
-from core.llm_api.tokens import resolve_label_tokens  # noqa: E402
+from core.llm_api.tokens import QUESTION, prompt_ids, resolve_label_tokens  # noqa: E402
 from core.llm_api.transport import HttpOptions, HttpTransport  # noqa: E402
 from core.llm_api.types import EngineIdentity, LabelTokens, Prompt, Segment  # noqa: E402
 from core.llm_api.vllm_group import ALIKE_HINT, difference  # noqa: E402
@@ -229,7 +229,8 @@ async def _ask(client: VLLMClient, model: str, report: Callable[[Check], None]) 
     try:
         identity = await client.start()
     except (ConfigurationError, RequestRejected) as error:
-        report(Check("logprobs", False, str(error.args[0]), NO_LOGPROBS))
+        named = error.hint if isinstance(error, ConfigurationError) else ""
+        report(Check("logprobs", False, str(error.args[0]), named or NO_LOGPROBS))
         return 1, None
     report(Check("logprobs", True, f"the top {client.top_logprobs} of a next token"))
 
@@ -287,7 +288,7 @@ async def _served(url: str, settings: Settings, options: HttpOptions, waiting: W
 
 
 async def _labels_exact(client: VLLMClient, labels: LabelTokens) -> tuple[bool, str]:
-    tokens = (await client.tokenize(["Question: Is fire hot?\nI think this claim is"], special=True))[0]
+    tokens = await prompt_ids(client, QUESTION)
     score = (await client.score([Prompt((Segment("", tokens),), name="label check")], labels)).logprobs[0]
     how = "by token id" if client.exact_labels else "only among the top logprobs"
     return (
@@ -299,7 +300,7 @@ async def _labels_exact(client: VLLMClient, labels: LabelTokens) -> tuple[bool, 
 async def _prefix_cached(client: VLLMClient, labels: LabelTokens, context: int | None) -> tuple[bool, str]:
     """Ask one long prompt, never seen before, twice: the second time nearly all of it must come from the cache."""
     words = random.Random(time.time_ns()).choices(WORDS, k=min(600, (context or 2048) // 4))
-    tokens = (await client.tokenize([" ".join(words)], special=True))[0]
+    tokens = await prompt_ids(client, " ".join(words))
     prompt = Prompt((Segment("", tokens),), name="prefix cache check")
     seconds = []
     before = None

@@ -39,7 +39,7 @@ REPEATABLE: Final = ("middleware",)
 """Options of which vLLM takes several: one on the command line comes beside ours."""
 HIDDEN: Final = ("gpu", "other")
 BATCH_INVARIANT: Final = "ICM_BATCH_INVARIANT"
-"""What asks our plugin for exact scores, by the name that core/vllm_extension/plugin.py has for it."""
+"""What asks our plugin for exact scores, by the name that icm_vllm/plugin.py has for it."""
 FAST_TYPE: Final = "cpu"
 """A section's `dtype` that stands for the type which this machine's CPU computes fast."""
 DEFAULT_HOST: Final = "127.0.0.1"
@@ -279,7 +279,7 @@ def vllm_installed() -> bool:
 
 def plugin_installed() -> bool:
     """Whether vLLM would find our plugin: this package is installed for this interpreter, not just on its path."""
-    return any(entry.value.startswith("core.vllm_extension") for entry in entry_points(group="vllm.general_plugins"))
+    return any(entry.value.startswith("icm_vllm") for entry in entry_points(group="vllm.general_plugins"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

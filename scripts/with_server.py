@@ -20,7 +20,7 @@ if str(REPO_ROOT) not in sys.path:  # run as a script, without an installed pack
     sys.path.insert(0, str(REPO_ROOT))
 
 from core.vllm_server import ServerFailed, VLLMServer  # noqa: E402
-from scripts.run_local import run_icm  # noqa: E402
+from scripts.run_local import again_by, run_icm  # noqa: E402
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("say what to run behind --")
     try:
         with VLLMServer(model=options.model, log=options.server_log) as server:
-            return run_icm(command, server.url)
+            return run_icm(command, server.url, again_by(__file__, given))
     except ServerFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,7 +1,8 @@
 """The last check of an engine, kept beside the runs: what a search can say about the engine that it talks to.
 
-One JSON file an engine, found by everything that names it. The fingerprint, which changes with the kernels that answer,
-stands inside: an engine that answers its canary otherwise than when it was checked is told from one never checked.
+One JSON file an engine, named after everything that names it. The fingerprint, which changes with the kernels that
+answer, stands inside: an engine that answers its canary otherwise than when it was checked is told from one never
+checked, and a model whose folder was moved is found by its content.
 """
 
 from __future__ import annotations
@@ -70,9 +71,25 @@ def record_path(folder: Path, identity: EngineIdentity) -> Path:
 
 
 def read_record(folder: Path, identity: EngineIdentity) -> Record | None:
-    """The last check of this engine; None where there is none that this version can read."""
+    """The last check of this engine, wherever its model lay and whatever it was called; else of the one that had its
+    name. None where there is none that this version can read."""
+    own = record_path(folder, identity)
+    named = _read(own)
+    if named is not None and _is_of(named, identity):
+        return named
+    others = [_read(path) for path in sorted(folder.glob("*.json")) if path != own]
+    alike = [record for record in others if record is not None and _is_of(record, identity)]
+    return max(alike, key=lambda record: record.finished, default=named)
+
+
+def _is_of(record: Record, identity: EngineIdentity) -> bool:
+    unusual = str(record.engine.get("dtype", "")).replace("bfloat16", "")
+    return unusual == identity.unusual_dtype and identity.has_content_of(record.engine)
+
+
+def _read(path: Path) -> Record | None:
     try:
-        record = Record.model_validate_json(record_path(folder, identity).read_bytes())
+        record = Record.model_validate_json(path.read_bytes())
     except (OSError, ValidationError):
         return None
     return record if record.format == FORMAT else None

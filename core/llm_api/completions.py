@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
 
 import orjson
 
-from core.llm_api.errors import ConfigurationError, MissingLabel, TransientError
+from core.llm_api.errors import ConfigurationError, MissingLabel, NotLogprobs, TransientError
 from core.llm_api.transport import Pieces
-from core.llm_api.types import LabelLogprobs, LabelTokens, Prompt
+from core.llm_api.types import EngineAnswer, LabelLogprobs, LabelTokens, OnAnswer, Prompt
 from core.settings import MissingLabelPolicy
 
 PARSER_VERSION: Final = 1
@@ -35,6 +35,13 @@ PIECE: Final = 2**16
 
 EMPTY: Final = len(b"[]")
 """Bytes of a prompt's JSON that holds no token."""
+
+LOGPROBS_MODE: Final = (
+    "A vLLM server started with --logprobs-mode raw_logits or processed_logits answers so: start it with "
+    "--logprobs-mode raw_logprobs, which is the default."
+)
+
+PROMPT_END: Final = "End the prompt right before the label."
 
 K = TypeVar("K", str, int)
 
@@ -109,9 +116,10 @@ def text_body(fields: Mapping[str, object], prompt: Prompt) -> bytes:
     return orjson.dumps({**fields, "prompt": prompt.text})
 
 
-def read_answers(body: bytes, prompts: Sequence[Prompt]) -> Answers:
+def read_answers(body: bytes, prompts: Sequence[Prompt], *, extra: int | None = 0) -> Answers:
     """Check a 2xx body against the prompts it answers, and put its choices in their order.
 
+    extra: prompt tokens that the server counts beside those that were sent; None: whatever it counts is right.
     Raises TransientError for a body that is truncated, malformed, holds other choices than were asked for or answers
     another request, and ConfigurationError where the server leaves logprobs out.
     """
@@ -127,9 +135,10 @@ def read_answers(body: bytes, prompts: Sequence[Prompt]) -> Answers:
     usage = parsed.get("usage")
     counted = usage.get("prompt_tokens") if isinstance(usage, dict) else None
     counted = counted if isinstance(counted, int) else 0
-    if counted:
+    if counted and extra is not None:
+        counted -= extra
         _check_count(counted, prompts)
-    return Answers(top, counted)
+    return Answers(top, counted, _cached(usage) if len(prompts) == 1 else None)
 
 
 def read_generated(body: bytes, count: int) -> list[tuple[list[str], list[float]]]:
@@ -158,7 +167,7 @@ def read_tree_answer(body: bytes, labels: LabelTokens, prompts: Sequence[Prompt]
     try:
         parsed = orjson.loads(body)
         top = [
-            {key: _logprob(value) for key, value in zip(keys, pair, strict=True) if value is not None}
+            {key: _logprob(value, "of a tree") for key, value in zip(keys, pair, strict=True) if value is not None}
             for pair in parsed["logprobs"]
         ]
         counted, cached = int(parsed["prompt_tokens"]), parsed["cached_tokens"]
@@ -170,14 +179,51 @@ def read_tree_answer(body: bytes, labels: LabelTokens, prompts: Sequence[Prompt]
     return Answers(top, counted, cached if isinstance(cached, int) else None)
 
 
+def labels_or_missing(
+    tops: Sequence[Mapping[K, float]],
+    prompts: Sequence[Prompt],
+    true: K,
+    false: K,
+    *,
+    missing: MissingLabelPolicy,
+    hint: str = PROMPT_END,
+) -> list[LabelLogprobs | MissingLabel]:
+    """label_logprobs of every prompt, in order; where it raises MissingLabel, that error: the others are good."""
+    found: list[LabelLogprobs | MissingLabel] = []
+    for top, prompt in zip(tops, prompts, strict=True):
+        try:
+            found.append(label_logprobs(top, true, false, missing=missing, name=prompt.name, hint=hint))
+        except MissingLabel as error:
+            found.append(error)
+    return found
+
+
+def keep_the_good(
+    found: Sequence[LabelLogprobs | MissingLabel], answer: EngineAnswer, on_answer: OnAnswer | None, *, start: int = 0
+) -> EngineAnswer:
+    """`answer`, which lacks its logprobs so far, with those `found`; `on_answer` hears of them at start + position.
+
+    Raises the first MissingLabel after that: what was answered beside it is paid for and kept.
+    """
+    good = {start + at: each for at, each in enumerate(found) if not isinstance(each, MissingLabel)}
+    answer = replace(answer, logprobs=list(good.values()))
+    if on_answer is not None and good:
+        on_answer(list(good), answer)
+    for each in found:
+        if isinstance(each, MissingLabel):
+            raise each
+    return answer
+
+
 def label_logprobs(
-    top: Mapping[K, float], true: K, false: K, *, missing: MissingLabelPolicy, name: str
+    top: Mapping[K, float], true: K, false: K, *, missing: MissingLabelPolicy, name: str, hint: str = PROMPT_END
 ) -> LabelLogprobs:
     """Log P(True) and log P(False) from one prompt's listed log-probabilities, nats.
 
     missing="floor" gives a label that is not listed the lowest log-probability that is: an upper bound of the truth,
     since the server lists the most probable tokens. Where both are missing there is no evidence at all, and their
     log-odds would come out as 0 nats; that is always an error, as is a NaN. Raises MissingLabel naming the prompt.
+    hint: what to do about a label that is not listed.
     """
     for key in (true, false):
         value = top.get(key)
@@ -191,8 +237,7 @@ def label_logprobs(
         names = " and ".join(map(repr, absent))
         raise MissingLabel(
             f"prompt {name!r}: no finite log-probability for {names} among the {len(top)} that the answer lists.",
-            hint="End the prompt right before the label."
-            + (" Or set missing_label to floor." if len(absent) == 1 else ""),
+            hint=hint + (" Or set missing_label to floor." if len(absent) == 1 else ""),
         )
     floor = min(finite.values())
     return LabelLogprobs(finite.get(true, floor), finite.get(false, floor), floored=True)
@@ -203,19 +248,48 @@ def _first_token(choice: dict[str, Any], name: str) -> dict[str, float]:
     if logprobs is None:
         raise ConfigurationError("the server returns no logprobs, which ICM's scores are made of.")
     try:
-        top = logprobs["top_logprobs"][0]
-        # Some servers write null for -inf.
-        return {key: -math.inf if value is None else _logprob(value) for key, value in top.items()}
+        return _listed(logprobs, name)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise TransientError(f"prompt {name!r}: no logprobs of its next token ({type(error).__name__}).") from None
 
 
-def _logprob(value: object) -> float:
-    """Raises ValueError for a number that is no log-probability, and TypeError for what is no number."""
+def _listed(logprobs: dict[str, Any], name: str) -> dict[str, float]:
+    """The first token's list, as completions have it or, from llama-server, as chats do.
+
+    A server that tells of no alternative lists the token that it chose. Of tokens that read alike the more probable one
+    counts: llama-server cuts bytes off that are no whole character.
+    """
+    if "content" in logprobs:
+        first = logprobs["content"][0]
+        pairs = [(each["token"], each["logprob"]) for each in first.get("top_logprobs") or [first]]
+    elif logprobs["top_logprobs"] is None:
+        pairs = [(logprobs["tokens"][0], logprobs["token_logprobs"][0])]
+    else:
+        pairs = list(logprobs["top_logprobs"][0].items())
+    listed: dict[str, float] = {}
+    for token, value in pairs:
+        if not isinstance(token, str):
+            raise TypeError
+        # Some servers write null for -inf.
+        logprob = -math.inf if value is None else _logprob(value, name)
+        listed[token] = max(logprob, listed.get(token, -math.inf))
+    return listed
+
+
+def _cached(usage: object) -> int | None:
+    """How many of one prompt's tokens the server had cached; None where it does not say."""
+    details = usage.get("prompt_tokens_details") if isinstance(usage, dict) else None
+    cached = details.get("cached_tokens") if isinstance(details, dict) else None
+    return cached if isinstance(cached, int) and cached >= 0 else None
+
+
+def _logprob(value: object, name: str) -> float:
+    """Raises NotLogprobs for a number that is no log-probability, and TypeError for what is no number."""
     if not isinstance(value, float | int):
         raise TypeError
     if value > ROUNDING:
-        raise ValueError("above 0")
+        message = f"prompt {name!r}: the answer lists {value:g} as a log-probability, which is above 0."
+        raise NotLogprobs(message, hint=LOGPROBS_MODE)
     return float(value)
 
 

@@ -25,11 +25,11 @@ import numpy as np
 from pydantic import SecretStr
 
 from core.cpu import KV_CACHE_SPACE, fast_type, kv_cache_gib
-from core.llm_api.completions import TOP_LOGPROBS, label_logprobs
+from core.llm_api.completions import TOP_LOGPROBS, keep_the_good, label_logprobs, labels_or_missing
 from core.llm_api.engine_thread import EngineThread
 from core.llm_api.errors import APIError, ConfigurationError, MissingLabel, RequestRejected
 from core.llm_api.generation import Embeddings, Generation, Piece, TextRequest
-from core.llm_api.prompt_tree import PromptTree
+from core.llm_api.pool_tree import tree_of
 from core.llm_api.telemetry import RequestTelemetry
 from core.llm_api.tokens import CANARY_TEXT, fingerprint
 from core.llm_api.transport import MESSAGE_LIMIT
@@ -44,8 +44,8 @@ from core.llm_api.types import (
     Segment,
 )
 from core.settings import MissingLabelPolicy
-from core.vllm_extension import pool_calls
-from core.vllm_extension.plugin import BATCH_INVARIANT, FAST_PREFIXES, dtype_of, kernels
+from icm_vllm import pool_calls
+from icm_vllm.plugin import BATCH_INVARIANT, FAST_PREFIXES, config_digest, dtype_of, kernels
 
 T = TypeVar("T")
 
@@ -229,6 +229,10 @@ class DirectEngine:
         """Token ids of each text, from the model's own tokenizer."""
         return await self._in_thread(functools.partial(self._encode, texts, special), alone=False)
 
+    async def detokenize(self, tokens: Sequence[Sequence[int]]) -> list[str]:
+        """See Engine.detokenize; by the model's own tokenizer."""
+        return await self._in_thread(functools.partial(self._decode, tokens), alone=False)
+
     async def tokenize_chat(self, messages: Sequence[str]) -> list[list[int]] | None:
         """See Engine.tokenize_chat; by the model's own tokenizer."""
         return await self._in_thread(functools.partial(self._encode_chat, messages))
@@ -239,10 +243,9 @@ class DirectEngine:
         """See Engine.score. The whole pool is one call, which cannot be stopped halfway: a cancelled one runs on."""
         if not prompts:
             return EngineAnswer([], 0, requests=0)
-        answer = await self._in_thread(functools.partial(self._score, prompts, labels))
-        if on_answer is not None:
-            on_answer(range(len(prompts)), answer)
-        return answer
+        found, cached = await self._in_thread(functools.partial(self._score, prompts, labels))
+        answer = EngineAnswer([], sum(prompt.num_tokens for prompt in prompts), cached_tokens=cached)
+        return keep_the_good(found, answer, on_answer)
 
     async def listed_logprobs(
         self, prompts: Sequence[tuple[Sequence[int], str]], chosen: Sequence[int] | None, *, top: int = TOP_LOGPROBS
@@ -406,6 +409,7 @@ class DirectEngine:
             determinism=kernels(getattr(loaded.llm.llm_engine.vllm_config, "attention_config", None)),
             max_model_len=int(config.max_model_len),
             dtype=dtype_of(config),
+            config=config_digest(getattr(loaded.llm.llm_engine, "vllm_config", None)),
         )
 
     def _import(self) -> Any:
@@ -450,6 +454,10 @@ class DirectEngine:
         tokenizer = self._llm.get_tokenizer()
         return [list(tokenizer.encode(text, add_special_tokens=special)) for text in texts]
 
+    def _decode(self, tokens: Sequence[Sequence[int]]) -> list[str]:
+        tokenizer = self._llm.get_tokenizer()
+        return [str(tokenizer.decode(list(ids))) for ids in tokens]
+
     def _encode_chat(self, messages: Sequence[str]) -> list[list[int]] | None:
         tokenizer = self._llm.get_tokenizer()
         if not getattr(tokenizer, "chat_template", None):
@@ -460,7 +468,10 @@ class DirectEngine:
             for each in asked
         ]
 
-    def _score(self, prompts: Sequence[Prompt], labels: LabelTokens) -> EngineAnswer:
+    def _score(
+        self, prompts: Sequence[Prompt], labels: LabelTokens
+    ) -> tuple[list[LabelLogprobs | MissingLabel], int | None]:
+        """What every prompt's answer is, and how many of their tokens were cached, where that is known."""
         true, false = labels.ids
         cached: int | None = None
         tops: Sequence[Mapping[int, float]]
@@ -468,17 +479,13 @@ class DirectEngine:
             tops, cached = self._pool(prompts, (true, false))
         else:
             tops = self._ask(prompts, labels if self.exact_labels else None)
-        logprobs: list[LabelLogprobs] = [
-            label_logprobs(top, true, false, missing=self._missing, name=prompt.name)
-            for top, prompt in zip(tops, prompts, strict=True)
-        ]
-        return EngineAnswer(logprobs, sum(prompt.num_tokens for prompt in prompts), cached_tokens=cached)
+        return labels_or_missing(tops, prompts, true, false, missing=self._missing), cached
 
     def _pool(self, prompts: Sequence[Prompt], labels: tuple[int, int]) -> tuple[list[dict[int, float]], int]:
-        """As _ask, the pool in one piece (core/vllm_extension/pools.py), and how many of its tokens were cached."""
+        """As _ask, the pool in one piece (icm_vllm/pools.py), and how many of its tokens were cached."""
         engine, name = self._llm.llm_engine, f"pool-{uuid.uuid4().hex}"
         try:
-            tree = PromptTree.of(prompts)
+            tree = tree_of(prompts)
             pool_calls.check(tree, labels, engine.model_config)
             answer = pool_calls.call(engine.engine_core, name, tree, labels)
             pool_calls.record(engine)

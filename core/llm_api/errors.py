@@ -6,6 +6,7 @@
       RequestRejected           the server refuses this request for good: 400, 401, 403, 404, 413, 422
       RateLimited               429, with the wait the server asked for
       TransientError            may go away: 408, 5xx, reset, timeout, truncated or malformed body
+        NotLogprobs             numbers above 0 where log-probabilities were asked for
       ServerChanged             another model or version answers than the one that was asked at first
       StorageFailed             a disk that is full, read-only or broken, or a file that another process holds
       MissingLabel              the answer lacks a label token; names the prompt
@@ -54,11 +55,21 @@ class RateLimited(APIError):
 
 
 class TransientError(APIError):
-    """May go away by itself. `retry_after`: seconds the server asked us to wait, or None."""
+    """May go away by itself. `retry_after`: seconds the server asked us to wait, or None.
 
-    def __init__(self, message: str, *, retry_after: float | None = None, hint: str = "") -> None:
+    status: of the answer that was wrong, by its status or by what it held; None where no answer came.
+    """
+
+    def __init__(
+        self, message: str, *, retry_after: float | None = None, hint: str = "", status: int | None = None
+    ) -> None:
         super().__init__(message, hint=hint)
         self.retry_after = retry_after
+        self.status = status
+
+
+class NotLogprobs(TransientError):
+    """The answer holds numbers that cannot be log-probabilities."""
 
 
 class ServerChanged(APIError):

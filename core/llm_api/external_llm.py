@@ -8,30 +8,42 @@ byte-level BPE's marks for a leading space.
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 import logging
 import math
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from typing import Final
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Any, Final
 
+import orjson
 from pydantic import SecretStr
 
 from core.llm_api.completions import Answers, label_logprobs, read_answers, text_body
-from core.llm_api.errors import APIError, ConfigurationError, RateLimited, RequestRejected, ServerUnreachable
+from core.llm_api.continuation import COUNTING, GOES_ON, wrapping_seen
+from core.llm_api.errors import (
+    APIError,
+    ConfigurationError,
+    MissingLabel,
+    RequestRejected,
+    RetriesExhausted,
+    TransientError,
+)
 from core.llm_api.generation import Embeddings, Generation, Piece, TextRequest
 from core.llm_api.http_text import HttpText
-from core.llm_api.rate_limit import RateLimiter
+from core.llm_api.rate_limit import RateLimiter, Turns
 from core.llm_api.telemetry import RequestTelemetry
 from core.llm_api.tokens import CANARY_TEXT
-from core.llm_api.transport import HttpOptions, HttpTransport, all_or_cancel
+from core.llm_api.transport import HttpOptions, HttpTransport, all_or_settle
 from core.llm_api.types import (
     EngineAnswer,
     EngineIdentity,
-    LabelLogprobs,
     LabelTokens,
     OnAnswer,
     PrefixCacheCounters,
     Prompt,
     Segment,
+    sum_known,
 )
 from core.settings import MissingLabelPolicy
 
@@ -39,12 +51,26 @@ log = logging.getLogger(__name__)
 
 _SPACE_MARKS: Final = ("\u2581", "\u0120")  # SentencePiece's and byte-level BPE's leading space
 _TOP_CHOICES: Final = (20, 5)
-_SLOW_DOWN: Final = 5.0
-"""Seconds that everyone waits after a 429 that names no time."""
+_LEAST: Final = 2
+"""Alternatives without which no prompt could ever be scored: both labels."""
+_LLAMA_TOPS: Final = (200, 2**20)
+"""Of llama-server: enough for nearly every prompt, and more than any vocabulary has, for where a label is not in it."""
+_LLAMA_FIELDS: Final = {"post_sampling_probs": False, "n_cache_reuse": 0}
+"""Whatever the server was started with: the model's own probabilities, with no cached keys moved to other positions."""
+_LLAMA_META: Final = ("vocab_type", "n_vocab", "n_ctx_train", "n_embd", "n_params", "size")
+"""What tells its files apart: the vocabulary, the shape, and the bytes of the weights, which show their type."""
+_MODELS_PATIENCE: Final = 10.0
+"""Seconds that GET /models may take."""
+_FIT_HINT: Final = (
+    "Use a base model behind /v1/completions with logprobs, such as vLLM or llama-server (docs/servers.md)."
+)
 
 
 class ExternalAPI:
-    """An Engine over a hosted API. `api_base` is what /completions is appended to, usually ending in /v1."""
+    """An Engine over a hosted API. `api_base` is what /completions is appended to, usually ending in /v1.
+
+    check_continuation: refuse an endpoint that does not go on with the text that it is sent (continuation.py).
+    """
 
     def __init__(
         self,
@@ -54,6 +80,7 @@ class ExternalAPI:
         api_key: SecretStr | None = None,
         limiter: RateLimiter | None = None,
         missing_label: MissingLabelPolicy = "error",
+        check_continuation: bool = True,
         options: HttpOptions | None = None,
     ) -> None:
         self._http = HttpTransport(
@@ -63,38 +90,58 @@ class ExternalAPI:
         self._limiter = limiter or RateLimiter()
         self._text = HttpText(self._http, model, prefix="", limiter=self._limiter)
         self._missing = missing_label
-        self._top = _TOP_CHOICES[0]
+        self._check_continuation = check_continuation
+        self._tops: tuple[int, ...] = (_TOP_CHOICES[0],)  # alternatives to ask for, the next where a label is missing
+        self._fingerprint = ""
+        self._more_fields: Mapping[str, object] = {}
         # Tokens and characters of what was answered so far; the start is a usual ratio for English text.
         self._tokens, self._characters = 1, 4
 
     async def connect(self) -> EngineIdentity:
         """See TextEngine.connect. Asks nothing: not every hosted API lists its models, and the first answer tells."""
-        return EngineIdentity(kind="openai-compatible", model=self._model, root=self._http.base_url)
+        return EngineIdentity(
+            kind="openai-compatible", model=self._model, root=self._http.base_url, fingerprint=self._fingerprint
+        )
 
     async def start(self) -> EngineIdentity:
-        """Ask the canary, with as many logprobs as the endpoint allows.
+        """Ask the canary, with as many logprobs as the endpoint allows, and whether it goes on with a text.
 
-        The identity carries no fingerprint: a hosted model's numbers change from call to call, and a cache keyed by
-        them would never hit. Raises ConfigurationError where the endpoint gives no logprobs.
+        The identity of a hosted model carries no fingerprint: its numbers change from call to call, and a cache keyed
+        by them would never hit. Raises ConfigurationError, saying what was seen, where the endpoint gives no logprobs
+        or too few, wraps prompts, or is a llama-server with another model.
         """
-        canary = Prompt((Segment(CANARY_TEXT),), name="canary")
-        for top in _TOP_CHOICES:
-            self._top = top
-            try:
-                await self._ask(canary)
-                break
-            except ConfigurationError:
-                raise self._no_logprobs() from None
-            except RequestRejected as error:
-                if error.status not in (400, 422):
-                    raise
-                if top == _TOP_CHOICES[-1]:
-                    raise self._no_logprobs(str(error)) from None
-        if self._top < _TOP_CHOICES[0]:
-            log.warning("%s lists only the top %d logprobs; labels may be missing", self._http.base_url, self._top)
+        listed = await self._find_top()
+        card = await self._llama_card()
+        if card is not None:
+            self._tops, self._more_fields = _LLAMA_TOPS, _LLAMA_FIELDS
+            self._fingerprint = _fingerprint(card)
+        elif listed < _LEAST:
+            raise self._unfit(
+                f"lists the log-probability of {listed} token where {self._tops[0]} were asked for: "
+                f"scores need at least {_LEAST}, those of both labels, and better {_TOP_CHOICES[0]}."
+            )
+        elif listed < _TOP_CHOICES[0]:
+            log.warning(
+                "%s lists only the top %d logprobs; a run stops at the first label that is not among them, unless "
+                "missing_label is floor",
+                self._http.base_url,
+                listed,
+            )
+        if self._check_continuation:
+            seen = wrapping_seen(await self._text.generate(TextRequest("", GOES_ON, COUNTING)))
+            if seen:
+                raise ConfigurationError(
+                    f"{self._model!r} at {self._http.base_url} does not continue texts as they are: {seen}.",
+                    hint="Prompts are probably wrapped in a chat template; use an endpoint that leaves them alone, or "
+                    "set ICM_CHECK_CONTINUATION=false where you know better (docs/servers.md).",
+                )
         return await self.connect()
 
     async def tokenize(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]] | None:
+        """None: the endpoint is asked in text."""
+        return None
+
+    async def detokenize(self, tokens: Sequence[Sequence[int]]) -> list[str] | None:
         """None: the endpoint is asked in text."""
         return None
 
@@ -105,15 +152,29 @@ class ExternalAPI:
     async def score(
         self, prompts: Sequence[Prompt], labels: LabelTokens, *, on_answer: OnAnswer | None = None
     ) -> EngineAnswer:
-        """See Engine.score. One request a prompt."""
-        parts = await all_or_cancel(
-            self._score_one(position, prompt, labels, on_answer) for position, prompt in enumerate(prompts)
-        )
+        """See Engine.score. One request a prompt, in the prompts' order.
+
+        Where one fails, nothing new is sent, and what is on its way has some seconds to arrive: it is paid for.
+        """
+        failed: list[APIError] = []
+
+        async def one(position: int, prompt: Prompt) -> EngineAnswer:
+            try:
+                answer = await self._score_one(prompt, labels, failed)
+            except APIError as error:
+                failed.append(_of_prompt(error, prompt))
+                raise failed[-1] from error.__cause__
+            if on_answer is not None:
+                on_answer([position], answer)
+            return answer
+
+        parts = await all_or_settle(one(position, prompt) for position, prompt in enumerate(prompts))
         return EngineAnswer(
             [part.logprobs[0] for part in parts],
             prompt_tokens=sum(part.prompt_tokens for part in parts),
-            requests=len(parts),
+            requests=sum(part.requests for part in parts),
             retries=sum(part.retries for part in parts),
+            cached_tokens=sum_known(part.cached_tokens for part in parts),
         )
 
     async def generate(self, request: TextRequest) -> Generation:
@@ -149,49 +210,124 @@ class ExternalAPI:
         """Close the connections; idempotent."""
         await self._http.aclose()
 
-    async def _score_one(
-        self, position: int, prompt: Prompt, labels: LabelTokens, on_answer: OnAnswer | None
-    ) -> EngineAnswer:
-        answers, retries = await self._ask(prompt)
-        logprobs = self._labels_of(answers.top[0], labels, prompt.name)
-        answer = EngineAnswer([logprobs], answers.prompt_tokens, requests=1, retries=retries)
-        if on_answer is not None:
-            on_answer([position], answer)
-        return answer
+    async def _score_one(self, prompt: Prompt, labels: LabelTokens, failed: Sequence[APIError]) -> EngineAnswer:
+        asked: list[tuple[Answers, int]] = []
 
-    def _labels_of(self, top: Mapping[str, float], labels: LabelTokens, name: str) -> LabelLogprobs:
-        return label_logprobs(_by_plain_text(top), labels.true, labels.false, missing=self._missing, name=name)
+        async def among(top: int, missing: MissingLabelPolicy) -> EngineAnswer:
+            asked.append(await self._ask(prompt, top, failed))
+            listed = _by_plain_text(asked[-1][0].top[0])
+            return EngineAnswer(
+                [label_logprobs(listed, labels.true, labels.false, missing=missing, name=prompt.name)],
+                sum(answers.prompt_tokens for answers, _ in asked),
+                requests=len(asked),
+                retries=sum(retries for _, retries in asked),
+                cached_tokens=sum_known(answers.cached_tokens for answers, _ in asked),
+            )
 
-    async def _ask(self, prompt: Prompt) -> tuple[Answers, int]:
-        fields = {"model": self._model, "max_tokens": 1, "temperature": 0, "logprobs": self._top}
+        for top in self._tops[:-1]:
+            with suppress(MissingLabel):
+                return await among(top, "error")
+        return await among(self._tops[-1], self._missing)
+
+    async def _ask(self, prompt: Prompt, top: int, failed: Sequence[APIError] = ()) -> tuple[Answers, int]:
+        """The answer to one prompt, and retries. Ends as cancelled, sending nothing, once another one has `failed`."""
+        fields = {"model": self._model, "max_tokens": 1, "temperature": 0, "logprobs": top, **self._more_fields}
         characters = sum(len(segment.text) for segment in prompt.segments)
+        turns = Turns(self._limiter, lambda: math.ceil(characters * self._tokens / self._characters) + 1)
+
+        @asynccontextmanager
+        async def admitted() -> AsyncIterator[None]:
+            async with turns.take():
+                if failed:
+                    turns.refund()
+                    raise asyncio.CancelledError
+                yield
 
         async def attempt() -> Answers:
-            reservation = await self._limiter.acquire(math.ceil(characters * self._tokens / self._characters) + 1)
-            try:
-                # The body is made in the slot: thousands of prompts may wait for a minute's tokens.
-                answer = await self._http.send("POST", "/completions", text_body(fields, prompt))
-            except ServerUnreachable:
-                reservation.refund()
-                raise
-            except RateLimited as error:
-                self._limiter.slow_down(_SLOW_DOWN if error.retry_after is None else error.retry_after)
-                raise
-            answers = read_answers(answer, [prompt])
+            # The body is made in the slot: thousands of prompts may wait for a minute's tokens.
+            answers = read_answers(await self._http.send("POST", "/completions", text_body(fields, prompt)), [prompt])
             if answers.prompt_tokens:
-                reservation.settle(answers.prompt_tokens + 1)
+                turns.settle(answers.prompt_tokens + 1)
                 self._tokens += answers.prompt_tokens
                 self._characters += characters
             return answers
 
-        return await self._http.call(attempt)
+        return await self._http.call(attempt, admitted=admitted)
 
-    def _no_logprobs(self, said: str = "") -> APIError:
-        return ConfigurationError(
-            f"{self._model!r} at {self._http.base_url} gives no logprobs for completions"
-            + (f" ({said})." if said else "."),
-            hint="Use a base model behind /v1/completions with logprobs, such as a vLLM server.",
-        )
+    async def _find_top(self) -> int:
+        """Ask the canary for ever fewer alternatives until it is answered: how many the answer lists."""
+        canary = Prompt((Segment(CANARY_TEXT),), name="canary")
+        refused = ""
+        for top in _TOP_CHOICES:
+            self._tops = (top,)
+            try:
+                answers, _ = await self._ask(canary, top)
+                return len(answers.top[0])
+            except ConfigurationError:
+                raise self._unfit("gives no logprobs for completions.") from None
+            except RequestRejected as error:
+                if error.status in (404, 405):
+                    raise RequestRejected(
+                        error.args[0],
+                        status=error.status,
+                        hint="Check the model's name, and LLAMA_API_BASE: /completions is appended to it, so that it "
+                        "usually ends in /v1.",
+                    ) from None
+                if error.status not in (400, 422):
+                    raise
+                refused = error.args[0]
+        raise self._unfit(f"gives no logprobs for completions, or fewer than {_TOP_CHOICES[-1]}: {refused}")
+
+    async def _llama_card(self) -> dict[str, Any] | None:
+        """How a llama-server describes the model that it serves; None for another server.
+
+        It answers under whatever name it is asked by, so that the name is looked at here.
+        """
+        try:
+            async with asyncio.timeout(_MODELS_PATIENCE):
+                cards = orjson.loads(await self._http.send("GET", "/models"))["data"]
+            llamas = [card for card in cards if card.get("owned_by") == "llamacpp"]
+            served = {str(name): card for card in llamas for name in (card["id"], *(card.get("aliases") or ()))}
+        except (APIError, TimeoutError, orjson.JSONDecodeError, LookupError, TypeError, AttributeError):
+            return None  # not every API lists its models
+        if served and self._model not in served:
+            names = ", ".join(map(repr, served))
+            raise ConfigurationError(
+                f"the llama-server at {self._http.base_url} serves {names}, not {self._model!r}.",
+                hint="Give its name as --model, or start it with --alias.",
+            )
+        return served.get(self._model)
+
+    def _unfit(self, lacks: str) -> APIError:
+        return ConfigurationError(f"{self._model!r} at {self._http.base_url} {lacks}", hint=_FIT_HINT)
+
+
+def _fingerprint(card: Mapping[str, Any]) -> str:
+    """SHA-256 of what llama-server tells of its GGUF file, less what depends on how it was started."""
+    meta = card.get("meta")
+    told = [meta.get(key) if isinstance(meta, dict) else None for key in _LLAMA_META]
+    return hashlib.sha256(orjson.dumps(told)).hexdigest()
+
+
+def _of_prompt(error: APIError, prompt: Prompt) -> APIError:
+    """The error, with the prompt's name where it may be about that prompt and does not say so yet."""
+    if repr(prompt.name) in error.args[0]:
+        return error
+    match error:
+        case RequestRejected(status=413):
+            size = len(prompt.text.encode())
+            return RequestRejected(
+                f"prompt {prompt.name!r}, {size:,} bytes: {error.args[0]}",
+                status=413,
+                hint="Raise what the server, or a proxy before it, takes (nginx: client_max_body_size), or show fewer "
+                "claims at a time (--context_cap).",
+            )
+        case RequestRejected(status=400 | 422):
+            return RequestRejected(f"prompt {prompt.name!r}: {error.args[0]}", status=error.status, hint=error.hint)
+        case RetriesExhausted(__cause__=TransientError()):
+            return RetriesExhausted(f"prompt {prompt.name!r}: {error.args[0]}", hint=error.hint)
+        case _:
+            return error
 
 
 def _by_plain_text(top: Mapping[str, float]) -> dict[str, float]:

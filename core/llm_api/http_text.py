@@ -8,23 +8,16 @@ ends it as it ends any other answer, and comments that only keep the connection 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import Any, Final
 
 import numpy as np
 import orjson
 
-from core.llm_api.errors import (
-    APIError,
-    ConfigurationError,
-    RateLimited,
-    RequestRejected,
-    ServerUnreachable,
-    TransientError,
-)
+from core.llm_api.errors import APIError, ConfigurationError, RequestRejected, TransientError
 from core.llm_api.generation import Embeddings, Generation, Piece, TextRequest
-from core.llm_api.rate_limit import RateLimiter, Reservation
+from core.llm_api.rate_limit import RateLimiter, Turns
 from core.llm_api.retry import RetryPolicy
 from core.llm_api.sse import EventTooLong, SSEParser
 from core.llm_api.transport import HttpTransport, server_message
@@ -37,8 +30,6 @@ EMBED_HINT: Final = "Start a server for them: scripts/launch_vllm_server.sh MODE
 TEXTS_PER_REQUEST: Final = 256
 CHARACTERS_PER_TOKEN: Final = 4
 """A usual ratio for English text."""
-SLOW_DOWN: Final = 5.0
-"""Seconds that everyone waits after a 429 that names no time."""
 _DONE: Final = b"[DONE]"
 
 
@@ -56,61 +47,56 @@ class HttpText:
     async def generate(self, request: TextRequest, *, retry: RetryPolicy | None = None) -> Generation:
         """The whole answer. retry: in place of the transport's policy."""
         path, body = self._path(request), self._body(request, stream=False)
+        turns = Turns(self._limiter, lambda: _tokens_of(request))
 
         async def attempt() -> Generation:
-            async with self._admitted(_tokens_of(request)) as reservation:
-                answer = _generation(await self._http.send("POST", path, body, request_id=request.request_id))
-                _settle(reservation, answer)
-                return answer
+            answer = _generation(await self._http.send("POST", path, body, request_id=request.request_id))
+            _settle(turns, answer)
+            return answer
 
         try:
-            return (await self._http.call(attempt, retry=retry))[0]
+            return (await self._http.call(attempt, admitted=turns.take, retry=retry))[0]
         except RequestRejected as error:
             raise self._explained(error) from None
 
     async def stream(self, request: TextRequest, *, retry: RetryPolicy | None = None) -> AsyncGenerator[Piece, None]:
         """See TextEngine.stream. Holds one slot and one connection until it is closed. retry: as in `generate`."""
         path, body = self._path(request), self._body(request, stream=True)
-        reservations: list[Reservation] = []
-
-        @asynccontextmanager
-        async def admitted() -> AsyncIterator[None]:
-            async with self._admitted(_tokens_of(request)) as reservation:
-                reservations.append(reservation)
-                yield
-
+        turns = Turns(self._limiter, lambda: _tokens_of(request))
+        admitted = turns.take
         try:
             async with (
                 self._http.stream(path, body, request_id=request.request_id, admitted=admitted, retry=retry) as chunks,
                 aclosing(_pieces(chunks, self._http.read_timeout)) as pieces,
             ):
                 async for piece in pieces:
-                    _settle(reservations[-1], piece)
+                    _settle(turns, piece)
                     yield piece
         except RequestRejected as error:
             raise self._explained(error) from None
 
     async def embed(self, texts: Sequence[str]) -> Embeddings:
         """See TextEngine.embed; so many texts a request as vLLM batches well."""
-        rows: list[Embeddings] = []
-        for start in range(0, len(texts), TEXTS_PER_REQUEST):
-            some = list(texts[start : start + TEXTS_PER_REQUEST])
-            body = orjson.dumps({"model": self._model, "input": some, "encoding_format": "float"})
-
-            async def attempt(body: bytes = body, some: list[str] = some) -> Embeddings:
-                async with self._admitted(sum(map(_tokens_in, some))):
-                    return _vectors(await self._http.send("POST", f"{self._prefix}/embeddings", body), len(some))
-
-            try:
-                rows.append((await self._http.call(attempt))[0])
-            except RequestRejected as error:
-                if error.status in (400, 404, 405, 501):
-                    raise ConfigurationError(
-                        f"{self._http.base_url} gives no embeddings of {self._model!r}: {error.args[0]}",
-                        hint=EMBED_HINT,
-                    ) from None
-                raise
+        parts = [texts[start : start + TEXTS_PER_REQUEST] for start in range(0, len(texts), TEXTS_PER_REQUEST)]
+        rows = [await self._embed_some(list(part)) for part in parts]
         return np.concatenate(rows) if rows else np.zeros((0, 0), np.float32)
+
+    async def _embed_some(self, texts: list[str]) -> Embeddings:
+        body = orjson.dumps({"model": self._model, "input": texts, "encoding_format": "float"})
+
+        async def attempt() -> Embeddings:
+            return _vectors(await self._http.send("POST", f"{self._prefix}/embeddings", body), len(texts))
+
+        turns = Turns(self._limiter, lambda: sum(map(_tokens_in, texts)))
+        try:
+            return (await self._http.call(attempt, admitted=turns.take))[0]
+        except RequestRejected as error:
+            if error.status in (400, 404, 405, 501):
+                raise ConfigurationError(
+                    f"{self._http.base_url} gives no embeddings of {self._model!r}: {error.args[0]}",
+                    hint=EMBED_HINT,
+                ) from None
+            raise
 
     async def models(self) -> list[str]:
         """The names that GET /models lists, by one attempt: it is the liveness probe."""
@@ -121,19 +107,6 @@ class HttpText:
             raise ConfigurationError(
                 f"{self._http.base_url} answers, but lists no models.", hint="Is this an OpenAI-compatible server?"
             ) from None
-
-    @asynccontextmanager
-    async def _admitted(self, tokens: int) -> AsyncIterator[Reservation]:
-        """Around one attempt: its turn under the rate limits, which a 429 slows down for everyone."""
-        reservation = await self._limiter.acquire(tokens)
-        try:
-            yield reservation
-        except ServerUnreachable:
-            reservation.refund()
-            raise
-        except RateLimited as error:
-            self._limiter.slow_down(SLOW_DOWN if error.retry_after is None else error.retry_after)
-            raise
 
     def _path(self, request: TextRequest) -> str:
         return f"{self._prefix}/chat/completions" if request.messages else f"{self._prefix}/completions"
@@ -164,9 +137,9 @@ def _tokens_of(request: TextRequest) -> int:
     return sum(map(_tokens_in, texts)) + request.options.max_tokens
 
 
-def _settle(reservation: Reservation, counted: Generation | Piece) -> None:
+def _settle(turns: Turns, counted: Generation | Piece) -> None:
     if counted.prompt_tokens:
-        reservation.settle(counted.prompt_tokens + counted.completion_tokens)
+        turns.settle(counted.prompt_tokens + counted.completion_tokens)
 
 
 async def _pieces(chunks: AsyncGenerator[bytes, None], silence: float) -> AsyncGenerator[Piece, None]:

@@ -13,12 +13,13 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from copy import copy
 from types import TracebackType
 from typing import Final, Self
 
+from core.llm_api.answer_store import AnswerStore
 from core.llm_api.direct_llm import DirectEngine, DirectOptions
 from core.llm_api.errors import APIError, ConfigurationError, MissingLabel
 from core.llm_api.external_llm import ExternalAPI
@@ -39,10 +40,10 @@ from core.llm_api.generation import (
     Token,
 )
 from core.llm_api.rate_limit import RateLimiter
-from core.llm_api.response_cache import ResponseCache, cache_keys
+from core.llm_api.response_cache import ResponseCache, cache_keys, earlier_keys
 from core.llm_api.retry import RetryPolicy
 from core.llm_api.telemetry import RequestTelemetry, TextTelemetry, outcome_of
-from core.llm_api.tokens import CANARY_TEXT, resolve_label_tokens
+from core.llm_api.tokens import CANARY_TEXT, QUESTION, resolve_label_tokens
 from core.llm_api.transport import HttpOptions, all_or_cancel
 from core.llm_api.types import (
     Engine,
@@ -81,7 +82,7 @@ class ModelAPI:
         self.stats = ScoreStats()
         self.texts = TextTelemetry()
         self._engine = engine
-        self._cache = cache
+        self._answers = None if cache is None else AnswerStore(cache)
         self._accept_floored = accept_floored
         self._scores = scores
         self._identity: EngineIdentity | None = None
@@ -112,8 +113,8 @@ class ModelAPI:
         try:
             await self._engine.aclose()
         finally:
-            if self._cache is not None:
-                self._cache.close()
+            if self._answers is not None:
+                await self._answers.aclose()
 
     def share(self, *, alone: bool = True) -> ModelAPI:
         """The same engine, cache and questions in flight, with counts of its own; whoever opened this one closes it.
@@ -136,13 +137,17 @@ class ModelAPI:
         """Token ids of each text; None where the engine is asked in text."""
         return await self._engine.tokenize(texts, special=special)
 
+    async def detokenize(self, tokens: Sequence[Sequence[int]]) -> list[str] | None:
+        """See Engine.detokenize."""
+        return await self._engine.detokenize(tokens)
+
     async def tokenize_chat(self, messages: Sequence[str]) -> list[list[int]] | None:
         """See Engine.tokenize_chat."""
         return await self._engine.tokenize_chat(messages)
 
-    async def label_tokens(self, true: str = " True", false: str = " False") -> LabelTokens:
-        """The labels as single tokens of this model. See resolve_label_tokens."""
-        return await resolve_label_tokens(self._engine, true, false)
+    async def label_tokens(self, true: str = " True", false: str = " False", *, after: str = QUESTION) -> LabelTokens:
+        """The labels as single tokens of this model, as they follow a text. See resolve_label_tokens."""
+        return await resolve_label_tokens(self._engine, true, false, after=after)
 
     async def prefix_cache(self) -> PrefixCacheCounters | None:
         """The engine's prefix-cache counters since it started; None where it has none, or counts others' questions."""
@@ -152,10 +157,10 @@ class ModelAPI:
         """How many tokens the engine's KV cache holds; None where it does not say."""
         return await self._engine.kv_cache_tokens()
 
-    def are_cached(self, prompts: Sequence[Prompt], labels: LabelTokens) -> bool:
+    async def are_cached(self, prompts: Sequence[Prompt], labels: LabelTokens) -> bool:
         """Whether `score` would send nothing to the engine for these prompts."""
-        keys = set(cache_keys(self.identity, labels, digests(prompts)))
-        return len(self._cached(list(keys))) == len(keys)
+        wanted = dict(zip(cache_keys(self.identity, labels, digests(prompts)), prompts, strict=True))
+        return len(await self._cached(wanted, labels)) == len(wanted)
 
     async def score(self, prompts: Sequence[Prompt], labels: LabelTokens) -> PoolScores:
         """Log-probabilities of both labels after every prompt, in order.
@@ -170,7 +175,7 @@ class ModelAPI:
         wanted = dict(zip(keys, prompts, strict=True))  # of equal prompts the first keeps its place
         self.stats.asked += len(prompts)
         self.stats.in_flight_hits += len(prompts) - len(wanted)
-        answers = self._cached(list(wanted))
+        answers = await self._cached(wanted, labels)
         self.stats.cache_hits += len(answers)
         prompt_tokens = 0
         while missing := [key for key in wanted if key not in answers]:
@@ -272,8 +277,8 @@ class ModelAPI:
         def settle(positions: Sequence[int], answer: EngineAnswer) -> None:
             part = {keys[at]: logprobs for at, logprobs in zip(positions, answer.logprobs, strict=True)}
             self._count(answer)
-            if self._cache is not None:
-                self._cache.put_many(part)
+            if self._answers is not None:
+                self._answers.keep(part)
             answers.update(part)
             for key, logprobs in part.items():
                 futures[key].set_result(logprobs)
@@ -288,13 +293,24 @@ class ModelAPI:
                 del self._in_flight[key]
                 if not future.done():
                     future.set_result(None)
+        if self._answers is not None:
+            await self._answers.stored()
         return answers, whole.prompt_tokens
 
-    def _cached(self, keys: list[bytes]) -> dict[bytes, LabelLogprobs]:
-        if self._cache is None:
+    async def _cached(self, wanted: Mapping[bytes, Prompt], labels: LabelTokens) -> dict[bytes, LabelLogprobs]:
+        store = self._answers
+        if store is None:
             return {}
-        found = self._cache.get_many(keys)
-        self.stats.damaged_rows = self._cache.damaged
+        found = await store.get_many(list(wanted))
+        if store.has_earlier and self.identity.fingerprint and len(found) < len(wanted):
+            missing = [key for key in wanted if key not in found]
+            keys = earlier_keys(self.identity, labels, [wanted[key].digest for key in missing])
+            earlier = await store.get_many(keys)
+            moved = {new: earlier[old] for new, old in zip(missing, keys, strict=True) if old in earlier}
+            if moved:
+                store.keep(moved)
+                found |= moved
+        self.stats.damaged_rows = store.damaged
         return {key: answer for key, answer in found.items() if self._accept_floored or not answer.floored}
 
     def _count(self, answer: EngineAnswer) -> None:
@@ -402,6 +418,7 @@ def _engine(settings: Settings, model: str, use_vllm: bool | None, direct: Direc
         api_key=settings.api_key,
         limiter=RateLimiter(settings.requests_per_minute, settings.tokens_per_minute),
         missing_label=settings.missing_label,
+        check_continuation=settings.check_continuation,
         options=_http_options(settings),
     )
 

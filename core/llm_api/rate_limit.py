@@ -9,13 +9,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Final
 
-from core.llm_api.errors import ConfigurationError
+from core.llm_api.errors import ConfigurationError, RateLimited, ServerUnreachable
 
 WINDOW: Final = 60.0
 """Seconds."""
+SLOW_DOWN: Final = 5.0
+"""Seconds that everyone waits after a 429 that names no time."""
 
 
 class Reservation:
@@ -99,3 +102,37 @@ class RateLimiter:
             return 0.0
         # Not empty: an empty window has room for any request that acquire lets through.
         return self._granted[0].time + WINDOW - now
+
+
+class Turns:
+    """The turns of one request's attempts. estimate: its tokens, asked for anew before each attempt."""
+
+    __slots__ = ("_estimate", "_granted", "_limiter")
+
+    def __init__(self, limiter: RateLimiter, estimate: Callable[[], int]) -> None:
+        self._limiter = limiter
+        self._estimate = estimate
+        self._granted: Reservation | None = None
+
+    @asynccontextmanager
+    async def take(self) -> AsyncIterator[None]:
+        """Around one attempt: given back where it was never sent; a 429 slows down everyone."""
+        self._granted = await self._limiter.acquire(self._estimate())
+        try:
+            yield
+        except ServerUnreachable:
+            self.refund()
+            raise
+        except RateLimited as error:
+            self._limiter.slow_down(SLOW_DOWN if error.retry_after is None else error.retry_after)
+            raise
+
+    def settle(self, tokens: int) -> None:
+        """Correct the latest estimate by the real usage."""
+        if self._granted is not None:
+            self._granted.settle(tokens)
+
+    def refund(self) -> None:
+        """Give the latest turn back: nothing was sent."""
+        if self._granted is not None:
+            self._granted.refund()

@@ -1,8 +1,9 @@
 """Answers kept across runs, keyed by everything that determines them: SQLite, safe for several processes at once.
 
 A key is the SHA-256 of who was asked (EngineIdentity), what (the prompt's digest) and for which labels; no run name, no
-iteration, so an edited template or a restarted server with other weights can never read a stale score. A row carries a
-checksum; a row that fails it is a miss, counted, and answered anew.
+iteration, so an edited template or a restarted server with other weights can never read a stale score. A model is known
+by its content, not by where its folder lies (cache_keys). A row carries a checksum; a row that fails it is a miss,
+counted, and answered anew.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ MIGRATIONS: Final = (
     """,
     # Unix seconds; 0 for answers that were there before.
     "ALTER TABLE answers ADD COLUMN stored INTEGER NOT NULL DEFAULT 0",
+    # How many answers stood here under earlier_keys when keys by content came.
+    "CREATE TABLE earlier AS SELECT count(*) AS answers FROM answers",
 )
 """Number n (from 0) turns format n into format n + 1, which PRAGMA user_version tells. Only ever appended to."""
 FORMAT_VERSION: Final = len(MIGRATIONS)
@@ -69,26 +72,52 @@ class CacheState:
 
 
 def cache_key(identity: EngineIdentity, labels: LabelTokens, prompt_digest: str) -> bytes:
-    """SHA-256, 32 bytes, of the canonical JSON of all that determines an answer.
-
-    max_model_len is left out: it decides whether a prompt is answered, not what is answered.
-    """
+    """SHA-256, 32 bytes, of the canonical JSON of all that determines an answer. See cache_keys."""
     return cache_keys(identity, labels, [prompt_digest])[0]
 
 
 def cache_keys(identity: EngineIdentity, labels: LabelTokens, prompt_digests: Sequence[str]) -> list[bytes]:
-    """The key of each prompt. What they share is encoded and hashed once."""
+    """The key of each prompt. What they share is encoded and hashed once.
+
+    An engine with a fingerprint is known by content: neither by the path of its model nor by the name under which that
+    is served. Can the fingerprint of other weights be the same? It holds the log-probabilities of some six tokens, or
+    twenty, after the canary to 1e-4 nat.
+
+    - Nearly every weight has a part in each of these numbers, so fine-tuned, quantized or pruned weights and trained
+      LoRA adapters beside one base model change some of them. A copy, or an adapter that was not trained, changes none,
+      and no score either.
+    - Neighbouring checkpoints agree on all of them only if they differ by less than rounding in the model's type. Their
+      scores then differ by what an inexact server differs from itself (docs/determinism.md).
+    - Weights that the canary does not use are not seen: experts that it is not routed to, embeddings of other tokens.
+      Whoever changes those alone states another MODEL_REVISION.
+    - What shows in longer prompts alone is in the configuration: windows, scaled positions, and the KV cache's type,
+      which the engine tells with `config`. A server without our extension does not: there such a change of a model's
+      configuration, which the path did not show either when it was made in place, needs another MODEL_REVISION.
+
+    So the fingerprint stands beside what is stated or told: the user's revision, vLLM's version, kernels, type,
+    configuration. The kind stays, too: an engine in this process fingerprints other tokens than a server's client does.
+    Without a fingerprint (an external API) the key is what it was: earlier_keys.
+
+    max_model_len is left out: it decides whether a prompt is answered, not what is answered.
+    """
+    if not identity.fingerprint:
+        return earlier_keys(identity, labels, prompt_digests)
+    known_by = ("kind", "revision", "version", "determinism", "fingerprint", "dtype", "config")
+    return _keys({name: getattr(identity, name) for name in known_by}, labels, prompt_digests)
+
+
+def earlier_keys(identity: EngineIdentity, labels: LabelTokens, prompt_digests: Sequence[str]) -> list[bytes]:
+    """The keys up to format 2, by the model's path and name: such answers go on counting where they were given."""
+    named_by = ("kind", "model", "root", "revision", "version", "determinism", "fingerprint")
+    engine = {name: getattr(identity, name) for name in named_by}
+    if identity.unusual_dtype:
+        engine["dtype"] = identity.unusual_dtype
+    return _keys(engine, labels, prompt_digests)
+
+
+def _keys(engine: Mapping[str, str], labels: LabelTokens, prompt_digests: Sequence[str]) -> list[bytes]:
     content = {
-        "engine": {
-            "kind": identity.kind,
-            "model": identity.model,
-            "root": identity.root,
-            "revision": identity.revision,
-            "version": identity.version,
-            "determinism": identity.determinism,
-            "fingerprint": identity.fingerprint,
-            **({"dtype": identity.unusual_dtype} if identity.unusual_dtype else {}),
-        },
+        "engine": engine,
         "labels": [labels.true, labels.false, labels.true_id, labels.false_id],
         "prompt": "",
         "parser": PARSER_VERSION,
@@ -103,12 +132,21 @@ def cache_keys(identity: EngineIdentity, labels: LabelTokens, prompt_digests: Se
     return keys
 
 
+class CacheBusy(StorageFailed):
+    """Another process has the file for itself. Nothing was read or written."""
+
+
 class ResponseCache:
-    """A SQLite file of answers, opened (and created) at once; use from one thread. `damaged` counts bad rows met."""
+    """A SQLite file of answers, opened (and created) at once; use from one thread. Every call waits up to BUSY_TIMEOUT
+    for another process that is writing, and so does the thread; for an event loop there is AnswerStore.
+
+    damaged: bad rows met. has_earlier: whether it may hold answers under earlier_keys.
+    """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.damaged = 0
+        self.has_earlier = False
         self._is_open = False
         with self._named_errors():
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,6 +168,11 @@ class ResponseCache:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def wait_no_more(self) -> None:
+        """From now on a call that would have to wait for another process raises CacheBusy."""
+        with self._named_errors():
+            self._db.execute("PRAGMA busy_timeout=0")
 
     def get_many(self, keys: Sequence[bytes]) -> dict[bytes, LabelLogprobs]:
         """The answers that are there, by key; one query for every 500 keys. Raises StorageFailed where it cannot."""
@@ -205,8 +248,16 @@ class ResponseCache:
         # A power cut may lose the last answers but not corrupt the file; they are asked for again.
         self._db.execute("PRAGMA synchronous=NORMAL")
         self._db.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}")
+        if self._version() != FORMAT_VERSION:
+            self._migrate()
+        self.has_earlier = bool(self._db.execute("SELECT answers FROM earlier").fetchone()[0])
+
+    def _version(self) -> int:
+        return int(self._db.execute("PRAGMA user_version").fetchone()[0])
+
+    def _migrate(self) -> None:
         with self._transaction():
-            version = int(self._db.execute("PRAGMA user_version").fetchone()[0])  # under the lock: once
+            version = self._version()  # under the lock: once
             if version > FORMAT_VERSION:
                 raise ConfigurationError(
                     f"{self.path} was written by a newer version (format {version}, this one reads {FORMAT_VERSION}).",
@@ -227,11 +278,11 @@ class ResponseCache:
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
+            self._db.execute("COMMIT")
         except BaseException:
             if self._db.in_transaction:  # a full disk ends it by itself
                 self._db.execute("ROLLBACK")
             raise
-        self._db.execute("COMMIT")
 
     @contextlib.contextmanager
     def _named_errors(self) -> Iterator[None]:
@@ -240,6 +291,8 @@ class ResponseCache:
         try:
             yield
         except sqlite3.OperationalError as error:  # locked, read-only, disk full, no such directory
+            if self._is_open and getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
+                kind = CacheBusy
             raise kind(
                 f"cannot use the cache {self.path}: {error}.", hint="Free it, or use another cache_path."
             ) from error

@@ -40,7 +40,8 @@ class Histogram:
 
 @dataclass(slots=True)
 class RequestTelemetry:
-    """Of one server's transport. queue: seconds until an attempt has its slot; latency: from there to its end.
+    """Of one server's transport. queue: seconds until an attempt has its slot; limited: from there to its turn under
+    the rate limits; latency: from there to its end, of those that came to it.
 
     outcomes: attempts by "ok", "cancelled" or the name of the error. retries: attempts after a request's first one.
     """
@@ -51,29 +52,31 @@ class RequestTelemetry:
     retries: int = 0
     outcomes: dict[str, int] = field(default_factory=dict)
     queue: Histogram = field(default_factory=Histogram)
+    limited: Histogram = field(default_factory=Histogram)
     latency: Histogram = field(default_factory=Histogram)
 
     @contextmanager
-    def waits(self) -> Iterator[None]:
-        """Around the wait for a slot."""
+    def waits(self, histogram: Histogram) -> Iterator[None]:
+        """Around the wait for a slot (`queue`) or for a turn (`limited`)."""
         began = time.perf_counter()
         self.waiting += 1
         try:
             yield
         finally:
             self.waiting -= 1
-            self.queue.observe(time.perf_counter() - began)
+            histogram.observe(time.perf_counter() - began)
 
     def begin(self) -> float:
-        """An attempt has its slot; returns what `end` takes."""
+        """An attempt has its slot and its turn; returns what `end` takes."""
         self.in_flight += 1
         return time.perf_counter()
 
-    def end(self, began: float, outcome: str) -> None:
-        """That attempt is over."""
-        self.in_flight -= 1
+    def end(self, began: float | None, outcome: str) -> None:
+        """That attempt is over; None: it never had its turn."""
         self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
-        self.latency.observe(time.perf_counter() - began)
+        if began is not None:
+            self.in_flight -= 1
+            self.latency.observe(time.perf_counter() - began)
 
 
 @dataclass(slots=True)

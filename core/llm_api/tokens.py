@@ -1,18 +1,34 @@
-"""Which tokens the labels are, and what tells one engine from another that goes by the same name."""
+"""How a model's tokenizer spells a demonstration, and what tells one engine from another that goes by the same name.
+
+A prompt is put together from pieces that are tokenized once: what stands before every text (BOS), questions,
+labels, separators. A tokenizer can make other tokens of a piece alone than of the same piece within a text: those in
+SentencePiece's manner put a space before whatever they are given. So every piece is cut out of the tokens of a whole
+demonstration. docs/algorithm.md says what is found, and how.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Final, Protocol
+from dataclasses import dataclass
+from typing import Final, Protocol, Self
 
 import orjson
 
-from core.llm_api.errors import ConfigurationError
+from core.llm_api.errors import APIError, ConfigurationError
 from core.llm_api.types import LabelTokens
 
 CANARY_TEXT: Final = "The capital of France is"
 """Asked of every engine at start. Shorter than a block of 16 tokens, so that no prefix cache can answer it."""
+
+QUESTION: Final = "Question: Is fire hot?\nI think this claim is"
+"""What labels are put after where nobody says which questions will be asked."""
+OTHER_ENDING: Final = "End the template with another word or mark, or use another model."
+PROBES: Final = ("x", "7")
+LEADS: Final = ("\n", "A")
+"""What a text is put after, so that no space is put before it; the second for texts that the first one joins."""
+UNLIKE: Final = ("\ue0a1", "\ue0a2")
+"""Two characters that no vocabulary holds: a tokenizer that can spell every text makes different tokens of them."""
 
 
 class Tokenizer(Protocol):
@@ -23,26 +39,148 @@ class Tokenizer(Protocol):
         ...
 
 
-async def resolve_label_tokens(engine: Tokenizer, true: str = " True", false: str = " False") -> LabelTokens:
-    """The labels as single tokens of the served model.
+class Detokenizer(Protocol):
+    """Whatever turns token ids into texts; every Engine does."""
 
-    Tries the texts as given, then both without their leading space (tokenizers in SentencePiece's manner put it there
-    themselves); never one of each, which would compare unlike things. The texts in the result are the ones that worked,
-    and demonstrations must spell their labels the same way. An engine that is asked in text gets the texts as given.
-    Raises ConfigurationError where neither spelling is one token for each label.
+    async def detokenize(self, tokens: Sequence[Sequence[int]]) -> list[str] | None:
+        """See Engine.detokenize."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Spelling:
+    """The tokens of everything in a demonstration but its question, for one model and one kind of question.
+
+    prefix: what stands before every prompt. labels: the two labels; where their texts lack the leading space that was
+    asked for, it belongs to the question (`ending`). separator: tokens between demonstrations. closing: the text of a
+    label and the separator. leads: what texts are tokenized after, none where the tokenizer puts no space of its own
+    before a text. unknown: the token that stands for whatever the tokenizer cannot spell, None where it spells every
+    text. asked_in_text: there are no tokens at all.
     """
-    tried: list[str] = []
-    for a, b in dict.fromkeys([(true, false), (true.lstrip(" "), false.lstrip(" "))]):
-        ids = await engine.tokenize([a, b], special=False)
-        if ids is None:
-            return LabelTokens(a, b)
-        if len(ids[0]) == len(ids[1]) == 1 and ids[0] != ids[1]:
-            return LabelTokens(a, b, ids[0][0], ids[1][0])
-        tried.append(f"{a!r} is {len(ids[0])} and {b!r} is {len(ids[1])} tokens")
-    raise ConfigurationError(
-        f"the labels must be one token each, and different ones: {'; '.join(tried)}.",
-        hint="Use another model, or labels that are single tokens of this one.",
-    )
+
+    labels: LabelTokens
+    prefix: tuple[int, ...] = ()
+    separator: tuple[int, ...] = ()
+    closing: str = ""
+    ending: str = ""
+    leads: tuple[str, ...] = ()
+    unknown: int | None = None
+
+    @property
+    def asked_in_text(self) -> bool:
+        return self.labels.true_id is None
+
+    @classmethod
+    async def of(
+        cls,
+        engine: Tokenizer,
+        question: str = QUESTION,
+        *,
+        true: str = " True",
+        false: str = " False",
+        separator: str = "",
+    ) -> Self:
+        """How `engine` spells question + label + separator. An engine that is asked in text gets the texts as given.
+
+        Raises ConfigurationError where the labels are not one token each, where a label is joined with the question or
+        the separator, and where the separator is lost.
+        """
+        plain = await engine.tokenize([*PROBES, LEADS[0], LEADS[0] + PROBES[0], *UNLIKE, " "])
+        special = await engine.tokenize(PROBES, special=True)
+        if plain is None or special is None:
+            return cls(LabelTokens(true, false), closing=true + separator)
+        *probes, lead, after_lead, one, other, space = plain
+        leads = () if after_lead == lead + probes[0] else LEADS
+        # A label after nothing begins an answer, before which a chat template's text was tokenized by itself.
+        first = leads[0] if leads and question else ""
+        parts = ["", " ", true, false, true + separator, false + separator]
+        asked, spaced, with_true, with_false, true_whole, false_whole = await _ids(
+            engine, [first + question + part for part in parts]
+        )
+        for ending, before in {"": asked, " ": spaced}.items():
+            begun = len(before)
+            if ending and not (true.startswith(ending) and false.startswith(ending)):
+                continue
+            single = len(with_true) == len(with_false) == begun + 1 and with_true != with_false
+            if single and with_true[:begun] == with_false[:begun] == before:
+                break
+        else:
+            raise _no_labels(question, true, false, (asked, with_true, with_false))
+        rest = true_whole[begun + 1 :]
+        if true_whole != with_true + rest or false_whole != with_false + rest:
+            raise ConfigurationError(
+                f"the tokenizer makes one token of a label's end and the separator {separator!r}.", hint=OTHER_ENDING
+            )
+        if separator and not rest:
+            raise ConfigurationError(
+                f"the tokenizer drops the separator {separator!r}: demonstrations would run into each other.",
+                hint="Use another model.",
+            )
+        return cls(
+            LabelTokens(true[len(ending) :], false[len(ending) :], with_true[-1], with_false[-1]),
+            prefix=_before_texts(special, probes),
+            separator=tuple(rest),
+            closing=true + separator,
+            ending=ending,
+            leads=leads,
+            unknown=one[-1] if one and one == other != space else None,
+        )
+
+    async def questions(self, engine: Tokenizer, texts: Sequence[str]) -> list[tuple[int, ...]] | None:
+        """The tokens of each text and `ending` as they stand in a demonstration; None: asked in text.
+
+        Raises ConfigurationError for a text that the tokenizer joins with its label.
+        """
+        if self.asked_in_text:
+            return None
+        found: dict[int, tuple[int, ...]] = {}
+        for lead in self.leads or ("",):
+            missing = [position for position in range(len(texts)) if position not in found]
+            if not missing:
+                break
+            demonstrations = [lead + texts[position] + self.closing for position in missing]
+            before, *wholes = await _ids(engine, [lead, *demonstrations])
+            after = [self.labels.ids[0], *self.separator]
+            for position, whole in zip(missing, wholes, strict=True):
+                start, end = len(before), len(whole) - len(after)
+                if start <= end and whole[:start] == before and whole[end:] == after:
+                    found[position] = tuple(whole[start:end])
+        for position, text in enumerate(texts):
+            if position not in found:
+                raise ConfigurationError(
+                    f"the tokenizer does not keep the claim that begins {text[:40]!r} and ends {text[-40:]!r} apart "
+                    f"from what stands around it: the label {self.labels.true!r} would be another token there.",
+                    hint=OTHER_ENDING,
+                )
+        return [found[position] for position in range(len(texts))]
+
+
+async def resolve_label_tokens(
+    engine: Tokenizer, true: str = " True", false: str = " False", *, after: str = QUESTION
+) -> LabelTokens:
+    """The labels as single tokens of the served model, as they follow the text `after`.
+
+    The texts in the result lack their leading space where the tokenizer makes a token of its own of it; never one of
+    the two, which would compare unlike things. An engine that is asked in text gets the texts as given. Raises
+    ConfigurationError where neither way is one token for each label.
+    """
+    return (await Spelling.of(engine, after, true=true, false=false)).labels
+
+
+async def pieces(engine: Detokenizer, tokens: Sequence[int]) -> list[str] | None:
+    """What each token adds to the text of those before it; None where the engine turns no tokens into text.
+
+    "" for a token that only begins a character, whose end then has all of it.
+    """
+    texts = await engine.detokenize([tokens[: end + 1] for end in range(len(tokens))])
+    if texts is None:
+        return None
+    shown, known = [], ""
+    for text in texts:
+        whole = text.rstrip("\ufffd")
+        shown.append(whole[len(known) :] if whole.startswith(known) else whole)
+        known = whole
+    return shown
 
 
 def fingerprint(tokens: Sequence[int], top: Mapping[str, float]) -> str:
@@ -52,3 +190,48 @@ def fingerprint(tokens: Sequence[int], top: Mapping[str, float]) -> str:
     """
     answer = sorted((token, f"{logprob:.4f}") for token, logprob in top.items())
     return hashlib.sha256(orjson.dumps([list(tokens), answer])).hexdigest()
+
+
+async def prompt_ids(engine: Tokenizer, text: str) -> list[int]:
+    """The tokens of `text` as a whole prompt: after BOS, with no EOS at its end. For engines that speak token ids."""
+    probes, special = await _ids(engine, PROBES), await _ids(engine, PROBES, special=True)
+    [tokens] = await _ids(engine, [text])
+    return [*_before_texts(special, probes), *tokens]
+
+
+async def _ids(engine: Tokenizer, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
+    """Of no text there are no tokens, and a server may refuse the question."""
+    tokens = await engine.tokenize([text for text in texts if text], special=special)
+    assert tokens is not None, "an engine speaks token ids, or it does not"
+    found = iter(tokens)
+    return [next(found) if text else [] for text in texts]
+
+
+def _before_texts(special: Sequence[list[int]], plain: Sequence[list[int]]) -> tuple[int, ...]:
+    """What the tokenizer puts before every text, without what it puts after them (EOS).
+
+    special, plain: the same different texts, with the tokenizer's own tokens and without them.
+    """
+    for start in range(len(special[0]) - len(plain[0]) + 1):
+        before, after = special[0][:start], special[0][start + len(plain[0]) :]
+        if all(with_own == before + text + after for with_own, text in zip(special, plain, strict=True)):
+            return tuple(before)
+    raise ConfigurationError(
+        f"the tokenizer's own tokens (BOS, EOS) cannot be told apart from a text's: {PROBES[0]!r} is {plain[0]} "
+        f"without them and {special[0]} with them.",
+        hint="Use another model.",
+    )
+
+
+def _no_labels(question: str, true: str, false: str, found: tuple[list[int], list[int], list[int]]) -> APIError:
+    asked, with_true, with_false = found
+    joined = [text for text, ids in ((true, with_true), (false, with_false)) if ids[: len(asked)] != asked]
+    if joined:
+        told = f"it joins {' and '.join(map(repr, joined))} with the question's end {question[-20:]!r}"
+    else:
+        counts = [f"{text!r} is {len(ids) - len(asked)}" for text, ids in ((true, with_true), (false, with_false))]
+        told = f"after {question[-20:]!r}, {' and '.join(counts)} tokens"
+    return ConfigurationError(
+        f"the labels must be one token each, and different ones: {told}.",
+        hint="Use another model, or labels that are single tokens of this one.",
+    )

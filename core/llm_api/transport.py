@@ -15,7 +15,7 @@ import io
 import logging
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, nullcontext
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -147,10 +147,17 @@ class HttpTransport:
         """Seconds that a live server may keep silent within an answer."""
         return self._options.read_timeout
 
-    async def call(self, attempt: Callable[[], Awaitable[T]], *, retry: RetryPolicy | None = None) -> tuple[T, int]:
+    async def call(
+        self,
+        attempt: Callable[[], Awaitable[T]],
+        *,
+        admitted: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
+        retry: RetryPolicy | None = None,
+    ) -> tuple[T, int]:
         """Run `attempt` in a slot, with retries: (result, retries). The slot is free while waiting to retry.
 
-        retry: in place of the options' policy.
+        admitted: entered around each attempt, in its slot; the wait for it is no part of the attempt's latency. retry:
+        in place of the options' policy.
         """
 
         tries = 0
@@ -158,10 +165,12 @@ class HttpTransport:
         async def in_slot() -> T:
             nonlocal tries
             tries += 1
-            began = await self._take_slot(again=tries > 1)
-            outcome = "ok"
+            await self._take_slot(again=tries > 1)
+            began, outcome = None, "ok"
             try:
-                return await attempt()
+                async with self._turn(admitted):
+                    began = self.telemetry.begin()
+                    return await attempt()
             except BaseException as error:  # only to name it
                 outcome = outcome_of(error)
                 raise
@@ -170,13 +179,19 @@ class HttpTransport:
 
         return await with_retries(in_slot, retry or self._options.retry, contacted=lambda: self.contacted)
 
-    async def _take_slot(self, *, again: bool) -> float:
-        with self.telemetry.waits():
+    async def _take_slot(self, *, again: bool) -> None:
+        with self.telemetry.waits(self.telemetry.queue):
             await self._slots.acquire()
         self.telemetry.retries += again
-        return self.telemetry.begin()
 
-    def _free_slot(self, began: float, outcome: str) -> None:
+    @asynccontextmanager
+    async def _turn(self, admitted: Callable[[], AbstractAsyncContextManager[None]]) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            with self.telemetry.waits(self.telemetry.limited):
+                await stack.enter_async_context(admitted())
+            yield
+
+    def _free_slot(self, began: float | None, outcome: str) -> None:
         self.telemetry.end(began, outcome)
         self._slots.release()
 
@@ -217,9 +232,11 @@ class HttpTransport:
         async def attempt() -> tuple[aiohttp.ClientResponse, float]:
             nonlocal tries
             tries += 1
-            began = await self._take_slot(again=tries > 1)
+            await self._take_slot(again=tries > 1)
+            began = None
             try:
-                async with admitted():
+                async with self._turn(admitted):
+                    began = self.telemetry.begin()
                     return await self._opened(url, body, request_id), began
             except BaseException as error:  # also a cancelled wait: the slot is given back
                 self._free_slot(began, outcome_of(error))
@@ -421,7 +438,7 @@ class HttpTransport:
         if status == 429:
             return RateLimited(message, retry_after=wait)
         if status in (408, 425) or (status >= 500 and status not in (501, 505)):
-            return TransientError(message, retry_after=wait)
+            return TransientError(message, retry_after=wait, status=status)
         return RequestRejected(message.rstrip(".") + ".", status=status, hint=self._hint(status))
 
     def _hint(self, status: int) -> str:
@@ -435,7 +452,7 @@ class HttpTransport:
             case 404:
                 return "Check the URL, the model's name, and what the server is for: one that embeds writes no texts."
             case 413:
-                return "Lower prompts_per_request."
+                return "Raise the limit of what stands before the server (nginx: client_max_body_size)."
             case _ if 300 <= status < 400:
                 return "Redirects are not followed; use the final URL."
             case _:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import compress, count, pairwise
@@ -265,7 +265,8 @@ class EngineIdentity:
 
     fingerprint: what the engine answered to a fixed short prompt, so that other weights, another precision or
     another kernel behind the same model name are told apart. dtype: the type that it computes in, in PyTorch's words
-    without `torch.`; empty where it does not say.
+    without `torch.`; empty where it does not say. config: SHA-256 of the model's configuration and of its KV cache's
+    type (icm_vllm.plugin.config_digest); empty where it does not say.
     """
 
     kind: str
@@ -277,6 +278,7 @@ class EngineIdentity:
     fingerprint: str = ""
     max_model_len: int | None = None
     dtype: str = ""
+    config: str = ""
 
     def describe(self) -> str:
         """One line for a user."""
@@ -290,10 +292,20 @@ class EngineIdentity:
         old cache keys and check records stay valid."""
         return "" if self.dtype == "bfloat16" else self.dtype
 
+    def has_content_of(self, other: Mapping[str, object]) -> bool:
+        """Whether an engine noted earlier (the fields by name) is this one wherever its model lay and whatever it was
+        called: the same answers to the canary by the same vLLM, kernels and type, and no other configuration. False
+        where either has no fingerprint. response_cache.cache_keys says what a fingerprint can tell.
+        """
+        alike = ("kind", "revision", "version", "determinism", "fingerprint")
+        if not self.fingerprint or any(getattr(self, name) != other.get(name) for name in alike):
+            return False
+        return not any(known_to_differ(getattr(self, name), str(other.get(name, ""))) for name in ("dtype", "config"))
 
-def other_type(dtype: str, expected: str) -> bool:
-    """Whether two engines compute in types that are known and unlike: not every server says its own."""
-    return bool(dtype and expected) and dtype != expected
+
+def known_to_differ(one: str, other: str) -> bool:
+    """Whether two engines' types, or configurations, are known and not the same: not every server says its own."""
+    return bool(one and other) and one != other
 
 
 @dataclass(slots=True)
@@ -345,6 +357,10 @@ class Engine(Protocol):
 
     async def tokenize(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]] | None:
         """Token ids of each text, with the model's special tokens if asked; None: the engine is asked in text."""
+        ...
+
+    async def detokenize(self, tokens: Sequence[Sequence[int]]) -> list[str] | None:
+        """The text of each list of token ids; None where the engine does not say."""
         ...
 
     async def tokenize_chat(self, messages: Sequence[str]) -> list[list[int]] | None:

@@ -27,7 +27,7 @@ from core.llm_api.types import (
     OnAnswer,
     PrefixCacheCounters,
     Prompt,
-    other_type,
+    known_to_differ,
     sum_known,
 )
 from core.llm_api.vllm_llm import START_HINT, VLLMClient
@@ -62,12 +62,16 @@ def server_for(place: float, count: int, up: Sequence[int]) -> int:
 def difference(identity: EngineIdentity, expected: EngineIdentity) -> str:
     """What sets one engine apart from another, for a user; "" where nothing does.
 
-    A server without our extension does not say in which type it computes; its fingerprint tells.
+    A server without our extension says neither in which type it computes nor how; its fingerprint tells.
     """
     unlike = [f.name for f in fields(EngineIdentity) if getattr(identity, f.name) != getattr(expected, f.name)]
-    if "dtype" in unlike and not other_type(identity.dtype, expected.dtype):
-        unlike.remove("dtype")
-    here, there = (replace(engine, fingerprint=engine.fingerprint[:12]) for engine in (identity, expected))
+    for name in {"dtype", "config"}.intersection(unlike):
+        if not known_to_differ(getattr(identity, name), getattr(expected, name)):
+            unlike.remove(name)
+    here, there = (
+        replace(engine, fingerprint=engine.fingerprint[:12], config=engine.config[:12])
+        for engine in (identity, expected)
+    )
     return ", ".join(f"{name} {getattr(here, name)!r}, not {getattr(there, name)!r}" for name in unlike)
 
 
@@ -174,7 +178,11 @@ class VLLMGroup:
                 raise ConfigurationError(
                     f"{member.client.base_url} is not like {first.client.base_url}: {told}.", hint=ALIKE_HINT
                 )
-        identity = self._identity = replace(identity, dtype=next((e.dtype for e in found.values() if e.dtype), ""))
+        identity = self._identity = replace(
+            identity,
+            dtype=next((e.dtype for e in found.values() if e.dtype), ""),
+            config=next((e.config for e in found.values() if e.config), ""),
+        )
         for member in found:
             member.up = True
         for member, error in lost.items():
@@ -188,6 +196,16 @@ class VLLMGroup:
             member = self._up[0]
             try:
                 return await member.client.tokenize(texts, special=special)
+            except LOST as error:
+                if not self._drop(member, error):
+                    raise
+
+    async def detokenize(self, tokens: Sequence[Sequence[int]]) -> list[str] | None:
+        """See Engine.detokenize; from the first server that can be asked."""
+        while True:
+            member = self._up[0]
+            try:
+                return await member.client.detokenize(tokens)
             except LOST as error:
                 if not self._drop(member, error):
                     raise
@@ -338,7 +356,7 @@ class VLLMGroup:
         try:
             # Where others could answer, a server is soon given up; one that stands alone is waited for.
             retry = self._patience if alone else self._brief
-            await member.client.score(prompts, batch.labels, on_answer=heard, retry=retry)
+            await member.client.score(prompts, batch.labels, on_answer=heard, retry=retry, search=alone)
         except LOST as error:
             if any(other is not member and other not in batch.failed for other in self._up):
                 batch.failed.add(member)

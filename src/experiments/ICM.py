@@ -26,18 +26,22 @@ from src.experiments.contradictions import refuse
 from src.experiments.parts import PLANNED_AT_ONCE, run_parts
 from src.experiments.resumable import run_resumable
 from src.experiments.single_run import (
+    as_begun,
     check_readable,
     check_same_run,
     label_pool,
+    may_be_renamed,
     model_api_of,
     pool_of,
     run_name,
     settings_of,
+    tell_of_continuing,
+    tell_opening,
     warn_of_leaks,
 )
-from src.experiments.summary import print_summary
+from src.experiments.summary import print_summary, say_shown_again
 from src.icm.annealing import SearchSettings
-from src.icm.report import check_table
+from src.icm.report import calibration_told, check_table, token_lines
 from src.pipeline.labelling import Labelling
 from src.pipeline.run_folder import RunFolder
 
@@ -81,6 +85,13 @@ def build_parser() -> Parser:
         metavar="N",
         help="batches and passes that are searched at the same time; the labels do not depend on it",
     )
+    run.add_argument(
+        "--continue_from",
+        metavar="RUN",
+        help="start with the labels of another run, finished or not, for its claims that are still in the data, in "
+        "place of random ones; then go on with what is new. RUN: its name under --runs_dir, or its folder. They are in "
+        "the pool whatever --batch_size is",
+    )
     run.add_argument("--run", metavar="NAME", help="folder under --runs_dir (default: made from the settings)")
     run.add_argument("--runs_dir", type=Path, default=REPO_ROOT / "runs", help="where runs and cached scores are kept")
     run.add_argument(
@@ -101,7 +112,7 @@ def build_parser() -> Parser:
         help="ask the questions of the next M proposals with those that must be asked; the labels do not depend on it. "
         "0: none (default: auto, from the acceptance rate and the seconds of a batch; none at an external API)",
     )
-    run.add_argument("--quiet", action="store_true", help="no progress bar")
+    run.add_argument("--quiet", action="store_true", help="no progress bar, no prompt shown")
     run.add_argument(
         "--metrics_port",
         type=at_least(1),
@@ -124,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     parser = build_parser()
     args = parser.parse_args(arguments)
-    program = ["icm", "label"] if sys.argv[0] == "icm label" else ["python", sys.argv[0]]
+    program = ["icm", "label"] if sys.argv[0] == "icm label" else [sys.executable, sys.argv[0]]
     resume = shlex.join([*program, *(sys.argv[1:] if arguments is None else arguments)])
     return run_resumable(_run(args, parser.contradiction), resume)
 
@@ -134,12 +145,16 @@ async def _run(args: argparse.Namespace, contradiction: str | None) -> int:
         return await run_parts(args, contradiction)
     pool = pool_of(args)
     settings = settings_of(args, pool)
+    same = as_begun(args, settings, lambda known: RunFolder(args.runs_dir / run_name(args, known)).read_run())
+    if same is not args:
+        return await _run(same, contradiction)
     folder = RunFolder(args.runs_dir / run_name(args, settings))
     known = folder.read_run()
     if known is not None:
         check_readable(folder, known)
-        check_same_run(folder, known["settings"], settings)
+        check_same_run(folder, known["settings"], settings, renamed=may_be_renamed(known))
         if "result" in known and not args.check:
+            say_shown_again(known)
             print_summary(folder, known)
             return 0
     else:
@@ -147,12 +162,15 @@ async def _run(args: argparse.Namespace, contradiction: str | None) -> int:
     if args.is_complete:
         return 1
     warn_of_leaks(args, pool)
+    tell_of_continuing(args, pool)
     api = model_api_of(args)
     with nullcontext() if args.check else folder:
         async with api:
             labelling = await Labelling.open(pool, api)
+            await tell_opening(args, labelling, settings["testbed"], None if args.check else folder)
             if args.check:
-                print(check_table(await labelling.check(), args.calibrate))
+                print(token_lines(await labelling.token_record()))
+                print(check_table(await labelling.check(), calibration_told(settings)))
                 return 0
             document = await label_pool(args, labelling, folder, settings, folder.read_run())
     print_summary(folder, document)

@@ -12,7 +12,9 @@ from core.settings import REPO_ROOT
 from src.experiments.contradictions import contradicted, told
 from src.icm.annealing import LayoutName, Scheduler, SearchSettings, Stop
 from src.icm.objective import Calibration
-from src.icm.testbeds import TESTBEDS, ConsistencyMode
+from src.icm.testbeds import TESTBEDS, ConsistencyMode, GroupedBy
+
+Arguments = argparse._ArgumentGroup | argparse.ArgumentParser
 
 
 def add_search_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +22,13 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
     defaults = SearchSettings()
     data = parser.add_argument_group("data")
     data.add_argument("--testbed", default="gsm8k", choices=list(TESTBEDS), help="builtin ships with the code")
-    data.add_argument("--data", type=Path, metavar="FILE", help="your own .json, .jsonl or .csv instead of a testbed")
+    data.add_argument(
+        "--data",
+        type=Path,
+        metavar="FILE",
+        help="your own claims instead of a testbed: JSON, JSON lines, CSV, Parquet, or a folder by save_to_disk "
+        "(docs/data.md)",
+    )
     data.add_argument("--data_dir", type=Path, default=REPO_ROOT / "data", help="where the testbeds' files lie")
     data.add_argument("--batch_size", type=at_least(2), default=256, help="claims in the pool (whole groups)")
     data.add_argument(
@@ -29,6 +37,7 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
         default="gold-free",
         help="constraints between claims of a group; upstream reproduces keys that leak gold labels",
     )
+    add_reading_arguments(data)
 
     model = parser.add_argument_group("model")
     model.add_argument("--model", default="meta-llama/Llama-3.1-70B", help="name under which the model is served")
@@ -88,6 +97,14 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
         help="mean: subtract the pool's mean log-odds from every score (changes the objective)",
     )
     search.add_argument(
+        "--prior",
+        type=share,
+        default=None,
+        metavar="P",
+        help="with --calibrate mean: the share of claims that are True, where it is known and not a half; the "
+        "(1 - P)-quantile of the pool's log-odds is then subtracted in place of their mean",
+    )
+    search.add_argument(
         "--layout",
         choices=get_args(LayoutName),
         default=defaults.layout,
@@ -135,6 +152,32 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_reading_arguments(data: Arguments) -> None:
+    """How a data file is to be read."""
+    data.add_argument(
+        "--columns",
+        metavar="OURS=THEIRS,...",
+        help="of --data: which of its columns is which, as in question=prompt,choice=answer",
+    )
+    data.add_argument(
+        "--map",
+        nargs="+",
+        metavar="COLUMN=THEIRS:OURS,...",
+        help="of --data: what its values mean, as in label=yes:true,no:false",
+    )
+    data.add_argument(
+        "--group_by",
+        choices=get_args(GroupedBy),
+        help="of --data: what rows of one group have in common; none: every row is a group by itself (default: "
+        "consistency_id where the file has that column, else question)",
+    )
+    data.add_argument(
+        "--skip_bad_rows",
+        action="store_true",
+        help="leave out rows that cannot be used (nothing in a column, a label that is none) and say how many they are",
+    )
+
+
 class Parser(argparse.ArgumentParser):
     """Complains in one line, like every other bad input, also of flags that contradict each other.
 
@@ -177,6 +220,14 @@ def finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"must be a finite number, not {text}")
+    return value
+
+
+def share(text: str) -> float:
+    """A number above 0 and below 1."""
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"must be a share above 0 and below 1, not {text}")
     return value
 
 

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from core.files import write_atomically
 from src.icm.objective import wilson_interval
+from src.icm.report import calibration_told
 from src.icm.statistics import Difference, Judged, Share, paired_difference, share_right
 from src.icm.testbeds import BadInput
 from src.pipeline.comparison import TITLES, Answer, RowResult
@@ -120,7 +121,7 @@ def table_text(document: Mapping[str, Any]) -> str:
     seeds, settings = document["seeds"], document["settings"]
     head = (
         f"{settings['testbed']}, {settings['model']}, pool of {settings['batch_size']}, alpha {settings['alpha']:g}, "
-        f"calibration: {settings['calibrate']}, {len(seeds)} seed{'s' if len(seeds) != 1 else ''}"
+        f"calibration: {calibration_told(settings)}, {len(seeds)} seed{'s' if len(seeds) != 1 else ''}"
     )
     lines = [
         head,

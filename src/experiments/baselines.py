@@ -31,6 +31,8 @@ from src.experiments.baseline_table import TableFolder, row_documents, table_tex
 from src.experiments.contradictions import refuse
 from src.experiments.resumable import run_resumable
 from src.experiments.single_run import (
+    as_begun,
+    check_bad_rows,
     check_same_engine,
     check_same_run,
     finish,
@@ -38,15 +40,19 @@ from src.experiments.single_run import (
     load_claims,
     model_api_of,
     pool_of,
+    reading_of,
     run_name,
     settings_of,
+    tell_opening,
 )
+from src.experiments.summary import say_shown_again
 from src.icm.annealing import Stream, generator
 from src.icm.testbeds import BadInput, Claim, sample_pool
 from src.pipeline.baselines import Prediction
 from src.pipeline.chat import ask_chat
 from src.pipeline.comparison import TITLES, BootstrapStart, Comparison, Cost, GivenLabels, RowResult
 from src.pipeline.datafiles import claims_of, read_rows
+from src.pipeline.file_kinds import digest_of
 from src.pipeline.labelling import Labelling, Pool
 from src.pipeline.run_folder import RunFolder, environment
 
@@ -100,7 +106,7 @@ def build_parser() -> Parser:
     compare.add_argument("--run", metavar="NAME", help="folder under --runs_dir (default: made from the settings)")
     compare.add_argument("--runs_dir", type=Path, default=REPO_ROOT / "runs", help="where runs and scores are kept")
     compare.add_argument("--lookahead", type=lookahead_of, default=None, metavar="{auto,M}", help="as in icm label")
-    compare.add_argument("--quiet", action="store_true", help="no progress bar")
+    compare.add_argument("--quiet", action="store_true", help="no progress bar, no prompt shown")
     return parser
 
 
@@ -118,6 +124,9 @@ async def _run(args: argparse.Namespace, contradiction: str | None) -> int:
     rows = _rows(args)
     test, shared = _held_out(args)
     settings = _settings(args, test)
+    same = as_begun(args, settings, lambda known: TableFolder(args.runs_dir / _name(args, known)).read_table())
+    if same is not args:
+        return await _run(same, contradiction)
     folder = TableFolder(args.runs_dir / _name(args, settings))
     lock = RunFolder(folder.path)
     known = folder.read_table()
@@ -126,6 +135,7 @@ async def _run(args: argparse.Namespace, contradiction: str | None) -> int:
         rows = [row for row in TITLES if row in rows or row in known["rows_asked"]]
         seeds = sorted({*args.seeds, *known["seeds_asked"]})
         if all(folder.read_row(row, seed) is not None for row in rows for seed in seeds):
+            say_shown_again(known)
             print(table_text(known))
             print(f"  table  {folder.table_path}")
             return 0
@@ -174,7 +184,10 @@ async def _one_seed(
     if test is not None:
         pool = replace(pool, rest=tuple(test))
     _check_gold(pool)
-    comparison = Comparison(await Labelling.open(pool, api))
+    labelling = await Labelling.open(pool, api)
+    if seed == document["seeds_asked"][0]:  # the other pools are drawn from the same claims
+        await tell_opening(args, labelling, document["settings"]["testbed"], RunFolder(folder.path))
+    comparison = Comparison(labelling)
     for row in rows:
         if folder.read_row(row, seed) is not None:
             continue
@@ -270,7 +283,10 @@ def _held_out(args: argparse.Namespace) -> tuple[list[Claim] | None, frozenset[i
     testbed, claims, _ = load_claims(args)
     rng = generator(HELD_OUT_SEED, Stream.POOL, 1)
     if args.test_data is not None:
-        test = claims_of(testbed, read_rows(args.test_data), args.test_data)
+        reading, bad = reading_of(args), list[str]()
+        rows = read_rows(args.test_data, reading.columns.values())
+        test = claims_of(testbed, rows, args.test_data, reading, bad.append)
+        check_bad_rows(args, args.test_data, bad)
         if args.test_size is not None:
             test = sample_pool(test, args.test_size, rng)
         seen = len({claim.text for claim in claims} & {claim.text for claim in test})
@@ -307,7 +323,7 @@ def _settings(args: argparse.Namespace, test: Sequence[Claim] | None) -> dict[st
         "rounds": args.rounds,
         "bootstrap_from": args.bootstrap_from,
         "test_data": None if args.test_data is None else args.test_data.name,
-        "test_sha256": None if args.test_data is None else hashlib.sha256(args.test_data.read_bytes()).hexdigest(),
+        "test_sha256": None if args.test_data is None else digest_of(args.test_data),
         "test_size": None if test is None else len(test),
         "chat_model": args.chat_model,
     }

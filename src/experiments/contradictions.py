@@ -57,6 +57,11 @@ RULES: Final = (
     Rule("decay", "scheduler", "that schedule has no decay", lambda a: a.scheduler == "log-upstream"),
     Rule("patience", "stop", "only --K ends such a search", lambda a: a.stop == "K"),
     Rule(
+        *("prior", "calibrate", "the share of True claims is what --calibrate mean calibrates to"),
+        lambda a: a.calibrate == "none",
+        by_default=True,
+    ),
+    Rule(
         *("num_seed", "batch_size", "the pool holds fewer claims than are to be labelled at random"),
         lambda a: a.num_seed > a.batch_size,
         by_default=True,

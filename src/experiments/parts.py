@@ -20,22 +20,26 @@ from core.llm_api.llm import ModelAPI
 from src.experiments.contradictions import refuse
 from src.experiments.single_run import (
     COSTS,
+    as_begun,
+    bad_rows_record,
     beginning,
     check_readable,
     check_same_engine,
     check_same_run,
     finish,
+    may_be_renamed,
     model_api_of,
     pools_of,
     run_name,
     settings_of,
+    tell_opening,
     warn_of_leaks,
 )
-from src.experiments.summary import print_summary
+from src.experiments.summary import print_summary, say_shown_again
 from src.icm.annealing import part_seed
 from src.icm.report import collapse_warning
 from src.icm.testbeds import BadInput
-from src.pipeline.labelling import Pool
+from src.pipeline.labelling import Labelling, Pool
 from src.pipeline.progress import PartsProgress
 from src.pipeline.run_folder import RunFolder
 
@@ -63,12 +67,16 @@ async def run_parts(args: argparse.Namespace, contradiction: str | None) -> int:
         "num_batches": len({part.batch for part in parts}),
         "passes": args.passes,
     }
+    same = as_begun(args, settings, lambda known: RunFolder(args.runs_dir / run_name(args, known)).read_run())
+    if same is not args:
+        return await run_parts(same, contradiction)
     folder = RunFolder(args.runs_dir / run_name(args, settings))
     known = folder.read_run()
     if known is not None:
         check_readable(folder, known)
-        check_same_run(folder, known["settings"], settings)
+        check_same_run(folder, known["settings"], settings, renamed=may_be_renamed(known))
         if "result" in known:
+            say_shown_again(known)
             print_summary(folder, known)
             return 0
     else:
@@ -84,6 +92,10 @@ async def run_parts(args: argparse.Namespace, contradiction: str | None) -> int:
                 folder.write_run(known)
             else:
                 check_same_engine(folder, known["engine"], api.identity)
+                settings = known["settings"]  # under the name that the model had, as the parts that are there
+            first = await Labelling.open(replace(parts[0].pool, rest=()), api)
+            pools = [part.pool for part in parts if part.pass_number == 0]
+            await tell_opening(args, first, settings["testbed"], folder, pools)
             documents = await _label_all(args, api, folder, parts, settings)
             rows = _rows(folder, parts)
             folder.write_labels(rows)
@@ -93,6 +105,7 @@ async def run_parts(args: argparse.Namespace, contradiction: str | None) -> int:
                 "result": _result(parts, documents, rows),
                 "cost": {key: round(sum(each["cost"][key] for each in documents), 3) for key in COSTS},
                 "left_out": len(parts[0].pool.rest),
+                **bad_rows_record(parts[0].pool),
                 "model_api": api.stats.as_dict() | _sums([each["model_api"] for each in documents]),
             }
             folder.write_run(document)
@@ -104,6 +117,8 @@ def _parts(args: argparse.Namespace) -> list[Part]:
     """Every batch's passes, in order. Raises BadInput for flags that do not go together."""
     if args.check:
         raise BadInput("--check measures one pool: leave out --num_batches and --passes")
+    if args.continue_from is not None:
+        raise BadInput("--continue_from goes on with one pool: leave out --num_batches and --passes")
     if args.label_rest:
         raise BadInput("--label_rest labels from one pool's labels; --num_batches all leaves no claim to label")
     if args.passes % 2 == 0:
@@ -198,7 +213,7 @@ def _result(
         "zero_shot": _added([r["zero_shot"] for r in first]),
         "zero_shot_calibrated": _added([r["zero_shot_calibrated"] for r in first]),
         "predicted": {"predicted": _agreement(predicted)} if predicted else {},
-        "warning": collapse_warning([row["label"] for row in rows]),
+        "warning": collapse_warning([row["label"] for row in rows], parts[0].pool.problem.objective.prior),
         "changes_objective": results[0]["changes_objective"],
         "parts": [
             {

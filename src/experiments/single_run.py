@@ -9,7 +9,7 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,23 @@ import orjson
 
 from core.determinism.record import manifest_entry, read_record
 from core.llm_api.llm import ModelAPI, open_model_api
-from core.llm_api.types import EngineIdentity, other_type
+from core.llm_api.types import EngineIdentity, known_to_differ
 from core.settings import Settings
 from src.icm.annealing import SearchSettings, SearchState
+from src.icm.columns import Reading, parse_columns, parse_values
 from src.icm.objective import Objective
-from src.icm.report import changes_objective, collapse_warning, pool_rows
+from src.icm.report import calibration_told, changes_objective, collapse_warning, pool_rows
 from src.icm.testbeds import BadInput, Claim, Testbed
 from src.monitoring.run_metrics import published
+from src.pipeline.continuing import read_continued
 from src.pipeline.datafiles import load_data_file, load_testbed
 from src.pipeline.labelling import Labelling, Pool, prepare_batches, result_record
+from src.pipeline.opening import example_prompt, opening, prompt_line, prompt_lines
 from src.pipeline.plots import plot_curves
 from src.pipeline.progress import Progress, SearchProgress
 from src.pipeline.run_folder import FORMAT, RunFolder, environment
 
+SHOWN_BAD_ROWS = 3
 VARIANTS = ("context_cap", "best_of", "local_gain")
 COSTS = (
     *("asked", "from_cache", "asked_ahead", "ahead_used"),
@@ -61,6 +65,17 @@ def warn_of_leaks(args: argparse.Namespace, pool: Pool) -> None:
         )
 
 
+def tell_of_continuing(args: argparse.Namespace, pool: Pool) -> None:
+    """Say which labels the search starts with, and which of the other run's it cannot take over."""
+    if pool.continued is not None:
+        file = pool.testbed.name if args.data is None else args.data.name
+        outside = len(pool.rest) + pool.left_out
+        for line in pool.continued.notes(
+            file=file, model=args.model, pool=len(pool.claims), outside=0 if args.label_rest else outside
+        ):
+            print(line, file=sys.stderr)
+
+
 def determinism_of(args: argparse.Namespace, identity: EngineIdentity) -> dict[str, Any] | None:
     """The last determinism check of this engine, for run.json; warns where it gives no reason to trust the last bit.
 
@@ -80,11 +95,46 @@ def _warn_once(text: str) -> None:
     logging.warning("%s", text)
 
 
+def reading_of(args: argparse.Namespace) -> Reading:
+    """How --columns, --map and --group_by say that --data is to be read."""
+    given = [f"--{name}" for name in ("columns", "map", "group_by") if getattr(args, name) is not None]
+    if args.data is None and given:
+        raise BadInput(f"{' and '.join(given)} say how a --data file is to be read; a testbed's files are known")
+    return Reading(
+        columns={} if args.columns is None else parse_columns(args.columns),
+        values=parse_values(args.map or ()),
+        group_by=args.group_by,
+    )
+
+
 def load_claims(args: argparse.Namespace) -> tuple[Testbed, list[Claim], Path]:
     """The claims of --data or --testbed."""
+    return _load(args)[:3]
+
+
+def _load(args: argparse.Namespace) -> tuple[Testbed, list[Claim], Path, list[str]]:
+    """The same, and of every row that was left out, why. Raises BadInput for the first one without --skip_bad_rows."""
+    bad: list[str] = []
+    reading = reading_of(args)
     if args.data is not None:
-        return load_data_file(args.data)
-    return load_testbed(args.testbed, args.data_dir)
+        testbed, claims, path = load_data_file(args.data, reading, bad.append)
+    else:
+        testbed, claims, path = load_testbed(args.testbed, args.data_dir, bad.append)
+    check_bad_rows(args, path, bad)
+    return testbed, claims, path, bad
+
+
+def check_bad_rows(args: argparse.Namespace, path: Path, bad: Sequence[str]) -> None:
+    """Raises BadInput where rows cannot be used (bad: why, each), unless --skip_bad_rows; then it warns."""
+    if not bad:
+        return
+    if not args.skip_bad_rows:
+        others = f" ({len(bad)} rows cannot be used)" if len(bad) > 1 else ""
+        raise BadInput(f"{bad[0]}{others}. Mend it, or leave such rows out with --skip_bad_rows")
+    shown = "; ".join(complaint.removeprefix(f"{path}:") for complaint in bad[:SHOWN_BAD_ROWS])
+    more = "; ..." if len(bad) > SHOWN_BAD_ROWS else ""
+    count = f"{len(bad)} rows are" if len(bad) > 1 else "1 row is"
+    _warn_once(f"{path}: {count} left out (--skip_bad_rows): line {shown}{more}")
 
 
 def pool_of(args: argparse.Namespace, held_out: Collection[int] = ()) -> Pool:
@@ -97,19 +147,23 @@ def pools_of(args: argparse.Namespace, count: int | None, held_out: Collection[i
     """The same for `count` pools that share no claim; None: for as many as hold all claims."""
     if args.initial_T <= 0 or args.final_T <= 0 or args.decay <= 0:
         raise BadInput("--initial_T, --final_T and --decay must be above 0")
-    testbed, claims, path = load_claims(args)
+    testbed, claims, path, bad = _load(args)
     claims = [claim for claim in claims if claim.row not in held_out]
+    name = getattr(args, "continue_from", None)  # a flag of ICM.py alone
+    continued = None if name is None else read_continued(name, args.runs_dir, testbed, claims, path)
     search = SearchSettings(**{field.name: getattr(args, field.name) for field in fields(SearchSettings)})
-    return prepare_batches(
+    pools = prepare_batches(
         testbed,
         claims,
         path,
         batch_size=args.batch_size,
         count=count,
         consistency=args.consistency,
-        objective=Objective(args.alpha, args.calibrate),
+        objective=Objective(args.alpha, args.calibrate, args.prior),
         settings=search,
+        continued=continued,
     )
+    return [replace(pool, bad_rows=tuple(bad)) for pool in pools]
 
 
 def settings_of(args: argparse.Namespace, pool: Pool) -> dict[str, Any]:
@@ -128,9 +182,50 @@ def settings_of(args: argparse.Namespace, pool: Pool) -> dict[str, Any]:
         "consistency": args.consistency,
         "alpha": args.alpha,
         "calibrate": args.calibrate,
+        # Only where it is given: runs that were begun before there was one go on.
+        **({} if args.prior is None else {"prior": args.prior}),
         "label_rest": args.label_rest,
+        **_settings_of_reading(args, pool),
+        **({} if pool.continued is None else {"continue_from": pool.continued.digest}),
         **decisive,
     }
+
+
+def _settings_of_reading(args: argparse.Namespace, pool: Pool) -> dict[str, Any]:
+    """How a --data file is read; nothing where it is read as it always was, so that runs that were begun go on."""
+    reading = reading_of(args)
+    found: dict[str, Any] = {}
+    if reading.columns:
+        found["columns"] = ",".join(f"{ours}={theirs}" for ours, theirs in sorted(reading.columns.items()))
+    if reading.values:
+        found["map"] = " ".join(
+            f"{column}={','.join(f'{theirs}:{ours}' for theirs, ours in sorted(meanings.items()))}"
+            for column, meanings in sorted(reading.values.items())
+        )
+    if pool.grouped_by == "question":
+        found["group_by"] = pool.grouped_by
+    return found
+
+
+def as_begun(
+    args: argparse.Namespace, settings: Mapping[str, Any], read: Callable[[Mapping[str, Any]], Mapping[str, Any] | None]
+) -> argparse.Namespace:
+    """The flags, with --group_by none where this run was begun before rows with one question were one group.
+
+    read: what is known of a run by its settings, as its folder is named after them.
+    """
+    if args.group_by is not None or "group_by" not in settings:
+        return args
+    before = {name: value for name, value in settings.items() if name != "group_by"}
+    known = read(before)
+    if known is None or known.get("settings") != before:
+        return args
+    print(
+        "this run was begun with every row as a group by itself, and goes on so (--group_by none); in a new one, rows "
+        "with the same question are one group",
+        file=sys.stderr,
+    )
+    return argparse.Namespace(**{**vars(args), "group_by": "none"})
 
 
 def run_name(args: argparse.Namespace, settings: Mapping[str, Any]) -> str:
@@ -142,6 +237,27 @@ def run_name(args: argparse.Namespace, settings: Mapping[str, Any]) -> str:
     digest = hashlib.sha256(orjson.dumps(settings, option=orjson.OPT_SORT_KEYS)).hexdigest()[:8]
     parts = (settings["testbed"], args.model.rsplit("/", 1)[-1], f"N{args.batch_size}", f"seed{args.seed}", digest)
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(parts)).lstrip(".-")
+
+
+async def tell_opening(
+    args: argparse.Namespace,
+    labelling: Labelling,
+    name: str,
+    folder: RunFolder | None,
+    pools: Sequence[Pool] = (),
+) -> None:
+    """Say on standard error what the model will be asked, and keep one whole prompt of it in `folder`.
+
+    name: of the data. folder: None where nothing is kept; the prompt is then shown whole. pools: as in `opening`.
+    """
+    prompt = example_prompt(labelling)
+    lines = opening(labelling, await labelling.token_record(), name, args.batch_size, pools)
+    if folder is not None:
+        folder.write_prompt(prompt.text)
+    lines.append(prompt_line(labelling, prompt, "whole:" if folder is None else f"whole in {folder.prompt_path}"))
+    if folder is None or not args.quiet:
+        lines += prompt_lines(labelling, prompt, whole=folder is None)
+    print("\n".join(lines), file=sys.stderr, flush=True)
 
 
 async def finish(
@@ -161,7 +277,7 @@ async def finish(
     known = folder.read_run()
     if known is not None:
         check_readable(folder, known)
-        check_same_run(folder, known["settings"], settings)
+        check_same_run(folder, known["settings"], settings, renamed=may_be_renamed(known))
         if "result" in known:
             return known
     with folder:
@@ -210,10 +326,14 @@ async def label_pool(
     """
     if known is None:
         known = await beginning(args, labelling.api, settings, cache_share=cache_share)
+        known["tokens"] = await labelling.token_record()
+        if labelling.pool.continued is not None:
+            known["continued_from"] = labelling.pool.continued.summary()
         folder.write_claims(pool_rows(labelling.pool.claims, labelling.pool.problem.consistency))
         folder.write_run(known)
     else:
         check_same_engine(folder, known["engine"], labelling.identity)
+        await check_same_tokens(folder, known.get("tokens"), labelling)
         determinism_of(args, labelling.identity)
     labelling = labelling.planned_for(known["kv_capacity"])
     # Of several searches at once none has the port; nor does a command that has no such flag.
@@ -234,9 +354,9 @@ async def label_pool(
     if labelling.pool.rest:
         predictions["many-shot"] = await labelling.label_rest(state)
     folder.write_labels(labelling.label_rows(state, predictions, zero_shot))
-    title = f"{settings['testbed']}, {args.model}, alpha {args.alpha:g}, calibration {args.calibrate}"
+    title = f"{settings['testbed']}, {args.model}, alpha {args.alpha:g}, calibration {calibration_told(settings)}"
     plot_curves(records, labelling.pool.gold, folder.curves_path, title)
-    warning = collapse_warning(state.labels)
+    warning = collapse_warning(state.labels, args.prior)
     document = {
         **known,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -244,10 +364,17 @@ async def label_pool(
         | {"warning": warning, "changes_objective": changes_objective(labelling.pool.problem.settings)},
         "cost": cost,
         "left_out": labelling.pool.left_out,
+        **bad_rows_record(labelling.pool),
         "model_api": labelling.api.stats.as_dict(),
     }
     folder.write_run(document)
     return document
+
+
+def bad_rows_record(pool: Pool) -> dict[str, Any]:
+    """What run.json says of rows that were left out, where there are any."""
+    bad = pool.bad_rows
+    return {"bad_rows": {"count": len(bad), "first": list(bad[:SHOWN_BAD_ROWS])}} if bad else {}
 
 
 def _last_questions(labelling: Labelling, state: SearchState, cost: Mapping[str, Any]) -> str:
@@ -278,29 +405,69 @@ def check_readable(folder: RunFolder, known: Mapping[str, Any]) -> None:
         )
 
 
-def check_same_run(folder: RunFolder, known: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Raises BadInput where `folder` was started with other settings."""
+def check_same_run(
+    folder: RunFolder, known: Mapping[str, Any], settings: Mapping[str, Any], *, renamed: bool = False
+) -> None:
+    """Raises BadInput where `folder` was started with other settings. renamed: see may_be_renamed."""
     changed = [name for name in {**known, **settings} if known.get(name) != settings.get(name)]
+    if renamed:
+        changed = [name for name in changed if name != "model"]
     if changed:
         told = ", ".join(f"--{name} {known.get(name)}, now {settings.get(name)}" for name in changed)
         raise BadInput(f"{folder.path}: was started with {told}. Use the same flags, or another --run")
 
 
+def may_be_renamed(known: Mapping[str, Any]) -> bool:
+    """Whether the run of this run.json can go on under another name of its model: there is something left to ask, and
+    check_same_engine can see whether it is the same model."""
+    return "result" not in known and bool(known["engine"].get("fingerprint"))
+
+
 def check_same_engine(folder: RunFolder, known: Mapping[str, Any], identity: EngineIdentity) -> None:
-    """Scores of two models must not mix in one run. Raises BadInput where model, version or, if both are known, the
-    types that they compute in differ."""
+    """Scores of two models must not mix in one run. Raises BadInput where the version differs, the type or the model's
+    configuration (if both are known), or the model; that may lie elsewhere and have another name if it answers alike.
+    """
     now = identity_record(identity)
-    changed = [name for name in ("model", "root", "revision", "version") if known.get(name) != now[name]]
-    if other_type(known.get("dtype", ""), identity.dtype):
-        changed.append("dtype")
+    names = [name for name in ("model", "root") if known.get(name) != now[name]]
+    moved = bool(names) and identity.has_content_of(known)
+    changed = [] if moved else names
+    changed += [name for name in ("revision", "version") if known.get(name) != now[name]]
+    changed += [name for name in ("dtype", "config") if known_to_differ(known.get(name, ""), now[name])]
     if changed:
-        told = ", ".join(f"{name} {known.get(name)!r}, now {now[name]!r}" for name in changed)
+        told = ", ".join(f"{name} {_short(known.get(name))!r}, now {_short(now[name])!r}" for name in changed)
         raise BadInput(f"{folder.path}: was started on another engine ({told}). Start that one, or use another --run")
+    if moved:
+        told = ", ".join(f"{name} {known.get(name)!r}, now {now[name]!r}" for name in names)
+        print(f"the run goes on: the model answers as before ({told})", file=sys.stderr, flush=True)
     if known.get("fingerprint") != now["fingerprint"]:
         logging.warning(
             "the engine answers a fixed prompt differently than when this run began (other hardware, "
             "precision or kernels?): its scores differ slightly from the run's first part"
         )
+
+
+async def check_same_tokens(folder: RunFolder, known: Mapping[str, Any] | None, labelling: Labelling) -> None:
+    """Raises BadInput where the run began with other tokens for the same claims: by a version that had no record of
+    them (known: None) and spelled this model's labels in another way, or before the model's tokenizer changed."""
+    now = orjson.loads(orjson.dumps(await labelling.token_record()))
+    if known is None:
+        changed = [] if await labelling.asks_as_before() else ["demonstration"]
+    else:
+        changed = [name for name in now if _ids(known.get(name)) != _ids(now[name])]
+    if changed:
+        raise BadInput(
+            f"{folder.path}: was started with other tokens for its {' and '.join(changed)}, by an earlier version or "
+            "another tokenizer, and scores of two kinds of prompts must not mix. Move it away, or use another --run"
+        )
+
+
+def _ids(recorded: Any) -> Any:
+    """Without the texts, which not every server tells."""
+    return [token for token, _ in recorded] if isinstance(recorded, list) else recorded
+
+
+def _short(value: object) -> object:
+    return value[:12] if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else value
 
 
 def identity_record(identity: EngineIdentity) -> dict[str, Any]:

@@ -6,24 +6,32 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from src.icm.report import agreement
+from src.icm.report import agreement, calibration_told
 from src.pipeline.run_folder import RunFolder
+
+
+def say_shown_again(document: Mapping[str, Any]) -> None:
+    """Say on standard error that a finished run is only shown."""
+    print(f"finished {document.get('finished', 'earlier')}; shown again, nothing was computed", file=sys.stderr)
 
 
 def print_summary(folder: RunFolder, document: Mapping[str, Any]) -> None:
     """A finished run.json in a few lines; a warning goes to standard error."""
     result, settings, cost = document["result"], document["settings"], document["cost"]
-    calibration = settings["calibrate"]
+    calibration = calibration_told(settings)
     print(
         f"{settings['testbed']}: {result['labelled']} claims labelled by {document['engine']['model']} in "
         f"{result['iterations']} iterations, {cost['seconds']:.0f} s (calibration: {calibration})"
     )
     print(f"  agreement with gold  {agreement(*result['icm'])}")
-    print(f"  zero-shot            {agreement(*result['zero_shot'])}")
-    print(f"  zero-shot calibrated {agreement(*result['zero_shot_calibrated'])}")
+    known = [result["icm"], result["zero_shot"], *result["predicted"].values()]
+    if any(compared for _, compared in known):  # else it was said once
+        print(f"  zero-shot            {agreement(*result['zero_shot'])}")
+        print(f"  zero-shot calibrated {agreement(*result['zero_shot_calibrated'])}")
     for by, counts in result["predicted"].items():
         outside = "not taken in by the search" if by == "predicted" else "outside the pool"
-        print(f"  {by:<20} {agreement(*counts)}  (claims {outside}, labelled from the pool's labels)")
+        told = agreement(*counts) if counts[1] else "unknown"
+        print(f"  {by:<20} {told}  (claims {outside}, labelled from the pool's labels)")
     if "parts" in result:
         print(f"  {len(result['parts'])} searches; U and nats are means over them, counts and seconds sums")
     print(
@@ -45,6 +53,9 @@ def print_summary(folder: RunFolder, document: Mapping[str, Any]) -> None:
     if document["left_out"]:
         how = "--num_batches all" if "parts" in result else "--label_rest"
         print(f"  {document['left_out']} claims of the file are outside the pool, without a label (see {how})")
+    if bad := document.get("bad_rows"):
+        count = f"{bad['count']} rows of the file were" if bad["count"] > 1 else "1 row of the file was"
+        print(f"  {count} left out (--skip_bad_rows), the first: {bad['first'][0]}")
     if "parts" in result:
         print(
             f"  labels {folder.labels_path}\n  parts  {folder.path}/{result['parts'][0]['part']} and so on, each a run"

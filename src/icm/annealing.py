@@ -102,13 +102,14 @@ class SearchSettings:
 @dataclass(frozen=True)
 class Problem:
     """What stays the same through a search: the pool's groups and constraints, the objective, the settings, and what
-    its claims cost on the server it began on."""
+    its claims cost on the server it began on. start_labels: what it starts with in place of random labels."""
 
     groups: tuple[str, ...]
     consistency: Consistency
     objective: Objective
     settings: SearchSettings
     costs: TokenCosts = field(default_factory=TokenCosts)
+    start_labels: Labels | None = None
 
     @property
     def size(self) -> int:
@@ -125,11 +126,14 @@ class Problem:
         return TreeLayout.build(labelled, self.groups, rng, anchors=self.settings.anchors)
 
     def seed_labels(self) -> Labels:
-        """Random labels, half True and half False, for num_seed claims; the rest None.
+        """start_labels where there are any, else random ones, half True and half False, for num_seed claims; the rest
+        None.
 
         The claims are the first of each group in the pool's order, then the second of each, and so on: random labels
         of one group would contradict each other, and repairing them would pick the seeds by their score.
         """
+        if self.start_labels is not None:
+            return self.start_labels
         count = min(self.settings.num_seed, self.size)
         rng = generator(self.settings.seed, Stream.SEEDS)
         odd = [bool(rng.random() < 0.5)] * (count % 2)
@@ -281,8 +285,8 @@ def explore(
 ) -> Generator[list[Candidate], list[Evaluation], tuple[Candidate, Evaluation, int]]:
     """Repair the inconsistencies of `start`: yields labelings to evaluate, is sent their worth, returns the best.
 
-    Every round takes a broken constraint of the best labeling so far and tries every assignment of the pair that
-    the constraint allows; it stops when nothing is broken, every broken pair was tried, or after
+    Every round takes a broken constraint of the best labeling so far and tries every assignment of its claims that
+    it allows; it stops when nothing is broken, every broken constraint was tried, or after
     consistency_fix_K rounds. `known` evaluations are not asked again. Also returns how many were asked.
     """
     rng = np.random.default_rng([problem.settings.seed, Stream.STEP, iteration, 1])
@@ -295,10 +299,7 @@ def explore(
         if not last:
             constraint = broken[int(rng.integers(len(broken)))]
             tried.add((best, constraint))
-            pair = constraint.first, constraint.second
-            contenders += [
-                flipped(best, dict(zip(pair, values, strict=True))) for values in constraint.relation.assignments
-            ]
+            contenders += [flipped(best, changes) for changes in constraint.repairs(best)]
         unknown = [labels for labels in dict.fromkeys(contenders) if labels not in worth]
         if unknown:
             evaluations = yield [Candidate(labels, start.layout) for labels in unknown]

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
 from src.icm.consistency import Label
-from src.icm.prefix_tree import Context, TreeLayout
+from src.icm.prefix_tree import Context, TreeLayout, reversed_bits
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,18 @@ class CappedLayout:
         return self.shown.context(claim)
 
     def place(self, claim: int) -> float:
-        return self.shown.place(claim)
+        """As in the tree; the claims outside the sample, which all see the whole of it, are spread evenly."""
+        number = self._numbers.get(claim)
+        return self.shown.place(claim) if number is None else reversed_bits(number)
 
     def append(self, claim: int) -> CappedLayout:
         if len(self.shown.questions) < self.cap:
             return replace(self, shown=self.shown.append(claim))
         return replace(self, others=(*self.others, claim))
+
+    @cached_property
+    def _numbers(self) -> dict[int, int]:
+        return {claim: number for number, claim in enumerate(self.others)}
 
 
 def balanced_sample(

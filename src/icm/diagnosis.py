@@ -17,7 +17,7 @@ from math import sqrt
 from src.icm.comparison import agreement_of, votes
 from src.icm.consistency import Constraint
 from src.icm.objective import auc, wilson_interval
-from src.icm.report import COLLAPSE_MIN_LABELS, COLLAPSE_SHARE
+from src.icm.report import COLLAPSE_MIN_LABELS, COLLAPSE_SHARE, collapse_warning
 from src.icm.run_record import LabelledClaim, RunRecord, final_labels, labels_over_time, probability
 
 LEANING_SHARE = 0.85  # of one label: not a collapse, and worth a look
@@ -187,7 +187,10 @@ def collapse(run: RunRecord) -> Finding:
         details.append(
             f"Without demonstrations the model says True to {sum(v > 0 for v in alone)} of {len(alone)} claims."
         )
-    if share < LEANING_SHARE:
+    expected = run.prior is not None and collapse_warning(labels, run.prior) is None
+    if expected:
+        told += f" The run was told to expect {run.prior:.0%} True."
+    if share < LEANING_SHARE or expected:
         return Finding("collapse", title, Verdict.OK, told, tuple(details))
     verdict = Verdict.PROBLEM if share >= COLLAPSE_SHARE else Verdict.WATCH
     if gold_share is not None and gold_share >= LEANING_SHARE:
@@ -252,16 +255,16 @@ def inconsistency(run: RunRecord) -> Finding:
         told = "There are no constraints between these claims, so none can be broken."
         return Finding("inconsistent", title, Verdict.OK, told)
     since = _broken_since(run)
-    groups = Counter(run.pool[constraint.first].group for constraint in since)
+    groups = Counter(run.pool[constraint.claims[0]].group for constraint in since)
     if not since:
         told = f"All {len(run.constraints)} constraints hold, or concern a claim without a label."
         return Finding("inconsistent", title, Verdict.OK, told)
     told = f"{len(since)} of {len(run.constraints)} constraints are broken, in {len(groups)} groups."
     details = []
     for constraint, iteration in sorted(since.items(), key=lambda item: item[1])[:SHOWN]:
-        first, second = run.pool[constraint.first], run.pool[constraint.second]
+        *others, last = (f"{run.pool[claim].row} ({run.pool[claim].label})" for claim in constraint.claims)
         details.append(
-            f"Since iteration {iteration}: rows {first.row} ({first.label}) and {second.row} ({second.label}), "
+            f"Since iteration {iteration}: rows {', '.join(others)} and {last}, "
             f"of which {constraint.relation.value.replace('true', 'True')}."
         )
     verdict = Verdict.PROBLEM if len(since) > len(run.constraints) / 10 else Verdict.WATCH
@@ -417,11 +420,10 @@ def _broken_since(run: RunRecord) -> dict[Constraint, int]:
     since: dict[Constraint, int] = {}
     for record, labels in zip(run.journal, labels_over_time(run.journal), strict=True):
         for constraint in constraints:
-            first, second = labels.get(constraint.first), labels.get(constraint.second)
-            if first is None or second is None or constraint.relation.allows(first, second):
-                since.pop(constraint, None)
-            else:
+            if constraint.relation.inconsistencies([labels.get(claim) for claim in constraint.claims]):
                 since.setdefault(constraint, int(record.get("iteration", 0)))
+            else:
+                since.pop(constraint, None)
     return since
 
 

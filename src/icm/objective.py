@@ -22,7 +22,7 @@ class Evaluation:
     """One labeling's worth.
 
     log_odds: raw leave-one-out s_i in nats by pool position, for exactly the labelled claims.
-    offset: what was subtracted from each before signing (0, or the pool's mean with calibration "mean"), nats.
+    offset: what was subtracted from each before signing (see `calibration_offset`), nats.
     predictability: mean of the signed log-odds, nats. inconsistent: I(D). utility: U(D).
     """
 
@@ -39,11 +39,17 @@ class Objective:
 
     Calibration "mean" is batch calibration (Zhou et al. 2023, arXiv 2309.17249): small models lean to one label by
     an offset that all prompts of a pool share, and a constant labeling is then the most predictable one. It changes
-    the objective, so every report names it.
+    the objective, so every report names it. The mean assumes that half of the claims are True; prior is their share
+    where it is known to be another (above 0, below 1).
     """
 
     alpha: float
     calibration: Calibration = "none"
+    prior: float | None = None
+
+    def offset(self, scores: Sequence[float]) -> float:
+        """What to subtract from these log-odds (nats) before their sign is a label."""
+        return calibration_offset(scores, self.calibration, self.prior)
 
     def evaluate(self, labels: Sequence[Label], log_odds: Mapping[int, float], consistency: Consistency) -> Evaluation:
         """U of `labels` (length N) given s_i of every labelled claim. Raises ValueError where one is missing."""
@@ -55,7 +61,7 @@ class Objective:
             return Evaluation({}, 0.0, 0.0, inconsistent, -float(inconsistent))
         scores = np.array([log_odds[i] for i in labelled], dtype=np.float64)
         signs = np.array([1.0 if labels[i] else -1.0 for i in labelled])
-        offset = float(scores.mean()) if self.calibration == "mean" else 0.0
+        offset = self.offset(scores.tolist())
         predictability = float(np.mean(signs * (scores - offset)))
         return Evaluation(
             log_odds=dict(log_odds),
@@ -64,6 +70,19 @@ class Objective:
             inconsistent=inconsistent,
             utility=self.alpha * predictability - inconsistent,
         )
+
+
+def calibration_offset(scores: Sequence[float], calibration: Calibration, prior: float | None = None) -> float:
+    """The offset (nats) that all of `scores` are taken to share; 0 without calibration, or without a score.
+
+    "mean": their mean, whose sign splits claims that are True by halves. With a known share of True claims, `prior`:
+    their (1 - prior)-quantile (linear between neighbours), above which that share of them lies. A quantile asks nothing
+    of the scores' scale, which is not a probability's (docs/algorithm.md compares it with what does).
+    """
+    if calibration == "none" or not len(scores):
+        return 0.0
+    values = np.asarray(scores, dtype=np.float64)
+    return float(values.mean() if prior is None else np.quantile(values, 1 - prior))
 
 
 def accuracy(labels: Sequence[Label], gold: Sequence[Label]) -> tuple[int, int]:

@@ -234,7 +234,7 @@ class TreeLayout:
         """
         if claim in self._places:
             return self._places[claim]
-        return _reversed_bits(self.tail.index(claim)) if claim in self.tail else 0.0
+        return reversed_bits(self.tail.index(claim)) if claim in self.tail else 0.0
 
     def append(self, claim: int) -> TreeLayout:
         if claim in self._paths or claim in self.tail:
@@ -326,7 +326,7 @@ def _intervals(node: Node, start: float, width: float) -> Iterable[tuple[int, fl
     yield from _intervals(right, start + width / 2, width / 2)
 
 
-def _reversed_bits(number: int) -> float:
+def reversed_bits(number: int) -> float:
     """The van der Corput sequence in base 2: 0, 1/2, 1/4, 3/4, 1/8, ... Every beginning of it is spread evenly."""
     value, width = 0.0, 0.5
     while number:

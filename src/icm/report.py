@@ -22,8 +22,18 @@ def agreement(agreeing: int, compared: int) -> str:
     return f"{agreeing / compared:.2f} ({agreeing} of {compared}, 95% interval {low:.2f} to {high:.2f})"
 
 
-def collapse_warning(labels: Sequence[Label]) -> str | None:
-    """One line of advice where nearly all labels are the same, None otherwise."""
+def calibration_told(settings: Mapping[str, Any]) -> str:
+    """The calibration of a run's settings in words: "none", "mean", or "mean, prior 0.97"."""
+    prior = settings.get("prior")
+    return str(settings["calibrate"]) if prior is None else f"{settings['calibrate']}, prior {prior:g}"
+
+
+def collapse_warning(labels: Sequence[Label], prior: float | None = None) -> str | None:
+    """One line of advice where nearly all labels are the same, None otherwise.
+
+    prior: the share of True claims, where it is known; then None also where at least half as many labels as it expects
+    are the rarer one.
+    """
     known = [label for label in labels if label is not None]
     if len(known) < COLLAPSE_MIN_LABELS:
         return None
@@ -31,6 +41,10 @@ def collapse_warning(labels: Sequence[Label]) -> str | None:
     if COLLAPSE_SHARE > true_share > 1 - COLLAPSE_SHARE:
         return None
     side = "True" if true_share > 0.5 else "False"
+    if prior is not None:
+        expected = 1 - prior if side == "True" else prior
+        if 1 - max(true_share, 1 - true_share) >= expected / 2:
+            return None
     return (
         f"{sum(label == (side == 'True') for label in known)} of {len(known)} labels are {side}: the search is "
         "collapsing to one label, which is the most predictable labeling of all for a model that leans to one answer. "
@@ -77,12 +91,27 @@ def check_table(worth: Mapping[str, Evaluation], calibration: str) -> str:
     return "\n".join(lines)
 
 
+def token_lines(record: Mapping[str, Any]) -> str:
+    """What a demonstration is made of, for --check: every token with what it adds to the text. See token_record."""
+    lines = [f"{name:<14}{_tokens(record[name])}" for name in ("prefix", "demonstration", "separator")]
+    labels = ", ".join(repr(text) if token is None else f"{text!r} {token}" for text, token in record["labels"].items())
+    return "\n".join([*lines, f"{'labels':<14}{labels}"])
+
+
+def _tokens(found: str | Sequence[tuple[int, str | None]]) -> str:
+    if isinstance(found, str):
+        return f"{found!r}, asked in text"
+    return "  ".join(f"{token}" if text is None else f"{text!r} {token}" for token, text in found) or "none"
+
+
 def claim_row(claim: Claim) -> dict[str, Any]:
     """What lines of labels.jsonl and claims.jsonl say of the claim itself."""
     row: dict[str, Any] = {"row": claim.row, "consistency_id": claim.group, "question": claim.question}
     row["choice"] = claim.choice
     if claim.choice_2 is not None:
         row["choice_2"] = claim.choice_2
+    if claim.of_row != claim.row or claim.option is not None:
+        row |= {"of_row": claim.of_row, "option": claim.option}
     return row
 
 
@@ -98,8 +127,12 @@ def label_row(
 
 
 def pool_rows(claims: Sequence[Claim], consistency: Consistency) -> list[dict[str, Any]]:
-    """The lines of claims.jsonl: the pool in its order, each constraint at its first claim as [position, relation]."""
+    """The lines of claims.jsonl: the pool in its order, each constraint at its first claim as [position, relation].
+
+    One between more than two claims has more positions.
+    """
     rows = [claim_row(claim) | {"gold": claim.gold, "constraints": []} for claim in claims]
     for constraint in consistency.constraints:
-        rows[constraint.first]["constraints"].append([constraint.second, constraint.relation.value])
+        first, *others = constraint.claims
+        rows[first]["constraints"].append([*others, constraint.relation.value])
     return rows

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from src.icm.consistency import Constraint, Label
+from src.icm.objective import calibration_offset
 from src.icm.testbeds import TESTBEDS
 
 SEARCHED = ("icm", "vote")  # `by` of a label that a search gave, or the majority of several
@@ -94,7 +95,18 @@ class RunRecord:
         if self.settings.get("calibrate") != "mean":
             return 0.0
         known = [claim.log_odds for claim in self.pool if claim.searched and claim.log_odds is not None]
-        return sum(known) / len(known) if known else 0.0
+        return calibration_offset(known, "mean", self.prior)
+
+    @property
+    def prior(self) -> float | None:
+        """The share of True claims that the run was calibrated to; None: a half, by the mean."""
+        prior = self.settings.get("prior")
+        return prior if isinstance(prior, float) and 0 < prior < 1 else None
+
+    @property
+    def offset_told(self) -> str:
+        """What `offset` is, in words."""
+        return "the pool's mean" if self.prior is None else f"what {100 * self.prior:g}% of the pool's log-odds exceed"
 
     @property
     def searches(self) -> tuple[RunRecord, ...]:

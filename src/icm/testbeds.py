@@ -10,18 +10,22 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal
 
 import numpy as np
 
 from src.icm.consistency import Consistency, Relation
+from src.icm.values import BadInput as BadInput
+from src.icm.values import group_of, is_missing, listed, options_of, parse_relation, shown, text_of
+from src.icm.values import parse_label as parse_label
 
 ConsistencyMode = Literal["gold-free", "upstream", "none"]
+GroupedBy = Literal["consistency_id", "question", "none"]
 
 
-class BadInput(Exception):
-    """Input that cannot be used; the message names the file, the line and what to do."""
+TEXTS: Final = ("question", "choice", "choice_2", "answer")
+"""Columns whose texts make a claim."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,17 +33,22 @@ class Claim:
     """One row of a data file, ready to be asked.
 
     text: the question, ending right before the label. group: claims of one group may constrain each other.
-    gold: the label to report agreement with; never seen by the search. row: index in the data file.
+    gold: the label to report agreement with; never seen by the search. row: its number among the file's claims. of_row:
+    the index of its row in the file, the same number unless rows before it list several options. option: its place
+    where it is one of several. relation: what holds for its whole group, or for the options of its row.
     """
 
     text: str
     group: str
     gold: bool | None
     row: int
+    of_row: int
     question: str
     choice: str
     choice_2: str | None = None
     answer: str | None = None
+    relation: Relation | None = None
+    option: int | None = None
 
 
 RelationRule = Callable[[Claim, Claim], Relation | None]
@@ -50,6 +59,8 @@ class Testbed:
     """A data file's template and its constraints.
 
     columns: what every row must have. gold_free, upstream: the relation of two claims of one group, or None.
+    relation: what holds for all claims of a group together, as a consistency_relation column can say of a row.
+    grouped_by: what makes rows one group. partly: columns that the file must have, in which rows may have nothing.
     """
 
     name: str
@@ -59,31 +70,65 @@ class Testbed:
     gold_free: RelationRule
     upstream: RelationRule
     strip_newlines: bool = False
+    grouped_by: GroupedBy = "consistency_id"
+    relation: Relation | None = None
+    partly: tuple[str, ...] = ()
+
+    def claims(self, row: Mapping[str, Any], index: int, first: int) -> list[Claim]:
+        """The claims of row `index` of a file, numbered from `first`: one, or one for each option that `choice` lists.
+
+        Exactly one of the options is true unless the row's consistency_relation says otherwise. Their gold stands in
+        `label`, or else in `answer`. Raises BadInput as `claim` does.
+        """
+        told = row.get("label") if not is_missing(row.get("label")) else row.get("answer")
+        options = options_of(row.get("choice"), told)
+        if options is None:
+            return [replace(self.claim(row, index), row=first)]
+        if "choice_2" in self.columns:
+            raise BadInput("lists options in choice; a comparison is of two texts, choice and choice_2")
+        stated = row.get("consistency_relation")
+        relation = Relation.EXACTLY_ONE if is_missing(stated) else parse_relation(stated)
+        gold = [option.gold for option in options]
+        if None not in gold and relation is not None and relation.inconsistencies(gold):
+            raise BadInput(
+                f"has {gold.count(True)} of its {len(options)} options labelled true, and {relation.value}; say in a "
+                "column consistency_relation what holds: exactly one, at most one, or none"
+            )
+        rest = {name: value for name, value in row.items() if name not in ("label", "answer", "consistency_relation")}
+        return [
+            replace(
+                self.claim({**rest, "choice": option.text}, index),
+                row=first + at,
+                gold=option.gold,
+                relation=relation,
+                option=at,
+            )
+            for at, option in enumerate(options)
+        ]
 
     def claim(self, row: Mapping[str, Any], index: int) -> Claim:
         """The claim of one row. Raises BadInput naming the missing column or unusable value."""
-        missing = [column for column in self.columns if row.get(column) is None]
-        if missing:
-            raise BadInput(f"lacks the column{'s' if len(missing) > 1 else ''} {', '.join(missing)}")
-        empty = [column for column in self.columns if str(row[column]).strip() == ""]
+        lacking = [column for column in self.columns if column not in row]
+        if lacking:
+            several = "s" if len(lacking) > 1 else ""
+            raise BadInput(f"lacks the column{several} {', '.join(lacking)} (it has {listed(list(row))})")
+        empty = [column for column in self.columns if is_missing(row[column])]
         if empty:
             raise BadInput(f"has nothing in {', '.join(empty)}")
-        fields = {
-            key: str(row[key]) for key in ("question", "choice", "choice_2", "answer") if row.get(key) is not None
-        }
-        group = row.get("consistency_id")
-        for name, text in {**fields, "consistency_id": str(group)}.items():
-            if any("\ud800" <= character <= "\udfff" for character in text):
-                raise BadInput(f"has half a character (a lone surrogate) in {name}")
+        fields = {name: text_of(name, row[name]) for name in TEXTS if not is_missing(row.get(name))}
+        stated = row.get("consistency_relation")
+        group = group_of(row.get("consistency_id")) if self.grouped_by == "consistency_id" else None
         return Claim(
             text=self.text(fields),
-            group=f"row {index}" if group in (None, "") else str(group),
+            group=f"row {index}" if group is None else group,
             gold=parse_label(row.get("label")),
             row=index,
+            of_row=index,
             question=fields["question"],
             choice=fields["choice"],
             choice_2=fields.get("choice_2"),
             answer=fields.get("answer"),
+            relation=self.relation if is_missing(stated) else parse_relation(stated),
         )
 
     def text(self, fields: Mapping[str, str]) -> str:
@@ -113,20 +158,47 @@ class Testbed:
             return Consistency([])
         if mode == "upstream" and self.upstream_leaks and any(claim.gold is None for claim in claims):
             raise BadInput("--consistency upstream makes its keys from gold labels, and some rows have none")
-        rule = self.gold_free if mode == "gold-free" else self.upstream
-        return Consistency.of_groups([c.group for c in claims], lambda i, j: rule(claims[i], claims[j]))
+        groups = [claim.group for claim in claims]
+        if mode == "upstream":
+            return Consistency.of_groups(groups, lambda i, j: self.upstream(claims[i], claims[j]))
+        together = [
+            None if claim.relation is None else (None if claim.option is None else claim.of_row, claim.relation)
+            for claim in claims
+        ]
+        return Consistency.of_groups(groups, lambda i, j: self.gold_free(claims[i], claims[j]), together)
 
 
-def parse_label(value: object) -> bool | None:
-    """A gold label: 0/1, true/false in any case, or absent. Raises BadInput for anything else."""
-    if value is None or value == "":
-        return None
-    text = str(value).strip().lower()
-    if text in ("1", "1.0", "true"):
-        return True
-    if text in ("0", "0.0", "false"):
-        return False
-    raise BadInput(f"has the label {value!r}, which is neither 0/1 nor true/false")
+def grouped_by_question(claims: Sequence[Claim]) -> list[Claim]:
+    """The claims, those with the same question (but for space around it) in one group, named after its first row."""
+    groups: dict[str, str] = {}
+    return [replace(claim, group=groups.setdefault(claim.question.strip(), claim.group)) for claim in claims]
+
+
+def check_relations(claims: Sequence[Claim]) -> None:
+    """Raises BadInput where a group's rows disagree on what holds for it, or one claim of several can't be true."""
+    groups: dict[str, list[Claim]] = defaultdict(list)
+    for claim in claims:
+        if claim.option is None:
+            groups[claim.group].append(claim)
+    for members in groups.values():
+        first = members[0]
+        for claim in members[1:]:
+            if claim.relation is not first.relation:
+                told = ["none" if each.relation is None else each.relation.value for each in (first, claim)]
+                raise BadInput(
+                    f"rows {first.of_row} and {claim.of_row} are of one group ({shown(first.group)}), and their "
+                    f"consistency_relation differs: {told[0]}, {told[1]}"
+                )
+        if first.relation is Relation.EXACTLY_ONE:
+            seen: dict[str, Claim] = {}
+            for claim in members:
+                if (other := seen.setdefault(claim.text, claim)) is not claim:
+                    raise BadInput(
+                        f"rows {other.of_row} and {claim.of_row} are the same claim, and exactly one of their "
+                        f"group ({shown(first.group)}) is to be true"
+                    )
+            if len(members) == 1:
+                raise BadInput(f"row {first.of_row} is alone in its group, of which exactly one is to be true")
 
 
 def identical_agree(first: Claim, second: Claim) -> Relation | None:
@@ -143,22 +215,20 @@ def compare_two(first: Claim, second: Claim) -> Relation | None:
 
 
 def same_answer(first: Claim, second: Claim) -> Relation | None:
-    """Solutions that end in different answers cannot both be right; those with one answer stand or fall together."""
+    """Solutions that end in different answers cannot both be right; those with one answer stand or fall together.
+
+    Of a solution without an answer nothing is known.
+    """
+    if first.answer is None or second.answer is None:
+        return identical_agree(first, second)
     return Relation.AGREE if first.answer == second.answer else Relation.AT_MOST_ONE
-
-
-def opposite_opinions(first: Claim, second: Claim) -> Relation | None:
-    """The built-in pairs hold two opposite opinions of one thing: exactly one of them is positive."""
-    return Relation.EXACTLY_ONE
 
 
 def by_columns(first: Claim, second: Claim) -> Relation | None:
     """For data files of users: comparisons where there is a choice_2, answers where there are answers."""
     if first.choice_2 is not None and second.choice_2 is not None:
         return compare_two(first, second)
-    if first.answer is not None and second.answer is not None:
-        return same_answer(first, second)
-    return identical_agree(first, second)
+    return same_answer(first, second)
 
 
 def leaking_keys(first: Claim, second: Claim) -> Relation | None:
@@ -181,8 +251,9 @@ TESTBEDS: dict[str, Testbed] = {
             file="",
             template="Review: {choice}\nPositive:",
             columns=("question", "choice"),
-            gold_free=opposite_opinions,
+            gold_free=identical_agree,
             upstream=leaking_comparison,
+            relation=Relation.EXACTLY_ONE,  # of two opposite opinions of one thing
         ),
         Testbed(
             name="truthfulQA",
@@ -205,9 +276,10 @@ TESTBEDS: dict[str, Testbed] = {
             name="gsm8k",
             file="gsm8k_verification.json",
             template=CLAIM_TEMPLATE,
-            columns=("question", "choice", "answer"),
+            columns=("question", "choice"),
             gold_free=same_answer,
             upstream=same_answer,
+            partly=("answer",),
         ),
         Testbed(
             name="alpaca",
@@ -223,9 +295,9 @@ TESTBEDS: dict[str, Testbed] = {
 }
 
 
-def custom_testbed(first_row: Mapping[str, Any]) -> Testbed:
-    """The testbed of a `--data` file: comparisons if its first row has a choice_2, single claims otherwise."""
-    comparison = first_row.get("choice_2") not in (None, "")
+def custom_testbed(row: Mapping[str, Any], grouped_by: GroupedBy = "consistency_id") -> Testbed:
+    """The testbed of a `--data` file: comparisons if a typical `row` has a choice_2, single claims otherwise."""
+    comparison = not is_missing(row.get("choice_2"))
     return Testbed(
         name="data",
         file="",
@@ -236,6 +308,7 @@ def custom_testbed(first_row: Mapping[str, Any]) -> Testbed:
         columns=("question", "choice", "choice_2") if comparison else ("question", "choice"),
         gold_free=by_columns,
         upstream=leaking_comparison if comparison else leaking_keys,
+        grouped_by=grouped_by,
     )
 
 
@@ -248,7 +321,11 @@ def sample_pool(claims: Sequence[Claim], batch_size: int, rng: np.random.Generat
 
 
 def split_pools(
-    claims: Sequence[Claim], batch_size: int, count: int | None, rng: np.random.Generator
+    claims: Sequence[Claim],
+    batch_size: int,
+    count: int | None,
+    rng: np.random.Generator,
+    grouped_by: GroupedBy = "consistency_id",
 ) -> list[list[Claim]]:
     """`count` pools (None: as many as hold all claims) of at most batch_size claims, whole groups, about equally large.
 
@@ -260,10 +337,11 @@ def split_pools(
         groups[claim.group].append(claim)
     keys = list(groups)
     sizes = [len(members) for members in groups.values()]
+    made = "; rows with the same question are one group, unless --group_by none" if grouped_by == "question" else ""
     if min(sizes) > batch_size:
-        raise BadInput(f"--batch_size {batch_size} is smaller than the smallest group of claims ({min(sizes)})")
+        raise BadInput(f"--batch_size {batch_size} is smaller than the smallest group of claims ({min(sizes)}){made}")
     if count is None and max(sizes) > batch_size:
-        raise BadInput(f"--batch_size {batch_size} is smaller than the largest group of claims ({max(sizes)})")
+        raise BadInput(f"--batch_size {batch_size} is smaller than the largest group of claims ({max(sizes)}){made}")
     pools: list[list[Claim]] = [[] for _ in range(count or math.ceil(len(claims) / batch_size))]
     for index in rng.permutation(len(keys)):
         members = groups[keys[index]]

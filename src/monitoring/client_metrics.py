@@ -55,12 +55,12 @@ class ClientMetrics:
         )
         yield gauge(
             "icm_client_requests_in_flight",
-            "Attempts that have a slot.",
+            "Attempts that are at the server.",
             [(labels, counted.in_flight) for labels, counted in servers],
         )
         yield gauge(
             "icm_client_requests_waiting",
-            "Attempts that wait for a slot.",
+            "Attempts that wait for a slot, or for their turn under the rate limits.",
             [(labels, counted.waiting) for labels, counted in servers],
         )
         yield histogram(
@@ -69,8 +69,13 @@ class ClientMetrics:
             [(labels, counted.queue) for labels, counted in servers],
         )
         yield histogram(
+            "icm_client_limited_seconds",
+            "Seconds that an attempt with a slot waited for its turn under the rate limits.",
+            [(labels, counted.limited) for labels, counted in servers],
+        )
+        yield histogram(
             "icm_client_latency_seconds",
-            "Seconds from an attempt's slot to its end; of a stream, to its last byte.",
+            "Seconds from an attempt's turn to its end; of a stream, to its last byte.",
             [(labels, counted.latency) for labels, counted in servers],
         )
 

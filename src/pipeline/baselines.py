@@ -14,7 +14,7 @@ from core.llm_api.llm import ModelAPI
 from core.llm_api.types import LabelTokens
 from src.icm.annealing import Candidate, Problem, mirrored_labels
 from src.icm.consistency import Label, Labels
-from src.icm.objective import Evaluation, accuracy, auc
+from src.icm.objective import Evaluation, accuracy, auc, calibration_offset
 from src.icm.prompts import PromptBook
 from src.pipeline.search import PoolScorer
 
@@ -31,9 +31,9 @@ class Prediction:
     offset: float = 0.0
     given: dict[int, bool] | None = None
 
-    def calibrated(self) -> Prediction:
-        """The same scores against their own mean (batch calibration)."""
-        return replace(self, offset=float(np.mean(list(self.log_odds.values()))) if self.log_odds else 0.0)
+    def calibrated(self, prior: float | None = None) -> Prediction:
+        """The same scores against their own mean (batch calibration), or against a known share of True claims."""
+        return replace(self, offset=calibration_offset(list(self.log_odds.values()), "mean", prior))
 
     @property
     def labels(self) -> dict[int, bool]:

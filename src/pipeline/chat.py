@@ -9,6 +9,7 @@ from typing import Final
 from core.llm_api.errors import ConfigurationError
 from core.llm_api.llm import ModelAPI
 from core.llm_api.types import Prompt, Segment
+from src.icm.prompts import PromptBook
 from src.pipeline.baselines import Prediction
 
 REQUEST: Final = "Complete the last line with one word, True or False.\n\n{text}"
@@ -31,19 +32,20 @@ async def ask_chat(api: ModelAPI, texts: Sequence[str]) -> ChatAnswers:
     """
     messages = [REQUEST.format(text=text) for text in texts]
     tokens = await api.tokenize_chat(messages)
-    template = tokens is not None
-    labels = await (api.label_tokens("True", "False") if template else api.label_tokens())
     if tokens is None:
-        messages = [message + PLAIN_ANSWER for message in messages]
-        tokens = await api.tokenize(messages, special=True)
-    if tokens is None:
-        raise ConfigurationError(
-            f"{api.identity.model} is asked in text, and a chat template needs its tokens.",
-            hint="Serve the chat model with vLLM, and name it with --chat_url.",
-        )
-    prompts = [
-        Prompt((Segment(message, ids),), name=f"claim {position}", place=position / len(messages))
-        for position, (message, ids) in enumerate(zip(messages, tokens, strict=True))
-    ]
+        book = await PromptBook.open(api, [message + PLAIN_ANSWER for message in messages])
+        if book.prefix.tokens is None:
+            raise ConfigurationError(
+                f"{api.identity.model} is asked in text, and a chat template needs its tokens.",
+                hint="Serve the chat model with vLLM, and name it with --chat_url.",
+            )
+        labels = book.labels
+        prompts = [book.prompt(claim, (), (), claim / len(messages)) for claim in range(len(messages))]
+    else:
+        labels = await api.label_tokens("True", "False", after="")
+        prompts = [
+            Prompt((Segment(message, ids),), name=f"claim {position}", place=position / len(messages))
+            for position, (message, ids) in enumerate(zip(messages, tokens, strict=True))
+        ]
     scores = await api.score(prompts, labels)
-    return ChatAnswers(Prediction(dict(enumerate(scores.log_odds))), template)
+    return ChatAnswers(Prediction(dict(enumerate(scores.log_odds))), tokens is not None)

@@ -87,11 +87,14 @@ class Comparison:
         self._asked = range(self._size, self._size + len(labelling.pool.rest))
 
     async def zero_shot(self, *, calibrated: bool) -> RowResult:
-        """No demonstrations. calibrated: against the mean of the pool's log-odds, also on held-out claims."""
+        """No demonstrations. calibrated: against the mean of the pool's log-odds, also on held-out claims.
+
+        With a known share of True claims against the offset that belongs to it.
+        """
 
         async def label() -> Prediction:
             pool = await self._without_demonstrations(range(self._size))
-            return pool.calibrated() if calibrated else pool
+            return pool.calibrated(self._labelling.pool.problem.objective.prior) if calibrated else pool
 
         async def ask(pool: Prediction) -> Held:
             return replace(await self._without_demonstrations(self._asked), offset=pool.offset), None
@@ -176,8 +179,9 @@ class Comparison:
 
     async def _zero_shot_labels(self) -> Labels:
         answers = await self._without_demonstrations(range(self._size))
-        if self._labelling.pool.problem.objective.calibration == "mean":
-            answers = answers.calibrated()
+        objective = self._labelling.pool.problem.objective
+        if objective.calibration == "mean":
+            answers = answers.calibrated(objective.prior)
         return self._whole(answers.labels)
 
     def _whole(self, labels: Mapping[int, bool]) -> Labels:

@@ -1,67 +1,74 @@
-"""Reading data files (.json, .jsonl, .csv) into rows that know their line, and rows into claims.
+"""Data files into claims: their rows under our names, one claim a row or option, and what is odd about them said aloud.
 
-Every complaint is a BadInput of one line that names the file and, where there is one, the line.
+Every complaint is a BadInput of one line that names the file and, where there is one, the line. What can be read of a
+file as a whole, and of which kinds, is in file_kinds.py; what a row says, in src/icm.
 """
 
 from __future__ import annotations
 
-import csv
-import io
+import ast
 import json
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
+import shlex
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from src.icm.testbeds import TESTBEDS, BadInput, Claim, Testbed, custom_testbed
+from src.icm.columns import Reading, as_written
+from src.icm.consistency import Relation
+from src.icm.testbeds import (
+    TESTBEDS,
+    BadInput,
+    Claim,
+    GroupedBy,
+    Testbed,
+    check_relations,
+    custom_testbed,
+    grouped_by_question,
+)
+from src.icm.values import BadLabel, is_missing, listed, parse_label, shown
+from src.pipeline.file_kinds import Row, is_csv
+from src.pipeline.file_kinds import read_rows as read_rows
 
 log = logging.getLogger(__name__)
 
-MAX_BYTES = 256 * 1024 * 1024
+OnBadRow = Callable[[str], None]
+"""Told why a row is left out."""
+
+ALL_ONE_QUESTION: Final = 26
+"""Claims of one question from which it looks like an instruction that stands in every row; letters name this many."""
+
+LONGEST_WORD: Final = 40
+"""Characters of a label that a refusal still shows how to map."""
+
+TRUE_WORDS: Final = frozenset(("yes", "y", "t", "correct", "right", "positive", "pos", "valid", "good"))
+FALSE_WORDS: Final = frozenset(("no", "n", "f", "incorrect", "wrong", "negative", "neg", "invalid", "bad", "-1"))
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One record of a data file and the line it starts on (1-based)."""
+def claims_of(
+    testbed: Testbed,
+    rows: Sequence[Row],
+    path: Path,
+    reading: Reading | None = None,
+    on_bad_row: OnBadRow | None = None,
+) -> list[Claim]:
+    """The claims of `rows`, read as `reading` says.
 
-    line: int
-    fields: dict[str, Any]
-
-
-def read_rows(path: Path) -> list[Row]:
-    """All records of a .json list, .jsonl or .csv file, in order."""
-    text = _read_text(path)
-    readers = {".json": _json_rows, ".jsonl": _jsonl_rows, ".csv": _csv_rows}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise BadInput(f"{path}: unknown kind of file; use .json, .jsonl or .csv")
-    rows = list(reader(path, text))
-    if not rows:
-        raise BadInput(f"{path}: holds no rows")
-    return rows
+    on_bad_row: told of every row that is left out because it is unusable; without it the first one is a BadInput with
+    file and line.
+    """
+    return _claims_of(testbed, _named(rows, path, reading or Reading()), path, on_bad_row)
 
 
-def claims_of(testbed: Testbed, rows: list[Row], path: Path) -> list[Claim]:
-    """The claims of `rows`. Raises BadInput with file and line for the first row that lacks a column."""
-    claims = []
-    for index, row in enumerate(rows):
-        try:
-            claims.append(testbed.claim(row.fields, index))
-        except BadInput as error:
-            raise BadInput(f"{path}:{row.line}: row {index} {error}") from None
-    forged = [row.line for row, claim in zip(rows, claims, strict=True) if testbed.imitates(claim)]
-    if forged:
-        log.warning(
-            "%s:%d: holds a line that begins like the prompt's own (%d such rows): the model may read that claim as "
-            "several demonstrations, labels included (docs/security.md)",
-            *(path, forged[0], len(forged)),
-        )
-    return claims
+def named_rows(path: Path, reading: Reading) -> list[Row]:
+    """The rows of a file under our names and with our values; a claim's `of_row` is its index here."""
+    return _named(read_rows(path, reading.columns.values()), path, reading)
 
 
-def load_testbed(name: str, data_dir: Path) -> tuple[Testbed, list[Claim], Path]:
+def load_testbed(name: str, data_dir: Path, on_bad_row: OnBadRow | None = None) -> tuple[Testbed, list[Claim], Path]:
     """A named testbed and its claims. The built-in one ships with the package; others are files in data_dir."""
     testbed = TESTBEDS.get(name)
     if testbed is None:
@@ -75,99 +82,261 @@ def load_testbed(name: str, data_dir: Path) -> tuple[Testbed, list[Claim], Path]
             f"{path}: not found. Say where the data sets are with --data_dir, "
             "or fetch the public ones with: python scripts/prepare_data.py"
         )
-    return testbed, claims_of(testbed, read_rows(path), path), path
+    return testbed, claims_of(testbed, read_rows(path), path, on_bad_row=on_bad_row), path
 
 
-def load_data_file(path: Path) -> tuple[Testbed, list[Claim], Path]:
-    """The claims of a user's own file."""
-    rows = read_rows(path)
-    testbed = custom_testbed(rows[0].fields)
-    comparison = "choice_2" in testbed.columns
+def load_data_file(
+    path: Path, reading: Reading | None = None, on_bad_row: OnBadRow | None = None
+) -> tuple[Testbed, list[Claim], Path]:
+    """The claims of a user's own file, read as `reading` says. on_bad_row as in claims_of."""
+    reading = reading or Reading()
+    rows = named_rows(path, reading)
+    compares = [not is_missing(row.fields.get("choice_2")) for row in rows]
+    comparison = 2 * sum(compares) > len(rows) or (2 * sum(compares) == len(rows) and compares[0])
+    if any(each != comparison for each in compares):
+        is_one, others = ("a single claim", "comparisons") if comparison else ("a comparison", "single claims")
+        bad = f"is {is_one} (by its choice_2), and most rows, or the first of as many, are {others}"
+        rows = [
+            row if each == comparison or row.bad else replace(row, bad=bad)
+            for row, each in zip(rows, compares, strict=True)
+        ]
+    typical = rows[compares.index(comparison)].fields
+    testbed = custom_testbed(typical, _grouped_by(rows, path, reading.group_by))
+    _check_columns(testbed, rows, path)
+    return testbed, _claims_of(testbed, rows, path, on_bad_row), path
+
+
+def _named(rows: Sequence[Row], path: Path, reading: Reading) -> list[Row]:
+    """The rows under our names. Raises BadInput where --columns, --map or a row's columns cannot be meant."""
+    names: dict[tuple[str, ...], dict[str, str]] = {}
+    found = []
     for row in rows:
-        if (row.fields.get("choice_2") not in (None, "")) != comparison:
-            kinds = ("a single claim", "a comparison") if comparison else ("a comparison", "a single claim")
-            raise BadInput(f"{path}:{row.line}: is {kinds[0]} (by its choice_2), and the first row is {kinds[1]}")
-    return testbed, claims_of(testbed, rows, path), path
-
-
-def _read_text(path: Path) -> str:
-    try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise BadInput(f"{path}: {size / 1e6:.0f} MB; files over {MAX_BYTES / 1e6:.0f} MB are not read")
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise BadInput(f"{path}: not found") from None
-    except IsADirectoryError:
-        raise BadInput(f"{path}: is a folder, not a data file") from None
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path}: is not UTF-8 text (byte {error.start})") from None
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
-    if not text.strip():
-        raise BadInput(f"{path}: is empty")
-    return text
-
-
-def _json_rows(path: Path, text: str) -> Iterator[Row]:
-    # Decoded element by element, so that a row's complaint can name its line.
-    decoder = json.JSONDecoder()
-    start = _skip_space(text, 0)
-    if not text.startswith("[", start):
-        raise BadInput(f"{path}:1: is not a JSON list of rows")
-    position, counted, line = _skip_space(text, start + 1), 0, 1
-    while not text.startswith("]", position):
-        line += text.count("\n", counted, position)
-        counted = position
-        try:
-            value, position = decoder.raw_decode(text, position)
-        except (ValueError, RecursionError) as error:  # also integers of thousands of digits
-            at = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else f"{path}:{line}"
-            raise BadInput(f"{at}: is not valid JSON ({_reason(error)})") from None
-        yield _row(path, line, value)
-        position = _skip_space(text, position)
-        if text.startswith(",", position):
-            position = _skip_space(text, position + 1)
-        elif not text.startswith("]", position):
-            raise BadInput(f"{path}:{1 + text.count(chr(10), 0, position)}: expected , or ] after a row")
-    if text[position + 1 :].strip():
-        raise BadInput(f"{path}: has text after its closing ]")
-
-
-def _jsonl_rows(path: Path, text: str) -> Iterator[Row]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
+        columns = tuple(row.fields)
+        if columns not in names:
             try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise BadInput(f"{path}:{number}: is not valid JSON ({_reason(error)})") from None
-            yield _row(path, number, value)
-
-
-def _csv_rows(path: Path, text: str) -> Iterator[Row]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    line = 2
+                names[columns] = reading.names(columns)
+            except BadInput as error:
+                raise BadInput(f"{path}:{row.line}: {error}") from None
+        found.append(replace(row, fields=reading.row(row.fields, names[columns])))
     try:
-        for fields in reader:
-            if None in fields:
-                raise BadInput(f"{path}:{line}: has more fields than the header")
-            yield Row(line, dict(fields))
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise BadInput(f"{path}:{reader.line_num}: is not valid CSV ({error})") from None
+        reading.check(list(dict.fromkeys(name for columns in names for name in columns)))
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from None
+    _tell_unused(rows, names, path, reading)
+    return _with_lists(found, path) if is_csv(path) else found
 
 
-def _reason(error: Exception) -> str:
-    return getattr(error, "msg", "nested too deeply" if isinstance(error, RecursionError) else str(error))
+def _check_columns(testbed: Testbed, rows: Sequence[Row], path: Path) -> None:
+    """Raises BadInput where no row has a column that a claim needs."""
+    has = list(dict.fromkeys(name for row in rows for name in row.fields))
+    lacking = [column for column in testbed.columns if column not in has]
+    if lacking:
+        several = "s" if len(lacking) > 1 else ""
+        raise BadInput(
+            f"{path}: lacks the column{several} {', '.join(lacking)}; it has {listed(has)}. "
+            f"Say which of them is meant by --columns {','.join(f'{column}=THEIRS' for column in lacking)}"
+        )
 
 
-def _row(path: Path, line: int, value: object) -> Row:
-    if not isinstance(value, dict):
-        raise BadInput(f"{path}:{line}: holds a {type(value).__name__}, not a row with named columns")
-    return Row(line, value)
+def _tell_unused(
+    rows: Sequence[Row], names: dict[tuple[str, ...], dict[str, str]], path: Path, reading: Reading
+) -> None:
+    for column, meanings in reading.values.items():
+        present = {
+            as_written(row.fields[theirs])
+            for row in rows
+            for theirs, ours in names[tuple(row.fields)].items()
+            if ours == column
+        }
+        for value in meanings.keys() - present:
+            log.warning("%s: --map %s: no row has %r there", path, column, value)
 
 
-def _skip_space(text: str, position: int) -> int:
-    while position < len(text) and text[position] in " \t\r\n":
-        position += 1
-    return position
+def _with_lists(rows: Sequence[Row], path: Path) -> list[Row]:
+    """CSV rows whose choices are all lists, written as text because a cell holds nothing else, with those lists."""
+    choices = [str(row.fields["choice"]).strip() for row in rows if not is_missing(row.fields.get("choice"))]
+    if not choices or not all(text.startswith("[") and text.endswith("]") for text in choices):
+        return list(rows)
+    return [replace(row, fields=row.fields | _lists(row, path)) for row in rows]
+
+
+def _lists(row: Row, path: Path) -> dict[str, Any]:
+    found = {}
+    for column in ("choice", "label"):
+        text = row.fields.get(column)
+        if isinstance(text, str) and text.strip().startswith("["):
+            try:
+                found[column] = _list(text.strip())
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                raise BadInput(
+                    f"{path}:{row.line}: every choice is in [brackets], and {shown(text)} is no list as JSON or Python "
+                    "write it; save the options as JSON lines, where lists stay lists"
+                ) from None
+    return found
+
+
+def _list(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return ast.literal_eval(text)
+
+
+def _grouped_by(rows: Sequence[Row], path: Path, wanted: GroupedBy | None) -> GroupedBy:
+    """What makes groups: as wanted, else consistency_id where the file has that column, else question."""
+    has_ids = any("consistency_id" in row.fields for row in rows)
+    if wanted is None:
+        return "consistency_id" if has_ids else "question"
+    if wanted == "consistency_id" and not has_ids:
+        raise BadInput(
+            f"{path}: has no column consistency_id to --group_by; name it by --columns consistency_id=THEIRS"
+        )
+    if wanted == "none" and has_ids:
+        raise BadInput(
+            f"{path}: has a column consistency_id, which makes the groups; --group_by none is for files without one. "
+            "Constraints alone are taken away by --consistency none"
+        )
+    return wanted
+
+
+def _claims_of(testbed: Testbed, rows: Sequence[Row], path: Path, on_bad_row: OnBadRow | None) -> list[Claim]:
+    claims: list[Claim] = []
+    bad: list[tuple[int, str]] = []
+    number, meant = 0, ""
+    for index, row in enumerate(rows):
+        try:
+            if row.bad is not None:
+                raise BadInput(row.bad)
+            found = testbed.claims(row.fields, index, number)
+        except BadInput as error:
+            place = f"{path}:{row.line}:" if row.bad is not None else f"{path}:{row.line}: row {index}"
+            complaint = f"{place} {error}"
+            if isinstance(error, BadLabel) and not meant:
+                meant = _meant([each.fields.get("label") for each in rows])
+                complaint += meant
+            if on_bad_row is None:
+                raise BadInput(complaint) from None
+            bad.append((index, complaint))
+            number += 1  # left out or not, the rows behind it keep their numbers
+            continue
+        claims += found
+        number += len(found)
+    if not claims:
+        raise BadInput(f"{bad[0][1]}; none of the {len(bad)} rows can be used" if len(bad) > 1 else bad[0][1])
+    if on_bad_row is not None:
+        for _, complaint in bad:
+            on_bad_row(complaint)
+    if testbed.grouped_by == "question":
+        claims = grouped_by_question(claims)
+    if testbed.relation is None:
+        try:
+            claims = _without_lost(claims, [rows[index] for index, _ in bad], testbed.grouped_by)
+            check_relations(claims)
+        except BadInput as error:
+            raise BadInput(f"{path}: {error}") from None
+    _check_partly(testbed, rows, path)
+    _tell_odd_claims(testbed, claims, rows, path)
+    return claims
+
+
+def _meant(column: Iterable[object]) -> str:
+    """What a column of labels holds, and the flag that says what its values mean; nothing where it holds lists."""
+    counts = Counter(text for each in column if (text := _plain(each)) is not None)
+    if not counts:
+        return ""
+    told = ", ".join(f"{shown(text)} ({count})" for text, count in counts.most_common(3))
+    unknown = [text for text, _ in counts.most_common() if not _is_label(text)][:2]
+    if any(set(",:") & set(text) or not text.isprintable() or len(text) > LONGEST_WORD for text in unknown):
+        return f". The column's commonest values: {told}"
+    sides = [_side(text) for text in unknown]
+    sure = all(sides) and len(set(sides)) == len(sides)
+    if not sure:
+        sides = ["false", "true"] if sides[0] == "false" or sides[1:] == ["true"] else ["true", "false"]
+    other = "" if sure else ", or the other way round"
+    flag = shlex.quote(f"label={','.join(map(':'.join, zip(unknown, sides, strict=False)))}")
+    return f". The column's commonest values: {told}; say what they mean, as by --map {flag}{other}"
+
+
+def _plain(value: object) -> str | None:
+    return None if is_missing(value) or isinstance(value, list | dict) else str(value).strip()
+
+
+def _is_label(text: str) -> bool:
+    try:
+        parse_label(text)
+    except BadLabel:
+        return False
+    return True
+
+
+def _side(text: str) -> str:
+    """The label that a word looks like: true, false, or nothing."""
+    word = as_written(text)
+    return "true" if word in TRUE_WORDS else "false" if word in FALSE_WORDS else ""
+
+
+def _without_lost(claims: Sequence[Claim], lost: Sequence[Row], grouped_by: GroupedBy) -> list[Claim]:
+    """Of a group that has lost a row, which may have been the true one, only "at most one" is still known."""
+    if grouped_by == "question":
+        questions = {str(row.fields.get("question")).strip() for row in lost}
+        groups = {claim.group for claim in claims if claim.question.strip() in questions}
+    else:
+        groups = {str(row.fields.get("consistency_id")) for row in lost}
+    return [
+        replace(claim, relation=Relation.AT_MOST_ONE)
+        if claim.relation is Relation.EXACTLY_ONE and claim.option is None and claim.group in groups
+        else claim
+        for claim in claims
+    ]
+
+
+def _check_partly(testbed: Testbed, rows: Sequence[Row], path: Path) -> None:
+    for column in testbed.partly:
+        if not any(column in row.fields for row in rows):
+            raise BadInput(
+                f"{path}: lacks the column {column}, which says what the claims of a group are to each other"
+            )
+        without = [row.line for row in rows if is_missing(row.fields.get(column))]
+        if without:
+            log.warning(
+                "%s:%d: has nothing in %s (%d such rows): a claim that is in no relation to others by it",
+                *(path, without[0], column, len(without)),
+            )
+
+
+def _tell_odd_claims(testbed: Testbed, claims: Sequence[Claim], rows: Sequence[Row], path: Path) -> None:
+    """Warn of what is read as it is and may not be meant."""
+    forged = [rows[claim.of_row].line for claim in claims if testbed.imitates(claim)]
+    if forged:
+        log.warning(
+            "%s:%d: holds a line that begins like the prompt's own (%d such rows): the model may read that claim as "
+            "several demonstrations, labels included (docs/security.md)",
+            *(path, forged[0], len(forged)),
+        )
+    golds: dict[str, Claim] = {}
+    known = [claim for claim in claims if claim.gold is not None]
+    twice = [(golds[c.text], c) for c in known if golds.setdefault(c.text, c).gold != c.gold]
+    if twice:
+        first, second = (rows[claim.of_row].line for claim in twice[0])
+        log.warning(
+            "%s:%d: is the same claim as line %d, with the other gold label (%d such rows): agreement with gold cannot "
+            "be whole",
+            *(path, second, first, len(twice)),
+        )
+    sets: dict[tuple[str, Relation], list[Claim]] = defaultdict(list)
+    for claim in claims:
+        if claim.relation is not None and claim.option is None:
+            sets[claim.group, claim.relation].append(claim)
+    broken = [each for (_, holds), each in sets.items() if holds.inconsistencies([claim.gold for claim in each])]
+    if broken:
+        log.warning(
+            "%s:%d: is of a group whose gold labels break its consistency_relation (%d such groups): one of the two is "
+            "wrong",
+            *(path, rows[broken[0][0].of_row].line, len(broken)),
+        )
+    if testbed.grouped_by == "question" and len(claims) > ALL_ONE_QUESTION and len({c.group for c in claims}) == 1:
+        log.warning(
+            "%s: all %d rows have one question, which makes them one group; if it is an instruction and no question, "
+            "use --group_by none",
+            *(path, len(rows)),
+        )

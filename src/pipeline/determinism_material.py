@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Final
 
 from core.determinism.matrix import Material
-from core.llm_api.tokens import resolve_label_tokens
 from core.llm_api.types import Engine
-from src.icm.prompts import SEPARATOR, PromptBook
+from src.icm.prompts import PromptBook
 from src.icm.testbeds import BadInput
 from src.pipeline.datafiles import load_testbed
 
@@ -38,15 +37,10 @@ async def material_for(engine: Engine, amount: Amount, *, context: int | None, b
     Raises BadInput where the engine's context is too short for it.
     """
     _, claims, _ = load_testbed("builtin", Path())
-    labels = await resolve_label_tokens(engine)
-    texts = [claim.text + ("" if labels.true.startswith(" ") else " ") for claim in claims]
-    tokens = await engine.tokenize([*texts, SEPARATOR, "x"])
-    with_special = await engine.tokenize(["x"], special=True)
-    if tokens is None or with_special is None:
+    book = await PromptBook.open(engine, [claim.text for claim in claims])
+    if book.prefix.tokens is None:
         raise BadInput("an engine that is asked in text cannot be checked: it has no token ids")
-    *questions, separator, plain = tokens
-    prefix = with_special[0][: len(with_special[0]) - len(plain)]
-    book = PromptBook.build(texts, labels, tokens=questions, prefix_tokens=prefix, separator_tokens=separator)
+    labels = book.labels
     rng = random.Random(SEED)
     marks = [rng.random() < 0.5 for _ in claims]
     asked = range(min(amount.prompts, len(claims)))
@@ -60,7 +54,7 @@ async def material_for(engine: Engine, amount: Amount, *, context: int | None, b
     room = (context or 2 * longest) - 1
     if longest > room:
         raise BadInput(f"the check asks up to {longest} tokens, and the model's context is {room + 1}")
-    words = sorted({token for question in questions for token in question})
+    words = sorted({token for question in book.questions for token in question.tokens or ()})
     length = min(amount.long_tokens // amount.long, room)
     return Material(
         prompts=tuple(prompts),

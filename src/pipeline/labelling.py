@@ -5,24 +5,30 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from core.llm_api.llm import ModelAPI
+from core.llm_api.tokens import pieces
 from core.llm_api.types import EngineIdentity, LabelTokens, Segment
 from src.icm.annealing import Problem, SearchSettings, SearchState, Stream, generator
+from src.icm.consistency import Overview
 from src.icm.objective import Evaluation, Objective, accuracy
 from src.icm.planner import TokenCosts
-from src.icm.prompts import SEPARATOR, PromptBook
+from src.icm.prompts import PromptBook
 from src.icm.report import label_row
 from src.icm.speculation import Pace
 from src.icm.testbeds import BadInput, Claim, ConsistencyMode, Testbed, split_pools
 from src.pipeline.baselines import Prediction, check_precondition, predict, reference_labelings
+from src.pipeline.continuing import Continued
+from src.pipeline.file_kinds import digest_of
 from src.pipeline.run_folder import RunFolder
 from src.pipeline.search import OnRecord, PoolScorer, search
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,8 @@ class Pool:
     """What a run labels, known before any model is asked.
 
     rest: other claims of the file, labelled after the search. left_out: how many more there are that are not labelled.
+    bad_rows: of every row of the file that could not be used, why.
+    continued: the run whose labels it starts with.
     """
 
     testbed: Testbed
@@ -38,10 +46,21 @@ class Pool:
     problem: Problem
     data_digest: str
     left_out: int = 0
+    bad_rows: tuple[str, ...] = ()
+    continued: Continued | None = None
 
     @property
     def gold(self) -> list[bool | None]:
         return [claim.gold for claim in self.claims]
+
+    @property
+    def grouped_by(self) -> str:
+        """The column that made the groups: consistency_id or question; "none" where every row is one by itself."""
+        return self.testbed.grouped_by
+
+    def overview(self) -> Overview:
+        """Groups and constraints, to be shown."""
+        return self.problem.consistency.overview(self.problem.groups, self.grouped_by)
 
 
 def prepare(
@@ -78,15 +97,24 @@ def prepare_batches(
     consistency: ConsistencyMode,
     objective: Objective,
     settings: SearchSettings,
+    continued: Continued | None = None,
 ) -> list[Pool]:
     """`count` pools (None: as many as hold all claims) of whole groups, and their constraints, from `settings.seed`.
 
-    Pools have at most batch_size claims and share none; `rest` of each are the claims that are in no pool.
+    Pools have at most batch_size claims and share none; `rest` of each are the claims that are in no pool. continued:
+    one pool, which begins with the claims that the other run labelled.
     """
-    batches = split_pools(claims, batch_size, count, generator(settings.seed, Stream.POOL))
+    if len(claims) < 2:
+        raise BadInput(f"{path}: holds one claim; a search needs others to show with each claim, so at least 2")
+    rng, start = generator(settings.seed, Stream.POOL), None
+    if continued is None:
+        batches = split_pools(claims, batch_size, count, rng, testbed.grouped_by)
+    else:
+        places = continued.pool(claims, batch_size, rng)
+        batches, start = [[claims[at] for at in places]], continued.start_labels(places)
     drawn = {claim.row for batch in batches for claim in batch}
     rest = tuple(claim for claim in claims if claim.row not in drawn)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = digest_of(path)
     pools = []
     for batch in batches:
         problem = Problem(
@@ -94,8 +122,9 @@ def prepare_batches(
             consistency=testbed.consistency(batch, consistency),
             objective=objective,
             settings=settings,
+            start_labels=start,
         )
-        pools.append(Pool(testbed, tuple(batch), rest, problem, digest))
+        pools.append(Pool(testbed, tuple(batch), rest, problem, digest, continued=continued))
     return pools
 
 
@@ -113,34 +142,63 @@ class Labelling:
     async def open(cls, pool: Pool, api: ModelAPI) -> Labelling:
         """Tokenize every claim once. Raises BadInput where a prompt would not fit the model's context."""
         claims = (*pool.claims, *pool.rest)
-        texts = [claim.text for claim in claims]
-        tokens = await api.label_tokens()
-        if not tokens.true.startswith(" "):  # a label without its own space needs one at the end of the question
-            texts = [text + " " for text in texts]
-        ids = await api.tokenize(texts)
-        if ids is None:
-            book = PromptBook.build(texts, tokens)
-        else:
-            [with_special], [plain] = await api.tokenize(["x"], special=True) or [[]], await api.tokenize(["x"]) or [[]]
-            [separator] = await api.tokenize([SEPARATOR]) or [[]]
-            prefix = with_special[: len(with_special) - len(plain)]
-            book = PromptBook.build(texts, tokens, tokens=ids, prefix_tokens=prefix, separator_tokens=separator)
-        labelling = cls(pool, api, api.identity, book, tokens)
+        book = await PromptBook.open(api, [claim.text for claim in claims])
+        labelling = cls(pool, api, api.identity, book, book.labels)
         labelling._check_context()
+        if book.unspelled:
+            log.warning(
+                "the tokenizer of %s has no token for something in %d of %d claims, the first of them in row %d: the "
+                "model does not see it",
+                *(api.identity.model, len(book.unspelled), len(claims), claims[book.unspelled[0]].row),
+            )
         return labelling
+
+    async def token_record(self) -> dict[str, Any]:
+        """What the prompts are made of, for run.json and for reading: the prefix, the labels, the separator, and the
+        shortest demonstration, each token with what it adds to the text (None where the engine does not say)."""
+        shortest = min(range(len(self.pool.claims)), key=lambda claim: _length(self.book.questions[claim]))
+        return {
+            name: segment.text if segment.tokens is None else await self._pieces(segment.tokens)
+            for name, segment in {
+                "prefix": self.book.prefix,
+                "demonstration": self.book.demonstrations[shortest][True],
+                "separator": self.book.separator,
+            }.items()
+        } | {"labels": {self.tokens.true: self.tokens.true_id, self.tokens.false: self.tokens.false_id}}
+
+    async def asks_as_before(self) -> bool:
+        """Whether versions that kept no token_record asked the same: they put prompts together from pieces alone."""
+        question = self.book.questions[0]
+        pieces_alone = await self.api.tokenize([question.text, "x"])
+        special_too = await self.api.tokenize(["x"], special=True)
+        if pieces_alone is None or special_too is None:
+            return True
+        [alone, plain], [special] = pieces_alone, special_too
+        before = tuple(special[: len(special) - len(plain)])
+        return (tuple(alone), before) == (question.tokens, self.book.prefix.tokens)
+
+    async def _pieces(self, tokens: Sequence[int]) -> list[tuple[int, str | None]]:
+        texts = await pieces(self.api, tokens)
+        return [(token, None if texts is None else texts[position]) for position, token in enumerate(tokens)]
 
     def _check_context(self) -> None:
         limit = self.identity.max_model_len
         if limit is None:
             return
         size, room = len(self.pool.claims), limit - 1  # one token is generated
-        needed = self.book.longest_prompt(size)
-        if needed > room:
-            raise BadInput(
-                f"{size} claims need prompts of up to {needed} tokens, and {self.identity.model} has a context of "
-                f"{limit}: {self.book.claims_that_fit(room, size)} of them fit. Use a smaller --batch_size, or start "
-                "the server with a larger --max-model-len"
-            )
+        cap = self.pool.problem.settings.context_cap
+        needed = self.book.longest_prompt(size, cap)
+        if needed <= room:
+            return
+        if cap is None:
+            asked, fit, flag = f"{size} claims", f"{self.book.claims_that_fit(room, size)} of them fit", "--batch_size"
+        else:
+            fitting = self.book.cap_that_fits(room, size)
+            asked, fit, flag = f"{min(cap, size - 1)} demonstrations", f"{fitting} of the longest fit", "--context_cap"
+        raise BadInput(
+            f"{asked} need prompts of up to {needed} tokens, and {self.identity.model} has a context of "
+            f"{limit}: {fit}. Use a smaller {flag}, or start the server with a larger --max-model-len"
+        )
 
     def planned_for(self, kv_capacity: int | None) -> Labelling:
         """The same, its rebuilds planned for an engine whose KV cache holds `kv_capacity` tokens.
@@ -239,7 +297,7 @@ def result_record(
         "inconsistent": state.evaluation.inconsistent,
         "icm": accuracy(state.labels, gold),
         "zero_shot": zero_shot.agreement(gold),
-        "zero_shot_calibrated": zero_shot.calibrated().agreement(gold),
+        "zero_shot_calibrated": zero_shot.calibrated(labelling.pool.problem.objective.prior).agreement(gold),
         "zero_shot_auc": zero_shot.auc(gold),
         "predicted": {by: prediction.agreement(all_gold) for by, prediction in predictions.items()},
     }

@@ -64,7 +64,7 @@ class Lookahead:
             known = self._wanted is not None
             ahead: list[Prompt] = []
             # Nothing is sent for the sake of speculation alone, so a run that is repeated asks nothing new.
-            if not self._api.are_cached(wanted, labels):
+            if not await self._api.are_cached(wanted, labels):
                 ahead, more = self._future()
                 tokens += more
                 self._future = _nothing

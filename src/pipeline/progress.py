@@ -1,4 +1,7 @@
-"""The progress bar of a search: pool size, U, acceptance, accuracy where known, cache hit rate, time left."""
+"""The progress of a search: pool size, U, acceptance, accuracy where known, cache hit rate, time left.
+
+A bar that changes on a terminal; lines every 15 seconds anywhere else.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,11 @@ import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Final, Protocol
+from typing import Final, NoReturn, Protocol, TextIO
 
 from tqdm import tqdm
 
-from src.icm.annealing import SearchState
+from src.icm.annealing import Problem, SearchState, finished, wants_mirror, wants_rebuild
 from src.icm.journal import Record
 from src.icm.objective import accuracy
 from src.icm.report import collapse_warning
@@ -36,6 +39,57 @@ GROWTH: Final = 2.5
 the one before it. From searches over 16, 32 and 64 built-in claims (docs/lab-log.md, 2026-11-27)."""
 
 
+ON_A_TERMINAL: Final = 0.5
+ELSEWHERE: Final = 15.0
+"""Seconds between two looks at a search."""
+
+
+class Lines:
+    """Where a bar is written that nobody watches: every state of it is a line of its own, none of them twice."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+        self._last = ""
+
+    def write(self, text: str) -> None:
+        line = text.strip("\r\n ")
+        if line and line != self._last:
+            self._out.write(f"{line}\n")
+            self._last = line
+
+    def flush(self) -> None:
+        self._out.flush()
+
+
+def bar_of(total: int, unit: str, quiet: bool, behind: str) -> tqdm[NoReturn]:
+    """A bar on standard error, or lines where that is no terminal. behind: tqdm's fields after the count."""
+    terminal = sys.stderr.isatty()
+    count = "{n_fmt}/{total_fmt} " + unit
+    return tqdm(
+        total=total,
+        unit=unit.removesuffix("s"),
+        file=sys.stderr if terminal else Lines(sys.stderr),
+        disable=quiet,
+        dynamic_ncols=True,
+        smoothing=0.1,
+        mininterval=_interval(),
+        bar_format="{l_bar}{bar}| " + count + behind if terminal else count + behind,
+    )
+
+
+def _interval() -> float:
+    return ON_A_TERMINAL if sys.stderr.isatty() else ELSEWHERE
+
+
+def doing(problem: Problem, state: SearchState) -> str | None:
+    """What a search is about to ask where that takes long and no claim is labelled meanwhile; None: its next claim."""
+    if finished(problem, state):
+        return None
+    if wants_mirror(problem, state):
+        return "asking all with every label flipped"
+    return "asking all in a new order" if wants_rebuild(problem, state) else None
+
+
 class SearchProgress:
     """A tqdm bar over labelled claims (--stop labelled) or iterations (--stop K), fed journal records.
 
@@ -49,18 +103,10 @@ class SearchProgress:
         self._first = 0
         # With a cap a question is as long at the end as at the beginning.
         self._growth = GROWTH if pool.problem.settings.context_cap is None else 1.0
-        interval = 0.5 if sys.stderr.isatty() else 15.0
-        self._bar = tqdm(
-            total=total,
-            unit="step" if self._by_iteration else "claim",
-            disable=quiet,
-            dynamic_ncols=True,
-            smoothing=0.1,
-            mininterval=interval,
-            # tqdm takes all claims to cost the same; what is left is told behind the bar instead.
-            bar_format=None if self._by_iteration else "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
-        )
-        self._interval = interval
+        # tqdm takes all claims to cost the same; what is left is told behind the bar instead.
+        behind = " [{elapsed}<{remaining}, {rate_fmt}{postfix}]" if self._by_iteration else " [{elapsed}{postfix}]"
+        self._bar = bar_of(total, "steps" if self._by_iteration else "claims", quiet, behind)
+        self._interval = _interval()
         self._clock = clock
         self._begun = self._shown = clock()
         self._started = False
@@ -96,15 +142,21 @@ class SearchProgress:
             shown["accuracy"] = f"{agreeing / compared:.2f}"
         if self._computed:
             shown["hits"] = f"{self._cached / (self._cached + self._computed):.2f}"
+        now = doing(self._pool.problem, state)
+        if now:
+            shown["now"] = now
         self._bar.set_postfix(shown, refresh=False)
-        self._bar.update(done - self._bar.n)
-        if self._clock() - self._shown >= self._interval:  # update() shows nothing while the count stands still
+        told = self._bar.update(done - self._bar.n)
+        # update() shows nothing while the count stands still
+        if not told and (now or self._clock() - self._shown >= self._interval):
             self._bar.refresh()
+            told = True
+        if told:
             self._shown = self._clock()
-        warning = None if self._warned else collapse_warning(state.labels)
+        warning = None if self._warned else collapse_warning(state.labels, self._pool.problem.objective.prior)
         if warning:
             self._warned = True
-            self._bar.write(f"warning: {warning}")
+            self._bar.write(f"warning: {warning}", file=sys.stderr)
 
     def _left(self, done: int) -> float | None:
         """Seconds that the search will still take, once it has labelled something in this session; tqdm tells it of
@@ -119,8 +171,7 @@ class PartsProgress:
     """One bar over the labelled claims of several searches that run at once, and a line for each that ends."""
 
     def __init__(self, claims: int, parts: int, quiet: bool) -> None:
-        interval = 0.5 if sys.stderr.isatty() else 15.0
-        self._bar = tqdm(total=claims, unit="claim", disable=quiet, dynamic_ncols=True, mininterval=interval)
+        self._bar = bar_of(claims, "claims", quiet, " [{elapsed}<{remaining}, {rate_fmt}{postfix}]")
         self._parts = parts
         self._finished = self._claims_finished = 0
         self._labelled: dict[str, int] = {}

@@ -1,5 +1,5 @@
-"""runs/NAME/: run.json (what the run is), claims.jsonl (its pool), log.jsonl (the journal), labels.jsonl and curves.png
-(the result).
+"""runs/NAME/: run.json (what the run is), claims.jsonl (its pool), prompt.txt (one of its prompts), log.jsonl (the
+journal), labels.jsonl and curves.png (the result).
 
 Only complete lines of the journal count: a line torn by a kill is cut off before the run goes on.
 """
@@ -54,6 +54,10 @@ class RunFolder:
     @property
     def claims_path(self) -> Path:
         return self.path / "claims.jsonl"
+
+    @property
+    def prompt_path(self) -> Path:
+        return self.path / "prompt.txt"
 
     @property
     def run_path(self) -> Path:
@@ -151,6 +155,10 @@ class RunFolder:
     def write_claims(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """The pool as the run found it, so that a run in progress can be read without its data file."""
         write_atomically(self.claims_path, b"".join(orjson.dumps(row) + b"\n" for row in rows))
+
+    def write_prompt(self, text: str) -> None:
+        """One whole prompt, as the model is asked it."""
+        write_atomically(self.prompt_path, text.encode())
 
 
 def _lock(file: IO[bytes]) -> None:

@@ -239,11 +239,17 @@ def _constraints(rows: Sequence[dict[str, Any]]) -> tuple[Constraint, ...]:
     found = []
     for first, row in enumerate(rows):
         listed = row.get("constraints")
-        for pair in listed if isinstance(listed, list) else []:
-            match pair:
-                case [int(other), str(relation)] if relation in known and first < other < len(rows):
-                    found.append(Constraint(first, other, known[relation]))
+        for constraint in listed if isinstance(listed, list) else []:
+            match constraint:
+                case [*others, str(relation)] if relation in known and _ascending([first, *others], len(rows)):
+                    found.append(Constraint((first, *others), known[relation]))
     return tuple(found)
+
+
+def _ascending(positions: Sequence[object], size: int) -> bool:
+    """Whether these are two or more pool positions in order."""
+    whole = [at for at in positions if type(at) is int and at < size]
+    return len(whole) == len(positions) > 1 and whole == sorted(set(whole))
 
 
 def _summed_cost(journal: Iterable[Mapping[str, Any]], parts: Iterable[RunRecord]) -> dict[str, float]:

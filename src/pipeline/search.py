@@ -208,7 +208,7 @@ def resumed_state(problem: Problem, folder: RunFolder) -> SearchState | None:
 
 
 async def _start(scorer: PoolScorer) -> SearchState:
-    """Evaluate the random seeds and repair their inconsistencies."""
+    """Evaluate the labels that it starts with and repair their inconsistencies."""
     problem = scorer.problem
     labels = problem.seed_labels()
     layout = problem.new_layout([i for i, label in enumerate(labels) if label is not None], labels=labels)

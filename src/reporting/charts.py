@@ -253,7 +253,7 @@ def margin_chart(run: RunRecord) -> Chart | None:
         title="Log-odds",
         description=f"Histogram of the final log-odds, by {basis}: {sum(counts[True])} True and {sum(counts[False])} "
         "False claims.",
-        x_label="nat" + (", against the pool's mean" if run.offset else ""),
+        x_label="nat" + (f", against {run.offset_told}" if run.offset else ""),
         x_ticks=[Tick(x(value), f"{value:g}") for value in ticks(-reach, reach, 6) if abs(value) <= reach],
         y_ticks=[Tick(y(value), f"{value:g}") for value in at],
         bars=bars,

@@ -97,6 +97,7 @@ class RunView:
     calibration: list[Chart]
     claims: list[ClaimRow]
     offset: float
+    offset_told: str
     rebuilds: bool
     settings: list[tuple[str, str]]
     engine: list[tuple[str, str]]
@@ -160,6 +161,7 @@ def view_of(run: RunRecord, prices: PriceFile | None = None) -> RunView:
         ],
         claims=[_claim_row(claim, offset, run.compares) for claim in run.claims],
         offset=offset,
+        offset_told=run.offset_told,
         rebuilds=len(curves) == 1 and bool(curves[0][1].rebuilds),
         settings=[(name, _shown(value)) for name, value in run.settings.items()],
         engine=_engine(run),
@@ -219,7 +221,7 @@ def _hash(text: str) -> str:
 def _summary(run: RunRecord) -> str:
     settings = run.settings
     said = [f"{run.testbed}, {len(run.pool)} claims in the pool", run.model]
-    said += [f"{name} {settings[name]}" for name in ("alpha", "seed", "calibrate") if name in settings]
+    said += [f"{name} {settings[name]}" for name in ("alpha", "seed", "calibrate", "prior") if name in settings]
     if run.started:
         said.append(f"started {_clock(run.started)}")
     said.append(f"finished {_clock(run.finished)}" if run.finished else "not finished")

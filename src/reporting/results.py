@@ -32,12 +32,11 @@ def results_of(run: RunRecord) -> list[ResultRow]:
         known = [claim.agrees for claim in run.pool if claim.agrees is not None]
         return [ResultRow("ICM", "labels so far", sum(known), len(known))]
     result = run.result
+    own = "its own mean" if run.prior is None else run.offset_told
     rows = [
         ResultRow("ICM", "claims that the search labelled", *_counts(result.get("icm"))),
         ResultRow("zero-shot", "the pool, without demonstrations", *_counts(result.get("zero_shot"))),
-        ResultRow(
-            "zero-shot, calibrated", "the same against its own mean", *_counts(result.get("zero_shot_calibrated"))
-        ),
+        ResultRow("zero-shot, calibrated", f"the same against {own}", *_counts(result.get("zero_shot_calibrated"))),
     ]
     notes = {
         "predicted": "claims of the pool that the search did not take in",

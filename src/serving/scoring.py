@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Self
 
 from core.llm_api.llm import ModelAPI
-from core.llm_api.types import LabelTokens
-from src.icm.prompts import SEPARATOR, PromptBook
+from core.llm_api.tokens import Spelling
+from src.icm.prompts import PromptBook
 from src.icm.testbeds import TESTBEDS, BadInput
 from src.serving.messages import ClaimScore, ScoreAnswer, ScoreComparisons, ScoreSingles
 
@@ -19,21 +19,15 @@ class TooLong(Exception):
 
 @dataclass(frozen=True)
 class Scorer:
-    """What every pool of one model shares: its label tokens, its own first tokens, the separator."""
+    """What every pool of one model shares: how it spells demonstrations."""
 
     api: ModelAPI
-    labels: LabelTokens
-    prefix: tuple[int, ...]
-    separator: tuple[int, ...]
+    spelling: Spelling
 
     @classmethod
     async def open(cls, api: ModelAPI) -> Self:
         """Ask the model's tokenizer once. Raises an APIError."""
-        labels = await api.label_tokens()
-        special, plain = await api.tokenize(["x"], special=True), await api.tokenize(["x", SEPARATOR])
-        if special is None or plain is None:  # asked in text
-            return cls(api, labels, (), ())
-        return cls(api, labels, tuple(special[0][: len(special[0]) - len(plain[0])]), tuple(plain[1]))
+        return cls(api, await PromptBook.spelling(api))
 
     async def score(self, request: ScoreSingles | ScoreComparisons) -> ScoreAnswer:
         """log P(True) - log P(False), nats, of every claim after all demonstrations, in the order they are given.
@@ -48,15 +42,7 @@ class Scorer:
                 texts.append(testbed.claim(row.model_dump(exclude={"label"}), index).text)
             except BadInput as error:
                 raise BadInput(f"{_place(index, len(request.demonstrations))} {error}") from None
-        if not self.labels.true.startswith(" "):  # a label without its own space needs one at the end of the question
-            texts = [text + " " for text in texts]
-        book = PromptBook.build(
-            texts,
-            self.labels,
-            tokens=await self.api.tokenize(texts),
-            prefix_tokens=self.prefix,
-            separator_tokens=self.separator,
-        )
+        book = await PromptBook.open(self.api, texts, self.spelling)
         count = len(request.demonstrations)
         labels = [row.label for row in request.demonstrations]
         # All share the demonstrations, so that a prefix cache computes them once.
@@ -65,7 +51,7 @@ class Scorer:
             for claim in range(count, len(rows))
         ]
         self._check(max(prompt.num_tokens for prompt in prompts))
-        scores = await self.api.score(prompts, self.labels)
+        scores = await self.api.score(prompts, book.labels)
         return ScoreAnswer(
             scores=[
                 ClaimScore(

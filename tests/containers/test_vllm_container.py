@@ -79,7 +79,7 @@ def test_the_extension_needs_nothing_that_vllm_does_not_bring() -> None:
     ours = ["orjson", "tenacity", "matplotlib", "bm25s"]
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({ours}))\n"
-        "from core.vllm_extension import block_hashes, block_lookup, label_logprobs, plugin, uncached_tokens\n"
+        "from icm_vllm import block_hashes, block_lookup, label_logprobs, plugin, uncached_tokens\n"
         "plugin.register()"
     )
     run(sys.executable, "-c", code, PYTHONPATH=str(REPO_ROOT))

@@ -22,17 +22,22 @@ from typing import Any, Self
 
 from aiohttp import web
 
-from core.llm_api import prompt_tree
+from core.llm_api import continuation
+from core.llm_api.tokens import CANARY_TEXT
+from icm_vllm import prompt_tree
 
 BOS = 1
 TRUE, FALSE = 5852, 7983
 BLOCK = 16
 _PIECE = re.compile(r" ?\w+| ?[^\w\s]|\s")
+_SPLIT_PIECE = re.compile(r"\w+|[^\w\s]|\s")
 _FIXED = {" True": TRUE, " False": FALSE}
 
 
-def encode(text: str) -> list[int]:
-    return [_FIXED.get(piece, 10_000 + zlib.crc32(piece.encode()) % 100_000) for piece in _PIECE.findall(text)]
+def encode(text: str, *, split: bool = False) -> list[int]:
+    """split: the space before a word is a token of its own."""
+    found = (_SPLIT_PIECE if split else _PIECE).findall(text)
+    return [_FIXED.get(piece, 10_000 + zlib.crc32(piece.encode()) % 100_000) for piece in found]
 
 
 def hashed_log_odds(tokens: Sequence[int]) -> float:
@@ -69,6 +74,9 @@ class Fault:
 class FakeVLLM:
     """Counts what it sees: `requests` (paths), `completions` (bodies, the canary's included), `max_in_flight`."""
 
+    counts_on = " 6 7"
+    """How the model goes on from "1 2 3 4 5"."""
+
     def __init__(
         self,
         *,
@@ -85,13 +93,26 @@ class FakeVLLM:
         root: str = "/models/fake",
         salt: str = "",  # another salt is another model: the canary answers differently
         split_labels: bool = False,  # ' True' is two tokens, 'True' is one
+        detokenizes: bool = True,  # offers /detokenize
         trees: bool = False,  # runs our extension
         fast_prefixes: bool = False,  # and says that its engine does, too
         kernels: str = "",  # and which kernels answer
         dtype: str = "",  # in which type
+        config: str = "",  # and how the model is configured
         chat_template: str | None = None,  # one user message in braces
+        prefix: str = "",  # of every path, as behind a gateway
+        tokenizes: bool = True,  # /tokenize is let through
+        tells_token_ids: bool = True,  # those of a text that is completed (return_token_ids)
+        max_body: int | None = None,  # bytes; larger ones get 413 unread, as from nginx
+        miscounts: tuple[int, int] = (0, 0),  # prompt tokens too many in usage: a request, a prompt
+        adds_bos: bool = False,  # to prompts of token ids, whatever they begin with
+        logits: float | None = None,  # answers with logits, which lie so far above log-probabilities
+        drops_connections: bool = False,  # after every answer, and without a word about it
     ) -> None:
         self.chat_template = chat_template
+        self.prefix, self.tokenizes, self.tells_token_ids = prefix, tokenizes, tells_token_ids
+        self.max_body, self.miscounts, self.adds_bos = max_body, miscounts, adds_bos
+        self.logits, self.drops_connections = logits, drops_connections
         self.model, self.root, self.salt = model, root, salt
         self.version = "0.26.0+fake"
         self.log_odds, self.block, self.keeps = log_odds, block, keeps
@@ -99,7 +120,7 @@ class FakeVLLM:
         self.max_model_len, self.max_logprobs = max_model_len, max_logprobs
         self.exact_labels, self.metrics, self.logprobs = exact_labels, metrics, logprobs
         self.split_labels, self.trees, self.fast_prefixes = split_labels, trees, fast_prefixes
-        self.kernels, self.dtype = kernels, dtype
+        self.kernels, self.dtype, self.config = kernels, dtype, config
         self.faults: list[Fault] = []
         self.shuffle = False
         self.drop: set[int] = set()  # token ids never listed
@@ -109,6 +130,8 @@ class FakeVLLM:
         self.authorizations: list[str | None] = []
         self.in_flight = self.max_in_flight = self.aborted = 0
         self.queries = self.hits = 0
+        self.detokenizes = detokenizes
+        self._known = {BOS: "<bos>"}  # every token that was made here
         self._blocks: set[int] = set()
         self._in_window: set[int] = set()
         self._runner: web.AppRunner | None = None
@@ -116,7 +139,7 @@ class FakeVLLM:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://127.0.0.1:{self.port}{self.prefix}"
 
     async def __aenter__(self) -> Self:
         app = web.Application(client_max_size=2**30, middlewares=[self._middleware])
@@ -124,10 +147,15 @@ class FakeVLLM:
         app.router.add_get("/version", self._version)
         app.router.add_get("/metrics", self._metrics)
         app.router.add_post("/tokenize", self._tokenize)
+        app.router.add_post("/detokenize", self._detokenize)
         app.router.add_post("/v1/completions", self._completions)
+        app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_get(prompt_tree.PATH, self._describe)
         app.router.add_post(prompt_tree.PATH, self._label_logprobs)
         self.more_routes(app)
+        if self.prefix:
+            inner, app = app, web.Application(client_max_size=2**30)
+            app.add_subapp(self.prefix, inner)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", self.port)
@@ -146,18 +174,34 @@ class FakeVLLM:
 
     @property
     def pools(self) -> list[dict[str, Any]]:
-        """Completion bodies after the two that a client sends at start."""
-        return self.completions[2:]
+        """Completion bodies other than the fixed prompt, which a client may ask whenever it likes, and texts that it
+        has tokenized so."""
+        fixed = (CANARY_TEXT, [BOS, *encode(CANARY_TEXT)])
+        return [
+            body
+            for body in self.completions
+            if not body.get("return_token_ids")
+            and body["prompt"] != CANARY_TEXT
+            and not all(prompt in fixed for prompt in body["prompt"])
+        ]
 
     @web.middleware
     async def _middleware(self, request: web.Request, handler: Any) -> web.StreamResponse:
-        self.requests.append(request.path)
+        path = request.path.removeprefix(self.prefix)
+        self.requests.append(path)
         self.authorizations.append(request.headers.get("Authorization"))
         wanted = f"Bearer {self.api_key}"
-        if self.api_key and request.path.startswith("/v1") and request.headers.get("Authorization") != wanted:
+        if self.api_key and path.startswith("/v1") and request.headers.get("Authorization") != wanted:
             sent = request.headers.get("Authorization", "nothing")
             return web.json_response({"error": f"Unauthorized: {sent}"}, status=401)  # as tactless as servers get
+        if self.max_body is not None and (request.content_length or 0) > self.max_body:
+            html = "<html><head><title>413 Request Entity Too Large</title></head></html>"
+            return web.Response(status=413, text=html, content_type="text/html")
         response: web.StreamResponse = await handler(request)
+        if self.drops_connections and request.transport is not None:
+            await response.prepare(request)
+            await response.write_eof()
+            request.transport.close()
         return response
 
     async def _models(self, _: web.Request) -> web.Response:
@@ -182,19 +226,35 @@ class FakeVLLM:
         return web.Response(text="\n".join(lines))
 
     async def _tokenize(self, request: web.Request) -> web.Response:
+        if not self.tokenizes:
+            raise web.HTTPNotFound
         body = await request.json()
         if "messages" in body:
             if self.chat_template is None:
-                problem = {"error": {"message": "This model has no chat template.", "code": 400}}
-                return web.json_response(problem, status=400)
-            body = {"prompt": self.chat_template.format(body["messages"][0]["content"]), "add_special_tokens": True}
-        text = body["prompt"]
-        tokens = encode(text)
-        if self.split_labels and text in _FIXED:
-            tokens = [32, _FIXED[text]]
-        if body.get("add_special_tokens", True):
-            tokens = [BOS, *tokens]
+                return _no_template()
+            body = {"prompt": self.chat_template.format(body["messages"][0]["content"])}
+        tokens = self._encoded(body["prompt"], body)
         return web.json_response({"count": len(tokens), "max_model_len": self.max_model_len, "tokens": tokens})
+
+    async def _detokenize(self, request: web.Request) -> web.Response:
+        if not self.detokenizes:
+            raise web.HTTPNotFound
+        return web.json_response({"prompt": "".join(self._known[token] for token in (await request.json())["tokens"])})
+
+    def _encoded(self, text: str, body: dict[str, Any]) -> list[int]:
+        tokens = encode(text, split=self.split_labels)
+        self._known.update(zip(tokens, (_SPLIT_PIECE if self.split_labels else _PIECE).findall(text), strict=True))
+        return [BOS, *tokens] if body.get("add_special_tokens", True) else tokens
+
+    async def _chat(self, request: web.Request) -> web.StreamResponse:
+        """As much of a chat as says which token ids its prompt has."""
+        if self.chat_template is None:
+            return _no_template()
+        body = await request.json()
+        tokens = self._encoded(self.chat_template.format(body["messages"][0]["content"]), {})
+        message = {"role": "assistant", "content": "?"}
+        told = {"prompt_token_ids": tokens} if body.get("return_token_ids") and self.tells_token_ids else {}
+        return web.json_response({"choices": [{"index": 0, "message": message}], **told})
 
     async def _describe(self, _: web.Request) -> web.Response:
         if not self.trees:
@@ -206,6 +266,7 @@ class FakeVLLM:
                 "fast_prefixes": self.fast_prefixes,
                 "kernels": self.kernels,
                 "dtype": self.dtype,
+                "config": self.config,
             }
         )
 
@@ -247,6 +308,8 @@ class FakeVLLM:
             return web.json_response({"error": {"message": error, "type": "BadRequestError", "code": 400}}, status=400)
         hits = self.hits
         answer: Any = self._complete(body)
+        if body.get("prompt") == continuation.COUNTING:
+            answer["choices"][0]["text"] = self.counts_on
         if "tree" in body:
             answer = _as_pairs(answer, body["logprob_token_ids"]) | {"cached_tokens": self.hits - hits}
         if fault.patch is not None:
@@ -269,24 +332,41 @@ class FakeVLLM:
             return f"Requested sample logprobs of {body['logprobs']}, which is greater than max allowed."
         if "logprob_token_ids" in body and self.exact_labels == "rejected":
             return "Extra inputs are not permitted: logprob_token_ids"
-        if any(len(p) >= self.max_model_len for p in _prompts(body)):
+        if any(len(p) >= self.max_model_len for p in self._prompts(body)):
             return "This model's maximum context length is exceeded."
-        if len(_prompts(body)) > 1024:
+        if not all(self._prompts(body)):
+            return "Either prompt or prompt_embeds must be provided and non-empty."
+        if len(self._prompts(body)) > 1024:
             return "too many prompts"
         return ""
 
     def _complete(self, body: dict[str, Any]) -> dict[str, Any]:
-        prompts = _prompts(body)
-        choices = [{"index": i, "text": "?", "logprobs": self._logprobs(p, body)} for i, p in enumerate(prompts)]
+        prompts = self._prompts(body)
+        choices: list[dict[str, Any]] = [
+            {"index": i, "text": "?", "logprobs": self._logprobs(p, body)} for i, p in enumerate(prompts)
+        ]
+        if body.get("return_token_ids") and self.tells_token_ids:
+            for choice, prompt in zip(choices, prompts, strict=True):
+                choice["prompt_token_ids"] = prompt
         if self.shuffle:
             choices = choices[1::2] + choices[0::2]
-        count = sum(map(len, prompts))
+        a_request, a_prompt = self.miscounts
+        count = sum(map(len, prompts)) + a_request + len(prompts) * a_prompt
         return {
             "object": "text_completion",
             "model": self.model,
             "choices": choices,
             "usage": {"prompt_tokens": count, "completion_tokens": len(prompts), "total_tokens": count + len(prompts)},
         }
+
+    def _prompts(self, body: dict[str, Any]) -> list[list[int]]:
+        prompt = body["prompt"]
+        if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
+            prompt = [prompt]
+        bos = [BOS] * self.adds_bos
+        # A text that is completed has no BOS unless that is asked for; vLLM's own default is the other way round.
+        special = {"add_special_tokens": body.get("add_special_tokens", False)}
+        return [self._encoded(p, special) if isinstance(p, str) else bos + p for p in prompt]
 
     def _logprobs(self, tokens: list[int], body: dict[str, Any]) -> dict[str, Any] | None:
         if not self.logprobs or body.get("logprobs") is None:
@@ -296,7 +376,7 @@ class FakeVLLM:
         true, false = label_distribution(self.log_odds(tokens))
         # Fillers share the last tenth; which ones they are depends on the salt.
         offset = zlib.crc32(self.salt.encode()) % 1000
-        every = {TRUE: true, FALSE: false} | {200_000 + offset + i: math.log(0.05) - i * 0.5 for i in range(40)}
+        every = {TRUE: true, FALSE: false} | {200_000 + offset + i: math.log(0.035) - i * 0.5 for i in range(40)}
         every = {t: lp for t, lp in every.items() if t not in self.drop}
         ranked = sorted(every.items(), key=lambda item: -item[1])
         wanted = body.get("logprob_token_ids")
@@ -305,6 +385,7 @@ class FakeVLLM:
             listed = dict(ranked[:1]) | {t: every.get(t, rest - t % 7) for t in wanted if t not in self.drop}
         else:
             listed = dict(ranked[: body["logprobs"]])
+        listed = {token: value + (self.logits or 0.0) for token, value in listed.items()}
         by_id = body.get("return_tokens_as_token_ids")
         top = {(f"token_id:{t}" if by_id else named.get(t, f"tok{t}")): lp for t, lp in listed.items()}
         return {"tokens": ["?"], "token_logprobs": [ranked[0][1]], "top_logprobs": [top], "text_offset": [0]}
@@ -334,10 +415,5 @@ def _as_pairs(answer: dict[str, Any], labels: Sequence[int]) -> dict[str, Any]:
     return {"logprobs": pairs, "prompt_tokens": answer["usage"]["prompt_tokens"]}
 
 
-def _prompts(body: dict[str, Any]) -> list[list[int]]:
-    prompt = body["prompt"]
-    if isinstance(prompt, str):
-        return [encode(prompt)]
-    if prompt and isinstance(prompt[0], int):
-        return [prompt]
-    return [encode(p) if isinstance(p, str) else p for p in prompt]
+def _no_template() -> web.Response:
+    return web.json_response({"error": {"message": "This model has no chat template.", "code": 400}}, status=400)

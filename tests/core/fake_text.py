@@ -71,7 +71,6 @@ class FakeTextServer(FakeVLLM):
         return await super()._middleware(request, handler)
 
     def more_routes(self, app: web.Application) -> None:
-        app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_post("/v1/embeddings", self._embed)
 
     async def _metrics(self, request: web.Request) -> web.Response:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from core.llm_api.completions import (
     PIECE,
+    Answers,
     label_logprobs,
     read_answers,
     read_tree_answer,
@@ -89,6 +90,23 @@ def test_choices_are_put_in_the_prompts_order(order: list[int]) -> None:
         orjson.dumps(body(2, choices=[{"index": 0, "logprobs": {"top_logprobs": []}}, {"index": 1, "logprobs": {}}])),
         orjson.dumps(body(2, choices=[{"index": i, "logprobs": {"top_logprobs": [None]}} for i in (0, 1)])),
         json.dumps(body(2)).replace("-2", "NaN").encode(),
+        *(
+            orjson.dumps(body(2, choices=[{"index": i, "logprobs": logprobs} for i in (0, 1)]))
+            for logprobs in (
+                [],
+                {"content": None},
+                {"content": []},
+                {"content": [None]},
+                {"content": [{"token": "a"}]},
+                {"content": [{"token": "a", "logprob": -1, "top_logprobs": [{"token": "a"}]}]},
+                {"content": [{"token": "a", "logprob": -1, "top_logprobs": [[]]}]},
+                {"content": [{"token": [], "logprob": -1}]},
+                {"content": [{"token": None, "logprob": -1}]},
+                {"top_logprobs": None},
+                {"top_logprobs": None, "tokens": [], "token_logprobs": []},
+                {"top_logprobs": None, "tokens": ["a"], "token_logprobs": [0.5]},
+            )
+        ),
     ],
 )
 def test_unusable_bodies_may_be_asked_for_again(answer: bytes) -> None:
@@ -99,6 +117,41 @@ def test_unusable_bodies_may_be_asked_for_again(answer: bytes) -> None:
 def test_an_answer_without_logprobs_is_final() -> None:
     with pytest.raises(ConfigurationError, match="no logprobs"):
         read_answers(orjson.dumps(body(1, choices=[{"index": 0, "logprobs": None}])), prompts(1))
+
+
+def answered(logprobs: object, **changes: object) -> Answers:
+    return read_answers(orjson.dumps(body(1, choices=[{"index": 0, "logprobs": logprobs}], **changes)), prompts(1))
+
+
+def test_lists_as_chats_have_them() -> None:
+    told = [("a", -0.5), ("\ufffd", -2.0), ("\ufffd", -1.5), ("b", None)]
+    top = [{"id": i, "token": token, "bytes": [], "logprob": lp} for i, (token, lp) in enumerate(told)]
+    assert answered({"content": [top[0] | {"top_logprobs": top}]}).top == [{"a": -0.5, "\ufffd": -1.5, "b": -math.inf}]
+
+
+@pytest.mark.parametrize(
+    "logprobs",
+    [
+        {"tokens": [" Paris"], "token_logprobs": [-0.25], "top_logprobs": None},
+        {"content": [{"token": " Paris", "logprob": -0.25, "top_logprobs": []}]},
+        {"content": [{"token": " Paris", "logprob": -0.25, "top_logprobs": None}]},
+        {"content": [{"token": " Paris", "logprob": -0.25}]},
+    ],
+)
+def test_without_alternatives_the_chosen_token_is_all_that_is_listed(logprobs: object) -> None:
+    assert answered(logprobs).top == [{" Paris": -0.25}]
+
+
+@pytest.mark.parametrize(
+    ("details", "cached"),
+    [({"cached_tokens": 2}, 2), ({"cached_tokens": 0}, 0), ({"cached_tokens": None}, None), ({}, None), (None, None),
+     ([], None), ({"cached_tokens": "2"}, None), ({"cached_tokens": -1}, None)],
+)  # fmt: skip
+def test_what_one_prompt_had_cached(details: object, cached: int | None) -> None:
+    usage = {"prompt_tokens": 3, "prompt_tokens_details": details}
+    assert read_answers(orjson.dumps(body(1, usage=usage)), prompts(1)).cached_tokens == cached
+    two = orjson.dumps(body(2, usage=usage | {"prompt_tokens": 6}))
+    assert read_answers(two, prompts(2)).cached_tokens is None, "vLLM's count is of the last prompt of several"
 
 
 @pytest.mark.parametrize("usage", [None, {}, {"prompt_tokens": None}, {"prompt_tokens": "7"}])

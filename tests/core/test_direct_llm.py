@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -37,7 +38,10 @@ class FakeLLM:
         cache = SimpleNamespace(num_gpu_blocks=10, block_size=16, kv_cache_size_tokens=None)
         self.llm_engine = SimpleNamespace(
             model_config=SimpleNamespace(model=model, max_model_len=2048),
-            vllm_config=SimpleNamespace(cache_config=cache),
+            vllm_config=SimpleNamespace(
+                cache_config=cache,
+                model_config=SimpleNamespace(hf_config=SimpleNamespace(to_dict=lambda: {"_name_or_path": model})),
+            ),
             engine_core=core,
         )
         type(self).made.append(self)
@@ -46,7 +50,10 @@ class FakeLLM:
         self.stopped += 1
 
     def get_tokenizer(self) -> SimpleNamespace:
-        return SimpleNamespace(encode=lambda text, add_special_tokens: [BOS] * add_special_tokens + encode(text))
+        return SimpleNamespace(
+            encode=lambda text, add_special_tokens: [BOS] * add_special_tokens + encode(text),
+            decode=lambda tokens: "".join({BOS: "<bos>", TRUE: " True"}[token] for token in tokens),
+        )
 
     def get_metrics(self) -> list[SimpleNamespace]:
         names = ["prefix_cache_queries", "prefix_cache_hits", "prefix_cache_queries", "num_requests"]
@@ -67,8 +74,11 @@ class FakeLLM:
             every = {TRUE: true, FALSE: false} | {t: -5.0 - i for i, t in enumerate(range(300, 330))}
             wanted = getattr(parameters, "logprob_token_ids", None)
             listed = {t: every.get(t, -30.0) for t in wanted} if wanted else dict(list(every.items())[:20])
+            ill = tokens[-1] in self.arguments.get("ill", ())
             entry = {
-                t: SimpleNamespace(logprob=lp) for t, lp in listed.items() if t not in self.arguments.get("drop", ())
+                t: SimpleNamespace(logprob=float("nan") if ill else lp)
+                for t, lp in listed.items()
+                if t not in self.arguments.get("drop", ())
             }
             outputs.append(SimpleNamespace(outputs=[SimpleNamespace(logprobs=[entry])]))
         return outputs
@@ -99,6 +109,7 @@ async def test_a_pool_in_one_call_off_the_event_loops_thread(vllm: ModuleType) -
     }  # fmt: skip
     assert (identity.kind, identity.version, identity.max_model_len) == ("vllm-direct", "0.32.0", 2048)
     assert identity.fingerprint
+    assert len(identity.config) == 64
     assert engine.exact_labels
     heard: list[int] = []
     answer = await engine.score(prompts(5), LABELS, on_answer=lambda positions, _: heard.extend(positions))
@@ -111,6 +122,7 @@ async def test_a_pool_in_one_call_off_the_event_loops_thread(vllm: ModuleType) -
     assert all(name.startswith("vllm") for name in llm.threads)
     assert await engine.score([], LABELS) == EngineAnswer([], 0, requests=0)
     assert await engine.tokenize([" True"], special=True) == [[BOS, TRUE]]
+    assert await engine.detokenize([[BOS], [BOS, TRUE]]) == ["<bos>", "<bos> True"]
     assert await engine.prefix_cache() == PrefixCacheCounters(10 + 12, 11)
     assert await engine.kv_cache_tokens() == 160
     assert await engine.kv_block_size() == 16
@@ -146,6 +158,20 @@ async def test_errors_are_typed(vllm: ModuleType) -> None:
         await engine.score([Prompt((Segment("x", [666]),))], LABELS)
     with pytest.raises(ValueError, match="claim t"):
         await engine.score([Prompt((Segment("text"),), name="claim t")], LABELS)
+    await engine.aclose()
+
+
+async def test_answers_beside_one_that_lacks_a_label_are_kept(vllm: ModuleType) -> None:
+    engine = DirectEngine("m", DirectOptions(extra={"ill": {2}}))
+    await engine.start()
+    heard: dict[int, float] = {}
+
+    def on_answer(positions: Sequence[int], answer: EngineAnswer) -> None:
+        heard.update(zip(positions, (logprobs.log_odds for logprobs in answer.logprobs), strict=True))
+
+    with pytest.raises(MissingLabel, match=r"'claim 2'.*NaN"):
+        await engine.score(prompts(4), LABELS, on_answer=on_answer)
+    assert heard == {at: pytest.approx(hashed_log_odds([5, at])) for at in (0, 1, 3)}
     await engine.aclose()
 
 

@@ -2,19 +2,31 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from pathlib import Path
 
 import pytest
 from pydantic import SecretStr
 
-from core.llm_api import external_llm
+from core.llm_api import external_llm, transport
 from core.llm_api.completions import text_body
-from core.llm_api.errors import ConfigurationError, MissingLabel, RequestRejected, ServerUnreachable
+from core.llm_api.errors import (
+    APIError,
+    ConfigurationError,
+    MissingLabel,
+    RequestRejected,
+    RetriesExhausted,
+    ServerUnreachable,
+)
 from core.llm_api.external_llm import ExternalAPI
+from core.llm_api.llm import ModelAPI, open_model_api
 from core.llm_api.rate_limit import RateLimiter
+from core.llm_api.response_cache import ResponseCache
 from core.llm_api.retry import RetryPolicy
 from core.llm_api.tokens import resolve_label_tokens
 from core.llm_api.transport import HttpOptions
-from core.llm_api.types import Engine, LabelTokens, Prompt, Segment
+from core.llm_api.types import Engine, EngineIdentity, LabelTokens, Prompt, Segment
+from core.settings import Settings
+from tests.core.fake_endpoint import FakeEndpoint
 from tests.core.fake_server import FALSE, TRUE, FakeVLLM, Fault, encode, hashed_log_odds
 
 KEY = "sk-planted-0123456789"
@@ -161,7 +173,35 @@ async def test_the_key_goes_out_as_bearer_and_nowhere_else(caplog: pytest.LogCap
     assert not any(KEY in text for text in (str(caught.value), caplog.text, repr(vars(wrong)), repr(vars(wrong._http))))
 
 
-async def test_the_first_failure_cancels_the_rest(server: FakeVLLM) -> None:
+async def test_where_one_fails_what_is_on_its_way_arrives_and_nothing_new_is_sent(server: FakeVLLM) -> None:
+    engine = api(server)
+    await engine.start()
+    begun = len(server.completions)
+    server.faults = [Fault(status=400, only=lambda b: "number 1 " in b["prompt"]), Fault(delay=0.2, times=None)]
+    kept: list[int] = []
+    with pytest.raises(RequestRejected, match="prompt 'claim 1': HTTP 400") as caught:
+        await engine.score(prompts(20), LABELS, on_answer=lambda positions, _: kept.extend(positions))
+    assert caught.value.status == 400
+    assert sorted(kept) == [0, 2, 3]  # of the four that were sent at once
+    assert len(server.completions) == begun + 4
+    assert server.aborted == 0
+    await engine.aclose()
+
+
+async def test_what_arrived_beside_a_failure_is_not_paid_for_again(server: FakeVLLM, tmp_path: Path) -> None:
+    async with ModelAPI(api(server), cache=ResponseCache(tmp_path / "cache.sqlite")) as model:
+        server.faults = [Fault(status=400, only=lambda b: "number 2 " in b["prompt"]), Fault(delay=0.1, times=4)]
+        with pytest.raises(RequestRejected, match="claim 2"):
+            await model.score(prompts(4), LABELS)
+        begun = len(server.completions)
+        await model.score(prompts(4), LABELS)
+        assert [body["prompt"] for body in server.completions[begun:]] == [prompts(4)[2].text]
+
+
+async def test_what_never_arrives_is_not_waited_for_without_end(
+    server: FakeVLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport, "SETTLE", 0.1)
     engine = api(server)
     await engine.start()
     server.faults = [Fault(status=400, only=lambda b: "number 1 " in b["prompt"]), Fault(delay=30, times=None)]
@@ -170,6 +210,212 @@ async def test_the_first_failure_cancels_the_rest(server: FakeVLLM) -> None:
     await asyncio.sleep(0.05)
     assert server.in_flight == 0
     await engine.aclose()
+
+
+async def test_a_failure_gives_back_the_turns_of_what_was_not_sent(server: FakeVLLM) -> None:
+    limiter = RateLimiter(requests_per_minute=1000)
+    engine = api(server, limiter=limiter)
+    await engine.start()
+    server.faults = [Fault(status=400, only=lambda b: "number 1 " in b["prompt"])]
+    with pytest.raises(RequestRejected):
+        await engine.score(prompts(20), LABELS)
+    assert sum(r.requests for r in limiter._granted) == len(server.completions)
+    await engine.aclose()
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "told"),
+    [
+        (Fault(status=500, times=None), RetriesExhausted, "prompt 'claim 0': gave up after 3 attempts.*HTTP 500"),
+        (Fault(status=422), RequestRejected, "prompt 'claim 0': HTTP 422"),
+        (Fault(status=401), RequestRejected, "^HTTP 401"),
+    ],
+)
+async def test_an_error_names_the_prompt_that_it_may_be_about(
+    server: FakeVLLM, fault: Fault, error: type[APIError], told: str
+) -> None:
+    engine = api(server)
+    await engine.start()
+    server.faults = [fault]
+    with pytest.raises(error, match=told):
+        await engine.score(prompts(1), LABELS)
+    await engine.aclose()
+
+
+async def test_a_body_that_a_proxy_refuses_names_the_prompt_its_size_and_both_remedies() -> None:
+    async with FakeEndpoint(body_limit=1000) as server:
+        engine = api(server)
+        await engine.start()
+        long = Prompt((Segment("word " * 300),), name="claim 7")
+        with pytest.raises(RequestRejected, match="prompt 'claim 7', 1,500 bytes: HTTP 413") as caught:
+            await engine.score([long], LABELS)
+        assert "client_max_body_size" in str(caught.value)
+        assert "--context_cap" in str(caught.value)
+        assert "prompts_per_request" not in str(caught.value)
+        await engine.aclose()
+
+
+async def test_waiting_for_the_rate_limit_is_no_latency(server: FakeVLLM) -> None:
+    limiter = RateLimiter(requests_per_minute=1000)
+    engine = api(server, limiter=limiter)
+    await engine.start()
+    (counted,) = engine.telemetry
+    assert counted.limited.total < 0.3
+    before = sum(counted.latency.counts)
+    limiter.slow_down(0.4)
+    waiting = asyncio.create_task(engine.score(prompts(1), LABELS))
+    while not counted.waiting:
+        await asyncio.sleep(0.01)
+    assert counted.in_flight == 0
+    await waiting
+    assert counted.limited.total > 0.3
+    assert counted.latency.total < counted.limited.total
+    assert sum(counted.latency.counts) == before + 1
+    # One that is given up before its turn has no latency at all.
+    limiter.slow_down(60)
+    waiting = asyncio.create_task(engine.score(prompts(1), LABELS))
+    while not counted.waiting:
+        await asyncio.sleep(0.01)
+    waiting.cancel()
+    await asyncio.wait([waiting])
+    assert sum(counted.latency.counts) == before + 1
+    assert counted.outcomes["cancelled"] == 1
+    assert (counted.waiting, counted.in_flight) == (0, 0)
+    await engine.aclose()
+
+
+async def test_llama_server_lists_labels_in_its_own_way() -> None:
+    async with FakeEndpoint(style="llama", model="smollm2") as server:
+        server.cached = 3
+        engine = api(server)
+        identity = await engine.start()
+        assert (identity.kind, identity.model) == ("openai-compatible", "smollm2")
+        answer = await engine.score(prompts(3), LABELS)
+        expected = [hashed_log_odds(encode(p.text)) for p in prompts(3)]
+        assert [a.log_odds for a in answer.logprobs] == pytest.approx(expected)
+        assert (answer.requests, answer.cached_tokens) == (3, 9)
+        await engine.aclose()
+
+
+async def test_at_llama_server_a_label_that_is_not_listed_is_looked_for_in_the_whole_vocabulary() -> None:
+    async with FakeEndpoint(style="llama", hidden_below=1000) as server:
+        engine = api(server, missing_label="floor")
+        await engine.start()
+        begun = len(server.completions)
+        answer = await engine.score(prompts(2), LABELS)
+        assert [body["logprobs"] > 10**6 for body in server.completions[begun:]].count(True) == 2
+        expected = [hashed_log_odds(encode(p.text)) for p in prompts(2)]
+        assert [a.log_odds for a in answer.logprobs] == pytest.approx(expected)
+        assert answer.requests == 4
+        assert not any(a.floored for a in answer.logprobs)
+        server.hidden_below = 10**9
+        with pytest.raises(MissingLabel, match="claim 0"):
+            await engine.score(prompts(1), LABELS)
+        await engine.aclose()
+
+
+async def test_llama_server_answers_to_any_name_so_the_name_is_checked() -> None:
+    async with FakeEndpoint(style="llama", model="smollm2") as server:
+        engine = ExternalAPI(server.url + "/v1", "gemma", options=OPTIONS)
+        with pytest.raises(ConfigurationError, match=r"serves 'smollm2', not 'gemma'.*--alias"):
+            await engine.start()
+        await engine.aclose()
+        first = await started(server)
+        assert first == await started(server)
+        server.size += 1  # another file under the same name
+        assert (await started(server)).fingerprint != first.fingerprint
+
+
+@pytest.mark.parametrize("at_most", [0, 1])
+@pytest.mark.parametrize("style", ["completions", "llama-like"])
+async def test_an_endpoint_that_lists_one_alternative_is_refused_at_once(at_most: int, style: str) -> None:
+    async with FakeEndpoint(at_most=at_most) as server:
+        if style != "completions":
+            server.faults = [Fault(patch=_as_chat_without_alternatives)]
+        engine = api(server)
+        with pytest.raises(
+            ConfigurationError,
+            match=r"lists the log-probability of 1 token where 20 were asked for.*at least 2.*better 20",
+        ) as caught:
+            await engine.start()
+        assert "\n" not in str(caught.value)
+        assert len(server.completions) == 1
+        await engine.aclose()
+
+
+async def test_five_alternatives_are_announced_and_floored_if_wanted(caplog: pytest.LogCaptureFixture) -> None:
+    async with FakeEndpoint(at_most=5) as server:
+        engine = api(server, missing_label="floor")
+        await engine.start()
+        assert "lists only the top 5 logprobs" in caplog.text
+        server.drop = {FALSE}
+        assert (await engine.score(prompts(1), LABELS)).logprobs[0].floored
+        await engine.aclose()
+
+
+CHATML = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "told"),
+    [
+        ({"template": CHATML}, "counts 25 tokens in '1 2 3 4 5', which has 9 characters"),
+        ({"template": CHATML, "miscount": None, "counts_on": "It looks like"}, "goes on from .* with 'It looks like'"),
+        ({"template": CHATML, "miscount": None, "counts_on": "6 7 8 9"}, "with '6 7 8 9' and not with ' 6'"),
+        ({"template": CHATML, "miscount": None, "counts_on": " 60"}, "with ' 60'"),
+        ({"template": CHATML, "miscount": None, "counts_on": ""}, "with ''"),
+    ],
+)
+async def test_an_endpoint_that_wraps_prompts_in_a_chat_template_is_refused(
+    wrapper: dict[str, object], told: str
+) -> None:
+    async with FakeEndpoint(**wrapper) as server:
+        engine = api(server)
+        with pytest.raises(ConfigurationError, match=told) as caught:
+            await engine.start()
+        assert "ICM_CHECK_CONTINUATION=false" in str(caught.value)
+        assert "\n" not in str(caught.value)
+        await engine.aclose()
+        settings = Settings.load(
+            {"llama_api_base": server.url + "/v1", "use_vllm": False}, environ={"ICM_CHECK_CONTINUATION": "false"}
+        )
+        async with open_model_api(settings, model=server.model) as known_better:
+            await known_better.score(prompts(1), LABELS)
+
+
+@pytest.mark.parametrize("miscount", [1, -1, None])
+async def test_usage_that_is_off_by_one_or_absent_is_no_reason_to_refuse(miscount: int | None) -> None:
+    async with FakeEndpoint(miscount=miscount) as server:
+        engine = api(server)
+        await engine.start()
+        answer = await engine.score(prompts(2), LABELS)
+        expected = [hashed_log_odds(encode(p.text)) for p in prompts(2)]
+        assert [a.log_odds for a in answer.logprobs] == pytest.approx(expected)
+        await engine.aclose()
+
+
+async def test_a_gateway_behind_a_path_that_lists_no_models() -> None:
+    async with FakeEndpoint(mounted_at="/gateway/team-a/openai", lists_models=False) as server:
+        engine = ExternalAPI(server.url + "/gateway/team-a/openai", server.model, options=OPTIONS)
+        await engine.start()
+        await engine.score(prompts(2), LABELS)
+        assert {path.rpartition("/")[0] for path in server.requests} == {"/gateway/team-a/openai"}
+        await engine.aclose()
+        lost = ExternalAPI(server.url + "/gateway", server.model, options=OPTIONS)
+        with pytest.raises(RequestRejected, match=r"HTTP 404.*LLAMA_API_BASE: /completions is appended to it"):
+            await lost.start()
+        await lost.aclose()
+
+
+def _as_chat_without_alternatives(answer: dict) -> None:
+    answer["choices"][0]["logprobs"] = {"content": [{"token": "?", "logprob": -0.5, "top_logprobs": []}]}
+
+
+async def started(server: FakeEndpoint) -> EngineIdentity:
+    engine = api(server)
+    identity = await engine.start()
+    await engine.aclose()
+    return identity
 
 
 async def test_only_requests_in_flight_hold_a_body(server: FakeVLLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from core.llm_api.direct_llm import DirectEngine
 from core.llm_api.errors import APIError, ConfigurationError, RequestRejected, ServerUnreachable
 from core.llm_api.external_llm import ExternalAPI
 from core.llm_api.llm import ModelAPI, open_model_api
-from core.llm_api.response_cache import ResponseCache
+from core.llm_api.response_cache import ResponseCache, earlier_keys
 from core.llm_api.types import (
     EngineAnswer,
     EngineIdentity,
@@ -117,11 +119,11 @@ async def test_the_cache_answers_and_outlives_the_api(engine: ScriptedEngine, tm
     async with ModelAPI(engine, cache=ResponseCache(tmp_path / "c")) as api:
         scores = await api.score(pool(1, 2, 5), LABELS)
         assert (odds(scores), scores.prompt_tokens) == ([1, 2, 5], 0)
-        assert api.are_cached(pool(5, 1), LABELS)
-        assert not api.are_cached(pool(5, 6), LABELS)
+        assert await api.are_cached(pool(5, 1), LABELS)
+        assert not await api.are_cached(pool(5, 6), LABELS)
     assert engine.asked == [[1, 2], [5]]
     async with ModelAPI(engine) as api:
-        assert not api.are_cached(pool(5), LABELS)
+        assert not await api.are_cached(pool(5), LABELS)
     engine.identity = EngineIdentity("scripted", "m", fingerprint="another")
     async with ModelAPI(engine, cache=ResponseCache(tmp_path / "c")) as api:
         await api.score(pool(1), LABELS)
@@ -274,6 +276,97 @@ async def test_a_failed_start_closes_everything(engine: ScriptedEngine, tmp_path
         cache.get_many([b"x"])
 
 
+def named_by_path(path: Path, engine: ScriptedEngine, tokens: Sequence[int]) -> None:
+    """A cache as format 2 was, which knew a model by its path."""
+    keys = earlier_keys(engine.identity, LABELS, [prompt.digest for prompt in pool(*tokens)])
+    with ResponseCache(path) as cache:
+        cache.put_many({key: LabelLogprobs(-1.0, -1.0 - token) for key, token in zip(keys, tokens, strict=True)})
+        cache._db.execute("DROP TABLE earlier")
+        cache._db.execute("PRAGMA user_version=2")
+
+
+async def test_a_moved_model_is_not_asked_again(engine: ScriptedEngine, tmp_path: Path) -> None:
+    async with ModelAPI(engine, cache=ResponseCache(tmp_path / "c")) as api:
+        await api.score(pool(1, 2), LABELS)
+    engine.identity = replace(engine.identity, root="/elsewhere", model="my-name-for-it")
+    async with ModelAPI(engine, cache=ResponseCache(tmp_path / "c")) as api:
+        assert odds(await api.score(pool(2, 1), LABELS)) == [2, 1]
+    engine.identity = replace(engine.identity, config="a longer window")
+    async with ModelAPI(engine, cache=ResponseCache(tmp_path / "c")) as api:
+        await api.score(pool(1), LABELS)
+    assert engine.asked == [[1, 2], [1]]
+
+
+async def test_answers_of_an_earlier_version_are_found_where_they_were_given_and_kept_by_content(
+    engine: ScriptedEngine, tmp_path: Path
+) -> None:
+    named_by_path(tmp_path / "c", engine, range(20))
+    async with ModelAPI(engine, cache=ResponseCache(tmp_path / "c")) as api:
+        assert await api.are_cached(pool(3), LABELS)
+        assert odds(await api.score(pool(*range(10), 77), LABELS)) == [*range(10), 77]
+        assert api.stats.cache_hits == 10
+    engine.identity = replace(engine.identity, root="/elsewhere")
+    async with ModelAPI(engine, cache=ResponseCache(tmp_path / "c")) as api:
+        await api.score(pool(*range(11), 77), LABELS)
+    assert engine.asked == [[77], [10]]  # where the model lay when it answered 10 is not known any more
+
+
+async def test_a_second_look_is_taken_only_for_what_is_missing_in_a_cache_of_an_earlier_version(
+    engine: ScriptedEngine, tmp_path: Path
+) -> None:
+    named_by_path(tmp_path / "earlier", engine, [1])
+    for name, looks in (("earlier", 2), ("new", 1)):
+        cache = ResponseCache(tmp_path / name)
+        statements: list[str] = []
+        async with ModelAPI(engine, cache=cache) as api:
+            await api.score(pool(1), LABELS)
+            cache._db.set_trace_callback(statements.append)
+            await api.score(pool(1), LABELS)
+            await api.are_cached(pool(1, 5), LABELS)
+            cache._db.set_trace_callback(None)
+        assert len(statements) == 1 + looks
+
+
+async def test_other_questions_are_answered_while_another_process_has_the_cache(
+    engine: ScriptedEngine, tmp_path: Path
+) -> None:
+    async with ModelAPI(engine, cache=ResponseCache(tmp_path / "c")) as api:
+        await api.score(pool(1), LABELS)
+        other = sqlite3.connect(tmp_path / "c", isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        waiting = asyncio.create_task(api.score(pool(2), LABELS))
+        while len(engine.asked) < 2:
+            await asyncio.sleep(0)
+        for _ in range(20):
+            assert odds(await api.score(pool(1), LABELS)) == [1]
+            await asyncio.sleep(0.002)
+        assert not waiting.done()  # an iteration is journaled only when its answers are safe
+        other.execute("ROLLBACK")
+        assert odds(await waiting) == [2]
+        other.close()
+    assert engine.asked == [[1], [2]]
+
+
+async def test_an_answer_that_a_cancelled_task_paid_for_is_kept(engine: ScriptedEngine, tmp_path: Path) -> None:
+    ResponseCache(tmp_path / "c").close()
+    other = sqlite3.connect(tmp_path / "c", isolation_level=None)
+    async with ModelAPI(engine, cache=ResponseCache(tmp_path / "c")) as api:
+        other.execute("BEGIN IMMEDIATE")
+        asking = asyncio.create_task(api.score(pool(1), LABELS))
+        while not engine.asked:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.01)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        assert odds(await api.score(pool(1), LABELS)) == [1]
+        other.execute("ROLLBACK")
+        other.close()
+    async with ModelAPI(engine, cache=ResponseCache(tmp_path / "c")) as api:
+        assert await api.are_cached(pool(1), LABELS)
+    assert engine.asked == [[1]]
+
+
 # With the real client and the fake server.
 
 
@@ -299,14 +392,15 @@ async def test_a_pool_over_http(server: FakeVLLM, tmp_path: Path) -> None:
 
 async def test_partial_progress_over_http(server: FakeVLLM, tmp_path: Path) -> None:
     told = settings(server, cache_path=tmp_path / "c", prompts_per_request=2, max_concurrent_requests=1)
-    server.faults = [Fault(status=400, only=lambda b: b["prompt"][0] == [4])]
+    server.faults = [Fault(status=400, only=lambda b: [4] in b["prompt"], times=None)]
     async with open_model_api(told, model=server.model) as api:
         with pytest.raises(RequestRejected):
             await api.score(pool(*range(8)), LABELS)
+    server.faults = []
     async with open_model_api(told, model=server.model) as api:
         scores = await api.score(pool(*range(8)), LABELS)
         assert odds(scores) == pytest.approx([hashed_log_odds([t]) for t in range(8)])
-        assert api.stats.cache_hits == 4
+        assert api.stats.cache_hits == 7, "all but the one"
 
 
 @pytest.mark.parametrize(

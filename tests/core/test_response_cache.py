@@ -13,7 +13,7 @@ import pytest
 
 from core.llm_api import response_cache
 from core.llm_api.errors import ConfigurationError, StorageFailed
-from core.llm_api.response_cache import ResponseCache, cache_key, cache_keys
+from core.llm_api.response_cache import ResponseCache, cache_key, cache_keys, earlier_keys
 from core.llm_api.types import EngineIdentity, LabelLogprobs, LabelTokens
 
 IDENTITY = EngineIdentity("vllm", "m", "/r", "rev", "1", "det", "print", 100)
@@ -61,9 +61,27 @@ def test_one_query_for_hundreds_of_keys(path: Path) -> None:
         assert [s for s in statements if not s.startswith("INSERT")] == ["BEGIN IMMEDIATE", "COMMIT"]
 
 
-@pytest.mark.parametrize("name", ["kind", "model", "root", "revision", "version", "determinism", "fingerprint"])
-def test_every_field_of_the_identity_is_in_the_key(name: str) -> None:
+@pytest.mark.parametrize("name", ["kind", "revision", "version", "determinism", "fingerprint", "dtype", "config"])
+def test_all_that_is_known_of_an_engines_content_is_in_the_key(name: str) -> None:
     assert cache_key(dataclasses.replace(IDENTITY, **{name: "other"}), LABELS, "d") != cache_key(IDENTITY, LABELS, "d")
+
+
+@pytest.mark.parametrize("name", ["model", "root", "max_model_len"])
+def test_a_model_that_was_moved_or_is_served_under_another_name_is_the_same(name: str) -> None:
+    moved = dataclasses.replace(IDENTITY, **{name: 7 if name == "max_model_len" else "other"})
+    assert cache_keys(moved, LABELS, ["d", "e"]) == cache_keys(IDENTITY, LABELS, ["d", "e"])
+
+
+@pytest.mark.parametrize("name", ["kind", "model", "root", "revision", "version", "determinism", "fingerprint"])
+def test_every_field_of_the_identity_is_in_the_keys_of_earlier_versions(name: str) -> None:
+    other = dataclasses.replace(IDENTITY, **{name: "other"})
+    assert earlier_keys(other, LABELS, ["d"]) != earlier_keys(IDENTITY, LABELS, ["d"])
+
+
+def test_an_engine_without_a_fingerprint_is_known_by_its_name_and_address() -> None:
+    api = EngineIdentity("openai-compatible", "m", "http://x")
+    assert cache_keys(api, LABELS, ["d"]) == earlier_keys(api, LABELS, ["d"])
+    assert cache_key(dataclasses.replace(api, root="http://y"), LABELS, "d") != cache_key(api, LABELS, "d")
 
 
 def test_the_key_knows_labels_prompt_and_parser_but_not_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,8 +89,9 @@ def test_the_key_knows_labels_prompt_and_parser_but_not_the_limit(monkeypatch: p
     assert len(base) == 32
     assert cache_key(dataclasses.replace(IDENTITY, max_model_len=5), LABELS, "d") == base
     # Every answer was one in bfloat16 before types were noted.
-    assert cache_key(dataclasses.replace(IDENTITY, dtype="bfloat16"), LABELS, "d") == base
-    assert cache_key(dataclasses.replace(IDENTITY, dtype="float32"), LABELS, "d") != base
+    [earlier] = earlier_keys(IDENTITY, LABELS, ["d"])
+    assert earlier_keys(dataclasses.replace(IDENTITY, dtype="bfloat16"), LABELS, ["d"]) == [earlier]
+    assert earlier_keys(dataclasses.replace(IDENTITY, dtype="float32"), LABELS, ["d"]) != [earlier]
     swapped = LabelTokens(true_id=2, false_id=1)
     others = {cache_key(IDENTITY, swapped, "d"), cache_key(IDENTITY, LABELS, "e")}
     others.add(cache_key(IDENTITY, LabelTokens("Yes", "No", 1, 2), "d"))
@@ -83,9 +102,10 @@ def test_the_key_knows_labels_prompt_and_parser_but_not_the_limit(monkeypatch: p
 
 def test_keys_and_checksums_are_those_of_caches_that_exist() -> None:
     """Another spelling of what is hashed would ask every answer again."""
-    known = "21cf7046c504e160ac94b704daec532fb5af609fa44c035dcebbd81e8561b0de"
-    assert response_cache.PARSER_VERSION == 1, "then the key below is another one, too"
-    assert cache_key(IDENTITY, LABELS, "d").hex() == known
+    assert response_cache.PARSER_VERSION == 1, "then the keys below are others, too"
+    [earlier] = earlier_keys(IDENTITY, LABELS, ["d"])
+    assert earlier.hex() == "21cf7046c504e160ac94b704daec532fb5af609fa44c035dcebbd81e8561b0de"
+    assert cache_key(IDENTITY, LABELS, "d").hex() == "a9934cfeb9b56428f780e1400b5dd9107b407e01636237b156844b8588298cc8"
     assert response_cache._checksum(b"key", -0.5, -1.25, True) == 3447029096
     assert response_cache._checksum(b"key", -0.0, -0.0, False) == response_cache._checksum(b"key", 0.0, 0.0, False)
 
@@ -128,8 +148,8 @@ def test_wal_and_version(path: Path) -> None:
     ResponseCache(path).close()
     db = sqlite3.connect(path)
     assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-    assert db.execute("PRAGMA user_version").fetchone() == (2,)
-    db.execute("PRAGMA user_version=3")
+    assert db.execute("PRAGMA user_version").fetchone() == (3,)
+    db.execute("PRAGMA user_version=4")
     db.close()
     with pytest.raises(ConfigurationError, match="newer version"):
         ResponseCache(path)
@@ -289,8 +309,28 @@ def test_an_older_format_is_migrated_with_all_its_answers(path: Path) -> None:
         assert (state.rows, state.damaged, state.oldest) == (50, 0, None)
         cache.put_many({key(99): LabelLogprobs(-1, -2)})
         assert cache.state().oldest is not None
+        assert cache.has_earlier
     with ResponseCache(path) as cache:
         assert len(cache) == 51
+        assert cache.has_earlier
+
+
+def test_a_cache_that_began_with_keys_by_content_holds_no_earlier_ones(path: Path) -> None:
+    for _ in range(2):
+        with ResponseCache(path) as cache:
+            assert not cache.has_earlier
+            cache.put_many({key(0): LabelLogprobs(-1, -2)})
+
+
+def test_a_cache_that_is_there_opens_while_another_process_writes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ResponseCache(path) as cache:
+        cache.put_many({key(0): LabelLogprobs(-1, -2)})
+    monkeypatch.setattr(response_cache, "BUSY_TIMEOUT", 0.05)
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with ResponseCache(path) as cache:
+        assert cache.get_many([key(0)]) == {key(0): LabelLogprobs(-1, -2)}
+    other.close()
 
 
 def migrate(path: Path) -> int:
@@ -348,6 +388,10 @@ def test_a_key_is_the_hash_of_the_canonical_json_of_all_that_matters() -> None:
     digests = [f"{i:064x}" for i in range(3)]
     whole = [orjson.dumps(content | {"prompt": each}, option=orjson.OPT_SORT_KEYS) for each in digests]
     expected = [hashlib.sha256(each).digest() for each in whole]
+    assert earlier_keys(named, LABELS, digests) == expected
+    content["engine"] = {name: getattr(named, name) for name in (*fields[:1], *fields[3:], "dtype", "config")}
+    whole = [orjson.dumps(content | {"prompt": each}, option=orjson.OPT_SORT_KEYS) for each in digests]
+    expected = [hashlib.sha256(each).digest() for each in whole]
     assert cache_keys(named, LABELS, digests) == expected
     assert [cache_key(named, LABELS, each) for each in digests] == expected
 
@@ -358,12 +402,13 @@ def test_what_sqlite_finds_wrong_is_told(path: Path) -> None:
         schema = cache._db.execute("SELECT sql FROM sqlite_master").fetchone()[0]
     db = sqlite3.connect(path, isolation_level=None)
     db.execute("PRAGMA writable_schema=1")
-    db.execute("UPDATE sqlite_master SET sql = ?", (schema.replace("true_logprob REAL NOT NULL", "true_logprob REAL"),))
+    change = "UPDATE sqlite_master SET sql = ? WHERE name = 'answers'"
+    db.execute(change, (schema.replace("true_logprob REAL NOT NULL", "true_logprob REAL"),))
     db.close()
     db = sqlite3.connect(path, isolation_level=None)
     db.execute("UPDATE answers SET true_logprob = NULL")
     db.execute("PRAGMA writable_schema=1")
-    db.execute("UPDATE sqlite_master SET sql = ?", (schema,))
+    db.execute(change, (schema,))
     db.close()
     with ResponseCache(path) as cache:
         state = cache.state()

@@ -1,43 +1,178 @@
+"""How a tokenizer spells a demonstration: labels, BOS, separator, and every question as it stands in the whole."""
+
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import pytest
 
 from core.llm_api.errors import ConfigurationError
-from core.llm_api.tokens import fingerprint, resolve_label_tokens
+from core.llm_api.tokens import Spelling, fingerprint, pieces, prompt_ids, resolve_label_tokens
 from core.llm_api.types import LabelTokens
+from tests.core.real_tokenizers import LocalTokenizer, trained, words_apart
 
-
-class Vocabulary:
-    def __init__(self, tokens: dict[str, list[int]]) -> None:
-        self.tokens = tokens
-
-    async def tokenize(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]] | None:
-        assert not special
-        return [self.tokens[text] for text in texts]
+QUESTION = "Question: Is snow white?\nClaim: Yes, snow is white.\nI think this claim is"
+SEPARATOR = "\n\n"
 
 
 class Textual:
     async def tokenize(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]] | None:
         return None
 
-
-async def test_labels_with_their_space() -> None:
-    engine = Vocabulary({" True": [5], " False": [6], "True": [1], "False": [2]})
-    assert await resolve_label_tokens(engine) == LabelTokens(" True", " False", 5, 6)
+    async def detokenize(self, tokens: Sequence[Sequence[int]]) -> list[str] | None:
+        return None
 
 
-async def test_both_lose_the_space_if_one_must() -> None:
-    engine = Vocabulary({" True": [5], " False": [3, 6], "True": [7], "False": [8]})
-    assert await resolve_label_tokens(engine) == LabelTokens("True", "False", 7, 8)
+def by_character(joined: dict[str, int], eos: tuple[int, ...] = ()) -> LocalTokenizer:
+    """Every character is a token, but for the texts that are joined to one wherever they stand."""
+
+    def encode(text: str) -> list[int]:
+        ids = []
+        while text:
+            piece = next((piece for piece in joined if text.startswith(piece)), text[0])
+            ids.append(joined.get(piece, ord(piece[0])))
+            text = text[len(piece) :]
+        return ids
+
+    texts = {token: piece for piece, token in joined.items()}
+    return LocalTokenizer(encode, lambda ids: "".join(texts.get(i, chr(i % 0x110000)) for i in ids), (900_001,), eos)
 
 
-@pytest.mark.parametrize("false", [[3, 6], [], [7]])
-async def test_labels_that_are_no_single_tokens(false: list[int]) -> None:
-    engine = Vocabulary({" True": [5], " False": [3, 6], "True": [7], "False": false})
-    with pytest.raises(ConfigurationError, match=r"one token each.*' False' is 2"):
-        await resolve_label_tokens(engine)
+async def test_sentencepiece_labels_are_those_of_the_whole() -> None:
+    engine = trained()
+    label, other, *_ = engine.encode(" True")
+    assert (engine.decode([label, label]), engine.encode("True")) == (" ", [other])  # what a label alone looks like
+    spelling = await Spelling.of(engine, QUESTION, separator=SEPARATOR)
+    assert spelling.labels == LabelTokens(" True", " False", other, engine.encode("False")[0])
+    assert spelling.ending == ""
+    assert engine.encode(QUESTION + " True" + SEPARATOR)[-3:] == [other, *spelling.separator]
+    assert engine.text_of(spelling.separator) == SEPARATOR  # alone it is a space and two newlines
+    assert len(engine.encode(SEPARATOR)) == 3
+
+
+async def test_sentencepiece_questions_get_no_space_of_their_own() -> None:
+    engine = trained()
+    spelling = await Spelling.of(engine, QUESTION, separator=SEPARATOR)
+    [question, strange] = await spelling.questions(engine, [QUESTION, f"\n {QUESTION}"]) or []
+    assert engine.text_of(question) == QUESTION
+    assert engine.text_of(strange) == f"\n {QUESTION}"
+    assert engine.text_of(engine.encode(QUESTION)) == f" {QUESTION}"
+
+
+async def test_a_tokenizer_that_ends_texts_with_eos_leaves_none_in_the_prefix() -> None:
+    engine = trained(eos=True)
+    assert (await engine.tokenize(["x"], special=True))[0][-1:] == [*engine.eos]
+    assert (await Spelling.of(engine, QUESTION)).prefix == engine.bos
+
+
+@pytest.mark.parametrize(("bos", "eos"), [((), ()), ((), (2,)), ((1,), ()), ((1, 5), (2, 2)), ((120,), (120,))])
+async def test_what_stands_before_texts(bos: tuple[int, ...], eos: tuple[int, ...]) -> None:
+    engine = by_character({" True": 900_002, " False": 900_003})
+    engine.bos, engine.eos = bos, eos  # 120 is "x", which is asked for
+    assert (await Spelling.of(engine)).prefix == bos
+
+
+async def test_a_prompt_has_bos_and_no_eos() -> None:
+    engine = trained(eos=True)
+    assert await prompt_ids(engine, QUESTION) == [*engine.bos, *engine.encode(QUESTION)]
+
+
+async def test_no_empty_text_is_asked_about() -> None:
+    """A server that tokenizes by completing refuses an empty prompt."""
+    asked: list[str] = []
+
+    class Listening(LocalTokenizer):
+        async def tokenize(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
+            asked.extend(texts)
+            return await super().tokenize(texts, special=special)
+
+    engine = Listening(
+        by_character({"True": 900_004, "False": 900_005, " True": 900_002, " False": 900_003}).encode, str
+    )
+    await resolve_label_tokens(engine, "True", "False", after="")
+    await (await Spelling.of(engine, QUESTION)).questions(engine, [QUESTION])
+    assert asked
+    assert "" not in asked
+
+
+async def test_special_tokens_that_change_the_text_are_refused() -> None:
+    class Changing(LocalTokenizer):
+        async def tokenize(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
+            return await super().tokenize([text.upper() if special else text for text in texts])
+
+    engine = Changing(by_character({" True": 900_002, " False": 900_003}).encode, lambda ids: "")
+    with pytest.raises(ConfigurationError, match="cannot be told apart from a text's"):
+        await Spelling.of(engine)
+
+
+async def test_a_space_that_is_a_token_of_its_own_belongs_to_the_question() -> None:
+    engine = words_apart()
+    spelling = await Spelling.of(engine, QUESTION, separator=SEPARATOR)
+    assert spelling.labels == LabelTokens("True", "False", *(engine.encode(label)[0] for label in ("True", "False")))
+    assert spelling.ending == " "
+    [question] = await spelling.questions(engine, [QUESTION]) or []
+    assert engine.text_of(question) == f"{QUESTION} "
+
+
+async def test_labels_as_an_answer_begins() -> None:
+    engine = by_character({" True": 900_002, " False": 900_003, "True": 900_004, "False": 900_005})
+    assert await resolve_label_tokens(engine) == LabelTokens(" True", " False", 900_002, 900_003)
+    assert await resolve_label_tokens(engine, "True", "False", after="") == LabelTokens(
+        "True", "False", 900_004, 900_005
+    )
+
+
+async def test_sentencepiece_labels_as_an_answer_begins() -> None:
+    """As Llama 2 and Mistral were trained: the answer is tokenized by itself."""
+    engine = trained()
+    [true], [false] = engine.encode("True"), engine.encode("False")
+    labels = await resolve_label_tokens(engine, "True", "False", after="")
+    assert labels == LabelTokens("True", "False", true, false)
+
+
+@pytest.mark.parametrize(
+    ("joined", "told"),
+    [
+        ({}, r"one token each.*' True' is 5 and ' False' is 6 tokens"),
+        ({" True": 900_002}, r"one token each.*' False' is 6"),  # never one with its space and one without
+        ({" True": 900_002, " Fals": 900_003}, r"one token each.*' False' is 2"),
+        ({" True": 900_002, " False": 900_002}, r"different ones"),
+        (
+            {" True": 900_002, " False": 900_003, "is True": 900_004},
+            r"it joins ' True' with the question's end '.* is'",
+        ),
+        ({" True": 900_002, " False": 900_003, " True\n": 900_004}, r"a label's end and the separator '\\n\\n'"),
+    ],
+)
+async def test_labels_that_are_no_single_tokens(joined: dict[str, int], told: str) -> None:
+    longest_first = dict(sorted(joined.items(), key=lambda item: -len(item[0])))
+    with pytest.raises(ConfigurationError, match=told) as refused:
+        await Spelling.of(by_character(longest_first), QUESTION, separator=SEPARATOR)
+    assert refused.value.hint
+
+
+async def test_a_separator_that_the_tokenizer_drops() -> None:
+    whole = by_character({" True": 900_002, " False": 900_003})
+    engine = LocalTokenizer(lambda text: whole.encode(text.rstrip("\n")), whole.decode)
+    with pytest.raises(ConfigurationError, match=r"drops the separator '\\n\\n'"):
+        await Spelling.of(engine, QUESTION, separator=SEPARATOR)
+
+
+async def test_a_claim_that_is_joined_with_its_label_is_refused_by_name() -> None:
+    engine = by_character({"! True": 900_004, " True": 900_002, " False": 900_003})
+    spelling = await Spelling.of(engine, QUESTION, separator=SEPARATOR)
+    with pytest.raises(ConfigurationError, match=r"begins 'Fire!' and ends 'Fire!'.*' True' would be another token"):
+        await spelling.questions(engine, [QUESTION, "Fire!"])
+
+
+async def test_a_tokenizer_that_cannot_spell_every_text_says_so() -> None:
+    engine = trained(bytes_too=False)
+    spelling = await Spelling.of(engine, QUESTION, separator=SEPARATOR)
+    assert spelling.unknown == engine.encode("東")[-1] == 0
+    assert (await Spelling.of(trained(), QUESTION, separator=SEPARATOR)).unknown is None
+    silent = LocalTokenizer(lambda text: engine.encode(re.sub("[\ue0a1\ue0a2]", "", text) or " "), engine.decode)
+    assert (await Spelling.of(silent, QUESTION, separator=SEPARATOR)).unknown is None
 
 
 async def test_an_engine_asked_in_text_gets_the_texts() -> None:
@@ -45,6 +180,16 @@ async def test_an_engine_asked_in_text_gets_the_texts() -> None:
     assert labels == LabelTokens(" True", " False")
     with pytest.raises(ValueError, match="no token ids"):
         _ = labels.ids
+    assert await (await Spelling.of(Textual())).questions(Textual(), ["x"]) is None
+    assert await pieces(Textual(), [1, 2]) is None
+
+
+async def test_pieces_are_what_each_token_adds() -> None:
+    engine = trained()
+    ids = engine.encode("Is 東 True\n")
+    told = await pieces(engine, ids) or []
+    assert "".join(told) == "Is 東 True\n"
+    assert told[-6:] == [" ", "", "", "東", " True", "\n"]
 
 
 def test_fingerprint_ignores_order_and_noise_below_1e_4() -> None:

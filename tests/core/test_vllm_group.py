@@ -183,6 +183,7 @@ async def test_it_is_one_engine_whose_identity_tells_neither_number_nor_order() 
             assert isinstance(three, Engine)
             assert await three.start() == alone
             assert await three.tokenize(["a b"]) == await one.tokenize(["a b"])
+            assert await three.detokenize(await three.tokenize(["a b"])) == ["a b"]
             assert await three.score([], LABELS) == EngineAnswer([], 0, requests=0, cached_tokens=0)
         await one.aclose()
 
@@ -241,12 +242,14 @@ async def test_a_server_killed_in_the_middle_of_a_request_costs_only_what_it_had
 
 async def test_what_one_server_answered_is_paid_once_though_another_refuses() -> None:
     async with servers(2) as fakes:
-        fakes[1].faults = [Fault(status=400, body={"error": "bad"}, only=lambda body: body["prompt"][0] == [54])]
+        fakes[1].faults = [
+            Fault(status=400, body={"error": "bad"}, only=lambda body: [54] in body["prompt"], times=None)
+        ]
         fakes[1].faults[0].delay = 0.2
         async with ModelAPI(group_of(fakes)) as api:
             with pytest.raises(RequestRejected, match="bad"):
                 await api.score(pool(), LABELS)
-            assert api.stats.engine_prompts == 4
+            assert api.stats.engine_prompts == 7, "all but the one"
         assert len(asked(fakes[0])) == 4, "what every server would refuse is not sent to another one"
 
 
@@ -257,7 +260,7 @@ async def test_many_servers_may_fail_one_after_the_other() -> None:
             fake.faults = [Fault(status=500, times=None)]
         assert odds(await group.score(prompts, LABELS)) == pytest.approx(expected(prompts))
         assert odds(await group.score(prompts, LABELS)) == pytest.approx(expected(prompts))
-        assert len(fakes[4].completions) > 2
+        assert fakes[4].pools
 
 
 async def test_a_server_with_others_beside_it_is_given_up_sooner_than_the_last_one() -> None:
@@ -266,7 +269,7 @@ async def test_a_server_with_others_beside_it_is_given_up_sooner_than_the_last_o
             fake.faults = [Fault(status=500, times=None)]
         with pytest.raises(RetriesExhausted, match="after 4 attempts"):
             await group.score(pool(), LABELS)
-        tries = sorted(len(fake.completions) - 2 for fake in fakes)
+        tries = sorted(len(fake.pools) for fake in fakes)
         assert tries[0] == 3
         fakes[0].faults = fakes[1].faults = []
         assert odds(await group.score(pool(), LABELS)) == pytest.approx(expected(pool())), "it goes on afterwards"
@@ -323,6 +326,7 @@ async def test_tokenizing_goes_on_with_another_server() -> None:
     async with servers(2) as fakes, started(fakes) as group:
         await fakes[0].__aexit__()
         assert await group.tokenize([" True"]) == [[TRUE]]
+        assert await group.detokenize([[TRUE]]) == [" True"]
         assert await group.tokenize_chat(["Hello"]) is None
         fakes[1].chat_template = "{}:"
         assert await group.tokenize_chat(["Hello"]) == [[BOS, *encode("Hello:")]]
@@ -334,14 +338,20 @@ async def test_tokenizing_goes_on_with_another_server() -> None:
 @pytest.mark.parametrize("known", [0, 1])
 async def test_a_server_that_does_not_say_its_type_is_no_other_engine(known: int) -> None:
     async with servers(2) as fakes:
-        fakes[known].trees, fakes[known].dtype = True, "bfloat16"
+        fakes[known].trees, fakes[known].dtype, fakes[known].config = True, "bfloat16", "c" * 64
         group = group_of(fakes)
-        assert (await group.start()).dtype == "bfloat16"
+        identity = await group.start()
+        assert (identity.dtype, identity.config) == ("bfloat16", "c" * 64)
         assert len((await group.score(pool(), LABELS)).logprobs) == 8
         await group.aclose()
         fakes[1 - known].trees, fakes[1 - known].dtype = True, "float32"
         other = group_of(fakes)
         with pytest.raises(ConfigurationError, match=r"is not like .*: dtype '"):
+            await other.start()
+        await other.aclose()
+        fakes[1 - known].dtype, fakes[1 - known].config = "bfloat16", "d" * 64
+        other = group_of(fakes)
+        with pytest.raises(ConfigurationError, match=r"is not like .*: config '[cd]{12}', not '[cd]{12}'"):
             await other.start()
         await other.aclose()
 
@@ -442,3 +452,23 @@ async def test_a_cancelled_request_leaves_nothing_running(lost: bool) -> None:
         with pytest.raises(asyncio.CancelledError):
             await task
         await until(lambda: fakes[0].in_flight == fakes[1].in_flight == 0)
+
+
+def fails_for(token: int, status: int = 500) -> Fault:
+    return Fault(status=status, body={"error": "ill"}, only=lambda body: [token] in body["prompt"], times=None)
+
+
+async def test_a_claim_that_every_server_fails_for_is_named_and_the_others_are_kept() -> None:
+    async with servers(2) as fakes, started(fakes) as group:
+        for fake in fakes:
+            fake.faults = [fails_for(54)]
+        heard: set[int] = set()
+        with pytest.raises(RetriesExhausted, match="fails for 'claim 4'"):
+            await group.score(pool(), LABELS, on_answer=lambda positions, _: heard.update(positions))
+        assert len(heard) == len(pool()) - 1
+
+
+async def test_a_claim_that_one_server_fails_for_is_answered_by_another() -> None:
+    async with servers(2) as fakes, started(fakes) as group:
+        fakes[1].faults = [fails_for(54)]
+        assert odds(await group.score(pool(), LABELS)) == pytest.approx(expected(pool()))

@@ -23,13 +23,13 @@ from core.llm_api.errors import (
     ServerUnreachable,
     TransientError,
 )
-from core.llm_api.prompt_tree import PATH
 from core.llm_api.retry import RetryPolicy
-from core.llm_api.tokens import resolve_label_tokens
+from core.llm_api.tokens import CANARY_TEXT, resolve_label_tokens
 from core.llm_api.transport import HttpOptions
 from core.llm_api.types import Engine, EngineAnswer, LabelTokens, Prompt, Segment
 from core.llm_api.vllm_llm import VLLMClient
-from tests.core.fake_server import FALSE, TRUE, FakeVLLM, Fault, hashed_log_odds
+from icm_vllm.prompt_tree import PATH
+from tests.core.fake_server import BOS, FALSE, TRUE, FakeVLLM, Fault, hashed_log_odds
 
 KEY = "sk-planted-0123456789"
 LABELS = LabelTokens(true_id=TRUE, false_id=FALSE)
@@ -294,7 +294,7 @@ async def test_retries_end(server: FakeVLLM, fault: Fault, cause: type[Exception
         (401, "VLLM_API_KEY"),
         (403, "VLLM_API_KEY"),
         (404, "URL"),
-        (413, "prompts_per_request"),
+        (413, "client_max_body_size"),
         (422, ""),
     ],
 )
@@ -442,6 +442,16 @@ async def test_tokenize(server: FakeVLLM) -> None:
     await engine.aclose()
 
 
+async def test_detokenize(server: FakeVLLM) -> None:
+    engine = await started(server)
+    tokens = await engine.tokenize([" True", "a b"])
+    assert await engine.detokenize(tokens) == [" True", "a b"]
+    assert await engine.detokenize([]) == []
+    server.detokenizes = False  # a gateway that passes fewer paths
+    assert await engine.detokenize(tokens) is None
+    await engine.aclose()
+
+
 async def test_prefix_cache_and_capacity(server: FakeVLLM) -> None:
     engine = await started(server)
     before = await engine.prefix_cache()
@@ -579,6 +589,18 @@ async def test_a_server_that_comes_back_in_another_type_is_not_believed() -> Non
         await engine.aclose()
 
 
+async def test_a_server_that_comes_back_with_another_configuration_of_its_model_is_not_believed() -> None:
+    async with FakeVLLM(trees=True, config="one") as server:
+        engine = await started(server)
+        assert engine._identity is not None
+        assert engine._identity.config == "one"
+        server.config = "another"
+        engine._http.era += 1
+        with pytest.raises(ServerChanged, match="another configuration of the model"):
+            await engine.score(prompts(2), LABELS)
+        await engine.aclose()
+
+
 async def test_a_server_that_comes_back_as_it_was_is_believed_and_asked_once_who_it_is() -> None:
     server = FakeVLLM()
     await server.__aenter__()
@@ -625,3 +647,302 @@ async def test_an_answer_to_other_prompts_is_asked_for_again(server: FakeVLLM) -
     server.faults = [Fault(patch=lambda answer: answer["usage"].update(prompt_tokens=999))]
     assert (await engine.score(prompts(2), LABELS)).retries == 1
     await engine.aclose()
+
+
+# Servers as people run them
+
+
+def odds(answer: EngineAnswer) -> list[float]:
+    return [logprobs.log_odds for logprobs in answer.logprobs]
+
+
+def expected(pool: list[Prompt]) -> Any:
+    return pytest.approx([hashed_log_odds(prompt.token_ids) for prompt in pool])
+
+
+class Kept(dict[int, float]):
+    """What on_answer hears, by position."""
+
+    def __call__(self, positions: Any, answer: EngineAnswer) -> None:
+        self.update(zip(positions, odds(answer), strict=True))
+
+
+def has(token: int) -> Callable[[dict[str, Any]], bool]:
+    return lambda body: any(prompt[-1] == token for prompt in body["prompt"])
+
+
+@pytest.mark.parametrize("trees", [False, True])
+async def test_every_path_lies_behind_a_gateways_prefix(trees: bool) -> None:
+    async with FakeVLLM(prefix="/models/one", trees=trees, api_key=KEY) as server:
+        assert server.url.endswith("/models/one")
+        engine = await started(server, api_key=SecretStr(KEY), options=HttpOptions(liveness_timeout=0.3))
+        server.latency = 0.3
+        assert odds(await engine.score(prompts(4), LABELS)) == expected(prompts(4))
+        assert engine.takes_trees == trees
+        assert await engine.tokenize([" True"]) == [[TRUE]]
+        assert await engine.kv_cache_tokens() == 4096 * 16
+        assert await engine.prefix_cache() is not None
+        paths = {"/v1/models", "/version", "/tokenize", "/v1/completions", "/metrics", "/health", PATH}
+        assert set(server.requests) == paths, "and none outside of it"
+        await engine.aclose()
+
+
+async def test_without_tokenize_texts_are_tokenized_by_completing_them(caplog: pytest.LogCaptureFixture) -> None:
+    async with FakeVLLM(chat_template="[{}]") as whole:
+        engine = await started(whole)
+        identity, texts = await engine.start(), [" True", "", "a b", "x" * 300_000, "\n\n"]
+        asked = [await engine.tokenize(texts), await engine.tokenize(["a", "b"], special=True)]
+        chat = await engine.tokenize_chat(["Is it?"])
+        await engine.aclose()
+    async with FakeVLLM(chat_template="[{}]", tokenizes=False) as server:
+        engine = await started(server)
+        assert await engine.start() == identity
+        assert engine.exact_labels
+        assert [await engine.tokenize(texts), await engine.tokenize(["a", "b"], special=True)] == asked
+        assert await engine.tokenize_chat(["Is it?"]) == chat
+        assert await engine.tokenize([]) == []
+        assert await resolve_label_tokens(engine) == LabelTokens(" True", " False", TRUE, FALSE)
+        assert odds(await engine.score(prompts(4), LABELS)) == expected(prompts(4))
+        engine._http.era += 1
+        assert odds(await engine.score(prompts(4, length=5), LABELS)) == expected(prompts(4, length=5))
+        assert caplog.text.count("passes no /tokenize on (HTTP 404)") == 1
+        assert server.requests.count("/tokenize") == 1
+        server.chat_template = None
+        assert await engine.tokenize_chat(["Is it?"]) is None
+        await engine.aclose()
+
+
+async def test_without_any_token_ids_the_setting_is_named() -> None:
+    async with FakeVLLM(tokenizes=False, tells_token_ids=False) as server:
+        engine = client(server)
+        with pytest.raises(ConfigurationError, match="passes no /tokenize on") as caught:
+            await engine.start()
+        assert f"USE_VLLM=false and LLAMA_API_BASE={server.url}/v1" in caught.value.hint
+        assert server.completions[0]["prompt"] == [CANARY_TEXT]
+        await engine.aclose()
+
+
+@pytest.mark.parametrize("miscounts", [(1, 0), (0, 1), (0, -1)])
+async def test_a_gateway_that_counts_a_token_more_or_less_is_believed(
+    miscounts: tuple[int, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    async with FakeVLLM(miscounts=miscounts) as server:
+        engine = await started(server)
+        answer = await engine.score(prompts(5), LABELS)
+        assert (odds(answer), answer.retries, answer.prompt_tokens) == (expected(prompts(5)), 0, 5 * 4)
+        assert caplog.text.count("taken for its way of counting") == 1
+        engine._http.era += 1
+        assert odds(await engine.score(prompts(3, length=5), LABELS)) == expected(prompts(3, length=5))
+        server.faults = [Fault(patch=lambda answer: answer["usage"].update(prompt_tokens=5 * 4 + 7))]
+        assert (await engine.score(prompts(5, length=6), LABELS)).retries == 1, "an answer to other prompts"
+        await engine.aclose()
+
+
+async def test_a_first_count_that_was_a_slip_is_forgotten(server: FakeVLLM) -> None:
+    server.faults = [Fault(patch=lambda answer: answer["usage"].update(prompt_tokens=99), times=2)]
+    engine = await started(server)
+    assert odds(await engine.score(prompts(2), LABELS)) == expected(prompts(2))
+    server.faults = [Fault(patch=lambda answer: answer["usage"].update(prompt_tokens=9))]
+    assert (await engine.score(prompts(2, length=5), LABELS)).retries == 1
+    await engine.aclose()
+
+
+@pytest.mark.parametrize(
+    ("knobs", "told", "todo"),
+    [
+        ({"miscounts": (0, 1), "adds_bos": True}, "it is sent on as something else", "chat template"),
+        ({"adds_bos": True}, "it adds a token", "add_special_tokens"),
+        ({"miscounts": (0, 14)}, "counts 20 tokens for a prompt of 6", "as they are"),
+    ],
+)
+async def test_a_gateway_that_sends_on_other_tokens_is_refused(knobs: dict[str, Any], told: str, todo: str) -> None:
+    async with FakeVLLM(**knobs) as server:
+        if knobs.get("adds_bos"):  # which this model's answers show
+            server.log_odds = lambda tokens: 3.0 if tokens[:2] == [BOS, BOS] else -3.0
+            server.drop = set(range(200_000, 200_040))
+        engine = client(server)
+        with pytest.raises(ConfigurationError, match=told) as caught:
+            await engine.start()
+        assert todo in caught.value.hint
+        assert server.url in str(caught.value)
+        await engine.aclose()
+
+
+@pytest.mark.parametrize("above", [20.0, 2.0, -40.0])
+@pytest.mark.parametrize("support", ["yes", "ignored"])
+async def test_logits_in_place_of_logprobs_are_named(above: float, support: str) -> None:
+    async with FakeVLLM(logits=above, exact_labels=support) as server:
+        engine = client(server)
+        with pytest.raises(ConfigurationError, match="log-probabilit") as caught:
+            await engine.start()
+        assert "--logprobs-mode raw_logits or processed_logits" in caught.value.hint
+        assert "--logprobs-mode raw_logprobs" in caught.value.hint
+        assert len(str(caught.value).splitlines()) == 1
+        assert len(server.completions) <= 3
+        await engine.aclose()
+
+
+async def test_a_server_that_comes_back_with_logits_is_not_believed(server: FakeVLLM) -> None:
+    engine = await started(server)
+    server.logits = 20.0
+    engine._http.era += 1
+    with pytest.raises((ServerChanged, RetriesExhausted), match="above 0"):
+        await engine.score(prompts(2), LABELS)
+    await engine.aclose()
+
+
+async def test_an_old_server_that_lacks_a_label_is_told_from_a_prompt_that_ends_wrongly() -> None:
+    async with FakeVLLM(exact_labels="ignored") as server:
+        server.version = "0.19.1"
+        engine = await started(server)
+        server.drop = {TRUE}
+        with pytest.raises(MissingLabel) as caught:
+            await engine.score(prompts(2), LABELS)
+        assert "This server (vLLM 0.19.1) lists its top 20 alone; vLLM 0.26 and newer" in caught.value.hint
+        assert "missing_label to floor" in caught.value.hint
+        await engine.aclose()
+
+
+@pytest.mark.parametrize("trees", [False, True])
+async def test_requests_too_large_for_what_stands_before_the_server_are_split(
+    trees: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    shared = Segment("d", list(range(100_000, 100_300)))
+    pool = [Prompt((shared, Segment("q", list(range(i, i + 40)))), name=f"claim {i}") for i in range(64)]
+    async with FakeVLLM(trees=trees, max_body=5_000) as server:
+        engine = await started(server)
+        kept = Kept()
+        answer = await engine.score(pool, LABELS, on_answer=kept)
+        assert (odds(answer), sorted(kept)) == (expected(pool), list(range(64)))
+        assert answer.requests == len(server.pools) > 1
+        refused = server.requests.count(PATH if trees else "/v1/completions")
+        again = len(server.pools)
+        assert odds(await engine.score(pool, LABELS)) == expected(pool)
+        now = server.requests.count(PATH if trees else "/v1/completions")
+        later = server.pools[again:]
+        assert now - refused == len(later), "none is refused again"
+        assert [body["prompt"][0][-1] for body in later] == sorted(body["prompt"][0][-1] for body in later)
+        assert "takes no request of" in caplog.text
+        await engine.aclose()
+
+
+@pytest.mark.parametrize("trees", [False, True])
+async def test_a_prompt_that_is_too_large_alone_is_named(trees: bool) -> None:
+    pool = [*prompts(3), Prompt((Segment("long", list(range(100_000, 101_000))),), name="claim long")]
+    async with FakeVLLM(trees=trees, max_body=5_000) as server:
+        engine = await started(server)
+        kept = Kept()
+        with pytest.raises(RequestRejected, match=r"prompt 'claim long' alone is a request of 7,\d+ bytes") as caught:
+            await engine.score(pool, LABELS, on_answer=kept)
+        assert (caught.value.status, "client_max_body_size" in caught.value.hint) == (413, True)
+        assert set(kept) >= {0, 1}
+        await engine.aclose()
+
+
+NAN = Fault(patch=lambda answer: answer["choices"][-1]["logprobs"]["token_logprobs"].append(float("nan")))
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [
+        (Fault(status=500, body={"error": {"message": "out of range"}}), RetriesExhausted),
+        (NAN, RetriesExhausted),
+        (Fault(status=400, body={"error": {"message": "out of range"}}), RequestRejected),
+    ],
+)
+@pytest.mark.parametrize("bad", [{0}, {37}, {63}, {20, 21, 50}])
+@pytest.mark.parametrize("trees", [False, True])
+async def test_a_prompt_that_fails_its_request_is_found_and_the_others_are_kept(
+    fault: Fault, error: type[Exception], bad: set[int], trees: bool
+) -> None:
+    if trees and fault is NAN:
+        fault = Fault(patch=lambda answer: answer["logprobs"].append(float("nan")))
+    async with FakeVLLM(trees=trees) as server:
+        engine = await started(server)
+        server.faults = [
+            Fault(**{**vars(fault), "times": None, "only": lambda body: any(has(token)(body) for token in bad)})
+        ]
+        kept = Kept()
+        with pytest.raises(error) as caught:
+            await engine.score(prompts(64), LABELS, on_answer=kept)
+        for token in bad:
+            assert f"'claim {token}'" in str(caught.value)
+        assert str(caught.value).count("'claim ") == len(bad)
+        assert server.url in str(caught.value)
+        assert kept == {at: pytest.approx(hashed_log_odds(prompts(64)[at].token_ids)) for at in set(range(64)) - bad}
+        assert len(server.pools) <= 3 + len(bad) * 3 * 6
+        await engine.aclose()
+
+
+@pytest.mark.parametrize(("status", "error"), [(500, RetriesExhausted), (400, RequestRejected)])
+async def test_a_prompt_that_was_sent_alone_is_named(server: FakeVLLM, status: int, error: type[Exception]) -> None:
+    engine = await started(server, prompts_per_request=1)
+    server.faults = [Fault(status=status, body={"error": {"message": "boom"}}, only=has(2), times=None)]
+    with pytest.raises(error, match=r"^prompt 'claim 2': .*boom"):
+        await engine.score(prompts(4), LABELS)
+    await engine.aclose()
+
+
+async def test_a_prompt_that_failed_only_for_a_while_is_answered(server: FakeVLLM) -> None:
+    engine = await started(server)
+    server.faults = [Fault(status=500, times=4)]
+    answer = await engine.score(prompts(8), LABELS)
+    assert odds(answer) == expected(prompts(8))
+    assert answer.requests == 2
+    await engine.aclose()
+
+
+@pytest.mark.parametrize("status", [400, 500])
+async def test_a_server_that_fails_for_everything_is_soon_left_alone(server: FakeVLLM, status: int) -> None:
+    engine = await started(server)
+    server.faults = [Fault(status=status, body={"error": {"message": "boom"}}, times=None)]
+    with pytest.raises((RetriesExhausted, RequestRejected), match="boom") as caught:
+        await engine.score(prompts(1024), LABELS)
+    assert "claim" not in str(caught.value)
+    attempts = {400: (1, 1), 500: (3, 2)}[status]
+    assert len(server.pools) <= attempts[0] + attempts[1] * 13
+    await engine.aclose()
+
+
+@pytest.mark.parametrize("fault", [Fault(status=503), Fault(status=429, headers={"Retry-After": "0"}), "down"])
+async def test_a_server_that_is_busy_or_gone_is_not_searched(fault: Fault | str, server: FakeVLLM) -> None:
+    engine = await started(server)
+    asked = len(server.completions)
+    if isinstance(fault, str):
+        await server.__aexit__()
+    else:
+        server.faults = [Fault(**{**vars(fault), "times": None})]
+    with pytest.raises(RetriesExhausted, match="after 3 attempts"):
+        await engine.score(prompts(64), LABELS)
+    assert len(server.completions) - asked == (0 if fault == "down" else 3)
+    await engine.aclose()
+
+
+async def test_a_search_ends_where_another_request_fails_for_good(server: FakeVLLM) -> None:
+    options = HttpOptions(retry=QUICK, max_concurrent_requests=1)
+    engine = await started(server, options=options, prompts_per_request=16)
+    server.faults = [
+        Fault(status=400, body={"error": {"message": "bad prompt"}}, only=has(3), times=None),
+        Fault(status=401, body={"error": {"message": "no more"}}, only=has(20), times=None),
+    ]
+    with pytest.raises(RequestRejected, match="no more"):
+        await engine.score(prompts(64), LABELS)
+    assert len(server.pools) <= 3
+    await engine.aclose()
+
+
+@pytest.mark.parametrize("trees", [False, True])
+async def test_connections_that_end_after_every_answer_cost_a_check_an_answer_and_no_more(trees: bool) -> None:
+    options = HttpOptions(retry=RetryPolicy(6, base=0.01, cap=0.05), max_concurrent_requests=1)
+    async with FakeVLLM(trees=trees, dtype="float32", drops_connections=True) as server, asyncio.timeout(60):
+        engine = await started(server, options=options, prompts_per_request=8)
+        asked = len(server.requests)
+        assert odds(await engine.score(prompts(32), LABELS)) == expected(prompts(32))
+        a_check = 5 if trees else 4
+        assert len(server.requests) - asked <= 4 * (1 + a_check) + 8  # some break before they are answered
+        server.log_odds = lambda tokens: 0.3 - hashed_log_odds(tokens)
+        kept = Kept()
+        with pytest.raises(ServerChanged, match="other answers to a fixed prompt"):
+            await engine.score(prompts(16, length=5), LABELS, on_answer=kept)
+        assert not kept
+        await engine.aclose()

@@ -110,7 +110,7 @@ def test_a_server_that_never_answers_is_stopped(make: Callable[..., VLLMServer])
     assert group_members(server.pid) == []
 
 
-def test_progress_shows_the_last_log_line_without_its_frills_the_type_and_the_last_start(
+def test_progress_says_what_the_server_is_at_not_its_log_the_type_and_the_last_start(
     make: Callable[..., VLLMServer], tmp_path: Path
 ) -> None:
     out = io.StringIO()
@@ -123,9 +123,11 @@ def test_progress_shows_the_last_log_line_without_its_frills_the_type_and_the_la
         log.write_text(text)
         with pytest.raises(ServerFailed), make("silent", timeout=8.0, progress=out, log=log):
             pytest.fail("it is not up")
-        assert re.search(rf"starting the vLLM server: +\d+ s{re.escape(usual)}  child \d+", out.getvalue())
+        assert re.search(rf"starting the vLLM server: +\d+ s{re.escape(usual)}, loading the model\r", out.getvalue())
     assert out.getvalue().count("vLLM computes in float32, because a test says so\n") == 2
     assert "\x1b[1m" not in out.getvalue()
+    assert "child" not in out.getvalue()
+    assert "pid=" not in out.getvalue()
 
 
 def test_the_handlers_of_signals_are_put_back(make: Callable[..., VLLMServer]) -> None:

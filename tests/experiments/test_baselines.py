@@ -164,6 +164,8 @@ async def test_a_test_file_is_the_same_for_every_seed(table: Table, tmp_path: Pa
 async def test_held_out_claims_are_in_no_pool(table: Table) -> None:
     code, _, err = await table("--seeds", "1", "2", "--test_size", "10", "--rows", "many-shot-gold")
     assert code == 0, err
+    assert err.count("labels  ' True'") == 1  # what is asked is said once, of the first seed's pool
+    assert (table.runs / "t" / "prompt.txt").read_text().count("I think this claim is") == 12
     answers = [
         json.loads((table.runs / "t" / f"seed-{seed}" / "rows" / "many-shot-gold.json").read_text()) for seed in (1, 2)
     ]

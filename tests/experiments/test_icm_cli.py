@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +16,11 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from tests.core.fake_server import FakeVLLM, Fault
+from tests.core.fake_endpoint import FakeEndpoint
+from tests.core.fake_server import BOS, FALSE, TRUE, FakeVLLM, Fault
 
 SCRIPT = Path(__file__).resolve().parents[2] / "src" / "experiments" / "ICM.py"
 
@@ -111,10 +115,46 @@ async def test_a_finished_run_is_shown_without_a_server(icm: Command, server: Fa
     assert (await icm("--run", "a"))[0] == 0
     asked = len(server.requests)
     icm.environment["VLLM_BASE_URL"] = "http://127.0.0.1:9"
-    code, out, _ = await icm("--run", "a", "--is_complete")
+    code, out, err = await icm("--run", "a", "--is_complete")
     assert code == 0
     assert "agreement" in out
     assert len(server.requests) == asked
+    document = json.loads((icm.runs / "a/run.json").read_text())
+    assert err.startswith(f"finished {document['finished']}; shown again, nothing was computed\n")
+
+
+async def test_a_run_says_first_what_it_will_ask_and_keeps_one_whole_prompt(icm: Command, server: FakeVLLM) -> None:
+    code, out, err = await icm("--run", "quiet")
+    assert code == 0
+    assert "  | " not in err
+    icm.arguments.remove("--quiet")
+    code, out, err = await icm("--run", "a")
+    assert code == 0
+    lines = err.splitlines()
+    assert [line.split()[0] for line in lines[:5]] == ["data", "groups", "model", "labels", "prompt"]
+    prompt = icm.runs / "a" / "prompt.txt"
+    assert lines[4].endswith(f"whole in {prompt}")
+    assert "  | [... 13 more demonstrations ...]" in lines
+    assert "  | I think this claim is[ True| False]" in lines
+    assert "data  " not in out
+    text = prompt.read_text()
+    assert text.count("I think this claim is") == 16
+    assert text.endswith("I think this claim is")
+    kept = prompt.read_bytes()
+    document = json.loads((icm.runs / "a/run.json").read_text())
+    del document["result"]
+    (icm.runs / "a/run.json").write_text(json.dumps(document))
+    _, _, again = await icm("--run", "a")  # goes on, and says so again
+    assert "".join(again.splitlines()[:5]) == "".join(lines[:5])
+    assert prompt.read_bytes() == kept
+
+
+async def test_the_check_shows_a_whole_prompt(icm: Command) -> None:
+    code, out, err = await icm("--run", "a", "--check")
+    assert code == 0
+    assert err.count("  | I think this claim is") == 16
+    assert err.count("  | I think this claim is[ True| False]") == 1
+    assert "I think" not in out
 
 
 async def test_what_is_asked_after_the_search_is_told(icm: Command) -> None:
@@ -147,10 +187,10 @@ async def test_a_run_does_not_go_on_in_another_type(data: Path, tmp_path: Path) 
 
 async def test_the_same_seed_gives_the_same_labels_and_asks_nothing_twice(icm: Command, server: FakeVLLM) -> None:
     await icm("--run", "a")
-    asked = len(server.completions)
+    asked = len(server.pools)
     await icm("--run", "b")
     assert icm.labels("a") == icm.labels("b")
-    assert len(server.completions) - asked <= 2  # the canary and the probe; every score came from the cache
+    assert len(server.pools) == asked  # every score came from the cache
     await icm("--run", "c", "--seed", "1")
     assert icm.labels("c") != icm.labels("a")
 
@@ -228,9 +268,9 @@ async def test_a_run_on_two_servers_of_which_one_dies_ends_with_the_labels_of_on
     assert all(record.get("tokens_computed", 0) >= 0 for record in both.log("a"))
     assert all(len(server.pools) >= 6 for server in servers)
     both.environment = icm.environment
-    asked = len(server.completions)
+    asked = len(server.pools)
     assert (await both("--run", "b", "--label_rest"))[0] == 0
-    assert len(server.completions) - asked <= 2  # cached scores count, however many servers gave them
+    assert len(server.pools) == asked  # cached scores count, however many servers gave them
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -244,6 +284,8 @@ async def test_an_interrupted_run_says_how_to_go_on(icm: Command, server: FakeVL
     assert process.returncode == 130
     assert "Nothing is lost" in err.decode()
     assert "--run a" in err.decode()
+    again = shlex.split(err.decode().splitlines()[-1])
+    assert again == [*icm.arguments, "--run", "a"]
     assert "Traceback" not in err.decode()
     assert (await icm("--run", "a"))[0] == 0
 
@@ -311,6 +353,143 @@ async def test_a_server_with_another_version_is_refused_mid_run(icm: Command, se
     assert "0.0.1" in err
 
 
+def unfinished(icm: Command, run: str, lines: int | None = None) -> None:
+    """The run as if it had been stopped, after so many lines of its journal."""
+    folder = icm.runs / run
+    document = json.loads((folder / "run.json").read_text())
+    del document["result"]
+    (folder / "run.json").write_text(json.dumps(document))
+    (folder / "labels.jsonl").unlink()
+    log = folder / "log.jsonl"
+    log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:lines]))
+
+
+async def test_a_run_goes_on_with_its_model_in_another_place_and_under_another_name(
+    icm: Command, server: FakeVLLM
+) -> None:
+    assert (await icm("--run", "a"))[0] == 0
+    labels = icm.labels("a")
+    unfinished(icm, "a", 9)
+    asked = len(server.completions)
+    server.root, server.model = "/moved/here", "my-name"
+    code, _, err = await icm("--run", "a", "--model", "my-name")
+    assert code == 0, err
+    assert "the run goes on: the model answers as before (model 'fake-8b', now 'my-name', root" in err
+    assert icm.labels("a") == labels
+    assert len(server.completions) - asked <= 2  # the canary and the probe: all else is in the cache
+    assert (await icm("--run", "a", "--model", "fake-8b"))[0] == 0  # finished, it keeps the name that it began with
+    code, _, err = await icm("--run", "a", "--model", "my-name")
+    assert code == 2
+    assert "--model fake-8b, now my-name" in err
+
+
+@pytest.mark.parametrize("change", ["root", "name"])
+async def test_a_run_does_not_go_on_with_another_model_in_another_place(
+    icm: Command, server: FakeVLLM, change: str
+) -> None:
+    assert (await icm("--run", "a", "--K", "5"))[0] == 0
+    unfinished(icm, "a")
+    server.salt = "other weights"
+    if change == "root":
+        server.root = "/moved/here"
+    else:
+        server.model = "my-name"
+    code, _, err = await icm("--run", "a", "--K", "5", "--model", server.model)
+    assert code == 2
+    told = "root '/models/fake', now '/moved/here'" if change == "root" else "model 'fake-8b', now 'my-name'"
+    assert f"was started on another engine ({told})" in err
+
+
+async def test_a_run_does_not_go_on_with_another_configuration_of_its_model(data: Path, tmp_path: Path) -> None:
+    async with FakeVLLM(trees=True, config="a" * 64) as server:
+        icm = Command(server.url, data, tmp_path / "runs")
+        assert (await icm("--run", "a", "--K", "5"))[0] == 0
+        unfinished(icm, "a")
+        server.config = "b" * 64
+        code, _, err = await icm("--run", "a", "--K", "5")
+        assert code == 2
+        assert "was started on another engine (config 'aaaaaaaaaaaa', now 'bbbbbbbbbbbb')" in err
+
+
+async def test_a_run_folder_goes_on_where_it_was_copied_to(icm: Command, server: FakeVLLM, tmp_path: Path) -> None:
+    assert (await icm("--run", "a"))[0] == 0
+    labels = icm.labels("a")
+    unfinished(icm, "a", 9)
+    elsewhere = tmp_path / "another machine"
+    shutil.copytree(icm.runs / "a", elsewhere / "runs" / "a")
+    (tmp_path / "claims.jsonl").rename(elsewhere / "claims.jsonl")
+    shutil.rmtree(icm.runs)
+    async with FakeVLLM(log_odds=signed_by_words, root="/its/own/path") as other:
+        there = Command(other.url, elsewhere / "claims.jsonl", elsewhere / "runs")
+        code, _, err = await there("--run", "a")
+        assert code == 0, err
+        assert there.labels("a") == labels
+    assert not icm.runs.exists()
+
+
+def grow(data: Path, *, new: int, without: Sequence[int] = ()) -> Path:
+    """The file without some rows, with groups of two claims more."""
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    rows = [row for number, row in enumerate(rows) if number not in without]
+    rows += [
+        {"question": f"Is {n} odd?", "choice": answer, "label": int((n % 2 == 1) == (answer == "yes")),
+         "consistency_id": f"odd {n}"}
+        for n in range(new) for answer in ("yes", "no")
+    ]  # fmt: skip
+    grown = data.with_name("grown.jsonl")
+    grown.write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))
+    return grown
+
+
+async def test_a_grown_file_goes_on_from_what_is_labelled(icm: Command, data: Path) -> None:
+    assert (await icm("--run", "a"))[0] == 0
+    before = {(r["question"], r["choice"]): r for r in map(json.loads, icm.labels("a").splitlines())}
+    labelled = {at: row["label"] for at, row in before.items() if row["by"] == "icm"}
+    removed = before["Is 3 even?", "yes"] if ("Is 3 even?", "yes") in before else next(iter(before.values()))
+    grown = grow(data, new=3, without=[removed["row"]])
+    there = Command(icm.environment["VLLM_BASE_URL"], grown, icm.runs)
+    code, _, err = await there("--run", "b", "--continue_from", "a", "--batch_size", "20", "--K", "0")
+    assert code == 0, err
+    kept = {at: label for at, label in labelled.items() if at != (removed["question"], removed["choice"])}
+    assert f"starts with {len(kept)} labels of a ({sum(kept.values())} True) in place of random ones" in err
+    assert f"1 claim of a not in grown.jsonl, removed or edited: row {removed['row']} (" in err
+    assert "claims of grown.jsonl beside them: --batch_size 29 takes in all" in err
+    [start] = [record for record in icm.log("b") if record["event"] == "start"]
+    pool = [json.loads(line) for line in (icm.runs / "b" / "claims.jsonl").read_text().splitlines()]
+    assert len(start["labels"]) == len(kept)
+    assert {(pool[int(at)]["question"], pool[int(at)]["choice"]) for at in start["labels"]} == kept.keys()
+    document = json.loads((icm.runs / "b" / "run.json").read_text())
+    assert document["continued_from"]["labels"] == len(kept)
+    assert len(document["settings"]["continue_from"]) == 64
+
+
+async def test_a_run_that_goes_on_from_another_is_resumed_as_every_run(
+    icm: Command, server: FakeVLLM, data: Path
+) -> None:
+    assert (await icm("--run", "a"))[0] == 0
+    unfinished(icm, "a", 20)  # its last state in the journal counts
+    there = Command(server.url, grow(data, new=4), icm.runs)
+    flags = ("--continue_from", str(icm.runs / "a"), "--batch_size", "64", "--context_cap", "8")
+    code, out, err = await there("--run", "whole", *flags)
+    assert code == 0, err
+    assert "claims labelled" in out
+    assert "no room" not in err
+    labels = icm.labels("whole")
+    assert len(labels.splitlines()) == 32
+    unfinished(icm, "whole", 7)
+    (icm.runs / "responses.sqlite").unlink()
+    code, _, err = await there("--run", "whole", *flags)
+    assert code == 0, err
+    assert icm.labels("whole") == labels
+    assert (await there("--run", "whole", "--is_complete", *flags))[0] == 0
+    code, _, err = await there("--run", "whole", *flags[2:])
+    assert code == 2
+    assert "--continue_from " in err
+    code, _, err = await there(*flags, "--num_batches", "all")
+    assert code == 2
+    assert "leave out --num_batches" in err
+
+
 async def test_check_measures_the_precondition_and_stops(icm: Command) -> None:
     code, out, err = await icm("--run", "a", "--check", "--calibrate", "mean")
     assert code == 0, err
@@ -360,12 +539,37 @@ async def test_a_run_that_began_with_settings_that_contradict_each_other_goes_on
     assert icm.labels("a") == labels
 
 
+async def test_a_known_share_of_true_claims_is_a_setting_of_its_own(icm: Command) -> None:
+    assert (await icm("--calibrate", "mean"))[0] == 0
+    code, out, err = await icm("--calibrate", "mean", "--prior", "0.75")
+    assert code == 0, err
+    assert "(calibration: mean, prior 0.75)" in out
+    runs = {json.loads(path.read_text())["settings"].get("prior"): path.parent for path in icm.runs.glob("*/run.json")}
+    assert runs.keys() == {None, 0.75}
+    assert "prior" not in json.loads((runs[None] / "run.json").read_text())["settings"]
+    rows = [json.loads(line) for line in (runs[0.75] / "labels.jsonl").read_text().splitlines()]
+    searched = [row["log_odds"] for row in rows if row["by"] == "icm"]
+    offset = float(np.quantile(searched, 0.25))
+    predicted = [row for row in rows if row["by"] == "predicted"]
+    assert all(row["label"] == (row["log_odds"] > offset) for row in predicted)
+    document = json.loads((runs[0.75] / "run.json").read_text())
+    alone = [row["zero_shot"] for row in rows]
+    right = sum((row["zero_shot"] > np.quantile(alone, 0.25)) == row["gold"] for row in rows)
+    assert document["result"]["zero_shot_calibrated"] == [right, 16]
+    del document["result"]
+    (runs[0.75] / "run.json").write_text(json.dumps(document))
+    labels = (runs[0.75] / "labels.jsonl").read_bytes()
+    assert (await icm("--calibrate", "mean", "--prior", "0.75"))[0] == 0  # replayed from its journal
+    assert (runs[0.75] / "labels.jsonl").read_bytes() == labels
+
+
 async def test_data_without_gold_reports_no_accuracy(icm: Command, data: Path) -> None:
     rows = [json.loads(line) for line in data.read_text().splitlines()]
     data.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "label"}) + "\n" for row in rows))
     code, out, err = await icm("--run", "a")
     assert code == 0, err
-    assert "unknown (no labels to compare)" in out
+    assert out.count("unknown (no labels to compare)") == 1
+    assert "zero-shot" not in out
 
 
 async def test_an_external_api_is_asked_in_text_and_gives_labels(icm: Command, server: FakeVLLM) -> None:
@@ -381,6 +585,32 @@ async def test_an_external_api_is_asked_in_text_and_gives_labels(icm: Command, s
     assert run["engine"]["kind"] == "openai-compatible"
     assert run["kv_capacity"] is None
     assert run["cost"]["asked_ahead"] == 0  # every question is paid for
+
+
+async def test_a_llama_server_gives_labels_and_says_what_it_had_cached(icm: Command) -> None:
+    async with FakeEndpoint(style="llama", model="fake-8b", log_odds=signed_by_words) as llama:
+        llama.cached = 5
+        icm.environment |= {"LLAMA_API_BASE": llama.url + "/v1", "VLLM_BASE_URL": ""}
+        code, _, err = await icm("--run", "a", "--batch_size", "8")
+        assert code == 0, err
+        assert len(icm.labels("a").splitlines()) == 8
+        assert json.loads((icm.runs / "a" / "run.json").read_text())["engine"]["fingerprint"]
+        sent = [step for step in icm.log("a") if step["event"] == "step" and step["tokens_sent"]]
+        assert sent
+        assert all(step["tokens_cached"] == 5 * (step["asked"] - step["from_cache"]) for step in sent)
+
+
+async def test_an_endpoint_that_cannot_score_is_refused_in_one_line_before_anything_is_asked(icm: Command) -> None:
+    wrapped = FakeEndpoint(template="<|user|>{}<|assistant|>", counts_on="Sure! What next?")
+    alone = FakeEndpoint(at_most=1)
+    for endpoint, told in ((wrapped, "does not continue texts as they are"), (alone, "both labels")):
+        async with endpoint as server:
+            icm.environment |= {"LLAMA_API_BASE": server.url + "/v1", "VLLM_BASE_URL": ""}
+            code, _, err = await icm("--run", "a")
+            assert code == 2, err
+            assert told in err
+            assert len(err.splitlines()) == 1
+            assert len(server.completions) <= 2
 
 
 async def test_a_missing_label_stops_or_is_floored_and_counted(icm: Command, server: FakeVLLM) -> None:
@@ -411,8 +641,14 @@ BAD = [
     (["--run", "../x"], "not a path"),
     (["--initial_T", "0"], "must be above 0"),
     (["--lookahead", "-1"], "must be auto"),
+    (["--continue_from", "nobody"], "no run of that name"),
     (["--alpha", "nan"], "must be a finite number"),
     (["--seed", "99999999999999999999"], "below 2^63"),
+    (["--prior", "0"], "--prior: must be a share above 0 and below 1, not 0"),
+    (["--prior", "1.5", "--calibrate", "mean"], "--prior: must be a share"),
+    (["--prior", "nan", "--calibrate", "mean"], "--prior: must be a share"),
+    (["--prior", "97%"], "--prior"),
+    (["--prior", "0.97"], "--prior 0.97 and --calibrate none contradict each other"),
 ]
 
 
@@ -440,7 +676,72 @@ async def test_claims_that_do_not_fit_the_context_are_counted(icm: Command, serv
     assert code == 2
     assert "16 claims need prompts of up to" in err
     assert "of them fit" in err
-    assert len(server.completions) <= 2  # canary and probe
+    assert not server.pools
+
+
+async def test_a_capped_context_is_checked_for_what_is_asked(icm: Command, server: FakeVLLM) -> None:
+    server.max_model_len = 150  # too short for 15 demonstrations
+    code, _, err = await icm("--context_cap", "3", "--run", "a", "--label_rest")
+    assert code == 0, err
+    asked = [len(prompt) for body in server.completions for prompt in body["prompt"] if isinstance(prompt, list)]
+    assert max(asked) < 150
+    server.max_model_len = 60
+    code, _, err = await icm("--context_cap", "3", "--run", "b")
+    assert code == 2
+    assert "3 demonstrations need prompts of up to" in err
+    assert "2 of the longest fit. Use a smaller --context_cap" in err
+
+
+async def test_a_capped_run_asks_both_servers_and_ends_as_on_one(
+    icm: Command, server: FakeVLLM, data: Path, tmp_path: Path
+) -> None:
+    flags = ("--run", "a", "--context_cap", "3")
+    assert (await icm(*flags))[0] == 0
+    async with FakeVLLM(log_odds=signed_by_words) as first, FakeVLLM(log_odds=signed_by_words) as second:
+        both = Command(f"{first.url},{second.url}", data, tmp_path / "other runs")
+        code, _, err = await both(*flags)
+        assert code == 0, err
+        counts = [sum(len(body["prompt"]) for body in each.completions) for each in (first, second)]
+    assert min(counts) > sum(counts) / 4
+    assert both.labels("a") == icm.labels("a")
+    scores = [[(r["event"], r.get("claim"), r["U"]) for r in command.log("a")] for command in (icm, both)]
+    assert scores[0] == scores[1]
+
+
+async def test_the_tokens_of_a_demonstration_are_shown_and_kept(icm: Command, server: FakeVLLM) -> None:
+    _, out, _ = await icm("--run", "a", "--check")
+    assert f"' True' {TRUE}" in out
+    assert f"prefix        '<bos>' {BOS}" in out
+    assert (await icm("--run", "b"))[0] == 0
+    tokens = json.loads((icm.runs / "b" / "run.json").read_text())["tokens"]
+    assert tokens["prefix"] == [[BOS, "<bos>"]]
+    assert tokens["labels"] == {" True": TRUE, " False": FALSE}
+    text = "".join(piece for _, piece in tokens["demonstration"])
+    assert text.startswith("Question: Is ")
+    assert text.endswith("I think this claim is True\n\n")
+    assert [TRUE, " True"] in tokens["demonstration"]
+    server.detokenizes = False  # a gateway that passes fewer paths
+    _, out, _ = await icm("--run", "a", "--check")
+    assert f"  {TRUE}  " in out
+
+
+async def test_a_run_goes_on_with_the_tokens_that_it_began_with(icm: Command, server: FakeVLLM) -> None:
+    server.latency = 0.05
+    process = await icm.start("--run", "a")
+    while not (icm.runs / "a" / "log.jsonl").exists():
+        await asyncio.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    await process.communicate()
+    server.latency = 0.0
+    server.split_labels = True  # the same server with another tokenizer
+    code, _, err = await icm("--run", "a")
+    assert code == 2
+    assert "was started with other tokens for its demonstration and labels" in err
+    server.split_labels = False
+    path = icm.runs / "a" / "run.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "tokens"}))
+    code, _, err = await icm("--run", "a")  # begun by a version that kept no record of them, which were the same
+    assert code == 0, err
 
 
 async def test_malformed_secrets_name_the_line_not_the_content(icm: Command, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.core.fake_server import FakeVLLM
-from tests.experiments.test_icm_cli import Command, data, icm, server  # noqa: F401 - fixtures
+from tests.experiments.test_icm_cli import Command, data, icm, server, unfinished  # noqa: F401 - fixtures
 
 BATCHES = ("--num_batches", "all", "--batch_size", "8", "--num_seed", "2")
 
@@ -28,6 +28,9 @@ async def test_the_labels_do_not_depend_on_how_many_batches_run_at_once(icm: Com
         assert "agreement with gold" in out
         (icm.runs / "responses.sqlite").unlink()
     assert icm.labels("at-1") == icm.labels("at-2") == icm.labels("at-4")
+    assert err.splitlines().count("data    claims.jsonl: all 24 claims in 3 batches") == 1
+    assert err.count("labels  ") == 1
+    assert (icm.runs / "at-1" / "prompt.txt").read_text().count("I think this claim is") == 8
     found = rows(icm, "at-1")
     assert sorted(row["row"] for row in found) == list(range(24))
     groups = [{row["consistency_id"] for row in found if row["batch"] == batch} for batch in range(3)]
@@ -53,6 +56,28 @@ async def test_all_batches_make_progress_at_once(icm: Command, server: FakeVLLM)
     process.send_signal(signal.SIGKILL)
     await process.communicate()
     assert max(lengths) <= 3 * min(lengths)
+
+
+async def test_batches_go_on_with_their_model_in_another_place_and_under_another_name(
+    icm: Command,  # noqa: F811
+    server: FakeVLLM,  # noqa: F811
+) -> None:
+    assert (await icm("--run", "a", *BATCHES))[0] == 0
+    labels = icm.labels("a")
+    unfinished(icm, "a/batch-001", 5)
+    document = json.loads((icm.runs / "a" / "run.json").read_text())
+    del document["result"]
+    (icm.runs / "a" / "run.json").write_text(json.dumps(document))
+    server.root, server.model = "/moved/here", "my-name"
+    code, _, err = await icm("--run", "a", *BATCHES, "--model", "my-name")
+    assert code == 0, err
+    assert icm.labels("a") == labels
+    (icm.runs / "a" / "run.json").write_text(json.dumps(document))
+    unfinished(icm, "a/batch-001", 5)
+    server.salt = "other weights"
+    code, _, err = await icm("--run", "a", *BATCHES, "--model", "my-name")
+    assert code == 2
+    assert "was started on another engine" in err
 
 
 async def test_killed_and_gone_on_with_it_ends_with_the_same_labels(icm: Command, server: FakeVLLM) -> None:  # noqa: F811

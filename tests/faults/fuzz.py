@@ -36,12 +36,12 @@ with _WATCH:
     from core.llm_api.completions import label_logprobs, read_answers, read_tree_answer, token_key
     from core.llm_api.errors import APIError, ConfigurationError, MissingLabel
     from core.llm_api.http_text import _generation, _pieces, _vectors
-    from core.llm_api.prompt_tree import read_request
     from core.llm_api.retry import parse_retry_after
     from core.llm_api.transport import server_message
     from core.llm_api.types import LabelTokens, Prompt, Segment
     from core.llm_api.vllm_metrics import kv_block_size, kv_cache_capacity, prefix_cache_counters
     from core.settings import Settings, read_secrets
+    from icm_vllm.prompt_tree import read_request
     from src.experiments.experiment_file import load_experiment
     from src.experiments.watch import Watch
     from src.icm.testbeds import BadInput
@@ -214,12 +214,24 @@ PARSERS: dict[str, tuple[Callable[[bytes], None], bytes]] = {
     "json": (data_file("json"), b"[" + _ROW + b"," + _ROW + b"]"),
     "jsonl": (data_file("jsonl"), _ROW + b"\n" + _ROW + b"\n"),
     "csv": (data_file("csv"), b'question,choice,label\n"Is 4\neven?",yes,1\n'),
+    "options": (
+        data_file("json"),
+        b'{"question":"q","choice":["a","b"],"label":"B"}\n{"question":"r","choice":'
+        b'{"text":["1","2"],"label":["A","B"]},"consistency_relation":"at most one"}\n',
+    ),
+    "lists-csv": (data_file("csv"), b"Question; choice;label;consistency_id\nq;['a', 'b'];[1, 0];nan\nr;[1, 2];;\n"),
     "secrets": (secrets, b"# c\nexport VLLM_BASE_URL='http://h:1/v1'  # x\nAPI_KEY=abc\n"),
     "yaml": (yaml_config, b"read_timeout: 5\nvllm_base_url: [http://a:1, http://b]\n"),
     "completions": (
         completions,
         b'{"choices":[{"index":1,"logprobs":{"top_logprobs":[{"token_id:7":-1.5,"token_id:9":null}]}},{"index":0,'
         b'"logprobs":{"top_logprobs":[{"token_id:7":-1,"token_id:9":-2}]}}],"usage":{"prompt_tokens":6}}',
+    ),
+    "chat-style": (
+        completions,
+        b'{"choices":[{"index":0,"logprobs":{"content":[{"id":7,"token":"token_id:7","bytes":[],"logprob":-1,'
+        b'"top_logprobs":[{"id":9,"token":"token_id:9","logprob":null}]}]}},{"index":1,"logprobs":{"tokens":["a"],'
+        b'"token_logprobs":[-1],"top_logprobs":null}}],"usage":{"prompt_tokens":6}}',
     ),
     "tree-answer": (tree_answer, b'{"logprobs":[[-1,-2],[null,-0.5]],"prompt_tokens":6,"cached_tokens":0}'),
     "tree-request": (

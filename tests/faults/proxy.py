@@ -22,7 +22,7 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from typing import Any, Literal, Self
 
-from core.llm_api import prompt_tree
+from icm_vllm import prompt_tree
 
 SCORING = ("/v1/completions", prompt_tree.PATH)
 Owed = Literal["goes on", "may stop"]

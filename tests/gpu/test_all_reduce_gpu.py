@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600), pytest.mark.filterwarni
 def _one_gpu(rank: int, count: int, store: str) -> None:
     import torch
 
-    from core.batch_invariant.collectives import all_reduce
+    from icm_vllm.batch_invariant.collectives import all_reduce
 
     torch.cuda.set_device(rank)
     torch.distributed.init_process_group("nccl", init_method=f"file://{store}", rank=rank, world_size=count)

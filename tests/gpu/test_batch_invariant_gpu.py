@@ -1,4 +1,4 @@
-"""The batch-invariant kernels on a real GPU: every claim of core/batch_invariant that the interpreter cannot show.
+"""The batch-invariant kernels on a real GPU: every claim of icm_vllm/batch_invariant that the interpreter cannot show.
 
 python -m pytest -m gpu tests/gpu
 """
@@ -29,7 +29,7 @@ def torch() -> Any:
 
 def test_every_tile_of_this_gpu_gives_the_same_bits(torch: Any) -> None:
     """Without this, tiles must not be chosen by the number of rows."""
-    from core.batch_invariant import agreement
+    from icm_vllm.batch_invariant import agreement
 
     for name in TYPES:
         for n, k in ((512, 1040), (6144, 4096), (272, 48)):
@@ -41,7 +41,7 @@ def test_every_tile_of_this_gpu_gives_the_same_bits(torch: Any) -> None:
 @pytest.mark.parametrize("name", TYPES)
 @pytest.mark.parametrize(("k", "n"), SHAPES)
 def test_a_row_of_a_product_keeps_its_bits(torch: Any, k: int, n: int, name: str) -> None:
-    from core.batch_invariant import product
+    from icm_vllm.batch_invariant import product
 
     a = torch.randn(2048, k, device="cuda", dtype=getattr(torch, name))
     w = torch.randn(n, k, device="cuda", dtype=getattr(torch, name))
@@ -58,7 +58,7 @@ def test_a_row_of_a_product_keeps_its_bits(torch: Any, k: int, n: int, name: str
 
 @pytest.mark.parametrize(("name", "tolerance"), [("bfloat16", 4e-3), ("float16", 6e-4), ("float32", 2e-6)])
 def test_products_against_float64(torch: Any, name: str, tolerance: float) -> None:
-    from core.batch_invariant import product
+    from icm_vllm.batch_invariant import product
 
     for m, k, n in ((300, 4096, 512), (5, 1, 7), (64, 63, 65), (1, 14336, 40)):
         a = torch.randn(m, k, device="cuda", dtype=getattr(torch, name))
@@ -71,7 +71,7 @@ def test_products_against_float64(torch: Any, name: str, tolerance: float) -> No
 @pytest.mark.parametrize("name", TYPES)
 @pytest.mark.parametrize("n", [100, 128, 4096, 5000, 128256])
 def test_rows_keep_their_bits(torch: Any, n: int, name: str) -> None:
-    from core.batch_invariant import log_softmax, rms_norm, softmax, total
+    from icm_vllm.batch_invariant import log_softmax, rms_norm, softmax, total
 
     functions: list[Callable[[Any], Any]] = [softmax, log_softmax, lambda x: total(x, [-1], mean=True)]
     if n <= 65536:
@@ -111,7 +111,7 @@ def llama(torch: Any, name: str, attention: str = "eager") -> Any:
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", TYPES)
 def test_a_plain_pytorch_transformer(torch: Any, name: str, attention: str) -> None:
-    from core.batch_invariant import set_batch_invariant_mode
+    from icm_vllm.batch_invariant import set_batch_invariant_mode
 
     model, tokens = llama(torch, name, attention), torch.randint(1000, (48, 61), device="cuda")
     with torch.inference_mode(), set_batch_invariant_mode():
@@ -125,7 +125,7 @@ def test_a_plain_pytorch_transformer(torch: Any, name: str, attention: str) -> N
 @pytest.mark.parametrize("count", [30, 7, 2, 1])
 def test_under_torch_compile(torch: Any, count: int) -> None:
     """One row is a case of its own to the compiler, which makes other code for it."""
-    from core.batch_invariant import set_batch_invariant_mode
+    from icm_vllm.batch_invariant import set_batch_invariant_mode
 
     model, tokens = llama(torch, "bfloat16"), torch.randint(1000, (48, 61), device="cuda")
     torch.compiler.reset()
@@ -139,7 +139,7 @@ def test_under_torch_compile(torch: Any, count: int) -> None:
 @pytest.mark.parametrize("name", TYPES)
 def test_in_cuda_graphs(torch: Any, name: str) -> None:
     """A layer written out in PyTorch: norm, linear, attention, softmax, and the log-softmax of the end."""
-    from core.batch_invariant import set_batch_invariant_mode
+    from icm_vllm.batch_invariant import set_batch_invariant_mode
 
     dtype = getattr(torch, name)
     up = torch.randn(1536, 512, device="cuda", dtype=dtype) * 512**-0.5
@@ -167,7 +167,7 @@ def test_in_cuda_graphs(torch: Any, name: str) -> None:
 
 
 def test_the_mode_is_undone(torch: Any) -> None:
-    from core.batch_invariant import set_batch_invariant_mode
+    from icm_vllm.batch_invariant import set_batch_invariant_mode
 
     a = torch.randn(3, 4096, device="cuda", dtype=torch.bfloat16)
     b = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
@@ -194,7 +194,7 @@ def hopper(torch: Any) -> Any:
 
 
 def test_every_tile_of_8_bit_floats_gives_the_same_bits(hopper: Any) -> None:
-    from core.batch_invariant.scaled import tiles_agree
+    from icm_vllm.batch_invariant.scaled import tiles_agree
 
     for n, k in ((512, 1040), (4608, 16384), (272, 48)):
         results = tiles_agree(hopper.device("cuda", 0), n=n, k=k)
@@ -204,7 +204,7 @@ def test_every_tile_of_8_bit_floats_gives_the_same_bits(hopper: Any) -> None:
 
 @pytest.mark.parametrize(("k", "n"), [(4096, 6144), (1008, 528), (16384, 1024)])
 def test_a_row_of_an_8_bit_product_keeps_its_bits(hopper: Any, k: int, n: int) -> None:
-    from core.batch_invariant import scaled_product
+    from icm_vllm.batch_invariant import scaled_product
 
     a = hopper.randn(2048, k, device="cuda").to(hopper.float8_e4m3fn)
     b = hopper.randn(n, k, device="cuda").to(hopper.float8_e4m3fn).t()
@@ -224,7 +224,7 @@ def test_a_row_of_an_8_bit_product_keeps_its_bits(hopper: Any, k: int, n: int) -
 
 
 def test_8_bit_products_in_cuda_graphs_and_compiled(hopper: Any) -> None:
-    from core.batch_invariant import scaled_product
+    from icm_vllm.batch_invariant import scaled_product
 
     a = hopper.randn(256, 1024, device="cuda").to(hopper.float8_e4m3fn)
     b = hopper.randn(512, 1024, device="cuda").to(hopper.float8_e4m3fn).t()

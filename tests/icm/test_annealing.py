@@ -35,7 +35,7 @@ from src.icm.objective import Evaluation, Objective
 
 
 def problem(size: int = 4, relation: Relation | None = None, **settings: Any) -> Problem:
-    constraints = [] if relation is None else [Constraint(0, 1, relation)]
+    constraints = [] if relation is None else [Constraint((0, 1), relation)]
     groups = tuple("a" if i < 2 else str(i) for i in range(size))
     return Problem(groups, Consistency(constraints), Objective(1.0), SearchSettings(**settings))
 
@@ -137,6 +137,27 @@ def test_repair_tries_every_assignment_of_the_pair_in_one_batch_and_takes_the_be
     assert set(batches[0]) == set(utilities)
 
 
+def test_repair_of_exactly_one_of_four_tries_every_option_as_the_true_one() -> None:
+    p = Problem(
+        ("g",) * 4, Consistency([Constraint((0, 1, 2, 3), Relation.EXACTLY_ONE)]), Objective(1.0), SearchSettings()
+    )
+    one_true = {tuple(at == true for at in range(4)): float(true) for true in range(4)}
+    start = Candidate((False,) * 4, p.new_layout(range(4)))
+    labels, asked, batches = drive(explore(p, start, 0), {start.labels: -1.0, **one_true})
+    assert (labels, asked, len(batches)) == ((False, False, False, True), 5, 1)
+    assert set(batches[0]) == {start.labels, *one_true}
+
+
+def test_repair_of_a_half_labelled_group_labels_no_other_claim() -> None:
+    p = Problem(
+        ("g",) * 4, Consistency([Constraint((0, 1, 2, 3), Relation.EXACTLY_ONE)]), Objective(1.0), SearchSettings()
+    )
+    tried = {(True, True, None, None): 0.0, (True, False, None, None): 1.0, (False, True, None, None): 3.0,
+             (False, False, None, None): 2.0}  # fmt: skip
+    labels, asked, _ = drive(explore(p, Candidate((True, True, None, None), p.new_layout([0, 1])), 0), tried)
+    assert (labels, asked) == ((False, True, None, None), 4)
+
+
 def test_repair_keeps_the_proposal_where_nothing_is_better() -> None:
     p = problem(2, Relation.EXACTLY_ONE)
     utilities = {(True, True): 5.0, (True, False): 1.0, (False, True): 2.0}
@@ -157,12 +178,12 @@ def test_no_repairs_with_a_budget_of_zero() -> None:
     assert (labels, asked) == ((True, True), 1)
 
 
-@given(st.integers(0, 1000), st.sampled_from(list(Relation)))
-def test_repair_ends_consistent_when_consistency_pays(seed: int, relation: Relation) -> None:
+@given(st.integers(0, 1000), st.sampled_from(list(Relation)), st.sampled_from([2, 3, 6]))
+def test_repair_ends_consistent_when_consistency_pays(seed: int, relation: Relation, of: int) -> None:
     """With utility = -I(D), a chain of constraints is repaired, and only evaluated labelings are returned."""
     rng = np.random.default_rng(seed)
     size = 6
-    consistency = Consistency([Constraint(i, i + 1, relation) for i in range(0, size - 1, 2)])
+    consistency = Consistency([Constraint(tuple(range(i, i + of)), relation) for i in range(0, size, of)])
     p = Problem(("g",) * size, consistency, Objective(1.0), SearchSettings(seed=seed))
     start: Labels = tuple((rng.random(size) < 0.5).tolist())
     exploration = explore(p, Candidate(start, p.new_layout(range(size))), 0)
@@ -250,3 +271,8 @@ def test_the_mirror_is_tried_once_when_the_search_has_settled() -> None:
     assert not finished(p, turned)  # the search goes on from there
     assert not wants_mirror(p, turned)
     assert not wants_mirror(problem(patience=5, mirror=False), settled)
+
+
+def test_labels_of_another_run_stand_in_place_of_random_ones() -> None:
+    p = replace(problem(num_seed=4), start_labels=(True, None, False, None))
+    assert p.seed_labels() == (True, None, False, None)

@@ -47,7 +47,7 @@ from src.icm.objective import Evaluation, Objective
 from src.icm.planner import TokenCosts, evaluation_tokens, excess_tokens, relaid_tokens
 from src.icm.prefix_tree import TreeLayout, UpstreamLayout
 
-CONTRADICT = Constraint(0, 1, Relation.EXACTLY_ONE)
+CONTRADICT = Constraint((0, 1), Relation.EXACTLY_ONE)
 
 
 def problem(size: int = 4, constraints: tuple[Constraint, ...] = (), **settings: Any) -> Problem:
@@ -126,7 +126,7 @@ def test_an_odd_seed_label_is_true_half_of_the_time(seed: int) -> None:
 
 def test_decisions_and_repairs_are_drawn_apart() -> None:
     """A journal is replayed from these draws: [seed, STEP, iteration, 1] and [..., 2]."""
-    constraints = tuple(Constraint(i, i + 1, Relation.EXACTLY_ONE) for i in (0, 2, 4, 6))
+    constraints = tuple(Constraint((i, i + 1), Relation.EXACTLY_ONE) for i in (0, 2, 4, 6))
     p = problem(8, constraints, seed=5, initial_T=1.0, decay=1e-9)
     for iteration in range(30):
         taken, probability, _ = decide(p, state_of(p, True, iteration=iteration), -1.0)
@@ -134,7 +134,7 @@ def test_decisions_and_repairs_are_drawn_apart() -> None:
         first = next(explore(p, Candidate((True,) * 8, p.new_layout(range(8))), iteration))
         pair = constraints[int(np.random.default_rng([5, 3, iteration, 1]).integers(4))]
         changed = {i for candidate in first for i, label in enumerate(candidate.labels) if not label}
-        assert changed == {pair.first, pair.second}
+        assert changed == set(pair.claims)
 
 
 # Layouts
@@ -260,7 +260,7 @@ def test_repair_wants_an_evaluation_of_each_labeling() -> None:
 
 def test_repair_tries_a_broken_pair_once_and_stops_after_its_budget() -> None:
     """Three broken pairs that no repair makes better: three rounds; or as many as consistency_fix_K allows."""
-    constraints = tuple(Constraint(i, i + 1, Relation.EXACTLY_ONE) for i in (0, 2, 4))
+    constraints = tuple(Constraint((i, i + 1), Relation.EXACTLY_ONE) for i in (0, 2, 4))
     start: Labels = (True,) * 6
     for budget, rounds in ((10, 3), (3, 3), (2, 2), (1, 1)):
         p = problem(6, constraints, consistency_fix_K=budget)

@@ -8,6 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from core.llm_api.vllm_group import server_for
 from src.icm.capped_layout import CappedLayout, balanced_sample
 
 
@@ -47,3 +48,24 @@ def test_new_claims_are_shown_until_the_sample_is_full() -> None:
     assert sorted(grown.questions) == [0, 1, 2, 3, 4]
     assert grown.built_with == 2
     assert grown.questions[-len(grown.tail) :] == grown.tail
+
+
+@given(st.integers(2, 5), st.integers(0, 2**32))
+def test_every_server_is_asked_about_its_part_of_a_capped_pool(servers: int, seed: int) -> None:
+    labels = (np.random.default_rng(seed).random(256) < 0.5).tolist()
+    laid_out = layout(256, 16, labels)
+    places = [laid_out.place(claim) for claim in laid_out.questions]
+    assert all(0 <= place < 1 for place in places)
+    asked = Counter(server_for(place, servers, range(servers)) for place in places)
+    assert max(asked.values()) <= 1.1 * 256 / servers
+    assert min(asked.values()) >= 0.9 * 256 / servers
+
+
+@given(st.integers(4, 30), st.integers(2, 8))
+def test_a_claims_place_stays_as_others_are_appended(size: int, cap: int) -> None:
+    groups = [str(claim) for claim in range(size)]
+    laid_out = CappedLayout.build(range(size // 2), None, groups, np.random.default_rng(1), cap=cap)
+    for claim in range(size // 2, size):
+        before = {other: laid_out.place(other) for other in laid_out.questions}
+        laid_out = laid_out.append(claim)
+        assert {other: laid_out.place(other) for other in before} == before

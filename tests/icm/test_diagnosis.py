@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from src.icm.consistency import Constraint, Relation
 from src.icm.diagnosis import Verdict, collapse, diagnose, flips, frozen, inconsistency, inversion, salience
 from src.icm.run_record import RunRecord
 from src.pipeline.run_reader import read_run
@@ -39,6 +41,17 @@ def test_labels_as_lopsided_as_the_truth_are_no_collapse(tmp_path: Path) -> None
     assert collapse(example(tmp_path, labels=[True] * 40, gold=[True] * 40)).verdict is Verdict.WATCH
 
 
+def test_labels_as_lopsided_as_they_were_said_to_be_are_no_collapse(tmp_path: Path) -> None:
+    labels = [n > 0 for n in range(40)]
+    run = example(tmp_path, labels=labels, gold=HALF)
+    assert collapse(run).verdict is Verdict.PROBLEM
+    known = replace(run, settings={**run.settings, "calibrate": "mean", "prior": 0.97})
+    assert collapse(known).verdict is Verdict.OK
+    assert "expect 97% True" in collapse(known).told
+    other = replace(run, settings={**run.settings, "calibrate": "mean", "prior": 0.8})
+    assert collapse(other).verdict is Verdict.PROBLEM  # 8 of 40 should be False, not 1
+
+
 def test_few_labels_tell_nothing(tmp_path: Path) -> None:
     run = example(tmp_path, labels=HALF[:8], gold=HALF[:8], zero_shot=ALONE[:8])
     assert {f.key: f.verdict for f in diagnose(run)} == {
@@ -69,6 +82,13 @@ def test_groups_that_stay_inconsistent(tmp_path: Path) -> None:
     assert finding.verdict is Verdict.PROBLEM
     assert "1 of 2 constraints are broken, in 1 groups" in finding.told
     assert "rows 0 (True) and 1 (True)" in finding.details[0]
+
+
+def test_a_set_of_claims_that_are_all_false_is_told_whole(tmp_path: Path) -> None:
+    run = example(tmp_path, labels=[False, False, False, *HALF[3:]])
+    finding = inconsistency(replace(run, constraints=(Constraint((0, 1, 2), Relation.EXACTLY_ONE),)))
+    assert finding.told == "1 of 1 constraints are broken, in 1 groups."
+    assert "rows 0 (False), 1 (False) and 2 (False), of which exactly one is True." in finding.details[0]
 
 
 def test_an_older_run_has_only_a_count(tmp_path: Path) -> None:

@@ -45,6 +45,16 @@ def test_a_margin_is_the_distance_from_what_decides_the_label() -> None:
     assert row["probability"] == pytest.approx(1 / (1 + 2.718281828459045 ** -(6.0 - 5.0666667)), abs=1e-6)
 
 
+def test_with_a_known_share_a_margin_is_the_distance_from_what_decides_the_label_too() -> None:
+    claims = [claim(row, row > 0, score) for row, score in enumerate((1.0, 5.0, 5.5, 6.0, 9.0))]
+    calibrated = run(*claims, calibrate="mean", prior=0.8)
+    assert calibrated.offset == pytest.approx(1.0 + 0.8 * 4.0)
+    assert [found.row for found in chosen_claims(calibrated, least=1.0)] == [0, 2, 3, 4]
+    assert "80%" in calibrated.offset_told
+    assert run(*claims, calibrate="mean").offset_told == "the pool's mean"
+    assert run(*claims, prior=0.8).offset == 0.0
+
+
 def test_single_claims_make_pairs_of_one_question() -> None:
     claims = (
         claim(0, True, 3.0), claim(1, True, 1.0), claim(2, False, -1.0), claim(3, False, -2.0),

@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from src.icm.consistency import Consistency, Constraint, Relation
-from src.icm.objective import Objective, accuracy, auc, wilson_interval
+from src.icm.objective import Objective, accuracy, auc, calibration_offset, wilson_interval
 
 NONE = Consistency([])
 
 
 def test_utility_by_hand() -> None:
-    consistency = Consistency([Constraint(0, 1, Relation.AT_MOST_ONE)])
+    consistency = Consistency([Constraint((0, 1), Relation.AT_MOST_ONE)])
     worth = Objective(alpha=10).evaluate((True, True, False, None), {0: 1.0, 1: -2.0, 2: -4.0}, consistency)
     assert worth.predictability == pytest.approx((1.0 - 2.0 + 4.0) / 3)
     assert worth.inconsistent == 1
@@ -29,6 +29,41 @@ def test_calibration_subtracts_the_mean_and_makes_constant_labels_worthless() ->
     assert worth.offset == 4.0
     assert worth.predictability == pytest.approx(1.0)
     assert Objective(1, "mean").evaluate((True, True), scores, NONE).predictability == pytest.approx(0.0)
+
+
+def test_with_a_known_share_that_share_of_the_pool_lies_above_the_offset() -> None:
+    scores = [float(n * n) for n in range(64)]  # skewed, so that their mean is not their median
+    for trues in (1, 32, 51, 62, 63):
+        offset = calibration_offset(scores, "mean", trues / 64)
+        assert sum(score > offset for score in scores) == trues
+    assert calibration_offset(scores, "mean", 0.5) == pytest.approx((31**2 + 32**2) / 2)
+    assert calibration_offset([3.0], "mean", 0.97) == 3.0
+    assert calibration_offset([], "mean", 0.97) == 0.0
+    assert calibration_offset(scores, "none", None) == 0.0
+
+
+@given(st.lists(st.floats(-50, 50), min_size=1, max_size=80), st.floats(0.01, 0.99), st.floats(-20, 20))
+def test_an_offset_moves_with_what_all_scores_share(scores: list[float], prior: float, lean: float) -> None:
+    before = calibration_offset(scores, "mean", prior)
+    assert calibration_offset([s + lean for s in scores], "mean", prior) == pytest.approx(before + lean, abs=1e-9)
+    assert min(scores) - 1e-9 <= before <= max(scores) + 1e-9
+
+
+def test_a_half_is_the_mean_of_scores_that_lean_to_neither_side() -> None:
+    scores = [-4.0, -1.0, 1.0, 4.0]
+    assert Objective(1, "mean", 0.5).offset(scores) == Objective(1, "mean").offset(scores) == 0.0
+
+
+def test_the_rarer_claims_of_a_skewed_pool_are_signed_by_the_known_share() -> None:
+    labels = (True,) * 7 + (False,)
+    scores = dict(enumerate([3.0, 3.1, 3.2, 3.3, 3.4, 3.5, 3.6, 1.0]))
+    known = Objective(1, "mean", 7 / 8).evaluate(labels, scores, NONE)
+    assert 1.0 < known.offset < 3.0
+    signed = [(1 if label else -1) * (scores[claim] - known.offset) for claim, label in enumerate(labels)]
+    assert known.predictability == pytest.approx(sum(signed) / 8)
+    assert min(signed) > 0
+    wrong = Objective(1, "mean").evaluate((False, *labels[1:]), scores, NONE)
+    assert wrong.offset > 3.0  # the mean would call a True claim False
 
 
 def test_nothing_is_subtracted_unless_asked_for() -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from core.llm_api.types import LabelTokens
 from src.icm.prompts import PromptBook
@@ -58,6 +62,33 @@ def test_longest_prompt_by_hand() -> None:
     # demonstrations: 5, 4, 6 tokens; questions: 2, 1, 3; prefix 1
     assert book().longest_prompt(3) == max(1 + 15 - 5 + 2, 1 + 15 - 4 + 1, 1 + 15 - 6 + 3)
     assert book().longest_prompt(2) == 1 + 5 + 4 + 3  # claim 2 is asked, not demonstrated
+
+
+def test_longest_prompt_with_a_cap_by_hand() -> None:
+    # demonstrations: 5, 4, 6 tokens; questions: 2, 1, 3; prefix 1
+    assert book().longest_prompt(3, 1) == max(1 + 6 + 2, 1 + 6 + 1, 1 + 5 + 3)
+    assert book().longest_prompt(2, 1) == max(1 + 4 + 2, 1 + 5 + 1, 1 + 5 + 3)
+    assert book().longest_prompt(3, 2) == book().longest_prompt(3, 9) == book().longest_prompt(3)
+
+
+@given(st.data(), st.integers(1, 8), st.integers(1, 8))
+def test_the_longest_prompt_is_the_longest_that_can_be_asked(data: st.DataObject, size: int, cap: int) -> None:
+    tokens = data.draw(st.lists(st.lists(st.just(3), max_size=9), min_size=size, max_size=size + 2))
+    b = PromptBook.build([""] * len(tokens), LABELS, tokens=tokens, prefix_tokens=[99], separator_tokens=[7])
+    labels = (True,) * size
+    longest = max(
+        b.prompt(claim, shown, labels).num_tokens
+        for claim in range(len(tokens))
+        for count in range(cap + 1)
+        for shown in itertools.combinations([other for other in range(size) if other != claim], count)
+    )
+    assert b.longest_prompt(size, cap) == longest
+
+
+def test_cap_that_fits() -> None:
+    assert book().cap_that_fits(1 + 3 + 6 + 5, 3) == 2
+    assert book().cap_that_fits(1 + 3 + 6 + 4, 3) == 1
+    assert book().cap_that_fits(1 + 3, 3) == 0
 
 
 def test_claims_that_fit() -> None:

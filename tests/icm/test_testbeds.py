@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -99,6 +100,25 @@ def test_upstream_keys_leak_gold_and_need_it() -> None:
     with pytest.raises(BadInput, match="gold"):
         relation("truthfulQA", "upstream", {"label": None}, {"label": 1})
     assert relation("truthfulQA", "none", {"choice": "a"}, {"choice": "a"}) is None
+
+
+def test_a_testbed_can_say_that_exactly_one_claim_of_every_group_is_true() -> None:
+    testbed = replace(TESTBEDS["truthfulQA"], relation=Relation.EXACTLY_ONE)
+    rows = [{**ROW, "choice": str(n), "consistency_id": n // 4} for n in range(8)]
+    found = testbed.consistency([testbed.claim(row, n) for n, row in enumerate(rows)], "gold-free").constraints
+    assert [(c.claims, c.relation) for c in found] == [
+        ((0, 1, 2, 3), Relation.EXACTLY_ONE),
+        ((4, 5, 6, 7), Relation.EXACTLY_ONE),
+    ]
+    assert TESTBEDS["builtin"].relation is Relation.EXACTLY_ONE
+
+
+def test_options_of_one_row_and_a_column_s_group_are_sets_of_their_own() -> None:
+    testbed = custom_testbed({"question": "q", "choice": "c"})
+    options = testbed.claims({**ROW, "choice": ["a", "b", "c"], "label": 0}, 0, 0)
+    rows = [{**ROW, "choice": str(n), "consistency_relation": "exactly one"} for n in range(3)]
+    found = testbed.consistency([*options, *(testbed.claim(row, n + 1) for n, row in enumerate(rows))], "gold-free")
+    assert [c.claims for c in found.constraints] == [(0, 1, 2), (3, 4, 5)]
 
 
 def test_custom_data_is_read_by_its_columns() -> None:

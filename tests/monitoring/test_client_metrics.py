@@ -91,6 +91,7 @@ async def test_scores_texts_and_failures_are_all_there(tmp_path: Any) -> None:
     attempts = sum(value for (name, _), value in now.items() if name == "icm_client_requests_total")
     assert now["icm_client_latency_seconds_count", ""] == now["icm_client_queue_seconds_count", ""] == attempts
     assert now["icm_client_latency_seconds_bucket", "+Inf"] == attempts
+    assert now["icm_client_limited_seconds_bucket", "0.05"] == attempts, "no rate limits, no waiting"
 
 
 async def test_waiting_requests_show() -> None:

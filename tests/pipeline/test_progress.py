@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from src.icm.annealing import SearchSettings
-from src.pipeline.progress import GROWTH, SearchProgress
+from src.icm.annealing import Problem, SearchSettings, SearchState
+from src.icm.consistency import Consistency
+from src.icm.objective import Evaluation, Objective
+from src.pipeline.progress import ELSEWHERE, GROWTH, PartsProgress, SearchProgress, doing
 
 
 def pool(size: int, **settings: Any) -> Any:
-    problem = SimpleNamespace(size=size, settings=SearchSettings(K=size, **settings))
+    groups = tuple(str(claim) for claim in range(size))
+    problem = Problem(groups, Consistency([]), Objective(1.0), SearchSettings(**{"K": size, **settings}))
     return SimpleNamespace(problem=problem, gold=[True] * size)
 
 
-def state(labelled: int, size: int) -> Any:
-    labels = tuple(True if claim < labelled else None for claim in range(size))
-    return SimpleNamespace(
-        labels=labels,
-        labelled=range(labelled),
-        iteration=labelled,
-        accepted=labelled,
-        evaluation=SimpleNamespace(utility=1.0),
-    )
+def state(labelled: int, size: int, **more: Any) -> SearchState:
+    labels = tuple(claim % 2 == 0 if claim < labelled else None for claim in range(size))
+    problem = pool(size).problem
+    evaluation = Evaluation({}, 0.0, 1.0, 0, 1.0)
+    return SearchState(
+        **{"iteration": labelled, "labels": labels, "layout": problem.new_layout(range(labelled)),
+           "evaluation": evaluation, "accepted": labelled, **more}
+    )  # fmt: skip
 
 
 def shown(
@@ -38,7 +42,7 @@ def shown(
             now = seconds
             progress.update(state(labelled, size), {})
             progress._bar.refresh()
-            texts.append(capsys.readouterr().err.split("\r")[-1])
+            texts.append(capsys.readouterr().err.splitlines()[-1])
     return texts
 
 
@@ -78,3 +82,69 @@ def test_a_quiet_search_shows_nothing(capsys: pytest.CaptureFixture[str]) -> Non
         progress.update(state(4, 8), {})
         progress.update(state(6, 8), {})
     assert capsys.readouterr() == ("", "")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_off_a_terminal_a_search_is_told_in_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    now = 0.0
+    with SearchProgress(pool(64), quiet=False, clock=lambda: now) as progress:
+        for labelled in (8, 16, 16, 16, 24):
+            progress.update(state(labelled, 64), {})
+        now = ELSEWHERE + 1
+        progress.update(state(24, 64, iteration=30), {})  # nothing was labelled, and it says so all the same
+        progress.update(state(24, 64, iteration=31), {})
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "\r" not in said.err
+    lines = said.err.splitlines()
+    assert [line.split(" claims [")[0] for line in lines] == ["0/64", "24/64", "24/64"]
+    assert "iteration=30" in lines[1]
+    assert "\u2588" not in said.err
+
+
+def test_on_a_terminal_it_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with SearchProgress(pool(64), quiet=False, clock=lambda: 0.0) as progress:
+        progress.update(state(16, 64), {})
+        progress._bar.refresh()
+    assert "\r" in terminal.getvalue()
+    assert "25%|" in terminal.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({}, None),
+        ({"unchanged": 3}, "asking all with every label flipped"),
+        ({"unchanged": 3, "mirror_tried": True}, None),  # it has ended
+        ({"layout_tail": True}, "asking all in a new order"),
+    ],
+)
+def test_what_takes_long_without_a_label_is_told_when_it_begins(
+    capsys: pytest.CaptureFixture[str], more: dict[str, Any], told: str | None
+) -> None:
+    size, settings = 8, {"patience": 3, "K": 100, "max_tail": 2}
+    changes = dict(more)
+    if changes.pop("layout_tail", False):
+        layout = pool(size).problem.new_layout(range(6))
+        changes["layout"] = layout.append(6).append(7)
+    at = state(size, size, **changes)
+    assert doing(pool(size, **settings).problem, at) == told
+    with SearchProgress(pool(size, **settings), quiet=False, clock=lambda: 0.0) as progress:
+        progress.update(at, {})
+        said = capsys.readouterr().err
+    assert (f"now={told}" in said) == (told is not None)
+
+
+def test_parts_are_told_in_lines_too(capsys: pytest.CaptureFixture[str]) -> None:
+    with PartsProgress(16, 2, quiet=False) as progress:
+        progress.of("batch-000").update(state(4, 8), {})
+        progress.finish("batch-000", 8, "U 1.0")
+    said = capsys.readouterr()
+    assert (said.out, "\r" in said.err) == ("", False)
+    assert "batch-000: U 1.0" in said.err.splitlines()

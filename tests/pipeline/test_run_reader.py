@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from src.icm.consistency import Relation
+from src.icm.report import pool_rows
 from src.icm.testbeds import BadInput
+from src.pipeline.datafiles import load_data_file
 from src.pipeline.run_reader import read_all, read_run
 from tests.run_examples import write_run
 
@@ -20,8 +22,34 @@ def test_a_finished_run(tmp_path: Path) -> None:
     assert (run.name, run.model, len(run.pool), run.finished is not None) == ("a", "fake-8b", 12, True)
     assert [claim.label for claim in run.claims] == LABELS
     assert run.constraints is not None
-    assert [(c.first, c.second, c.relation) for c in run.constraints] == [(0, 1, Relation.EXACTLY_ONE)]
+    assert [(c.claims, c.relation) for c in run.constraints] == [((0, 1), Relation.EXACTLY_ONE)]
     assert run.cost["seconds"] == 60.0
+
+
+def test_a_constraint_between_more_than_two_claims_is_read_as_it_was_written(tmp_path: Path) -> None:
+    rows = [{"question": "q", "choice": ["a", "b", "c"]}, {"question": "r", "choice": ["d", "e"]}]
+    (tmp_path / "d.json").write_text(json.dumps(rows))
+    testbed, claims, _ = load_data_file(tmp_path / "d.json")
+    consistency = testbed.consistency(claims, "gold-free")
+    written = pool_rows(claims, consistency)
+    assert [row["constraints"] for row in written] == [
+        [[1, 2, "exactly one is true"]], [], [], [[4, "exactly one is true"]], []
+    ]  # fmt: skip
+    folder = write_run(tmp_path / "a", labels=[True, False, False, True, False], claims=written)
+    (folder / "claims.jsonl").write_text("".join(json.dumps(row) + "\n" for row in written))
+    assert read_run(folder).constraints == consistency.constraints
+
+
+@pytest.mark.parametrize("damaged", [[1], ["agree"], [0, "agree"], [1, 1, "agree"], [2, 1, "agree"], [99, "agree"],
+                                     [True, "agree"], [1, "so"], [1.5, "agree"], "agree", None])  # fmt: skip
+def test_a_damaged_constraint_is_left_out(tmp_path: Path, damaged: object) -> None:
+    folder = write_run(tmp_path / "a", labels=LABELS)
+    rows = [json.loads(line) for line in (folder / "claims.jsonl").read_text().splitlines()]
+    rows[0]["constraints"] = [damaged, [1, "agree"]]
+    (folder / "claims.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    constraints = read_run(folder).constraints
+    assert constraints is not None
+    assert [c.claims for c in constraints] == [(0, 1)]
 
 
 def test_a_run_in_progress_has_its_journals_labels(tmp_path: Path) -> None:

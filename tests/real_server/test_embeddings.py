@@ -11,9 +11,9 @@ import pytest
 
 from core.llm_api.errors import RequestRejected
 from core.llm_api.llm import ModelAPI
-from core.llm_api.prompt_tree import PATH
 from core.llm_api.vllm_llm import VLLMClient
 from core.vllm_server import VLLMServer
+from icm_vllm.prompt_tree import PATH
 from tests.conftest import MODEL, RunningServer
 
 pytestmark = [pytest.mark.real_server, pytest.mark.timeout(900)]

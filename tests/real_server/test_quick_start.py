@@ -1,4 +1,4 @@
-"""The processes of a real vLLM server that our launcher started on a CPU (core/vllm_extension/quick_start.py)."""
+"""The processes of a real vLLM server that our launcher started on a CPU (icm_vllm/quick_start.py)."""
 
 from __future__ import annotations
 

@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 
 from core.cpu import fast_type
+from core.llm_api.errors import RequestRejected
 from core.llm_api.llm import ModelAPI
-from core.llm_api.prompt_tree import PATH
-from core.llm_api.types import Prompt
+from core.llm_api.tokens import pieces, resolve_label_tokens
+from core.llm_api.types import Prompt, Segment
 from core.llm_api.vllm_llm import VLLMClient
+from icm_vllm.prompt_tree import PATH
 from src.icm.prefix_tree import Layout, TreeLayout, UpstreamLayout
-from src.icm.prompts import SEPARATOR, PromptBook
+from src.icm.prompts import PromptBook
 from tests.conftest import RunningServer
 
 pytestmark = [pytest.mark.real_server, pytest.mark.timeout(900)]
@@ -37,7 +39,6 @@ CLAIMS = ["is heavier than a train", "can be seen from far away", "was mentioned
 
 async def book_of(api: ModelAPI, size: int) -> tuple[PromptBook, list[bool]]:
     """`size` claims of some 40 tokens, all different, with random labels."""
-    labels = await api.label_tokens()
     rng = random.Random(size)
     texts = [
         f"Question: What do you know about number {i}, which somebody chose at random for this list of claims?\n"
@@ -45,10 +46,7 @@ async def book_of(api: ModelAPI, size: int) -> tuple[PromptBook, list[bool]]:
         "I think this claim is"
         for i in range(size)
     ]
-    tokens = await api.tokenize(texts)
-    [bos] = await api.tokenize([""], special=True) or [[]]
-    [separator] = await api.tokenize([SEPARATOR]) or [[]]
-    book = PromptBook.build(texts, labels, tokens=tokens, prefix_tokens=bos, separator_tokens=separator)
+    book = await PromptBook.open(api, texts)
     return book, [rng.random() < 0.5 for _ in texts]
 
 
@@ -122,11 +120,23 @@ async def test_an_appended_label_costs_little_more_than_itself(vllm_server: Runn
         assert (after - before).computed <= size * (demonstration + question + BLOCK)
 
 
+async def test_a_demonstration_has_the_tokens_of_the_whole_text(vllm_server: RunningServer) -> None:
+    async with ModelAPI(VLLMClient(vllm_server.url, vllm_server.model)) as api:
+        book, labels = await book_of(api, 4)
+        prompt = book.prompt(0, (1, 2, 3), labels)
+        [whole] = await api.tokenize([prompt.text], special=True) or [[]]
+        assert prompt.token_ids == whole
+        demonstration = book.demonstrations[0][True]
+        told = await pieces(api, demonstration.tokens or ()) or []
+        assert "".join(told) == demonstration.text
+        assert told[-1 - len(book.separator)] == " True"
+
+
 async def test_scores_follow_their_prompts_whatever_the_order(vllm_server: RunningServer) -> None:
     async with ModelAPI(VLLMClient(vllm_server.url, vllm_server.model)) as api:
-        labels = await api.label_tokens()
         texts = [f"Review: {word}.\nPositive:" for word in ("Wonderful", "Terrible", "Great", "Awful", "Superb", "Bad")]
-        book = PromptBook.build(texts, labels, tokens=await api.tokenize(texts, special=True))
+        book = await PromptBook.open(api, texts)
+        labels = book.labels
         prompts = [book.prompt(i, (), ()) for i in range(len(texts))]
         forward = np.array((await api.score(prompts, labels)).log_odds)
         backward = np.array((await api.score(prompts[::-1], labels)).log_odds)[::-1]
@@ -284,6 +294,39 @@ async def test_a_server_is_known_again_while_it_computes_a_pool(vllm_server: Run
         await scoring
         assert meanwhile > 0
         assert set(fingerprints) == {api.identity.fingerprint}
+        assert len(api.identity.config) == 64  # the server says how its model is configured
+
+
+async def test_texts_are_tokenized_by_completing_them_as_by_tokenize(vllm_server: RunningServer) -> None:
+    texts = [" True", "", "Question: is 2 more than 1?\nAnswer:", "\n\n", " \u00e9\u4e2d\U0001f600", "x"]
+    whole, v1_alone = VLLMClient(vllm_server.url, vllm_server.model), VLLMClient(vllm_server.url, vllm_server.model)
+    v1_alone._questions._tokenize_passes = False  # as behind a gateway that answers 404
+    try:
+        assert await v1_alone.start() == await whole.start()
+        for special in (False, True):
+            assert await v1_alone.tokenize(texts, special=special) == await whole.tokenize(texts, special=special)
+        assert await v1_alone.tokenize_chat(["Is it?"]) == await whole.tokenize_chat(["Is it?"])
+    finally:
+        await whole.aclose()
+        await v1_alone.aclose()
+
+
+@pytest.mark.parametrize("use_extension", [True, False])
+async def test_a_prompt_of_another_vocabulary_is_named_and_the_others_are_kept(
+    vllm_server: RunningServer, use_extension: bool
+) -> None:
+    client = VLLMClient(vllm_server.url, vllm_server.model, use_extension=use_extension)
+    try:
+        await client.start()
+        labels = await resolve_label_tokens(client)
+        pool = [Prompt((Segment("", [2, 100 + i]),), name=f"claim {i}") for i in range(4)]
+        pool[2] = Prompt((Segment("", [10_000_000]),), name="claim of another model")
+        kept: list[int] = []
+        with pytest.raises(RequestRejected, match=r"'claim of another model', also when asked alone.*vocabulary"):
+            await client.score(pool, labels, on_answer=lambda positions, _: kept.extend(positions))
+        assert sorted(kept) == [0, 1, 3]
+    finally:
+        await client.aclose()
 
 
 async def run_icm(server: RunningServer, folder: Path, *more: str) -> str:

@@ -17,6 +17,7 @@ manner, arguments = sys.argv[1], sys.argv[2:]
 port = int(arguments[arguments.index("--port") + 1])
 print("launch_vllm_server: float32, because a test says so (--dtype chooses another type)", flush=True)
 print("(APIServer pid=7) INFO 11-21 13:17:27 [core.py:1] \x1b[1mloading weights\x1b[0m", flush=True)
+print("(Worker pid=9) INFO 11-21 13:17:28 [cpu_model_runner.py:68] Starting to load model /models/m...", flush=True)
 if manner == "dies":
     print("ValueError: No module named vllm", flush=True)
     sys.exit(3)

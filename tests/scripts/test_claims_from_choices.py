@@ -43,6 +43,15 @@ def test_every_form(tmp_path: Path, form: str, row: dict[str, Any], expected: li
     assert claims(tmp_path, row, "--form", form) == expected
 
 
+def test_exactly_one_choice_of_a_question_is_true(tmp_path: Path) -> None:
+    claims(tmp_path, HELLASWAG, "--form", "hellaswag")
+    testbed, found, _ = load_data_file(tmp_path / "out.jsonl")
+    assert [c.claims for c in testbed.consistency(found, "gold-free").constraints] == [(0, 1, 2)]
+    claims(tmp_path, TRUTHFULQA | {"mc1_targets": {"choices": ["m", "n"], "labels": [1, 1]}}, "--form", "truthfulqa")
+    testbed, found, _ = load_data_file(tmp_path / "out.jsonl")
+    assert testbed.consistency(found, "gold-free").constraints == ()
+
+
 @pytest.mark.parametrize("answer", [1, "1", "B", "b", "right"])
 def test_fields_of_ones_own(tmp_path: Path, answer: object) -> None:
     row = {"stem": "q", "options": ["wrong", "right"], "key": answer}

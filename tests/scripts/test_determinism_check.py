@@ -76,7 +76,9 @@ async def test_a_check_ends_in_time_and_names_what_it_did_not_reach(
         assert record.passed
         assert record.not_reached[0] == "alone, again"
         assert record.not_reached[-1] == "as a search asks"
-        assert f"not reached in the time given: {', '.join(record.not_reached)}" in capsys.readouterr().out
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].startswith("Determinism check: the same prompts are asked alone and in every kind of company")
+        assert f"not reached in the time given: {', '.join(record.not_reached)}" in lines
         args.seconds = None  # without a limit everything is asked again
         record = await run(args, Report(quiet=True))
     assert record.not_reached == []
@@ -94,6 +96,8 @@ async def test_a_check_that_was_cut_short_is_not_repeated_nor_hides_a_failure(
         assert await run(short, again) == first
         assert again.rows == []
         assert capsys.readouterr().out == ""
+        again.end(first)
+        assert f"repeated to the last bit when they were checked on {first.finished}" in capsys.readouterr().out
     async with FakeVLLM() as server:
         asked = 0
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from scripts.finetune_rounds import Rounds, build_parser
+from src.pipeline.datafiles import load_data_file
 from tests.core.fake_server import FakeVLLM
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,6 +93,25 @@ async def test_each_batch_is_labelled_by_the_model_of_the_batches_before(loop: L
     )
     assert [row["batch"] for row in labels] == [1] * 8 + [2] * 8 + [3] * 8
     assert "batch 3: 8 claims" in out
+
+
+def test_batches_are_written_under_our_names_without_bad_rows(tmp_path: Path) -> None:
+    options = [{"prompt": f"q{n}", "answer": ["a", "b"], "verdict": n % 2} for n in range(2)]
+    rows = [{"prompt": f"p{n}", "answer": "x" if n else None, "verdict": "good" if n % 2 else "bad"} for n in range(5)]
+    (tmp_path / "mine.json").write_text(json.dumps([*options, *rows]))
+    arguments = ["--data", str(tmp_path / "mine.json"), "--model", "m", "--train", "t", "--out", str(tmp_path / "out")]
+    reading = ["--columns", "question=prompt,choice=answer,label=verdict", "--map", "label=good:true,bad:false"]
+    args = build_parser().parse_args(
+        [*arguments, "--batch_size", "4", "--", *reading, "--skip_bad_rows", "--alpha", "3"]
+    )
+    rounds = Rounds(args)
+    assert rounds.flags == ["--alpha", "3"]
+    found = [claim for batch in rounds.batches for claim in load_data_file(batch)[1]]
+    assert sorted((c.question, c.choice, c.gold) for c in found) == sorted(
+        [("q0", "a", True), ("q0", "b", False), ("q1", "a", False), ("q1", "b", True)]
+        + [(f"p{n}", "x", n % 2 == 1) for n in range(1, 5)]
+    )
+    assert all(len(load_data_file(batch)[1]) == 4 for batch in rounds.batches)
 
 
 async def test_the_same_command_goes_on_after_a_failure(loop: Loop, tmp_path: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
+import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -271,6 +274,57 @@ def test_signals_reach_icm_which_gets_the_time_to_save(tmp_path: Path, number: s
         process.send_signal(number)
         assert process.wait(20) == (130 if number == signal.SIGINT else 143)
     assert saved.read_text() == f"saved on {int(number)}"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("script", ["run_local", "with_server"])
+async def test_a_run_that_is_stopped_says_once_how_to_start_everything_again(
+    tmp_path: Path, number: signal.Signals, script: str
+) -> None:
+    (tmp_path / "models" / "fake-8b").mkdir(parents=True)
+    (tmp_path / "models" / "fake-8b" / "provenance.json").touch()
+    flags = ["--batch_size", "64", "--runs_dir", str(tmp_path / "runs"), "--quiet"]
+    given = ["--model", "fake-8b", *flags]
+    if script == "with_server":
+        icm = [sys.executable, str(run_local.ICM), "--testbed", "builtin", "--model", "fake-8b", *flags]
+        given = ["--", *icm]
+    async with FakeVLLM() as server:
+        server.latency = 0.2
+        owner = textwrap.dedent(f"""
+            import signal, sys
+            from pathlib import Path
+            from scripts import run_local, {script}
+            class Server:
+                url = {server.url!r}
+                def __init__(self, **options): ...
+                def __enter__(self):
+                    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # as VLLMServer does
+                    return self
+                def __exit__(self, *error): ...
+            {script}.VLLMServer = Server
+            run_local.REPO_ROOT = Path({str(tmp_path)!r})
+            run_local.check_once = lambda url: None
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
+            sys.exit({script}.main({given!r}))
+        """)
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", owner),
+            cwd=REPO_ROOT,
+            env={**os.environ, "ICM_SECRETS": os.devnull},
+            stderr=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.DEVNULL,
+        )
+        while not list(tmp_path.glob("runs/*/log.jsonl")):
+            assert process.returncode is None
+            await asyncio.sleep(0.05)
+        process.send_signal(number)
+        _, err = await asyncio.wait_for(process.communicate(), 30)
+    assert process.returncode == (130 if number == signal.SIGINT else 143)
+    lines = err.decode().splitlines()
+    [at] = [at for at, line in enumerate(lines) if "go on with" in line]
+    expected = [sys.executable, str(REPO_ROOT / "scripts" / f"{script}.py"), *given]
+    assert shlex.split(lines[at + 1]) == expected
+    assert lines[at + 2 :] == []
 
 
 def test_icm_is_told_the_server_and_to_use_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

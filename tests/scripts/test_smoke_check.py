@@ -171,6 +171,13 @@ async def test_a_server_without_logprobs_is_told_how_to_give_some(checks_of: Exa
     assert "--max-logprobs" in checks["logprobs"].todo
 
 
+async def test_a_server_that_answers_with_logits_is_told_which_flag_mends_it(checks_of: Examination) -> None:
+    async with FakeVLLM(logits=20.0) as server:
+        code, checks = await checks_of(server.url)
+    assert code == 1
+    assert "--logprobs-mode raw_logprobs" in checks["logprobs"].todo
+
+
 async def test_another_model_is_named(checks_of: Examination) -> None:
     async with FakeVLLM(model="served") as server:
         code, checks = await checks_of(server.url, model="wanted")

@@ -53,7 +53,8 @@ def test_an_engine_that_passed_raises_no_doubt(tmp_path: Path) -> None:
 
 def test_another_engine_was_never_checked(tmp_path: Path) -> None:
     keep(tmp_path)
-    for other in (replace(ENGINE, model="qwen"), replace(ENGINE, version="0.27.0"), replace(ENGINE, determinism="x=1")):
+    qwen = replace(ENGINE, model="qwen", root="/qwen", fingerprint="def")
+    for other in (qwen, replace(ENGINE, version="0.27.0"), replace(ENGINE, determinism="x=1")):
         assert "never checked" in str(doubt(read_record(tmp_path, other), other))
 
 
@@ -104,6 +105,24 @@ def test_a_damaged_or_newer_record_counts_as_none(tmp_path: Path) -> None:
     for content in (b"{", b"[]", orjson.dumps(newer)):
         path.write_bytes(content)
         assert read_record(tmp_path, ENGINE) is None
+
+
+def test_a_model_that_was_moved_or_renamed_stays_checked(tmp_path: Path) -> None:
+    kept = keep(tmp_path)
+    for moved in (replace(ENGINE, root="/elsewhere"), replace(ENGINE, model="my-name", root="/x", config="c")):
+        assert read_record(tmp_path, moved) == kept
+        assert doubt(kept, moved) is None
+    for other in ({"fingerprint": "def"}, {"version": "1"}, {"fingerprint": ""}, {"kind": "vllm-direct"}):
+        assert read_record(tmp_path, replace(ENGINE, root="/elsewhere", **other)) is None
+
+
+def test_a_record_by_content_wins_over_that_of_another_model_in_its_place(tmp_path: Path) -> None:
+    kept = keep(tmp_path)
+    there = replace(ENGINE, root="/elsewhere", fingerprint="def")
+    write_record(tmp_path, there, MATERIAL, [], [], finished="2026-11-22T10:00:00+0000", quick=True)
+    swapped = replace(ENGINE, root="/elsewhere")
+    assert read_record(tmp_path, swapped) == kept
+    assert read_record(tmp_path, there).engine["fingerprint"] == "def"  # type: ignore[union-attr]
 
 
 def test_the_context_length_does_not_make_another_engine(tmp_path: Path) -> None:

@@ -1,0 +1,124 @@
+"""The response cache as an event loop uses it: waiting for another process that writes never holds the loop.
+
+SQLite's own waiting stops the thread that waits, for up to BUSY_TIMEOUT; here a call that finds the file taken is made
+again after a short sleep of its task alone. Calls that find it free cost what they did: a thread for them would cost a
+handing over of Python's lock for every row.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Final, TypeVar
+
+from core.llm_api import response_cache
+from core.llm_api.errors import StorageFailed
+from core.llm_api.response_cache import CacheBusy, ResponseCache
+from core.llm_api.types import LabelLogprobs
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+FIRST_WAIT: Final = 0.001
+LONGEST_WAIT: Final = 0.05
+"""Seconds between two tries; doubled from the first to the longest."""
+
+
+class AnswerStore:
+    """A ResponseCache for the tasks of one event loop; it closes the cache.
+
+    Answers that were kept are never lost to a cancelled task: they are written by a task of their own, and are found by
+    get_many meanwhile.
+    """
+
+    def __init__(self, cache: ResponseCache) -> None:
+        self._cache = cache
+        self._waiting: dict[bytes, LabelLogprobs] = {}
+        self._writer: asyncio.Task[None] | None = None
+        self._failure: StorageFailed | None = None
+        cache.wait_no_more()
+
+    @property
+    def damaged(self) -> int:
+        """See ResponseCache."""
+        return self._cache.damaged
+
+    @property
+    def has_earlier(self) -> bool:
+        """See ResponseCache."""
+        return self._cache.has_earlier
+
+    async def get_many(self, keys: Sequence[bytes]) -> dict[bytes, LabelLogprobs]:
+        """The answers that are there, by key. Raises StorageFailed where the file cannot be read, or is taken for
+        longer than BUSY_TIMEOUT."""
+        found = await _patiently(lambda: self._cache.get_many(keys))
+        if self._waiting:
+            found |= {key: self._waiting[key] for key in keys if key in self._waiting}
+        return found
+
+    def keep(self, answers: dict[bytes, LabelLogprobs]) -> None:
+        """Store answers now, or as soon as nobody else writes. Raises StorageFailed where that cannot be."""
+        if self._writer is None:
+            answers = self._waiting | answers
+            try:
+                self._cache.put_many(answers)
+            except CacheBusy:
+                self._waiting, self._failure = answers, None
+                self._writer = asyncio.create_task(self._write(), name="waiting for the response cache")
+            else:
+                self._waiting = {}
+        else:
+            self._waiting |= answers
+
+    async def stored(self) -> None:
+        """Wait until all that was kept is in the file. Raises StorageFailed where it could not be written.
+
+        Cancelled, it lets the writing go on.
+        """
+        if self._writer is not None:
+            await asyncio.shield(self._writer)
+        if self._waiting and self._failure is not None:
+            raise self._failure
+
+    async def aclose(self) -> None:
+        """Store what still waits, then close the file; idempotent."""
+        if self._writer is not None:
+            log.warning(
+                "another process has %s; waiting up to %.0f s to store %d answers",
+                *(self._cache.path, response_cache.BUSY_TIMEOUT, len(self._waiting)),
+            )
+        try:
+            await self.stored()
+        except StorageFailed as error:
+            log.warning("%d answers were not stored: %s", len(self._waiting), error)
+        finally:
+            if self._writer is not None:
+                self._writer.cancel()
+            self._cache.close()
+
+    async def _write(self) -> None:
+        try:
+            while some := dict(self._waiting):
+                await _patiently(functools.partial(self._cache.put_many, some))
+                self._waiting = {key: answer for key, answer in self._waiting.items() if key not in some}
+        except StorageFailed as error:  # told to whoever waits for it
+            self._failure = error
+        finally:
+            self._writer = None
+
+
+async def _patiently(attempt: Callable[[], T]) -> T:
+    """What `attempt` returns once the file is free. Raises CacheBusy where it is not for BUSY_TIMEOUT seconds."""
+    deadline = time.monotonic() + response_cache.BUSY_TIMEOUT
+    wait = FIRST_WAIT
+    while True:
+        try:
+            return attempt()
+        except CacheBusy:
+            if time.monotonic() >= deadline:
+                raise
+        await asyncio.sleep(wait)
+        wait = min(2 * wait, LONGEST_WAIT)

