@@ -592,8 +592,8 @@ async def test_a_server_that_comes_back_in_another_type_is_not_believed() -> Non
 async def test_a_server_that_comes_back_with_another_configuration_of_its_model_is_not_believed() -> None:
     async with FakeVLLM(trees=True, config="one") as server:
         engine = await started(server)
-        assert engine._identity is not None
-        assert engine._identity.config == "one"
+        assert engine._check is not None
+        assert engine._check.known.config == "one"
         server.config = "another"
         engine._http.era += 1
         with pytest.raises(ServerChanged, match="another configuration of the model"):

@@ -38,6 +38,7 @@ OF_THE_SEARCH = [
     "--num_seed 9 / --batch_size 8",
     "--initial_T 0.1 / --final_T 0.2",
     "--final_T 0.2 / --initial_T 0.1",
+    "--prior 0.9 / --calibrate none",
 ]
 LIKE_DEFAULTS = [
     "--num_seed 300",
