@@ -20,6 +20,8 @@ PATH: Final = "/v1/label_logprobs"
 FORMAT: Final = 1
 """Raise when the request or the answer changes; the client uses the extension only where it speaks this format."""
 
+MAX_LABELS: Final = 20
+"""Different tokens that a request may ask for; vLLM's default --max-logprobs, which holds for them in process."""
 
 MAX_PROMPTS_PER_REQUEST: Final = 1024
 """vLLM's own limit for a list of prompts in one /v1/completions request; a tree keeps to it, too."""
