@@ -161,9 +161,7 @@ def _ended(tokens: Sequence[tuple[int, ...]], texts: Sequence[str], end: int | N
     return ended
 
 
-def _trie(
-    ended: Sequence[tuple[int, ...]], texts: Sequence[str]
-) -> tuple[list[Node], list[list[tuple[int, int]]]]:
+def _trie(ended: Sequence[tuple[int, ...]], texts: Sequence[str]) -> tuple[list[Node], list[list[tuple[int, int]]]]:
     """The nodes and paths of SpelledLabels."""
     nodes: list[Node] = []
     paths: list[list[tuple[int, int]]] = [[] for _ in ended]

@@ -12,7 +12,8 @@ from typing import Final
 
 import numpy as np
 
-from core.llm_api.types import LabelTokens, Prompt
+from core.llm_api.labels import SpelledLabels
+from core.llm_api.types import Prompt
 from core.llm_api.vllm_llm import VLLMClient
 from src.icm.prefix_tree import TreeLayout
 from src.icm.prompts import PromptBook
@@ -51,14 +52,14 @@ class Saving:
         return self.possible < ENOUGH * self.at_best
 
 
-async def tree_saving(client: VLLMClient, labels: LabelTokens, words: Sequence[str], seed: int) -> Saving | None:
+async def tree_saving(client: VLLMClient, labels: SpelledLabels, words: Sequence[str], seed: int) -> Saving | None:
     """Ask `client` a pool that `seed` draws from `words`; None where the server shows no counters of its cache.
 
     On a server that others use, their prompts are counted, too. Raises APIError as VLLMClient.score does.
     """
     prompts = await cold_pool(client, labels, words, seed)
     before = await client.prefix_cache()
-    await client.score(prompts, labels)
+    await client.score(labels.queries(prompts))
     after = await client.prefix_cache()
     if before is None or after is None:
         return None
@@ -73,7 +74,7 @@ async def tree_saving(client: VLLMClient, labels: LabelTokens, words: Sequence[s
     )
 
 
-async def cold_pool(client: VLLMClient, labels: LabelTokens, words: Sequence[str], seed: int) -> list[Prompt]:
+async def cold_pool(client: VLLMClient, labels: SpelledLabels, words: Sequence[str], seed: int) -> list[Prompt]:
     """One leave-one-out question a claim, in the order of a tree: as long as a search's, and without any sense."""
     rng = random.Random(seed)
     texts = [" ".join(rng.choices(words, k=WORDS_EACH)) for _ in range(CLAIMS)]
