@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.llm_api.tokens import resolve_label_tokens
+from core.llm_api.tokens import spell_labels
 from core.llm_api.vllm_llm import VLLMClient
 from src.pipeline.tree_saving import CLAIMS, Saving, cold_pool, found_in_blocks, tree_saving
 from tests.core.fake_server import FakeVLLM
@@ -46,7 +46,7 @@ def test_no_block_is_found_that_no_prompt_before_had(prompts: list[list[int]], b
 async def test_a_pool_is_a_cold_tree_of_what_a_search_asks() -> None:
     async with FakeVLLM() as server, aclosing(VLLMClient(server.url, server.model)) as client:
         await client.start()
-        labels = await resolve_label_tokens(client)
+        labels = await spell_labels(client)
         pools = [await cold_pool(client, labels, WORDS, seed) for seed in (1, 1, 2)]
         assert [p.token_ids for p in pools[0]] == [p.token_ids for p in pools[1]]
         assert {tuple(p.token_ids[:16]) for p in pools[0]}.isdisjoint(tuple(p.token_ids[:16]) for p in pools[2])

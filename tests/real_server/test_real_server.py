@@ -64,7 +64,7 @@ async def test_the_tree_computes_every_distinct_block_once_and_so_less_than_upst
         seen: set[tuple[int, ...]] = set()  # the second layout may begin with a block of the first
         for name, layout in (("tree", tree), ("upstream", UpstreamLayout.build(range(size)))):
             before = await api.prefix_cache()
-            scores = await api.score(prompts_of(book, layout, labels), await api.label_tokens())
+            scores = await api.score(prompts_of(book, layout, labels), await api.spell_labels())
             after = await api.prefix_cache()
             assert before is not None
             assert after is not None
@@ -105,7 +105,7 @@ async def test_an_appended_label_costs_little_more_than_itself(vllm_server: Runn
     async with ModelAPI(VLLMClient(vllm_server.url, vllm_server.model)) as api:
         book, labels = await book_of(api, size)
         layout = TreeLayout.build(range(size - 1), [str(i) for i in range(size)], np.random.default_rng(0), anchors=4)
-        tokens = await api.label_tokens()
+        tokens = await api.spell_labels()
         await api.score(prompts_of(book, layout, labels), tokens)
         before = await api.prefix_cache()
         await api.score(prompts_of(book, layout.append(size - 1), labels), tokens)
@@ -136,7 +136,7 @@ async def test_the_servers_extension_scores_as_completions_do(vllm_server: Runni
         book, labels = await book_of(api, 12)
         layout = TreeLayout.build(range(12), [str(i) for i in range(12)], np.random.default_rng(1))
         prompts = prompts_of(book, layout, labels)[:4]
-        tokens = await api.label_tokens()
+        tokens = await api.spell_labels()
         await api.score(prompts, tokens)
     tree = VLLMClient(vllm_server.url, vllm_server.model)
     plain = VLLMClient(vllm_server.url, vllm_server.model, use_extension=False)
@@ -146,7 +146,7 @@ async def test_the_servers_extension_scores_as_completions_do(vllm_server: Runni
         assert tree.takes_trees
         assert not plain.takes_trees
         for prompt in prompts:
-            whole, short = await plain.score([prompt], tokens), await tree.score([prompt], tokens)
+            whole, short = await plain.score(tokens.queries([prompt])), await tree.score(tokens.queries([prompt]))
             assert short.logprobs == whole.logprobs
             assert short.prompt_tokens == whole.prompt_tokens == prompt.num_tokens
     finally:
@@ -185,7 +185,7 @@ async def test_a_client_that_leaves_stops_its_pool(vllm_server: RunningServer) -
         prompts = prompts_of(book, UpstreamLayout.build(range(96)), [not label for label in labels])
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(3):
-                await api.score(prompts, await api.label_tokens())
+                await api.score(prompts, await api.spell_labels())
     await idle(vllm_server)
 
 
@@ -270,7 +270,7 @@ async def test_a_server_is_known_again_while_it_computes_a_pool(vllm_server: Run
     async with ModelAPI(VLLMClient(vllm_server.url, vllm_server.model)) as api:
         book, labels = await book_of(api, 24)
         prompts = prompts_of(book, UpstreamLayout.build(range(24)), labels)
-        scoring = asyncio.create_task(api.score(prompts, await api.label_tokens()))
+        scoring = asyncio.create_task(api.score(prompts, await api.spell_labels()))
         fingerprints, meanwhile = [], 0
         while not scoring.done() or not fingerprints:
             client = VLLMClient(vllm_server.url, vllm_server.model)
