@@ -30,7 +30,7 @@ from core.llm_api.errors import APIError, ConfigurationError, RequestRejected  #
 from core.llm_api.labels import SpelledLabels  # noqa: E402
 from core.llm_api.llm import ModelAPI  # noqa: E402
 from core.llm_api.retry import RetryPolicy  # noqa: E402
-from core.llm_api.tokens import spell_labels  # noqa: E402
+from core.llm_api.tokens import QUESTION, prompt_ids, spell_labels  # noqa: E402
 from core.llm_api.transport import HttpOptions, HttpTransport  # noqa: E402
 from core.llm_api.types import EngineIdentity, Prompt, Segment  # noqa: E402
 from core.llm_api.vllm_group import ALIKE_HINT, difference  # noqa: E402
@@ -46,7 +46,8 @@ NO_LOGPROBS: Final = (
 CACHING_OFF: Final = "start the server with --enable-prefix-caching and --block-size 16"
 BRANCHES_LOST: Final = (
     "a prompt is found again, and a part of one is not: start the server with --disable-hybrid-kv-cache-manager, as "
-    "scripts/launch_vllm_server.sh does where a model mixes windows with full attention (Gemma 3)"
+    "scripts/launch_vllm_server.sh local does where a model mixes windows with full attention (Gemma 3); of several "
+    "data-parallel engines each has a cache of its own: start single servers"
 )
 LOG_TAIL: Final = 100_000
 """Bytes of a log's end that are searched for a reason."""
@@ -245,7 +246,7 @@ async def _ask(client: VLLMClient, model: str, report: Callable[[Check], None]) 
     passed = ok
     cached, found = await _prefix_cached(client, labels, identity.max_model_len)
     report(Check("prefix caching", cached, found, CACHING_OFF))
-    saving = await tree_saving(client, labels, WORDS, time.time_ns())
+    saving = await tree_saving(client, labels, WORDS, time.time_ns(), identity.max_model_len)
     if saving is not None:  # else the check before has said what is missing
         report(_tree_saves(saving, cached))
     return 0 if passed and cached and (saving is None or saving.enough) else 1, identity
@@ -283,7 +284,7 @@ async def _served(url: str, settings: Settings, options: HttpOptions, waiting: W
 
 
 async def _labels_exact(client: VLLMClient, labels: SpelledLabels) -> tuple[bool, str]:
-    tokens = (await client.tokenize(["Question: Is fire hot?\nI think this claim is"], special=True))[0]
+    tokens = await prompt_ids(client, QUESTION)
     (answer,) = (await client.score(labels.queries([Prompt((Segment("", tokens),), name="label check")]))).logprobs
     how = "by token id" if client.exact_labels else "only among the top logprobs"
     return (
@@ -298,7 +299,7 @@ async def _labels_exact(client: VLLMClient, labels: SpelledLabels) -> tuple[bool
 async def _prefix_cached(client: VLLMClient, labels: SpelledLabels, context: int | None) -> tuple[bool, str]:
     """Ask one long prompt, never seen before, twice: the second time nearly all of it must come from the cache."""
     words = random.Random(time.time_ns()).choices(WORDS, k=min(600, (context or 2048) // 4))
-    tokens = (await client.tokenize([" ".join(words)], special=True))[0]
+    tokens = await prompt_ids(client, " ".join(words))
     prompt = Prompt((Segment("", tokens),), name="prefix cache check")
     seconds = []
     before = None

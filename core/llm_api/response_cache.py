@@ -88,10 +88,13 @@ def cache_keys(identity: EngineIdentity, tokens: NextTokens, prompt_digests: Seq
     is served. Can the fingerprint of other weights be the same? It holds the log-probabilities of some six tokens, or
     twenty, after the canary to 1e-4 nat.
 
-    - Fine-tuned, quantized or pruned weights, and LoRA adapters that were trained, move several of them by 0.01 nat and
-      more. An adapter that was not trained, or a copy, answers every prompt alike, and then the scores are the same.
-    - Neighbouring checkpoints that agree on all of them differ by less than kernels and batches make one server differ
-      from itself (docs/determinism.md), unless what was learnt does not touch the canary at all.
+    - Nearly every weight has a part in each of these numbers, so fine-tuned, quantized or pruned weights and trained
+      LoRA adapters beside one base model change some of them. A copy, or an adapter that was not trained, changes none,
+      and no score either.
+    - Neighbouring checkpoints agree on all of them only if they differ by less than rounding in the model's type. Their
+      scores then differ by what an inexact server differs from itself (docs/determinism.md).
+    - Weights that the canary does not use are not seen: experts that it is not routed to, embeddings of other tokens.
+      Whoever changes those alone states another MODEL_REVISION.
     - What shows in longer prompts alone is in the configuration: windows, scaled positions, and the KV cache's type,
       which the engine tells with `config`. A server without our extension does not: there such a change of a model's
       configuration, which the path did not show either when it was made in place, needs another MODEL_REVISION.

@@ -78,13 +78,14 @@ class Spelling:
         Raises ConfigurationError where two labels cannot be told apart (SpelledLabels), where a label is joined with
         the question or the separator, and where the separator is lost.
         """
-        plain = await engine.tokenize([*PROBES, LEADS[0], LEADS[0] + PROBES[0], *UNLIKE])
+        plain = await engine.tokenize([*PROBES, LEADS[0], LEADS[0] + PROBES[0], *UNLIKE, " "])
         special = await engine.tokenize(PROBES, special=True)
         if plain is None or special is None:
             return cls(SpelledLabels(space), separator_text=separator)
-        *probes, lead, after_lead, one, other = plain
+        *probes, lead, after_lead, one, other, blank = plain
         leads = () if after_lead == lead + probes[0] else LEADS
-        first = leads[0] if leads else ""
+        # A label after nothing begins an answer, before which a chat template's text was tokenized by itself.
+        first = leads[0] if leads and question else ""
         parts = ["", " ", *space.texts, *(text + separator for text in space.texts)]
         asked, spaced, *labelled = await _ids(engine, [first + question + part for part in parts])
         with_label, wholes = labelled[: len(space)], labelled[len(space) :]
@@ -109,7 +110,7 @@ class Spelling:
             separator_text=separator,
             ending=ending,
             leads=leads,
-            unknown=one[-1] if one == other else None,
+            unknown=one[-1] if one and one == other != blank else None,
         )
 
     async def questions(self, engine: Tokenizer, texts: Sequence[str]) -> list[tuple[int, ...]] | None:
@@ -177,10 +178,19 @@ def fingerprint(tokens: Sequence[int], top: Mapping[str, float]) -> str:
     return hashlib.sha256(orjson.dumps([list(tokens), answer])).hexdigest()
 
 
-async def _ids(engine: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    tokens = await engine.tokenize(texts)
+async def prompt_ids(engine: Tokenizer, text: str) -> list[int]:
+    """The tokens of `text` as a whole prompt: after BOS, with no EOS at its end. For engines that speak token ids."""
+    probes, special = await _ids(engine, PROBES), await _ids(engine, PROBES, special=True)
+    [tokens] = await _ids(engine, [text])
+    return [*_before_texts(special, probes), *tokens]
+
+
+async def _ids(engine: Tokenizer, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
+    """Of no text there are no tokens, and a server may refuse the question."""
+    tokens = await engine.tokenize([text for text in texts if text], special=special)
     assert tokens is not None, "an engine speaks token ids, or it does not"
-    return tokens
+    found = iter(tokens)
+    return [next(found) if text else [] for text in texts]
 
 
 def _before_texts(special: Sequence[list[int]], plain: Sequence[list[int]]) -> tuple[int, ...]:

@@ -353,8 +353,11 @@ class VLLMClient:
         try:
             return await self._score_request(batch, start, queries)
         except APIError as error:
-            if len(queries) == 1 or not batch.worth_a_search(error):
+            if not batch.worth_a_search(error):
                 raise
+            if len(queries) == 1:
+                name = queries[0].prompt.name
+                raise _failed(error, f"prompt {name!r}: {error.args[0]}", error.hint) from error.__cause__
             log.warning("%s: looking for a prompt that it fails for, among %d: %s", self.base_url, len(queries), error)
             whole = error
         parts: dict[int, EngineAnswer] = {}
@@ -373,20 +376,17 @@ class VLLMClient:
 
         failed = await ask_in_halves(ask, len(queries), whole, ours=batch.worth_a_search)
         if failed:
-            raise self._named([queries[at].prompt.name for at in failed], list(failed.values()))
+            first = next(iter(failed.values()))
+            raise self._named([queries[at].prompt.name for at in failed], first) from first.__cause__
         return _joined(parts[at] for at in sorted(parts))
 
-    def _named(self, names: list[str], errors: list[APIError]) -> APIError:
-        """Of a kind that another server is asked about where it may be this server's fault."""
-        first, cause = errors[0], errors[0].__cause__
-        said = str((cause or first).args[0]).rstrip(".")
-        message = f"{self.base_url} fails for {', '.join(map(repr, names))}, also when asked alone: {said}."
-        hint = "The others' answers are kept. Leave that claim out, or see what the server's log says of it."
-        if isinstance(first, RequestRejected):
-            return RequestRejected(message, status=first.status, hint=hint)
-        error = RetriesExhausted(message, hint=hint)
-        error.__cause__ = cause
-        return error
+    def _named(self, names: list[str], error: APIError) -> APIError:
+        said = str((error.__cause__ or error).args[0]).rstrip(".")
+        return _failed(
+            error,
+            f"{self.base_url} fails for {', '.join(map(repr, names))}, also when asked alone: {said}.",
+            "The others' answers are kept. Leave that claim out, or see what the server's log says of it.",
+        )
 
     async def _score_request(self, batch: _Batch, start: int, queries: Sequence[Query]) -> EngineAnswer:
         """One request of a batch; nothing new is sent once another one has failed."""
@@ -480,6 +480,13 @@ class VLLMClient:
         self._takes_trees = False
         self._trees_again = time.monotonic() + TREES_AGAIN
         return None
+
+
+def _failed(error: APIError, message: str, hint: str) -> APIError:
+    """The same in other words. Another server is asked about what may be the fault of this one (RetriesExhausted)."""
+    if isinstance(error, RequestRejected):
+        return RequestRejected(message, status=error.status, hint=hint)
+    return RetriesExhausted(message, hint=hint)
 
 
 def _alone(error: RequestRejected, prompt: Prompt, size: int) -> RequestRejected:

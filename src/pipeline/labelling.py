@@ -171,10 +171,10 @@ class Labelling:
         """Whether versions that kept no token_record asked the same: they put prompts together from pieces alone."""
         question = self.book.questions[0]
         pieces_alone = await self.api.tokenize([question.text, "x"])
-        if pieces_alone is None:
+        special_too = await self.api.tokenize(["x"], special=True)
+        if pieces_alone is None or special_too is None:
             return True
-        alone, plain = pieces_alone
-        [special] = await self.api.tokenize(["x"], special=True) or [[]]
+        [alone, plain], [special] = pieces_alone, special_too
         before = tuple(special[: len(special) - len(plain)])
         return (tuple(alone), before) == (question.tokens, self.book.prefix.tokens)
 

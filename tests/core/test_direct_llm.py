@@ -51,7 +51,10 @@ class FakeLLM:
         self.stopped += 1
 
     def get_tokenizer(self) -> SimpleNamespace:
-        return SimpleNamespace(encode=lambda text, add_special_tokens: [BOS] * add_special_tokens + encode(text))
+        return SimpleNamespace(
+            encode=lambda text, add_special_tokens: [BOS] * add_special_tokens + encode(text),
+            decode=lambda tokens: "".join({BOS: "<bos>", TRUE: " True"}[token] for token in tokens),
+        )
 
     def get_metrics(self) -> list[SimpleNamespace]:
         names = ["prefix_cache_queries", "prefix_cache_hits", "prefix_cache_queries", "num_requests"]
@@ -120,6 +123,7 @@ async def test_a_pool_in_one_call_off_the_event_loops_thread(vllm: ModuleType) -
     assert all(name.startswith("vllm") for name in llm.threads)
     assert await engine.score(LABELS.queries([])) == EngineAnswer([], 0, requests=0)
     assert await engine.tokenize([" True"], special=True) == [[BOS, TRUE]]
+    assert await engine.detokenize([[BOS], [BOS, TRUE]]) == ["<bos>", "<bos> True"]
     assert await engine.prefix_cache() == PrefixCacheCounters(10 + 12, 11)
     assert await engine.kv_cache_tokens() == 160
     assert await engine.kv_block_size() == 16

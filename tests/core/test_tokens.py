@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import pytest
 
 from core.llm_api.errors import ConfigurationError
 from core.llm_api.labels import LabelSpace
-from core.llm_api.tokens import Spelling, fingerprint, pieces, spell_labels
+from core.llm_api.tokens import Spelling, fingerprint, pieces, prompt_ids, spell_labels
 from core.llm_api.types import Prompt, Segment
 from tests.core.real_tokenizers import LocalTokenizer, trained, words_apart
 from tests.core.two_labels import IN_TEXT, two
 
 QUESTION = "Question: Is snow white?\nClaim: Yes, snow is white.\nI think this claim is"
 SEPARATOR = "\n\n"
+ANSWERS = LabelSpace(("False", "True"), ("False", "True"))
+"""As an answer begins with them."""
 
 
 class Textual:
@@ -75,6 +78,29 @@ async def test_what_stands_before_texts(bos: tuple[int, ...], eos: tuple[int, ..
     assert (await Spelling.of(engine)).prefix == bos
 
 
+async def test_a_prompt_has_bos_and_no_eos() -> None:
+    engine = trained(eos=True)
+    assert await prompt_ids(engine, QUESTION) == [*engine.bos, *engine.encode(QUESTION)]
+
+
+async def test_no_empty_text_is_asked_about() -> None:
+    """A server that tokenizes by completing refuses an empty prompt."""
+    asked: list[str] = []
+
+    class Listening(LocalTokenizer):
+        async def tokenize(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
+            asked.extend(texts)
+            return await super().tokenize(texts, special=special)
+
+    engine = Listening(
+        by_character({"True": 900_004, "False": 900_005, " True": 900_002, " False": 900_003}).encode, str
+    )
+    await spell_labels(engine, ANSWERS, after="")
+    await (await Spelling.of(engine, QUESTION)).questions(engine, [QUESTION])
+    assert asked
+    assert "" not in asked
+
+
 async def test_special_tokens_that_change_the_text_are_refused() -> None:
     class Changing(LocalTokenizer):
         async def tokenize(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
@@ -98,8 +124,16 @@ async def test_a_space_that_is_a_token_of_its_own_belongs_to_the_question() -> N
 async def test_labels_as_an_answer_begins() -> None:
     engine = by_character({" True": 900_002, " False": 900_003, "True": 900_004, "False": 900_005})
     assert await spell_labels(engine) == two(900_002, 900_003)
-    begun = await spell_labels(engine, LabelSpace(("False", "True"), ("False", "True")), after="")
+    begun = await spell_labels(engine, ANSWERS, after="")
     assert (begun.texts, begun.tokens) == (("False", "True"), ((900_005,), (900_004,)))
+
+
+async def test_sentencepiece_labels_as_an_answer_begins() -> None:
+    """As Llama 2 and Mistral were trained: the answer is tokenized by itself."""
+    engine = trained()
+    [true], [false] = engine.encode("True"), engine.encode("False")
+    labels = await spell_labels(engine, ANSWERS, after="")
+    assert (labels.texts, labels.tokens) == (("False", "True"), ((false,), (true,)))
 
 
 @pytest.mark.parametrize(
@@ -181,6 +215,8 @@ async def test_a_tokenizer_that_cannot_spell_every_text_says_so() -> None:
     spelling = await Spelling.of(engine, QUESTION, separator=SEPARATOR)
     assert spelling.unknown == engine.encode("東")[-1] == 0
     assert (await Spelling.of(trained(), QUESTION, separator=SEPARATOR)).unknown is None
+    silent = LocalTokenizer(lambda text: engine.encode(re.sub("[\ue0a1\ue0a2]", "", text) or " "), engine.decode)
+    assert (await Spelling.of(silent, QUESTION, separator=SEPARATOR)).unknown is None
 
 
 async def test_an_engine_asked_in_text_gets_the_texts() -> None:

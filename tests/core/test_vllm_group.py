@@ -184,6 +184,7 @@ async def test_it_is_one_engine_whose_identity_tells_neither_number_nor_order() 
             assert isinstance(three, Engine)
             assert await three.start() == alone
             assert await three.tokenize(["a b"]) == await one.tokenize(["a b"])
+            assert await three.detokenize(await three.tokenize(["a b"])) == ["a b"]
             assert await three.score(LABELS.queries([])) == EngineAnswer([], 0, requests=0, cached_tokens=0)
         await one.aclose()
 
@@ -260,7 +261,7 @@ async def test_many_servers_may_fail_one_after_the_other() -> None:
             fake.faults = [Fault(status=500, times=None)]
         assert odds(await group.score(LABELS.queries(prompts))) == pytest.approx(expected(prompts))
         assert odds(await group.score(LABELS.queries(prompts))) == pytest.approx(expected(prompts))
-        assert len(fakes[4].completions) > 2
+        assert fakes[4].pools
 
 
 async def test_a_server_with_others_beside_it_is_given_up_sooner_than_the_last_one() -> None:
@@ -269,7 +270,7 @@ async def test_a_server_with_others_beside_it_is_given_up_sooner_than_the_last_o
             fake.faults = [Fault(status=500, times=None)]
         with pytest.raises(RetriesExhausted, match="after 4 attempts"):
             await group.score(LABELS.queries(pool()))
-        tries = sorted(len(fake.completions) - 2 for fake in fakes)
+        tries = sorted(len(fake.pools) for fake in fakes)
         assert tries[0] == 3
         fakes[0].faults = fakes[1].faults = []
         assert odds(await group.score(LABELS.queries(pool()))) == pytest.approx(expected(pool())), (
@@ -328,6 +329,7 @@ async def test_tokenizing_goes_on_with_another_server() -> None:
     async with servers(2) as fakes, started(fakes) as group:
         await fakes[0].__aexit__()
         assert await group.tokenize([" True"]) == [[TRUE]]
+        assert await group.detokenize([[TRUE]]) == [" True"]
         assert await group.tokenize_chat(["Hello"]) is None
         fakes[1].chat_template = "{}:"
         assert await group.tokenize_chat(["Hello"]) == [[BOS, *encode("Hello:")]]

@@ -443,6 +443,16 @@ async def test_tokenize(server: FakeVLLM) -> None:
     await engine.aclose()
 
 
+async def test_detokenize(server: FakeVLLM) -> None:
+    engine = await started(server)
+    tokens = await engine.tokenize([" True", "a b"])
+    assert await engine.detokenize(tokens) == [" True", "a b"]
+    assert await engine.detokenize([]) == []
+    server.detokenizes = False  # a gateway that passes fewer paths
+    assert await engine.detokenize(tokens) is None
+    await engine.aclose()
+
+
 async def test_prefix_cache_and_capacity(server: FakeVLLM) -> None:
     engine = await started(server)
     before = await engine.prefix_cache()
@@ -583,8 +593,8 @@ async def test_a_server_that_comes_back_in_another_type_is_not_believed() -> Non
 async def test_a_server_that_comes_back_with_another_configuration_of_its_model_is_not_believed() -> None:
     async with FakeVLLM(trees=True, config="one") as server:
         engine = await started(server)
-        assert engine._identity is not None
-        assert engine._identity.config == "one"
+        assert engine._check is not None
+        assert engine._check.known.config == "one"
         server.config = "another"
         engine._http.era += 1
         with pytest.raises(ServerChanged, match="another configuration of the model"):
@@ -863,6 +873,15 @@ async def test_a_prompt_that_fails_its_request_is_found_and_the_others_are_kept(
         assert kept == {at: pytest.approx(hashed_log_odds(prompts(64)[at].token_ids)) for at in set(range(64)) - bad}
         assert len(server.pools) <= 3 + len(bad) * 3 * 6
         await engine.aclose()
+
+
+@pytest.mark.parametrize(("status", "error"), [(500, RetriesExhausted), (400, RequestRejected)])
+async def test_a_prompt_that_was_sent_alone_is_named(server: FakeVLLM, status: int, error: type[Exception]) -> None:
+    engine = await started(server, prompts_per_request=1)
+    server.faults = [Fault(status=status, body={"error": {"message": "boom"}}, only=has(2), times=None)]
+    with pytest.raises(error, match=r"^prompt 'claim 2': .*boom"):
+        await engine.score(LABELS.queries(prompts(4)))
+    await engine.aclose()
 
 
 async def test_a_prompt_that_failed_only_for_a_while_is_answered(server: FakeVLLM) -> None:

@@ -229,7 +229,7 @@ async def test_a_server_that_loses_the_trees_branches_is_told_which_flag_keeps_t
     assert code == 1
     assert checks["prefix caching"].passed, "the same prompt is found again"
     tokens, _, possible = saved(checks["tree saves"])
-    assert tokens < 0.75 * possible
+    assert tokens < 0.9 * possible
     assert not checks["tree saves"].passed
     assert "--disable-hybrid-kv-cache-manager" in checks["tree saves"].todo
     assert checks["tree saves"].todo in checks["tree saves"].line()
@@ -251,7 +251,7 @@ async def test_a_server_with_large_blocks_is_told_that_only_whole_ones_are_saved
         code, checks = await checks_of(server.url)
     assert code == 0
     tokens, asked, possible = saved(checks["tree saves"])
-    assert tokens == possible < 0.5 * asked
+    assert tokens == possible < 0.6 * asked
     assert "blocks of 528); only whole blocks are saved" in checks["tree saves"].found
 
 
