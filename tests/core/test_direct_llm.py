@@ -17,6 +17,7 @@ from core.cpu import KV_CACHE_SPACE, FastType, kv_cache_gib
 from core.llm_api import direct_llm
 from core.llm_api.direct_llm import DirectEngine, DirectOptions
 from core.llm_api.errors import APIError, ConfigurationError, MissingLabel, RequestRejected
+from core.llm_api.labels import LabelSpace, SpelledLabels
 from core.llm_api.types import Engine, EngineAnswer, PrefixCacheCounters, Prompt, Segment
 from tests.conftest import stand_in_platform
 from tests.core.fake_server import BOS, FALSE, TRUE, encode, hashed_log_odds, label_distribution
@@ -130,6 +131,38 @@ async def test_a_pool_in_one_call_off_the_event_loops_thread(vllm: ModuleType) -
     await engine.aclose()
     await engine.aclose()
     assert llm.stopped == 1
+
+
+async def test_labels_of_several_tokens_are_one_call(vllm: ModuleType) -> None:
+    engine = DirectEngine("m")
+    await engine.start()
+    (llm,) = FakeLLM.made
+    space = LabelSpace(("a", "b", "c"), (" a", " b", " c"))
+    labels = SpelledLabels(space, ((FALSE,), (TRUE,), (300, TRUE)))
+    calls = len(llm.calls)
+    answer = await engine.score(labels.queries(prompts(2)))
+    [asked] = llm.calls[calls:]
+    assert (asked.logprob_token_ids, asked.logprobs) == ([300, TRUE, FALSE], 3)
+    assert (answer.requests, answer.prompt_tokens) == (1, 2 * 2 + 2 * 3)
+    true, false = label_distribution(hashed_log_odds([5, 1]))
+    begun, _ = label_distribution(hashed_log_odds([5, 1, 300]))
+    assert labels.logprobs(answer.logprobs)[1].tolist() == pytest.approx([false, true, -5.0 + begun])
+    await engine.aclose()
+
+
+async def test_no_call_asks_for_more_tokens_than_vllm_lists(vllm: ModuleType) -> None:
+    engine = DirectEngine("m")
+    await engine.start()
+    (llm,) = FakeLLM.made
+    names = tuple(map(str, range(20)))
+    labels = SpelledLabels(LabelSpace(names, names), tuple((300 + at // 5, 400 + at) for at in range(20)))
+    calls = len(llm.calls)
+    heard: list[int] = []
+    answer = await engine.score(labels.queries(prompts(2)), on_answer=lambda at, _: heard.extend(at))
+    assert [asked.logprobs for asked in llm.calls[calls:]] == [19, 5]
+    assert (answer.requests, sorted(heard)) == (2, list(range(10)))
+    assert labels.logprobs(answer.logprobs).tolist() == [[-5.0 - at // 5 - 30.0 for at in range(20)]] * 2
+    await engine.aclose()
 
 
 async def test_an_older_vllm_lists_its_top_20(vllm: ModuleType) -> None:
