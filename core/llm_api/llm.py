@@ -355,12 +355,11 @@ def _keys_by(
 ) -> list[bytes]:
     """The key of each query, in order; those that ask for the same tokens are made together."""
     hashes = digests([query.prompt for query in queries])
+    if len({id(query.tokens) for query in queries}) == 1:
+        return make(identity, queries[0].tokens, hashes)
     places: dict[NextTokens, list[int]] = {}
-    tokens, some = None, [0]
     for place, query in enumerate(queries):
-        if query.tokens is not tokens:  # mostly they are the same object
-            tokens, some = query.tokens, places.setdefault(query.tokens, [])
-        some.append(place)
+        places.setdefault(query.tokens, []).append(place)
     keys = [b""] * len(queries)
     for tokens, some in places.items():
         for place, key in zip(some, make(identity, tokens, [hashes[place] for place in some]), strict=True):
