@@ -160,7 +160,8 @@ async def test_labels_of_any_number_and_length(vllm_server: RunningServer, space
     """log P of each is the sum of its tokens' own, asked one by one; a beginning costs what no block of it holds."""
     client = VLLMClient(vllm_server.url, vllm_server.model)
     async with ModelAPI(client) as api:
-        texts = [f"Review: {film} {verdict}. " * 3 + "\nIn a word:" for film in SUBJECTS for verdict in CLAIMS]
+        asked = " or ".join(space.names)  # first, so that nothing of another space's prompts is cached
+        texts = [f"Is it {asked}? " + f"{film} {verdict}. " * 3 + "It is" for film in SUBJECTS for verdict in CLAIMS]
         book = await PromptBook.open(api, texts, space=space)
         labels = book.labels
         layout = TreeLayout.build(range(16), [str(at) for at in range(16)], np.random.default_rng(2))
