@@ -279,7 +279,7 @@ def labels_of(runs: Path) -> bytes:
 def _rows(runs: Path) -> list[tuple[bytes, float, float]]:
     """key, log P(True), log P(False) of every answer."""
     with contextlib.closing(sqlite3.connect(runs / "responses.sqlite")) as db:
-        return db.execute("SELECT key, true_logprob, false_logprob FROM answers").fetchall()
+        return db.execute("SELECT key, first_logprob, last_logprob FROM answers").fetchall()
 
 
 def _no_drawing() -> contextlib.AbstractContextManager[object]:
