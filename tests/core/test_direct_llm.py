@@ -14,8 +14,8 @@ import pytest
 from pydantic import SecretStr
 
 from core.cpu import KV_CACHE_SPACE, FastType, kv_cache_gib
-from core.llm_api import direct_llm
-from core.llm_api.direct_llm import DirectEngine, DirectOptions
+from core.llm_api.engines import direct
+from core.llm_api.engines.direct import DirectEngine, DirectOptions
 from core.llm_api.errors import APIError, ConfigurationError, MissingLabel, RequestRejected
 from core.llm_api.labels import LabelSpace, SpelledLabels
 from core.llm_api.types import Engine, EngineAnswer, PrefixCacheCounters, Prompt, Segment
@@ -292,7 +292,7 @@ async def test_another_token_is_not_told(vllm: ModuleType) -> None:
 def test_cpu_mode_takes_the_local_servers_settings_where_none_are_given(
     monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
-    monkeypatch.setattr(direct_llm, "fast_type", lambda: FastType(dtype, "a test says so"))
+    monkeypatch.setattr(direct, "fast_type", lambda: FastType(dtype, "a test says so"))
     arguments = DirectOptions(cpu=True, max_model_len=64).engine_arguments()
     assert arguments["dtype"] == dtype
     assert DirectOptions(cpu=True, dtype="float16").engine_arguments()["dtype"] == "float16"
@@ -308,21 +308,21 @@ def test_all_cores_are_used_only_with_the_library_whose_threads_sleep(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, preloaded: str | None
 ) -> None:
     openmp = tmp_path / "libiomp5.so"
-    monkeypatch.setattr(direct_llm, "_OPENMP", openmp)
+    monkeypatch.setattr(direct, "_OPENMP", openmp)
     monkeypatch.setattr(os, "environ", {} if preloaded is None else {"LD_PRELOAD": preloaded})
-    direct_llm.set_cpu_environment("bfloat16")
+    direct.set_cpu_environment("bfloat16")
     assert "VLLM_CPU_NUM_OF_RESERVED_CPU" not in os.environ, "there is no such library"
     openmp.touch()
-    direct_llm.set_cpu_environment("bfloat16")
+    direct.set_cpu_environment("bfloat16")
     assert os.environ["LD_PRELOAD"] == (preloaded or str(openmp))
     assert os.environ.get("VLLM_CPU_NUM_OF_RESERVED_CPU") == ("0" if preloaded is None else None)
 
 
 def test_the_memory_of_the_kv_cache_follows_the_type(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(direct_llm, "kv_cache_gib", partial(kv_cache_gib, memory=64 << 30))
+    monkeypatch.setattr(direct, "kv_cache_gib", partial(kv_cache_gib, memory=64 << 30))
     for given, dtype, gib in (({}, "bfloat16", "2"), ({}, "float32", "4"), ({KV_CACHE_SPACE: "7"}, "float32", "7")):
         monkeypatch.setattr(os, "environ", dict(given))
-        direct_llm.set_cpu_environment(dtype)
+        direct.set_cpu_environment(dtype)
         assert os.environ[KV_CACHE_SPACE] == gib
 
 

@@ -31,10 +31,10 @@ from unittest import mock
 
 from matplotlib.figure import Figure
 
+from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.llm import ModelAPI
 from core.llm_api.response_cache import cache_key
 from core.llm_api.types import EngineIdentity, Prompt, Segment
-from core.llm_api.vllm_llm import VLLMClient
 from src.experiments.ICM import main
 from tests.core.fake_server import FALSE, TRUE, FakeVLLM, label_distribution
 from tests.core.two_labels import two

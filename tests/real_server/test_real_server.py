@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 from core.cpu import fast_type
+from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.errors import RequestRejected
 from core.llm_api.labels import LabelSpace
 from core.llm_api.llm import ModelAPI
 from core.llm_api.tokens import pieces, spell_labels
 from core.llm_api.types import NextTokens, Prompt, Query, Segment
-from core.llm_api.vllm_llm import VLLMClient
 from icm_vllm.prompt_tree import PATH
 from src.icm.prefix_tree import Layout, TreeLayout, UpstreamLayout
 from src.icm.prompts import PromptBook

@@ -36,6 +36,7 @@ from core.llm_api.telemetry import RequestTelemetry
 from core.llm_api.tokens import CANARY_TEXT
 from core.llm_api.transport import HttpOptions, HttpTransport, all_or_settle
 from core.llm_api.types import (
+    Capabilities,
     EngineAnswer,
     EngineIdentity,
     OnAnswer,
@@ -45,7 +46,7 @@ from core.llm_api.types import (
     Segment,
     sum_known,
 )
-from core.settings import MissingLabelPolicy
+from core.settings import MissingLabelPolicy, Settings
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,8 @@ class ExternalAPI:
 
     check_continuation: refuse an endpoint that does not go on with the text that it is sent (continuation.py).
     """
+
+    capabilities: Final = Capabilities(billed=True, checkable=False)
 
     def __init__(
         self,
@@ -299,6 +302,21 @@ class ExternalAPI:
 
     def _unfit(self, lacks: str) -> APIError:
         return ConfigurationError(f"{self._model!r} at {self._http.base_url} {lacks}", hint=_FIT_HINT)
+
+
+def open_engine(settings: Settings, model: str, _: object) -> ExternalAPI:
+    """The endpoint at LLAMA_API_BASE, under the user's rate limits. Raises ConfigurationError where there is none."""
+    if settings.llama_api_base is None:
+        raise ConfigurationError("vLLM is ruled out and LLAMA_API_BASE is not set.", hint="Set it, or allow vLLM.")
+    return ExternalAPI(
+        settings.llama_api_base,
+        model,
+        api_key=settings.api_key,
+        limiter=RateLimiter(settings.requests_per_minute, settings.tokens_per_minute),
+        missing_label=settings.missing_label,
+        check_continuation=settings.check_continuation,
+        options=HttpOptions.of(settings),
+    )
 
 
 def _fingerprint(card: Mapping[str, Any]) -> str:
