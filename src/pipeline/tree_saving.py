@@ -12,8 +12,9 @@ from typing import Final
 
 import numpy as np
 
-from core.llm_api.types import LabelTokens, Prompt
-from core.llm_api.vllm_llm import VLLMClient
+from core.llm_api.engines.vllm import VLLMClient
+from core.llm_api.labels import SpelledLabels
+from core.llm_api.types import Prompt
 from src.icm.prefix_tree import TreeLayout
 from src.icm.prompts import PromptBook
 
@@ -52,7 +53,7 @@ class Saving:
 
 
 async def tree_saving(
-    client: VLLMClient, labels: LabelTokens, words: Sequence[str], seed: int, context: int | None = None
+    client: VLLMClient, labels: SpelledLabels, words: Sequence[str], seed: int, context: int | None = None
 ) -> Saving | None:
     """Ask `client` a pool that `seed` draws from `words`; None where the server shows no counters of its cache.
 
@@ -61,7 +62,7 @@ async def tree_saving(
     """
     prompts = await cold_pool(client, labels, words, seed, context)
     before = await client.prefix_cache()
-    await client.score(prompts, labels)
+    await client.score(labels.queries(prompts))
     after = await client.prefix_cache()
     if before is None or after is None:
         return None
@@ -77,7 +78,7 @@ async def tree_saving(
 
 
 async def cold_pool(
-    client: VLLMClient, labels: LabelTokens, words: Sequence[str], seed: int, context: int | None = None
+    client: VLLMClient, labels: SpelledLabels, words: Sequence[str], seed: int, context: int | None = None
 ) -> list[Prompt]:
     """One leave-one-out question a claim, in the order of a tree: as long as a search's, and without any sense."""
     rng = random.Random(seed)

@@ -14,15 +14,17 @@ import pytest
 from pydantic import SecretStr
 
 from core.cpu import KV_CACHE_SPACE, FastType, kv_cache_gib
-from core.llm_api import direct_llm
-from core.llm_api.direct_llm import DirectEngine, DirectOptions
+from core.llm_api.engines import direct
+from core.llm_api.engines.direct import DirectEngine, DirectOptions
 from core.llm_api.errors import APIError, ConfigurationError, MissingLabel, RequestRejected
-from core.llm_api.types import Engine, EngineAnswer, LabelTokens, PrefixCacheCounters, Prompt, Segment
+from core.llm_api.labels import LabelSpace, SpelledLabels
+from core.llm_api.types import Engine, EngineAnswer, PrefixCacheCounters, Prompt, Segment
 from tests.conftest import stand_in_platform
 from tests.core.fake_server import BOS, FALSE, TRUE, encode, hashed_log_odds, label_distribution
+from tests.core.two_labels import log_odds, two
 
 KEY = "hf_planted0123456789"
-LABELS = LabelTokens(true_id=TRUE, false_id=FALSE)
+LABELS = two(TRUE, FALSE)
 
 
 class FakeLLM:
@@ -112,15 +114,15 @@ async def test_a_pool_in_one_call_off_the_event_loops_thread(vllm: ModuleType) -
     assert len(identity.config) == 64
     assert engine.exact_labels
     heard: list[int] = []
-    answer = await engine.score(prompts(5), LABELS, on_answer=lambda positions, _: heard.extend(positions))
-    assert [a.log_odds for a in answer.logprobs] == pytest.approx([hashed_log_odds([5, i]) for i in range(5)])
+    answer = await engine.score(LABELS.queries(prompts(5)), on_answer=lambda positions, _: heard.extend(positions))
+    assert [log_odds(a) for a in answer.logprobs] == pytest.approx([hashed_log_odds([5, i]) for i in range(5)])
     assert (answer.prompt_tokens, heard) == (10, [0, 1, 2, 3, 4])
     asked = vars(llm.calls[-1])
     assert asked["logprob_token_ids"] == [TRUE, FALSE]
     assert asked["logprobs"] == 2  # vLLM 0.32 refuses any other number
     assert asked["max_tokens"] == 1
     assert all(name.startswith("vllm") for name in llm.threads)
-    assert await engine.score([], LABELS) == EngineAnswer([], 0, requests=0)
+    assert await engine.score(LABELS.queries([])) == EngineAnswer([], 0, requests=0)
     assert await engine.tokenize([" True"], special=True) == [[BOS, TRUE]]
     assert await engine.detokenize([[BOS], [BOS, TRUE]]) == ["<bos>", "<bos> True"]
     assert await engine.prefix_cache() == PrefixCacheCounters(10 + 12, 11)
@@ -129,6 +131,38 @@ async def test_a_pool_in_one_call_off_the_event_loops_thread(vllm: ModuleType) -
     await engine.aclose()
     await engine.aclose()
     assert llm.stopped == 1
+
+
+async def test_labels_of_several_tokens_are_one_call(vllm: ModuleType) -> None:
+    engine = DirectEngine("m")
+    await engine.start()
+    (llm,) = FakeLLM.made
+    space = LabelSpace(("a", "b", "c"), (" a", " b", " c"))
+    labels = SpelledLabels(space, ((FALSE,), (TRUE,), (300, TRUE)))
+    calls = len(llm.calls)
+    answer = await engine.score(labels.queries(prompts(2)))
+    [asked] = llm.calls[calls:]
+    assert (asked.logprob_token_ids, asked.logprobs) == ([300, TRUE, FALSE], 3)
+    assert (answer.requests, answer.prompt_tokens) == (1, 2 * 2 + 2 * 3)
+    true, false = label_distribution(hashed_log_odds([5, 1]))
+    begun, _ = label_distribution(hashed_log_odds([5, 1, 300]))
+    assert labels.logprobs(answer.logprobs)[1].tolist() == pytest.approx([false, true, -5.0 + begun])
+    await engine.aclose()
+
+
+async def test_no_call_asks_for_more_tokens_than_vllm_lists(vllm: ModuleType) -> None:
+    engine = DirectEngine("m")
+    await engine.start()
+    (llm,) = FakeLLM.made
+    names = tuple(map(str, range(20)))
+    labels = SpelledLabels(LabelSpace(names, names), tuple((300 + at // 5, 400 + at) for at in range(20)))
+    calls = len(llm.calls)
+    heard: list[int] = []
+    answer = await engine.score(labels.queries(prompts(2)), on_answer=lambda at, _: heard.extend(at))
+    assert [asked.logprobs for asked in llm.calls[calls:]] == [19, 5]
+    assert (answer.requests, sorted(heard)) == (2, list(range(10)))
+    assert labels.logprobs(answer.logprobs).tolist() == [[-5.0 - at // 5 - 30.0 for at in range(20)]] * 2
+    await engine.aclose()
 
 
 async def test_an_older_vllm_lists_its_top_20(vllm: ModuleType) -> None:
@@ -141,8 +175,8 @@ async def test_an_older_vllm_lists_its_top_20(vllm: ModuleType) -> None:
     engine = DirectEngine("m")
     await engine.start()
     assert not engine.exact_labels
-    answer = await engine.score(prompts(1), LABELS)
-    assert answer.logprobs[0].log_odds == pytest.approx(hashed_log_odds([5, 0]))
+    answer = await engine.score(LABELS.queries(prompts(1)))
+    assert log_odds(answer.logprobs[0]) == pytest.approx(hashed_log_odds([5, 0]))
     assert FakeLLM.made[0].calls[-1].logprobs == 20
     await engine.aclose()
 
@@ -151,13 +185,13 @@ async def test_errors_are_typed(vllm: ModuleType) -> None:
     engine = DirectEngine("m", DirectOptions(extra={"drop": {TRUE}}))
     await engine.start()
     with pytest.raises(MissingLabel, match="claim 0"):
-        await engine.score(prompts(1), LABELS)
+        await engine.score(LABELS.queries(prompts(1)))
     with pytest.raises(RequestRejected, match=r"prompt too long\.$"):
-        await engine.score([Prompt((Segment("x", [5] * 3000),))], LABELS)
+        await engine.score(LABELS.queries([Prompt((Segment("x", [5] * 3000),))]))
     with pytest.raises(APIError, match="engine died"):
-        await engine.score([Prompt((Segment("x", [666]),))], LABELS)
+        await engine.score(LABELS.queries([Prompt((Segment("x", [666]),))]))
     with pytest.raises(ValueError, match="claim t"):
-        await engine.score([Prompt((Segment("text"),), name="claim t")], LABELS)
+        await engine.score(LABELS.queries([Prompt((Segment("text"),), name="claim t")]))
     await engine.aclose()
 
 
@@ -167,10 +201,10 @@ async def test_answers_beside_one_that_lacks_a_label_are_kept(vllm: ModuleType) 
     heard: dict[int, float] = {}
 
     def on_answer(positions: Sequence[int], answer: EngineAnswer) -> None:
-        heard.update(zip(positions, (logprobs.log_odds for logprobs in answer.logprobs), strict=True))
+        heard.update(zip(positions, (log_odds(logprobs) for logprobs in answer.logprobs), strict=True))
 
     with pytest.raises(MissingLabel, match=r"'claim 2'.*NaN"):
-        await engine.score(prompts(4), LABELS, on_answer=on_answer)
+        await engine.score(LABELS.queries(prompts(4)), on_answer=on_answer)
     assert heard == {at: pytest.approx(hashed_log_odds([5, at])) for at in (0, 1, 3)}
     await engine.aclose()
 
@@ -237,7 +271,7 @@ async def test_a_process_has_one_vllm_which_engines_of_the_same_settings_share(v
     await other.aclose()
     await first.aclose()
     assert llm.stopped == 0, "the second one still uses it"
-    assert (await second.score(prompts(1), LABELS)).prompt_tokens == 2
+    assert (await second.score(LABELS.queries(prompts(1)))).prompt_tokens == 2
     await second.aclose()
     assert llm.stopped == 1
     await other.start()
@@ -258,7 +292,7 @@ async def test_another_token_is_not_told(vllm: ModuleType) -> None:
 def test_cpu_mode_takes_the_local_servers_settings_where_none_are_given(
     monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
-    monkeypatch.setattr(direct_llm, "fast_type", lambda: FastType(dtype, "a test says so"))
+    monkeypatch.setattr(direct, "fast_type", lambda: FastType(dtype, "a test says so"))
     arguments = DirectOptions(cpu=True, max_model_len=64).engine_arguments()
     assert arguments["dtype"] == dtype
     assert DirectOptions(cpu=True, dtype="float16").engine_arguments()["dtype"] == "float16"
@@ -274,21 +308,21 @@ def test_all_cores_are_used_only_with_the_library_whose_threads_sleep(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, preloaded: str | None
 ) -> None:
     openmp = tmp_path / "libiomp5.so"
-    monkeypatch.setattr(direct_llm, "_OPENMP", openmp)
+    monkeypatch.setattr(direct, "_OPENMP", openmp)
     monkeypatch.setattr(os, "environ", {} if preloaded is None else {"LD_PRELOAD": preloaded})
-    direct_llm.set_cpu_environment("bfloat16")
+    direct.set_cpu_environment("bfloat16")
     assert "VLLM_CPU_NUM_OF_RESERVED_CPU" not in os.environ, "there is no such library"
     openmp.touch()
-    direct_llm.set_cpu_environment("bfloat16")
+    direct.set_cpu_environment("bfloat16")
     assert os.environ["LD_PRELOAD"] == (preloaded or str(openmp))
     assert os.environ.get("VLLM_CPU_NUM_OF_RESERVED_CPU") == ("0" if preloaded is None else None)
 
 
 def test_the_memory_of_the_kv_cache_follows_the_type(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(direct_llm, "kv_cache_gib", partial(kv_cache_gib, memory=64 << 30))
+    monkeypatch.setattr(direct, "kv_cache_gib", partial(kv_cache_gib, memory=64 << 30))
     for given, dtype, gib in (({}, "bfloat16", "2"), ({}, "float32", "4"), ({KV_CACHE_SPACE: "7"}, "float32", "7")):
         monkeypatch.setattr(os, "environ", dict(given))
-        direct_llm.set_cpu_environment(dtype)
+        direct.set_cpu_environment(dtype)
         assert os.environ[KV_CACHE_SPACE] == gib
 
 

@@ -8,21 +8,21 @@ from pathlib import Path
 import pytest
 
 from core.llm_api.response_cache import ResponseCache
-from core.llm_api.types import LabelLogprobs
 from src.experiments.cache_command import main
+from tests.core.two_labels import pair
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     path = tmp_path / "responses.sqlite"
     with ResponseCache(path) as cache:
-        cache.put_many({bytes([i]) * 32: LabelLogprobs(-1, -2) for i in range(10)})
+        cache.put_many({bytes([i]) * 32: pair(-1, -2) for i in range(10)})
     return path
 
 
 def damage(path: Path, rows: int) -> None:
     db = sqlite3.connect(path)
-    db.execute("UPDATE answers SET false_logprob = -9 WHERE key IN (SELECT key FROM answers LIMIT ?)", (rows,))
+    db.execute("UPDATE answers SET last_logprob = -9 WHERE key IN (SELECT key FROM answers LIMIT ?)", (rows,))
     db.commit()
     db.close()
 

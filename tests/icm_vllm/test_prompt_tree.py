@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.llm_api.pool_tree import tree_of
-from core.llm_api.types import LabelTokens, Prompt, Segment, common
+from core.llm_api.types import Prompt, Segment, common
 from icm_vllm.prompt_tree import read_request
 from src.icm.prefix_tree import TreeLayout
 from src.icm.prompts import PromptBook
+from tests.core.two_labels import two
 
 SEGMENTS = [Segment(str(i), list(range(i, i + 1 + i % 3))) for i in range(6)]
 PATHS = st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=6), min_size=1, max_size=12)
@@ -43,11 +44,11 @@ def test_a_pool_of_256_is_some_hundred_kilobytes() -> None:
     for n in (128, 256):
         rng = np.random.default_rng(n)
         tokens = [rng.integers(0, 128_000, 40).tolist() for _ in range(n)]
-        labels = LabelTokens(true_id=1, false_id=2)
+        labels = two(1, 2)
         book = PromptBook.build([str(i) for i in range(n)], labels, tokens=tokens, separator_tokens=[3])
         layout = TreeLayout.build(range(n), [str(i) for i in range(n)], rng)
         prompts = [book.prompt(claim, layout.context(claim), [True] * n) for claim in layout.questions]
-        sizes[n] = len(orjson.dumps({"labels": labels.ids, "tree": tree_of(prompts)}))
+        sizes[n] = len(orjson.dumps({"labels": labels.asked.ids, "tree": tree_of(prompts)}))
         assert sizes[n] < sum(len(prompt.json) for prompt in prompts) / n * 2.5
     assert sizes[256] < 220_000
     assert sizes[256] < sizes[128] * 2.3
@@ -85,6 +86,17 @@ def test_a_malformed_tree_is_refused(damage: Callable[[dict[str, Any]], object])
     damage(tree)
     with pytest.raises(ValueError, match=r"."):
         read_request(json.dumps({"labels": [1, 2], "tree": tree}).encode())
+
+
+@pytest.mark.parametrize("labels", [[7], [7, 9], [9, 7, 0], [*range(20)]])
+def test_any_number_of_tokens_is_asked_for(labels: list[int]) -> None:
+    assert read_request(json.dumps({"labels": labels, "tree": GOOD}).encode())[1] == labels
+
+
+@pytest.mark.parametrize("labels", [[], [1, 2, 1], [1, -2], [1, "2"], [True, 2], [*range(21)], 7, None])
+def test_tokens_that_are_none_are_refused(labels: object) -> None:
+    with pytest.raises(ValueError, match="labels must be 1 to 20 different token ids"):
+        read_request(json.dumps({"labels": labels, "tree": GOOD}).encode())
 
 
 @pytest.mark.parametrize(

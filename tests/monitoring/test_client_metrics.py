@@ -10,6 +10,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.errors import APIError
 from core.llm_api.generation import Message, SamplingOptions, collect
 from core.llm_api.llm import ModelAPI
@@ -17,14 +18,14 @@ from core.llm_api.response_cache import ResponseCache
 from core.llm_api.retry import RetryPolicy
 from core.llm_api.telemetry import BOUNDS, Histogram
 from core.llm_api.transport import HttpOptions
-from core.llm_api.types import LabelTokens, Prompt, Segment
-from core.llm_api.vllm_llm import VLLMClient
+from core.llm_api.types import Prompt, Segment
 from src.monitoring.client_metrics import ClientMetrics
 from tests.core.fake_server import FALSE, TRUE, Fault
 from tests.core.fake_text import FakeTextServer, Manner
+from tests.core.two_labels import two
 
 QUICK = HttpOptions(retry=RetryPolicy(max_attempts=2, base=0.01, cap=0.01), max_concurrent_requests=2)
-LABELS = LabelTokens(true_id=TRUE, false_id=FALSE)
+LABELS = two(TRUE, FALSE)
 QUESTION = [Message("user", "Name a river")]
 
 

@@ -14,14 +14,16 @@ import numpy as np
 import pytest
 
 from core.cpu import fast_type
+from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.errors import RequestRejected
+from core.llm_api.labels import LabelSpace
 from core.llm_api.llm import ModelAPI
-from core.llm_api.tokens import pieces, resolve_label_tokens
-from core.llm_api.types import Prompt, Segment
-from core.llm_api.vllm_llm import VLLMClient
+from core.llm_api.tokens import pieces, spell_labels
+from core.llm_api.types import NextTokens, Prompt, Query, Segment
 from icm_vllm.prompt_tree import PATH
 from src.icm.prefix_tree import Layout, TreeLayout, UpstreamLayout
 from src.icm.prompts import PromptBook
+from src.pipeline.tree_saving import found_in_blocks
 from tests.conftest import RunningServer
 
 pytestmark = [pytest.mark.real_server, pytest.mark.timeout(900)]
@@ -66,7 +68,7 @@ async def test_the_tree_computes_every_distinct_block_once_and_so_less_than_upst
         seen: set[tuple[int, ...]] = set()  # the second layout may begin with a block of the first
         for name, layout in (("tree", tree), ("upstream", UpstreamLayout.build(range(size)))):
             before = await api.prefix_cache()
-            scores = await api.score(prompts_of(book, layout, labels), await api.label_tokens())
+            scores = await api.score(prompts_of(book, layout, labels), await api.spell_labels())
             after = await api.prefix_cache()
             assert before is not None
             assert after is not None
@@ -107,7 +109,7 @@ async def test_an_appended_label_costs_little_more_than_itself(vllm_server: Runn
     async with ModelAPI(VLLMClient(vllm_server.url, vllm_server.model)) as api:
         book, labels = await book_of(api, size)
         layout = TreeLayout.build(range(size - 1), [str(i) for i in range(size)], np.random.default_rng(0), anchors=4)
-        tokens = await api.label_tokens()
+        tokens = await api.spell_labels()
         await api.score(prompts_of(book, layout, labels), tokens)
         before = await api.prefix_cache()
         await api.score(prompts_of(book, layout.append(size - 1), labels), tokens)
@@ -144,13 +146,55 @@ async def test_scores_follow_their_prompts_whatever_the_order(vllm_server: Runni
         assert np.abs(forward[:, None] - forward[None, :]).max() > 0.3
 
 
+SPACES = {
+    "four letters": LabelSpace(("A", "B", "C", "D"), (" A", " B", " C", " D")),
+    "three words": LabelSpace(("bad", "fair", "good"), (" bad", " fair", " good")),
+    "several tokens": LabelSpace(
+        ("very bad", "very good", "good", "good enough"), (" very bad", " very good", " good", " good enough")
+    ),
+}
+
+
+@pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
+async def test_labels_of_any_number_and_length(vllm_server: RunningServer, space: LabelSpace) -> None:
+    """log P of each is the sum of its tokens' own, asked one by one; a beginning costs what no block of it holds."""
+    client = VLLMClient(vllm_server.url, vllm_server.model)
+    async with ModelAPI(client) as api:
+        asked = " or ".join(space.names)  # first, so that nothing of another space's prompts is cached
+        texts = [f"Is it {asked}? " + f"{film} {verdict}. " * 3 + "It is" for film in SUBJECTS for verdict in CLAIMS]
+        book = await PromptBook.open(api, texts, space=space)
+        labels = book.labels
+        layout = TreeLayout.build(range(16), [str(at) for at in range(16)], np.random.default_rng(2))
+        marks = [at % len(space) for at in range(16)]
+        prompts = [book.prompt(claim, layout.context(claim), marks, layout.place(claim)) for claim in layout.questions]
+        sent = [query.prompt.token_ids for query in labels.queries(prompts)]
+        before = await api.prefix_cache()
+        scores = await api.score(prompts, labels)
+        after = await api.prefix_cache()
+        assert before is not None
+        assert after is not None
+        assert (after - before).queries == scores.prompt_tokens == sum(map(len, sent))
+        assert (after - before).hits == found_in_blocks(sent, BLOCK)
+        assert labels.tokens is not None
+        for prompt, found in list(zip(prompts, scores.logprobs.tolist(), strict=True))[::15]:
+            for label, ids in enumerate(labels.tokens):
+                goes_on = any(other != ids and other[: len(ids)] == ids for other in labels.tokens)
+                whole = (*ids, *(book.separator.tokens or ())[:1]) if goes_on else ids
+                total = 0.0
+                for at, token in enumerate(whole):
+                    begun = Prompt((*prompt.segments, *([Segment("", whole[:at])] if at else [])))
+                    [answer] = (await client.score([Query(begun, NextTokens(("",), (token,)))])).logprobs
+                    total += answer.values[0]
+                assert found[label] == pytest.approx(total, abs=1e-5)
+
+
 async def test_the_servers_extension_scores_as_completions_do(vllm_server: RunningServer) -> None:
     """Bitwise the same by both ways."""
     async with ModelAPI(VLLMClient(vllm_server.url, vllm_server.model)) as api:
         book, labels = await book_of(api, 12)
         layout = TreeLayout.build(range(12), [str(i) for i in range(12)], np.random.default_rng(1))
         prompts = prompts_of(book, layout, labels)[:4]
-        tokens = await api.label_tokens()
+        tokens = await api.spell_labels()
         await api.score(prompts, tokens)
     tree = VLLMClient(vllm_server.url, vllm_server.model)
     plain = VLLMClient(vllm_server.url, vllm_server.model, use_extension=False)
@@ -160,7 +204,7 @@ async def test_the_servers_extension_scores_as_completions_do(vllm_server: Runni
         assert tree.takes_trees
         assert not plain.takes_trees
         for prompt in prompts:
-            whole, short = await plain.score([prompt], tokens), await tree.score([prompt], tokens)
+            whole, short = await plain.score(tokens.queries([prompt])), await tree.score(tokens.queries([prompt]))
             assert short.logprobs == whole.logprobs
             assert short.prompt_tokens == whole.prompt_tokens == prompt.num_tokens
     finally:
@@ -199,7 +243,7 @@ async def test_a_client_that_leaves_stops_its_pool(vllm_server: RunningServer) -
         prompts = prompts_of(book, UpstreamLayout.build(range(96)), [not label for label in labels])
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(3):
-                await api.score(prompts, await api.label_tokens())
+                await api.score(prompts, await api.spell_labels())
     await idle(vllm_server)
 
 
@@ -284,7 +328,7 @@ async def test_a_server_is_known_again_while_it_computes_a_pool(vllm_server: Run
     async with ModelAPI(VLLMClient(vllm_server.url, vllm_server.model)) as api:
         book, labels = await book_of(api, 24)
         prompts = prompts_of(book, UpstreamLayout.build(range(24)), labels)
-        scoring = asyncio.create_task(api.score(prompts, await api.label_tokens()))
+        scoring = asyncio.create_task(api.score(prompts, await api.spell_labels()))
         fingerprints, meanwhile = [], 0
         while not scoring.done() or not fingerprints:
             client = VLLMClient(vllm_server.url, vllm_server.model)
@@ -318,12 +362,12 @@ async def test_a_prompt_of_another_vocabulary_is_named_and_the_others_are_kept(
     client = VLLMClient(vllm_server.url, vllm_server.model, use_extension=use_extension)
     try:
         await client.start()
-        labels = await resolve_label_tokens(client)
+        labels = await spell_labels(client)
         pool = [Prompt((Segment("", [2, 100 + i]),), name=f"claim {i}") for i in range(4)]
         pool[2] = Prompt((Segment("", [10_000_000]),), name="claim of another model")
         kept: list[int] = []
         with pytest.raises(RequestRejected, match=r"'claim of another model', also when asked alone.*vocabulary"):
-            await client.score(pool, labels, on_answer=lambda positions, _: kept.extend(positions))
+            await client.score(labels.queries(pool), on_answer=lambda positions, _: kept.extend(positions))
         assert sorted(kept) == [0, 1, 3]
     finally:
         await client.aclose()

@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 
-from core.llm_api.types import LabelTokens, Prompt, Segment
-from core.llm_api.vllm_llm import VLLMClient
+from core.llm_api.engines.vllm import VLLMClient
+from core.llm_api.types import Prompt, Segment
 from core.settings import Settings
 from scripts.test_vllm_server import START, Check, examine, tree_saves
 from src.pipeline.tree_saving import Saving
 from tests.conftest import RunningServer
 from tests.core.fake_server import FakeVLLM, Fault
+from tests.core.two_labels import two
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "test_vllm_server.py"
 
@@ -317,9 +318,8 @@ async def test_prompts_start_with_the_models_own_first_token(vllm_server: Runnin
         [[true], [false]] = await client.tokenize([" True", " False"])
         text = "Water is wet: True. Stones are soft: False. Fire is hot: True. Ice is warm:"
         [tokens] = await client.tokenize([text], special=True)
-        score = (
-            await client.score([Prompt((Segment(text, tokens),))], LabelTokens(true_id=true, false_id=false))
-        ).logprobs
-        assert -8 < score[0].false < 0, "a label is a likely continuation here"
+        queries = two(true, false).queries([Prompt((Segment(text, tokens),))])
+        [answer] = (await client.score(queries)).logprobs
+        assert -8 < answer.values[1] < 0, "a label is a likely continuation here"
     finally:
         await client.aclose()

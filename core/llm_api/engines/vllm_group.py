@@ -14,23 +14,24 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final, TypeVar
 
+from core.llm_api.engines.vllm import START_HINT, VLLMClient
 from core.llm_api.errors import APIError, ConfigurationError, RetriesExhausted, ServerChanged, ServerUnreachable
 from core.llm_api.generation import Embeddings, Generation, Piece, TextRequest
 from core.llm_api.retry import RetryPolicy
 from core.llm_api.telemetry import RequestTelemetry
-from core.llm_api.transport import all_or_cancel, all_or_settle
+from core.llm_api.transport import HttpOptions, all_or_cancel, all_or_settle
 from core.llm_api.types import (
+    Capabilities,
     EngineAnswer,
     EngineIdentity,
-    LabelLogprobs,
-    LabelTokens,
     OnAnswer,
     PrefixCacheCounters,
-    Prompt,
+    Query,
+    TokenLogprobs,
     known_to_differ,
     sum_known,
 )
-from core.llm_api.vllm_llm import START_HINT, VLLMClient
+from core.settings import Settings
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -100,15 +101,14 @@ class _Member:
 
 @dataclass(eq=False, slots=True)
 class _Batch:
-    """One batch on its way through the servers. Positions are those of its prompts.
+    """One batch on its way through the servers. Positions are those of its queries.
 
     failed: servers it does not ask again: one that dies of it and is restarted would be asked for ever.
     """
 
-    prompts: Sequence[Prompt]
-    labels: LabelTokens
+    queries: Sequence[Query]
     on_answer: OnAnswer | None
-    answers: dict[int, LabelLogprobs] = field(default_factory=dict)
+    answers: dict[int, TokenLogprobs] = field(default_factory=dict)
     failed: set[_Member] = field(default_factory=set)
     prompt_tokens: int = 0
     cached_tokens: int | None = 0
@@ -133,6 +133,8 @@ class VLLMGroup:
     liveness_timeout.
     probe_after: seconds until a lost server is first looked for again.
     """
+
+    capabilities: Final = Capabilities()
 
     def __init__(
         self, clients: Sequence[VLLMClient], *, patience: RetryPolicy | None = None, probe_after: float = PROBE_AFTER
@@ -220,14 +222,12 @@ class VLLMGroup:
                 if not self._drop(member, error):
                     raise
 
-    async def score(
-        self, prompts: Sequence[Prompt], labels: LabelTokens, *, on_answer: OnAnswer | None = None
-    ) -> EngineAnswer:
+    async def score(self, queries: Sequence[Query], *, on_answer: OnAnswer | None = None) -> EngineAnswer:
         """See Engine.score. Every server is asked about its own part, all at once."""
-        batch = _Batch(prompts, labels, on_answer)
-        await self._ask(batch, range(len(prompts)))
+        batch = _Batch(queries, on_answer)
+        await self._ask(batch, range(len(queries)))
         return EngineAnswer(
-            [batch.answers[position] for position in range(len(prompts))],
+            [batch.answers[position] for position in range(len(queries))],
             prompt_tokens=batch.prompt_tokens,
             requests=batch.requests,
             retries=batch.retries,
@@ -336,13 +336,13 @@ class VLLMGroup:
         return up
 
     async def _ask(self, batch: _Batch, positions: Iterable[int], after: APIError | None = None) -> None:
-        """Have the prompts at `positions` answered. Raises `after`, the last failure, where no server is left."""
+        """Have the queries at `positions` answered. Raises `after`, the last failure, where no server is left."""
         able = [index for index, member in enumerate(self._members) if member.up and member not in batch.failed]
         if not able and after is not None:
             raise after
         shares: dict[int, list[int]] = {}
         for position in positions:
-            server = server_for(batch.prompts[position].place, len(self._members), able)
+            server = server_for(batch.queries[position].prompt.place, len(self._members), able)
             shares.setdefault(server, []).append(position)
         await all_or_settle(
             self._ask_one(batch, self._members[server], share, alone=len(able) == 1) for server, share in shares.items()
@@ -352,11 +352,11 @@ class VLLMGroup:
         def heard(positions: Sequence[int], answer: EngineAnswer) -> None:
             batch.take([share[position] for position in positions], answer)
 
-        prompts = [batch.prompts[position] for position in share]
+        queries = [batch.queries[position] for position in share]
         try:
             # Where others could answer, a server is soon given up; one that stands alone is waited for.
             retry = self._patience if alone else self._brief
-            await member.client.score(prompts, batch.labels, on_answer=heard, retry=retry, search=alone)
+            await member.client.score(queries, on_answer=heard, retry=retry, search=alone)
         except LOST as error:
             if any(other is not member and other not in batch.failed for other in self._up):
                 batch.failed.add(member)
@@ -436,3 +436,27 @@ class VLLMGroup:
         for probe in probes:
             probe.cancel()
         await asyncio.gather(*probes, return_exceptions=True)
+
+
+def open_engine(settings: Settings, model: str, _: object) -> VLLMClient | VLLMGroup:
+    """See vllm_engine."""
+    return vllm_engine(settings, model)
+
+
+def vllm_engine(settings: Settings, model: str, *, use_extension: bool = True) -> VLLMClient | VLLMGroup:
+    """The server of VLLM_BASE_URL, or all of them as one engine. use_extension: see VLLMClient."""
+    options = HttpOptions.of(settings)
+    clients = [
+        VLLMClient(
+            url,
+            model,
+            api_key=settings.vllm_api_key,
+            revision=settings.model_revision or "",
+            prompts_per_request=settings.prompts_per_request,
+            use_extension=use_extension,
+            missing_label=settings.missing_label,
+            options=options,
+        )
+        for url in settings.vllm_base_url
+    ]
+    return clients[0] if len(clients) == 1 else VLLMGroup(clients, patience=options.retry)
