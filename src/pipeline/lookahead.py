@@ -15,6 +15,7 @@ from core.llm_api.llm import ModelAPI
 from core.llm_api.types import LabelLogprobs, LabelTokens, PoolScores, Prompt
 from src.icm.annealing import Candidate, Outcome, Problem, SearchState, cost
 from src.icm.consistency import Labels
+from src.icm.objective import LogOdds
 from src.icm.planner import evaluations_that_fit, relaid_tokens
 from src.icm.prefix_tree import Layout
 from src.icm.prompts import in_shared_order
@@ -160,7 +161,7 @@ class Lookahead:
         coming: list[tuple[SearchState, int, list[Candidate]]] = []
         here = Candidate(state.labels, state.layout)
 
-        def predicted(claim: int) -> float | None:
+        def predicted(claim: int) -> LogOdds | None:
             answer = self._memo.get(self._make_prompt(claim, here).digest)
             return None if answer is None else answer.log_odds
 
