@@ -45,6 +45,7 @@ if str(Path(__file__).resolve().parents[1]) not in sys.path:
 from benchmarks.own_process import serve_until_told, stand_in, start_deaf
 from benchmarks.step_machine import commit, hardware
 from benchmarks.step_measure import Progress
+from core.llm_api.labels import TRUE_FALSE, SpelledLabels
 from core.llm_api.llm import ModelAPI
 from core.llm_api.response_cache import ResponseCache
 from core.llm_api.transport import HttpOptions
@@ -52,11 +53,11 @@ from core.llm_api.types import (
     Engine,
     EngineAnswer,
     EngineIdentity,
-    LabelLogprobs,
-    LabelTokens,
     OnAnswer,
     PrefixCacheCounters,
     Prompt,
+    Query,
+    TokenLogprobs,
 )
 from core.llm_api.vllm_llm import VLLMClient
 from src.icm.annealing import Candidate, Problem, SearchSettings
@@ -83,7 +84,7 @@ FEW: Final = 20
 """Looks that a slope needs."""
 SLOW: Final = 5.0
 """Seconds that the slow server takes for every answer."""
-LABELS: Final = LabelTokens(" True", " False", TRUE, FALSE)
+LABELS: Final = SpelledLabels(TRUE_FALSE, ((FALSE,), (TRUE,)))
 MODEL: Final = "fake-8b"
 MB: Final = 1e6
 
@@ -210,14 +211,12 @@ class AtOnce:
     async def tokenize_chat(self, messages: Sequence[str]) -> list[list[int]] | None:
         return None
 
-    async def score(
-        self, prompts: Sequence[Prompt], labels: LabelTokens, *, on_answer: OnAnswer | None = None
-    ) -> EngineAnswer:
+    async def score(self, queries: Sequence[Query], *, on_answer: OnAnswer | None = None) -> EngineAnswer:
         await asyncio.sleep(0)  # let the other runs ask, too
-        logprobs = [LabelLogprobs(*label_distribution(digest_log_odds(prompt))) for prompt in prompts]
+        logprobs = [TokenLogprobs(label_distribution(digest_log_odds(query.prompt))) for query in queries]
         answer = EngineAnswer(logprobs, prompt_tokens=0)
         if on_answer is not None:
-            on_answer(range(len(prompts)), answer)
+            on_answer(range(len(queries)), answer)
         return answer
 
     async def prefix_cache(self) -> PrefixCacheCounters | None:
@@ -273,7 +272,7 @@ class Run:
         """Ask prompts that are laid out; as `evaluate`."""
         scores = await self._api.score(prompts, LABELS)
         at = int(self._rng.integers(len(prompts)))
-        return self._is_right(prompts[at], scores.logprobs[at].log_odds)
+        return self._is_right(prompts[at], scores.log_odds[at])
 
     def _candidate(self) -> Candidate:
         drawn = self._rng.random(len(self._layout.questions)) < 0.5

@@ -23,9 +23,9 @@ import numpy as np
 from benchmarks.make_shape import WORDS, word
 from benchmarks.step_report import CaseResult, Repetition
 from core.llm_api.direct_llm import DirectEngine
+from core.llm_api.labels import SpelledLabels
 from core.llm_api.llm import ModelAPI
 from core.llm_api.tokens import Spelling
-from core.llm_api.types import LabelTokens
 from core.llm_api.vllm_group import VLLMGroup
 from core.llm_api.vllm_llm import VLLMClient
 from src.icm.annealing import Candidate, Problem, SearchSettings
@@ -49,7 +49,7 @@ class Claims:
 
     book: PromptBook
     labels: tuple[bool, ...]
-    tokens: LabelTokens
+    tokens: SpelledLabels
 
     @property
     def groups(self) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from icm_vllm import block_hashes, pool_calls, pools
 from icm_vllm.plugin import config_digest, dtype_of, kernels
-from icm_vllm.prompt_tree import FORMAT, PATH, PromptTree, read_request
+from icm_vllm.prompt_tree import FORMAT, MAX_LABELS, PATH, PromptTree, read_request
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +44,8 @@ class LabelLogprobs:
 
 
 async def _describe(request: Any) -> Any:
-    """Which format this route speaks, for which models; which kernels answer, in which type, how configured; whether
-    shared prefixes are worked on once."""
+    """Which format this route speaks, for which models and how many labels; which kernels answer, in which type, how
+    configured; whether shared prefixes are worked on once."""
     models = [path.name for path in request.app.state.openai_serving_models.base_model_paths]
     config = getattr(request.app.state.engine_client, "vllm_config", None)
     return _json(
@@ -53,6 +53,7 @@ async def _describe(request: Any) -> Any:
         {
             "format": FORMAT,
             "models": models,
+            "max_labels": MAX_LABELS,
             "fast_prefixes": block_hashes.installed(),
             "kernels": kernels(getattr(config, "attention_config", None)),
             "dtype": dtype_of(getattr(config, "model_config", None)),
@@ -62,14 +63,13 @@ async def _describe(request: Any) -> Any:
 
 
 async def _answer(request: Any) -> Any:
-    """Label logprobs (nats) of every prompt of a PromptTree, in order: [[log P(True), log P(False)], ...].
+    """Label logprobs (nats) of every prompt of a PromptTree, in order: a list of one number a label for each.
 
     -inf and NaN, which JSON cannot hold, are null. cached_tokens: prompt tokens found in the prefix cache.
     """
     engine = request.app.state.engine_client
     try:
-        tree, (true, false) = read_request(await request.body())
-        labels = true, false
+        tree, labels = read_request(await request.body())
         lengths = pool_calls.check(tree, labels, engine.model_config)
         ask = _pool if pool_calls.usable(engine.vllm_config) else _one_by_one
         scoring = asyncio.create_task(ask(engine, f"pool-{uuid.uuid4().hex}", tree, labels))
@@ -86,12 +86,12 @@ async def _answer(request: Any) -> Any:
         return _json(503, {"error": {"message": str(error)}})
     except ValueError as error:  # vLLM's own for a refused prompt, too
         return _json(400, {"error": {"message": str(error)}})
-    content = [[_finite(value) for value in pair] for pair in logprobs]
+    content = [[_finite(value) for value in row] for row in logprobs]
     return _json(200, {"logprobs": content, "prompt_tokens": sum(lengths), "cached_tokens": cached})
 
 
 async def _pool(
-    engine: Any, name: str, tree: PromptTree, labels: tuple[int, int]
+    engine: Any, name: str, tree: PromptTree, labels: Sequence[int]
 ) -> tuple[Sequence[Sequence[float]], int | None]:
     """Logprobs (nats) of every prompt, and how many of their tokens were cached; cancelled, it cancels the prompts."""
     client = engine.engine_core
@@ -127,7 +127,7 @@ def _ended(task: asyncio.Task[object]) -> None:
 
 
 async def _one_by_one(
-    engine: Any, name: str, tree: PromptTree, labels: tuple[int, int]
+    engine: Any, name: str, tree: PromptTree, labels: Sequence[int]
 ) -> tuple[Sequence[Sequence[float]], int | None]:
     """As _pool, by vLLM's way for single prompts."""
     from vllm.sampling_params import RequestOutputKind

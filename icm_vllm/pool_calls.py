@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any, Final
@@ -29,7 +29,7 @@ class Stopped(Exception):
 
 @dataclass(frozen=True, slots=True)
 class PoolAnswer:
-    """What an engine answers to a pool. logprobs: [log P(True), log P(False)] of each prompt, nats. times: seconds from
+    """What an engine answers to a pool. logprobs: of each prompt, one a label, nats. times: seconds from
     the pool's arrival to a prompt's begin and end, in the order in which they ended."""
 
     logprobs: list[list[float]]
@@ -44,7 +44,7 @@ class PoolAnswer:
         return cls(result["logprobs"], Tokens(**result["tokens"]), result["times"])
 
 
-def check(tree: PromptTree, labels: tuple[int, int], model_config: Any) -> list[int]:
+def check(tree: PromptTree, labels: Sequence[int], model_config: Any) -> list[int]:
     """Tokens of each prompt. Raises ValueError for what vLLM's API server would have refused in each of them."""
     if model_config.runner_type != "generate":
         raise ValueError("this server embeds, and has no log-probabilities of labels")
@@ -57,7 +57,7 @@ def check(tree: PromptTree, labels: tuple[int, int], model_config: Any) -> list[
     return lengths
 
 
-def arguments(name: str, tree: PromptTree, labels: tuple[int, int]) -> tuple[object, ...]:
+def arguments(name: str, tree: PromptTree, labels: Sequence[int]) -> tuple[object, ...]:
     """Of a SCORE call."""
     return name, tree.segments, tree.parents, tree.pieces, tree.ends, list(labels)
 
@@ -82,7 +82,7 @@ def record(engine: Any) -> None:
             engine.logger_manager.record(scheduler_stats=stats, iteration_stats=None)
 
 
-def call(client: Any, name: str, tree: PromptTree, labels: tuple[int, int]) -> PoolAnswer:
+def call(client: Any, name: str, tree: PromptTree, labels: Sequence[int]) -> PoolAnswer:
     """Score a pool by vLLM's synchronous client (SyncMPClient). Raises what vLLM raises for a dead engine."""
     result: Future[Any] = Future()
 

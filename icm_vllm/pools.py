@@ -17,7 +17,7 @@ import importlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
@@ -45,7 +45,7 @@ class Tokens:
 @dataclass(eq=False, slots=True)
 class _Pool:
     name: str
-    labels: tuple[int, int]
+    labels: Sequence[int]
     parameters: Any  # vLLM's SamplingParams
     prompts: Iterator[tuple[int, tuple[list[int], int]]]  # those that the engine has not been given yet
     left: int
@@ -81,7 +81,7 @@ class Pools:
         core.post_step = self._then_answer(after_step)
         core._send_abort_outputs = self._and_ours(send_aborts)
 
-    def score(self, name: str, tree: PromptTree, labels: tuple[int, int]) -> Future[dict[str, object]]:
+    def score(self, name: str, tree: PromptTree, labels: Sequence[int]) -> Future[dict[str, object]]:
         """Begin with a pool. The result, when its last prompt is answered, is for PoolAnswer.read."""
         size = len(tree.ends)
         pool = _Pool(name, labels, label_parameters(labels), enumerate(tree.prompts()), size, [None] * size)
@@ -230,7 +230,7 @@ class Pools:
             pool.future.set_result({"stopped": pool.failure} if pool.failure else result)
 
 
-def label_parameters(labels: tuple[int, int], **more: Any) -> Any:
+def label_parameters(labels: Sequence[int], **more: Any) -> Any:
     """vLLM's SamplingParams for the logprobs of the labels after a prompt, and nothing else. more: of its fields."""
     from vllm.sampling_params import SamplingParams
 
@@ -253,8 +253,7 @@ def _score(
     ends: list[int],
     labels: list[int],
 ) -> Future[dict[str, object]]:
-    true, false = labels
-    return _pools(self).score(name, PromptTree(segments, parents, pieces, ends), (true, false))
+    return _pools(self).score(name, PromptTree(segments, parents, pieces, ends), labels)
 
 
 def _cancel(self: Any, name: str) -> None:

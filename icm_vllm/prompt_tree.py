@@ -18,8 +18,14 @@ PATH: Final = "/v1/label_logprobs"
 """Where a server with our extension takes a PromptTree. Under /v1, so that vLLM's --api-key guards it."""
 
 FORMAT: Final = 1
-"""Raise when the request or the answer changes; the client uses the extension only where it speaks this format."""
+"""Raise when the request or the answer changes; the client uses the extension only where it speaks this format.
 
+Of servers that take other numbers of labels than two, which were all there were at first, the description says how many
+(`max_labels`): old and new clients and servers understand each other about two.
+"""
+
+MAX_LABELS: Final = 20
+"""Different tokens that a request may ask for; vLLM's default --max-logprobs, which holds for them in process."""
 
 MAX_PROMPTS_PER_REQUEST: Final = 1024
 """vLLM's own limit for a list of prompts in one /v1/completions request; a tree keeps to it, too."""
@@ -90,14 +96,17 @@ class PromptTree:
 
 
 def read_request(body: bytes) -> tuple[PromptTree, list[int]]:
-    """The tree and the two label token ids of a request. Raises ValueError that says what is wrong with it."""
+    """The tree of a request, and the ids of the tokens that it asks for after every prompt (`labels`).
+
+    Raises ValueError that says what is wrong with it.
+    """
     try:
         fields = json.loads(body)
     except RecursionError:
         raise ValueError("the body is nested too deeply") from None
     labels = fields.get("labels") if isinstance(fields, dict) else None
-    if not _is_ids(labels) or len(labels) != 2 or labels[0] == labels[1]:
-        raise ValueError("labels must be two token ids")
+    if not _is_ids(labels) or len(labels) > MAX_LABELS or len({*labels}) < len(labels):
+        raise ValueError(f"labels must be 1 to {MAX_LABELS} different token ids")
     return PromptTree.read(fields.get("tree")), labels
 
 

@@ -27,11 +27,12 @@ if str(REPO_ROOT) not in sys.path:  # run as a script, without an installed pack
     sys.path.insert(0, str(REPO_ROOT))
 
 from core.llm_api.errors import APIError, ConfigurationError, RequestRejected  # noqa: E402
+from core.llm_api.labels import SpelledLabels  # noqa: E402
 from core.llm_api.llm import ModelAPI  # noqa: E402
 from core.llm_api.retry import RetryPolicy  # noqa: E402
-from core.llm_api.tokens import resolve_label_tokens  # noqa: E402
+from core.llm_api.tokens import QUESTION, prompt_ids, spell_labels  # noqa: E402
 from core.llm_api.transport import HttpOptions, HttpTransport  # noqa: E402
-from core.llm_api.types import EngineIdentity, LabelTokens, Prompt, Segment  # noqa: E402
+from core.llm_api.types import EngineIdentity, Prompt, Segment  # noqa: E402
 from core.llm_api.vllm_group import ALIKE_HINT, difference  # noqa: E402
 from core.llm_api.vllm_llm import VLLMClient  # noqa: E402
 from core.settings import Settings  # noqa: E402
@@ -45,7 +46,8 @@ NO_LOGPROBS: Final = (
 CACHING_OFF: Final = "start the server with --enable-prefix-caching and --block-size 16"
 BRANCHES_LOST: Final = (
     "a prompt is found again, and a part of one is not: start the server with --disable-hybrid-kv-cache-manager, as "
-    "scripts/launch_vllm_server.sh does where a model mixes windows with full attention (Gemma 3)"
+    "scripts/launch_vllm_server.sh local does where a model mixes windows with full attention (Gemma 3); of several "
+    "data-parallel engines each has a cache of its own: start single servers"
 )
 LOG_TAIL: Final = 100_000
 """Bytes of a log's end that are searched for a reason."""
@@ -231,7 +233,7 @@ async def _ask(client: VLLMClient, model: str, report: Callable[[Check], None]) 
 
     update = "update vLLM, or start it with --max-logprobs 20 and run ICM with --missing_label floor"
     try:
-        labels = await resolve_label_tokens(client)
+        labels = await spell_labels(client)
     except ConfigurationError as error:
         report(Check("exact label logprobs", False, str(error.args[0]), error.hint))
         return 1, identity
@@ -244,7 +246,7 @@ async def _ask(client: VLLMClient, model: str, report: Callable[[Check], None]) 
     passed = ok
     cached, found = await _prefix_cached(client, labels, identity.max_model_len)
     report(Check("prefix caching", cached, found, CACHING_OFF))
-    saving = await tree_saving(client, labels, WORDS, time.time_ns())
+    saving = await tree_saving(client, labels, WORDS, time.time_ns(), identity.max_model_len)
     if saving is not None:  # else the check before has said what is missing
         report(_tree_saves(saving, cached))
     return 0 if passed and cached and (saving is None or saving.enough) else 1, identity
@@ -281,27 +283,30 @@ async def _served(url: str, settings: Settings, options: HttpOptions, waiting: W
         await http.aclose()
 
 
-async def _labels_exact(client: VLLMClient, labels: LabelTokens) -> tuple[bool, str]:
-    tokens = (await client.tokenize(["Question: Is fire hot?\nI think this claim is"], special=True))[0]
-    score = (await client.score([Prompt((Segment("", tokens),), name="label check")], labels)).logprobs[0]
+async def _labels_exact(client: VLLMClient, labels: SpelledLabels) -> tuple[bool, str]:
+    tokens = await prompt_ids(client, QUESTION)
+    (answer,) = (await client.score(labels.queries([Prompt((Segment("", tokens),), name="label check")]))).logprobs
     how = "by token id" if client.exact_labels else "only among the top logprobs"
     return (
         client.exact_labels,
-        f"{how}; log P({labels.true!r}) {score.true:.2f}, log P({labels.false!r}) {score.false:.2f}",
+        f"{how}; "
+        + ", ".join(
+            f"log P({text!r}) {value:.2f}" for text, value in zip(labels.asked.texts, answer.values, strict=True)
+        ),
     )
 
 
-async def _prefix_cached(client: VLLMClient, labels: LabelTokens, context: int | None) -> tuple[bool, str]:
+async def _prefix_cached(client: VLLMClient, labels: SpelledLabels, context: int | None) -> tuple[bool, str]:
     """Ask one long prompt, never seen before, twice: the second time nearly all of it must come from the cache."""
     words = random.Random(time.time_ns()).choices(WORDS, k=min(600, (context or 2048) // 4))
-    tokens = (await client.tokenize([" ".join(words)], special=True))[0]
+    tokens = await prompt_ids(client, " ".join(words))
     prompt = Prompt((Segment("", tokens),), name="prefix cache check")
     seconds = []
     before = None
     for _ in range(2):
         before = await client.prefix_cache()
         start = time.monotonic()
-        await client.score([prompt], labels)
+        await client.score(labels.queries([prompt]))
         seconds.append(time.monotonic() - start)
     after = await client.prefix_cache()
     if before is None or after is None:

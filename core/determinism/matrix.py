@@ -18,7 +18,7 @@ import orjson
 
 from core.determinism.asking import Asker, Generated, Listed, Request, Sampling, Tokens
 from core.determinism.comparison import Compared, compare
-from core.llm_api.types import Engine, LabelTokens, Prompt, Segment
+from core.llm_api.types import Engine, NextTokens, Prompt, Query, Segment
 
 AT_ONCE: Final = 10
 """Requests in flight in the rows that ask many single prompts."""
@@ -268,15 +268,15 @@ def _cut(prompt: Tokens, uncached: int, block: int) -> Tokens:
 async def _searched(run: Matrix) -> Answers:
     """The labels' log-probabilities as ModelAPI gets them: the whole pool at once, twice, in another order."""
     prompts = run.material.prompts
-    true, false = run.material.labels
-    asked = [Prompt((Segment("", tokens),), name=f"prompt {at}") for at, tokens in enumerate(prompts)]
-    labels = LabelTokens(true_id=true, false_id=false)
+    labels = run.material.labels
+    tokens = NextTokens(("",) * len(labels), labels)
+    asked = [Query(Prompt((Segment("", ids),), name=f"prompt {at}"), tokens) for at, ids in enumerate(prompts)]
     answers: Answers = []
     for order in (asked, asked[::-1]):
-        found = await run.engine.score(order, labels)
+        found = await run.engine.score(order)
         answers += [
-            (tuple(prompt.token_ids), {true: logprobs.true, false: logprobs.false})
-            for prompt, logprobs in zip(order, found.logprobs, strict=True)
+            (tuple(query.prompt.token_ids), dict(zip(labels, logprobs.values, strict=True)))
+            for query, logprobs in zip(order, found.logprobs, strict=True)
         ]
     return answers
 

@@ -17,7 +17,7 @@ from typing import Final, TypeVar
 from core.llm_api import response_cache
 from core.llm_api.errors import StorageFailed
 from core.llm_api.response_cache import CacheBusy, ResponseCache
-from core.llm_api.types import LabelLogprobs
+from core.llm_api.types import TokenLogprobs
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -36,7 +36,7 @@ class AnswerStore:
 
     def __init__(self, cache: ResponseCache) -> None:
         self._cache = cache
-        self._waiting: dict[bytes, LabelLogprobs] = {}
+        self._waiting: dict[bytes, TokenLogprobs] = {}
         self._writer: asyncio.Task[None] | None = None
         self._failure: StorageFailed | None = None
         cache.wait_no_more()
@@ -51,7 +51,7 @@ class AnswerStore:
         """See ResponseCache."""
         return self._cache.has_earlier
 
-    async def get_many(self, keys: Sequence[bytes]) -> dict[bytes, LabelLogprobs]:
+    async def get_many(self, keys: Sequence[bytes]) -> dict[bytes, TokenLogprobs]:
         """The answers that are there, by key. Raises StorageFailed where the file cannot be read, or is taken for
         longer than BUSY_TIMEOUT."""
         found = await _patiently(lambda: self._cache.get_many(keys))
@@ -59,7 +59,7 @@ class AnswerStore:
             found |= {key: self._waiting[key] for key in keys if key in self._waiting}
         return found
 
-    def keep(self, answers: dict[bytes, LabelLogprobs]) -> None:
+    def keep(self, answers: dict[bytes, TokenLogprobs]) -> None:
         """Store answers now, or as soon as nobody else writes. Raises StorageFailed where that cannot be."""
         if self._writer is None:
             answers = self._waiting | answers

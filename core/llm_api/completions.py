@@ -7,7 +7,7 @@ prompts is 18 MB of JSON, and the client must not be the slow part of a step.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
 
@@ -15,7 +15,7 @@ import orjson
 
 from core.llm_api.errors import ConfigurationError, MissingLabel, NotLogprobs, TransientError
 from core.llm_api.transport import Pieces
-from core.llm_api.types import EngineAnswer, LabelLogprobs, LabelTokens, OnAnswer, Prompt
+from core.llm_api.types import EngineAnswer, NextTokens, OnAnswer, Prompt, Query, TokenLogprobs
 from core.settings import MissingLabelPolicy
 
 PARSER_VERSION: Final = 1
@@ -28,7 +28,7 @@ VLLM_MINUS_INFINITY: Final = -9999.0
 """vLLM writes log-probabilities of -inf, which JSON cannot hold, as this number."""
 
 TOP_LOGPROBS: Final = 20
-"""Alternatives asked for where labels cannot be asked for by name; vLLM's default --max-logprobs."""
+"""Alternatives asked for where tokens cannot be asked for by name; vLLM's default --max-logprobs."""
 
 PIECE: Final = 2**16
 """Bytes of a body that are worth a write of their own."""
@@ -64,8 +64,8 @@ def token_key(token_id: int) -> str:
     return f"token_id:{token_id}"
 
 
-def vllm_fields(model: str, labels: LabelTokens | None, *, top: int = TOP_LOGPROBS) -> dict[str, object]:
-    """The fields of a vLLM request, less its prompt: exactly these labels' logprobs, or the top ones if labels is None.
+def vllm_fields(model: str, token_ids: Sequence[int] | None, *, top: int = TOP_LOGPROBS) -> dict[str, object]:
+    """The fields of a vLLM request, less its prompt: exactly these tokens' logprobs, or the top ones if there are none.
 
     logprob_token_ids needs `logprobs` to be set, to any number.
     """
@@ -73,11 +73,11 @@ def vllm_fields(model: str, labels: LabelTokens | None, *, top: int = TOP_LOGPRO
         "model": model,
         "max_tokens": 1,
         "temperature": 0,
-        "logprobs": top if labels is None else 1,
+        "logprobs": top if token_ids is None else 1,
         "return_tokens_as_token_ids": True,
     }
-    if labels is not None:
-        fields["logprob_token_ids"] = list(labels.ids)
+    if token_ids is not None:
+        fields["logprob_token_ids"] = list(token_ids)
     return fields
 
 
@@ -158,17 +158,17 @@ def read_generated(body: bytes, count: int) -> list[tuple[list[str], list[float]
         raise TransientError(f"the answer is truncated or malformed ({type(error).__name__}).") from None
 
 
-def read_tree_answer(body: bytes, labels: LabelTokens, prompts: Sequence[Prompt]) -> Answers:
-    """Check what our extension answered to a PromptTree; null, which stands for -inf and NaN, leaves the label out.
+def read_tree_answer(body: bytes, token_ids: Sequence[int], prompts: Sequence[Prompt]) -> Answers:
+    """Check what our extension answered to a PromptTree; null, which stands for -inf and NaN, leaves the token out.
 
     Raises TransientError for a body that is truncated, malformed, answers another number of prompts or another request.
     """
-    keys = [token_key(label) for label in labels.ids]
+    keys = list(map(token_key, token_ids))
     try:
         parsed = orjson.loads(body)
         top = [
-            {key: _logprob(value, "of a tree") for key, value in zip(keys, pair, strict=True) if value is not None}
-            for pair in parsed["logprobs"]
+            {key: _logprob(value, "of a tree") for key, value in zip(keys, row, strict=True) if value is not None}
+            for row in parsed["logprobs"]
         ]
         counted, cached = int(parsed["prompt_tokens"]), parsed["cached_tokens"]
     except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
@@ -179,27 +179,32 @@ def read_tree_answer(body: bytes, labels: LabelTokens, prompts: Sequence[Prompt]
     return Answers(top, counted, cached if isinstance(cached, int) else None)
 
 
-def labels_or_missing(
+def found_or_missing(
     tops: Sequence[Mapping[K, float]],
-    prompts: Sequence[Prompt],
-    true: K,
-    false: K,
+    queries: Sequence[Query],
+    names: Callable[[NextTokens], Sequence[K]],
     *,
     missing: MissingLabelPolicy,
     hint: str = PROMPT_END,
-) -> list[LabelLogprobs | MissingLabel]:
-    """label_logprobs of every prompt, in order; where it raises MissingLabel, that error: the others are good."""
-    found: list[LabelLogprobs | MissingLabel] = []
-    for top, prompt in zip(tops, prompts, strict=True):
+) -> list[TokenLogprobs | MissingLabel]:
+    """token_logprobs of every query, in order; where it raises MissingLabel, that error: the others are good.
+
+    names: how the lists name the tokens.
+    """
+    found: list[TokenLogprobs | MissingLabel] = []
+    tokens, keys = None, names(NextTokens((), ()))
+    for top, query in zip(tops, queries, strict=True):
+        if query.tokens is not tokens:  # mostly they are the same object
+            tokens, keys = query.tokens, names(query.tokens)
         try:
-            found.append(label_logprobs(top, true, false, missing=missing, name=prompt.name, hint=hint))
+            found.append(token_logprobs(top, keys, missing=missing, name=query.prompt.name, hint=hint))
         except MissingLabel as error:
             found.append(error)
     return found
 
 
 def keep_the_good(
-    found: Sequence[LabelLogprobs | MissingLabel], answer: EngineAnswer, on_answer: OnAnswer | None, *, start: int = 0
+    found: Sequence[TokenLogprobs | MissingLabel], answer: EngineAnswer, on_answer: OnAnswer | None, *, start: int = 0
 ) -> EngineAnswer:
     """`answer`, which lacks its logprobs so far, with those `found`; `on_answer` hears of them at start + position.
 
@@ -215,32 +220,33 @@ def keep_the_good(
     return answer
 
 
-def label_logprobs(
-    top: Mapping[K, float], true: K, false: K, *, missing: MissingLabelPolicy, name: str, hint: str = PROMPT_END
-) -> LabelLogprobs:
-    """Log P(True) and log P(False) from one prompt's listed log-probabilities, nats.
+def token_logprobs(
+    top: Mapping[K, float], tokens: Sequence[K], *, missing: MissingLabelPolicy, name: str, hint: str = PROMPT_END
+) -> TokenLogprobs:
+    """The log-probabilities of `tokens` among those that one prompt's answer lists, nats.
 
-    missing="floor" gives a label that is not listed the lowest log-probability that is: an upper bound of the truth,
-    since the server lists the most probable tokens. Where both are missing there is no evidence at all, and their
+    missing="floor" gives a token that is not listed the lowest log-probability that is: an upper bound of the truth,
+    since the server lists the most probable tokens. Where all are missing there is no evidence at all, and their
     log-odds would come out as 0 nats; that is always an error, as is a NaN. Raises MissingLabel naming the prompt.
-    hint: what to do about a label that is not listed.
+    hint: what to do about a token that is not listed.
     """
-    for key in (true, false):
+    for key in tokens:
         value = top.get(key)
         if value is not None and math.isnan(value):
             raise MissingLabel(f"prompt {name!r}: the logprob of {key!r} is NaN.", hint="Check the model's dtype.")
     finite = {key: value for key, value in top.items() if math.isfinite(value) and value > VLLM_MINUS_INFINITY}
-    absent = [key for key in (true, false) if key not in finite]
+    absent = [key for key in tokens if key not in finite]
     if not absent:
-        return LabelLogprobs(finite[true], finite[false])
-    if missing == "error" or len(absent) == 2:
+        return TokenLogprobs(tuple([finite[key] for key in tokens]))
+    some = len(absent) < len(tokens)
+    if missing == "error" or not some:
         names = " and ".join(map(repr, absent))
         raise MissingLabel(
             f"prompt {name!r}: no finite log-probability for {names} among the {len(top)} that the answer lists.",
-            hint=hint + (" Or set missing_label to floor." if len(absent) == 1 else ""),
+            hint=hint + (" Or set missing_label to floor." if some else ""),
         )
     floor = min(finite.values())
-    return LabelLogprobs(finite.get(true, floor), finite.get(false, floor), floored=True)
+    return TokenLogprobs(tuple([finite.get(key, floor) for key in tokens]), floored=True)
 
 
 def _first_token(choice: dict[str, Any], name: str) -> dict[str, float]:

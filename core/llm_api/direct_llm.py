@@ -25,23 +25,25 @@ import numpy as np
 from pydantic import SecretStr
 
 from core.cpu import KV_CACHE_SPACE, fast_type, kv_cache_gib
-from core.llm_api.completions import TOP_LOGPROBS, keep_the_good, label_logprobs, labels_or_missing
+from core.llm_api.completions import TOP_LOGPROBS, found_or_missing, keep_the_good, token_logprobs
 from core.llm_api.engine_thread import EngineThread
 from core.llm_api.errors import APIError, ConfigurationError, MissingLabel, RequestRejected
 from core.llm_api.generation import Embeddings, Generation, Piece, TextRequest
 from core.llm_api.pool_tree import tree_of
 from core.llm_api.telemetry import RequestTelemetry
+from core.llm_api.together import by_tokens
 from core.llm_api.tokens import CANARY_TEXT, fingerprint
 from core.llm_api.transport import MESSAGE_LIMIT
 from core.llm_api.types import (
     EngineAnswer,
     EngineIdentity,
-    LabelLogprobs,
-    LabelTokens,
     OnAnswer,
     PrefixCacheCounters,
     Prompt,
+    Query,
     Segment,
+    TokenLogprobs,
+    sum_known,
 )
 from core.settings import MissingLabelPolicy
 from icm_vllm import pool_calls
@@ -237,15 +239,24 @@ class DirectEngine:
         """See Engine.tokenize_chat; by the model's own tokenizer."""
         return await self._in_thread(functools.partial(self._encode_chat, messages))
 
-    async def score(
-        self, prompts: Sequence[Prompt], labels: LabelTokens, *, on_answer: OnAnswer | None = None
-    ) -> EngineAnswer:
-        """See Engine.score. The whole pool is one call, which cannot be stopped halfway: a cancelled one runs on."""
-        if not prompts:
+    async def score(self, queries: Sequence[Query], *, on_answer: OnAnswer | None = None) -> EngineAnswer:
+        """See Engine.score. The whole pool is one call, which cannot be stopped halfway: a cancelled one runs on.
+
+        Queries for more tokens together than one call may ask for are several calls.
+        """
+        if not queries:
             return EngineAnswer([], 0, requests=0)
-        found, cached = await self._in_thread(functools.partial(self._score, prompts, labels))
-        answer = EngineAnswer([], sum(prompt.num_tokens for prompt in prompts), cached_tokens=cached)
-        return keep_the_good(found, answer, on_answer)
+        calls = by_tokens(queries)
+        found: dict[int, TokenLogprobs | MissingLabel] = {}
+        cached: list[int | None] = []
+        for call in calls:
+            asked = [queries[position] for position in call.positions]
+            answers, hits = await self._in_thread(functools.partial(self._score, asked, call.token_ids))
+            found.update(zip(call.positions, answers, strict=True))
+            cached.append(hits)
+        tokens = sum(query.prompt.num_tokens for query in queries)
+        answer = EngineAnswer([], tokens, requests=len(calls), cached_tokens=sum_known(cached))
+        return keep_the_good([found[position] for position in range(len(queries))], answer, on_answer)
 
     async def listed_logprobs(
         self, prompts: Sequence[tuple[Sequence[int], str]], chosen: Sequence[int] | None, *, top: int = TOP_LOGPROBS
@@ -469,38 +480,38 @@ class DirectEngine:
         ]
 
     def _score(
-        self, prompts: Sequence[Prompt], labels: LabelTokens
-    ) -> tuple[list[LabelLogprobs | MissingLabel], int | None]:
-        """What every prompt's answer is, and how many of their tokens were cached, where that is known."""
-        true, false = labels.ids
+        self, queries: Sequence[Query], token_ids: tuple[int, ...]
+    ) -> tuple[list[TokenLogprobs | MissingLabel], int | None]:
+        """What every query's answer is, and how many of their tokens were cached, where that is known."""
+        prompts = [query.prompt for query in queries]
         cached: int | None = None
         tops: Sequence[Mapping[int, float]]
         if self.exact_labels and self._loaded.takes_pools:
-            tops, cached = self._pool(prompts, (true, false))
+            tops, cached = self._pool(prompts, token_ids)
         else:
-            tops = self._ask(prompts, labels if self.exact_labels else None)
-        return labels_or_missing(tops, prompts, true, false, missing=self._missing), cached
+            tops = self._ask(prompts, token_ids if self.exact_labels else None)
+        return found_or_missing(tops, queries, lambda tokens: tokens.ids, missing=self._missing), cached
 
-    def _pool(self, prompts: Sequence[Prompt], labels: tuple[int, int]) -> tuple[list[dict[int, float]], int]:
+    def _pool(self, prompts: Sequence[Prompt], token_ids: tuple[int, ...]) -> tuple[list[dict[int, float]], int]:
         """As _ask, the pool in one piece (icm_vllm/pools.py), and how many of its tokens were cached."""
         engine, name = self._llm.llm_engine, f"pool-{uuid.uuid4().hex}"
         try:
             tree = tree_of(prompts)
-            pool_calls.check(tree, labels, engine.model_config)
-            answer = pool_calls.call(engine.engine_core, name, tree, labels)
+            pool_calls.check(tree, token_ids, engine.model_config)
+            answer = pool_calls.call(engine.engine_core, name, tree, token_ids)
             pool_calls.record(engine)
         except Exception as error:
             raise self._explained(error) from error
         pool_calls.count(engine, answer)
-        return [dict(zip(labels, pair, strict=True)) for pair in answer.logprobs], answer.tokens.cached
+        return [dict(zip(token_ids, row, strict=True)) for row in answer.logprobs], answer.tokens.cached
 
-    def _ask(self, prompts: Sequence[Prompt], labels: LabelTokens | None) -> list[dict[int, float]]:
-        """Listed log-probabilities after each prompt, nats, by token id: of these labels, or the top ones."""
+    def _ask(self, prompts: Sequence[Prompt], token_ids: Sequence[int] | None) -> list[dict[int, float]]:
+        """Listed log-probabilities after each prompt, nats, by token id: of these tokens, or the top ones."""
         inputs = [{"prompt_token_ids": prompt.token_ids} for prompt in prompts]
         for prompt, tokens in zip(prompts, inputs, strict=True):
             if not tokens["prompt_token_ids"]:
                 raise ValueError(f"prompt {prompt.name!r} has no token ids")
-        return self._listed(inputs, None if labels is None else labels.ids, TOP_LOGPROBS)
+        return self._listed(inputs, token_ids, TOP_LOGPROBS)
 
     def _listed(
         self, inputs: Sequence[Mapping[str, object]], chosen: Sequence[int] | None, top: int
@@ -582,8 +593,8 @@ class DirectEngine:
         """Whether two arbitrary tokens come back when asked for by id; older versions refuse or ignore that."""
         a, b = sorted(set(canary.token_ids))[-2:]
         try:
-            (top,) = self._ask([canary], LabelTokens(true_id=a, false_id=b))
-            label_logprobs(top, a, b, missing="error", name="canary")
+            (top,) = self._ask([canary], (a, b))
+            token_logprobs(top, (a, b), missing="error", name="canary")
         except (RequestRejected, MissingLabel):
             return False
         return True

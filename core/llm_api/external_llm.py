@@ -1,6 +1,6 @@
 """Any OpenAI-compatible /v1/completions, asked in text, one prompt a request, under the endpoint's rate limits.
 
-Labels are matched by the exact text of the listed tokens, space included. Leaving the space out as a second choice
+Tokens are matched by the exact text of those that are listed, space included. Leaving the space out as a second choice
 would be unsafe: where the list holds `True` but not ` True`, it holds another token, whose probability says little of
 the one that the demonstrations use. Only spellings of the same token are brought together: SentencePiece's and
 byte-level BPE's marks for a leading space.
@@ -19,7 +19,7 @@ from typing import Any, Final
 import orjson
 from pydantic import SecretStr
 
-from core.llm_api.completions import Answers, label_logprobs, read_answers, text_body
+from core.llm_api.completions import Answers, read_answers, text_body, token_logprobs
 from core.llm_api.continuation import COUNTING, GOES_ON, wrapping_seen
 from core.llm_api.errors import (
     APIError,
@@ -38,10 +38,10 @@ from core.llm_api.transport import HttpOptions, HttpTransport, all_or_settle
 from core.llm_api.types import (
     EngineAnswer,
     EngineIdentity,
-    LabelTokens,
     OnAnswer,
     PrefixCacheCounters,
     Prompt,
+    Query,
     Segment,
     sum_known,
 )
@@ -149,26 +149,24 @@ class ExternalAPI:
         """None: the endpoint is asked in text."""
         return None
 
-    async def score(
-        self, prompts: Sequence[Prompt], labels: LabelTokens, *, on_answer: OnAnswer | None = None
-    ) -> EngineAnswer:
-        """See Engine.score. One request a prompt, in the prompts' order.
+    async def score(self, queries: Sequence[Query], *, on_answer: OnAnswer | None = None) -> EngineAnswer:
+        """See Engine.score. One request a query, in the queries' order.
 
         Where one fails, nothing new is sent, and what is on its way has some seconds to arrive: it is paid for.
         """
         failed: list[APIError] = []
 
-        async def one(position: int, prompt: Prompt) -> EngineAnswer:
+        async def one(position: int, query: Query) -> EngineAnswer:
             try:
-                answer = await self._score_one(prompt, labels, failed)
+                answer = await self._score_one(query, failed)
             except APIError as error:
-                failed.append(_of_prompt(error, prompt))
+                failed.append(_of_prompt(error, query.prompt))
                 raise failed[-1] from error.__cause__
             if on_answer is not None:
                 on_answer([position], answer)
             return answer
 
-        parts = await all_or_settle(one(position, prompt) for position, prompt in enumerate(prompts))
+        parts = await all_or_settle(one(position, query) for position, query in enumerate(queries))
         return EngineAnswer(
             [part.logprobs[0] for part in parts],
             prompt_tokens=sum(part.prompt_tokens for part in parts),
@@ -210,14 +208,14 @@ class ExternalAPI:
         """Close the connections; idempotent."""
         await self._http.aclose()
 
-    async def _score_one(self, prompt: Prompt, labels: LabelTokens, failed: Sequence[APIError]) -> EngineAnswer:
+    async def _score_one(self, query: Query, failed: Sequence[APIError]) -> EngineAnswer:
         asked: list[tuple[Answers, int]] = []
 
         async def among(top: int, missing: MissingLabelPolicy) -> EngineAnswer:
-            asked.append(await self._ask(prompt, top, failed))
+            asked.append(await self._ask(query.prompt, top, failed))
             listed = _by_plain_text(asked[-1][0].top[0])
             return EngineAnswer(
-                [label_logprobs(listed, labels.true, labels.false, missing=missing, name=prompt.name)],
+                [token_logprobs(listed, query.tokens.texts, missing=missing, name=query.prompt.name)],
                 sum(answers.prompt_tokens for answers, _ in asked),
                 requests=len(asked),
                 retries=sum(retries for _, retries in asked),

@@ -20,16 +20,16 @@ from core.llm_api.completions import (
     LOGPROBS_MODE,
     TOP_LOGPROBS,
     Answers,
-    label_logprobs,
     token_body,
     token_key,
+    token_logprobs,
     vllm_fields,
 )
 from core.llm_api.errors import APIError, ConfigurationError, MissingLabel, RequestRejected, ServerChanged
 from core.llm_api.retry import RetryPolicy
 from core.llm_api.tokens import CANARY_TEXT
 from core.llm_api.transport import HttpTransport
-from core.llm_api.types import EngineIdentity, LabelTokens, Prompt, Segment, known_to_differ
+from core.llm_api.types import EngineIdentity, Prompt, Segment, known_to_differ
 from core.llm_api.vllm_questions import VLLMQuestions
 
 log = logging.getLogger(__name__)
@@ -119,10 +119,10 @@ class Canary:
     async def _probe_exact(self, prompt: Prompt) -> bool:
         """Ask for two arbitrary tokens by id. A server that ignores the field lists one token, else both are there."""
         a, b = sorted(set(prompt.token_ids))[-2:]
-        body = token_body(vllm_fields(self.model, LabelTokens(true_id=a, false_id=b)), [prompt])
+        body = token_body(vllm_fields(self.model, (a, b)), [prompt])
         try:
             top = (await self._listed(body, [prompt])).top[0]
-            label_logprobs(top, token_key(a), token_key(b), missing="error", name="canary")
+            token_logprobs(top, (token_key(a), token_key(b)), missing="error", name="canary")
         except MissingLabel:
             return False
         except RequestRejected as error:

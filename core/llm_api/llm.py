@@ -1,7 +1,7 @@
-"""ModelAPI: one call scores a whole pool. Every prompt goes through: cache -> in-flight twin -> engine.
+"""ModelAPI: one call scores a whole pool. Every query goes through: cache -> the same one in flight -> engine.
 
 async with open_model_api(settings, model="meta-llama/Llama-3.1-8B") as api:
-    labels = await api.label_tokens()
+    labels = await api.spell_labels()
     scores = await api.score(prompts, labels)
     answer = await api.chat([Message("user", "Name a river.")])
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from copy import copy
 from types import TracebackType
@@ -39,22 +39,24 @@ from core.llm_api.generation import (
     TextRequest,
     Token,
 )
+from core.llm_api.labels import TRUE_FALSE, LabelSpace, SpelledLabels
 from core.llm_api.rate_limit import RateLimiter
 from core.llm_api.response_cache import ResponseCache, cache_keys, earlier_keys
 from core.llm_api.retry import RetryPolicy
 from core.llm_api.telemetry import RequestTelemetry, TextTelemetry, outcome_of
-from core.llm_api.tokens import CANARY_TEXT, QUESTION, resolve_label_tokens
+from core.llm_api.tokens import CANARY_TEXT, QUESTION, spell_labels
 from core.llm_api.transport import HttpOptions, all_or_cancel
 from core.llm_api.types import (
     Engine,
     EngineAnswer,
     EngineIdentity,
-    LabelLogprobs,
-    LabelTokens,
+    NextTokens,
     PoolScores,
     PrefixCacheCounters,
     Prompt,
+    Query,
     ScoreStats,
+    TokenLogprobs,
     digests,
 )
 from core.llm_api.vllm_group import VLLMGroup
@@ -65,9 +67,9 @@ _ONE_TOKEN: Final = SamplingOptions(max_tokens=1)
 
 
 class ModelAPI:
-    """An engine behind a cache. Prompts are never sent twice at once, and finished answers outlive a failure.
+    """An engine behind a cache. Queries are never sent twice at once, and finished answers outlive a failure.
 
-    accept_floored: whether cached answers that lacked a label and were floored count (see missing_label). scores: False
+    accept_floored: whether cached answers that lacked a token and were floored count (see missing_label). scores: False
     only connects: nothing is asked of the model at start, and `score` raises. For engines without logprobs.
     """
 
@@ -88,7 +90,7 @@ class ModelAPI:
         self._identity: EngineIdentity | None = None
         self._alone = True
         # A future is set to None where its owner failed or was cancelled: whoever waits then asks by itself.
-        self._in_flight: dict[bytes, asyncio.Future[LabelLogprobs | None]] = {}
+        self._in_flight: dict[bytes, asyncio.Future[TokenLogprobs | None]] = {}
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -145,9 +147,9 @@ class ModelAPI:
         """See Engine.tokenize_chat."""
         return await self._engine.tokenize_chat(messages)
 
-    async def label_tokens(self, true: str = " True", false: str = " False", *, after: str = QUESTION) -> LabelTokens:
-        """The labels as single tokens of this model, as they follow a text. See resolve_label_tokens."""
-        return await resolve_label_tokens(self._engine, true, false, after=after)
+    async def spell_labels(self, space: LabelSpace = TRUE_FALSE, *, after: str = QUESTION) -> SpelledLabels:
+        """The labels in tokens of this model, as they follow a text. See tokens.spell_labels."""
+        return await spell_labels(self._engine, space, after=after)
 
     async def prefix_cache(self) -> PrefixCacheCounters | None:
         """The engine's prefix-cache counters since it started; None where it has none, or counts others' questions."""
@@ -157,43 +159,20 @@ class ModelAPI:
         """How many tokens the engine's KV cache holds; None where it does not say."""
         return await self._engine.kv_cache_tokens()
 
-    async def are_cached(self, prompts: Sequence[Prompt], labels: LabelTokens) -> bool:
+    async def are_cached(self, prompts: Sequence[Prompt], labels: SpelledLabels) -> bool:
         """Whether `score` would send nothing to the engine for these prompts."""
-        wanted = dict(zip(cache_keys(self.identity, labels, digests(prompts)), prompts, strict=True))
-        return len(await self._cached(wanted, labels)) == len(wanted)
+        queries = labels.queries(prompts)
+        wanted = dict(zip(self._keys(queries), queries, strict=True))
+        return len(await self._cached(wanted)) == len(wanted)
 
-    async def score(self, prompts: Sequence[Prompt], labels: LabelTokens) -> PoolScores:
-        """Log-probabilities of both labels after every prompt, in order.
+    async def score(self, prompts: Sequence[Prompt], labels: SpelledLabels) -> PoolScores:
+        """Log-probabilities of all labels after every prompt, in order.
 
         PoolScores.prompt_tokens counts the tokens that this call sent to the engine; cached answers cost none. Raises
         an APIError if any prompt fails; what was answered before that is in the cache.
         """
-        if not self._scores:
-            raise ConfigurationError("this ModelAPI was opened for texts alone.", hint="Open it with scores=True.")
-        self._check_lengths(prompts)
-        keys = cache_keys(self.identity, labels, digests(prompts))
-        wanted = dict(zip(keys, prompts, strict=True))  # of equal prompts the first keeps its place
-        self.stats.asked += len(prompts)
-        self.stats.in_flight_hits += len(prompts) - len(wanted)
-        answers = await self._cached(wanted, labels)
-        self.stats.cache_hits += len(answers)
-        prompt_tokens = 0
-        while missing := [key for key in wanted if key not in answers]:
-            twins = {key: self._in_flight[key] for key in missing if key in self._in_flight}
-            own = {key: wanted[key] for key in missing if key not in twins}
-            if own:
-                fresh, tokens = await self._ask(own, labels)
-                answers.update(fresh)
-                prompt_tokens += tokens
-            if twins:
-                # asyncio.wait, because awaiting a future directly would cancel it for its owner when we are cancelled.
-                await asyncio.wait(twins.values())
-                theirs = {key: answer for key, future in twins.items() if (answer := future.result()) is not None}
-                self.stats.in_flight_hits += len(theirs)
-                answers.update(theirs)
-        logprobs = tuple(answers[key] for key in keys)
-        self.stats.floored += sum(answer.floored for answer in logprobs)
-        return PoolScores(logprobs, prompt_tokens)
+        answers, prompt_tokens = await self._answers_to(labels.queries(prompts))
+        return PoolScores(labels.logprobs(answers), prompt_tokens)
 
     async def complete(self, prompts: Sequence[str], options: SamplingOptions = GREEDY) -> list[Generation]:
         """The continuation of every prompt, in order; all at once, as far as the engine takes them.
@@ -266,13 +245,45 @@ class ModelAPI:
     def _stream(self, request: TextRequest) -> AsyncGenerator[StreamEvent, None]:
         return _events(self._text_engine.stream(request), request.request_id, self.identity.model, self.texts)
 
-    async def _ask(self, own: dict[bytes, Prompt], labels: LabelTokens) -> tuple[dict[bytes, LabelLogprobs], int]:
-        """Send prompts that nobody else has in flight: (answers, prompt tokens)."""
+    async def _answers_to(self, queries: Sequence[Query]) -> tuple[list[TokenLogprobs], int]:
+        """The answer to each query, in order, and the prompt tokens that were sent for them."""
+        if not self._scores:
+            raise ConfigurationError("this ModelAPI was opened for texts alone.", hint="Open it with scores=True.")
+        self._check_lengths(queries)
+        keys = self._keys(queries)
+        wanted = dict(zip(keys, queries, strict=True))  # of equal queries the first keeps its place
+        self.stats.asked += len(queries)
+        self.stats.in_flight_hits += len(queries) - len(wanted)
+        answers = await self._cached(wanted)
+        self.stats.cache_hits += len(answers)
+        prompt_tokens = 0
+        while missing := [key for key in wanted if key not in answers]:
+            twins = {key: self._in_flight[key] for key in missing if key in self._in_flight}
+            own = {key: wanted[key] for key in missing if key not in twins}
+            if own:
+                fresh, tokens = await self._ask(own)
+                answers.update(fresh)
+                prompt_tokens += tokens
+            if twins:
+                # asyncio.wait, because awaiting a future directly would cancel it for its owner when we are cancelled.
+                await asyncio.wait(twins.values())
+                theirs = {key: answer for key, future in twins.items() if (answer := future.result()) is not None}
+                self.stats.in_flight_hits += len(theirs)
+                answers.update(theirs)
+        found = [answers[key] for key in keys]
+        self.stats.floored += sum(answer.floored for answer in found)
+        return found, prompt_tokens
+
+    def _keys(self, queries: Sequence[Query]) -> list[bytes]:
+        return _keys_by(cache_keys, self.identity, queries)
+
+    async def _ask(self, own: dict[bytes, Query]) -> tuple[dict[bytes, TokenLogprobs], int]:
+        """Send queries that nobody else has in flight: (answers, prompt tokens)."""
         keys = list(own)
         loop = asyncio.get_running_loop()
-        futures: dict[bytes, asyncio.Future[LabelLogprobs | None]] = {key: loop.create_future() for key in keys}
+        futures: dict[bytes, asyncio.Future[TokenLogprobs | None]] = {key: loop.create_future() for key in keys}
         self._in_flight.update(futures)
-        answers: dict[bytes, LabelLogprobs] = {}
+        answers: dict[bytes, TokenLogprobs] = {}
 
         def settle(positions: Sequence[int], answer: EngineAnswer) -> None:
             part = {keys[at]: logprobs for at, logprobs in zip(positions, answer.logprobs, strict=True)}
@@ -284,7 +295,7 @@ class ModelAPI:
                 futures[key].set_result(logprobs)
 
         try:
-            whole = await self._engine.score(list(own.values()), labels, on_answer=settle)
+            whole = await self._engine.score(list(own.values()), on_answer=settle)
         except MissingLabel:
             self.stats.label_misses += 1
             raise
@@ -297,14 +308,14 @@ class ModelAPI:
             await self._answers.stored()
         return answers, whole.prompt_tokens
 
-    async def _cached(self, wanted: Mapping[bytes, Prompt], labels: LabelTokens) -> dict[bytes, LabelLogprobs]:
+    async def _cached(self, wanted: Mapping[bytes, Query]) -> dict[bytes, TokenLogprobs]:
         store = self._answers
         if store is None:
             return {}
         found = await store.get_many(list(wanted))
         if store.has_earlier and self.identity.fingerprint and len(found) < len(wanted):
             missing = [key for key in wanted if key not in found]
-            keys = earlier_keys(self.identity, labels, [wanted[key].digest for key in missing])
+            keys = _keys_by(earlier_keys, self.identity, [wanted[key] for key in missing])
             earlier = await store.get_many(keys)
             moved = {new: earlier[old] for new, old in zip(missing, keys, strict=True) if old in earlier}
             if moved:
@@ -323,17 +334,38 @@ class ModelAPI:
         self.stats.requests += answer.requests
         self.stats.retries += answer.retries
 
-    def _check_lengths(self, prompts: Sequence[Prompt]) -> None:
+    def _check_lengths(self, queries: Sequence[Query]) -> None:
         """One prompt that is too long would fail its whole request, with a message that does not name it."""
         limit = self.identity.max_model_len
         if limit is None:
             return
-        for prompt in prompts:
-            if prompt.num_tokens >= limit:  # the label itself needs one token
+        for query in queries:
+            prompt = query.prompt
+            if prompt.num_tokens >= limit:  # the answer needs one token
                 raise ConfigurationError(
                     f"prompt {prompt.name!r} has {prompt.num_tokens} tokens; {self.identity.model} takes {limit - 1}.",
                     hint="Use a smaller pool, shorter claims, or a server with a larger --max-model-len.",
                 )
+
+
+def _keys_by(
+    make: Callable[[EngineIdentity, NextTokens, Sequence[str]], list[bytes]],
+    identity: EngineIdentity,
+    queries: Sequence[Query],
+) -> list[bytes]:
+    """The key of each query, in order; those that ask for the same tokens are made together."""
+    hashes = digests([query.prompt for query in queries])
+    places: dict[NextTokens, list[int]] = {}
+    tokens, some = None, [0]
+    for place, query in enumerate(queries):
+        if query.tokens is not tokens:  # mostly they are the same object
+            tokens, some = query.tokens, places.setdefault(query.tokens, [])
+        some.append(place)
+    keys = [b""] * len(queries)
+    for tokens, some in places.items():
+        for place, key in zip(some, make(identity, tokens, [hashes[place] for place in some]), strict=True):
+            keys[place] = key
+    return keys
 
 
 async def _events(

@@ -1,6 +1,6 @@
 """Answers kept across runs, keyed by everything that determines them: SQLite, safe for several processes at once.
 
-A key is the SHA-256 of who was asked (EngineIdentity), what (the prompt's digest) and for which labels; no run name, no
+A key is the SHA-256 of who was asked (EngineIdentity), what (the prompt's digest) and for which tokens; no run name, no
 iteration, so an edited template or a restarted server with other weights can never read a stale score. A model is known
 by its content, not by where its folder lies (cache_keys). A row carries a checksum; a row that fails it is a miss,
 counted, and answered anew.
@@ -25,7 +25,7 @@ import orjson
 
 from core.llm_api.completions import PARSER_VERSION
 from core.llm_api.errors import APIError, ConfigurationError, StorageFailed
-from core.llm_api.types import EngineIdentity, LabelLogprobs, LabelTokens
+from core.llm_api.types import EngineIdentity, NextTokens, TokenLogprobs
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ BUSY_TIMEOUT: Final = 30.0
 CHECKPOINT_PAGES: Final = 4000
 """Pages of 4 KiB in the log until they are moved into the file, and the disk is waited for. Keys are random, so every
 answer dirties a page; with SQLite's 1000 a row took 62 us of writing in place of 37 side by side on a busy disk."""
-_COLUMNS: Final = "key, true_logprob, false_logprob, floored, checksum"
+_COLUMNS: Final = "key, first_logprob, last_logprob, logprobs, floored, checksum"
 _KEYS_PER_QUERY: Final = 500  # SQLite before 3.32 takes at most 999 parameters
 
 MIGRATIONS: Final = (
@@ -51,6 +51,11 @@ MIGRATIONS: Final = (
     "ALTER TABLE answers ADD COLUMN stored INTEGER NOT NULL DEFAULT 0",
     # How many answers stood here under earlier_keys when keys by content came.
     "CREATE TABLE earlier AS SELECT count(*) AS answers FROM answers",
+    # Log-probabilities of any number of tokens. Two stand in the columns of the two labels that there were, whose names
+    # say no more than that; for another number these hold the first and the last, and `logprobs` all of them.
+    "ALTER TABLE answers RENAME COLUMN true_logprob TO first_logprob",
+    "ALTER TABLE answers RENAME COLUMN false_logprob TO last_logprob",
+    "ALTER TABLE answers ADD COLUMN logprobs BLOB",
 )
 """Number n (from 0) turns format n into format n + 1, which PRAGMA user_version tells. Only ever appended to."""
 FORMAT_VERSION: Final = len(MIGRATIONS)
@@ -58,7 +63,7 @@ FORMAT_VERSION: Final = len(MIGRATIONS)
 
 @dataclass(frozen=True, slots=True)
 class CacheState:
-    """What a cache holds. damaged: rows that fail their checksum. floored: see LabelLogprobs. oldest, newest: Unix
+    """What a cache holds. damaged: rows that fail their checksum. floored: see TokenLogprobs. oldest, newest: Unix
     seconds, of the rows that tell. bytes: of the file and what is not yet moved into it. faults: of the file itself, as
     SQLite words them."""
 
@@ -71,22 +76,25 @@ class CacheState:
     faults: tuple[str, ...]
 
 
-def cache_key(identity: EngineIdentity, labels: LabelTokens, prompt_digest: str) -> bytes:
+def cache_key(identity: EngineIdentity, tokens: NextTokens, prompt_digest: str) -> bytes:
     """SHA-256, 32 bytes, of the canonical JSON of all that determines an answer. See cache_keys."""
-    return cache_keys(identity, labels, [prompt_digest])[0]
+    return cache_keys(identity, tokens, [prompt_digest])[0]
 
 
-def cache_keys(identity: EngineIdentity, labels: LabelTokens, prompt_digests: Sequence[str]) -> list[bytes]:
-    """The key of each prompt. What they share is encoded and hashed once.
+def cache_keys(identity: EngineIdentity, tokens: NextTokens, prompt_digests: Sequence[str]) -> list[bytes]:
+    """The key of each prompt asked for `tokens`. What they share is encoded and hashed once.
 
     An engine with a fingerprint is known by content: neither by the path of its model nor by the name under which that
     is served. Can the fingerprint of other weights be the same? It holds the log-probabilities of some six tokens, or
     twenty, after the canary to 1e-4 nat.
 
-    - Fine-tuned, quantized or pruned weights, and LoRA adapters that were trained, move several of them by 0.01 nat and
-      more. An adapter that was not trained, or a copy, answers every prompt alike, and then the scores are the same.
-    - Neighbouring checkpoints that agree on all of them differ by less than kernels and batches make one server differ
-      from itself (docs/determinism.md), unless what was learnt does not touch the canary at all.
+    - Nearly every weight has a part in each of these numbers, so fine-tuned, quantized or pruned weights and trained
+      LoRA adapters beside one base model change some of them. A copy, or an adapter that was not trained, changes none,
+      and no score either.
+    - Neighbouring checkpoints agree on all of them only if they differ by less than rounding in the model's type. Their
+      scores then differ by what an inexact server differs from itself (docs/determinism.md).
+    - Weights that the canary does not use are not seen: experts that it is not routed to, embeddings of other tokens.
+      Whoever changes those alone states another MODEL_REVISION.
     - What shows in longer prompts alone is in the configuration: windows, scaled positions, and the KV cache's type,
       which the engine tells with `config`. A server without our extension does not: there such a change of a model's
       configuration, which the path did not show either when it was made in place, needs another MODEL_REVISION.
@@ -98,24 +106,24 @@ def cache_keys(identity: EngineIdentity, labels: LabelTokens, prompt_digests: Se
     max_model_len is left out: it decides whether a prompt is answered, not what is answered.
     """
     if not identity.fingerprint:
-        return earlier_keys(identity, labels, prompt_digests)
+        return earlier_keys(identity, tokens, prompt_digests)
     known_by = ("kind", "revision", "version", "determinism", "fingerprint", "dtype", "config")
-    return _keys({name: getattr(identity, name) for name in known_by}, labels, prompt_digests)
+    return _keys({name: getattr(identity, name) for name in known_by}, tokens, prompt_digests)
 
 
-def earlier_keys(identity: EngineIdentity, labels: LabelTokens, prompt_digests: Sequence[str]) -> list[bytes]:
+def earlier_keys(identity: EngineIdentity, tokens: NextTokens, prompt_digests: Sequence[str]) -> list[bytes]:
     """The keys up to format 2, by the model's path and name: such answers go on counting where they were given."""
     named_by = ("kind", "model", "root", "revision", "version", "determinism", "fingerprint")
     engine = {name: getattr(identity, name) for name in named_by}
     if identity.unusual_dtype:
         engine["dtype"] = identity.unusual_dtype
-    return _keys(engine, labels, prompt_digests)
+    return _keys(engine, tokens, prompt_digests)
 
 
-def _keys(engine: Mapping[str, str], labels: LabelTokens, prompt_digests: Sequence[str]) -> list[bytes]:
+def _keys(engine: Mapping[str, str], tokens: NextTokens, prompt_digests: Sequence[str]) -> list[bytes]:
     content = {
         "engine": engine,
-        "labels": [labels.true, labels.false, labels.true_id, labels.false_id],
+        "labels": [*tokens.texts, *(tokens.token_ids or [None] * len(tokens))],
         "prompt": "",
         "parser": PARSER_VERSION,
     }
@@ -171,32 +179,32 @@ class ResponseCache:
         with self._named_errors():
             self._db.execute("PRAGMA busy_timeout=0")
 
-    def get_many(self, keys: Sequence[bytes]) -> dict[bytes, LabelLogprobs]:
+    def get_many(self, keys: Sequence[bytes]) -> dict[bytes, TokenLogprobs]:
         """The answers that are there, by key; one query for every 500 keys. Raises StorageFailed where it cannot."""
-        found: dict[bytes, LabelLogprobs] = {}
+        found: dict[bytes, TokenLogprobs] = {}
         with self._named_errors():
             for start in range(0, len(keys), _KEYS_PER_QUERY):
                 some = keys[start : start + _KEYS_PER_QUERY]
                 marks = ",".join("?" * len(some))
                 query = f"SELECT {_COLUMNS} FROM answers WHERE key IN ({marks})"  # noqa: S608 - only question marks
-                for key, true, false, floored, checksum in self._db.execute(query, some):
-                    answer = _decode(key, true, false, floored, checksum)
+                for key, *row in self._db.execute(query, some):
+                    answer = _decode(key, *row)
                     if answer is None:
                         self._report_damage()
                     else:
                         found[key] = answer
         return found
 
-    def put_many(self, answers: Mapping[bytes, LabelLogprobs]) -> None:
+    def put_many(self, answers: Mapping[bytes, TokenLogprobs]) -> None:
         """Store answers in one transaction, over what was there. Raises StorageFailed where it cannot."""
         now = int(time.time())
-        rows = [
-            (key, a.true, a.false, int(a.floored), _checksum(key, a.true, a.false, a.floored), now)
-            for key, a in answers.items()
-        ]
+        rows = [(key, *_encode(key, answer), now) for key, answer in answers.items()]
         if rows:
             with self._named_errors(), self._transaction():
-                self._db.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?, ?)", rows)
+                self._db.executemany(
+                    f"INSERT OR REPLACE INTO answers ({_COLUMNS}, stored) VALUES (?, ?, ?, ?, ?, ?, ?)",  # noqa: S608
+                    rows,
+                )
 
     def __len__(self) -> int:
         """Number of rows, damaged ones included."""
@@ -208,8 +216,8 @@ class ResponseCache:
         rows = damaged = floored = 0
         with self._named_errors():
             faults = tuple(str(row[0]) for row in self._db.execute("PRAGMA integrity_check") if row[0] != "ok")
-            for key, true, false, floor, checksum in self._db.execute(f"SELECT {_COLUMNS} FROM answers"):  # noqa: S608
-                answer = _decode(key, true, false, floor, checksum)
+            for key, *row in self._db.execute(f"SELECT {_COLUMNS} FROM answers"):  # noqa: S608
+                answer = _decode(key, *row)
                 rows += 1
                 damaged += answer is None
                 floored += answer is not None and answer.floored
@@ -321,15 +329,27 @@ def _enter_wal(db: sqlite3.Connection) -> None:
             return
 
 
-def _checksum(key: bytes, true: float, false: float, floored: bool) -> int:
+def _checksum(key: bytes, packed: bytes, floored: bool) -> int:
+    return zlib.crc32(key + packed + struct.pack(">?", floored))
+
+
+def _packed(values: Sequence[float]) -> bytes:
     # SQLite gives -0.0, the logprob of a certain token, back as 0.0; adding 0.0 makes both the same bits.
-    return zlib.crc32(key + struct.pack(">dd?", true + 0.0, false + 0.0, floored))
+    return struct.pack(f">{len(values)}d", *[value + 0.0 for value in values])
 
 
-def _decode(key: Any, true: Any, false: Any, floored: Any, checksum: Any) -> LabelLogprobs | None:
+def _encode(key: bytes, answer: TokenLogprobs) -> tuple[float, float, bytes | None, int, int]:
+    """A row, less its key and its time."""
+    values, packed = answer.values, _packed(answer.values)
+    checksum = _checksum(key, packed, answer.floored)
+    return values[0], values[-1], None if len(values) == 2 else packed, int(answer.floored), checksum
+
+
+def _decode(key: Any, first: Any, last: Any, packed: Any, floored: Any, checksum: Any) -> TokenLogprobs | None:
     try:
-        if checksum != _checksum(key, true, false, bool(floored)):
+        values = (first, last) if packed is None else struct.unpack(f">{len(packed) // 8}d", packed)
+        if checksum != _checksum(key, _packed(values), bool(floored)):
             return None
-        return LabelLogprobs(true, false, bool(floored))
+        return TokenLogprobs(values, bool(floored))
     except (TypeError, ValueError, struct.error):
         return None

@@ -16,7 +16,7 @@ from typing import Final, Protocol, Self
 import orjson
 
 from core.llm_api.errors import APIError, ConfigurationError
-from core.llm_api.types import LabelTokens
+from core.llm_api.labels import OTHER_LABELS, TRUE_FALSE, LabelSpace, SpelledLabels
 
 CANARY_TEXT: Final = "The capital of France is"
 """Asked of every engine at start. Shorter than a block of 16 tokens, so that no prefix cache can answer it."""
@@ -51,61 +51,49 @@ class Detokenizer(Protocol):
 class Spelling:
     """The tokens of everything in a demonstration but its question, for one model and one kind of question.
 
-    prefix: what stands before every prompt. labels: the two labels; where their texts lack the leading space that was
-    asked for, it belongs to the question (`ending`). separator: tokens between demonstrations. leads: what texts are
+    prefix: what stands before every prompt. labels: where their texts lack the leading space that was asked for, it
+    belongs to the question (`ending`). separator, separator_text: between demonstrations. leads: what texts are
     tokenized after, none where the tokenizer puts no space of its own before a text. unknown: the token that stands for
     whatever the tokenizer cannot spell, None where it spells every text. asked_in_text: there are no tokens at all.
     """
 
-    labels: LabelTokens
+    labels: SpelledLabels
     prefix: tuple[int, ...] = ()
     separator: tuple[int, ...] = ()
-    closing: str = ""
+    separator_text: str = ""
     ending: str = ""
     leads: tuple[str, ...] = ()
     unknown: int | None = None
 
     @property
     def asked_in_text(self) -> bool:
-        return self.labels.true_id is None
+        return self.labels.tokens is None
 
     @classmethod
     async def of(
-        cls,
-        engine: Tokenizer,
-        question: str = QUESTION,
-        *,
-        true: str = " True",
-        false: str = " False",
-        separator: str = "",
+        cls, engine: Tokenizer, question: str = QUESTION, *, space: LabelSpace = TRUE_FALSE, separator: str = ""
     ) -> Self:
         """How `engine` spells question + label + separator. An engine that is asked in text gets the texts as given.
 
-        Raises ConfigurationError where the labels are not one token each, where a label is joined with the question or
-        the separator, and where the separator is lost.
+        Raises ConfigurationError where two labels cannot be told apart (SpelledLabels), where a label is joined with
+        the question or the separator, and where the separator is lost.
         """
-        plain = await engine.tokenize([*PROBES, LEADS[0], LEADS[0] + PROBES[0], *UNLIKE])
+        plain = await engine.tokenize([*PROBES, LEADS[0], LEADS[0] + PROBES[0], *UNLIKE, " "])
         special = await engine.tokenize(PROBES, special=True)
         if plain is None or special is None:
-            return cls(LabelTokens(true, false), closing=true + separator)
-        *probes, lead, after_lead, one, other = plain
+            return cls(SpelledLabels(space), separator_text=separator)
+        *probes, lead, after_lead, one, other, blank = plain
         leads = () if after_lead == lead + probes[0] else LEADS
-        first = leads[0] if leads else ""
-        parts = ["", " ", true, false, true + separator, false + separator]
-        asked, spaced, with_true, with_false, true_whole, false_whole = await _ids(
-            engine, [first + question + part for part in parts]
-        )
-        for ending, before in {"": asked, " ": spaced}.items():
-            begun = len(before)
-            if ending and not (true.startswith(ending) and false.startswith(ending)):
-                continue
-            single = len(with_true) == len(with_false) == begun + 1 and with_true != with_false
-            if single and with_true[:begun] == with_false[:begun] == before:
-                break
-        else:
-            raise _no_labels(question, true, false, (asked, with_true, with_false))
-        rest = true_whole[begun + 1 :]
-        if true_whole != with_true + rest or false_whole != with_false + rest:
+        # A label after nothing begins an answer, before which a chat template's text was tokenized by itself.
+        first = leads[0] if leads and question else ""
+        parts = ["", " ", *space.texts, *(text + separator for text in space.texts)]
+        asked, spaced, *labelled = await _ids(engine, [first + question + part for part in parts])
+        with_label, wholes = labelled[: len(space)], labelled[len(space) :]
+        ending, tokens = _labels_after(space, {"": asked, " ": spaced}, with_label) or (None, ())
+        if ending is None:
+            raise _no_labels(question, space, asked, with_label)
+        rest = wholes[-1][len(with_label[-1]) :]
+        if any(whole != before + rest for whole, before in zip(wholes, with_label, strict=True)):
             raise ConfigurationError(
                 f"the tokenizer makes one token of a label's end and the separator {separator!r}.", hint=OTHER_ENDING
             )
@@ -114,14 +102,15 @@ class Spelling:
                 f"the tokenizer drops the separator {separator!r}: demonstrations would run into each other.",
                 hint="Use another model.",
             )
+        texts = tuple(text[len(ending) :] for text in space.texts)
         return cls(
-            LabelTokens(true[len(ending) :], false[len(ending) :], with_true[-1], with_false[-1]),
+            SpelledLabels(space, tokens, texts, end=rest[0] if rest else None),
             prefix=_before_texts(special, probes),
             separator=tuple(rest),
-            closing=true + separator,
+            separator_text=separator,
             ending=ending,
             leads=leads,
-            unknown=one[-1] if one == other else None,
+            unknown=one[-1] if one and one == other != blank else None,
         )
 
     async def questions(self, engine: Tokenizer, texts: Sequence[str]) -> list[tuple[int, ...]] | None:
@@ -129,16 +118,17 @@ class Spelling:
 
         Raises ConfigurationError for a text that the tokenizer joins with its label.
         """
-        if self.asked_in_text:
+        if self.labels.tokens is None:
             return None
+        closing = self.labels.space.texts[-1] + self.separator_text
+        after = [*self.labels.tokens[-1], *self.separator]
         found: dict[int, tuple[int, ...]] = {}
         for lead in self.leads or ("",):
             missing = [position for position in range(len(texts)) if position not in found]
             if not missing:
                 break
-            demonstrations = [lead + texts[position] + self.closing for position in missing]
+            demonstrations = [lead + texts[position] + closing for position in missing]
             before, *wholes = await _ids(engine, [lead, *demonstrations])
-            after = [self.labels.ids[0], *self.separator]
             for position, whole in zip(missing, wholes, strict=True):
                 start, end = len(before), len(whole) - len(after)
                 if start <= end and whole[:start] == before and whole[end:] == after:
@@ -147,22 +137,20 @@ class Spelling:
             if position not in found:
                 raise ConfigurationError(
                     f"the tokenizer does not keep the claim that begins {text[:40]!r} and ends {text[-40:]!r} apart "
-                    f"from what stands around it: the label {self.labels.true!r} would be another token there.",
+                    f"from what stands around it: the label {self.labels.texts[-1]!r} would be another token there.",
                     hint=OTHER_ENDING,
                 )
         return [found[position] for position in range(len(texts))]
 
 
-async def resolve_label_tokens(
-    engine: Tokenizer, true: str = " True", false: str = " False", *, after: str = QUESTION
-) -> LabelTokens:
-    """The labels as single tokens of the served model, as they follow the text `after`.
+async def spell_labels(engine: Tokenizer, space: LabelSpace = TRUE_FALSE, *, after: str = QUESTION) -> SpelledLabels:
+    """The labels in tokens of the served model, as they follow the text `after`; nothing follows them.
 
-    The texts in the result lack their leading space where the tokenizer makes a token of its own of it; never one of
-    the two, which would compare unlike things. An engine that is asked in text gets the texts as given. Raises
-    ConfigurationError where neither way is one token for each label.
+    The texts in the result lack their leading space where the tokenizer makes a token of its own of it: of all of them
+    or of none, for else unlike things would be compared. An engine that is asked in text gets the texts as given.
+    Raises ConfigurationError as Spelling.of does.
     """
-    return (await Spelling.of(engine, after, true=true, false=false)).labels
+    return (await Spelling.of(engine, after, space=space)).labels
 
 
 async def pieces(engine: Detokenizer, tokens: Sequence[int]) -> list[str] | None:
@@ -190,10 +178,19 @@ def fingerprint(tokens: Sequence[int], top: Mapping[str, float]) -> str:
     return hashlib.sha256(orjson.dumps([list(tokens), answer])).hexdigest()
 
 
-async def _ids(engine: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    tokens = await engine.tokenize(texts)
+async def prompt_ids(engine: Tokenizer, text: str) -> list[int]:
+    """The tokens of `text` as a whole prompt: after BOS, with no EOS at its end. For engines that speak token ids."""
+    probes, special = await _ids(engine, PROBES), await _ids(engine, PROBES, special=True)
+    [tokens] = await _ids(engine, [text])
+    return [*_before_texts(special, probes), *tokens]
+
+
+async def _ids(engine: Tokenizer, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
+    """Of no text there are no tokens, and a server may refuse the question."""
+    tokens = await engine.tokenize([text for text in texts if text], special=special)
     assert tokens is not None, "an engine speaks token ids, or it does not"
-    return tokens
+    found = iter(tokens)
+    return [next(found) if text else [] for text in texts]
 
 
 def _before_texts(special: Sequence[list[int]], plain: Sequence[list[int]]) -> tuple[int, ...]:
@@ -212,15 +209,28 @@ def _before_texts(special: Sequence[list[int]], plain: Sequence[list[int]]) -> t
     )
 
 
-def _no_labels(question: str, true: str, false: str, found: tuple[list[int], list[int], list[int]]) -> APIError:
-    asked, with_true, with_false = found
-    joined = [text for text, ids in ((true, with_true), (false, with_false)) if ids[: len(asked)] != asked]
-    if joined:
-        told = f"it joins {' and '.join(map(repr, joined))} with the question's end {question[-20:]!r}"
-    else:
-        counts = [f"{text!r} is {len(ids) - len(asked)}" for text, ids in ((true, with_true), (false, with_false))]
-        told = f"after {question[-20:]!r}, {' and '.join(counts)} tokens"
+def _labels_after(
+    space: LabelSpace, befores: Mapping[str, list[int]], with_label: Sequence[list[int]]
+) -> tuple[str, tuple[tuple[int, ...], ...]] | None:
+    """Where a label begins that is as few tokens as can be: what ends the question, and each label's tokens after it.
+
+    befores: tokens of the question, by its ending. None where no ending keeps all labels apart from the question.
+    """
+    found = []
+    for ending, before in befores.items():
+        begun = len(before)
+        apart = all(ids[:begun] == before and len(ids) > begun for ids in with_label)
+        if apart and all(text.startswith(ending) for text in space.texts):
+            found.append((ending, tuple(tuple(ids[begun:]) for ids in with_label)))
+    return min(found, key=lambda each: sum(map(len, each[1])), default=None)
+
+
+def _no_labels(question: str, space: LabelSpace, asked: list[int], with_label: Sequence[list[int]]) -> APIError:
+    joined = [
+        text for text, ids in zip(space.texts, with_label, strict=True) if ids[: len(asked)] != asked or ids == asked
+    ]
     return ConfigurationError(
-        f"the labels must be one token each, and different ones: {told}.",
-        hint="Use another model, or labels that are single tokens of this one.",
+        f"the labels must be tokens of their own: the tokenizer joins {' and '.join(map(repr, joined))} with the "
+        f"question's end {question[-20:]!r}.",
+        hint=OTHER_LABELS,
     )

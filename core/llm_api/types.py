@@ -1,4 +1,4 @@
-"""The words the model layer speaks: segments, prompts, label log-probabilities, and the engine protocol.
+"""The words the model layer speaks: segments, prompts, queries and their answers, and the engine protocol.
 
 A prompt is a path of *segments*. A segment (the instruction, one claim's question, one label) is tokenized and
 serialized once and shared by every prompt that contains it, so laying out N prompts of N demonstrations costs
@@ -15,6 +15,9 @@ from functools import cached_property
 from itertools import compress, count, pairwise
 from operator import is_not
 from typing import Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
 
 
 class Segment:
@@ -164,54 +167,57 @@ def _add(state: hashlib._Hash, segments: Sequence[Segment], start: int, end: int
 
 
 @dataclass(frozen=True, slots=True)
-class LabelTokens:
-    """The two answers whose log-probabilities are compared, each exactly one token of the served model.
+class NextTokens:
+    """Different tokens whose log-probabilities are asked for, in order.
 
-    Text and id of each; ids are None for an engine that is asked in text.
+    texts: of each; "" where an engine that is asked in text is never asked for it. token_ids: None for such an engine.
     """
 
-    true: str = " True"
-    false: str = " False"
-    true_id: int | None = None
-    false_id: int | None = None
+    texts: tuple[str, ...]
+    token_ids: tuple[int, ...] | None = None
 
     @property
-    def ids(self) -> tuple[int, int]:
-        """(true, false) token ids. Raises ValueError where the engine was never asked for them."""
-        if self.true_id is None or self.false_id is None:
-            raise ValueError("these label tokens carry no token ids")
-        return self.true_id, self.false_id
+    def ids(self) -> tuple[int, ...]:
+        """The token ids. Raises ValueError where the engine was never asked for them."""
+        if self.token_ids is None:
+            raise ValueError("these tokens carry no token ids")
+        return self.token_ids
+
+    def __len__(self) -> int:
+        return len(self.texts)
 
 
 @dataclass(frozen=True, slots=True)
-class LabelLogprobs:
-    """log P(True) and log P(False) of the token after one prompt, in nats.
+class Query:
+    """What an engine is asked: the log-probability of each of `tokens` as the token after `prompt`."""
 
-    `floored` marks an answer that lacked a label token and was floored by request (`--missing_label floor`).
+    prompt: Prompt
+    tokens: NextTokens
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """The answer to a query: log-probabilities of its tokens, nats, in their order.
+
+    `floored` marks an answer that lacked a token and was floored by request (`--missing_label floor`).
     """
 
-    true: float
-    false: float
+    values: tuple[float, ...]
     floored: bool = False
 
-    @property
-    def log_odds(self) -> float:
-        """log P(True | prompt) - log P(False | prompt), nats. The s_i of Wen et al. 2025, section 2."""
-        return self.true - self.false
-
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.true) and math.isfinite(self.false)):
-            raise ValueError(f"label log-probabilities must be finite, got {self.true} and {self.false}")
+        if not all(map(math.isfinite, self.values)):
+            raise ValueError(f"log-probabilities must be finite, got {' and '.join(map(str, self.values))}")
 
 
 @dataclass(frozen=True, slots=True)
 class EngineAnswer:
-    """What an engine says to one batch: one LabelLogprobs a prompt, in order, and what it cost.
+    """What an engine says to one batch: one TokenLogprobs a query, in order, and what it cost.
 
     cached_tokens: how many of the prompt tokens it found in its prefix cache, None where it does not say for a batch.
     """
 
-    logprobs: list[LabelLogprobs]
+    logprobs: list[TokenLogprobs]
     prompt_tokens: int
     requests: int = 1
     retries: int = 0
@@ -229,7 +235,7 @@ def sum_known(values: Iterable[int | None]) -> int | None:
 
 
 OnAnswer = Callable[[Sequence[int], EngineAnswer], None]
-"""Called as on_answer(positions, answer): answer.logprobs[i] is the answer to the batch's prompts[positions[i]]."""
+"""Called as on_answer(positions, answer): answer.logprobs[i] is the answer to the batch's queries[positions[i]]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,7 +319,8 @@ class ScoreStats:
     """Running totals of a ModelAPI, for progress bars and summaries. All counts, tokens in tokens.
 
     cached_tokens: prompt tokens that the engine said it had in its prefix cache; untold_tokens: prompt tokens of which
-    it did not say. label_misses: calls that failed because an answer lacked a label.
+    it did not say. label_misses: calls that failed because an answer lacked a label. What is asked, found and sent is
+    counted in queries: one a prompt, more where labels have several tokens.
     """
 
     asked: int = 0
@@ -334,17 +341,24 @@ class ScoreStats:
         return {name: getattr(self, name) for name in self.__slots__}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class PoolScores:
-    """One LabelLogprobs a prompt, in the prompts' order, however each was come by."""
+    """What a model says of a pool's labels, in the prompts' order.
 
-    logprobs: tuple[LabelLogprobs, ...]
-    prompt_tokens: int = field(default=0)
+    logprobs: log P(label k | prompt i), nats, float64, shape [num_prompts, K]. prompt_tokens: sent to the engine.
+    """
+
+    logprobs: npt.NDArray[np.float64]
+    prompt_tokens: int = 0
 
     @property
     def log_odds(self) -> list[float]:
-        """log-odds, nats, shape [num_prompts]."""
-        return [lp.log_odds for lp in self.logprobs]
+        """log P(True | prompt) - log P(False | prompt), nats, shape [num_prompts]: the s_i of Wen et al. 2025, section
+        2. Label 1 against label 0; raises ValueError where there are more."""
+        if self.logprobs.shape[1] != 2:
+            raise ValueError(f"log-odds are of two labels, and these scores have {self.logprobs.shape[1]}")
+        odds: list[float] = (self.logprobs[:, 1] - self.logprobs[:, 0]).tolist()
+        return odds
 
 
 @runtime_checkable
@@ -370,10 +384,8 @@ class Engine(Protocol):
         """
         ...
 
-    async def score(
-        self, prompts: Sequence[Prompt], labels: LabelTokens, *, on_answer: OnAnswer | None = None
-    ) -> EngineAnswer:
-        """The label log-probabilities of every prompt, in order. All or none: any failure raises an APIError.
+    async def score(self, queries: Sequence[Query], *, on_answer: OnAnswer | None = None) -> EngineAnswer:
+        """The log-probabilities that every query asks for, in order. All or none: any failure raises an APIError.
 
         `on_answer` hears of every finished request before score returns, so that what was answered before a failure
         is not lost.

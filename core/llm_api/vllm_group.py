@@ -22,11 +22,10 @@ from core.llm_api.transport import all_or_cancel, all_or_settle
 from core.llm_api.types import (
     EngineAnswer,
     EngineIdentity,
-    LabelLogprobs,
-    LabelTokens,
     OnAnswer,
     PrefixCacheCounters,
-    Prompt,
+    Query,
+    TokenLogprobs,
     known_to_differ,
     sum_known,
 )
@@ -100,15 +99,14 @@ class _Member:
 
 @dataclass(eq=False, slots=True)
 class _Batch:
-    """One batch on its way through the servers. Positions are those of its prompts.
+    """One batch on its way through the servers. Positions are those of its queries.
 
     failed: servers it does not ask again: one that dies of it and is restarted would be asked for ever.
     """
 
-    prompts: Sequence[Prompt]
-    labels: LabelTokens
+    queries: Sequence[Query]
     on_answer: OnAnswer | None
-    answers: dict[int, LabelLogprobs] = field(default_factory=dict)
+    answers: dict[int, TokenLogprobs] = field(default_factory=dict)
     failed: set[_Member] = field(default_factory=set)
     prompt_tokens: int = 0
     cached_tokens: int | None = 0
@@ -220,14 +218,12 @@ class VLLMGroup:
                 if not self._drop(member, error):
                     raise
 
-    async def score(
-        self, prompts: Sequence[Prompt], labels: LabelTokens, *, on_answer: OnAnswer | None = None
-    ) -> EngineAnswer:
+    async def score(self, queries: Sequence[Query], *, on_answer: OnAnswer | None = None) -> EngineAnswer:
         """See Engine.score. Every server is asked about its own part, all at once."""
-        batch = _Batch(prompts, labels, on_answer)
-        await self._ask(batch, range(len(prompts)))
+        batch = _Batch(queries, on_answer)
+        await self._ask(batch, range(len(queries)))
         return EngineAnswer(
-            [batch.answers[position] for position in range(len(prompts))],
+            [batch.answers[position] for position in range(len(queries))],
             prompt_tokens=batch.prompt_tokens,
             requests=batch.requests,
             retries=batch.retries,
@@ -336,13 +332,13 @@ class VLLMGroup:
         return up
 
     async def _ask(self, batch: _Batch, positions: Iterable[int], after: APIError | None = None) -> None:
-        """Have the prompts at `positions` answered. Raises `after`, the last failure, where no server is left."""
+        """Have the queries at `positions` answered. Raises `after`, the last failure, where no server is left."""
         able = [index for index, member in enumerate(self._members) if member.up and member not in batch.failed]
         if not able and after is not None:
             raise after
         shares: dict[int, list[int]] = {}
         for position in positions:
-            server = server_for(batch.prompts[position].place, len(self._members), able)
+            server = server_for(batch.queries[position].prompt.place, len(self._members), able)
             shares.setdefault(server, []).append(position)
         await all_or_settle(
             self._ask_one(batch, self._members[server], share, alone=len(able) == 1) for server, share in shares.items()
@@ -352,11 +348,11 @@ class VLLMGroup:
         def heard(positions: Sequence[int], answer: EngineAnswer) -> None:
             batch.take([share[position] for position in positions], answer)
 
-        prompts = [batch.prompts[position] for position in share]
+        queries = [batch.queries[position] for position in share]
         try:
             # Where others could answer, a server is soon given up; one that stands alone is waited for.
             retry = self._patience if alone else self._brief
-            await member.client.score(prompts, batch.labels, on_answer=heard, retry=retry, search=alone)
+            await member.client.score(queries, on_answer=heard, retry=retry, search=alone)
         except LOST as error:
             if any(other is not member and other not in batch.failed for other in self._up):
                 batch.failed.add(member)

@@ -1,4 +1,4 @@
-"""A client of a self-hosted vLLM server: whole pools of token ids, exact label log-probabilities, no rate limit.
+"""A client of a self-hosted vLLM server: whole pools of token ids, exact log-probabilities, no rate limit.
 
 Facts about vLLM that this file relies on, checked with 0.26 and 0.32: /v1/completions takes at most 1,024 prompts of
 token ids and keeps their order; one bad prompt fails the whole request; `logprob_token_ids` returns the logprobs of
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -20,8 +20,8 @@ from pydantic import SecretStr
 
 from core.llm_api.completions import (
     Answers,
+    found_or_missing,
     keep_the_good,
-    labels_or_missing,
     read_answers,
     read_tree_answer,
     token_key,
@@ -36,15 +36,18 @@ from core.llm_api.identity_check import Canary, IdentityCheck
 from core.llm_api.pool_tree import tree_of
 from core.llm_api.retry import RetryPolicy
 from core.llm_api.telemetry import RequestTelemetry
+from core.llm_api.together import by_tokens
 from core.llm_api.tokens import fingerprint
 from core.llm_api.transport import HttpOptions, HttpTransport, all_or_settle
 from core.llm_api.types import (
     EngineAnswer,
     EngineIdentity,
-    LabelTokens,
+    NextTokens,
     OnAnswer,
     PrefixCacheCounters,
     Prompt,
+    Query,
+    TokenLogprobs,
     sum_known,
 )
 from core.llm_api.vllm_metrics import kv_block_size, kv_cache_capacity, prefix_cache_counters
@@ -66,9 +69,10 @@ HALVES_DEADLINE: Final = 60.0  # seconds; what was asked patiently as a whole is
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """One call of `score`. failed: what its requests have failed with; nothing new is sent after the first."""
+    """Queries of one call of `score` whose requests name the same tokens. failed: what its requests have failed with;
+    nothing new is sent after the first."""
 
-    labels: LabelTokens
+    token_ids: tuple[int, ...]
     fields: dict[str, object]
     on_answer: OnAnswer | None
     retry: RetryPolicy | None
@@ -119,6 +123,7 @@ class VLLMClient:
         self._retry = (options or HttpOptions()).retry
         self._use_extension = use_extension
         self._takes_trees = False
+        self._tree_labels = 0  # tokens that a tree's request may ask for, where the server says so; two always
         self._trees_again: float | None = None  # when to ask about it again, monotonic seconds; None: no need
         self._fast_prefixes = False
         self._kernels = ""
@@ -219,26 +224,39 @@ class VLLMClient:
 
     async def score(
         self,
-        prompts: Sequence[Prompt],
-        labels: LabelTokens,
+        queries: Sequence[Query],
         *,
         on_answer: OnAnswer | None = None,
         retry: RetryPolicy | None = None,
         search: bool = True,
     ) -> EngineAnswer:
-        """See Engine.score. Requests start in the prompts' order: a tree's shared prefixes are computed first.
+        """See Engine.score. Requests start in the queries' order: a tree's shared prefixes are computed first.
 
         retry: how patient to be with each request, in place of the options' policy. search: look for the prompt for
         which a request may have failed also where that may be this server's fault, and not only a bad prompt.
         """
-        fields = vllm_fields(self._model, labels if self.exact_labels else None, top=self.top_logprobs)
-        batch = _Batch(labels, fields, on_answer, retry, search, [])
-        size = self._prompts_per_request
-        return _joined(
+        answers: dict[int, TokenLogprobs] = {}
+        failed: list[APIError] = []
+
+        def parts(token_ids: tuple[int, ...], positions: Sequence[int]) -> Iterator[Coroutine[Any, Any, EngineAnswer]]:
+            def heard(found: Sequence[int], answer: EngineAnswer) -> None:
+                found = [positions[at] for at in found]
+                answers.update(zip(found, answer.logprobs, strict=True))
+                if on_answer is not None:
+                    on_answer(found, answer)
+
+            fields = vllm_fields(self._model, token_ids if self.exact_labels else None, top=self.top_logprobs)
+            batch = _Batch(token_ids, fields, heard, retry, search, failed)
+            size = self._prompts_per_request
+            for start in range(0, len(positions), size):
+                yield self._score_part(batch, start, [queries[at] for at in positions[start : start + size]])
+
+        whole = _joined(
             await all_or_settle(
-                self._score_part(batch, start, prompts[start : start + size]) for start in range(0, len(prompts), size)
+                part for together in by_tokens(queries) for part in parts(together.token_ids, together.positions)
             )
         )
+        return replace(whole, logprobs=[answers[position] for position in range(len(queries))])
 
     async def generate(self, request: TextRequest, *, retry: RetryPolicy | None = None) -> Generation:
         """See TextEngine.generate. retry: in place of the options' policy."""
@@ -280,33 +298,40 @@ class VLLMClient:
         """Close the connections, which aborts what is still being computed; idempotent."""
         await self._http.aclose()
 
-    async def _score_part(self, batch: _Batch, start: int, prompts: Sequence[Prompt]) -> EngineAnswer:
+    async def _score_part(self, batch: _Batch, start: int, queries: Sequence[Query]) -> EngineAnswer:
         """As one request, or as several where what stands before the server takes none of that size."""
-        if len(prompts) == 1 or self._fits(batch, prompts):
+        if len(queries) == 1 or self._fits(batch, queries):
             try:
-                return await self._score_or_search(batch, start, prompts)
+                return await self._score_or_search(batch, start, queries)
             except RequestRejected as error:
                 if error.status != 413 or error in batch.failed:
                     batch.failed.append(error)
                     raise
-                size = self._body_size(batch, prompts)
-                if len(prompts) == 1:
-                    batch.failed.append(_alone(error, prompts[0], size))
+                size = self._body_size(batch, queries)
+                if len(queries) == 1:
+                    batch.failed.append(_alone(error, queries[0].prompt, size))
                     raise batch.failed[-1] from None
                 self._lower_body_limit(size)
             except APIError as error:
                 batch.failed.append(error)
                 raise
-        middle = len(prompts) // 2
-        halves = ((start, prompts[:middle]), (start + middle, prompts[middle:]))
+        middle = len(queries) // 2
+        halves = ((start, queries[:middle]), (start + middle, queries[middle:]))
         return _joined(await all_or_settle(self._score_part(batch, *half) for half in halves))
 
-    def _fits(self, batch: _Batch, prompts: Sequence[Prompt]) -> bool:
-        return self._body_limit is None or self._body_size(batch, prompts) <= self._body_limit
+    def _fits(self, batch: _Batch, queries: Sequence[Query]) -> bool:
+        return self._body_limit is None or self._body_size(batch, queries) <= self._body_limit
 
-    def _body_size(self, batch: _Batch, prompts: Sequence[Prompt]) -> int:
+    def _body_size(self, batch: _Batch, queries: Sequence[Query]) -> int:
         """Bytes; a tree's request is made for it, and dropped again."""
-        return len(_tree_body(prompts, batch.labels) if self.takes_trees else token_pieces(batch.fields, prompts))
+        prompts = _prompts(queries)
+        if self._sends_trees(batch.token_ids):
+            return len(_tree_body(prompts, batch.token_ids))
+        return len(token_pieces(batch.fields, prompts))
+
+    def _sends_trees(self, token_ids: Sequence[int]) -> bool:
+        """Of prompts that are asked for these tokens; our extension took two alone before it said how many it takes."""
+        return self.takes_trees and (len(token_ids) == 2 or len(token_ids) <= self._tree_labels)
 
     def _lower_body_limit(self, refused: int) -> None:
         """For good: what was refused once is not tried with every pool.
@@ -323,14 +348,17 @@ class VLLMClient:
             )
             self._body_limit = limit
 
-    async def _score_or_search(self, batch: _Batch, start: int, prompts: Sequence[Prompt]) -> EngineAnswer:
+    async def _score_or_search(self, batch: _Batch, start: int, queries: Sequence[Query]) -> EngineAnswer:
         """Where the request may fail because of one prompt, ask in halves, keep what is answered, and name that one."""
         try:
-            return await self._score_request(batch, start, prompts)
+            return await self._score_request(batch, start, queries)
         except APIError as error:
-            if len(prompts) == 1 or not batch.worth_a_search(error):
+            if not batch.worth_a_search(error):
                 raise
-            log.warning("%s: looking for a prompt that it fails for, among %d: %s", self.base_url, len(prompts), error)
+            if len(queries) == 1:
+                name = queries[0].prompt.name
+                raise _failed(error, f"prompt {name!r}: {error.args[0]}", error.hint) from error.__cause__
+            log.warning("%s: looking for a prompt that it fails for, among %d: %s", self.base_url, len(queries), error)
             whole = error
         parts: dict[int, EngineAnswer] = {}
         patience = batch.retry or self._retry
@@ -344,35 +372,32 @@ class VLLMClient:
         )
 
         async def ask(begin: int, end: int) -> None:
-            parts[begin] = await self._score_request(brief, start + begin, prompts[begin:end])
+            parts[begin] = await self._score_request(brief, start + begin, queries[begin:end])
 
-        failed = await ask_in_halves(ask, len(prompts), whole, ours=batch.worth_a_search)
+        failed = await ask_in_halves(ask, len(queries), whole, ours=batch.worth_a_search)
         if failed:
-            raise self._named([prompts[at].name for at in failed], list(failed.values()))
+            first = next(iter(failed.values()))
+            raise self._named([queries[at].prompt.name for at in failed], first) from first.__cause__
         return _joined(parts[at] for at in sorted(parts))
 
-    def _named(self, names: list[str], errors: list[APIError]) -> APIError:
-        """Of a kind that another server is asked about where it may be this server's fault."""
-        first, cause = errors[0], errors[0].__cause__
-        said = str((cause or first).args[0]).rstrip(".")
-        message = f"{self.base_url} fails for {', '.join(map(repr, names))}, also when asked alone: {said}."
-        hint = "The others' answers are kept. Leave that claim out, or see what the server's log says of it."
-        if isinstance(first, RequestRejected):
-            return RequestRejected(message, status=first.status, hint=hint)
-        error = RetriesExhausted(message, hint=hint)
-        error.__cause__ = cause
-        return error
+    def _named(self, names: list[str], error: APIError) -> APIError:
+        said = str((error.__cause__ or error).args[0]).rstrip(".")
+        return _failed(
+            error,
+            f"{self.base_url} fails for {', '.join(map(repr, names))}, also when asked alone: {said}.",
+            "The others' answers are kept. Leave that claim out, or see what the server's log says of it.",
+        )
 
-    async def _score_request(self, batch: _Batch, start: int, prompts: Sequence[Prompt]) -> EngineAnswer:
+    async def _score_request(self, batch: _Batch, start: int, queries: Sequence[Query]) -> EngineAnswer:
         """One request of a batch; nothing new is sent once another one has failed."""
-        true, false = map(token_key, batch.labels.ids)
+        prompts = _prompts(queries)
 
         async def attempt() -> tuple[Answers, int]:
             if batch.failed:
                 raise batch.failed[0]
             # The body is made in the slot, so that of many waiting requests only those in flight hold (a piece of) one.
             await self._look_for_trees()
-            answers = await self._ask_tree(prompts, batch.labels) if self.takes_trees else None
+            answers = await self._ask_tree(prompts, batch.token_ids) if self._sends_trees(batch.token_ids) else None
             if answers is None:
                 answers = await self._ask_whole(prompts, batch.fields)
             return answers, self._http.era
@@ -390,7 +415,7 @@ class VLLMClient:
             retries=retries,
             cached_tokens=answers.cached_tokens,
         )
-        found = labels_or_missing(answers.top, prompts, true, false, missing=self._missing, hint=hint)
+        found = found_or_missing(answers.top, queries, _token_keys, missing=self._missing, hint=hint)
         return keep_the_good(found, answer, batch.on_answer, start=start)
 
     async def _ask_whole(self, prompts: Sequence[Prompt], fields: dict[str, object]) -> Answers:
@@ -426,6 +451,8 @@ class VLLMClient:
         self._kernels = str(said.get("kernels", ""))
         self._dtype = str(said.get("dtype", ""))
         self._config = str(said.get("config", ""))
+        most = said.get("max_labels")
+        self._tree_labels = most if isinstance(most, int) else 0
         models = said.get("models")
         return said.get("format") == FORMAT and isinstance(models, list) and self._model in models
 
@@ -440,12 +467,12 @@ class VLLMClient:
             else:
                 self._trees_again = again
 
-    async def _ask_tree(self, prompts: Sequence[Prompt], labels: LabelTokens) -> Answers | None:
+    async def _ask_tree(self, prompts: Sequence[Prompt], token_ids: Sequence[int]) -> Answers | None:
         """None where the server has lost its extension, which a restart by other means can do."""
         try:
-            said = await self._http.send("POST", PATH, _tree_body(prompts, labels))
+            said = await self._http.send("POST", PATH, _tree_body(prompts, token_ids))
             with _of_an_answer():
-                return read_tree_answer(said, labels, prompts)
+                return read_tree_answer(said, token_ids, prompts)
         except RequestRejected as error:
             if error.status not in (404, 405):
                 raise
@@ -453,6 +480,13 @@ class VLLMClient:
         self._takes_trees = False
         self._trees_again = time.monotonic() + TREES_AGAIN
         return None
+
+
+def _failed(error: APIError, message: str, hint: str) -> APIError:
+    """The same in other words. Another server is asked about what may be the fault of this one (RetriesExhausted)."""
+    if isinstance(error, RequestRejected):
+        return RequestRejected(message, status=error.status, hint=hint)
+    return RetriesExhausted(message, hint=hint)
 
 
 def _alone(error: RequestRejected, prompt: Prompt, size: int) -> RequestRejected:
@@ -473,12 +507,20 @@ def _of_an_answer() -> Iterator[None]:
         raise
 
 
-def _tree_body(prompts: Sequence[Prompt], labels: LabelTokens) -> bytes:
-    return orjson.dumps({"labels": labels.ids, "tree": tree_of(prompts)})
+def _prompts(queries: Sequence[Query]) -> list[Prompt]:
+    return [query.prompt for query in queries]
+
+
+def _token_keys(tokens: NextTokens) -> list[str]:
+    return list(map(token_key, tokens.ids))
+
+
+def _tree_body(prompts: Sequence[Prompt], token_ids: Sequence[int]) -> bytes:
+    return orjson.dumps({"labels": token_ids, "tree": tree_of(prompts)})
 
 
 def _joined(parts: Iterable[EngineAnswer]) -> EngineAnswer:
-    """Of requests in the prompts' order."""
+    """Of requests in the queries' order."""
     parts = list(parts)
     return EngineAnswer(
         [logprobs for part in parts for logprobs in part.logprobs],

@@ -1,6 +1,6 @@
 """From claims to prompts: every claim is tokenized once, every prompt is a path of ready segments.
 
-A question ends right before the label; a demonstration is question + label token + separator. A question's tokens are
+A question ends right before the label; a demonstration is question + label + separator. A question's tokens are
 cut out of those of its whole demonstration (core/llm_api/tokens.py), and stay the same whatever stands before it; where
 a tokenizer would join a separator with the question after it, the prompt has the two apart.
 """
@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from core.llm_api.labels import TRUE_FALSE, LabelSpace, SpelledLabels
 from core.llm_api.tokens import QUESTION, Spelling, Tokenizer
-from core.llm_api.types import LabelTokens, Prompt, Segment
+from core.llm_api.types import Prompt, Segment
 from src.icm.consistency import Label
 
 SEPARATOR = "\n\n"
@@ -19,30 +20,47 @@ SEPARATOR = "\n\n"
 
 @dataclass(frozen=True)
 class PromptBook:
-    """All segments of a pool: the model's own prefix (BOS), N questions, 2 N demonstrations.
+    """All segments of a pool: the model's own prefix (BOS), N questions, K demonstrations of each.
 
-    labels: as the model spells them. unspelled: texts with something that the tokenizer has no token for.
+    demonstrations: shape [N, K], by claim and label. labels: as the model spells them. unspelled: texts with something
+    that the tokenizer has no token for.
     """
 
     prefix: Segment
     questions: tuple[Segment, ...]
-    demonstrations: tuple[tuple[Segment, Segment], ...]
-    labels: LabelTokens
+    demonstrations: tuple[tuple[Segment, ...], ...]
+    labels: SpelledLabels
     separator: Segment
     unspelled: tuple[int, ...] = ()
 
     @classmethod
-    async def spelling(cls, api: Tokenizer, question: str = QUESTION) -> Spelling:
+    async def spelling(
+        cls,
+        api: Tokenizer,
+        question: str = QUESTION,
+        *,
+        space: LabelSpace = TRUE_FALSE,
+        separator: str = SEPARATOR,
+    ) -> Spelling:
         """How the model behind `api` spells demonstrations of questions like this one. Raises ConfigurationError."""
-        return await Spelling.of(api, question, separator=SEPARATOR)
+        return await Spelling.of(api, question, space=space, separator=separator)
 
     @classmethod
-    async def open(cls, api: Tokenizer, texts: Sequence[str], spelling: Spelling | None = None) -> PromptBook:
+    async def open(
+        cls,
+        api: Tokenizer,
+        texts: Sequence[str],
+        spelling: Spelling | None = None,
+        *,
+        space: LabelSpace = TRUE_FALSE,
+        separator: str = SEPARATOR,
+    ) -> PromptBook:
         """The book of N question texts for the model behind `api`, with as many requests for tokens and a few more.
 
-        spelling: where it is known already. Raises ConfigurationError where the tokenizer cannot spell a demonstration.
+        spelling: where it is known already; then its labels and separator are used, whatever `space` and `separator`
+        say. Raises ConfigurationError where the tokenizer cannot spell a demonstration.
         """
-        spelling = spelling or await cls.spelling(api, *texts[:1])
+        spelling = spelling or await cls.spelling(api, *texts[:1], space=space, separator=separator)
         tokens = await spelling.questions(api, texts)
         book = cls.build(
             [text + spelling.ending for text in texts],
@@ -50,6 +68,7 @@ class PromptBook:
             tokens=tokens,
             prefix_tokens=spelling.prefix,
             separator_tokens=spelling.separator,
+            separator=spelling.separator_text,
         )
         return replace(book, unspelled=tuple(at for at, ids in enumerate(tokens or ()) if spelling.unknown in ids))
 
@@ -57,27 +76,23 @@ class PromptBook:
     def build(
         cls,
         texts: Sequence[str],
-        labels: LabelTokens,
+        labels: SpelledLabels,
         *,
         tokens: Sequence[Sequence[int]] | None = None,
         prefix_tokens: Sequence[int] = (),
         separator_tokens: Sequence[int] = (),
+        separator: str = SEPARATOR,
     ) -> PromptBook:
         """Segments of N question texts. `tokens`: token ids of each text, None for an engine asked in text."""
+        after = Segment(separator, None if tokens is None else separator_tokens)
         questions = []
         demonstrations = []
         for position, text in enumerate(texts):
             ids = None if tokens is None else tokens[position]
             questions.append(Segment(text, ids))
-            demonstrations.append(
-                (
-                    _demonstration(text, labels.false, ids, labels.false_id, separator_tokens),
-                    _demonstration(text, labels.true, ids, labels.true_id, separator_tokens),
-                )
-            )
+            demonstrations.append(_demonstrations(text, ids, labels, after))
         prefix = Segment("", None if tokens is None else prefix_tokens)
-        separator = Segment(SEPARATOR, None if tokens is None else separator_tokens)
-        return cls(prefix, tuple(questions), tuple(demonstrations), labels, separator)
+        return cls(prefix, tuple(questions), tuple(demonstrations), labels, after)
 
     def prompt(self, claim: int, context: Sequence[int], labels: Sequence[Label], place: float = 0.0) -> Prompt:
         """The question about `claim` after the demonstrations `context`, each with its label in `labels`.
@@ -92,12 +107,12 @@ class PromptBook:
         return Prompt((self.prefix, *shown, self.questions[claim]), name=f"claim {claim}", place=place)
 
     def longest_prompt(self, size: int, cap: int | None = None) -> int:
-        """Tokens of the longest prompt once the first `size` claims are labelled, whichever claim of the book is
-        asked; 0 for an engine asked in text. Labels are one token each, so their values do not matter.
+        """Tokens of the longest query once the first `size` claims are labelled, however they are, whichever claim of
+        the book is asked; 0 for an engine asked in text.
 
         cap: demonstrations at most in a prompt, whichever they are; None: all.
         """
-        sizes = [len(true) for _, true in self.demonstrations[:size]]
+        sizes = self._sizes(size)
         shown = size if cap is None else min(cap, size)
         longest = sorted(range(size), key=lambda claim: -sizes[claim])
         total = sum(sizes[claim] for claim in longest[:shown])
@@ -108,20 +123,24 @@ class PromptBook:
             total - (sizes[claim] - after if claim in missing else 0) + len(question)
             for claim, question in enumerate(self.questions)
         )
-        return len(self.prefix) + max(lengths, default=0)
+        return len(self.prefix) + max(lengths, default=0) + self.labels.longest_beginning
 
     def claims_that_fit(self, max_tokens: int, size: int) -> int:
         """How many of the first `size` claims, taken in order, could label each other within `max_tokens`."""
-        return self._that_fit(max_tokens, [len(true) for _, true in self.demonstrations[:size]])
+        return self._that_fit(max_tokens, self._sizes(size))
 
     def cap_that_fits(self, max_tokens: int, size: int) -> int:
         """How many demonstrations fit into `max_tokens` before any question, whichever of the first `size` they are."""
-        sizes = sorted((len(true) for _, true in self.demonstrations[:size]), reverse=True)
+        sizes = sorted(self._sizes(size), reverse=True)
         return self._that_fit(max_tokens, sizes) - 1
+
+    def _sizes(self, size: int) -> list[int]:
+        """Tokens of a demonstration of each of the first `size` claims, whatever its label."""
+        return [max(map(len, by_label)) for by_label in self.demonstrations[:size]]
 
     def _that_fit(self, max_tokens: int, sizes: Sequence[int]) -> int:
         """1 more than the demonstrations of these sizes that fit before the longest question, or all."""
-        used = len(self.prefix) + max(map(len, self.questions), default=0)
+        used = len(self.prefix) + max(map(len, self.questions), default=0) + self.labels.longest_beginning
         for count, size in enumerate(sizes, start=1):
             used += size
             if used > max_tokens:
@@ -139,11 +158,15 @@ def in_shared_order(prompts: Iterable[Prompt]) -> list[Prompt]:
     return sorted(prompts, key=lambda prompt: prompt.content)
 
 
-def _demonstration(
-    text: str, label: str, ids: Sequence[int] | None, label_id: int | None, separator: Sequence[int]
-) -> Segment:
+def _demonstrations(
+    text: str, ids: Sequence[int] | None, labels: SpelledLabels, separator: Segment
+) -> tuple[Segment, ...]:
+    """The question with each label, shape [K]."""
     if ids is None:
-        return Segment(text + label + SEPARATOR)
-    if label_id is None:
+        return tuple(Segment(text + label + separator.text) for label in labels.texts)
+    if labels.tokens is None:
         raise ValueError("token ids need label token ids")
-    return Segment(text + label + SEPARATOR, (*ids, label_id, *separator))
+    return tuple(
+        Segment(text + label + separator.text, (*ids, *tokens, *(separator.tokens or ())))
+        for label, tokens in zip(labels.texts, labels.tokens, strict=True)
+    )

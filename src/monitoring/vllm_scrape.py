@@ -19,7 +19,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
-from urllib.parse import urlsplit
 
 import orjson
 from aiohttp import web
@@ -59,7 +58,7 @@ class VLLMScraper:
                 "engine": "vllm",
                 "engine_version": "",
                 "pool_id": pool_id,
-                "replica_id": urlsplit(server.base_url).netloc,
+                "replica_id": server.base_url.partition("://")[2],
                 "model_id": "",
             }
             for server in self._servers

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from core.llm_api.labels import SpelledLabels
 from core.llm_api.llm import ModelAPI
-from core.llm_api.types import LabelTokens
 from src.icm.annealing import Candidate, Problem, mirrored_labels
 from src.icm.consistency import Label, Labels
 from src.icm.objective import Evaluation, accuracy, auc, calibration_offset
@@ -56,7 +56,7 @@ class Prediction:
 async def predict(
     api: ModelAPI,
     book: PromptBook,
-    tokens: LabelTokens,
+    tokens: SpelledLabels,
     claims: Sequence[int],
     *,
     demonstrations: Sequence[int] = (),

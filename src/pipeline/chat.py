@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from core.llm_api.errors import ConfigurationError
+from core.llm_api.labels import LabelSpace
 from core.llm_api.llm import ModelAPI
 from core.llm_api.types import Prompt, Segment
 from src.icm.prompts import PromptBook
@@ -42,7 +43,7 @@ async def ask_chat(api: ModelAPI, texts: Sequence[str]) -> ChatAnswers:
         labels = book.labels
         prompts = [book.prompt(claim, (), (), claim / len(messages)) for claim in range(len(messages))]
     else:
-        labels = await api.label_tokens("True", "False", after="")
+        labels = await api.spell_labels(LabelSpace(("False", "True"), ("False", "True")), after="")
         prompts = [
             Prompt((Segment(message, ids),), name=f"claim {position}", place=position / len(messages))
             for position, (message, ids) in enumerate(zip(messages, tokens, strict=True))

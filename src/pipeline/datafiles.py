@@ -10,7 +10,7 @@ import ast
 import json
 import logging
 import shlex
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from importlib import resources
@@ -322,6 +322,17 @@ def _tell_odd_claims(testbed: Testbed, claims: Sequence[Claim], rows: Sequence[R
             "%s:%d: is the same claim as line %d, with the other gold label (%d such rows): agreement with gold cannot "
             "be whole",
             *(path, second, first, len(twice)),
+        )
+    sets: dict[tuple[str, Relation], list[Claim]] = defaultdict(list)
+    for claim in claims:
+        if claim.relation is not None and claim.option is None:
+            sets[claim.group, claim.relation].append(claim)
+    broken = [each for (_, holds), each in sets.items() if holds.inconsistencies([claim.gold for claim in each])]
+    if broken:
+        log.warning(
+            "%s:%d: is of a group whose gold labels break its consistency_relation (%d such groups): one of the two is "
+            "wrong",
+            *(path, rows[broken[0][0].of_row].line, len(broken)),
         )
     if testbed.grouped_by == "question" and len(claims) > ALL_ONE_QUESTION and len({c.group for c in claims}) == 1:
         log.warning(

@@ -40,7 +40,7 @@ async def material_for(engine: Engine, amount: Amount, *, context: int | None, b
     book = await PromptBook.open(engine, [claim.text for claim in claims])
     if book.prefix.tokens is None:
         raise BadInput("an engine that is asked in text cannot be checked: it has no token ids")
-    labels = book.labels
+    true, false = book.labels.asked.ids
     rng = random.Random(SEED)
     marks = [rng.random() < 0.5 for _ in claims]
     asked = range(min(amount.prompts, len(claims)))
@@ -58,8 +58,8 @@ async def material_for(engine: Engine, amount: Amount, *, context: int | None, b
     length = min(amount.long_tokens // amount.long, room)
     return Material(
         prompts=tuple(prompts),
-        labels=labels.ids,
-        others=tuple(_spread([word for word in words if word not in labels.ids], OTHER_TOKENS)),
+        labels=(true, false),
+        others=tuple(_spread([word for word in words if word not in (true, false)], OTHER_TOKENS)),
         long=tuple(tuple(rng.choices(words, k=length)) for _ in range(amount.long)),
         short=tuple(tuple(rng.choices(words, k=3 + at)) for at in range(amount.short)),
         block=block or 16,

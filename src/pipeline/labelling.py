@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from core.llm_api.labels import SpelledLabels
 from core.llm_api.llm import ModelAPI
 from core.llm_api.tokens import pieces
-from core.llm_api.types import EngineIdentity, LabelTokens, Segment
+from core.llm_api.types import EngineIdentity, Segment
 from src.icm.annealing import Problem, SearchSettings, SearchState, Stream, generator
 from src.icm.consistency import Overview
 from src.icm.objective import Evaluation, Objective, accuracy
@@ -136,7 +137,7 @@ class Labelling:
     api: ModelAPI
     identity: EngineIdentity
     book: PromptBook
-    tokens: LabelTokens
+    tokens: SpelledLabels
 
     @classmethod
     async def open(cls, pool: Pool, api: ModelAPI) -> Labelling:
@@ -164,16 +165,16 @@ class Labelling:
                 "demonstration": self.book.demonstrations[shortest][True],
                 "separator": self.book.separator,
             }.items()
-        } | {"labels": {self.tokens.true: self.tokens.true_id, self.tokens.false: self.tokens.false_id}}
+        } | {"labels": self.tokens.record()}
 
     async def asks_as_before(self) -> bool:
         """Whether versions that kept no token_record asked the same: they put prompts together from pieces alone."""
         question = self.book.questions[0]
         pieces_alone = await self.api.tokenize([question.text, "x"])
-        if pieces_alone is None:
+        special_too = await self.api.tokenize(["x"], special=True)
+        if pieces_alone is None or special_too is None:
             return True
-        alone, plain = pieces_alone
-        [special] = await self.api.tokenize(["x"], special=True) or [[]]
+        [alone, plain], [special] = pieces_alone, special_too
         before = tuple(special[: len(special) - len(plain)])
         return (tuple(alone), before) == (question.tokens, self.book.prefix.tokens)
 

@@ -10,9 +10,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from core.llm_api.errors import ConfigurationError, MissingLabel, RequestRejected
+from core.llm_api.labels import SpelledLabels
 from core.llm_api.llm import ModelAPI
-from core.llm_api.types import LabelLogprobs, LabelTokens, PoolScores, Prompt
+from core.llm_api.types import PoolScores, Prompt
 from src.icm.annealing import Candidate, Outcome, Problem, SearchState, cost
 from src.icm.consistency import Labels
 from src.icm.objective import LogOdds
@@ -47,14 +50,14 @@ class Lookahead:
         self._pace = pace
         self._clock = clock
         self._at: tuple[Labels, Layout] | None = None
-        self._memo: dict[str, LabelLogprobs] = {}
+        self._memo: dict[str, list[float]] = {}  # log P of each label, by the prompt's digest
         self._unused: set[str] = set()
         self._evaluated: set[Labels] = set()  # labelings whose first batch is in the memo, or about to be
         self._next: dict[Labels, list[str]] = {}  # digests that will still be of use once these are the labels
         self._wanted: float | None = None  # tokens that the next batch should cost without what is asked ahead
         self._future: Callable[[], Expected] = _nothing
 
-    async def score(self, prompts: Sequence[Prompt], labels: LabelTokens) -> PoolScores:
+    async def score(self, prompts: Sequence[Prompt], labels: SpelledLabels) -> PoolScores:
         """As ModelAPI.score. What must be sent goes in one batch with the expected questions."""
         started = self._clock()
         missing = {prompt.digest: prompt for prompt in prompts if prompt.digest not in self._memo}
@@ -81,7 +84,7 @@ class Lookahead:
                 early, batch, known = {}, in_shared_order(wanted), False
                 scores = await self._api.score(batch, labels)
             prompt_tokens = scores.prompt_tokens
-            self._memo.update(zip((prompt.digest for prompt in batch), scores.logprobs, strict=True))
+            self._memo.update(zip((prompt.digest for prompt in batch), scores.logprobs.tolist(), strict=True))
             self._unused.update(early)
             self.asked += len(early)
             if prompt_tokens and known:
@@ -90,7 +93,8 @@ class Lookahead:
         came_to_need = self._unused.intersection(digests)
         self.used += len(came_to_need)
         self._unused -= came_to_need
-        return PoolScores(tuple(self._memo[digest] for digest in digests), prompt_tokens)
+        logprobs = np.array([self._memo[digest] for digest in digests], np.float64).reshape(-1, len(labels))
+        return PoolScores(logprobs, prompt_tokens)
 
     def stand_at(self, state: SearchState) -> None:
         """Forget what was about other labels or another layout, but for what was asked ahead of this very change."""
@@ -163,7 +167,7 @@ class Lookahead:
 
         def predicted(claim: int) -> LogOdds | None:
             answer = self._memo.get(self._make_prompt(claim, here).digest)
-            return None if answer is None else answer.log_odds
+            return None if answer is None else answer[1] - answer[0]
 
         for later, claim, batch in next_evaluations(self._problem, state, predicted, LOOK * most):
             if len(coming) >= most:

@@ -74,7 +74,7 @@ def prompt_lines(labelling: Labelling, prompt: Prompt, *, whole: bool) -> list[s
     else:
         middle = f"[... {len(demonstrations) - 2} more demonstrations ...]\n\n"
         pieces = [_cut(demonstrations[0]), middle, _cut(demonstrations[-1]), _cut(question)]
-    end = f"[{labelling.tokens.true}|{labelling.tokens.false}]"
+    end = f"[{'|'.join(labelling.tokens.asked.texts)}]"
     return [f"  | {line}" if line else "  |" for line in _printable("".join(pieces) + end).split("\n")]
 
 

@@ -10,8 +10,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from core.llm_api.labels import SpelledLabels
 from core.llm_api.llm import ModelAPI
-from core.llm_api.types import LabelTokens, PoolScores, PrefixCacheCounters, Prompt
+from core.llm_api.types import PoolScores, PrefixCacheCounters, Prompt
 from src.icm.annealing import (
     Candidate,
     Outcome,
@@ -58,7 +59,7 @@ OnRecord = Callable[[SearchState, Record], None]
 class Scores(Protocol):
     """What a pool is asked of: a ModelAPI, or what stands in front of one."""
 
-    async def score(self, prompts: Sequence[Prompt], labels: LabelTokens) -> PoolScores:
+    async def score(self, prompts: Sequence[Prompt], labels: SpelledLabels) -> PoolScores:
         """See ModelAPI.score."""
         ...
 
@@ -69,7 +70,7 @@ class PoolScorer:
 
     api: Scores
     book: PromptBook
-    labels: LabelTokens
+    labels: SpelledLabels
     problem: Problem
 
     def prompt(self, claim: int, candidate: Candidate) -> Prompt:

@@ -54,10 +54,8 @@ class Scorer:
         scores = await self.api.score(prompts, book.labels)
         return ScoreAnswer(
             scores=[
-                ClaimScore(
-                    log_odds=score.log_odds, log_p_true=score.true, log_p_false=score.false, label=score.log_odds > 0
-                )
-                for score in scores.logprobs
+                ClaimScore(log_odds=log_odds, log_p_true=true, log_p_false=false, label=log_odds > 0)
+                for log_odds, (false, true) in zip(scores.log_odds, scores.logprobs.tolist(), strict=True)
             ],
             mean_log_odds=_mean(scores.log_odds),
             prompt_tokens=scores.prompt_tokens,

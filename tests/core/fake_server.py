@@ -29,6 +29,7 @@ from icm_vllm import prompt_tree
 BOS = 1
 TRUE, FALSE = 5852, 7983
 BLOCK = 16
+MAX_LOGPROB_TOKEN_IDS = 128  # vLLM's
 _PIECE = re.compile(r" ?\w+| ?[^\w\s]|\s")
 _SPLIT_PIECE = re.compile(r"\w+|[^\w\s]|\s")
 _FIXED = {" True": TRUE, " False": FALSE}
@@ -108,7 +109,10 @@ class FakeVLLM:
         adds_bos: bool = False,  # to prompts of token ids, whatever they begin with
         logits: float | None = None,  # answers with logits, which lie so far above log-probabilities
         drops_connections: bool = False,  # after every answer, and without a word about it
+        distribution: Callable[[Sequence[int]], dict[int, float]] | None = None,  # in place of log_odds: log P by token
+        tree_labels: int | None = prompt_tree.MAX_LABELS,  # of a tree; None: two, and says nothing, as at first
     ) -> None:
+        self.distribution, self.tree_labels = distribution, tree_labels
         self.chat_template = chat_template
         self.prefix, self.tokenizes, self.tells_token_ids = prefix, tokenizes, tells_token_ids
         self.max_body, self.miscounts, self.adds_bos = max_body, miscounts, adds_bos
@@ -268,6 +272,7 @@ class FakeVLLM:
                 "dtype": self.dtype,
                 "config": self.config,
             }
+            | ({} if self.tree_labels is None else {"max_labels": self.tree_labels})
         )
 
     async def _label_logprobs(self, request: web.Request) -> web.StreamResponse:
@@ -275,6 +280,8 @@ class FakeVLLM:
         if not self.trees:
             raise web.HTTPNotFound
         tree, labels = prompt_tree.read_request(await request.read())
+        if self.tree_labels is None and len(labels) != 2:
+            return web.json_response({"error": {"message": "labels must be two token ids"}}, status=400)
         prompts = [ids for ids, _ in tree.prompts()]
         body = {"model": self.model, "prompt": prompts, "logprobs": 2, "logprob_token_ids": labels, "tree": True}
         return await self._serve(request, {**body, "return_tokens_as_token_ids": True})
@@ -332,6 +339,8 @@ class FakeVLLM:
             return f"Requested sample logprobs of {body['logprobs']}, which is greater than max allowed."
         if "logprob_token_ids" in body and self.exact_labels == "rejected":
             return "Extra inputs are not permitted: logprob_token_ids"
+        if len(body.get("logprob_token_ids", ())) > MAX_LOGPROB_TOKEN_IDS:
+            return "Requested logprob_token_ids of a length which is greater than max allowed."
         if any(len(p) >= self.max_model_len for p in self._prompts(body)):
             return "This model's maximum context length is exceeded."
         if not all(self._prompts(body)):
@@ -372,11 +381,14 @@ class FakeVLLM:
         if not self.logprobs or body.get("logprobs") is None:
             return None
         self._count_blocks(tokens, str(body.get("cache_salt", "")))
-        named = {v: k for k, v in _FIXED.items()}
-        true, false = label_distribution(self.log_odds(tokens))
+        named = self._known | {v: k for k, v in _FIXED.items()}
+        if self.distribution is None:
+            likely = dict(zip((TRUE, FALSE), label_distribution(self.log_odds(tokens)), strict=True))
+        else:
+            likely = self.distribution(tokens)
         # Fillers share the last tenth; which ones they are depends on the salt.
         offset = zlib.crc32(self.salt.encode()) % 1000
-        every = {TRUE: true, FALSE: false} | {200_000 + offset + i: math.log(0.035) - i * 0.5 for i in range(40)}
+        every = likely | {200_000 + offset + i: math.log(0.035) - i * 0.5 for i in range(40)}
         every = {t: lp for t, lp in every.items() if t not in self.drop}
         ranked = sorted(every.items(), key=lambda item: -item[1])
         wanted = body.get("logprob_token_ids")

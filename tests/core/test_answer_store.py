@@ -14,9 +14,10 @@ from core.llm_api import response_cache
 from core.llm_api.answer_store import AnswerStore
 from core.llm_api.errors import StorageFailed
 from core.llm_api.response_cache import CacheBusy, ResponseCache
-from core.llm_api.types import LabelLogprobs
+from core.llm_api.types import TokenLogprobs
+from tests.core.two_labels import pair
 
-ONE, TWO, THREE = ({bytes([n]) * 32: LabelLogprobs(-n, -2 * n)} for n in (1, 2, 3))
+ONE, TWO, THREE = ({bytes([n]) * 32: pair(-n, -2 * n)} for n in (1, 2, 3))
 ALL = ONE | TWO | THREE
 
 
@@ -50,7 +51,7 @@ def other(path: Path) -> Iterator[Writer]:
     writer.close()
 
 
-def in_file(path: Path) -> dict[bytes, LabelLogprobs]:
+def in_file(path: Path) -> dict[bytes, TokenLogprobs]:
     with ResponseCache(path) as cache:
         return cache.get_many(list(ALL))
 
@@ -162,7 +163,7 @@ async def test_reading_waits_without_holding_the_loop_too(tmp_path: Path, monkey
     store.keep(ONE)
     real, busy = ResponseCache.get_many, 5
 
-    def taken(self: ResponseCache, keys: list[bytes]) -> dict[bytes, LabelLogprobs]:
+    def taken(self: ResponseCache, keys: list[bytes]) -> dict[bytes, TokenLogprobs]:
         nonlocal busy
         busy -= 1
         if busy >= 0:

@@ -11,17 +11,17 @@ from hypothesis import strategies as st
 from core.llm_api.completions import (
     PIECE,
     Answers,
-    label_logprobs,
     read_answers,
     read_tree_answer,
     token_body,
+    token_logprobs,
     token_pieces,
     vllm_fields,
 )
 from core.llm_api.errors import ConfigurationError, MissingLabel, TransientError
-from core.llm_api.types import LabelTokens, Prompt, Segment
+from core.llm_api.types import Prompt, Segment, TokenLogprobs
 
-LABELS = LabelTokens(true_id=7, false_id=9)
+LABELS = (7, 9)
 
 
 def prompts(n: int) -> list[Prompt]:
@@ -160,12 +160,12 @@ def test_usage_may_be_missing(usage: object) -> None:
 
 
 def read(top: dict[str, float], missing: str = "error"):
-    return label_logprobs(top, "T", "F", missing=missing, name="claim 3")
+    return token_logprobs(top, ("T", "F"), missing=missing, name="claim 3")
 
 
 def test_both_labels() -> None:
     answer = read({"T": -1.0, "F": -3.0, "x": -9.0})
-    assert (answer.true, answer.false, answer.floored, answer.log_odds) == (-1, -3, False, 2)
+    assert answer == TokenLogprobs((-1, -3))
 
 
 @pytest.mark.parametrize("absent", [{}, {"T": -math.inf}, {"T": -9999.0}])
@@ -177,7 +177,7 @@ def test_a_missing_label_is_an_error_that_names_the_prompt(absent: dict[str, flo
 @pytest.mark.parametrize("absent", [{}, {"T": -math.inf}, {"T": -9999.0}])
 def test_floor_is_the_lowest_listed(absent: dict[str, float]) -> None:
     answer = read({"F": -1.0, "x": -2.5, "y": -2.0} | absent, missing="floor")
-    assert (answer.true, answer.false, answer.floored) == (-2.5, -1.0, True)
+    assert answer == TokenLogprobs((-2.5, -1.0), floored=True)
 
 
 @pytest.mark.parametrize("missing", ["error", "floor"])
@@ -202,9 +202,8 @@ def test_whatever_is_listed_a_score_is_finite_or_an_error(top: dict[str, float],
         answer = read(top, missing)
     except MissingLabel:
         return
-    assert math.isfinite(answer.log_odds) or abs(answer.log_odds) == math.inf  # difference of two finite numbers
-    assert math.isfinite(answer.true)
-    assert math.isfinite(answer.false)
+    assert len(answer.values) == 2
+    assert all(map(math.isfinite, answer.values))
     assert answer.floored == (not {"T", "F"} <= {k for k, v in top.items() if math.isfinite(v) and v > -9999})
 
 

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.llm_api import types
-from core.llm_api.types import LabelTokens, Prompt, Segment, digests
+from core.llm_api.types import Prompt, Segment, digests
 from src.icm.prefix_tree import TreeLayout
 from src.icm.prompts import PromptBook
+from tests.core.two_labels import two
 
 SEGMENTS = [Segment("", []), *(Segment(str(i), list(range(i, i + 1 + i % 3))) for i in range(5)), Segment("text")]
 
@@ -32,7 +33,7 @@ def pool(count: int, tokens: int = 40) -> list[Prompt]:
     rng = np.random.default_rng(count)
     ids = rng.integers(10_000, 99_999, (count, tokens)).tolist()
     names = [str(i) for i in range(count)]
-    book = PromptBook.build(names, LabelTokens(true_id=1, false_id=2), tokens=ids, separator_tokens=[3])
+    book = PromptBook.build(names, two(1, 2), tokens=ids, separator_tokens=[3])
     layout = TreeLayout.build(range(count), names, rng)
     return [book.prompt(claim, layout.context(claim), [True] * count) for claim in layout.questions]
 

@@ -17,12 +17,13 @@ from core.cpu import KV_CACHE_SPACE, FastType, kv_cache_gib
 from core.llm_api import direct_llm
 from core.llm_api.direct_llm import DirectEngine, DirectOptions
 from core.llm_api.errors import APIError, ConfigurationError, MissingLabel, RequestRejected
-from core.llm_api.types import Engine, EngineAnswer, LabelTokens, PrefixCacheCounters, Prompt, Segment
+from core.llm_api.types import Engine, EngineAnswer, PrefixCacheCounters, Prompt, Segment
 from tests.conftest import stand_in_platform
 from tests.core.fake_server import BOS, FALSE, TRUE, encode, hashed_log_odds, label_distribution
+from tests.core.two_labels import log_odds, two
 
 KEY = "hf_planted0123456789"
-LABELS = LabelTokens(true_id=TRUE, false_id=FALSE)
+LABELS = two(TRUE, FALSE)
 
 
 class FakeLLM:
@@ -50,7 +51,10 @@ class FakeLLM:
         self.stopped += 1
 
     def get_tokenizer(self) -> SimpleNamespace:
-        return SimpleNamespace(encode=lambda text, add_special_tokens: [BOS] * add_special_tokens + encode(text))
+        return SimpleNamespace(
+            encode=lambda text, add_special_tokens: [BOS] * add_special_tokens + encode(text),
+            decode=lambda tokens: "".join({BOS: "<bos>", TRUE: " True"}[token] for token in tokens),
+        )
 
     def get_metrics(self) -> list[SimpleNamespace]:
         names = ["prefix_cache_queries", "prefix_cache_hits", "prefix_cache_queries", "num_requests"]
@@ -109,16 +113,17 @@ async def test_a_pool_in_one_call_off_the_event_loops_thread(vllm: ModuleType) -
     assert len(identity.config) == 64
     assert engine.exact_labels
     heard: list[int] = []
-    answer = await engine.score(prompts(5), LABELS, on_answer=lambda positions, _: heard.extend(positions))
-    assert [a.log_odds for a in answer.logprobs] == pytest.approx([hashed_log_odds([5, i]) for i in range(5)])
+    answer = await engine.score(LABELS.queries(prompts(5)), on_answer=lambda positions, _: heard.extend(positions))
+    assert [log_odds(a) for a in answer.logprobs] == pytest.approx([hashed_log_odds([5, i]) for i in range(5)])
     assert (answer.prompt_tokens, heard) == (10, [0, 1, 2, 3, 4])
     asked = vars(llm.calls[-1])
     assert asked["logprob_token_ids"] == [TRUE, FALSE]
     assert asked["logprobs"] == 2  # vLLM 0.32 refuses any other number
     assert asked["max_tokens"] == 1
     assert all(name.startswith("vllm") for name in llm.threads)
-    assert await engine.score([], LABELS) == EngineAnswer([], 0, requests=0)
+    assert await engine.score(LABELS.queries([])) == EngineAnswer([], 0, requests=0)
     assert await engine.tokenize([" True"], special=True) == [[BOS, TRUE]]
+    assert await engine.detokenize([[BOS], [BOS, TRUE]]) == ["<bos>", "<bos> True"]
     assert await engine.prefix_cache() == PrefixCacheCounters(10 + 12, 11)
     assert await engine.kv_cache_tokens() == 160
     assert await engine.kv_block_size() == 16
@@ -137,8 +142,8 @@ async def test_an_older_vllm_lists_its_top_20(vllm: ModuleType) -> None:
     engine = DirectEngine("m")
     await engine.start()
     assert not engine.exact_labels
-    answer = await engine.score(prompts(1), LABELS)
-    assert answer.logprobs[0].log_odds == pytest.approx(hashed_log_odds([5, 0]))
+    answer = await engine.score(LABELS.queries(prompts(1)))
+    assert log_odds(answer.logprobs[0]) == pytest.approx(hashed_log_odds([5, 0]))
     assert FakeLLM.made[0].calls[-1].logprobs == 20
     await engine.aclose()
 
@@ -147,13 +152,13 @@ async def test_errors_are_typed(vllm: ModuleType) -> None:
     engine = DirectEngine("m", DirectOptions(extra={"drop": {TRUE}}))
     await engine.start()
     with pytest.raises(MissingLabel, match="claim 0"):
-        await engine.score(prompts(1), LABELS)
+        await engine.score(LABELS.queries(prompts(1)))
     with pytest.raises(RequestRejected, match=r"prompt too long\.$"):
-        await engine.score([Prompt((Segment("x", [5] * 3000),))], LABELS)
+        await engine.score(LABELS.queries([Prompt((Segment("x", [5] * 3000),))]))
     with pytest.raises(APIError, match="engine died"):
-        await engine.score([Prompt((Segment("x", [666]),))], LABELS)
+        await engine.score(LABELS.queries([Prompt((Segment("x", [666]),))]))
     with pytest.raises(ValueError, match="claim t"):
-        await engine.score([Prompt((Segment("text"),), name="claim t")], LABELS)
+        await engine.score(LABELS.queries([Prompt((Segment("text"),), name="claim t")]))
     await engine.aclose()
 
 
@@ -163,10 +168,10 @@ async def test_answers_beside_one_that_lacks_a_label_are_kept(vllm: ModuleType) 
     heard: dict[int, float] = {}
 
     def on_answer(positions: Sequence[int], answer: EngineAnswer) -> None:
-        heard.update(zip(positions, (logprobs.log_odds for logprobs in answer.logprobs), strict=True))
+        heard.update(zip(positions, (log_odds(logprobs) for logprobs in answer.logprobs), strict=True))
 
     with pytest.raises(MissingLabel, match=r"'claim 2'.*NaN"):
-        await engine.score(prompts(4), LABELS, on_answer=on_answer)
+        await engine.score(LABELS.queries(prompts(4)), on_answer=on_answer)
     assert heard == {at: pytest.approx(hashed_log_odds([5, at])) for at in (0, 1, 3)}
     await engine.aclose()
 
@@ -233,7 +238,7 @@ async def test_a_process_has_one_vllm_which_engines_of_the_same_settings_share(v
     await other.aclose()
     await first.aclose()
     assert llm.stopped == 0, "the second one still uses it"
-    assert (await second.score(prompts(1), LABELS)).prompt_tokens == 2
+    assert (await second.score(LABELS.queries(prompts(1)))).prompt_tokens == 2
     await second.aclose()
     assert llm.stopped == 1
     await other.start()

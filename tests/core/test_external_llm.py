@@ -22,15 +22,16 @@ from core.llm_api.llm import ModelAPI, open_model_api
 from core.llm_api.rate_limit import RateLimiter
 from core.llm_api.response_cache import ResponseCache
 from core.llm_api.retry import RetryPolicy
-from core.llm_api.tokens import resolve_label_tokens
+from core.llm_api.tokens import spell_labels
 from core.llm_api.transport import HttpOptions
-from core.llm_api.types import Engine, EngineIdentity, LabelTokens, Prompt, Segment
+from core.llm_api.types import Engine, EngineIdentity, Prompt, Segment
 from core.settings import Settings
 from tests.core.fake_endpoint import FakeEndpoint
 from tests.core.fake_server import FALSE, TRUE, FakeVLLM, Fault, encode, hashed_log_odds
+from tests.core.two_labels import IN_TEXT, log_odds
 
 KEY = "sk-planted-0123456789"
-LABELS = LabelTokens()
+LABELS = IN_TEXT
 OPTIONS = HttpOptions(retry=RetryPolicy(3, base=0.01), max_concurrent_requests=4)
 
 
@@ -58,9 +59,9 @@ async def test_one_prompt_a_request_in_text(server: FakeVLLM) -> None:
     assert (identity.kind, identity.model, identity.root) == ("openai-compatible", "fake-8b", server.url + "/v1")
     server.latency = 0.01
     heard: list[int] = []
-    answer = await engine.score(prompts(9), LABELS, on_answer=lambda positions, _: heard.extend(positions))
+    answer = await engine.score(LABELS.queries(prompts(9)), on_answer=lambda positions, _: heard.extend(positions))
     expected = [hashed_log_odds(encode(p.text)) for p in prompts(9)]
-    assert [a.log_odds for a in answer.logprobs] == pytest.approx(expected)
+    assert [log_odds(a) for a in answer.logprobs] == pytest.approx(expected)
     assert answer.requests == 9
     assert sorted(heard) == list(range(9))
     assert server.max_in_flight == 4
@@ -69,7 +70,7 @@ async def test_one_prompt_a_request_in_text(server: FakeVLLM) -> None:
     assert await engine.tokenize(["x"]) is None
     assert await engine.prefix_cache() is None
     assert await engine.kv_cache_tokens() is None
-    assert await resolve_label_tokens(engine) == LABELS
+    assert await spell_labels(engine) == LABELS
     await engine.aclose()
 
 
@@ -78,7 +79,7 @@ async def test_fewer_logprobs_where_20_are_refused(caplog: pytest.LogCaptureFixt
         engine = api(server)
         await engine.start()
         assert "top 5" in caplog.text
-        await engine.score(prompts(1), LABELS)
+        await engine.score(LABELS.queries(prompts(1)))
         assert server.completions[-1]["logprobs"] == 5
         await engine.aclose()
 
@@ -102,10 +103,10 @@ async def test_labels_are_matched_by_their_exact_text(server: FakeVLLM) -> None:
 
     server.faults = [Fault(patch=lambda a: rename(a, {" True": "True"}))]
     with pytest.raises(MissingLabel, match=r"'claim 0'.*' True'"):
-        await engine.score(prompts(1), LABELS)
+        await engine.score(LABELS.queries(prompts(1)))
     server.faults = [Fault(patch=lambda a: rename(a, {" True": "\u2581True", " False": "\u0120False"}))]
-    (answer,) = (await engine.score(prompts(1), LABELS)).logprobs
-    assert answer.log_odds == pytest.approx(hashed_log_odds(encode(prompts(1)[0].text)))
+    (answer,) = (await engine.score(LABELS.queries(prompts(1)))).logprobs
+    assert log_odds(answer) == pytest.approx(hashed_log_odds(encode(prompts(1)[0].text)))
     await engine.aclose()
 
 
@@ -113,11 +114,11 @@ async def test_floor(server: FakeVLLM) -> None:
     engine = api(server, missing_label="floor")
     await engine.start()
     server.drop = {FALSE}
-    (answer,) = (await engine.score(prompts(1), LABELS)).logprobs
+    (answer,) = (await engine.score(LABELS.queries(prompts(1)))).logprobs
     assert answer.floored
     server.drop = {FALSE, TRUE}
     with pytest.raises(MissingLabel):
-        await engine.score(prompts(1), LABELS)
+        await engine.score(LABELS.queries(prompts(1)))
     await engine.aclose()
 
 
@@ -126,11 +127,11 @@ async def test_a_429_slows_everyone_down(server: FakeVLLM) -> None:
     engine = api(server, limiter=RateLimiter(1000, clock=lambda: time.now, sleep=time.sleep))
     await engine.start()
     server.faults = [Fault(status=429, headers={"Retry-After": "0"}), Fault(status=429, headers={"Retry-After": "0.2"})]
-    answer = await engine.score(prompts(3), LABELS)
+    answer = await engine.score(LABELS.queries(prompts(3)))
     assert answer.retries == 2
     assert time.now == pytest.approx(0.2)
     server.faults = [Fault(status=429)]
-    await engine.score(prompts(1), LABELS)
+    await engine.score(LABELS.queries(prompts(1)))
     assert time.now == pytest.approx(5.2)  # no Retry-After: the default
     await engine.aclose()
 
@@ -140,11 +141,11 @@ async def test_usage_corrects_the_token_estimate(server: FakeVLLM) -> None:
     engine = api(server, limiter=limiter)
     await engine.start()
     (prompt,) = prompts(1)
-    answer = await engine.score([prompt], LABELS)
+    answer = await engine.score(LABELS.queries([prompt]))
     tokens = len(encode(prompt.text))
     assert answer.prompt_tokens == tokens
     assert limiter._granted[-1].tokens == tokens + 1
-    await engine.score([prompt], LABELS)
+    await engine.score(LABELS.queries([prompt]))
     characters = len("The capital of France is") + 2 * len(prompt.text) + 4
     assert engine._characters == characters
     await engine.aclose()
@@ -180,7 +181,7 @@ async def test_where_one_fails_what_is_on_its_way_arrives_and_nothing_new_is_sen
     server.faults = [Fault(status=400, only=lambda b: "number 1 " in b["prompt"]), Fault(delay=0.2, times=None)]
     kept: list[int] = []
     with pytest.raises(RequestRejected, match="prompt 'claim 1': HTTP 400") as caught:
-        await engine.score(prompts(20), LABELS, on_answer=lambda positions, _: kept.extend(positions))
+        await engine.score(LABELS.queries(prompts(20)), on_answer=lambda positions, _: kept.extend(positions))
     assert caught.value.status == 400
     assert sorted(kept) == [0, 2, 3]  # of the four that were sent at once
     assert len(server.completions) == begun + 4
@@ -206,7 +207,7 @@ async def test_what_never_arrives_is_not_waited_for_without_end(
     await engine.start()
     server.faults = [Fault(status=400, only=lambda b: "number 1 " in b["prompt"]), Fault(delay=30, times=None)]
     with pytest.raises(RequestRejected):
-        await asyncio.wait_for(engine.score(prompts(20), LABELS), 5)
+        await asyncio.wait_for(engine.score(LABELS.queries(prompts(20))), 5)
     await asyncio.sleep(0.05)
     assert server.in_flight == 0
     await engine.aclose()
@@ -218,7 +219,7 @@ async def test_a_failure_gives_back_the_turns_of_what_was_not_sent(server: FakeV
     await engine.start()
     server.faults = [Fault(status=400, only=lambda b: "number 1 " in b["prompt"])]
     with pytest.raises(RequestRejected):
-        await engine.score(prompts(20), LABELS)
+        await engine.score(LABELS.queries(prompts(20)))
     assert sum(r.requests for r in limiter._granted) == len(server.completions)
     await engine.aclose()
 
@@ -238,7 +239,7 @@ async def test_an_error_names_the_prompt_that_it_may_be_about(
     await engine.start()
     server.faults = [fault]
     with pytest.raises(error, match=told):
-        await engine.score(prompts(1), LABELS)
+        await engine.score(LABELS.queries(prompts(1)))
     await engine.aclose()
 
 
@@ -248,7 +249,7 @@ async def test_a_body_that_a_proxy_refuses_names_the_prompt_its_size_and_both_re
         await engine.start()
         long = Prompt((Segment("word " * 300),), name="claim 7")
         with pytest.raises(RequestRejected, match="prompt 'claim 7', 1,500 bytes: HTTP 413") as caught:
-            await engine.score([long], LABELS)
+            await engine.score(LABELS.queries([long]))
         assert "client_max_body_size" in str(caught.value)
         assert "--context_cap" in str(caught.value)
         assert "prompts_per_request" not in str(caught.value)
@@ -263,7 +264,7 @@ async def test_waiting_for_the_rate_limit_is_no_latency(server: FakeVLLM) -> Non
     assert counted.limited.total < 0.3
     before = sum(counted.latency.counts)
     limiter.slow_down(0.4)
-    waiting = asyncio.create_task(engine.score(prompts(1), LABELS))
+    waiting = asyncio.create_task(engine.score(LABELS.queries(prompts(1))))
     while not counted.waiting:
         await asyncio.sleep(0.01)
     assert counted.in_flight == 0
@@ -273,7 +274,7 @@ async def test_waiting_for_the_rate_limit_is_no_latency(server: FakeVLLM) -> Non
     assert sum(counted.latency.counts) == before + 1
     # One that is given up before its turn has no latency at all.
     limiter.slow_down(60)
-    waiting = asyncio.create_task(engine.score(prompts(1), LABELS))
+    waiting = asyncio.create_task(engine.score(LABELS.queries(prompts(1))))
     while not counted.waiting:
         await asyncio.sleep(0.01)
     waiting.cancel()
@@ -290,9 +291,9 @@ async def test_llama_server_lists_labels_in_its_own_way() -> None:
         engine = api(server)
         identity = await engine.start()
         assert (identity.kind, identity.model) == ("openai-compatible", "smollm2")
-        answer = await engine.score(prompts(3), LABELS)
+        answer = await engine.score(LABELS.queries(prompts(3)))
         expected = [hashed_log_odds(encode(p.text)) for p in prompts(3)]
-        assert [a.log_odds for a in answer.logprobs] == pytest.approx(expected)
+        assert [log_odds(a) for a in answer.logprobs] == pytest.approx(expected)
         assert (answer.requests, answer.cached_tokens) == (3, 9)
         await engine.aclose()
 
@@ -302,15 +303,15 @@ async def test_at_llama_server_a_label_that_is_not_listed_is_looked_for_in_the_w
         engine = api(server, missing_label="floor")
         await engine.start()
         begun = len(server.completions)
-        answer = await engine.score(prompts(2), LABELS)
+        answer = await engine.score(LABELS.queries(prompts(2)))
         assert [body["logprobs"] > 10**6 for body in server.completions[begun:]].count(True) == 2
         expected = [hashed_log_odds(encode(p.text)) for p in prompts(2)]
-        assert [a.log_odds for a in answer.logprobs] == pytest.approx(expected)
+        assert [log_odds(a) for a in answer.logprobs] == pytest.approx(expected)
         assert answer.requests == 4
         assert not any(a.floored for a in answer.logprobs)
         server.hidden_below = 10**9
         with pytest.raises(MissingLabel, match="claim 0"):
-            await engine.score(prompts(1), LABELS)
+            await engine.score(LABELS.queries(prompts(1)))
         await engine.aclose()
 
 
@@ -349,7 +350,7 @@ async def test_five_alternatives_are_announced_and_floored_if_wanted(caplog: pyt
         await engine.start()
         assert "lists only the top 5 logprobs" in caplog.text
         server.drop = {FALSE}
-        assert (await engine.score(prompts(1), LABELS)).logprobs[0].floored
+        assert (await engine.score(LABELS.queries(prompts(1)))).logprobs[0].floored
         await engine.aclose()
 
 
@@ -388,9 +389,9 @@ async def test_usage_that_is_off_by_one_or_absent_is_no_reason_to_refuse(miscoun
     async with FakeEndpoint(miscount=miscount) as server:
         engine = api(server)
         await engine.start()
-        answer = await engine.score(prompts(2), LABELS)
+        answer = await engine.score(LABELS.queries(prompts(2)))
         expected = [hashed_log_odds(encode(p.text)) for p in prompts(2)]
-        assert [a.log_odds for a in answer.logprobs] == pytest.approx(expected)
+        assert [log_odds(a) for a in answer.logprobs] == pytest.approx(expected)
         await engine.aclose()
 
 
@@ -398,7 +399,7 @@ async def test_a_gateway_behind_a_path_that_lists_no_models() -> None:
     async with FakeEndpoint(mounted_at="/gateway/team-a/openai", lists_models=False) as server:
         engine = ExternalAPI(server.url + "/gateway/team-a/openai", server.model, options=OPTIONS)
         await engine.start()
-        await engine.score(prompts(2), LABELS)
+        await engine.score(LABELS.queries(prompts(2)))
         assert {path.rpartition("/")[0] for path in server.requests} == {"/gateway/team-a/openai"}
         await engine.aclose()
         lost = ExternalAPI(server.url + "/gateway", server.model, options=OPTIONS)
@@ -430,7 +431,7 @@ async def test_only_requests_in_flight_hold_a_body(server: FakeVLLM, monkeypatch
     await engine.start()
     monkeypatch.setattr(external_llm, "text_body", counted)
     server.latency = 60
-    waiting = asyncio.create_task(engine.score(prompts(200), LABELS))
+    waiting = asyncio.create_task(engine.score(LABELS.queries(prompts(200))))
     while server.in_flight < OPTIONS.max_concurrent_requests:
         await asyncio.sleep(0.01)
     assert made == OPTIONS.max_concurrent_requests

@@ -449,7 +449,7 @@ async def test_texts_alone_ask_nothing_of_the_model_at_start(server: FakeTextSer
     assert server.completions == []
     assert api.identity.model == "fake-8b"
     with pytest.raises(ConfigurationError, match="scores=True"):
-        await api.score([], await api.label_tokens())
+        await api.score([], await api.spell_labels())
 
 
 async def test_another_model_is_named_at_start(server: FakeTextServer) -> None:

@@ -11,7 +11,7 @@ import aiohttp.web
 import orjson
 import pytest
 
-from core.llm_api.completions import label_logprobs, read_answers
+from core.llm_api.completions import read_answers, token_logprobs
 from core.llm_api.continuation import COUNTING, GOES_ON, wrapping_seen
 from core.llm_api.external_llm import ExternalAPI
 from core.llm_api.generation import Generation
@@ -24,8 +24,8 @@ PROMPT = Prompt((Segment(RECORDED["prompt"]),), name="claim 1")
 
 def test_both_labels_are_read_to_the_last_bit() -> None:
     answers = read_answers(orjson.dumps(RECORDED["labels"]), [PROMPT])
-    found = label_logprobs(answers.top[0], " True", " False", missing="error", name="claim 1")
-    assert (found.true, found.false) == (-0.9877262115478516, -0.7164220809936523)
+    found = token_logprobs(answers.top[0], (" True", " False"), missing="error", name="claim 1")
+    assert found.values == (-0.9877262115478516, -0.7164220809936523)
     assert list(answers.top[0]) == [" False", " True", " true", " false", " NOT"]
     assert (answers.prompt_tokens, answers.cached_tokens) == (37, 0)
     assert read_answers(orjson.dumps(RECORDED["labels_from_cache"]), [PROMPT]).cached_tokens == 36

@@ -16,20 +16,21 @@ from core.llm_api.response_cache import ResponseCache, earlier_keys
 from core.llm_api.types import (
     EngineAnswer,
     EngineIdentity,
-    LabelLogprobs,
-    LabelTokens,
     OnAnswer,
     PoolScores,
     PrefixCacheCounters,
     Prompt,
+    Query,
     Segment,
 )
 from core.llm_api.vllm_group import VLLMGroup
 from core.llm_api.vllm_llm import VLLMClient
 from core.settings import Settings
 from tests.core.fake_server import FALSE, TRUE, FakeVLLM, Fault, hashed_log_odds
+from tests.core.old_cache import old_cache
+from tests.core.two_labels import pair, two
 
-LABELS = LabelTokens(true_id=TRUE, false_id=FALSE)
+LABELS = two(TRUE, FALSE)
 
 
 class ScriptedEngine:
@@ -51,9 +52,8 @@ class ScriptedEngine:
     async def tokenize(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]] | None:
         return [[len(text)] for text in texts]
 
-    async def score(
-        self, prompts: Sequence[Prompt], labels: LabelTokens, *, on_answer: OnAnswer | None = None
-    ) -> EngineAnswer:
+    async def score(self, queries: Sequence[Query], *, on_answer: OnAnswer | None = None) -> EngineAnswer:
+        prompts = [query.prompt for query in queries]
         self.asked.append([p.token_ids[0] for p in prompts])
         await self.gate.wait()
         answers = []
@@ -61,7 +61,7 @@ class ScriptedEngine:
             token = prompt.token_ids[0]
             if token in self.broken:
                 raise RequestRejected(f"token {token}", status=400)
-            answers.append(LabelLogprobs(-1.0, -1.0 - token, self.floored))
+            answers.append(pair(-1.0, -1.0 - token, self.floored))
             if on_answer is not None:
                 on_answer([position], EngineAnswer(answers[-1:], prompt_tokens=1, requests=1, retries=0))
             await asyncio.sleep(0)
@@ -107,7 +107,8 @@ async def test_scores_in_order_each_prompt_sent_once(engine: ScriptedEngine) -> 
 
 async def test_an_empty_batch_asks_nothing(engine: ScriptedEngine) -> None:
     async with ModelAPI(engine) as api:
-        assert await api.score([], LABELS) == PoolScores(())
+        scores = await api.score([], LABELS)
+        assert (scores.logprobs.shape, scores.log_odds, scores.prompt_tokens) == ((0, 2), [], 0)
     assert engine.asked == []
 
 
@@ -133,7 +134,7 @@ async def test_the_cache_answers_and_outlives_the_api(engine: ScriptedEngine, tm
 async def test_other_labels_are_other_questions(engine: ScriptedEngine, tmp_path: Path) -> None:
     async with ModelAPI(engine, cache=ResponseCache(tmp_path / "c")) as api:
         await api.score(pool(1), LABELS)
-        await api.score(pool(1), LabelTokens(true_id=FALSE, false_id=TRUE))
+        await api.score(pool(1), two(FALSE, TRUE))
     assert engine.asked == [[1], [1]]
 
 
@@ -153,7 +154,7 @@ async def test_damaged_rows_are_asked_again_and_counted(engine: ScriptedEngine, 
     cache = ResponseCache(tmp_path / "c")
     async with ModelAPI(engine, cache=cache) as api:
         await api.score(pool(1, 2), LABELS)
-        cache._db.execute("UPDATE answers SET false_logprob = -9")
+        cache._db.execute("UPDATE answers SET last_logprob = -9")
         assert odds(await api.score(pool(1, 2), LABELS)) == [1, 2]
         assert api.stats.damaged_rows == 2
 
@@ -278,11 +279,8 @@ async def test_a_failed_start_closes_everything(engine: ScriptedEngine, tmp_path
 
 def named_by_path(path: Path, engine: ScriptedEngine, tokens: Sequence[int]) -> None:
     """A cache as format 2 was, which knew a model by its path."""
-    keys = earlier_keys(engine.identity, LABELS, [prompt.digest for prompt in pool(*tokens)])
-    with ResponseCache(path) as cache:
-        cache.put_many({key: LabelLogprobs(-1.0, -1.0 - token) for key, token in zip(keys, tokens, strict=True)})
-        cache._db.execute("DROP TABLE earlier")
-        cache._db.execute("PRAGMA user_version=2")
+    keys = earlier_keys(engine.identity, LABELS.asked, [prompt.digest for prompt in pool(*tokens)])
+    old_cache(path, {key: pair(-1.0, -1.0 - token) for key, token in zip(keys, tokens, strict=True)}, version=2)
 
 
 async def test_a_moved_model_is_not_asked_again(engine: ScriptedEngine, tmp_path: Path) -> None:
@@ -377,12 +375,13 @@ def settings(server: FakeVLLM, **more: object) -> Settings:
 async def test_a_pool_over_http(server: FakeVLLM, tmp_path: Path) -> None:
     server.log_odds = lambda tokens: float(tokens[-1] % 7) - 3
     async with open_model_api(settings(server, cache_path=tmp_path / "c"), model=server.model) as api:
-        labels = await api.label_tokens()
+        labels = await api.spell_labels()
         assert labels == LABELS
         scores = await api.score(pool(*range(20)), labels)
         assert odds(scores) == pytest.approx([t % 7 - 3 for t in range(20)])
         assert scores.prompt_tokens == 20
-        assert (await api.score(pool(*range(20)), labels)) == PoolScores(scores.logprobs, 0)
+        again = await api.score(pool(*range(20)), labels)
+        assert (again.logprobs.tolist(), again.prompt_tokens) == (scores.logprobs.tolist(), 0)
         assert api.stats.as_dict() == {
             "asked": 40, "cache_hits": 20, "in_flight_hits": 0, "engine_prompts": 20, "prompt_tokens": 20,
             "requests": 1, "retries": 0, "floored": 0, "damaged_rows": 0, "cached_tokens": 0, "untold_tokens": 20,

@@ -14,10 +14,12 @@ import pytest
 from core.llm_api import response_cache
 from core.llm_api.errors import ConfigurationError, StorageFailed
 from core.llm_api.response_cache import ResponseCache, cache_key, cache_keys, earlier_keys
-from core.llm_api.types import EngineIdentity, LabelLogprobs, LabelTokens
+from core.llm_api.types import EngineIdentity, NextTokens, TokenLogprobs
+from tests.core.old_cache import checksum, old_cache
+from tests.core.two_labels import pair, two
 
 IDENTITY = EngineIdentity("vllm", "m", "/r", "rev", "1", "det", "print", 100)
-LABELS = LabelTokens(true_id=1, false_id=2)
+LABELS = two(1, 2).asked
 
 
 def key(i: int) -> bytes:
@@ -30,7 +32,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_answers_come_back_exactly_and_survive_closing(path: Path) -> None:
-    answers = {key(i): LabelLogprobs(-0.1 - i / 3, -(2.0**-40) * i, floored=i % 2 == 1) for i in range(1200)}
+    answers = {key(i): pair(-0.1 - i / 3, -(2.0**-40) * i, floored=i % 2 == 1) for i in range(1200)}
     with ResponseCache(path) as cache:
         cache.put_many(answers)
     with ResponseCache(path) as cache:
@@ -42,9 +44,9 @@ def test_answers_come_back_exactly_and_survive_closing(path: Path) -> None:
 
 def test_a_second_answer_replaces_the_first(path: Path) -> None:
     with ResponseCache(path) as cache:
-        cache.put_many({key(0): LabelLogprobs(-1, -2, floored=True)})
-        cache.put_many({key(0): LabelLogprobs(-3, -4)})
-        assert cache.get_many([key(0)]) == {key(0): LabelLogprobs(-3, -4)}
+        cache.put_many({key(0): pair(-1, -2, floored=True)})
+        cache.put_many({key(0): pair(-3, -4)})
+        assert cache.get_many([key(0)]) == {key(0): pair(-3, -4)}
 
 
 def test_one_query_for_hundreds_of_keys(path: Path) -> None:
@@ -57,7 +59,7 @@ def test_one_query_for_hundreds_of_keys(path: Path) -> None:
         cache.get_many([key(i) for i in range(1001)])
         assert [statement.count("X'") + statement.count("x'") for statement in statements] == [500, 500, 1]
         statements.clear()
-        cache.put_many({key(i): LabelLogprobs(-1, -2) for i in range(400)})
+        cache.put_many({key(i): pair(-1, -2) for i in range(400)})
         assert [s for s in statements if not s.startswith("INSERT")] == ["BEGIN IMMEDIATE", "COMMIT"]
 
 
@@ -92,9 +94,9 @@ def test_the_key_knows_labels_prompt_and_parser_but_not_the_limit(monkeypatch: p
     [earlier] = earlier_keys(IDENTITY, LABELS, ["d"])
     assert earlier_keys(dataclasses.replace(IDENTITY, dtype="bfloat16"), LABELS, ["d"]) == [earlier]
     assert earlier_keys(dataclasses.replace(IDENTITY, dtype="float32"), LABELS, ["d"]) != [earlier]
-    swapped = LabelTokens(true_id=2, false_id=1)
+    swapped = two(2, 1).asked
     others = {cache_key(IDENTITY, swapped, "d"), cache_key(IDENTITY, LABELS, "e")}
-    others.add(cache_key(IDENTITY, LabelTokens("Yes", "No", 1, 2), "d"))
+    others.add(cache_key(IDENTITY, NextTokens(("Yes", "No"), (1, 2)), "d"))
     monkeypatch.setattr(response_cache, "PARSER_VERSION", 99)
     others.add(cache_key(IDENTITY, LABELS, "d"))
     assert len(others | {base}) == 5
@@ -106,31 +108,33 @@ def test_keys_and_checksums_are_those_of_caches_that_exist() -> None:
     [earlier] = earlier_keys(IDENTITY, LABELS, ["d"])
     assert earlier.hex() == "21cf7046c504e160ac94b704daec532fb5af609fa44c035dcebbd81e8561b0de"
     assert cache_key(IDENTITY, LABELS, "d").hex() == "a9934cfeb9b56428f780e1400b5dd9107b407e01636237b156844b8588298cc8"
-    assert response_cache._checksum(b"key", -0.5, -1.25, True) == 3447029096
-    assert response_cache._checksum(b"key", -0.0, -0.0, False) == response_cache._checksum(b"key", 0.0, 0.0, False)
+    assert response_cache._encode(b"key", pair(-0.5, -1.25, True)) == (-0.5, -1.25, None, 1, 3447029096)
+    assert checksum(b"key", -0.5, -1.25, True) == 3447029096
+    certain, rounded = (response_cache._encode(b"key", pair(value, value)) for value in (-0.0, 0.0))
+    assert certain == rounded
 
 
 @pytest.mark.parametrize(
-    "damage", ["true_logprob = -0.5", "floored = 1", "checksum = checksum + 1", "false_logprob = 'x'"]
+    "damage", ["first_logprob = -0.5", "floored = 1", "checksum = checksum + 1", "last_logprob = 'x'"]
 )
 def test_a_damaged_row_is_a_miss_counted_and_reported_once(
     path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with ResponseCache(path) as cache:
-        cache.put_many({key(i): LabelLogprobs(-1, -2) for i in range(3)})
+        cache.put_many({key(i): pair(-1, -2) for i in range(3)})
         cache._db.execute(f"UPDATE answers SET {damage} WHERE key IN (?, ?)", (key(0), key(1)))
         with caplog.at_level(logging.WARNING):
             assert set(cache.get_many([key(0), key(1), key(2)])) == {key(2)}
         assert cache.damaged == 2
         assert len(caplog.records) == 1
-        cache.put_many({key(0): LabelLogprobs(-7, -8)})
-        assert cache.get_many([key(0)]) == {key(0): LabelLogprobs(-7, -8)}
+        cache.put_many({key(0): pair(-7, -8)})
+        assert cache.get_many([key(0)]) == {key(0): pair(-7, -8)}
 
 
 def test_damage_is_reported_when_it_is_first_met(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with ResponseCache(path) as cache:
-        cache.put_many({key(i): LabelLogprobs(-1, -2) for i in range(3)})
-        cache._db.execute("UPDATE answers SET true_logprob = -0.5")
+        cache.put_many({key(i): pair(-1, -2) for i in range(3)})
+        cache._db.execute("UPDATE answers SET first_logprob = -0.5")
         with caplog.at_level(logging.WARNING):
             for met in range(3):
                 cache.get_many([key(met)])
@@ -139,7 +143,7 @@ def test_damage_is_reported_when_it_is_first_met(path: Path, caplog: pytest.LogC
 
 def test_a_row_under_anothers_key_is_damaged(path: Path) -> None:
     with ResponseCache(path) as cache:
-        cache.put_many({key(0): LabelLogprobs(-1, -2)})
+        cache.put_many({key(0): pair(-1, -2)})
         cache._db.execute("UPDATE answers SET key = ?", (key(1),))
         assert cache.get_many([key(1)]) == {}
 
@@ -148,8 +152,8 @@ def test_wal_and_version(path: Path) -> None:
     ResponseCache(path).close()
     db = sqlite3.connect(path)
     assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-    assert db.execute("PRAGMA user_version").fetchone() == (3,)
-    db.execute("PRAGMA user_version=4")
+    assert db.execute("PRAGMA user_version").fetchone() == (6,)
+    db.execute("PRAGMA user_version=7")
     db.close()
     with pytest.raises(ConfigurationError, match="newer version"):
         ResponseCache(path)
@@ -212,7 +216,7 @@ def test_a_file_that_is_no_database(path: Path) -> None:
 
 def test_a_corrupt_database(path: Path) -> None:
     with ResponseCache(path) as cache:
-        cache.put_many({key(i): LabelLogprobs(-1, -2) for i in range(2000)})
+        cache.put_many({key(i): pair(-1, -2) for i in range(2000)})
     content = bytearray(path.read_bytes())
     content[4096:] = b"\xa5" * (len(content) - 4096)
     path.write_bytes(content)
@@ -245,27 +249,27 @@ def test_a_lock_held_too_long(path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         other = sqlite3.connect(path, isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(StorageFailed, match="locked"):
-            cache.put_many({key(0): LabelLogprobs(-1, -2)})
+            cache.put_many({key(0): pair(-1, -2)})
         other.execute("ROLLBACK")
         other.close()
-        cache.put_many({key(0): LabelLogprobs(-1, -2)})  # the failed transaction is not left open
+        cache.put_many({key(0): pair(-1, -2)})  # the failed transaction is not left open
 
 
 def test_a_transaction_that_fails_halfway_leaves_nothing(path: Path) -> None:
     with ResponseCache(path) as cache:
         abort = "BEGIN SELECT RAISE(ABORT, 'no'); END"
-        cache._db.execute(f"CREATE TRIGGER t BEFORE INSERT ON answers WHEN new.true_logprob < -8 {abort}")
+        cache._db.execute(f"CREATE TRIGGER t BEFORE INSERT ON answers WHEN new.first_logprob < -8 {abort}")
         with pytest.raises(StorageFailed):
-            cache.put_many({key(0): LabelLogprobs(-1, -2), key(1): LabelLogprobs(-9, -2)})
+            cache.put_many({key(0): pair(-1, -2), key(1): pair(-9, -2)})
         assert len(cache) == 0
-        cache.put_many({key(0): LabelLogprobs(-1, -2)})
+        cache.put_many({key(0): pair(-1, -2)})
         assert len(cache) == 1
 
 
 def _write(path: str, worker: int) -> None:
     with ResponseCache(path) as cache:
         for i in range(40):
-            cache.put_many({key(1000 * worker + i): LabelLogprobs(-worker - 1, -i), key(5): LabelLogprobs(-1, -2)})
+            cache.put_many({key(1000 * worker + i): pair(-worker - 1, -i), key(5): pair(-1, -2)})
             assert key(5) in cache.get_many([key(5)])
 
 
@@ -279,35 +283,73 @@ def test_several_processes_at_once(path: Path) -> None:
     assert [worker.exitcode for worker in workers] == [0, 0, 0]
     with ResponseCache(path) as cache:
         assert len(cache) == 3 * 40 + 1
-        assert cache.get_many([key(2039)]) == {key(2039): LabelLogprobs(-3, -39)}
+        assert cache.get_many([key(2039)]) == {key(2039): pair(-3, -39)}
+
+
+# Any number of tokens
+
+
+VALUES = ((-0.5,), (-0.1, -2.5, -0.0), tuple(-1.0 - n / 7 for n in range(20)))
+
+
+def test_answers_of_any_number_of_tokens(path: Path) -> None:
+    answers = {key(at): TokenLogprobs(values, floored=at == 1) for at, values in enumerate(VALUES)}
+    answers[key(9)] = pair(-1, -2)
+    with ResponseCache(path) as cache:
+        cache.put_many(answers)
+    with ResponseCache(path) as cache:
+        assert cache.get_many(list(answers)) == answers
+        state = cache.state()
+        assert (state.rows, state.damaged, state.floored) == (4, 0, 1)
+        assert cache._db.execute("SELECT count(*) FROM answers WHERE logprobs IS NULL").fetchone() == (1,)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["logprobs = NULL", "logprobs = x'0102'", "logprobs = substr(logprobs, 9)", "logprobs = 7", "floored = 1"],
+)
+def test_a_damaged_row_of_many_is_a_miss(path: Path, damage: str) -> None:
+    with ResponseCache(path) as cache:
+        cache.put_many({key(0): TokenLogprobs(VALUES[1])})
+        cache._db.execute(f"UPDATE answers SET {damage}")
+        assert cache.get_many([key(0)]) == {}
+        assert cache.damaged == 1
+
+
+def test_keys_tell_tokens_of_any_number_apart() -> None:
+    tokens = [
+        NextTokens(("A", "B", "C"), (1, 2, 3)),
+        NextTokens(("A", "B", "C"), (1, 3, 2)),
+        NextTokens(("A", "C", "B"), (1, 2, 3)),
+        NextTokens(("A", "B", "C")),
+        NextTokens(("A", "B"), (1, 2)),
+        NextTokens(("A",), (1,)),
+    ]
+    assert len({cache_key(IDENTITY, each, "d") for each in tokens}) == len(tokens)
 
 
 # Formats, looking after it
 
 
-def old_cache(path: Path, answers: dict[bytes, LabelLogprobs]) -> None:
-    """A cache as format 1 was."""
-    path.parent.mkdir(parents=True)
-    db = sqlite3.connect(path)
-    db.execute(response_cache.MIGRATIONS[0])
-    rows = [
-        (k, a.true, a.false, int(a.floored), response_cache._checksum(k, a.true, a.false, a.floored))
-        for k, a in answers.items()
-    ]
-    db.executemany("INSERT INTO answers VALUES (?, ?, ?, ?, ?)", rows)
-    db.execute("PRAGMA user_version=1")
-    db.commit()
-    db.close()
+@pytest.mark.parametrize("version", [2, 3])
+def test_answers_of_two_labels_are_read_from_caches_of_before(path: Path, version: int) -> None:
+    answers = {key(i): pair(-0.25 * i, -1 - 2.0**-40, floored=i == 3) for i in range(50)}
+    old_cache(path, answers, version)
+    with ResponseCache(path) as cache:
+        assert cache.get_many(list(answers)) == answers
+        assert cache.state().damaged == 0
+        cache.put_many({key(99): TokenLogprobs((-1, -2, -3))})
+        assert len(cache) == 51
 
 
 def test_an_older_format_is_migrated_with_all_its_answers(path: Path) -> None:
-    answers = {key(i): LabelLogprobs(-0.25 * i, -1) for i in range(50)}
+    answers = {key(i): pair(-0.25 * i, -1) for i in range(50)}
     old_cache(path, answers)
     with ResponseCache(path) as cache:
         assert cache.get_many(list(answers)) == answers
         state = cache.state()
         assert (state.rows, state.damaged, state.oldest) == (50, 0, None)
-        cache.put_many({key(99): LabelLogprobs(-1, -2)})
+        cache.put_many({key(99): pair(-1, -2)})
         assert cache.state().oldest is not None
         assert cache.has_earlier
     with ResponseCache(path) as cache:
@@ -319,17 +361,17 @@ def test_a_cache_that_began_with_keys_by_content_holds_no_earlier_ones(path: Pat
     for _ in range(2):
         with ResponseCache(path) as cache:
             assert not cache.has_earlier
-            cache.put_many({key(0): LabelLogprobs(-1, -2)})
+            cache.put_many({key(0): pair(-1, -2)})
 
 
 def test_a_cache_that_is_there_opens_while_another_process_writes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with ResponseCache(path) as cache:
-        cache.put_many({key(0): LabelLogprobs(-1, -2)})
+        cache.put_many({key(0): pair(-1, -2)})
     monkeypatch.setattr(response_cache, "BUSY_TIMEOUT", 0.05)
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     with ResponseCache(path) as cache:
-        assert cache.get_many([key(0)]) == {key(0): LabelLogprobs(-1, -2)}
+        assert cache.get_many([key(0)]) == {key(0): pair(-1, -2)}
     other.close()
 
 
@@ -339,13 +381,13 @@ def migrate(path: Path) -> int:
 
 
 def test_many_processes_that_open_an_older_cache_at_once_migrate_it_once(path: Path) -> None:
-    old_cache(path, {key(i): LabelLogprobs(-0.25 * i, -1) for i in range(50)})
+    old_cache(path, {key(i): pair(-0.25 * i, -1) for i in range(50)})
     with multiprocessing.get_context("spawn").Pool(4) as pool:
         assert pool.map(migrate, [path] * 8) == [50] * 8
 
 
 def test_a_migration_that_is_killed_leaves_the_older_format(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    old_cache(path, {key(0): LabelLogprobs(-1, -2)})
+    old_cache(path, {key(0): pair(-1, -2)})
     with monkeypatch.context() as patch:
         patch.setattr(response_cache, "MIGRATIONS", (*response_cache.MIGRATIONS, "SELECT * FROM nowhere"))
         with pytest.raises(ConfigurationError):
@@ -361,8 +403,8 @@ def test_its_state_and_pruning(path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with ResponseCache(path) as cache:
         for day in (1, 2, 3):
             monkeypatch.setattr(response_cache.time, "time", lambda day=day: 86_400.0 * day)
-            cache.put_many({key(10 * day + i): LabelLogprobs(-1, -2, floored=i == 0) for i in range(4)})
-        cache._db.execute("UPDATE answers SET true_logprob = -7 WHERE key = ?", (key(31),))
+            cache.put_many({key(10 * day + i): pair(-1, -2, floored=i == 0) for i in range(4)})
+        cache._db.execute("UPDATE answers SET first_logprob = -7 WHERE key = ?", (key(31),))
         state = cache.state()
         assert (state.rows, state.damaged, state.floored) == (12, 1, 3)
         assert (state.oldest, state.newest, state.faults) == (86_400, 3 * 86_400, ())
@@ -382,7 +424,7 @@ def test_a_key_is_the_hash_of_the_canonical_json_of_all_that_matters() -> None:
     fields = ("kind", "model", "root", "revision", "version", "determinism", "fingerprint")
     content = {
         "engine": {name: getattr(named, name) for name in fields},
-        "labels": [LABELS.true, LABELS.false, LABELS.true_id, LABELS.false_id],
+        "labels": [" True", " False", 1, 2],
         "parser": 1,
     }
     digests = [f"{i:064x}" for i in range(3)]
@@ -398,27 +440,27 @@ def test_a_key_is_the_hash_of_the_canonical_json_of_all_that_matters() -> None:
 
 def test_what_sqlite_finds_wrong_is_told(path: Path) -> None:
     with ResponseCache(path) as cache:
-        cache.put_many({key(0): LabelLogprobs(-1, -2)})
+        cache.put_many({key(0): pair(-1, -2)})
         schema = cache._db.execute("SELECT sql FROM sqlite_master").fetchone()[0]
     db = sqlite3.connect(path, isolation_level=None)
     db.execute("PRAGMA writable_schema=1")
     change = "UPDATE sqlite_master SET sql = ? WHERE name = 'answers'"
-    db.execute(change, (schema.replace("true_logprob REAL NOT NULL", "true_logprob REAL"),))
+    db.execute(change, (schema.replace("first_logprob REAL NOT NULL", "first_logprob REAL"),))
     db.close()
     db = sqlite3.connect(path, isolation_level=None)
-    db.execute("UPDATE answers SET true_logprob = NULL")
+    db.execute("UPDATE answers SET first_logprob = NULL")
     db.execute("PRAGMA writable_schema=1")
     db.execute(change, (schema,))
     db.close()
     with ResponseCache(path) as cache:
         state = cache.state()
         assert (state.rows, state.damaged) == (1, 1)
-        assert state.faults == ("NULL value in answers.true_logprob",)
+        assert state.faults == ("NULL value in answers.first_logprob",)
 
 
 def test_pruning_gives_the_space_back(path: Path) -> None:
     with ResponseCache(path) as cache:
-        cache.put_many({key(i): LabelLogprobs(-1, -2) for i in range(3000)})
+        cache.put_many({key(i): pair(-1, -2) for i in range(3000)})
         pages = cache._db.execute("PRAGMA page_count").fetchone()[0]
         assert cache.prune(before=2.0**40) == 3000
         assert cache._db.execute("PRAGMA page_count").fetchone()[0] < pages / 10

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 
+import numpy as np
 import pytest
 
-from core.llm_api.types import EngineIdentity, LabelTokens, Prompt, Segment
+from core.llm_api.types import EngineIdentity, NextTokens, PoolScores, Prompt, Segment
+from tests.core.two_labels import IN_TEXT, two
 
 
 def digest_of(content: bytes) -> str:
@@ -66,12 +68,18 @@ def test_the_digest_does_not_know_how_a_prompt_is_cut_what_it_is_called_or_where
     assert Prompt(prompt.segments, name="claim 3") != prompt
 
 
-def test_label_tokens_give_their_ids_where_both_are_known() -> None:
-    assert (LabelTokens().true, LabelTokens().false) == (" True", " False")
-    assert LabelTokens(true_id=7, false_id=9).ids == (7, 9)
-    for one in (LabelTokens(), LabelTokens(true_id=7), LabelTokens(false_id=9)):
-        with pytest.raises(ValueError, match="no token ids"):
-            _ = one.ids
+def test_tokens_give_their_ids_where_they_have_any() -> None:
+    assert IN_TEXT.asked == NextTokens((" True", " False"))
+    assert two(7, 9).asked.ids == (7, 9)
+    with pytest.raises(ValueError, match="no token ids"):
+        _ = IN_TEXT.asked.ids
+
+
+def test_log_odds_are_of_two_labels() -> None:
+    scores = PoolScores(np.array([[-3.0, -1.0], [-0.5, -0.75]]))
+    assert scores.log_odds == [2.0, -0.25]
+    with pytest.raises(ValueError, match="these scores have 3"):
+        _ = PoolScores(np.zeros((2, 3))).log_odds
 
 
 def test_an_engine_is_described_in_a_line() -> None:

@@ -17,14 +17,15 @@ from core.llm_api.errors import ConfigurationError, RequestRejected, RetriesExha
 from core.llm_api.llm import ModelAPI
 from core.llm_api.retry import RetryPolicy
 from core.llm_api.transport import HttpOptions
-from core.llm_api.types import Engine, EngineAnswer, LabelTokens, Prompt, Segment
+from core.llm_api.types import Engine, EngineAnswer, Prompt, Segment
 from core.llm_api.vllm_group import VLLMGroup, server_for
 from core.llm_api.vllm_llm import VLLMClient
 from src.icm.prefix_tree import TreeLayout
 from src.icm.prompts import PromptBook
 from tests.core.fake_server import BOS, FALSE, TRUE, FakeVLLM, Fault, encode, hashed_log_odds
+from tests.core.two_labels import log_odds, two
 
-LABELS = LabelTokens(true_id=TRUE, false_id=FALSE)
+LABELS = two(TRUE, FALSE)
 QUICK = RetryPolicy(max_attempts=4, deadline=10, base=0.01, cap=0.02)
 SIZE = 32
 
@@ -81,7 +82,7 @@ def expected(prompts: Sequence[Prompt]) -> list[float]:
 
 
 def odds(answer: EngineAnswer) -> list[float]:
-    return [logprobs.log_odds for logprobs in answer.logprobs]
+    return [log_odds(logprobs) for logprobs in answer.logprobs]
 
 
 # Who is asked
@@ -154,7 +155,7 @@ async def test_every_server_computes_its_own_part_and_keeps_it_as_the_tail_grows
     layout = TreeLayout.build(range(SIZE - 4), [str(i) for i in range(SIZE)], np.random.default_rng(0))
     async with servers(count) as fakes, started(fakes) as group:
         prompts = questions(layout, labels, texts)
-        assert odds(await group.score(prompts, LABELS)) == pytest.approx(expected(prompts))
+        assert odds(await group.score(LABELS.queries(prompts))) == pytest.approx(expected(prompts))
         own = [asked(fake) for fake in fakes]
         assert [prompt for part in own for prompt in part] == [p.token_ids for p in prompts], "contiguous, in order"
         # A level's edges hold every demonstration once; level n (from 0) is shared by count / 2**(n + 1) servers.
@@ -168,7 +169,7 @@ async def test_every_server_computes_its_own_part_and_keeps_it_as_the_tail_grows
             layout = layout.append(claim)
             for fake in fakes:
                 fake.completions[2:] = []
-            await group.score(questions(layout, labels, texts), LABELS)
+            await group.score(LABELS.queries(questions(layout, labels, texts)))
             for at, fake in enumerate(fakes):
                 for prompt in asked(fake):
                     claim_asked = next(c for c in range(SIZE) if texts.questions[c].tokens == tuple(prompt[-5:]))
@@ -183,7 +184,8 @@ async def test_it_is_one_engine_whose_identity_tells_neither_number_nor_order() 
             assert isinstance(three, Engine)
             assert await three.start() == alone
             assert await three.tokenize(["a b"]) == await one.tokenize(["a b"])
-            assert await three.score([], LABELS) == EngineAnswer([], 0, requests=0, cached_tokens=0)
+            assert await three.detokenize(await three.tokenize(["a b"])) == ["a b"]
+            assert await three.score(LABELS.queries([])) == EngineAnswer([], 0, requests=0, cached_tokens=0)
         await one.aclose()
 
 
@@ -196,7 +198,7 @@ async def test_shares_of_two_labelings_come_back_in_order_and_are_heard_once() -
             assert odds(answer) == pytest.approx(expected([prompts[at] for at in positions]))
             heard.extend(positions)
 
-        answer = await group.score(prompts, LABELS, on_answer=on_answer)
+        answer = await group.score(LABELS.queries(prompts), on_answer=on_answer)
         assert odds(answer) == pytest.approx(expected(prompts))
         assert sorted(heard) == list(range(18))
         assert (answer.requests, answer.prompt_tokens, answer.retries) == (9, 18, 0)
@@ -211,13 +213,13 @@ async def test_a_server_lost_before_a_request_is_stood_in_for_and_the_others_kee
 ) -> None:
     async with servers(3) as fakes, started(fakes) as group:
         prompts = pool(12)
-        await group.score(prompts, LABELS)
+        await group.score(LABELS.queries(prompts))
         before = [asked(fake) for fake in fakes]
         await fakes[1].__aexit__()
         for _ in range(2):
             for fake in fakes:
                 fake.completions[2:] = []
-            assert odds(await group.score(prompts, LABELS)) == pytest.approx(expected(prompts))
+            assert odds(await group.score(LABELS.queries(prompts))) == pytest.approx(expected(prompts))
             for kept, heir in ((0, before[1][:2]), (2, before[1][2:])):
                 assert sorted(asked(fakes[kept])) == sorted(before[kept] + heir)
         assert caplog.text.count("dropped out") == 1
@@ -230,7 +232,7 @@ async def test_a_server_killed_in_the_middle_of_a_request_costs_only_what_it_had
         fakes[0].faults = [Fault(delay=30, times=None, only=lambda body: body["prompt"][0][0] > 51)]
         heard: Counter[int] = Counter()
         scoring = asyncio.create_task(
-            group.score(prompts, LABELS, on_answer=lambda positions, _: heard.update(positions))
+            group.score(LABELS.queries(prompts), on_answer=lambda positions, _: heard.update(positions))
         )
         await until(lambda: len(heard) == 6)
         await fakes[0].__aexit__()
@@ -257,9 +259,9 @@ async def test_many_servers_may_fail_one_after_the_other() -> None:
         prompts = pool(20)
         for fake in fakes[:4]:
             fake.faults = [Fault(status=500, times=None)]
-        assert odds(await group.score(prompts, LABELS)) == pytest.approx(expected(prompts))
-        assert odds(await group.score(prompts, LABELS)) == pytest.approx(expected(prompts))
-        assert len(fakes[4].completions) > 2
+        assert odds(await group.score(LABELS.queries(prompts))) == pytest.approx(expected(prompts))
+        assert odds(await group.score(LABELS.queries(prompts))) == pytest.approx(expected(prompts))
+        assert fakes[4].pools
 
 
 async def test_a_server_with_others_beside_it_is_given_up_sooner_than_the_last_one() -> None:
@@ -267,24 +269,26 @@ async def test_a_server_with_others_beside_it_is_given_up_sooner_than_the_last_o
         for fake in fakes:
             fake.faults = [Fault(status=500, times=None)]
         with pytest.raises(RetriesExhausted, match="after 4 attempts"):
-            await group.score(pool(), LABELS)
-        tries = sorted(len(fake.completions) - 2 for fake in fakes)
+            await group.score(LABELS.queries(pool()))
+        tries = sorted(len(fake.pools) for fake in fakes)
         assert tries[0] == 3
         fakes[0].faults = fakes[1].faults = []
-        assert odds(await group.score(pool(), LABELS)) == pytest.approx(expected(pool())), "it goes on afterwards"
+        assert odds(await group.score(LABELS.queries(pool()))) == pytest.approx(expected(pool())), (
+            "it goes on afterwards"
+        )
 
 
 async def test_the_last_server_is_waited_for_even_if_it_was_asked_in_a_hurry() -> None:
     async with servers(2) as fakes, started(fakes) as group:
         fakes[1].faults = [Fault(status=500, times=None)]
         fakes[0].faults = [Fault(status=500, delay=0.05, times=5)]
-        assert odds(await group.score(pool(), LABELS)) == pytest.approx(expected(pool()))
+        assert odds(await group.score(LABELS.queries(pool()))) == pytest.approx(expected(pool()))
 
 
 async def test_two_batches_at_once_survive_a_loss() -> None:
     async with servers(2) as fakes, started(fakes) as group:
         await fakes[0].__aexit__()
-        first, second = await asyncio.gather(group.score(pool(8), LABELS), group.score(pool(4), LABELS))
+        first, second = await asyncio.gather(group.score(LABELS.queries(pool(8))), group.score(LABELS.queries(pool(4))))
         assert odds(first) == pytest.approx(expected(pool(8)))
         assert odds(second) == pytest.approx(expected(pool(4)))
 
@@ -292,17 +296,17 @@ async def test_two_batches_at_once_survive_a_loss() -> None:
 async def test_a_lost_server_gets_its_part_back_when_it_is_as_it_was(caplog: pytest.LogCaptureFixture) -> None:
     async with servers(2) as fakes, started(fakes, probe_after=0.05) as group:
         await fakes[1].__aexit__()
-        await group.score(pool(), LABELS)
+        await group.score(LABELS.queries(pool()))
         assert asked(fakes[1]) == []
         fakes[1].salt = "another model"
         async with fakes[1]:
             await until(lambda: "stays out: fingerprint" in caplog.text)
-            await group.score(pool(), LABELS)
+            await group.score(LABELS.queries(pool()))
             assert len(asked(fakes[0])) == 16
             fakes[1].salt = ""
             await until(lambda: "is back" in caplog.text)
             fakes[1].completions[2:] = []
-            await group.score(pool(), LABELS)
+            await group.score(LABELS.queries(pool()))
             assert [prompt[0] for prompt in asked(fakes[1])] == [54, 55, 56, 57]
         assert caplog.text.count("stays out") == 1
 
@@ -314,10 +318,10 @@ async def test_a_server_that_is_down_at_the_start_may_join_later(caplog: pytest.
             pass  # a port of its own, where nothing answers
         async with started([late, *fakes], probe_after=0.05) as group:
             assert "cannot be asked yet" in caplog.text
-            assert odds(await group.score(pool(), LABELS)) == pytest.approx(expected(pool()))
+            assert odds(await group.score(LABELS.queries(pool()))) == pytest.approx(expected(pool()))
             async with late:
                 await until(lambda: "is back" in caplog.text)
-                await group.score(pool(), LABELS)
+                await group.score(LABELS.queries(pool()))
                 assert [prompt[0] for prompt in asked(late)] == [50, 51, 52, 53]
 
 
@@ -325,6 +329,7 @@ async def test_tokenizing_goes_on_with_another_server() -> None:
     async with servers(2) as fakes, started(fakes) as group:
         await fakes[0].__aexit__()
         assert await group.tokenize([" True"]) == [[TRUE]]
+        assert await group.detokenize([[TRUE]]) == [" True"]
         assert await group.tokenize_chat(["Hello"]) is None
         fakes[1].chat_template = "{}:"
         assert await group.tokenize_chat(["Hello"]) == [[BOS, *encode("Hello:")]]
@@ -340,7 +345,7 @@ async def test_a_server_that_does_not_say_its_type_is_no_other_engine(known: int
         group = group_of(fakes)
         identity = await group.start()
         assert (identity.dtype, identity.config) == ("bfloat16", "c" * 64)
-        assert len((await group.score(pool(), LABELS)).logprobs) == 8
+        assert len((await group.score(LABELS.queries(pool()))).logprobs) == 8
         await group.aclose()
         fakes[1 - known].trees, fakes[1 - known].dtype = True, "float32"
         other = group_of(fakes)
@@ -384,7 +389,7 @@ async def test_all_lost_is_an_error_within_the_policy() -> None:
                 await fake.__aexit__()
             began = time.monotonic()
             with pytest.raises(RetriesExhausted):
-                await group.score(pool(), LABELS)
+                await group.score(LABELS.queries(pool()))
             assert time.monotonic() - began < 5
 
 
@@ -395,7 +400,7 @@ async def test_a_server_that_dies_of_a_batch_and_is_restarted_is_not_asked_for_e
             fake.faults = [Fault(disconnect=True, delay=0.1, times=None, only=lambda body: len(body["prompt"]) > 1)]
         async with asyncio.timeout(5):
             with pytest.raises(RetriesExhausted):
-                await group.score(pool(), LABELS)
+                await group.score(LABELS.queries(pool()))
 
 
 # Counters, capacity, cancellation
@@ -406,7 +411,7 @@ async def test_counters_add_up_and_never_go_back() -> None:
         prompts = [Prompt((Segment("d", range(64)), Segment("q", [i])), place=i / 4) for i in range(4)]
         before = await group.prefix_cache()
         assert before is not None
-        await group.score(prompts, LABELS)
+        await group.score(LABELS.queries(prompts))
         both = await group.prefix_cache()
         assert both is not None
         assert (both - before).queries == 4 * 65
@@ -441,9 +446,9 @@ async def test_a_cancelled_request_leaves_nothing_running(lost: bool) -> None:
     async with servers(2) as fakes, started(fakes, probe_after=0.01) as group:
         if lost:
             await fakes[0].__aexit__()
-            await group.score(pool(), LABELS)
+            await group.score(LABELS.queries(pool()))
         fakes[1].latency = fakes[0].latency = 30
-        scoring: Coroutine[object, object, EngineAnswer] = group.score(pool(), LABELS)
+        scoring: Coroutine[object, object, EngineAnswer] = group.score(LABELS.queries(pool()))
         task = asyncio.create_task(scoring)
         await until(lambda: fakes[1].in_flight == 1)
         task.cancel()
@@ -462,11 +467,11 @@ async def test_a_claim_that_every_server_fails_for_is_named_and_the_others_are_k
             fake.faults = [fails_for(54)]
         heard: set[int] = set()
         with pytest.raises(RetriesExhausted, match="fails for 'claim 4'"):
-            await group.score(pool(), LABELS, on_answer=lambda positions, _: heard.update(positions))
+            await group.score(LABELS.queries(pool()), on_answer=lambda positions, _: heard.update(positions))
         assert len(heard) == len(pool()) - 1
 
 
 async def test_a_claim_that_one_server_fails_for_is_answered_by_another() -> None:
     async with servers(2) as fakes, started(fakes) as group:
         fakes[1].faults = [fails_for(54)]
-        assert odds(await group.score(pool(), LABELS)) == pytest.approx(expected(pool()))
+        assert odds(await group.score(LABELS.queries(pool()))) == pytest.approx(expected(pool()))

@@ -24,15 +24,16 @@ from core.llm_api.errors import (
     TransientError,
 )
 from core.llm_api.retry import RetryPolicy
-from core.llm_api.tokens import CANARY_TEXT, resolve_label_tokens
+from core.llm_api.tokens import CANARY_TEXT, spell_labels
 from core.llm_api.transport import HttpOptions
-from core.llm_api.types import Engine, EngineAnswer, LabelTokens, Prompt, Segment
+from core.llm_api.types import Engine, EngineAnswer, Prompt, Segment
 from core.llm_api.vllm_llm import VLLMClient
 from icm_vllm.prompt_tree import PATH
 from tests.core.fake_server import BOS, FALSE, TRUE, FakeVLLM, Fault, hashed_log_odds
+from tests.core.two_labels import log_odds, two
 
 KEY = "sk-planted-0123456789"
-LABELS = LabelTokens(true_id=TRUE, false_id=FALSE)
+LABELS = two(TRUE, FALSE)
 QUICK = RetryPolicy(max_attempts=3, deadline=10, base=0.01, cap=0.02)
 
 
@@ -82,8 +83,8 @@ async def test_a_pool_is_one_request_in_order(server: FakeVLLM) -> None:
     engine = await started(server)
     server.shuffle = True
     pool = prompts(300)
-    answer = await engine.score(pool, LABELS)
-    assert [a.log_odds for a in answer.logprobs] == pytest.approx([hashed_log_odds(p.token_ids) for p in pool])
+    answer = await engine.score(LABELS.queries(pool))
+    assert [log_odds(a) for a in answer.logprobs] == pytest.approx([hashed_log_odds(p.token_ids) for p in pool])
     assert (answer.requests, answer.retries, answer.prompt_tokens) == (1, 0, 300 * 4)
     assert [body["prompt"] for body in server.pools] == [[p.token_ids for p in pool]]
     assert server.pools[0]["logprob_token_ids"] == [TRUE, FALSE]
@@ -98,8 +99,8 @@ async def test_a_server_with_our_extension_gets_pools_as_trees() -> None:
         closing.push_async_callback(engine.aclose)
         assert engine.takes_trees
         pool = prompts(300)
-        answer = await engine.score(pool, LABELS)
-        assert [a.log_odds for a in answer.logprobs] == pytest.approx([hashed_log_odds(p.token_ids) for p in pool])
+        answer = await engine.score(LABELS.queries(pool))
+        assert [log_odds(a) for a in answer.logprobs] == pytest.approx([hashed_log_odds(p.token_ids) for p in pool])
         assert (answer.requests, answer.retries, answer.prompt_tokens) == (1, 0, 300 * 4)
         assert answer.cached_tokens == 0
         assert [body["prompt"] for body in server.pools] == [[p.token_ids for p in pool]]
@@ -112,7 +113,7 @@ async def test_a_tree_is_told_how_much_of_it_was_cached() -> None:
         closing.push_async_callback(engine.aclose)
         pool = prompts(4, length=39)
         before = await engine.prefix_cache()
-        answers = [await engine.score(pool, LABELS) for _ in range(2)]
+        answers = [await engine.score(LABELS.queries(pool)) for _ in range(2)]
         after = await engine.prefix_cache()
         assert before is not None
         assert after is not None
@@ -120,7 +121,7 @@ async def test_a_tree_is_told_how_much_of_it_was_cached() -> None:
         assert (after - before).hits == 7 * 32
         plain = await started(server, use_extension=False)
         closing.push_async_callback(plain.aclose)
-        assert (await plain.score(pool, LABELS)).cached_tokens is None
+        assert (await plain.score(LABELS.queries(pool))).cached_tokens is None
 
 
 async def test_kernels_and_their_type_are_part_of_who_answers() -> None:
@@ -144,7 +145,7 @@ async def test_an_extension_of_another_format_or_model_is_left_alone(monkeypatch
         engine = await started(server, use_extension=False)
         closing.push_async_callback(engine.aclose)
         assert not engine.takes_trees
-        await engine.score(prompts(2), LABELS)
+        await engine.score(LABELS.queries(prompts(2)))
         assert server.requests.count(PATH) == 1  # asked what it is, and no pool was sent there
     async with FakeVLLM(trees=True, exact_labels="rejected") as server, AsyncExitStack() as closing:
         engine = await started(server)
@@ -159,8 +160,8 @@ async def test_a_server_that_loses_its_extension_gets_whole_prompts(caplog: pyte
         server.trees = False
         pool = prompts(3)
         for _ in range(2):
-            answer = await engine.score(pool, LABELS)
-            assert [a.log_odds for a in answer.logprobs] == pytest.approx([hashed_log_odds(p.token_ids) for p in pool])
+            answer = await engine.score(LABELS.queries(pool))
+            assert [log_odds(a) for a in answer.logprobs] == pytest.approx([hashed_log_odds(p.token_ids) for p in pool])
         assert not engine.takes_trees
         assert caplog.text.count("no longer takes pools as trees") == 1
 
@@ -171,7 +172,7 @@ async def test_a_label_without_a_logprob_is_missing_in_a_tree_too() -> None:
         closing.push_async_callback(engine.aclose)
         server.drop = {TRUE}
         with pytest.raises(MissingLabel, match="claim 0"):
-            await engine.score(prompts(2), LABELS)
+            await engine.score(LABELS.queries(prompts(2)))
 
 
 @pytest.mark.parametrize(
@@ -190,15 +191,15 @@ async def test_a_malformed_answer_to_a_tree_is_asked_again(patch: Callable[[dict
         closing.push_async_callback(engine.aclose)
         server.faults = [Fault(patch=patch)]
         pool = prompts(3)
-        answer = await engine.score(pool, LABELS)
-        assert [a.log_odds for a in answer.logprobs] == pytest.approx([hashed_log_odds(p.token_ids) for p in pool])
+        answer = await engine.score(LABELS.queries(pool))
+        assert [log_odds(a) for a in answer.logprobs] == pytest.approx([hashed_log_odds(p.token_ids) for p in pool])
 
 
 async def test_no_request_is_larger_than_vllm_allows(server: FakeVLLM) -> None:
     engine = await started(server)
-    assert (await engine.score(prompts(1025, 1), LABELS)).requests == 2
+    assert (await engine.score(LABELS.queries(prompts(1025, 1)))).requests == 2
     assert sorted(len(body["prompt"]) for body in server.pools) == [1, 1024]
-    assert await engine.score([], LABELS) == EngineAnswer([], 0, requests=0, cached_tokens=0)
+    assert await engine.score(LABELS.queries([])) == EngineAnswer([], 0, requests=0, cached_tokens=0)
     await engine.aclose()
 
 
@@ -208,8 +209,8 @@ async def test_splitting_keeps_order_and_bounds_concurrency(server: FakeVLLM) ->
     server.latency = 0.02
     heard: list[list[int]] = []
     pool = prompts(15)
-    answer = await engine.score(pool, LABELS, on_answer=lambda positions, _: heard.append(list(positions)))
-    assert [a.log_odds for a in answer.logprobs] == pytest.approx([hashed_log_odds(p.token_ids) for p in pool])
+    answer = await engine.score(LABELS.queries(pool), on_answer=lambda positions, _: heard.append(list(positions)))
+    assert [log_odds(a) for a in answer.logprobs] == pytest.approx([hashed_log_odds(p.token_ids) for p in pool])
     assert [body["prompt"][0][-1] for body in server.pools] == list(range(0, 15, 2))
     assert server.max_in_flight == 3
     assert sorted(heard) == [[start, start + 1] for start in range(0, 14, 2)] + [[14]]
@@ -228,7 +229,7 @@ async def test_the_first_failure_soon_ends_the_others(server: FakeVLLM, monkeypa
     server.faults.append(Fault(delay=30, times=None))
     began = time.monotonic()
     with pytest.raises(RequestRejected, match="bad prompt"):
-        await engine.score(prompts(5), LABELS)
+        await engine.score(LABELS.queries(prompts(5)))
     assert time.monotonic() - began < 5
     await asyncio.sleep(0.1)
     assert server.in_flight == 0
@@ -253,9 +254,9 @@ async def test_the_first_failure_soon_ends_the_others(server: FakeVLLM, monkeypa
 async def test_what_may_pass_is_asked_again(server: FakeVLLM, fault: Fault) -> None:
     engine = await started(server)
     server.faults = [Fault(**{**vars(fault), "patch": _in_place(fault.patch), "times": 1})]
-    answer = await engine.score(prompts(3), LABELS)
+    answer = await engine.score(LABELS.queries(prompts(3)))
     assert answer.retries == 1
-    assert [a.log_odds for a in answer.logprobs] == pytest.approx([hashed_log_odds(p.token_ids) for p in prompts(3)])
+    assert [log_odds(a) for a in answer.logprobs] == pytest.approx([hashed_log_odds(p.token_ids) for p in prompts(3)])
     await engine.aclose()
 
 
@@ -280,7 +281,7 @@ async def test_retries_end(server: FakeVLLM, fault: Fault, cause: type[Exception
     engine = await started(server)
     server.faults = [fault]
     with pytest.raises(RetriesExhausted, match="after 3 attempts") as caught:
-        await engine.score(prompts(1), LABELS)
+        await engine.score(LABELS.queries(prompts(1)))
     assert isinstance(caught.value.__cause__, cause)
     assert len(server.pools) == 3
     assert len(str(caught.value)) < 500
@@ -302,7 +303,7 @@ async def test_final_statuses_are_asked_once_and_say_what_to_do(server: FakeVLLM
     engine = await started(server)
     server.faults = [Fault(status=status, body={"error": {"message": "the server's words"}}, times=None)]
     with pytest.raises(RequestRejected, match="the server's words") as caught:
-        await engine.score(prompts(1), LABELS)
+        await engine.score(LABELS.queries(prompts(1)))
     assert caught.value.status == status
     assert hint in caught.value.hint
     assert len(server.pools) == 1
@@ -313,7 +314,7 @@ async def test_retry_after_is_waited_for(server: FakeVLLM) -> None:
     engine = await started(server)
     server.faults = [Fault(status=429, headers={"Retry-After": "0.3"})]
     began = time.monotonic()
-    await engine.score(prompts(1), LABELS)
+    await engine.score(LABELS.queries(prompts(1)))
     assert 0.3 <= time.monotonic() - began < 2
     await engine.aclose()
 
@@ -323,7 +324,7 @@ async def test_the_slot_is_free_while_waiting_to_retry(server: FakeVLLM) -> None
     engine = await started(server, options=options, prompts_per_request=1)
     server.faults = [Fault(status=429, headers={"Retry-After": "0.5"}, only=lambda b: b["prompt"][0][-1] == 0)]
     finished: list[int] = []
-    await engine.score(prompts(3), LABELS, on_answer=lambda positions, _: finished.extend(positions))
+    await engine.score(LABELS.queries(prompts(3)), on_answer=lambda positions, _: finished.extend(positions))
     assert finished == [1, 2, 0]
     await engine.aclose()
 
@@ -331,10 +332,10 @@ async def test_the_slot_is_free_while_waiting_to_retry(server: FakeVLLM) -> None
 async def test_a_silent_server_times_out_and_a_slow_one_does_not(server: FakeVLLM) -> None:
     engine = await started(server, options=HttpOptions(retry=RetryPolicy(1), read_timeout=0.3))
     server.latency = 0.1
-    await engine.score(prompts(1), LABELS)
+    await engine.score(LABELS.queries(prompts(1)))
     server.latency = 3
     with pytest.raises(RetriesExhausted, match=r"sent nothing for 0\.3 s"):
-        await engine.score(prompts(1), LABELS)
+        await engine.score(LABELS.queries(prompts(1)))
     await engine.aclose()
 
 
@@ -362,7 +363,7 @@ async def test_a_server_that_restarts_is_waited_for() -> None:
     await server.__aenter__()
     engine = await started(server, options=HttpOptions(retry=RetryPolicy(50, base=0.05, cap=0.05)))
     await server.__aexit__()
-    asking = asyncio.create_task(engine.score(prompts(1), LABELS))
+    asking = asyncio.create_task(engine.score(LABELS.queries(prompts(1))))
     await asyncio.sleep(0.2)
     assert not asking.done()
     async with server:
@@ -383,8 +384,8 @@ async def test_an_old_server_is_asked_for_its_top_20(support: str, caplog: pytes
         engine = await started(server)
         assert not engine.exact_labels
         assert "top 20" in caplog.text
-        answer = await engine.score(prompts(4), LABELS)
-        assert [a.log_odds for a in answer.logprobs] == pytest.approx(
+        answer = await engine.score(LABELS.queries(prompts(4)))
+        assert [log_odds(a) for a in answer.logprobs] == pytest.approx(
             [hashed_log_odds(p.token_ids) for p in prompts(4)]
         )
         assert server.pools[0]["logprobs"] == 20
@@ -395,7 +396,7 @@ async def test_an_old_server_is_asked_for_its_top_20(support: str, caplog: pytes
 async def test_a_server_with_fewer_logprobs() -> None:
     async with FakeVLLM(exact_labels="ignored", max_logprobs=5) as server:
         engine = await started(server)
-        await engine.score(prompts(1), LABELS)
+        await engine.score(LABELS.queries(prompts(1)))
         assert server.completions[-1]["logprobs"] == 5
         await engine.aclose()
 
@@ -405,7 +406,7 @@ async def test_a_missing_label_names_its_prompt_and_is_not_retried() -> None:
         engine = await started(server)
         server.drop = {TRUE}
         with pytest.raises(MissingLabel, match=r"'claim 0'.*token_id:5852"):
-            await engine.score(prompts(2), LABELS)
+            await engine.score(LABELS.queries(prompts(2)))
         assert len(server.pools) == 1
         await engine.aclose()
 
@@ -414,12 +415,12 @@ async def test_a_missing_label_is_floored_by_request() -> None:
     async with FakeVLLM(exact_labels="ignored") as server:
         engine = await started(server, missing_label="floor")
         server.drop = {TRUE}
-        (answer,) = (await engine.score(prompts(1), LABELS)).logprobs
+        (answer,) = (await engine.score(LABELS.queries(prompts(1)))).logprobs
         assert answer.floored
-        assert answer.true < answer.false
+        assert log_odds(answer) < 0
         server.drop = {TRUE, FALSE}
         with pytest.raises(MissingLabel):
-            await engine.score(prompts(1), LABELS)
+            await engine.score(LABELS.queries(prompts(1)))
         await engine.aclose()
 
 
@@ -436,16 +437,26 @@ async def test_tokenize(server: FakeVLLM) -> None:
     plain, special = await engine.tokenize([" True", "a b"]), await engine.tokenize([" True"], special=True)
     assert (plain[0], len(plain[1]), special) == ([TRUE], 2, [[1, TRUE]])
     assert await engine.tokenize([]) == []
-    assert await resolve_label_tokens(engine) == LabelTokens(" True", " False", TRUE, FALSE)
+    assert await spell_labels(engine) == two(TRUE, FALSE)
     server.split_labels = True
-    assert (await resolve_label_tokens(engine)).true == "True"
+    assert (await spell_labels(engine)).texts == ("False", "True")
+    await engine.aclose()
+
+
+async def test_detokenize(server: FakeVLLM) -> None:
+    engine = await started(server)
+    tokens = await engine.tokenize([" True", "a b"])
+    assert await engine.detokenize(tokens) == [" True", "a b"]
+    assert await engine.detokenize([]) == []
+    server.detokenizes = False  # a gateway that passes fewer paths
+    assert await engine.detokenize(tokens) is None
     await engine.aclose()
 
 
 async def test_prefix_cache_and_capacity(server: FakeVLLM) -> None:
     engine = await started(server)
     before = await engine.prefix_cache()
-    await engine.score(prompts(4, length=64), LABELS)
+    await engine.score(LABELS.queries(prompts(4, length=64)))
     asked = await engine.prefix_cache() - before
     assert (asked.queries, asked.hits) == (4 * 65, 3 * 64)
     assert await engine.kv_cache_tokens() == 4096 * 16
@@ -464,7 +475,7 @@ async def test_the_key_is_sent_and_shown_nowhere(caplog: pytest.LogCaptureFixtur
             assert server.authorizations[0] == f"Bearer {KEY}"
             server.faults = [Fault(status=500, body={"error": {"message": f"key {KEY} broke"}}, times=None)]
             with pytest.raises(RetriesExhausted) as caught:
-                await engine.score(prompts(1), LABELS)
+                await engine.score(LABELS.queries(prompts(1)))
             await engine.aclose()
             wrong = client(server, api_key=SecretStr(KEY + "wrong"))
             with pytest.raises(RequestRejected, match="Check VLLM_API_KEY") as refused:
@@ -484,7 +495,7 @@ async def test_redirects_do_not_carry_the_key_away(server: FakeVLLM) -> None:
     engine = await started(server)
     server.faults = [Fault(status=307, headers={"Location": "http://127.0.0.1:9/"})]
     with pytest.raises(RequestRejected, match="not followed"):
-        await engine.score(prompts(1), LABELS)
+        await engine.score(LABELS.queries(prompts(1)))
     await engine.aclose()
 
 
@@ -493,10 +504,10 @@ async def test_a_large_body_travels_whole(server: FakeVLLM) -> None:
     shared = Segment("d", list(range(100_000, 107_000)))
     pool = [Prompt((shared, Segment("q", [i]))) for i in range(60)]
     before = engine.bytes_sent
-    answer = await engine.score(pool, LABELS)
-    body = len(token_body(vllm_fields(server.model, LABELS), pool))
+    answer = await engine.score(LABELS.queries(pool))
+    body = len(token_body(vllm_fields(server.model, LABELS.asked.ids), pool))
     assert engine.bytes_sent - before == body
-    assert answer.logprobs[59].log_odds == pytest.approx(hashed_log_odds(pool[59].token_ids))
+    assert log_odds(answer.logprobs[59]) == pytest.approx(hashed_log_odds(pool[59].token_ids))
     await engine.aclose()
 
 
@@ -509,10 +520,10 @@ async def test_answers_beside_one_that_lacks_a_label_are_kept(server: FakeVLLM) 
     heard: dict[int, float] = {}
 
     def on_answer(positions: Any, answer: EngineAnswer) -> None:
-        heard.update(zip(positions, (logprobs.log_odds for logprobs in answer.logprobs), strict=True))
+        heard.update(zip(positions, (log_odds(logprobs) for logprobs in answer.logprobs), strict=True))
 
     with pytest.raises(MissingLabel, match="claim 2"):
-        await engine.score(prompts(4), LABELS, on_answer=on_answer)
+        await engine.score(LABELS.queries(prompts(4)), on_answer=on_answer)
     assert heard == {at: pytest.approx(hashed_log_odds(prompts(4)[at].token_ids)) for at in (0, 1, 3)}
     await engine.aclose()
 
@@ -523,7 +534,7 @@ async def test_answers_on_their_way_when_another_request_fails_are_kept(server: 
     server.faults = [bad, Fault(delay=0.3, times=None)]
     heard: list[int] = []
     with pytest.raises(RequestRejected, match="bad prompt"):
-        await engine.score(prompts(5), LABELS, on_answer=lambda positions, _: heard.extend(positions))
+        await engine.score(LABELS.queries(prompts(5)), on_answer=lambda positions, _: heard.extend(positions))
     assert sorted(heard) == [0, 1, 3, 4]
     await engine.aclose()
 
@@ -534,7 +545,7 @@ async def test_nothing_new_is_sent_after_a_failure(server: FakeVLLM) -> None:
     server.faults = [Fault(status=400, body={"error": {"message": "bad prompt"}})]
     asked = len(server.pools)
     with pytest.raises(RequestRejected, match="bad prompt"):
-        await engine.score(prompts(20), LABELS)
+        await engine.score(LABELS.queries(prompts(20)))
     assert len(server.pools) == asked + 1
     await engine.aclose()
 
@@ -555,14 +566,14 @@ async def test_a_server_that_comes_back_as_another_is_not_believed(
     server = FakeVLLM(trees=trees)
     await server.__aenter__()
     engine = await started(server)
-    assert len((await engine.score(prompts(2), LABELS)).logprobs) == 2
+    assert len((await engine.score(LABELS.queries(prompts(2)))).logprobs) == 2
     await server.__aexit__()
     for name, value in changes.items():
         setattr(server, name, value)
     heard: list[int] = []
     async with server:
         with pytest.raises((ServerChanged, RequestRejected), match=told):
-            await engine.score(prompts(4), LABELS, on_answer=lambda positions, _: heard.extend(positions))
+            await engine.score(LABELS.queries(prompts(4)), on_answer=lambda positions, _: heard.extend(positions))
         assert not heard
         await engine.aclose()
 
@@ -571,23 +582,23 @@ async def test_a_server_that_comes_back_in_another_type_is_not_believed() -> Non
     async with FakeVLLM(trees=True, dtype="bfloat16") as server:
         engine = await started(server)
         engine._http.era += 1
-        assert len((await engine.score(prompts(2), LABELS)).logprobs) == 2
+        assert len((await engine.score(LABELS.queries(prompts(2)))).logprobs) == 2
         server.dtype = "float32"
         engine._http.era += 1
         with pytest.raises(ServerChanged, match="dtype 'float32', not 'bfloat16'"):
-            await engine.score(prompts(2, length=5), LABELS)
+            await engine.score(LABELS.queries(prompts(2, length=5)))
         await engine.aclose()
 
 
 async def test_a_server_that_comes_back_with_another_configuration_of_its_model_is_not_believed() -> None:
     async with FakeVLLM(trees=True, config="one") as server:
         engine = await started(server)
-        assert engine._identity is not None
-        assert engine._identity.config == "one"
+        assert engine._check is not None
+        assert engine._check.known.config == "one"
         server.config = "another"
         engine._http.era += 1
         with pytest.raises(ServerChanged, match="another configuration of the model"):
-            await engine.score(prompts(2), LABELS)
+            await engine.score(LABELS.queries(prompts(2)))
         await engine.aclose()
 
 
@@ -598,11 +609,11 @@ async def test_a_server_that_comes_back_as_it_was_is_believed_and_asked_once_who
     await server.__aexit__()
     async with server:
         before = len(server.requests)
-        answer = await engine.score(prompts(4), LABELS)
+        answer = await engine.score(LABELS.queries(prompts(4)))
         assert len(answer.logprobs) == 4
         assert server.requests[before:].count("/version") == 1
         assert server.requests.count("/version") == 2
-        await engine.score(prompts(4, length=5), LABELS)
+        await engine.score(LABELS.queries(prompts(4, length=5)))
         assert server.requests.count("/version") == 2
         await engine.aclose()
 
@@ -611,7 +622,7 @@ async def test_kernels_may_differ_a_little_between_two_askings(server: FakeVLLM)
     engine = await started(server)
     server.log_odds = lambda tokens: hashed_log_odds(tokens) + 0.1
     engine._http.era += 1
-    await engine.score(prompts(1), LABELS)
+    await engine.score(LABELS.queries(prompts(1)))
     await engine.aclose()
 
 
@@ -619,13 +630,13 @@ async def test_an_extension_that_was_lost_is_found_again(caplog: pytest.LogCaptu
     async with FakeVLLM(trees=True) as server:
         engine = await started(server)
         server.trees = False
-        await engine.score(prompts(2), LABELS)
+        await engine.score(LABELS.queries(prompts(2)))
         assert not engine.takes_trees
         server.trees = True
-        await engine.score(prompts(2, length=4), LABELS)
+        await engine.score(LABELS.queries(prompts(2, length=4)))
         assert not engine.takes_trees  # not asked at every request
         engine._trees_again = time.monotonic()  # a minute later
-        await engine.score(prompts(2, length=5), LABELS)
+        await engine.score(LABELS.queries(prompts(2, length=5)))
         assert engine.takes_trees
         assert server.requests[-1] == PATH
         assert caplog.text.count("takes pools as trees again") == 1
@@ -635,7 +646,7 @@ async def test_an_extension_that_was_lost_is_found_again(caplog: pytest.LogCaptu
 async def test_an_answer_to_other_prompts_is_asked_for_again(server: FakeVLLM) -> None:
     engine = await started(server)
     server.faults = [Fault(patch=lambda answer: answer["usage"].update(prompt_tokens=999))]
-    assert (await engine.score(prompts(2), LABELS)).retries == 1
+    assert (await engine.score(LABELS.queries(prompts(2)))).retries == 1
     await engine.aclose()
 
 
@@ -643,7 +654,7 @@ async def test_an_answer_to_other_prompts_is_asked_for_again(server: FakeVLLM) -
 
 
 def odds(answer: EngineAnswer) -> list[float]:
-    return [logprobs.log_odds for logprobs in answer.logprobs]
+    return [log_odds(logprobs) for logprobs in answer.logprobs]
 
 
 def expected(pool: list[Prompt]) -> Any:
@@ -667,7 +678,7 @@ async def test_every_path_lies_behind_a_gateways_prefix(trees: bool) -> None:
         assert server.url.endswith("/models/one")
         engine = await started(server, api_key=SecretStr(KEY), options=HttpOptions(liveness_timeout=0.3))
         server.latency = 0.3
-        assert odds(await engine.score(prompts(4), LABELS)) == expected(prompts(4))
+        assert odds(await engine.score(LABELS.queries(prompts(4)))) == expected(prompts(4))
         assert engine.takes_trees == trees
         assert await engine.tokenize([" True"]) == [[TRUE]]
         assert await engine.kv_cache_tokens() == 4096 * 16
@@ -691,10 +702,10 @@ async def test_without_tokenize_texts_are_tokenized_by_completing_them(caplog: p
         assert [await engine.tokenize(texts), await engine.tokenize(["a", "b"], special=True)] == asked
         assert await engine.tokenize_chat(["Is it?"]) == chat
         assert await engine.tokenize([]) == []
-        assert await resolve_label_tokens(engine) == LabelTokens(" True", " False", TRUE, FALSE)
-        assert odds(await engine.score(prompts(4), LABELS)) == expected(prompts(4))
+        assert await spell_labels(engine) == two(TRUE, FALSE)
+        assert odds(await engine.score(LABELS.queries(prompts(4)))) == expected(prompts(4))
         engine._http.era += 1
-        assert odds(await engine.score(prompts(4, length=5), LABELS)) == expected(prompts(4, length=5))
+        assert odds(await engine.score(LABELS.queries(prompts(4, length=5)))) == expected(prompts(4, length=5))
         assert caplog.text.count("passes no /tokenize on (HTTP 404)") == 1
         assert server.requests.count("/tokenize") == 1
         server.chat_template = None
@@ -718,22 +729,22 @@ async def test_a_gateway_that_counts_a_token_more_or_less_is_believed(
 ) -> None:
     async with FakeVLLM(miscounts=miscounts) as server:
         engine = await started(server)
-        answer = await engine.score(prompts(5), LABELS)
+        answer = await engine.score(LABELS.queries(prompts(5)))
         assert (odds(answer), answer.retries, answer.prompt_tokens) == (expected(prompts(5)), 0, 5 * 4)
         assert caplog.text.count("taken for its way of counting") == 1
         engine._http.era += 1
-        assert odds(await engine.score(prompts(3, length=5), LABELS)) == expected(prompts(3, length=5))
+        assert odds(await engine.score(LABELS.queries(prompts(3, length=5)))) == expected(prompts(3, length=5))
         server.faults = [Fault(patch=lambda answer: answer["usage"].update(prompt_tokens=5 * 4 + 7))]
-        assert (await engine.score(prompts(5, length=6), LABELS)).retries == 1, "an answer to other prompts"
+        assert (await engine.score(LABELS.queries(prompts(5, length=6)))).retries == 1, "an answer to other prompts"
         await engine.aclose()
 
 
 async def test_a_first_count_that_was_a_slip_is_forgotten(server: FakeVLLM) -> None:
     server.faults = [Fault(patch=lambda answer: answer["usage"].update(prompt_tokens=99), times=2)]
     engine = await started(server)
-    assert odds(await engine.score(prompts(2), LABELS)) == expected(prompts(2))
+    assert odds(await engine.score(LABELS.queries(prompts(2)))) == expected(prompts(2))
     server.faults = [Fault(patch=lambda answer: answer["usage"].update(prompt_tokens=9))]
-    assert (await engine.score(prompts(2, length=5), LABELS)).retries == 1
+    assert (await engine.score(LABELS.queries(prompts(2, length=5)))).retries == 1
     await engine.aclose()
 
 
@@ -777,7 +788,7 @@ async def test_a_server_that_comes_back_with_logits_is_not_believed(server: Fake
     server.logits = 20.0
     engine._http.era += 1
     with pytest.raises((ServerChanged, RetriesExhausted), match="above 0"):
-        await engine.score(prompts(2), LABELS)
+        await engine.score(LABELS.queries(prompts(2)))
     await engine.aclose()
 
 
@@ -787,7 +798,7 @@ async def test_an_old_server_that_lacks_a_label_is_told_from_a_prompt_that_ends_
         engine = await started(server)
         server.drop = {TRUE}
         with pytest.raises(MissingLabel) as caught:
-            await engine.score(prompts(2), LABELS)
+            await engine.score(LABELS.queries(prompts(2)))
         assert "This server (vLLM 0.19.1) lists its top 20 alone; vLLM 0.26 and newer" in caught.value.hint
         assert "missing_label to floor" in caught.value.hint
         await engine.aclose()
@@ -802,12 +813,12 @@ async def test_requests_too_large_for_what_stands_before_the_server_are_split(
     async with FakeVLLM(trees=trees, max_body=5_000) as server:
         engine = await started(server)
         kept = Kept()
-        answer = await engine.score(pool, LABELS, on_answer=kept)
+        answer = await engine.score(LABELS.queries(pool), on_answer=kept)
         assert (odds(answer), sorted(kept)) == (expected(pool), list(range(64)))
         assert answer.requests == len(server.pools) > 1
         refused = server.requests.count(PATH if trees else "/v1/completions")
         again = len(server.pools)
-        assert odds(await engine.score(pool, LABELS)) == expected(pool)
+        assert odds(await engine.score(LABELS.queries(pool))) == expected(pool)
         now = server.requests.count(PATH if trees else "/v1/completions")
         later = server.pools[again:]
         assert now - refused == len(later), "none is refused again"
@@ -823,7 +834,7 @@ async def test_a_prompt_that_is_too_large_alone_is_named(trees: bool) -> None:
         engine = await started(server)
         kept = Kept()
         with pytest.raises(RequestRejected, match=r"prompt 'claim long' alone is a request of 7,\d+ bytes") as caught:
-            await engine.score(pool, LABELS, on_answer=kept)
+            await engine.score(LABELS.queries(pool), on_answer=kept)
         assert (caught.value.status, "client_max_body_size" in caught.value.hint) == (413, True)
         assert set(kept) >= {0, 1}
         await engine.aclose()
@@ -854,7 +865,7 @@ async def test_a_prompt_that_fails_its_request_is_found_and_the_others_are_kept(
         ]
         kept = Kept()
         with pytest.raises(error) as caught:
-            await engine.score(prompts(64), LABELS, on_answer=kept)
+            await engine.score(LABELS.queries(prompts(64)), on_answer=kept)
         for token in bad:
             assert f"'claim {token}'" in str(caught.value)
         assert str(caught.value).count("'claim ") == len(bad)
@@ -864,10 +875,19 @@ async def test_a_prompt_that_fails_its_request_is_found_and_the_others_are_kept(
         await engine.aclose()
 
 
+@pytest.mark.parametrize(("status", "error"), [(500, RetriesExhausted), (400, RequestRejected)])
+async def test_a_prompt_that_was_sent_alone_is_named(server: FakeVLLM, status: int, error: type[Exception]) -> None:
+    engine = await started(server, prompts_per_request=1)
+    server.faults = [Fault(status=status, body={"error": {"message": "boom"}}, only=has(2), times=None)]
+    with pytest.raises(error, match=r"^prompt 'claim 2': .*boom"):
+        await engine.score(LABELS.queries(prompts(4)))
+    await engine.aclose()
+
+
 async def test_a_prompt_that_failed_only_for_a_while_is_answered(server: FakeVLLM) -> None:
     engine = await started(server)
     server.faults = [Fault(status=500, times=4)]
-    answer = await engine.score(prompts(8), LABELS)
+    answer = await engine.score(LABELS.queries(prompts(8)))
     assert odds(answer) == expected(prompts(8))
     assert answer.requests == 2
     await engine.aclose()
@@ -878,7 +898,7 @@ async def test_a_server_that_fails_for_everything_is_soon_left_alone(server: Fak
     engine = await started(server)
     server.faults = [Fault(status=status, body={"error": {"message": "boom"}}, times=None)]
     with pytest.raises((RetriesExhausted, RequestRejected), match="boom") as caught:
-        await engine.score(prompts(1024), LABELS)
+        await engine.score(LABELS.queries(prompts(1024)))
     assert "claim" not in str(caught.value)
     attempts = {400: (1, 1), 500: (3, 2)}[status]
     assert len(server.pools) <= attempts[0] + attempts[1] * 13
@@ -894,7 +914,7 @@ async def test_a_server_that_is_busy_or_gone_is_not_searched(fault: Fault | str,
     else:
         server.faults = [Fault(**{**vars(fault), "times": None})]
     with pytest.raises(RetriesExhausted, match="after 3 attempts"):
-        await engine.score(prompts(64), LABELS)
+        await engine.score(LABELS.queries(prompts(64)))
     assert len(server.completions) - asked == (0 if fault == "down" else 3)
     await engine.aclose()
 
@@ -907,7 +927,7 @@ async def test_a_search_ends_where_another_request_fails_for_good(server: FakeVL
         Fault(status=401, body={"error": {"message": "no more"}}, only=has(20), times=None),
     ]
     with pytest.raises(RequestRejected, match="no more"):
-        await engine.score(prompts(64), LABELS)
+        await engine.score(LABELS.queries(prompts(64)))
     assert len(server.pools) <= 3
     await engine.aclose()
 
@@ -918,12 +938,12 @@ async def test_connections_that_end_after_every_answer_cost_a_check_an_answer_an
     async with FakeVLLM(trees=trees, dtype="float32", drops_connections=True) as server, asyncio.timeout(60):
         engine = await started(server, options=options, prompts_per_request=8)
         asked = len(server.requests)
-        assert odds(await engine.score(prompts(32), LABELS)) == expected(prompts(32))
+        assert odds(await engine.score(LABELS.queries(prompts(32)))) == expected(prompts(32))
         a_check = 5 if trees else 4
         assert len(server.requests) - asked <= 4 * (1 + a_check) + 8  # some break before they are answered
         server.log_odds = lambda tokens: 0.3 - hashed_log_odds(tokens)
         kept = Kept()
         with pytest.raises(ServerChanged, match="other answers to a fixed prompt"):
-            await engine.score(prompts(16, length=5), LABELS, on_answer=kept)
+            await engine.score(LABELS.queries(prompts(16, length=5)), on_answer=kept)
         assert not kept
         await engine.aclose()

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 
 from core.llm_api.response_cache import ResponseCache
-from core.llm_api.types import LabelLogprobs
 from src.experiments.cache_command import main
+from tests.core.two_labels import pair
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     path = tmp_path / "responses.sqlite"
     with ResponseCache(path) as cache:
-        cache.put_many({bytes([i]) * 32: LabelLogprobs(-1, -2) for i in range(10)})
+        cache.put_many({bytes([i]) * 32: pair(-1, -2) for i in range(10)})
     return path
 
 

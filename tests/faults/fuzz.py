@@ -38,7 +38,7 @@ with _WATCH:
     from core.llm_api.http_text import _generation, _pieces, _vectors
     from core.llm_api.retry import parse_retry_after
     from core.llm_api.transport import server_message
-    from core.llm_api.types import LabelTokens, Prompt, Segment
+    from core.llm_api.types import Prompt, Segment
     from core.llm_api.vllm_metrics import kv_block_size, kv_cache_capacity, prefix_cache_counters
     from core.settings import Settings, read_secrets
     from icm_vllm.prompt_tree import read_request
@@ -53,7 +53,7 @@ with _WATCH:
     from src.pipeline.run_reader import read_all
     from src.reporting.page import render_report
 
-LABELS = LabelTokens(true_id=7, false_id=9)
+LABELS = (7, 9)
 PROMPTS = [Prompt((Segment("x", [i, 1]), Segment("y", [2])), name=f"claim {i}") for i in range(2)]
 MEMORY = Path("/dev/shm")  # a disk would be what is waited for
 _HOME = Path(tempfile.gettempdir()) / f"icm-fuzz-{os.getpid()}"

@@ -33,15 +33,16 @@ from matplotlib.figure import Figure
 
 from core.llm_api.llm import ModelAPI
 from core.llm_api.response_cache import cache_key
-from core.llm_api.types import EngineIdentity, LabelTokens, Prompt, Segment
+from core.llm_api.types import EngineIdentity, Prompt, Segment
 from core.llm_api.vllm_llm import VLLMClient
 from src.experiments.ICM import main
 from tests.core.fake_server import FALSE, TRUE, FakeVLLM, label_distribution
+from tests.core.two_labels import two
 from tests.faults.proxy import FaultProxy
 
 T = TypeVar("T")
 SCRIPT = Path(__file__).resolve().parents[2] / "src" / "experiments" / "ICM.py"
-LABELS = LabelTokens(" True", " False", TRUE, FALSE)
+LABELS = two(TRUE, FALSE)
 MODEL = "fake-8b"
 PATIENCE = {
     "ICM_READ_TIMEOUT": "4",
@@ -139,7 +140,7 @@ class World:
 
     def between(self, port: int) -> FaultProxy:
         """The proxy before the server at this port."""
-        return FaultProxy(port, labels=self.labels.ids)
+        return FaultProxy(port, labels=self.labels.asked.ids)
 
     def at_server(self, action: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine in the servers' loop."""
@@ -211,7 +212,7 @@ class World:
         keys = {}
         for prompt in {prompt for exchange in self.proxy.exchanges for prompt in exchange.prompts}:
             digest = hashlib.sha256(json.dumps(list(prompt), separators=(",", ":")).encode()).hexdigest()
-            keys[cache_key(identity, self.labels, digest)] = prompt
+            keys[cache_key(identity, self.labels.asked, digest)] = prompt
         return keys
 
     def stored(self, runs: Path) -> set[tuple[int, ...]]:
@@ -251,11 +252,11 @@ class RealWorld(World):
     def __init__(self, url: str, model: str, claims: int = 16) -> None:
         super().__init__(claims)
         self.url, self.model = url, model
-        self.labels = asyncio.run(self._ask(lambda api: api.label_tokens()))
+        self.labels = asyncio.run(self._ask(lambda api: api.spell_labels()))
 
     def between(self, port: int) -> FaultProxy:
         """Before the real server, whatever the fake one's port."""
-        return FaultProxy(int(self.url.rsplit(":", 1)[1]), labels=self.labels.ids, stall=40.0, silence=20.0)
+        return FaultProxy(int(self.url.rsplit(":", 1)[1]), labels=self.labels.asked.ids, stall=40.0, silence=20.0)
 
     def be(self, **attributes: Any) -> None:  # type: ignore[override]
         """Nothing but itself."""

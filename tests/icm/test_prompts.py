@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.llm_api.types import LabelTokens
 from src.icm.prompts import PromptBook
+from tests.core.two_labels import IN_TEXT, two
 
-LABELS = LabelTokens(" True", " False", 1, 2)
+LABELS = two(1, 2)
 
 
 def book() -> PromptBook:
@@ -51,7 +51,7 @@ def test_unlabelled_demonstrations_are_refused() -> None:
 
 
 def test_prompts_in_text_have_no_tokens_but_their_own_digest() -> None:
-    b = PromptBook.build(["q0", "q1"], LabelTokens())
+    b = PromptBook.build(["q0", "q1"], IN_TEXT)
     prompt = b.prompt(0, (1,), (None, True))
     assert prompt.text == "q1 True\n\nq0"
     assert prompt.num_tokens == 0

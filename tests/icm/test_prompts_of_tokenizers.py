@@ -91,10 +91,10 @@ def test_a_prompt_is_the_templates_text_and_the_label_comes_next(name: str, data
     assert prompt.segments[0].tokens == tokenizer.bos
     ids = prompt.token_ids[len(tokenizer.bos) :]
     assert alike(tokenizer.text_of(ids), text)
-    for label, token in (("True", book.labels.true_id), ("False", book.labels.false_id)):
+    for label, tokens in zip(("False", "True"), book.labels.tokens or (), strict=True):
         whole = list(tokenizer.encode(f"{text} {label}{SEPARATOR}"))
-        assert whole[-1 - len(book.separator) :] == [token, *(book.separator.tokens or ())]
-    assert book.labels.true == " True"
+        assert whole[-1 - len(book.separator) :] == [*tokens, *(book.separator.tokens or ())]
+    assert book.labels.texts == (" False", " True")
     assert book.unspelled == ()
 
 

@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.llm_api.pool_tree import tree_of
-from core.llm_api.types import LabelTokens, Prompt, Segment, common
+from core.llm_api.types import Prompt, Segment, common
 from icm_vllm.prompt_tree import read_request
 from src.icm.prefix_tree import TreeLayout
 from src.icm.prompts import PromptBook
+from tests.core.two_labels import two
 
 SEGMENTS = [Segment(str(i), list(range(i, i + 1 + i % 3))) for i in range(6)]
 PATHS = st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=6), min_size=1, max_size=12)
@@ -43,11 +44,11 @@ def test_a_pool_of_256_is_some_hundred_kilobytes() -> None:
     for n in (128, 256):
         rng = np.random.default_rng(n)
         tokens = [rng.integers(0, 128_000, 40).tolist() for _ in range(n)]
-        labels = LabelTokens(true_id=1, false_id=2)
+        labels = two(1, 2)
         book = PromptBook.build([str(i) for i in range(n)], labels, tokens=tokens, separator_tokens=[3])
         layout = TreeLayout.build(range(n), [str(i) for i in range(n)], rng)
         prompts = [book.prompt(claim, layout.context(claim), [True] * n) for claim in layout.questions]
-        sizes[n] = len(orjson.dumps({"labels": labels.ids, "tree": tree_of(prompts)}))
+        sizes[n] = len(orjson.dumps({"labels": labels.asked.ids, "tree": tree_of(prompts)}))
         assert sizes[n] < sum(len(prompt.json) for prompt in prompts) / n * 2.5
     assert sizes[256] < 220_000
     assert sizes[256] < sizes[128] * 2.3

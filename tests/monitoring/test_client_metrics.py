@@ -17,14 +17,15 @@ from core.llm_api.response_cache import ResponseCache
 from core.llm_api.retry import RetryPolicy
 from core.llm_api.telemetry import BOUNDS, Histogram
 from core.llm_api.transport import HttpOptions
-from core.llm_api.types import LabelTokens, Prompt, Segment
+from core.llm_api.types import Prompt, Segment
 from core.llm_api.vllm_llm import VLLMClient
 from src.monitoring.client_metrics import ClientMetrics
 from tests.core.fake_server import FALSE, TRUE, Fault
 from tests.core.fake_text import FakeTextServer, Manner
+from tests.core.two_labels import two
 
 QUICK = HttpOptions(retry=RetryPolicy(max_attempts=2, base=0.01, cap=0.01), max_concurrent_requests=2)
-LABELS = LabelTokens(true_id=TRUE, false_id=FALSE)
+LABELS = two(TRUE, FALSE)
 QUESTION = [Message("user", "Name a river")]
 
 

@@ -47,6 +47,16 @@ async def test_every_sample_says_whose_it_is_and_a_server_that_is_down_hides_no_
     assert text.count("# TYPE vllm:prefix_cache_queries_total counter") == 1, "one family, whoever shows it"
 
 
+async def test_servers_behind_one_gateway_are_told_apart_by_their_paths() -> None:
+    async with FakeVLLM(prefix="/models/one") as server:
+        elsewhere = server.url.replace("/models/one", "/models/two")
+        scraper = VLLMScraper(Settings(vllm_base_url=(server.url, elsewhere)))
+        up = {labels["replica_id"]: value for labels, value in samples_of(await scraper.scrape(), "icm_replica_up")}
+        await scraper.aclose()
+    host = f"127.0.0.1:{server.port}"
+    assert up == {f"{host}/models/one": 1, f"{host}/models/two": 0}
+
+
 async def test_a_server_started_anew_as_another_is_named_as_it_is() -> None:
     async with FakeVLLM() as server:
         scraper = VLLMScraper(Settings(vllm_base_url=(server.url,)))

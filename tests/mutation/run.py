@@ -93,7 +93,7 @@ TARGETS = (
     Target(
         "core/llm_api/types.py",
         ("tests/core/test_types.py", "tests/core/test_digests.py"),
-        only=("Segment", "Prompt", "LabelTokens", "EngineIdentity"),
+        only=("Segment", "Prompt", "NextTokens", "EngineIdentity"),
     ),
 )
 

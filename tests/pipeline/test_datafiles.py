@@ -676,6 +676,19 @@ def test_a_claim_with_two_gold_labels_is_told(tmp_path: Path, caplog: pytest.Log
     assert warning.startswith(f"{path}:4: is the same claim as line 2, with the other gold label (1 such rows)")
 
 
+def test_gold_that_breaks_what_a_column_says_of_its_group_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    groups = {"g": "110", "h": "000", "i": "010", "j": "00", "k": ("1", "")}
+    rows = [f"q,{g}{n},{label},{g},exactly one\n" for g, labels in groups.items() for n, label in enumerate(labels)]
+    path = written(tmp_path, "d.csv", "question,choice,label,consistency_id,consistency_relation\n" + "".join(rows))
+    load_data_file(path)
+    [warning] = [record.getMessage() for record in caplog.records]
+    assert warning.startswith(
+        f"{path}:2: is of a group whose gold labels break its consistency_relation (3 such groups)"
+    )
+
+
 def test_most_rows_say_whether_a_file_holds_comparisons(tmp_path: Path) -> None:
     path = written(tmp_path, "d.csv", "question,choice,choice_2\nq,a,\nq,a,b\nr,a,b\n")
     with pytest.raises(BadInput, match=r"d\.csv:2: is a single claim \(by its choice_2\), and most rows"):

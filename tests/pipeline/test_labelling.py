@@ -51,11 +51,13 @@ async def test_the_record_of_tokens_shows_the_label_as_the_model_sees_it() -> No
     labelling = await Labelling.open(pool(), Untouched.of(tokenizer))
     record = orjson.loads(orjson.dumps(await labelling.token_record()))
     assert record["prefix"] == [[tokenizer.bos[0], ""]]  # SentencePiece's own has no text
-    assert record["labels"] == {" True": labelling.tokens.true_id, " False": labelling.tokens.false_id}
+    assert labelling.tokens.tokens is not None
+    (false,), (true,) = labelling.tokens.tokens
+    assert record["labels"] == {" True": true, " False": false}
     text = "".join(piece for _, piece in record["demonstration"])
     assert text.startswith("Review: ")
     assert text.endswith("\nPositive: True\n\n")
-    assert record["demonstration"][-3] == [labelling.tokens.true_id, " True"]
+    assert record["demonstration"][-3] == [true, " True"]
     assert [piece for _, piece in record["separator"]] == ["\n", "\n"]
 
 

@@ -15,11 +15,10 @@ from core.llm_api.response_cache import ResponseCache
 from core.llm_api.types import (
     EngineAnswer,
     EngineIdentity,
-    LabelLogprobs,
-    LabelTokens,
     OnAnswer,
     PrefixCacheCounters,
     Prompt,
+    Query,
 )
 from src.icm.annealing import Candidate, Problem, SearchSettings, SearchState, explore
 from src.icm.consistency import Consistency, Relation
@@ -31,8 +30,9 @@ from src.icm.speculation import Pace
 from src.pipeline.run_folder import RunFolder
 from src.pipeline.search import PoolScorer, search
 from tests.core.fake_server import FALSE, TRUE, hashed_log_odds, label_distribution
+from tests.core.two_labels import pair, two
 
-LABELS = LabelTokens(true_id=TRUE, false_id=FALSE)
+LABELS = two(TRUE, FALSE)
 COST = {"asked", "from_cache", "tokens_sent", "floored", "seconds", "asked_ahead", "ahead_used"}
 
 
@@ -50,11 +50,10 @@ class ExactEngine:
     async def tokenize(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]] | None:
         raise NotImplementedError
 
-    async def score(
-        self, prompts: Sequence[Prompt], labels: LabelTokens, *, on_answer: OnAnswer | None = None
-    ) -> EngineAnswer:
+    async def score(self, queries: Sequence[Query], *, on_answer: OnAnswer | None = None) -> EngineAnswer:
+        prompts = [query.prompt for query in queries]
         self.batches.append([prompt.digest for prompt in prompts])
-        answers = [LabelLogprobs(*label_distribution(self.log_odds(prompt.token_ids))) for prompt in prompts]
+        answers = [pair(*label_distribution(self.log_odds(prompt.token_ids))) for prompt in prompts]
         answer = EngineAnswer(answers, sum(prompt.num_tokens for prompt in prompts))
         if on_answer is not None:
             on_answer(range(len(prompts)), answer)
@@ -101,13 +100,11 @@ class FussyEngine(ExactEngine):
         self.allowed = allowed
         self.refused = 0
 
-    async def score(
-        self, prompts: Sequence[Prompt], labels: LabelTokens, *, on_answer: OnAnswer | None = None
-    ) -> EngineAnswer:
-        if any(prompt.digest not in self.allowed for prompt in prompts):
+    async def score(self, queries: Sequence[Query], *, on_answer: OnAnswer | None = None) -> EngineAnswer:
+        if any(query.prompt.digest not in self.allowed for query in queries):
             self.refused += 1
             raise MissingLabel("a label is not among the top 20")
-        return await super().score(prompts, labels, on_answer=on_answer)
+        return await super().score(queries, on_answer=on_answer)
 
 
 async def run(

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.llm_api.tokens import resolve_label_tokens
+from core.llm_api.tokens import spell_labels
 from core.llm_api.vllm_llm import VLLMClient
 from src.pipeline.tree_saving import CLAIMS, Saving, cold_pool, found_in_blocks, tree_saving
 from tests.core.fake_server import FakeVLLM
@@ -46,7 +46,7 @@ def test_no_block_is_found_that_no_prompt_before_had(prompts: list[list[int]], b
 async def test_a_pool_is_a_cold_tree_of_what_a_search_asks() -> None:
     async with FakeVLLM() as server, aclosing(VLLMClient(server.url, server.model)) as client:
         await client.start()
-        labels = await resolve_label_tokens(client)
+        labels = await spell_labels(client)
         pools = [await cold_pool(client, labels, WORDS, seed) for seed in (1, 1, 2)]
         assert [p.token_ids for p in pools[0]] == [p.token_ids for p in pools[1]]
         assert {tuple(p.token_ids[:16]) for p in pools[0]}.isdisjoint(tuple(p.token_ids[:16]) for p in pools[2])
@@ -62,8 +62,17 @@ async def test_a_pool_is_a_cold_tree_of_what_a_search_asks() -> None:
 
 
 def test_what_is_enough() -> None:
-    assert Saving(asked=100, saved=75, possible=100, at_best=100, block=16).enough
-    assert not Saving(asked=100, saved=74, possible=100, at_best=100, block=16).enough
+    assert Saving(asked=100, saved=90, possible=100, at_best=100, block=16).enough
+    assert not Saving(asked=100, saved=89, possible=100, at_best=100, block=16).enough
     assert Saving(asked=100, saved=0, possible=0, at_best=80, block=528).enough
-    assert Saving(asked=100, saved=0, possible=39, at_best=80, block=528).in_large_blocks
-    assert not Saving(asked=100, saved=0, possible=60, at_best=80, block=32).in_large_blocks
+    assert Saving(asked=100, saved=0, possible=71, at_best=80, block=528).in_large_blocks
+    assert not Saving(asked=100, saved=0, possible=72, at_best=80, block=32).in_large_blocks
+
+
+async def test_a_short_context_gets_a_shorter_pool() -> None:
+    async with FakeVLLM(max_model_len=400) as server, aclosing(VLLMClient(server.url, server.model)) as client:
+        await client.start()
+        saving = await tree_saving(client, await spell_labels(client), WORDS, 1, 400)
+        assert saving is not None
+        assert 300 * CLAIMS < saving.asked < 400 * CLAIMS
+        assert saving.saved == saving.possible > 0

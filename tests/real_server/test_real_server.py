@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 
 from core.cpu import fast_type
+from core.llm_api.errors import RequestRejected
 from core.llm_api.llm import ModelAPI
-from core.llm_api.types import Prompt
+from core.llm_api.tokens import pieces, spell_labels
+from core.llm_api.types import Prompt, Segment
 from core.llm_api.vllm_llm import VLLMClient
 from icm_vllm.prompt_tree import PATH
 from src.icm.prefix_tree import Layout, TreeLayout, UpstreamLayout
@@ -64,7 +66,7 @@ async def test_the_tree_computes_every_distinct_block_once_and_so_less_than_upst
         seen: set[tuple[int, ...]] = set()  # the second layout may begin with a block of the first
         for name, layout in (("tree", tree), ("upstream", UpstreamLayout.build(range(size)))):
             before = await api.prefix_cache()
-            scores = await api.score(prompts_of(book, layout, labels), await api.label_tokens())
+            scores = await api.score(prompts_of(book, layout, labels), await api.spell_labels())
             after = await api.prefix_cache()
             assert before is not None
             assert after is not None
@@ -105,7 +107,7 @@ async def test_an_appended_label_costs_little_more_than_itself(vllm_server: Runn
     async with ModelAPI(VLLMClient(vllm_server.url, vllm_server.model)) as api:
         book, labels = await book_of(api, size)
         layout = TreeLayout.build(range(size - 1), [str(i) for i in range(size)], np.random.default_rng(0), anchors=4)
-        tokens = await api.label_tokens()
+        tokens = await api.spell_labels()
         await api.score(prompts_of(book, layout, labels), tokens)
         before = await api.prefix_cache()
         await api.score(prompts_of(book, layout.append(size - 1), labels), tokens)
@@ -116,6 +118,18 @@ async def test_an_appended_label_costs_little_more_than_itself(vllm_server: Runn
         question = max(map(len, book.questions))
         # Cached prefixes end on block borders, up to a block before the appended demonstration.
         assert (after - before).computed <= size * (demonstration + question + BLOCK)
+
+
+async def test_a_demonstration_has_the_tokens_of_the_whole_text(vllm_server: RunningServer) -> None:
+    async with ModelAPI(VLLMClient(vllm_server.url, vllm_server.model)) as api:
+        book, labels = await book_of(api, 4)
+        prompt = book.prompt(0, (1, 2, 3), labels)
+        [whole] = await api.tokenize([prompt.text], special=True) or [[]]
+        assert prompt.token_ids == whole
+        demonstration = book.demonstrations[0][True]
+        told = await pieces(api, demonstration.tokens or ()) or []
+        assert "".join(told) == demonstration.text
+        assert told[-1 - len(book.separator)] == " True"
 
 
 async def test_scores_follow_their_prompts_whatever_the_order(vllm_server: RunningServer) -> None:
@@ -136,7 +150,7 @@ async def test_the_servers_extension_scores_as_completions_do(vllm_server: Runni
         book, labels = await book_of(api, 12)
         layout = TreeLayout.build(range(12), [str(i) for i in range(12)], np.random.default_rng(1))
         prompts = prompts_of(book, layout, labels)[:4]
-        tokens = await api.label_tokens()
+        tokens = await api.spell_labels()
         await api.score(prompts, tokens)
     tree = VLLMClient(vllm_server.url, vllm_server.model)
     plain = VLLMClient(vllm_server.url, vllm_server.model, use_extension=False)
@@ -146,7 +160,7 @@ async def test_the_servers_extension_scores_as_completions_do(vllm_server: Runni
         assert tree.takes_trees
         assert not plain.takes_trees
         for prompt in prompts:
-            whole, short = await plain.score([prompt], tokens), await tree.score([prompt], tokens)
+            whole, short = await plain.score(tokens.queries([prompt])), await tree.score(tokens.queries([prompt]))
             assert short.logprobs == whole.logprobs
             assert short.prompt_tokens == whole.prompt_tokens == prompt.num_tokens
     finally:
@@ -185,7 +199,7 @@ async def test_a_client_that_leaves_stops_its_pool(vllm_server: RunningServer) -
         prompts = prompts_of(book, UpstreamLayout.build(range(96)), [not label for label in labels])
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(3):
-                await api.score(prompts, await api.label_tokens())
+                await api.score(prompts, await api.spell_labels())
     await idle(vllm_server)
 
 
@@ -270,7 +284,7 @@ async def test_a_server_is_known_again_while_it_computes_a_pool(vllm_server: Run
     async with ModelAPI(VLLMClient(vllm_server.url, vllm_server.model)) as api:
         book, labels = await book_of(api, 24)
         prompts = prompts_of(book, UpstreamLayout.build(range(24)), labels)
-        scoring = asyncio.create_task(api.score(prompts, await api.label_tokens()))
+        scoring = asyncio.create_task(api.score(prompts, await api.spell_labels()))
         fingerprints, meanwhile = [], 0
         while not scoring.done() or not fingerprints:
             client = VLLMClient(vllm_server.url, vllm_server.model)
@@ -281,6 +295,38 @@ async def test_a_server_is_known_again_while_it_computes_a_pool(vllm_server: Run
         assert meanwhile > 0
         assert set(fingerprints) == {api.identity.fingerprint}
         assert len(api.identity.config) == 64  # the server says how its model is configured
+
+
+async def test_texts_are_tokenized_by_completing_them_as_by_tokenize(vllm_server: RunningServer) -> None:
+    texts = [" True", "", "Question: is 2 more than 1?\nAnswer:", "\n\n", " \u00e9\u4e2d\U0001f600", "x"]
+    whole, v1_alone = VLLMClient(vllm_server.url, vllm_server.model), VLLMClient(vllm_server.url, vllm_server.model)
+    v1_alone._questions._tokenize_passes = False  # as behind a gateway that answers 404
+    try:
+        assert await v1_alone.start() == await whole.start()
+        for special in (False, True):
+            assert await v1_alone.tokenize(texts, special=special) == await whole.tokenize(texts, special=special)
+        assert await v1_alone.tokenize_chat(["Is it?"]) == await whole.tokenize_chat(["Is it?"])
+    finally:
+        await whole.aclose()
+        await v1_alone.aclose()
+
+
+@pytest.mark.parametrize("use_extension", [True, False])
+async def test_a_prompt_of_another_vocabulary_is_named_and_the_others_are_kept(
+    vllm_server: RunningServer, use_extension: bool
+) -> None:
+    client = VLLMClient(vllm_server.url, vllm_server.model, use_extension=use_extension)
+    try:
+        await client.start()
+        labels = await spell_labels(client)
+        pool = [Prompt((Segment("", [2, 100 + i]),), name=f"claim {i}") for i in range(4)]
+        pool[2] = Prompt((Segment("", [10_000_000]),), name="claim of another model")
+        kept: list[int] = []
+        with pytest.raises(RequestRejected, match=r"'claim of another model', also when asked alone.*vocabulary"):
+            await client.score(labels.queries(pool), on_answer=lambda positions, _: kept.extend(positions))
+        assert sorted(kept) == [0, 1, 3]
+    finally:
+        await client.aclose()
 
 
 async def run_icm(server: RunningServer, folder: Path, *more: str) -> str:

@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 
-from core.llm_api.types import LabelTokens, Prompt, Segment
+from core.llm_api.types import Prompt, Segment
 from core.llm_api.vllm_llm import VLLMClient
 from core.settings import Settings
 from scripts.test_vllm_server import START, Check, examine
 from tests.conftest import RunningServer
 from tests.core.fake_server import FakeVLLM, Fault
+from tests.core.two_labels import two
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "test_vllm_server.py"
 
@@ -228,7 +229,7 @@ async def test_a_server_that_loses_the_trees_branches_is_told_which_flag_keeps_t
     assert code == 1
     assert checks["prefix caching"].passed, "the same prompt is found again"
     tokens, _, possible = saved(checks["tree saves"])
-    assert tokens < 0.75 * possible
+    assert tokens < 0.9 * possible
     assert not checks["tree saves"].passed
     assert "--disable-hybrid-kv-cache-manager" in checks["tree saves"].todo
     assert checks["tree saves"].todo in checks["tree saves"].line()
@@ -250,7 +251,7 @@ async def test_a_server_with_large_blocks_is_told_that_only_whole_ones_are_saved
         code, checks = await checks_of(server.url)
     assert code == 0
     tokens, asked, possible = saved(checks["tree saves"])
-    assert tokens == possible < 0.5 * asked
+    assert tokens == possible < 0.6 * asked
     assert "blocks of 528); only whole blocks are saved" in checks["tree saves"].found
 
 
@@ -307,9 +308,8 @@ async def test_prompts_start_with_the_models_own_first_token(vllm_server: Runnin
         [[true], [false]] = await client.tokenize([" True", " False"])
         text = "Water is wet: True. Stones are soft: False. Fire is hot: True. Ice is warm:"
         [tokens] = await client.tokenize([text], special=True)
-        score = (
-            await client.score([Prompt((Segment(text, tokens),))], LabelTokens(true_id=true, false_id=false))
-        ).logprobs
-        assert -8 < score[0].false < 0, "a label is a likely continuation here"
+        queries = two(true, false).queries([Prompt((Segment(text, tokens),))])
+        [answer] = (await client.score(queries)).logprobs
+        assert -8 < answer.values[1] < 0, "a label is a likely continuation here"
     finally:
         await client.aclose()

@@ -14,11 +14,10 @@ from core.determinism.matrix import Material, Matrix, Row, Size
 from core.llm_api.types import (
     EngineAnswer,
     EngineIdentity,
-    LabelLogprobs,
-    LabelTokens,
     OnAnswer,
     PrefixCacheCounters,
-    Prompt,
+    Query,
+    TokenLogprobs,
 )
 
 LABELS = (7, 8)
@@ -92,11 +91,10 @@ class Computer:
     async def tokenize(self, texts: Sequence[str], *, special: bool = False) -> None:
         return None
 
-    async def score(
-        self, prompts: Sequence[Prompt], labels: LabelTokens, *, on_answer: OnAnswer | None = None
-    ) -> EngineAnswer:
-        tops = [self._answer(tuple(p.token_ids), "search", len(prompts), labels.ids) for p in prompts]
-        return EngineAnswer([LabelLogprobs(*(top[label] for label in labels.ids)) for top in tops], 0)
+    async def score(self, queries: Sequence[Query], *, on_answer: OnAnswer | None = None) -> EngineAnswer:
+        asked = [(tuple(query.prompt.token_ids), query.tokens.ids) for query in queries]
+        tops = [self._answer(prompt, "search", len(queries), ids) for prompt, ids in asked]
+        return EngineAnswer([TokenLogprobs(tuple(top.values())) for top in tops], 0)
 
     async def kv_cache_tokens(self) -> None:
         return None
