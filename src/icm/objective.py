@@ -41,7 +41,7 @@ class Evaluation:
 
     @property
     def num_labels(self) -> int:
-        return len(self.offset) + 1 if isinstance(self.offset, tuple) else 2
+        return num_labels_of(self.offset)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +113,16 @@ def calibration_offset(
         return 0.0
     values = np.asarray(scores, dtype=np.float64)
     return float(values.mean() if prior is None else np.quantile(values, 1 - prior))
+
+
+def num_labels_of(log_odds: LogOdds) -> int:
+    """K, as log-odds or an offset tell it."""
+    return len(log_odds) + 1 if isinstance(log_odds, tuple) else 2
+
+
+def no_offset(num_labels: int) -> LogOdds:
+    """The offset where nothing is calibrated."""
+    return calibration_offset([], "none", None, num_labels)
 
 
 def all_margins(log_odds: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

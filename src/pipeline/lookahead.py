@@ -167,7 +167,10 @@ class Lookahead:
 
         def predicted(claim: int) -> LogOdds | None:
             answer = self._memo.get(self._make_prompt(claim, here).digest)
-            return None if answer is None else answer[1] - answer[0]
+            if answer is None:
+                return None
+            first, *others = answer
+            return others[0] - first if len(others) == 1 else tuple(other - first for other in others)
 
         for later, claim, batch in next_evaluations(self._problem, state, predicted, LOOK * most):
             if len(coming) >= most:

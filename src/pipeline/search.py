@@ -103,7 +103,9 @@ class PoolScorer:
 
 def log_odds_of(scores: PoolScores) -> list[LogOdds]:
     """What the objective takes of a model's answers, one entry a prompt (nats; see objective)."""
-    return list(scores.log_odds)
+    if scores.logprobs.shape[1] == 2:
+        return list(scores.log_odds)
+    return [tuple(row) for row in (scores.logprobs[:, 1:] - scores.logprobs[:, :1]).tolist()]
 
 
 class Meter:
