@@ -15,6 +15,7 @@ from typing import Any, Final, Literal
 
 import numpy as np
 
+from core.llm_api.labels import TRUE_FALSE, LabelSpace
 from src.icm.consistency import Consistency, Relation
 from src.icm.values import BadInput as BadInput
 from src.icm.values import group_of, is_missing, listed, options_of, parse_relation, shown, text_of
@@ -40,7 +41,7 @@ class Claim:
 
     text: str
     group: str
-    gold: bool | None
+    gold: int | None
     row: int
     of_row: int
     question: str
@@ -61,6 +62,7 @@ class Testbed:
     columns: what every row must have. gold_free, upstream: the relation of two claims of one group, or None.
     relation: what holds for all claims of a group together, as a consistency_relation column can say of a row.
     grouped_by: what makes rows one group. partly: columns that the file must have, in which rows may have nothing.
+    space: the labels; gold is an index of it.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Testbed:
     grouped_by: GroupedBy = "consistency_id"
     relation: Relation | None = None
     partly: tuple[str, ...] = ()
+    space: LabelSpace = TRUE_FALSE
 
     def claims(self, row: Mapping[str, Any], index: int, first: int) -> list[Claim]:
         """The claims of row `index` of a file, numbered from `first`: one, or one for each option that `choice` lists.
