@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from src.icm.run_record import LabelledClaim, RunRecord, probability
-from src.icm.testbeds import TESTBEDS, Testbed, custom_testbed
 
 Only = Literal["all", "search"]
 Pairs = Literal["best", "all"]
@@ -76,18 +75,9 @@ def preference_pairs(run: RunRecord, claims: Sequence[LabelledClaim], pairs: Pai
 
 def training_rows(run: RunRecord, claims: Iterable[LabelledClaim]) -> Iterator[dict[str, str]]:
     """prompt and completion: the question as the run asked it, and its label word."""
-    testbed = testbed_of(run)
+    testbed = run.asked_by
     for claim in claims:
-        fields = {"question": claim.question, "choice": claim.choice, "choice_2": claim.choice_2 or ""}
-        yield {"prompt": mended(testbed.text(fields)), "completion": " True" if claim.label else " False"}
-
-
-def testbed_of(run: RunRecord) -> Testbed:
-    """The testbed that a run's claims were asked by."""
-    known = TESTBEDS.get(run.testbed)
-    if known is not None:
-        return known
-    return custom_testbed({"choice_2": "x" if run.compares else None})
+        yield {"prompt": mended(testbed.text(claim.fields)), "completion": testbed.space.texts[int(claim.label or 0)]}
 
 
 def spreadsheet_cell(text: str) -> str:

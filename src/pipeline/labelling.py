@@ -107,6 +107,8 @@ def prepare_batches(
     """
     if len(claims) < 2:
         raise BadInput(f"{path}: holds one claim; a search needs others to show with each claim, so at least 2")
+    if len(testbed.space) > 2:
+        raise BadInput(f"{testbed.name}: has {len(testbed.space)} labels, and the search takes two so far")
     rng, start = generator(settings.seed, Stream.POOL), None
     if continued is None:
         batches = split_pools(claims, batch_size, count, rng, testbed.grouped_by)
@@ -143,7 +145,9 @@ class Labelling:
     async def open(cls, pool: Pool, api: ModelAPI) -> Labelling:
         """Tokenize every claim once. Raises BadInput where a prompt would not fit the model's context."""
         claims = (*pool.claims, *pool.rest)
-        book = await PromptBook.open(api, [claim.text for claim in claims])
+        testbed = pool.testbed
+        texts = [claim.text for claim in claims]
+        book = await PromptBook.open(api, texts, space=testbed.space, separator=testbed.separator)
         labelling = cls(pool, api, api.identity, book, book.labels)
         labelling._check_context()
         if book.unspelled:

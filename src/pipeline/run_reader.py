@@ -135,6 +135,7 @@ def read_run(folder: Path) -> RunRecord:
         left_out=document.left_out,
         skipped=skipped,
         parts=parts,
+        testbed_file=document.testbed,
     )
 
 
@@ -219,11 +220,16 @@ def _claim(row: dict[str, Any]) -> LabelledClaim:
         gold=_label(row.get("gold")),
         by=str(row.get("by", "icm")),
         zero_shot=_number(row.get("zero_shot")),
+        shown=_shown(row.get("shown")),
     )
 
 
 def _label(value: object) -> Label:
     return value if isinstance(value, bool) else None
+
+
+def _shown(value: object) -> tuple[tuple[str, str], ...]:
+    return tuple((str(name), str(text)) for name, text in value.items()) if isinstance(value, dict) else ()
 
 
 def _number(value: object) -> float | None:
