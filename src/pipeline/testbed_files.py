@@ -36,7 +36,10 @@ def read_testbed(path: Path) -> Testbed:
     if path.suffix == ".py":
         digest = hashlib.sha256(content).hexdigest()
         testbed = _run(path)
-        return replace(testbed, name=name, digest=digest, reading=replace(testbed.reading, in_file=True))
+        # What such a file leaves out is found out from the data, as in YAML.
+        group_by = None if testbed.grouped_by == "consistency_id" else testbed.grouped_by
+        reading = replace(testbed.reading, group_by=testbed.reading.group_by or group_by, in_file=True)
+        return replace(testbed, name=name, digest=digest, reading=reading)
     try:
         return parse_testbed(text, name)
     except BadInput as error:
