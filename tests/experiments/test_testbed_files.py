@@ -109,13 +109,12 @@ async def test_words_are_part_of_what_a_cached_answer_is_for(icm: Command, folde
 async def test_an_export_has_the_testbed_s_words_although_its_file_is_gone(icm: Command, folder: Path) -> None:
     assert (await icm("--run", "a"))[0] == 0
     (folder / "yes-no.yaml").unlink()
-    command = ["-m", "src.experiments.commands", "export", str(icm.runs / "a"), "--format", "completion"]
+    output = folder / "rows.jsonl"
+    command = ["-m", "src.experiments.commands", "export", str(icm.runs / "a"), "--format", "sft", "-o", str(output)]
     icm.arguments, icm.environment["PYTHONPATH"] = [sys.executable, *command], str(REPOSITORY)
-    code, out, err = await icm()
+    code, _, err = await icm()
     assert code == 0, err
-    rows = [json.loads(line) for line in out.splitlines()] or [
-        json.loads(line) for file in (icm.runs / "a").glob("*completion*") for line in file.read_text().splitlines()
-    ]
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert {row["completion"] for row in rows} <= {" yes", " no"}
     assert all(re.fullmatch(r"Statement: [^\n]+\nIs it so\?", row["prompt"]) for row in rows)
     assert rows

@@ -9,8 +9,8 @@ import pytest
 
 from src.icm.consistency import Relation
 from src.icm.testbeds import BadInput
-from src.pipeline.datafiles import load_testbed_file
 from src.pipeline import testbed_files
+from src.pipeline.datafiles import load_testbed_file
 from src.pipeline.testbed_files import read_testbed
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "docs" / "examples"
