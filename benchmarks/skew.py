@@ -25,6 +25,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from core.llm_api.errors import APIError
 from core.llm_api.llm import ModelAPI, open_model_api
 from core.settings import Settings
 from src.icm.annealing import Candidate, SearchSettings
@@ -204,7 +205,11 @@ def main() -> int:
     args = parser.parse_args()
     if not 1 < args.size <= 128 or not all(0 < trues < args.size for trues in args.true):
         parser.error("--size is at most 128, and --true between 1 and one less than it")
-    rows = asyncio.run(measure(args))
+    try:
+        rows = asyncio.run(measure(args))
+    except APIError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     if args.json is not None:
         args.json.write_text(json.dumps({"model": args.model, "size": args.size, "rows": rows}, indent=1) + "\n")
     return 0

@@ -49,6 +49,10 @@ BRANCHES_LOST: Final = (
     "scripts/launch_vllm_server.sh local does where a model mixes windows with full attention (Gemma 3); of several "
     "data-parallel engines each has a cache of its own: start single servers"
 )
+LARGE_BLOCKS: Final = (
+    "its blocks are large, and not even all of them are found again: a model of attention alone can be started with "
+    "--block-size 16 and --disable-hybrid-kv-cache-manager; one with layers that keep a state cannot"
+)
 LOG_TAIL: Final = 100_000
 """Bytes of a log's end that are searched for a reason."""
 WORDS: Final = [
@@ -248,11 +252,11 @@ async def _ask(client: VLLMClient, model: str, report: Callable[[Check], None]) 
     report(Check("prefix caching", cached, found, CACHING_OFF))
     saving = await tree_saving(client, labels, WORDS, time.time_ns(), identity.max_model_len)
     if saving is not None:  # else the check before has said what is missing
-        report(_tree_saves(saving, cached))
+        report(tree_saves(saving, cached))
     return 0 if passed and cached and (saving is None or saving.enough) else 1, identity
 
 
-def _tree_saves(saving: Saving, cached: bool) -> Check:
+def tree_saves(saving: Saving, cached: bool) -> Check:
     """What the server saves of a cold pool. cached: whether it finds a prompt again that it was asked before."""
     block = f"blocks of {saving.block}" if saving.block else "a size of blocks that it does not tell"
     found = (
@@ -260,7 +264,8 @@ def _tree_saves(saving: Saving, cached: bool) -> Check:
     )
     if saving.in_large_blocks:
         found += f"; only whole blocks are saved, {saving.at_best:,} in blocks of 16: larger pools save a larger share"
-    return Check("tree saves", saving.enough, found, BRANCHES_LOST if cached else CACHING_OFF)
+    todo = CACHING_OFF if not cached else LARGE_BLOCKS if saving.in_large_blocks else BRANCHES_LOST
+    return Check("tree saves", saving.enough, found, todo)
 
 
 async def _served(url: str, settings: Settings, options: HttpOptions, waiting: Waiting) -> list[str] | APIError:

@@ -27,14 +27,14 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
         type=testbed_named,
         default="gsm8k",
         metavar="{NAME,FILE}",
-        help=f"{', '.join(TESTBEDS)} (icm testbed --list), or a file of yours: mine.yaml, or mine.py, whose code is "
+        help=f"{', '.join(TESTBEDS)} (icm testbed --list), or mine.yaml, or mine.py, whose code is "
         "run (docs/testbeds.md)",
     )
     data.add_argument(
         "--data",
         type=Path,
         metavar="FILE",
-        help="your own claims instead of a testbed, or in place of those that a testbed file names: JSON, JSON lines, "
+        help="your own claims instead of a testbed, or in place of those that --testbed FILE names: JSON, JSON lines, "
         "CSV, Parquet, or a folder by save_to_disk (docs/data.md)",
     )
     data.add_argument("--data_dir", type=Path, default=REPO_ROOT / "data", help="where the testbeds' files lie")

@@ -24,6 +24,7 @@ AT_ONCE = [
     "--read_timeout 60 / --direct",
     "--prompts_per_request 8 / --no-use_vllm",
     "--lookahead 4 / --best_of 4",
+    "--prior 0.9 / --calibrate none",
     "--is_complete / --check",
     "--metrics_port 9465 / --num_batches 2",
     "--metrics_port 9465 / --passes 3",
@@ -37,6 +38,7 @@ OF_THE_SEARCH = [
     "--num_seed 9 / --batch_size 8",
     "--initial_T 0.1 / --final_T 0.2",
     "--final_T 0.2 / --initial_T 0.1",
+    "--prior 0.9 / --calibrate none",
 ]
 LIKE_DEFAULTS = [
     "--num_seed 300",
@@ -47,6 +49,7 @@ TOGETHER = [
     "",
     "--layout upstream",
     "--layout upstream --anchors 0 --no-mirror --local_gain",
+    "--prior 0.9 --calibrate mean",
     "--layout tree --context_cap 8 --anchors 2 --max_tail 4",
     "--scheduler exp --decay 0.9",
     "--scheduler log-upstream",
@@ -118,6 +121,10 @@ def test_what_goes_together_and_defaults_are_taken(line: str) -> None:
     parser = ICM.build_parser()
     parser.parse_args(shlex.split(line))
     assert parser.contradiction is None
+
+
+def test_a_share_of_true_claims_needs_a_calibration(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--prior 0.9 and --calibrate none contradict" in complaint(ICM.build_parser(), "--prior 0.9", capsys)
 
 
 def test_what_only_a_comparison_or_an_export_has(capsys: pytest.CaptureFixture[str]) -> None:

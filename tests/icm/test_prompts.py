@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from core.llm_api.vllm_llm import VLLMClient
 from src.icm.prompts import PromptBook
+from tests.core.fake_server import BOS, FakeVLLM, encode
 from tests.core.two_labels import IN_TEXT, two
 
 LABELS = two(1, 2)
@@ -96,3 +98,15 @@ def test_claims_that_fit() -> None:
     assert book().claims_that_fit(1 + 3 + 5, 3) == 2
     assert book().claims_that_fit(1 + 3, 3) == 1
     assert book().claims_that_fit(1000, 3) == 3
+
+
+async def test_a_gateway_without_tokenize_gives_the_same_prompts() -> None:
+    texts = ["Question: Is 1 even?\nI think this claim is", "\nReview: Good.\nPositive:"]
+    books = []
+    for tokenizes in (True, False):
+        async with FakeVLLM(tokenizes=tokenizes) as server:
+            engine = VLLMClient(server.url, server.model)
+            books.append(await PromptBook.open(engine, texts))
+            await engine.aclose()
+    assert books[0] == books[1]
+    assert books[0].prompt(1, (0,), (True, None)).token_ids == [BOS, *encode(f"{texts[0]} True\n\n{texts[1]}")]

@@ -212,9 +212,9 @@ LINES = "".join(json.dumps(row) + "\n" for row in CLAIMS)
         ("lines.ndjson", LINES.encode()),
         ("bom.json", b"\xef\xbb\xbf" + LINES.encode()),
         ("crlf.jsonl", LINES.replace("\n", "\r\n").encode()),
-        ("packed.jsonl.gz", gzip.compress(LINES.encode())),
-        ("packed.JSON.GZ", gzip.compress(json.dumps(CLAIMS).encode())),
-        ("packed.csv.gz", gzip.compress(csv_text(",").encode())),
+        ("packed.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)),
+        ("packed.JSON.GZ", gzip.compress(json.dumps(CLAIMS).encode(), mtime=0)),
+        ("packed.csv.gz", gzip.compress(csv_text(",").encode(), mtime=0)),
         ("plain.csv", csv_text(",").encode()),
         ("bom.csv", b"\xef\xbb\xbf" + csv_text(",").encode()),
         ("excel.csv", b"\xef\xbb\xbf" + csv_text(";").replace("\n", "\r\n").encode()),
@@ -368,7 +368,7 @@ def test_damaged_arrow_files_are_refused_in_one_line(tmp_path: Path, name: str) 
         ("d.json", b'{"question": {"0": "q"}}', "is not a JSON list of rows; pandas writes one with to_json(orient="),
         ("d.json", b'{"question": "q"}\n{"question"}', "d.json:2: is not valid JSON"),
         ("d.csv.gz", b"question", "is no whole gzip file"),
-        ("d.csv.gz", gzip.compress(b"question,choice\nq,a\n" * 99)[:-20], "is no whole gzip file"),
+        ("d.csv.gz", gzip.compress(b"question,choice\nq,a\n" * 99, mtime=0)[:-20], "is no whole gzip file"),
         ("d.xlsx", b"PK", "is a spreadsheet; save the sheet as CSV UTF-8"),
         ("d.csv.zip", b"PK", "is packed; unpack it first"),
         ("d.pkl", b"", "may hold code, and is not opened"),
@@ -389,7 +389,7 @@ def test_files_that_would_be_read_wrongly_are_refused(
 
 def test_a_small_file_that_unpacks_to_a_gigabyte_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("src.pipeline.file_kinds.MAX_BYTES", 1000)
-    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(b" " * 100_000))
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(b" " * 100_000, mtime=0))
     with pytest.raises(BadInput, match="holds more than 0 MB"):
         load_data_file(tmp_path / "d.jsonl.gz")
 

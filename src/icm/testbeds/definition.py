@@ -12,12 +12,11 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from core.llm_api.errors import ConfigurationError
 from core.llm_api.labels import TRUE_FALSE, LabelSpace
 from src.icm.columns import OURS, GroupedBy, Reading, as_written, nearest
 from src.icm.prompts import SEPARATOR
 from src.icm.testbeds.rules import OF_ANY_LABELS, PUBLISHED, RULES, SETS
-from src.icm.testbeds.testbed import Testbed, column_of, pieces
+from src.icm.testbeds.testbed import Testbed, column_of, label_space, pieces
 from src.icm.values import BadInput, shown
 
 Relations = Literal[
@@ -52,12 +51,7 @@ class Definition(BaseModel):
         texts = self.labels if isinstance(self.labels, dict) else {name: f" {name}" for name in self.labels}
         if len(texts) < len(self.labels):
             raise BadInput("labels: one of them is there twice")
-        if len({name.strip().casefold() for name in texts}) < len(texts):
-            raise BadInput("labels: two of them differ in case or space only, and gold labels are told by their names")
-        try:
-            return LabelSpace(tuple(texts), tuple(texts.values()))
-        except ConfigurationError as error:
-            raise BadInput(f"labels: {' '.join(str(error).split())}") from None
+        return label_space(list(texts.items()))
 
     def digest(self) -> str:
         """SHA-256 of all that decides what the model is asked; not of comments, `about`, or where the data is."""

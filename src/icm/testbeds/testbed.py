@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Final, Literal
 
-from core.llm_api.errors import APIError
 from core.llm_api.labels import TRUE_FALSE, LabelSpace
+from icm_vllm.prompt_tree import MAX_LABELS
 from src.icm.columns import GroupedBy, Reading
 from src.icm.consistency import Consistency, Label, Relation
 from src.icm.prompts import SEPARATOR
@@ -213,7 +213,6 @@ class Testbed:
     def of_record(cls, record: Mapping[str, Any]) -> Testbed:
         """The testbed of a `record`, which knows no constraints. Raises BadInput where it is none."""
         try:
-            names, texts = zip(*record["labels"], strict=True)
             return cls(
                 name=record["name"],
                 file="",
@@ -221,12 +220,12 @@ class Testbed:
                 columns=tuple(record["columns"]),
                 gold_free=unrelated,
                 upstream=unrelated,
-                space=LabelSpace(names, texts),
+                space=label_space(record["labels"]),
                 separator=record["separator"],
                 strip_newlines=record["strip_newlines"],
                 digest=record["sha256"],
             )
-        except (KeyError, TypeError, ValueError, AttributeError, APIError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BadInput(f"testbed: is not what a run keeps of its testbed ({error})") from None
 
     def text(self, fields: Mapping[str, str]) -> str:
@@ -303,3 +302,17 @@ def column_of(placeholder: str) -> str:
 def item_of(placeholder: str) -> int:
     """Which item of a list a placeholder shows, from 0."""
     return int(placeholder[len(column_of(placeholder)) + 1 : -1])
+
+
+def label_space(labels: Sequence[tuple[str, str]]) -> LabelSpace:
+    """The labels of these names and texts. Raises BadInput where they cannot be told apart."""
+    if not 2 <= len(labels) <= MAX_LABELS:
+        raise BadInput(f"labels: there are {len(labels)}; give 2 to {MAX_LABELS}")
+    names, texts = zip(*labels, strict=True)
+    for kind, given in (("name", names), ("text", texts)):
+        bad = next((each for each in given if not each.strip() or given.count(each) > 1), None)
+        if bad is not None:
+            raise BadInput(f"labels: the {kind} {bad!r} is {'there twice' if bad.strip() else 'blank'}")
+    if len({name.strip().casefold() for name in names}) < len(names):
+        raise BadInput("labels: two of them differ in case or space only, and gold labels are told by their names")
+    return LabelSpace(names, texts)
