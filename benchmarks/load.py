@@ -62,7 +62,7 @@ from core.llm_api.types import (
 from core.llm_api.vllm_llm import VLLMClient
 from src.icm.annealing import Candidate, Problem, SearchSettings
 from src.icm.consistency import Consistency
-from src.icm.objective import Objective
+from src.icm.objective import LogOdds, Objective
 from src.icm.prefix_tree import TreeLayout
 from src.icm.prompts import PromptBook
 from src.pipeline.search import PoolScorer
@@ -278,8 +278,8 @@ class Run:
         drawn = self._rng.random(len(self._layout.questions)) < 0.5
         return Candidate(tuple(drawn.tolist()), self._layout)
 
-    def _is_right(self, prompt: Prompt, log_odds: float) -> bool:
-        return abs(log_odds - self._expected(prompt)) < 1e-6
+    def _is_right(self, prompt: Prompt, log_odds: LogOdds) -> bool:
+        return isinstance(log_odds, float) and abs(log_odds - self._expected(prompt)) < 1e-6
 
 
 @dataclass

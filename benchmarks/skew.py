@@ -29,7 +29,7 @@ from core.llm_api.errors import APIError
 from core.llm_api.llm import ModelAPI, open_model_api
 from core.settings import Settings
 from src.icm.annealing import Candidate, SearchSettings
-from src.icm.objective import Objective, calibration_offset
+from src.icm.objective import LogOdds, Objective, calibration_offset
 from src.icm.testbeds import Claim
 from src.pipeline.datafiles import load_testbed
 from src.pipeline.labelling import Labelling, Pool, prepare
@@ -80,12 +80,19 @@ def shifted_mean(scores: Sequence[float], prior: float) -> float:
     return float(np.mean(scores) - np.log(prior / (1 - prior)))
 
 
+def number(log_odds: LogOdds) -> float:
+    """Log-odds of two labels, which are one number."""
+    if isinstance(log_odds, tuple):
+        raise TypeError(f"log-odds of {len(log_odds) + 1} labels")
+    return log_odds
+
+
 OFFSETS: Final[dict[str, Callable[[Sequence[float], float], float]]] = {
     "none": lambda scores, prior: 0.0,
-    "mean": lambda scores, prior: calibration_offset(scores, "mean"),
+    "mean": lambda scores, prior: number(calibration_offset(scores, "mean")),
     "mean less log-odds of p": shifted_mean,
     "mean probability is p": mean_probability,
-    "quantile 1 - p": lambda scores, prior: calibration_offset(scores, "mean", prior),
+    "quantile 1 - p": lambda scores, prior: number(calibration_offset(scores, "mean", prior)),
 }
 
 
@@ -133,7 +140,7 @@ async def answers(api: ModelAPI, size: int, trues: int, draw: int) -> dict[str, 
     asked = {"zero-shot": (await labelling.zero_shot()).log_odds, "gold demonstrations": shown.log_odds}
     found = {}
     for how, log_odds in asked.items():
-        scores = [log_odds[claim] for claim in range(size)]
+        scores = [number(log_odds[claim]) for claim in range(size)]
         limits = {name: offset(scores, trues / size) for name, offset in OFFSETS.items()}
         by_offset = {name: right([score > limit for score in scores], gold) for name, limit in limits.items()}
         found[how] = Answers(float(np.std(scores)), by_offset)
@@ -151,7 +158,7 @@ async def searched(api: ModelAPI, size: int, trues: int, draw: int, objective: O
     if len(labels) < size:
         labels |= (await labelling.predict_unlabelled(state)).labels
     gold = [claim.gold is True for claim in pool.claims]
-    found = right([labels[claim] for claim in range(size)], gold)
+    found = right([bool(labels[claim]) for claim in range(size)], gold)
     return found, state.evaluation.utility, time.perf_counter() - started
 
 

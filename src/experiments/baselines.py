@@ -55,6 +55,7 @@ from src.pipeline.datafiles import claims_of, read_rows
 from src.pipeline.file_kinds import digest_of
 from src.pipeline.labelling import Labelling, Pool
 from src.pipeline.run_folder import RunFolder, environment
+from src.pipeline.run_reader import read_run
 
 GIVEN: Final[dict[str, GivenLabels]] = {
     "many-shot-gold": "gold",
@@ -217,9 +218,13 @@ async def _icm(
     flags = argparse.Namespace(**{**vars(args), "label_rest": False})
     alone = replace(pool, rest=(), left_out=len(pool.rest))
     document = await finish(flags, api.share(), alone, run, settings_of(flags, alone))
-    found = {row["row"]: row for row in map(orjson.loads, run.labels_path.read_bytes().splitlines())}
-    labels = {position: found[claim.row]["label"] for position, claim in enumerate(pool.claims)}
-    log_odds = {position: found[claim.row]["log_odds"] for position, claim in enumerate(pool.claims)}
+    found = {claim.row: claim for claim in read_run(run.path).claims}
+    labels, log_odds = {}, {}
+    for position, claim in enumerate(pool.claims):
+        labelled = found[claim.row]
+        assert labelled.label is not None
+        assert labelled.log_odds is not None
+        labels[position], log_odds[position] = labelled.label, labelled.log_odds
     cost = document["cost"]
     return await comparison.given(
         "icm",

@@ -38,6 +38,7 @@ from src.experiments.single_run import (
 )
 from src.experiments.summary import print_summary, say_shown_again
 from src.icm.annealing import part_seed
+from src.icm.label_names import counts_of, read_label
 from src.icm.report import collapse_warning
 from src.icm.testbeds import BadInput
 from src.pipeline.labelling import Labelling, Pool
@@ -183,9 +184,19 @@ def _rows(folder: RunFolder, parts: Sequence[Part]) -> list[dict[str, Any]]:
 
 
 def _voted(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The majority's label; log_odds: the mean of the passes'."""
+    """The majority's label; log_odds: the mean of the passes'.
+
+    Of labels that are not True and False: the one with most votes, of equals the one that the first of the passes gave;
+    logprobs: the mean of the passes'.
+    """
     if len(rows) == 1:
         return rows[0]
+    if "logprobs" in rows[0]:
+        given = [row["label"] for row in rows]
+        mean = {name: sum(row["logprobs"][name] for row in rows) / len(rows) for name in rows[0]["logprobs"]}
+        counts = {name: given.count(name) for name in mean}
+        chosen = max(given, key=given.count)
+        return {**rows[0], "label": chosen, "logprobs": mean, "by": "vote", "votes_of": counts, "votes": len(rows)}
     votes = sum(row["label"] for row in rows)
     return {
         **rows[0],
@@ -204,18 +215,19 @@ def _result(
     results = [document["result"] for document in documents]
     voted = [row for row in rows if row["by"] in ("icm", "vote")]
     predicted = [row for row in rows if row["by"] == "predicted"]
+    names, prior = parts[0].pool.names, parts[0].pool.problem.objective.prior
     first = [result for part, result in zip(parts, results, strict=True) if part.pass_number == 0]
     return {
         **_sums([{key: r[key] for key in ("iterations", "accepted", "rebuilds", "inconsistent")} for r in results]),
         "labelled": len(voted),
-        "true_labels": sum(row["label"] for row in voted),
+        **counts_of([read_label(row["label"], names) for row in voted], names),
         "U": sum(r["U"] for r in results) / len(results),
         "predictability": sum(r["predictability"] for r in results) / len(results),
         "icm": _agreement(voted),
         "zero_shot": _added([r["zero_shot"] for r in first]),
         "zero_shot_calibrated": _added([r["zero_shot_calibrated"] for r in first]),
         "predicted": {"predicted": _agreement(predicted)} if predicted else {},
-        "warning": collapse_warning([row["label"] for row in rows], parts[0].pool.problem.objective.prior),
+        "warning": collapse_warning([read_label(row["label"], names) for row in rows], prior, names),
         "changes_objective": results[0]["changes_objective"],
         "parts": [
             {

@@ -17,6 +17,7 @@ from typing import Any
 import orjson
 
 from core.determinism.record import manifest_entry, read_record
+from core.llm_api.labels import TRUE_FALSE
 from core.llm_api.llm import ModelAPI, open_model_api
 from core.llm_api.types import EngineIdentity, known_to_differ
 from core.settings import Settings
@@ -198,10 +199,17 @@ def settings_of(args: argparse.Namespace, pool: Pool) -> dict[str, Any]:
         # Only where it is given: runs that were begun before there was one go on.
         **({} if args.prior is None else {"prior": args.prior}),
         "label_rest": args.label_rest,
+        **_settings_of_labels(pool),
         **_settings_of_reading(args, pool),
         **({} if pool.continued is None else {"continue_from": pool.continued.digest}),
         **decisive,
     }
+
+
+def _settings_of_labels(pool: Pool) -> dict[str, Any]:
+    """The labels' names and texts; nothing of True and False, so that runs that were begun go on."""
+    space = pool.testbed.space
+    return {} if space == TRUE_FALSE else {"labels": list(space.names), "label_texts": list(space.texts)}
 
 
 def _settings_of_reading(args: argparse.Namespace, pool: Pool) -> dict[str, Any]:
@@ -343,7 +351,7 @@ async def label_pool(
         known |= testbed_record(labelling.pool)
         if labelling.pool.continued is not None:
             known["continued_from"] = labelling.pool.continued.summary()
-        folder.write_claims(pool_rows(labelling.pool.claims, labelling.pool.problem.consistency))
+        folder.write_claims(pool_rows(labelling.pool.claims, labelling.pool.problem.consistency, labelling.pool.names))
         folder.write_run(known)
     else:
         check_same_engine(folder, known["engine"], labelling.identity)
@@ -370,7 +378,7 @@ async def label_pool(
     folder.write_labels(labelling.label_rows(state, predictions, zero_shot))
     title = f"{settings['testbed']}, {args.model}, alpha {args.alpha:g}, calibration {calibration_told(settings)}"
     plot_curves(records, labelling.pool.gold, folder.curves_path, title)
-    warning = collapse_warning(state.labels, args.prior)
+    warning = collapse_warning(state.labels, args.prior, labelling.pool.names)
     document = {
         **known,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from src.icm.label_names import told_counts
 from src.icm.report import agreement, calibration_told
 from src.pipeline.run_folder import RunFolder
 
@@ -13,6 +14,12 @@ from src.pipeline.run_folder import RunFolder
 def say_shown_again(document: Mapping[str, Any]) -> None:
     """Say on standard error that a finished run is only shown."""
     print(f"finished {document.get('finished', 'earlier')}; shown again, nothing was computed", file=sys.stderr)
+
+
+def _counts(result: Mapping[str, Any]) -> str:
+    if "label_counts" in result:
+        return told_counts(result)
+    return f"{result['true_labels']} of {result['labelled']} True"
 
 
 def print_summary(folder: RunFolder, document: Mapping[str, Any]) -> None:
@@ -36,7 +43,7 @@ def print_summary(folder: RunFolder, document: Mapping[str, Any]) -> None:
         print(f"  {len(result['parts'])} searches; U and nats are means over them, counts and seconds sums")
     print(
         f"  U {result['U']:.2f}: {settings['alpha']:g} x {result['predictability']:.3f} nat - "
-        f"{result['inconsistent']} inconsistent pairs; {result['true_labels']} of {result['labelled']} True"
+        f"{result['inconsistent']} inconsistent pairs; {_counts(result)}"
     )
     for change in result.get("changes_objective", []):
         print(f"  not the paper's objective: {change}")

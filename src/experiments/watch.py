@@ -21,8 +21,10 @@ from typing import Any
 import orjson
 
 from src.experiments.arguments_of_reports import parser_of
+from src.icm.consistency import Label
 from src.icm.curves import Curves, curves_of
-from src.icm.run_record import IN_POOL
+from src.icm.label_names import names_of, read_label
+from src.icm.run_record import IN_POOL, is_of_two
 from src.pipeline.tail import JournalTail, is_finished, run_document, searches_in
 from src.reporting.text import duration, one_line
 
@@ -142,7 +144,7 @@ class Search:
         self.tail = JournalTail(self.folder / "log.jsonl")
         self.curves = Curves()
         self.finished = False
-        self._gold: list[bool | None] = []
+        self._gold: list[Label] = []
 
     def poll(self) -> bool:
         changed = self.tail.poll()
@@ -170,9 +172,10 @@ class Search:
         curves, last = self.curves, self.tail.records[-1]
         size = max(len(self._gold), curves.labelled[-1])
         total = sum(record.get("seconds") or 0.0 for record in self.tail.records)
+        balance = "True" if is_of_two(self.tail.records) else "the commonest label"
         return [
             f"  labelled {_bar(curves.labelled[-1], size)} {curves.labelled[-1]} of {size}, "
-            f"{_share(curves.true_share[-1])} True; iteration {curves.iteration[-1]}",
+            f"{_share(curves.balance[-1])} {balance}; iteration {curves.iteration[-1]}",
             f"  U {last['U']:.2f} {_sparkline(curves.utility)}; agreement with gold {_share(curves.accuracy[-1])}; "
             f"accepted {_share(curves.acceptance[-1])} of the last 50; T {_figure(_latest(curves.temperature))}",
             f"  cache hits {_share(curves.hit_rate[-1])}; {_figure(curves.seconds[-1])} s a step; "
@@ -190,15 +193,17 @@ class Search:
         )
 
 
-def _gold(folder: Path) -> list[bool | None]:
+def _gold(folder: Path) -> list[Label]:
     """By pool position; from the labels where there is no claims.jsonl, empty where there is neither."""
+    settings = (run_document(folder) or {}).get("settings")
+    names = names_of(settings if isinstance(settings, dict) else {})
     for name in ("claims.jsonl", "labels.jsonl"):
         try:
             rows: list[Any] = [orjson.loads(line) for line in (folder / name).read_bytes().splitlines()]
         except (OSError, orjson.JSONDecodeError):
             continue
         if all(isinstance(row, dict) for row in rows):
-            return [row.get("gold") for row in rows if row.get("by", "icm") in IN_POOL]
+            return [read_label(row.get("gold"), names) for row in rows if row.get("by", "icm") in IN_POOL]
     return []
 
 

@@ -13,13 +13,14 @@ from collections import Counter
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
+from itertools import combinations
 from typing import Literal
 
 import numpy as np
 
 from src.icm.capped_layout import CappedLayout
-from src.icm.consistency import Consistency, Constraint, Labels
-from src.icm.objective import Evaluation, Objective
+from src.icm.consistency import Consistency, Constraint, Labels, all_labels
+from src.icm.objective import Evaluation, LogOdds, Objective, label_of, sureness
 from src.icm.planner import TokenCosts, evaluation_tokens, excess_tokens, relaid_tokens
 from src.icm.planner import wants_rebuild as pays_to_rebuild
 from src.icm.prefix_tree import Layout, TreeLayout, UpstreamLayout
@@ -59,7 +60,7 @@ class SearchSettings:
     patience: proposals in a row that change nothing before stop "labelled" ends (see `finished`).
     anchors: claims that stand last in every prompt when a tree is built (see prefix_tree); 0 is cheapest.
     max_tail: appended demonstrations after which the tree is built anew at the latest; None: the planner decides.
-    mirror: once the search has settled, try all labels flipped (see `wants_mirror`).
+    mirror: once the search has settled, try to swap two labels everywhere (see `wants_mirror`).
     context_cap: demonstrations at most in every prompt (see capped_layout); None: all. Another objective.
     best_of: claims whose labels an iteration predicts; only the surest change is evaluated (see `choose`).
     local_gain: a new claim is accepted by its own term of U, the others' as they last were (see `decides_by_itself`).
@@ -115,6 +116,10 @@ class Problem:
     def size(self) -> int:
         return len(self.groups)
 
+    @property
+    def num_labels(self) -> int:
+        return self.objective.num_labels
+
     def new_layout(self, labelled: Sequence[int], rebuilds: int = 0, *, labels: Labels | None = None) -> Layout:
         """A layout of `labelled`. labels: what a sample of demonstrations is balanced by, where there is a cap."""
         rng = generator(self.settings.seed, Stream.LAYOUT, rebuilds)
@@ -126,7 +131,7 @@ class Problem:
         return TreeLayout.build(labelled, self.groups, rng, anchors=self.settings.anchors)
 
     def seed_labels(self) -> Labels:
-        """start_labels where there are any, else random ones, half True and half False, for num_seed claims; the rest
+        """start_labels where there are any, else random ones, as many of each label, for num_seed claims; the rest
         None.
 
         The claims are the first of each group in the pool's order, then the second of each, and so on: random labels
@@ -135,16 +140,27 @@ class Problem:
         if self.start_labels is not None:
             return self.start_labels
         count = min(self.settings.num_seed, self.size)
-        rng = generator(self.settings.seed, Stream.SEEDS)
-        odd = [bool(rng.random() < 0.5)] * (count % 2)
-        drawn = rng.permutation(np.array([True] * (count // 2) + [False] * (count // 2) + odd, dtype=bool))
+        drawn = balanced_labels(count, self.num_labels, generator(self.settings.seed, Stream.SEEDS))
         seen: Counter[str] = Counter()
         rank = []
         for claim, group in enumerate(self.groups):
             rank.append((seen[group], claim))
             seen[group] += 1
-        seeds = dict(zip((claim for _, claim in sorted(rank)), drawn.tolist(), strict=False))
+        seeds = dict(zip((claim for _, claim in sorted(rank)), drawn, strict=False))
         return tuple(seeds.get(claim) for claim in range(self.size))
+
+
+def balanced_labels(count: int, num_labels: int, rng: np.random.Generator) -> list[int]:
+    """`count` labels in random order, as many of each as can be; which ones are over is random."""
+    share, over = divmod(count, num_labels)
+    if num_labels == 2:
+        odd = [bool(rng.random() < 0.5)] * over
+        drawn = rng.permutation(np.array([True] * share + [False] * share + odd, dtype=bool))
+    else:
+        rest = rng.permutation(num_labels)[:over]
+        drawn = rng.permutation(np.concatenate([np.repeat(np.arange(num_labels), share), rest]))
+    labels: list[int] = drawn.tolist()
+    return labels
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,8 +205,8 @@ class Outcome:
     """
 
     claim: int
-    log_odds: float
-    predicted: bool
+    log_odds: LogOdds
+    predicted: int
     temperature: float
     tried: int = 0
     proposed_utility: float | None = None
@@ -236,14 +252,15 @@ def proposals(problem: Problem, state: SearchState) -> tuple[int, ...]:
     return tuple(rng.choice(problem.size, size=count, replace=False, p=share).tolist())
 
 
-def choose(problem: Problem, state: SearchState, log_odds: Mapping[int, float]) -> int:
+def choose(problem: Problem, state: SearchState, log_odds: Mapping[int, LogOdds]) -> int:
     """Of the proposed claims, the one whose predicted label differs from its own and is the surest; else the first.
 
     log_odds: of each proposed claim, in the order proposed, nats.
     """
     changes = [c for c, value in log_odds.items() if predicted_label(problem, state, value) != state.labels[c]]
-    offset = state.evaluation.offset
-    return max(changes, key=lambda c: abs(log_odds[c] - offset)) if changes else next(iter(log_odds))
+    return (
+        max(changes, key=lambda c: sureness(log_odds[c], state.evaluation.offset)) if changes else next(iter(log_odds))
+    )
 
 
 def decides_by_itself(problem: Problem, state: SearchState, claim: int, labels: Labels) -> bool:
@@ -257,25 +274,27 @@ def decides_by_itself(problem: Problem, state: SearchState, claim: int, labels: 
     return problem.consistency.count(labels) == state.evaluation.inconsistent
 
 
-def local_evaluation(problem: Problem, state: SearchState, labels: Labels, log_odds: Mapping[int, float]) -> Evaluation:
+def local_evaluation(
+    problem: Problem, state: SearchState, labels: Labels, log_odds: Mapping[int, LogOdds]
+) -> Evaluation:
     """U of `labels` if no other claim's log-odds changed: those of the last evaluation, and the given ones (nats)."""
     known = {**state.evaluation.log_odds, **log_odds}
     asked = {claim: value for claim, value in known.items() if labels[claim] is not None}
     return problem.objective.evaluate(labels, asked, problem.consistency)
 
 
-def predicted_label(problem: Problem, state: SearchState, log_odds: float) -> bool:
+def predicted_label(problem: Problem, state: SearchState, log_odds: LogOdds) -> int:
     """argmax P(y | x, D without x), against the pool's mean log-odds where the objective is calibrated."""
-    return log_odds > state.evaluation.offset
+    return label_of(log_odds, state.evaluation.offset)
 
 
-def proposal(state: SearchState, claim: int, label: bool) -> Candidate:
+def proposal(state: SearchState, claim: int, label: int) -> Candidate:
     """The labeling to evaluate when `claim` is to have `label`: a new claim's demonstration stands last."""
     layout = state.layout if state.labels[claim] is not None else state.layout.append(claim)
     return Candidate(flipped(state.labels, {claim: label}), layout)
 
 
-def flipped(labels: Labels, changes: Mapping[int, bool]) -> Labels:
+def flipped(labels: Labels, changes: Mapping[int, int]) -> Labels:
     """`labels` with some of them replaced."""
     return tuple(changes.get(i, label) for i, label in enumerate(labels))
 
@@ -299,7 +318,7 @@ def explore(
         if not last:
             constraint = broken[int(rng.integers(len(broken)))]
             tried.add((best, constraint))
-            contenders += [flipped(best, changes) for changes in constraint.repairs(best)]
+            contenders += [flipped(best, changes) for changes in constraint.repairs(best, problem.num_labels)]
         unknown = [labels for labels in dict.fromkeys(contenders) if labels not in worth]
         if unknown:
             evaluations = yield [Candidate(labels, start.layout) for labels in unknown]
@@ -408,31 +427,50 @@ def settled(problem: Problem, state: SearchState) -> bool:
 
 
 def wants_mirror(problem: Problem, state: SearchState) -> bool:
-    """Whether the settled search should try all labels flipped.
+    """Whether the settled search should try its `mirrors`.
 
-    A model that learns from its context predicts consistently inverted labels nearly as well as the right ones, so the
-    search has a second basin, and single flips cannot leave it. Not in the paper; decided by U alone, once a run.
+    A model that learns from its context predicts consistently permuted labels nearly as well as the right ones, so the
+    search has a second basin, or K! of them, and changes of single labels cannot leave one. Not in the paper; decided
+    by U alone. Of two labels once a run: swapped again they would be what they were. Of more, every time the search
+    settles, until no swap is better.
     """
     wanted = problem.settings.mirror and not state.mirror_tried and bool(state.labelled)
     return wanted and not state.stale and settled(problem, state)
 
 
+def mirrors(labels: Labels, num_labels: int) -> tuple[Labels, ...]:
+    """The labelings that come of swapping two labels everywhere, K (K - 1) / 2 of them: of two labels the one with
+    every label flipped.
+
+    Swaps make every permutation, where the K - 1 cyclic shifts make only each other; and to take two labels for each
+    other is what a model is likeliest to do.
+    """
+    return tuple(swapped(labels, one, other) for one, other in combinations(all_labels(num_labels), 2))
+
+
+def swapped(labels: Labels, one: int, other: int) -> Labels:
+    """`labels` with `one` in place of `other` and the other way round."""
+    turned = {one: other, other: one}
+    return tuple(None if label is None else turned.get(label, label) for label in labels)
+
+
 def mirrored_labels(labels: Labels) -> Labels:
-    """Every label flipped."""
-    return tuple(None if label is None else not label for label in labels)
+    """Every one of two labels flipped."""
+    return swapped(labels, False, True)
 
 
-def mirror(state: SearchState, evaluation: Evaluation | None) -> SearchState:
-    """The state after the mirror was tried: flipped where `evaluation` (of the flipped labels) is given."""
+def mirror(state: SearchState, evaluation: Evaluation | None, labels: Labels | None = None) -> SearchState:
+    """The state after its mirrors were tried. evaluation: of the one that is taken, None where none is better. labels:
+    which one that is; of two labels there is one only."""
     if evaluation is None:
         return replace(state, mirror_tried=True)
     return replace(
         state,
-        labels=mirrored_labels(state.labels),
+        labels=mirrored_labels(state.labels) if labels is None else labels,
         evaluation=evaluation,
         unchanged=0,
         refused=frozenset(),
-        mirror_tried=True,
+        mirror_tried=evaluation.num_labels == 2,
     )
 
 

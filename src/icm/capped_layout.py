@@ -7,6 +7,7 @@ a label is predicted from C others, not from all.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -40,7 +41,7 @@ class CappedLayout:
         cap: int,
         anchors: int = 0,
     ) -> CappedLayout:
-        """A random sample with as many True as False labels, as far as there are (labels None: any claims)."""
+        """A random sample with as many of each label, as far as there are (labels None: any claims)."""
         sample = set(balanced_sample(labelled, labels, cap, rng))
         shown = TreeLayout.build(sample, groups, rng, anchors=anchors)
         return cls(shown, tuple(claim for claim in labelled if claim not in sample), cap, len(labelled))
@@ -94,14 +95,14 @@ class CappedLayout:
 def balanced_sample(
     claims: Iterable[int], labels: Sequence[Label] | None, count: int, rng: np.random.Generator
 ) -> list[int]:
-    """`count` claims (or all): half of each label in turn, from a random order, then whatever is left."""
+    """`count` claims (or all): one of each label in turn, from a random order, then whatever is left."""
     order: list[int] = rng.permutation(np.array(sorted(claims), dtype=np.int64)).tolist()
     if labels is None:
         return order[:count]
-    seen = {True: 0, False: 0}
+    seen: Counter[int] = Counter()
     ranked: list[tuple[int, int]] = []
     for claim in order:
-        label = labels[claim] is True
+        label = labels[claim] or 0
         ranked.append((seen[label], claim))
         seen[label] += 1
     ranked.sort(key=lambda ranked_claim: ranked_claim[0])  # stable: the first of each label, then the second, ...

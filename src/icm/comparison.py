@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import comb
@@ -48,11 +48,11 @@ def labels_by_claim(run: RunRecord) -> dict[ClaimKey, LabelledClaim]:
 def agreement_of(first: RunRecord, second: RunRecord) -> Agreement:
     """How far two runs' labels agree, gold or no gold."""
     ours, theirs = labels_by_claim(first), labels_by_claim(second)
-    pairs = [(bool(ours[key].label), bool(theirs[key].label)) for key in ours.keys() & theirs.keys()]
+    pairs = [(ours[key].label or 0, theirs[key].label or 0) for key in ours.keys() & theirs.keys()]
     return Agreement(first.name, second.name, sum(a == b for a, b in pairs), len(pairs), cohens_kappa(pairs))
 
 
-def cohens_kappa(pairs: Sequence[tuple[bool, bool]]) -> float | None:
+def cohens_kappa(pairs: Sequence[tuple[int, int]]) -> float | None:
     """Agreement beyond chance (Cohen 1960): 1 the same, 0 as by chance, -1 mirror images.
 
     None where nothing was compared or both sides are constant, and chance agreement is certain.
@@ -60,8 +60,8 @@ def cohens_kappa(pairs: Sequence[tuple[bool, bool]]) -> float | None:
     if not pairs:
         return None
     total = len(pairs)
-    first, second = sum(a for a, _ in pairs) / total, sum(b for _, b in pairs) / total
-    chance = first * second + (1 - first) * (1 - second)
+    first, second = Counter(a for a, _ in pairs), Counter(b for _, b in pairs)
+    chance = sum(count * second[label] for label, count in first.items()) / total**2
     if chance == 1:
         return None
     return (sum(a == b for a, b in pairs) / total - chance) / (1 - chance)

@@ -1,7 +1,9 @@
 """Which claims constrain each other, and which labelings break a constraint. I(D) of Wen et al. 2025.
 
 A constraint holds between claims of one group (`consistency_id`). Where it comes from is the testbed's business
-(testbeds.py); here it is one of three relations, between two claims or more.
+(testbeds.py); here it is one of four relations, between two claims or more, each a set of allowed assignments.
+
+A label is the index of one of K labels. Of two labels it is a bool: index 1 is True.
 """
 
 from __future__ import annotations
@@ -10,41 +12,63 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from itertools import combinations, product
+from itertools import combinations, permutations, product
+from math import perm
 from statistics import median
 from typing import Final
 
-Label = bool | None
+Label = int | None
 Labels = tuple[Label, ...]
+Margins = float | Sequence[float]
 
-MOST_EXACT: Final = 12
-"""Claims that constrain each other whose labels are chosen by trying all of them (4,096 at most)."""
+MOST_ASSIGNMENTS: Final = 4096
+"""Labels of claims that constrain each other are chosen by trying all of them, where there are no more."""
+MOST_REPAIRS: Final = 120
+"""Assignments that one repair may have to evaluate."""
 
 
 class Relation(Enum):
-    """What the labels of two claims, or of more, may be together."""
+    """What the labels of two claims, or of more, may be together.
+
+    AGREE and DIFFERENT (no two alike) are of any labels, the other two of True and False.
+    """
 
     AGREE = "agree"
     AT_MOST_ONE = "at most one is true"
     EXACTLY_ONE = "exactly one is true"
+    DIFFERENT = "no two are alike"
+
+    @property
+    def of_true(self) -> bool:
+        """Whether it says something of the label True, and so holds between two labels only."""
+        return self in (Relation.AT_MOST_ONE, Relation.EXACTLY_ONE)
 
     def inconsistencies(self, labels: Sequence[Label]) -> int:
         """What `labels` add to I(D): every pair that cannot be, and 1 where one must be true and all are False.
 
         A claim without a label contradicts none, and may still be the true one.
         """
+        if not self.of_true:
+            known = [label for label in labels if label is not None]
+            alike = sum(count * (count - 1) // 2 for count in map(known.count, set(known)))
+            return alike if self is Relation.DIFFERENT else len(known) * (len(known) - 1) // 2 - alike
         trues = sum(label is True for label in labels)
-        if self is Relation.AGREE:
-            return trues * sum(label is False for label in labels)
         none_is_true = self is Relation.EXACTLY_ONE and all(label is False for label in labels)
         return trues * (trues - 1) // 2 + none_is_true
 
-    def assignments(self, size: int) -> tuple[tuple[bool, ...], ...]:
-        """Every labeling of `size` claims that the relation allows."""
+    def assignments(self, size: int, num_labels: int = 2) -> tuple[tuple[int, ...], ...]:
+        """Every labeling of `size` claims that the relation allows, the last label's first."""
         if self is Relation.AGREE:
-            return ((True,) * size, (False,) * size)
+            return tuple((label,) * size for label in reversed(all_labels(num_labels)))
+        if self is Relation.DIFFERENT:
+            return tuple(permutations(reversed(all_labels(num_labels)), size))
         one_true = tuple(tuple(at == true for at in range(size)) for true in range(size))
         return one_true if self is Relation.EXACTLY_ONE else (*one_true, (False,) * size)
+
+
+def all_labels(num_labels: int) -> tuple[int, ...]:
+    """The labels of a space of `num_labels`, in order: False and True where they are two."""
+    return (False, True) if num_labels == 2 else tuple(range(num_labels))
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +82,13 @@ class Constraint:
         """What the labels of a pool (length N, None: unlabelled) add to I(D) here."""
         return self.relation.inconsistencies([labels[claim] for claim in self.claims])
 
-    def repairs(self, labels: Sequence[Label]) -> Iterator[dict[int, bool]]:
+    def repairs(self, labels: Sequence[Label], num_labels: int = 2) -> Iterator[dict[int, int]]:
         """Every assignment of its labelled claims that the constraint allows, (False, False) included where it does."""
         known = [claim for claim in self.claims if labels[claim] is not None]
         relation = self.relation
         if relation is Relation.EXACTLY_ONE and len(known) < len(self.claims):
             relation = Relation.AT_MOST_ONE  # the true one may be without a label yet
-        return (dict(zip(known, values, strict=True)) for values in relation.assignments(len(known)))
+        return (dict(zip(known, values, strict=True)) for values in relation.assignments(len(known), num_labels))
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +144,20 @@ class Consistency:
                     found.append(Constraint((first, second), pair))
         return cls(found)
 
+    def complaint(self, num_labels: int) -> str | None:
+        """Why a pool of `num_labels` labels cannot have these constraints, in one line that goes on from the pool's
+        name; None where it can."""
+        for claims, relation in ((each.claims, each.relation) for each in self.constraints):
+            if relation.of_true and num_labels > 2:
+                return (
+                    f"has claims of which {relation.value}, and {num_labels} labels: of more than two labels can be "
+                    f'said "{Relation.AGREE.value}" and "{Relation.DIFFERENT.value}"'
+                )
+            if relation is Relation.DIFFERENT and not 0 < perm(num_labels, len(claims)) <= MOST_REPAIRS:
+                why = "labels" if len(claims) > num_labels else "labels, which is too many ways to try"
+                return f"has a group of {len(claims)} claims of which {relation.value}, and {num_labels} {why}"
+        return None
+
     def counts_by_relation(self) -> dict[str, int]:
         """How many constraints there are of each relation that occurs, by the relation's value."""
         counts = Counter(constraint.relation for constraint in self.constraints)
@@ -138,26 +176,40 @@ class Consistency:
         """I(D): the number of inconsistent pairs, and of sets that must hold a true claim and are all False."""
         return sum(c.inconsistencies(labels) for c in self.constraints)
 
-    def nearest(self, margins: Sequence[float]) -> tuple[bool, ...]:
-        """Labels by the sign of their margins (nats, length N) that break no constraint, losing as little as possible.
+    def nearest(self, margins: Sequence[Margins]) -> Labels:
+        """Labels of the largest margins that break no constraint, losing as little as possible; shape [N].
 
-        The loss is the sum of |margin| over labels against their sign. Claims that constrain each other are decided
-        together: exactly where they are at most MOST_EXACT, else the surest first, each as its sign says unless a
-        decided neighbour forbids it (which can leave a constraint broken where no neighbour's label was possible).
+        margins: nats, shape [N, K]; of two labels True's alone, shape [N], for False's is its opposite. What is lost is
+        the margin of the likeliest label less that of the label that it gets. Claims that constrain each other are
+        decided together: exactly where that is at most MOST_ASSIGNMENTS to try, else the surest first, each with its
+        likeliest label unless a decided neighbour forbids it (which can leave a constraint broken where no neighbour's
+        label was possible).
         """
         neighbours: dict[int, list[Constraint]] = defaultdict(list)
         for constraint in self.constraints:
             for claim in constraint.claims:
                 neighbours[claim].append(constraint)
-        labels = [margin > 0 for margin in margins]
+        gains = [_gains(each) for each in margins]
+        labels = [likeliest(each) for each in gains]
         for members in _components(neighbours):
-            held = {c for member in members for c in neighbours[member]}
+            held = {id(c): c for member in members for c in neighbours[member]}.values()
             if not any(c.inconsistencies(labels) for c in held):
                 continue
-            decide = _decide_exactly if len(members) <= MOST_EXACT else _decide_surest_first
-            for member, label in decide(members, held, margins).items():
+            few = len(gains[members[0]]) ** len(members) <= MOST_ASSIGNMENTS
+            decide = _decide_exactly if few else _decide_surest_first
+            for member, label in decide(members, held, gains).items():
                 labels[member] = label
         return tuple(labels)
+
+
+def likeliest(gains: Sequence[float]) -> int:
+    """The label with the largest of these, shape [K]; the first of equals."""
+    best = max(range(len(gains)), key=gains.__getitem__)
+    return bool(best) if len(gains) == 2 else best
+
+
+def _gains(margins: Margins) -> tuple[float, ...]:
+    return (-margins, margins) if isinstance(margins, float | int) else tuple(margins)
 
 
 def _components(neighbours: Mapping[int, Sequence[Constraint]]) -> Iterator[list[int]]:
@@ -176,33 +228,39 @@ def _components(neighbours: Mapping[int, Sequence[Constraint]]) -> Iterator[list
         yield sorted(found)
 
 
-def _decide_exactly(members: Sequence[int], held: Iterable[Constraint], margins: Sequence[float]) -> dict[int, bool]:
+def _decide_exactly(
+    members: Sequence[int], held: Iterable[Constraint], gains: Sequence[Sequence[float]]
+) -> dict[int, int]:
     best: tuple[int, float] | None = None
-    chosen: dict[int, bool] = {}
+    chosen: dict[int, int] = {}
     constraints = list(held)
-    for values in product((True, False), repeat=len(members)):
+    for values in product(reversed(all_labels(len(gains[members[0]]))), repeat=len(members)):
         labels = dict(zip(members, values, strict=True))
         broken = sum(c.relation.inconsistencies([labels[claim] for claim in c.claims]) for c in constraints)
-        gain = sum(margins[m] if label else -margins[m] for m, label in labels.items())
+        gain = sum(gains[member][label] for member, label in labels.items())
         if best is None or (-broken, gain) > best:
             best, chosen = (-broken, gain), labels
     return chosen
 
 
 def _decide_surest_first(
-    members: Sequence[int], held: Iterable[Constraint], margins: Sequence[float]
-) -> dict[int, bool]:
-    labels: dict[int, bool] = {}
+    members: Sequence[int], held: Iterable[Constraint], gains: Sequence[Sequence[float]]
+) -> dict[int, int]:
+    labels: dict[int, int] = {}
     constraints = list(held)
-    for member in sorted(members, key=lambda m: -abs(margins[m])):
-        wanted = margins[member] > 0
-        broken = {}
-        for value in (wanted, not wanted):
+    for member in sorted(members, key=lambda m: -max(gains[m])):
+
+        def broken(value: int, member: int = member) -> int:
             known = labels | {member: value}
-            broken[value] = sum(
+            return sum(
                 c.relation.inconsistencies([known.get(claim) for claim in c.claims])
                 for c in constraints
                 if member in c.claims
             )
-        labels[member] = wanted if broken[wanted] <= broken[not wanted] else not wanted
+
+        # Labels from the likeliest on; min keeps the first of equals.
+        first = likeliest(gains[member])
+        others = [label for label in all_labels(len(gains[member])) if label != first]
+        others.sort(key=gains[member].__getitem__, reverse=True)
+        labels[member] = min([first, *others], key=broken)
     return labels

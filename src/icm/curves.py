@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,8 +18,9 @@ class Curves:
     """One value a journal line, all lists of one length; None where a line cannot tell.
 
     utility: U(D). accuracy: share of labels that are gold's, of those whose gold is known. temperature: of steps, in
-    units of U. acceptance: share of the last WINDOW iterations that changed a label. labelled: claims. true_share: of
-    the labels. hit_rate: share of prompt tokens found cached, and seconds: a step's, both over the last RECENT lines.
+    units of U. acceptance: share of the last WINDOW iterations that changed a label. labelled: claims. balance: of two
+    labels the share of True, of more that of the commonest. hit_rate: share of prompt tokens found cached, and seconds:
+    a step's, both over the last RECENT lines.
     rebuilds, mirrors: iterations at which the tree was built anew, and all labels flipped (accepted or not).
     """
 
@@ -29,7 +30,7 @@ class Curves:
     temperature: list[float | None] = field(default_factory=list)
     acceptance: list[float | None] = field(default_factory=list)
     labelled: list[int] = field(default_factory=list)
-    true_share: list[float | None] = field(default_factory=list)
+    balance: list[float | None] = field(default_factory=list)
     inconsistent: list[int | None] = field(default_factory=list)
     hit_rate: list[float | None] = field(default_factory=list)
     seconds: list[float | None] = field(default_factory=list)
@@ -40,23 +41,29 @@ class Curves:
 def curves_of(records: Iterable[Mapping[str, Any]], gold: Sequence[Label]) -> Curves:
     """The curves of a journal. gold: by pool position; shorter or empty where it is not known."""
     drawn = Curves()
-    labels: dict[int, bool] = {}
-    agreeing = compared = trues = 0
+    labels: dict[int, int] = {}
+    counts: Counter[int] = Counter()
+    two = True
+    agreeing = compared = 0
     changed: deque[bool] = deque(maxlen=WINDOW)
     tokens: deque[tuple[float, float]] = deque(maxlen=RECENT)
     seconds: deque[float] = deque(maxlen=RECENT)
     inconsistent: int | None = None
     for record in records:
         event, iteration = record["event"], int(record.get("iteration", 0))
+        if event == "start":
+            two = record.get("num_labels", 2) == 2
         if event == "rebuild":
             drawn.rebuilds.append(iteration)
         if event == "mirror":
             drawn.mirrors.append(iteration)
         for key, value in (record.get("labels") or record.get("changes") or {}).items():
-            claim, label = int(key), bool(value)
+            claim, label = int(key), bool(value) if two else value
             known = gold[claim] if claim < len(gold) else None
             before = labels.get(claim)
-            trues += label - (before is True)
+            counts[label] += 1
+            if before is not None:
+                counts[before] -= 1
             if known is not None:
                 agreeing += (label == known) - (before == known)
                 compared += before is None
@@ -75,7 +82,7 @@ def curves_of(records: Iterable[Mapping[str, Any]], gold: Sequence[Label]) -> Cu
         drawn.temperature.append(record.get("T"))
         drawn.acceptance.append(sum(changed) / len(changed) if changed else None)
         drawn.labelled.append(len(labels))
-        drawn.true_share.append(trues / len(labels) if labels else None)
+        drawn.balance.append((counts[1] if two else max(counts.values())) / len(labels) if labels else None)
         drawn.inconsistent.append(inconsistent)
         drawn.hit_rate.append(sum(cached for cached, _ in tokens) / sent if sent else None)
         drawn.seconds.append(sum(seconds) / len(seconds) if seconds else None)

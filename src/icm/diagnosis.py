@@ -15,8 +15,9 @@ from itertools import combinations
 from math import sqrt
 
 from src.icm.comparison import agreement_of, votes
-from src.icm.consistency import Constraint
-from src.icm.objective import auc, wilson_interval
+from src.icm.consistency import Constraint, Label
+from src.icm.label_names import confusion
+from src.icm.objective import auc, label_of, no_offset, wilson_interval
 from src.icm.report import COLLAPSE_MIN_LABELS, COLLAPSE_SHARE, collapse_warning
 from src.icm.run_record import LabelledClaim, RunRecord, final_labels, labels_over_time, probability
 
@@ -170,23 +171,23 @@ def diagnose(run: RunRecord) -> list[Finding]:
 def collapse(run: RunRecord) -> Finding:
     """Nearly all labels the same: the most predictable labeling of all for a model that leans to one answer."""
     title = "Collapse to one label"
-    labels = [claim.label is True for claim in run.pool if claim.searched]
+    labels = [claim.label for claim in run.pool if claim.searched and claim.label is not None]
     if len(labels) < COLLAPSE_MIN_LABELS:
         return Finding("collapse", title, Verdict.UNKNOWN, f"{len(labels)} labels are too few to tell.")
-    trues = sum(labels)
-    side, count = ("True", trues) if trues * 2 >= len(labels) else ("False", len(labels) - trues)
+    side = max(reversed(range(run.num_labels)), key=labels.count)
+    count = labels.count(side)
     share = count / len(labels)
-    told = f"{count} of {len(labels)} labels are {side}."
+    told = f"{count} of {len(labels)} labels are {run.names[side]}."
     gold = [claim.gold for claim in run.pool if claim.gold is not None]
-    gold_share = sum(label == (side == "True") for label in gold) / len(gold) if gold else None
+    gold_share = gold.count(side) / len(gold) if gold else None
     if gold_share is not None:
         told += f" Of the gold labels {gold_share:.0%} are."
     alone = [claim.zero_shot for claim in run.pool if claim.zero_shot is not None]
     details = []
     if alone:
-        details.append(
-            f"Without demonstrations the model says True to {sum(v > 0 for v in alone)} of {len(alone)} claims."
-        )
+        asked = side if run.num_labels > 2 else 1
+        said = sum(label_of(value, no_offset(run.num_labels)) == asked for value in alone)
+        details.append(f"Without demonstrations the model says {run.names[asked]} to {said} of {len(alone)} claims.")
     expected = run.prior is not None and collapse_warning(labels, run.prior) is None
     if expected:
         told += f" The run was told to expect {run.prior:.0%} True."
@@ -208,7 +209,7 @@ def frozen(run: RunRecord) -> Finding:
     final = final_labels(run.journal)
     size = max(len(run.pool), len(final))
     last = max((record["iteration"] for record in steps if record["accepted"]), default=0)
-    seeds = {int(claim): bool(label) for claim, label in start["labels"].items()}
+    seeds = final_labels([start])
     kept = sum(final.get(claim) == label for claim, label in seeds.items())
     told = (
         f"{len(final)} of {size} claims were taken in; the last change was iteration {last} of {len(steps)}. "
@@ -262,7 +263,7 @@ def inconsistency(run: RunRecord) -> Finding:
     told = f"{len(since)} of {len(run.constraints)} constraints are broken, in {len(groups)} groups."
     details = []
     for constraint, iteration in sorted(since.items(), key=lambda item: item[1])[:SHOWN]:
-        *others, last = (f"{run.pool[claim].row} ({run.pool[claim].label})" for claim in constraint.claims)
+        *others, last = (f"{run.pool[claim].row} ({run.name_of(run.pool[claim].label)})" for claim in constraint.claims)
         details.append(
             f"Since iteration {iteration}: rows {', '.join(others)} and {last}, "
             f"of which {constraint.relation.value.replace('true', 'True')}."
@@ -280,7 +281,7 @@ def salience(run: RunRecord) -> Finding:
     labelled = [c for c in run.pool if c.searched and c.log_odds is not None]
     if len(labelled) < COLLAPSE_MIN_LABELS:
         return Finding("salience", title, Verdict.UNKNOWN, f"{len(labelled)} labels are too few to tell.")
-    margins = [((c.log_odds or 0.0) - run.offset) * (1 if c.label else -1) for c in labelled]
+    margins = [each[c.label] for c in labelled if (each := run.margins(c)) is not None and c.label is not None]
     margin = sum(margins) / len(margins)
     told = f"Each label is predicted from the others by {margin:.2f} nat on average (P = {probability(margin):.2f})."
     ranked = _rank(labelled)
@@ -292,6 +293,9 @@ def salience(run: RunRecord) -> Finding:
     details = _contrast(run, labelled)
     if margin < FAINT_NATS:
         return Finding("salience", title, Verdict.PROBLEM, told, details, SALIENCE_ADVICE)
+    if run.num_labels > 2:
+        told += f" Ranks of zero-shot log-odds are of two labels, and these are {run.num_labels}: no contrast."
+        return Finding("salience", title, Verdict.UNKNOWN, told, details)
     if ranked is None:
         told += " Zero-shot log-odds were not recorded, or the labels are constant: no contrast."
         return Finding("salience", title, Verdict.UNKNOWN, told, details)
@@ -305,8 +309,8 @@ def salience(run: RunRecord) -> Finding:
 
 
 def inversion(run: RunRecord) -> Finding:
-    """Signs that every label means its opposite: the second optimum of U."""
-    title = "Inverted labels"
+    """Signs that every label means its opposite, or that two of several stand for each other: other optima of U."""
+    title = "Inverted labels" if run.num_labels == 2 else "Swapped labels"
     labelled = [c for c in run.pool if c.searched]
     if len(labelled) < COLLAPSE_MIN_LABELS:
         return Finding("inverted", title, Verdict.UNKNOWN, f"{len(labelled)} labels are too few to tell.")
@@ -321,7 +325,11 @@ def inversion(run: RunRecord) -> Finding:
         if found < 0.5 - CERTAIN * error:
             suspicion = Verdict.WATCH
     known = [claim.agrees for claim in labelled if claim.agrees is not None]
-    if known:
+    if known and run.num_labels > 2:
+        swap, gained = _best_swap(run, labelled)
+        told.append(f"{sum(known)} of {len(known)} agree with gold, {sum(known) + gained} with {swap} swapped.")
+        suspicion = Verdict.PROBLEM if gained > 0 else Verdict.OK
+    elif known:
         low, high = wilson_interval(sum(known), len(known))
         told.append(f"{sum(known)} of {len(known)} agree with gold (95% interval {low:.2f} to {high:.2f}).")
         if high < 0.5:
@@ -353,15 +361,33 @@ def flips(runs: Sequence[RunRecord]) -> Finding:
         lowest = min(kappas, key=lambda found: found.kappa or 0.0)
         told += f" Lowest agreement of two runs: kappa {lowest.kappa:.2f} ({lowest.first} and {lowest.second})."
     details = [f"{found.first} and {found.second} are mirror images of each other." for found in mirrored]
-    closest = sorted(flipping.values(), key=lambda claims: abs(sum(bool(c.label) for c in claims) / len(claims) - 0.5))
-    for claims in closest[:SHOWN]:
-        trues = sum(bool(claim.label) for claim in claims)
-        details.append(f"{trues} of {len(claims)} say True: row {claims[0].row}, {_short(claims[0])}")
+    for claims in sorted(flipping.values(), key=_commonest_share)[:SHOWN]:
+        labels = [claim.label for claim in claims]
+        side = 1 if runs[0].num_labels == 2 else max(labels, key=labels.count)
+        said = f"{labels.count(side)} of {len(claims)} say {runs[0].name_of(side)}"
+        details.append(f"{said}: row {claims[0].row}, {_short(claims[0])}")
     if share < FLIPPING_WATCH:
         return Finding("flips", title, Verdict.OK, told, tuple(details))
     verdict = Verdict.PROBLEM if share >= FLIPPING_PROBLEM else Verdict.WATCH
     advice = (*INVERTED_ADVICE[:2], *FLIPS_ADVICE) if mirrored else FLIPS_ADVICE
     return Finding("flips", title, verdict, told, tuple(details), advice)
+
+
+def _commonest_share(claims: Sequence[LabelledClaim]) -> float:
+    labels = [claim.label for claim in claims]
+    return max(map(labels.count, labels)) / len(labels)
+
+
+def _best_swap(run: RunRecord, labelled: Sequence[LabelledClaim]) -> tuple[str, int]:
+    """The two labels whose swap would bring most claims to their gold label, and how many more those are."""
+    table = confusion([(claim.label, claim.gold) for claim in labelled], run.num_labels)
+
+    def gained(pair: tuple[int, int]) -> int:
+        one, other = pair
+        return table[one][other] + table[other][one] - table[one][one] - table[other][other]
+
+    best = max(combinations(range(run.num_labels), 2), key=gained)
+    return f"{run.names[best[0]]} and {run.names[best[1]]}", gained(best)
 
 
 def _mirror_ratio(run: RunRecord) -> float | None:
@@ -377,11 +403,13 @@ def _mirror_ratio(run: RunRecord) -> float | None:
 
 
 def _mirror_told(run: RunRecord) -> str:
+    two = run.num_labels == 2
+    tried, done = ("All labels flipped", "flipped") if two else ("The best swap of two labels", "swapped")
     told, before = "The mirror was not tried.", 0.0
     for record in run.journal:
         if record["event"] == "mirror":
-            end = "and they were flipped." if record["accepted"] else "so they were not."
-            told = f"All labels flipped: U {record['U_proposed']:.2f} against {before:.2f}, {end}"
+            end = f"and they were {done}." if record["accepted"] else "so they were not."
+            told = f"{tried}: U {record['U_proposed']:.2f} against {before:.2f}, {end}"
         before = record["U"]
     return told
 
@@ -391,10 +419,10 @@ def _rank(labelled: Sequence[LabelledClaim]) -> tuple[float, float] | None:
 
     The error is that of the Mann-Whitney statistic where neither side ranks higher.
     """
-    known = [claim for claim in labelled if claim.zero_shot is not None]
+    known = [claim for claim in labelled if claim.odds_alone is not None]
     trues = sum(bool(claim.label) for claim in known)
     falses = len(known) - trues
-    found = auc([claim.zero_shot or 0.0 for claim in known], [bool(claim.label) for claim in known])
+    found = auc([claim.odds_alone or 0.0 for claim in known], [bool(claim.label) for claim in known])
     if found is None:
         return None
     return found, sqrt((trues + falses + 1) / (12 * trues * falses))
@@ -402,15 +430,15 @@ def _rank(labelled: Sequence[LabelledClaim]) -> tuple[float, float] | None:
 
 def _contrast(run: RunRecord, labelled: Sequence[LabelledClaim]) -> tuple[str, ...]:
     """How much the context adds to what the model says alone."""
-    alone = [claim.zero_shot for claim in labelled if claim.zero_shot is not None]
+    alone = [claim.odds_alone for claim in labelled if claim.odds_alone is not None]
     if not alone:
         return ()
     mean = sum(alone) / len(alone)
     spread = sum(abs(value - mean) for value in alone) / len(alone)
-    final = sum(abs((claim.log_odds or 0.0) - run.offset) for claim in labelled) / len(labelled)
+    final = sum(abs((claim.odds or 0.0) - run.shift) for claim in labelled) / len(labelled)
     return (
         f"Log-odds lie {spread:.2f} nat from their mean of {mean:+.2f} without demonstrations, and {final:.2f} nat "
-        f"from {run.offset:+.2f} with all the others shown.",
+        f"from {run.shift:+.2f} with all the others shown.",
     )
 
 
@@ -427,7 +455,7 @@ def _broken_since(run: RunRecord) -> dict[Constraint, int]:
     return since
 
 
-def _gold(run: RunRecord, position: int) -> bool | None:
+def _gold(run: RunRecord, position: int) -> Label:
     return run.pool[position].gold if position < len(run.pool) else None
 
 

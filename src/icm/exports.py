@@ -8,7 +8,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from src.icm.label_names import TRUE_FALSE_NAMES, Names, logprobs, written_label
+from src.icm.objective import LogOdds
 from src.icm.run_record import LabelledClaim, RunRecord, probability
+from src.icm.testbeds import BadInput
 
 Only = Literal["all", "search"]
 Pairs = Literal["best", "all"]
@@ -31,36 +34,49 @@ class PairCount:
 
 def chosen_claims(run: RunRecord, only: Only = "all", least: float = 0.0) -> list[LabelledClaim]:
     """The labelled claims to hand over. least: nats that a log-odds must lie from what decides it."""
-    offset = run.offset
     return [
         claim
         for claim in run.claims
         if claim.label is not None
         and (only == "all" or claim.searched)
-        and (not least or (claim.log_odds is not None and abs(claim.log_odds - offset) >= least))
+        and (not least or (run.sureness(claim) or 0.0) >= least)
     ]
 
 
 def plain_rows(run: RunRecord, claims: Iterable[LabelledClaim]) -> Iterator[dict[str, Any]]:
     """One row a claim, its columns those that `--data` reads; `probability` is P(True) against the pool's offset.
 
-    Every row has the same columns: readers that infer a table's types from its first rows need that.
+    Labels that are not True and False stand there by name; `probability` is then that of the label, and every label has
+    a column of its log-probability in place of log_odds, and one without demonstrations in place of zero_shot. Every
+    row has the same columns: readers that infer a table's types from its first rows need that.
     """
-    offset, compared = run.offset, any(claim.choice_2 is not None for claim in run.claims)
+    compared = any(claim.choice_2 is not None for claim in run.claims)
     for claim in claims:
         yield {
             "question": mended(claim.question),
             "choice": mended(claim.choice),
             **({"choice_2": None if claim.choice_2 is None else mended(claim.choice_2)} if compared else {}),
-            "label": claim.label,
-            "log_odds": claim.log_odds,
-            "probability": None if claim.log_odds is None else probability(claim.log_odds - offset),
-            "zero_shot": claim.zero_shot,
-            "gold": claim.gold,
+            "label": written_label(claim.label, run.names),
+            **_columns(claim.log_odds, run.names, "log_odds", "logprob"),
+            "probability": _probability(run, claim),
+            **_columns(claim.zero_shot, run.names, "zero_shot", "zero_shot"),
+            "gold": written_label(claim.gold, run.names),
             "by": claim.by,
             "consistency_id": mended(claim.group),
             "row": claim.row,
         }
+
+
+def _columns(log_odds: LogOdds | None, names: Names, of_two: str, each: str) -> dict[str, Any]:
+    if names == TRUE_FALSE_NAMES:
+        return {of_two: log_odds}
+    values = [None] * len(names) if log_odds is None else logprobs(log_odds)
+    return {f"{each}_{name}": value for name, value in zip(names, values, strict=True)}
+
+
+def _probability(run: RunRecord, claim: LabelledClaim) -> float | None:
+    margins, label = run.margins(claim), True if run.says_true else claim.label
+    return None if margins is None or label is None else probability(margins[label])
 
 
 def preference_pairs(run: RunRecord, claims: Sequence[LabelledClaim], pairs: Pairs = "best") -> PairCount:
@@ -68,8 +84,12 @@ def preference_pairs(run: RunRecord, claims: Sequence[LabelledClaim], pairs: Pai
 
     Of comparisons, the better answer is chosen; both orders of one pair make one row, and none where they contradict
     each other. Of single claims, a True one is chosen over a False one of the same question: the pair with the largest
-    margin, or every pair.
+    margin, or every pair. Raises BadInput where the labels are not True and False.
     """
+    if not run.says_true:
+        raise BadInput(
+            f"preference pairs are made of True and False; the labels of this run are {', '.join(run.names)}"
+        )
     return _of_comparisons(run, claims) if run.compares else _of_claims(claims, pairs)
 
 
@@ -77,7 +97,7 @@ def training_rows(run: RunRecord, claims: Iterable[LabelledClaim]) -> Iterator[d
     """prompt and completion: the question as the run asked it, and its label word."""
     testbed = run.asked_by
     for claim in claims:
-        yield {"prompt": mended(testbed.text(claim.fields)), "completion": testbed.space.texts[int(claim.label or 0)]}
+        yield {"prompt": mended(testbed.text(claim.fields)), "completion": run.texts[claim.label or 0]}
 
 
 def spreadsheet_cell(text: str) -> str:
@@ -98,7 +118,6 @@ def mended(text: str) -> str:
 
 
 def _of_comparisons(run: RunRecord, claims: Sequence[LabelledClaim]) -> PairCount:
-    offset = run.offset
     found: dict[tuple[str, str, str], tuple[float | None, str]] = {}
     contradicting: set[frozenset[tuple[str, str, str]]] = set()
     unpaired = 0
@@ -109,8 +128,7 @@ def _of_comparisons(run: RunRecord, claims: Sequence[LabelledClaim]) -> PairCoun
         chosen, rejected = (claim.choice, claim.choice_2) if claim.label else (claim.choice_2, claim.choice)
         if (claim.question, rejected, chosen) in found:
             contradicting.add(frozenset(((claim.question, rejected, chosen), (claim.question, chosen, rejected))))
-        margin = None if claim.log_odds is None else abs(claim.log_odds - offset)
-        found.setdefault((claim.question, chosen, rejected), (margin, claim.group))
+        found.setdefault((claim.question, chosen, rejected), (run.sureness(claim), claim.group))
     dropped = {key for both in contradicting for key in both}
     rows = [
         _pair(question, chosen, rejected, margin, group)
@@ -141,9 +159,9 @@ def _of_claims(claims: Sequence[LabelledClaim], pairs: Pairs) -> PairCount:
 
 
 def _gap(better: LabelledClaim, worse: LabelledClaim) -> float | None:
-    if better.log_odds is None or worse.log_odds is None:
+    if better.odds is None or worse.odds is None:
         return None
-    return better.log_odds - worse.log_odds
+    return better.odds - worse.odds
 
 
 def _pair(question: str, chosen: str, rejected: str, margin: float | None, group: str) -> dict[str, Any]:

@@ -1,14 +1,18 @@
 """One line an iteration: what a search did, complete enough to replay it without asking the model again.
 
 Four events: "start" (the repaired seeds), "step" (an iteration), "rebuild" (the same labels scored in a new layout),
-"mirror" (all labels flipped, once, when the search has settled). Replaying
-folds them through `annealing.advance`, so a resumed search stands exactly where the last complete line left it.
+"mirror" (two labels swapped everywhere, when the search has settled). Replaying folds them through `annealing.advance`,
+so a resumed search stands exactly where the last complete line left it.
+
+Of two labels a label is written as true or false, and a claim's log-odds as a number. Of more a label is its index,
+log-odds are a list of K - 1 numbers, the start says which "format" this is, and a step's "label_counts" (by index)
+stand in place of "true_labels".
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Final
 
 from src.icm.annealing import (
     Outcome,
@@ -18,7 +22,7 @@ from src.icm.annealing import (
     decides_by_itself,
     flipped,
     mirror,
-    mirrored_labels,
+    mirrors,
     proposals,
     rebuild,
     rebuilt_layout,
@@ -26,9 +30,11 @@ from src.icm.annealing import (
     wants_rebuild,
 )
 from src.icm.consistency import Labels
-from src.icm.objective import Evaluation
+from src.icm.objective import Evaluation, LogOdds
 
 Record = dict[str, Any]
+FORMAT: Final = 3
+"""Of journals of more than two labels. Those of two tell no format; they are as version 2 writes them."""
 
 
 class JournalMismatch(Exception):
@@ -38,21 +44,18 @@ class JournalMismatch(Exception):
 def start_record(state: SearchState) -> Record:
     """The state before iteration 0: seeds after repair."""
     labels = {str(i): state.labels[i] for i in state.labelled}
-    return {"event": "start", "labels": labels, "scores": _scores(state.evaluation), "U": state.evaluation.utility}
+    count = state.evaluation.num_labels
+    told = {} if count == 2 else {"format": FORMAT, "num_labels": count}
+    return {"event": "start"} | told | {"labels": labels} | _worth(state.evaluation)
 
 
 def rebuild_record(state: SearchState) -> Record:
     """A new layout's scores of unchanged labels."""
-    return {
-        "event": "rebuild",
-        "iteration": state.iteration,
-        "scores": _scores(state.evaluation),
-        "U": state.evaluation.utility,
-    }
+    return {"event": "rebuild", "iteration": state.iteration} | _worth(state.evaluation)
 
 
 def mirror_record(after: SearchState, accepted: bool, proposed_utility: float) -> Record:
-    """What flipping every label was worth, and whether it was kept."""
+    """What the best swap of two labels was worth, and whether it was kept."""
     record: Record = {
         "event": "mirror",
         "iteration": after.iteration,
@@ -68,6 +71,12 @@ def mirror_record(after: SearchState, accepted: bool, proposed_utility: float) -
 
 def step_record(before: SearchState, outcome: Outcome, after: SearchState) -> Record:
     """What one iteration proposed, found and decided, and where it left the pool."""
+    count = after.evaluation.num_labels
+    counts: Record = (
+        {"true_labels": sum(label is True for label in after.labels)}
+        if count == 2
+        else {"label_counts": [after.labels.count(label) for label in range(count)]}
+    )
     record: Record = {
         "event": "step",
         "iteration": before.iteration,
@@ -85,7 +94,7 @@ def step_record(before: SearchState, outcome: Outcome, after: SearchState) -> Re
         "predictability": after.evaluation.predictability,
         "inconsistent": after.evaluation.inconsistent,
         "labelled": len(after.labelled),
-        "true_labels": sum(label is True for label in after.labels),
+        **counts,
     }
     if outcome.labels is not None and outcome.evaluation is not None:
         record["changes"] = {
@@ -111,7 +120,9 @@ def replay(problem: Problem, records: Iterable[Mapping[str, Any]]) -> SearchStat
 def _apply(problem: Problem, state: SearchState | None, record: Mapping[str, Any]) -> SearchState:
     event = record["event"]
     if event == "start":
-        seeds = flipped((None,) * problem.size, _claims(record["labels"]))
+        if record.get("num_labels", 2) != problem.num_labels or record.get("format", FORMAT) != FORMAT:
+            raise JournalMismatch("it is one of other labels, or of a format that this version does not know")
+        seeds = flipped((None,) * problem.size, _claims(problem, record["labels"]))
         # Laid out before the seeds were repaired.
         layout = problem.new_layout(
             [i for i, label in enumerate(seeds) if label is not None], labels=problem.seed_labels()
@@ -128,38 +139,55 @@ def _apply(problem: Problem, state: SearchState | None, record: Mapping[str, Any
             raise JournalMismatch(f"it mirrors at iteration {state.iteration}, where this search would not")
         if not record["accepted"]:
             return mirror(state, None)
-        return mirror(state, _evaluation(problem, mirrored_labels(state.labels), record))
+        found = mirrors(state.labels, problem.num_labels)
+        labels = found[0] if len(found) == 1 else flipped(state.labels, _claims(problem, record["changes"]))
+        if labels not in found:
+            raise JournalMismatch(f"its mirror at iteration {state.iteration} is no swap of two labels")
+        return mirror(state, _evaluation(problem, labels, record), labels)
     if event != "step":
         raise JournalMismatch(f"it has an event {event!r} that this version does not know")
     claim = record["claim"]
     if record["iteration"] != state.iteration or claim not in proposals(problem, state):
         raise JournalMismatch(f"iteration {record['iteration']} proposes claim {claim}; this search would not")
-    labels = flipped(state.labels, _claims(record["changes"])) if record["accepted"] else None
-    start = flipped(state.labels, {claim: bool(record["predicted"])})
+    accepted = flipped(state.labels, _claims(problem, record["changes"])) if record["accepted"] else None
+    start = flipped(state.labels, _claims(problem, {claim: record["predicted"]}))
     outcome = Outcome(
         claim=claim,
-        log_odds=record["log_odds"],
+        log_odds=_log_odds(record["log_odds"]),
         predicted=record["predicted"],
         temperature=record["T"],
         tried=record["tried"],
         excess=record["excess"],
         proposed_utility=record["U_proposed"],
         probability=record["probability"],
-        labels=labels,
-        evaluation=None if labels is None else _evaluation(problem, labels, record),
-        pieced_together=labels is not None and decides_by_itself(problem, state, claim, start),
+        labels=accepted,
+        evaluation=None if accepted is None else _evaluation(problem, accepted, record),
+        pieced_together=accepted is not None and decides_by_itself(problem, state, claim, start),
     )
     return advance(problem, state, outcome)
 
 
-def _scores(evaluation: Evaluation) -> dict[str, float]:
+def _worth(evaluation: Evaluation) -> Record:
+    return {"scores": _scores(evaluation), "U": evaluation.utility}
+
+
+def _scores(evaluation: Evaluation) -> dict[str, LogOdds]:
     return {str(claim): value for claim, value in evaluation.log_odds.items()}
 
 
-def _claims(mapping: Mapping[str, bool]) -> dict[int, bool]:
-    return {int(claim): bool(label) for claim, label in mapping.items()}
+def _claims(problem: Problem, mapping: Mapping[Any, Any]) -> dict[int, int]:
+    """Labels by claim. Raises JournalMismatch for a label that there is not."""
+    if problem.num_labels == 2:
+        return {int(claim): bool(label) for claim, label in mapping.items()}
+    if not all(type(label) is int and 0 <= label < problem.num_labels for label in mapping.values()):
+        raise JournalMismatch(f"it has a label that is none of the {problem.num_labels}")
+    return {int(claim): label for claim, label in mapping.items()}
+
+
+def _log_odds(value: Any) -> LogOdds:
+    return tuple(map(float, value)) if isinstance(value, list | tuple) else float(value)
 
 
 def _evaluation(problem: Problem, labels: Labels, record: Mapping[str, Any]) -> Evaluation:
-    log_odds = {int(claim): float(value) for claim, value in record["scores"].items()}
+    log_odds = {int(claim): _log_odds(value) for claim, value in record["scores"].items()}
     return problem.objective.evaluate(labels, log_odds, problem.consistency)

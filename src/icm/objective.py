@@ -1,7 +1,11 @@
 """U(D) = alpha * mutual predictability - I(D), and what is reported beside it. Wen et al. 2025, equation 3.
 
 The paper writes mutual predictability as a sum of log P(y_i | x_i, D without i); like its published code this uses
-the mean over the pool of the signed label log-odds, so that alpha means the same for every pool size.
+the mean over the pool of the labels' margins, so that alpha means the same for every pool size.
+
+A claim's log-odds are K - 1 numbers, z_k = log P(label k) - log P(label 0) for k = 1 ... K - 1, in nats; z_0 = 0. Of
+two labels that is one number, s, kept as a plain float. The margin of a claim with label y is z_y less the log of the
+sum of exp(z_k) over the other labels: of two labels s where y is True, and -s where it is False.
 """
 
 from __future__ import annotations
@@ -11,26 +15,33 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
-from src.icm.consistency import Consistency, Label
+from src.icm.consistency import Consistency, Label, likeliest
 
 Calibration = Literal["none", "mean"]
+LogOdds = float | tuple[float, ...]
+"""Of one claim: a float of two labels, K - 1 floats of more."""
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
     """One labeling's worth.
 
-    log_odds: raw leave-one-out s_i in nats by pool position, for exactly the labelled claims.
-    offset: what was subtracted from each before signing (see `calibration_offset`), nats.
-    predictability: mean of the signed log-odds, nats. inconsistent: I(D). utility: U(D).
+    log_odds: raw leave-one-out z_i in nats by pool position, for exactly the labelled claims.
+    offset: what was subtracted from each before taking its margin (see `calibration_offset`), nats.
+    predictability: mean of the margins, nats. inconsistent: I(D). utility: U(D).
     """
 
-    log_odds: Mapping[int, float]
-    offset: float
+    log_odds: Mapping[int, LogOdds]
+    offset: LogOdds
     predictability: float
     inconsistent: int
     utility: float
+
+    @property
+    def num_labels(self) -> int:
+        return num_labels_of(self.offset)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,29 +51,38 @@ class Objective:
     Calibration "mean" is batch calibration (Zhou et al. 2023, arXiv 2309.17249): small models lean to one label by
     an offset that all prompts of a pool share, and a constant labeling is then the most predictable one. It changes
     the objective, so every report names it. The mean assumes that half of the claims are True; prior is their share
-    where it is known to be another (above 0, below 1).
+    where it is known to be another (above 0, below 1). Of K labels the mean assumes K equal parts, and there is no
+    prior.
     """
 
     alpha: float
     calibration: Calibration = "none"
     prior: float | None = None
+    num_labels: int = 2
 
-    def offset(self, scores: Sequence[float]) -> float:
-        """What to subtract from these log-odds (nats) before their sign is a label."""
-        return calibration_offset(scores, self.calibration, self.prior)
+    def offset(self, scores: Sequence[LogOdds]) -> LogOdds:
+        """What to subtract from these log-odds (nats) before they say a label."""
+        return calibration_offset(scores, self.calibration, self.prior, self.num_labels)
 
-    def evaluate(self, labels: Sequence[Label], log_odds: Mapping[int, float], consistency: Consistency) -> Evaluation:
-        """U of `labels` (length N) given s_i of every labelled claim. Raises ValueError where one is missing."""
+    def evaluate(
+        self, labels: Sequence[Label], log_odds: Mapping[int, LogOdds], consistency: Consistency
+    ) -> Evaluation:
+        """U of `labels` (length N) given z_i of every labelled claim. Raises ValueError where one is missing."""
         labelled = [i for i, label in enumerate(labels) if label is not None]
         if set(labelled) != set(log_odds):
             raise ValueError("log-odds are needed for exactly the labelled claims")
         inconsistent = consistency.count(labels)
         if not labelled:
-            return Evaluation({}, 0.0, 0.0, inconsistent, -float(inconsistent))
+            return Evaluation({}, self.offset([]), 0.0, inconsistent, -float(inconsistent))
         scores = np.array([log_odds[i] for i in labelled], dtype=np.float64)
-        signs = np.array([1.0 if labels[i] else -1.0 for i in labelled])
-        offset = self.offset(scores.tolist())
-        predictability = float(np.mean(signs * (scores - offset)))
+        if self.num_labels == 2:
+            offset = self.offset(scores.tolist())
+            signs = np.array([1.0 if labels[i] else -1.0 for i in labelled])
+            predictability = float(np.mean(signs * (scores - offset)))
+        else:
+            offset = calibration_offset(scores, self.calibration, None, self.num_labels)
+            given = np.array([labels[i] for i in labelled])
+            predictability = float(np.mean(all_margins(scores - offset)[np.arange(len(given)), given]))
         return Evaluation(
             log_odds=dict(log_odds),
             offset=offset,
@@ -72,17 +92,71 @@ class Objective:
         )
 
 
-def calibration_offset(scores: Sequence[float], calibration: Calibration, prior: float | None = None) -> float:
+def calibration_offset(
+    scores: Sequence[LogOdds] | npt.NDArray[np.float64],
+    calibration: Calibration,
+    prior: float | None = None,
+    num_labels: int = 2,
+) -> LogOdds:
     """The offset (nats) that all of `scores` are taken to share; 0 without calibration, or without a score.
 
-    "mean": their mean, whose sign splits claims that are True by halves. With a known share of True claims, `prior`:
-    their (1 - prior)-quantile (linear between neighbours), above which that share of them lies. A quantile asks nothing
-    of the scores' scale, which is not a probability's (docs/algorithm.md compares it with what does).
+    "mean": their mean, which splits claims by halves, or into K equal parts, where the labels are. With a known share
+    of True claims, `prior`: their (1 - prior)-quantile (linear between neighbours), above which that share of them
+    lies. A quantile asks nothing of the scores' scale, which is not a probability's (docs/algorithm.md compares it with
+    what does).
     """
-    if calibration == "none" or not len(scores):
+    nothing = calibration == "none" or not len(scores)
+    if num_labels > 2:
+        means = np.zeros(num_labels - 1) if nothing else np.asarray(scores, dtype=np.float64).mean(axis=0)
+        return tuple(means.tolist())
+    if nothing:
         return 0.0
     values = np.asarray(scores, dtype=np.float64)
     return float(values.mean() if prior is None else np.quantile(values, 1 - prior))
+
+
+def num_labels_of(log_odds: LogOdds) -> int:
+    """K, as log-odds or an offset tell it."""
+    return len(log_odds) + 1 if isinstance(log_odds, tuple) else 2
+
+
+def no_offset(num_labels: int) -> LogOdds:
+    """The offset where nothing is calibrated."""
+    return calibration_offset([], "none", None, num_labels)
+
+
+def all_margins(log_odds: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Every label's margin (nats, shape [N, K]) from log-odds against label 0, shape [N, K - 1]."""
+    z = np.concatenate([np.zeros((len(log_odds), 1)), log_odds], axis=1)
+    count = z.shape[1]
+    margins: npt.NDArray[np.float64] = np.empty_like(z)
+    for label in range(count):
+        others = np.delete(z, label, axis=1)
+        margins[:, label] = z[:, label] - np.logaddexp.reduce(others, axis=1)
+    return margins
+
+
+def margins_of(log_odds: LogOdds, offset: LogOdds) -> tuple[float, ...]:
+    """The margin of each label (nats, shape [K]) of one claim."""
+    if isinstance(log_odds, tuple):
+        found: list[float] = all_margins(np.array([log_odds]) - np.array([offset]))[0].tolist()
+        return tuple(found)
+    assert isinstance(offset, float)
+    return (offset - log_odds, log_odds - offset)
+
+
+def label_of(log_odds: LogOdds, offset: LogOdds) -> int:
+    """The likeliest label, the first of equals; of two labels a bool."""
+    if isinstance(log_odds, tuple):
+        assert isinstance(offset, tuple)
+        return likeliest((0.0, *(z - shared for z, shared in zip(log_odds, offset, strict=True))))
+    assert isinstance(offset, float)
+    return log_odds > offset
+
+
+def sureness(log_odds: LogOdds, offset: LogOdds) -> float:
+    """The margin of the likeliest label, nats."""
+    return max(margins_of(log_odds, offset))
 
 
 def accuracy(labels: Sequence[Label], gold: Sequence[Label]) -> tuple[int, int]:

@@ -7,7 +7,8 @@ from typing import Any
 
 from src.icm.annealing import SearchSettings
 from src.icm.consistency import Consistency, Label
-from src.icm.objective import Evaluation, wilson_interval
+from src.icm.label_names import TRUE_FALSE_NAMES, Names, written_label, written_odds
+from src.icm.objective import Evaluation, LogOdds, wilson_interval
 from src.icm.testbeds import Claim
 
 COLLAPSE_SHARE = 0.95
@@ -28,7 +29,9 @@ def calibration_told(settings: Mapping[str, Any]) -> str:
     return str(settings["calibrate"]) if prior is None else f"{settings['calibrate']}, prior {prior:g}"
 
 
-def collapse_warning(labels: Sequence[Label], prior: float | None = None) -> str | None:
+def collapse_warning(
+    labels: Sequence[Label], prior: float | None = None, names: Names = TRUE_FALSE_NAMES
+) -> str | None:
     """One line of advice where nearly all labels are the same, None otherwise.
 
     prior: the share of True claims, where it is known; then None also where at least half as many labels as it expects
@@ -37,16 +40,16 @@ def collapse_warning(labels: Sequence[Label], prior: float | None = None) -> str
     known = [label for label in labels if label is not None]
     if len(known) < COLLAPSE_MIN_LABELS:
         return None
-    true_share = sum(known) / len(known)
-    if COLLAPSE_SHARE > true_share > 1 - COLLAPSE_SHARE:
+    side = max(range(len(names)), key=known.count)
+    share = known.count(side) / len(known)
+    if share < COLLAPSE_SHARE:
         return None
-    side = "True" if true_share > 0.5 else "False"
     if prior is not None:
-        expected = 1 - prior if side == "True" else prior
-        if 1 - max(true_share, 1 - true_share) >= expected / 2:
+        expected = 1 - prior if side else prior
+        if 1 - share >= expected / 2:
             return None
     return (
-        f"{sum(label == (side == 'True') for label in known)} of {len(known)} labels are {side}: the search is "
+        f"{known.count(side)} of {len(known)} labels are {names[side]}: the search is "
         "collapsing to one label, which is the most predictable labeling of all for a model that leans to one answer. "
         "Try --calibrate mean, see whether U of gold-like labels can win at all with --check, or use a larger model."
     )
@@ -69,11 +72,11 @@ def changes_objective(settings: SearchSettings) -> list[str]:
 
 def check_table(worth: Mapping[str, Evaluation], calibration: str) -> str:
     """The table of --check: labeling, U, mean signed log-odds (nats), inconsistent pairs; then what it means."""
-    lines = [f"{'labeling':<14}{'U':>10}{'predictability':>17}{'inconsistent':>15}   (calibration: {calibration})"]
+    wide = max(14, *(len(name) + 2 for name in worth))
+    lines = [f"{'labeling':<{wide}}{'U':>10}{'predictability':>17}{'inconsistent':>15}   (calibration: {calibration})"]
     for name, evaluation in worth.items():
-        lines.append(
-            f"{name:<14}{evaluation.utility:>10.2f}{evaluation.predictability:>12.3f} nat{evaluation.inconsistent:>15}"
-        )
+        told = f"{evaluation.utility:>10.2f}{evaluation.predictability:>12.3f} nat{evaluation.inconsistent:>15}"
+        lines.append(f"{name:<{wide}}{told}")
     gold = worth.get("gold")
     compared = len(next(iter(worth.values())).log_odds)
     lines.append(f"{compared} claims" + ("" if gold is None else " whose gold label is known"))
@@ -118,22 +121,31 @@ def claim_row(claim: Claim) -> dict[str, Any]:
 
 
 def label_row(
-    claim: Claim, label: Label, log_odds: float | None, by: str, zero_shot: float | None = None
+    claim: Claim,
+    label: Label,
+    log_odds: LogOdds | None,
+    by: str,
+    zero_shot: LogOdds | None = None,
+    names: Names = TRUE_FALSE_NAMES,
 ) -> dict[str, Any]:
     """One line of labels.jsonl. log_odds and zero_shot (without demonstrations, where it was asked) in nats.
 
-    by: "icm" for a label of the search, else how it was predicted.
+    by: "icm" for a label of the search, else how it was predicted. names: of the labels, which a line has in their
+    place, unless they are True and False (see label_names).
     """
-    told = {} if zero_shot is None else {"zero_shot": zero_shot}
-    return claim_row(claim) | {"label": label, "log_odds": log_odds, **told, "gold": claim.gold, "by": by}
+    told = {} if zero_shot is None else written_odds(zero_shot, names, "zero_shot")
+    given = {"label": written_label(label, names), **written_odds(log_odds, names), **told}
+    return claim_row(claim) | given | {"gold": written_label(claim.gold, names), "by": by}
 
 
-def pool_rows(claims: Sequence[Claim], consistency: Consistency) -> list[dict[str, Any]]:
+def pool_rows(
+    claims: Sequence[Claim], consistency: Consistency, names: Names = TRUE_FALSE_NAMES
+) -> list[dict[str, Any]]:
     """The lines of claims.jsonl: the pool in its order, each constraint at its first claim as [position, relation].
 
     One between more than two claims has more positions.
     """
-    rows = [claim_row(claim) | {"gold": claim.gold, "constraints": []} for claim in claims]
+    rows = [claim_row(claim) | {"gold": written_label(claim.gold, names), "constraints": []} for claim in claims]
     for constraint in consistency.constraints:
         first, *others = constraint.claims
         rows[first]["constraints"].append([*others, constraint.relation.value])

@@ -10,10 +10,12 @@ import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from src.icm.consistency import Constraint, Label
-from src.icm.objective import calibration_offset
+from src.icm.label_names import TRUE_FALSE_NAMES, Names, names_of
+from src.icm.objective import LogOdds, calibration_offset, margins_of, no_offset
 from src.icm.testbeds import TESTBEDS, Testbed, recorded_testbed
 
 SEARCHED = ("icm", "vote")  # `by` of a label that a search gave, or the majority of several
@@ -36,16 +38,26 @@ class LabelledClaim:
     choice: str
     choice_2: str | None = None
     label: Label = None
-    log_odds: float | None = None
+    log_odds: LogOdds | None = None
     gold: Label = None
     by: str = "icm"
-    zero_shot: float | None = None
+    zero_shot: LogOdds | None = None
     shown: tuple[tuple[str, str], ...] = ()
 
     @property
     def fields(self) -> dict[str, str]:
         """What its testbed's template shows, by placeholder."""
         return {"question": self.question, "choice": self.choice, "choice_2": self.choice_2 or "", **dict(self.shown)}
+
+    @property
+    def odds(self) -> float | None:
+        """Log-odds where there are two labels; None where there are more."""
+        return None if isinstance(self.log_odds, tuple) else self.log_odds
+
+    @property
+    def odds_alone(self) -> float | None:
+        """The same of zero-shot log-odds."""
+        return None if isinstance(self.zero_shot, tuple) else self.zero_shot
 
     @property
     def in_pool(self) -> bool:
@@ -89,6 +101,28 @@ class RunRecord:
     testbed_file: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def names(self) -> Names:
+        """Of the labels, in their order."""
+        return names_of(self.settings)
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.names)
+
+    @property
+    def says_true(self) -> bool:
+        """Whether the labels are True and False."""
+        return self.names == TRUE_FALSE_NAMES
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """What each label is in a prompt, leading space included."""
+        return tuple(map(str, self.settings.get("label_texts") or [f" {name}" for name in self.names]))
+
+    def name_of(self, label: Label) -> str:
+        return "none" if label is None else self.names[label]
+
+    @property
     def pool(self) -> tuple[LabelledClaim, ...]:
         return tuple(claim for claim in self.claims if claim.in_pool)
 
@@ -97,13 +131,27 @@ class RunRecord:
         """Gold labels by pool position."""
         return [claim.gold for claim in self.pool]
 
-    @property
-    def offset(self) -> float:
-        """What is subtracted from a final log-odds before its sign is the label, nats: 0 unless calibrated."""
+    @cached_property
+    def offset(self) -> LogOdds:
+        """What is subtracted from final log-odds before the likeliest label is taken, nats: 0 unless calibrated."""
         if self.settings.get("calibrate") != "mean":
-            return 0.0
+            return no_offset(self.num_labels)
         known = [claim.log_odds for claim in self.pool if claim.searched and claim.log_odds is not None]
-        return calibration_offset(known, "mean", self.prior)
+        return calibration_offset(known, "mean", self.prior, self.num_labels)
+
+    def margins(self, claim: LabelledClaim) -> tuple[float, ...] | None:
+        """Each label's margin of a claim against the offset, nats; None where its log-odds are not known."""
+        return None if claim.log_odds is None else margins_of(claim.log_odds, self.offset)
+
+    def sureness(self, claim: LabelledClaim) -> float | None:
+        """The margin of a claim's likeliest label, nats; None where its log-odds are not known."""
+        margins = self.margins(claim)
+        return None if margins is None else max(margins)
+
+    @property
+    def shift(self) -> float:
+        """`offset` where there are two labels, 0 where there are more."""
+        return 0.0 if isinstance(self.offset, tuple) else self.offset
 
     @property
     def prior(self) -> float | None:
@@ -146,27 +194,36 @@ class RunRecord:
         return str(self.settings.get("testbed") or "unknown testbed")
 
 
-def labels_over_time(journal: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[int, bool]]:
+def labels_over_time(journal: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[int, int]]:
     """The pool's labels by position after each journal line: one mapping, which changes as the caller goes on."""
-    labels: dict[int, bool] = {}
+    labels: dict[int, int] = {}
+    two = is_of_two(journal)
     for record in journal:
         changes = record.get("labels") or record.get("changes") or {}
-        labels |= {int(claim): bool(label) for claim, label in changes.items()}
+        labels |= {int(claim): bool(label) if two else label for claim, label in changes.items()}
         yield labels
 
 
-def final_labels(journal: Sequence[Mapping[str, Any]]) -> dict[int, bool]:
+def is_of_two(journal: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the labels of a journal are True and False, and not indices of more."""
+    return not journal or journal[0].get("num_labels", 2) == 2
+
+
+def final_labels(journal: Sequence[Mapping[str, Any]]) -> dict[int, int]:
     """The pool's labels by position as the journal leaves them."""
     last = deque(labels_over_time(journal), maxlen=1)
     return dict(last[0]) if last else {}
 
 
-def final_scores(journal: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+def final_scores(journal: Sequence[Mapping[str, Any]]) -> dict[int, LogOdds]:
     """The last evaluation's log-odds (nats) by pool position; empty where nothing was evaluated."""
     for record in reversed(journal):
         scores = record.get("scores")
         if scores and record.get("accepted", True):
-            return {int(claim): float(value) for claim, value in scores.items()}
+            return {
+                int(claim): tuple(value) if isinstance(value, list | tuple) else float(value)
+                for claim, value in scores.items()
+            }
     return {}
 
 

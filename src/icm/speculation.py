@@ -27,6 +27,7 @@ from src.icm.annealing import (
     settled,
     wants_rebuild,
 )
+from src.icm.objective import LogOdds
 
 MOST = 16  # questions or evaluations ahead, unless a number was given
 LOOK = 8  # proposals that are looked through for each question or evaluation wanted: many need none
@@ -69,11 +70,11 @@ def next_questions(problem: Problem, state: SearchState, count: int) -> list[int
 
 
 def next_evaluations(
-    problem: Problem, state: SearchState, log_odds: Callable[[int], float | None], iterations: int
+    problem: Problem, state: SearchState, log_odds: Callable[[int], LogOdds | None], iterations: int
 ) -> Iterator[tuple[SearchState, int, list[Candidate]]]:
     """The evaluations of the next `iterations` if nothing changes: the state that will ask, its claim, its first batch.
 
-    log_odds: the prediction of a claim in nats where it is known; the first unknown one ends the list.
+    log_odds: those predicted of a claim, in nats, where they are known; the first unknown one ends the list.
     """
     for later, claim in islice(if_nothing_changes(problem, state), max(0, iterations)):
         known = state.evaluation.log_odds.get(claim)

@@ -23,6 +23,7 @@ RELATIONS: Final[Mapping[str, Relation | None]] = {
     "exactly one": Relation.EXACTLY_ONE,
     "at most one": Relation.AT_MOST_ONE,
     "agree": Relation.AGREE,
+    "different": Relation.DIFFERENT,
     "none": None,
 }
 
@@ -152,7 +153,8 @@ def _gold(label: Any, options: Sequence[str], names: Sequence[str], by_number: b
     if isinstance(label, list):
         if len(label) != len(options):
             raise BadInput(f"has {len(label)} labels for its {len(options)} options")
-        return [parse_label(value) for value in label]
+        given = map(parse_label, label)
+        return [None if gold is None else bool(gold) for gold in given]
     if is_missing(label) or (str(label).strip().lower() in NO_LABEL and str(label) not in options):
         return [None] * len(options)
     told = str(int(label)) if isinstance(label, float) and label.is_integer() else str(label).strip()

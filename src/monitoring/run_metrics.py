@@ -36,6 +36,7 @@ class RunMetrics:
         self._tokens = {"cached": 0, "computed": 0}
         self._steps = Histogram()
         self._now: dict[str, float] = {}
+        self._labelled: list[int] = []
 
     def update(self, state: SearchState, record: Record) -> None:
         """Take in one record: it is an OnRecord."""
@@ -48,7 +49,10 @@ class RunMetrics:
             self._now["last_step_seconds"] = record["seconds"]
         self._now["utility"] = state.evaluation.utility
         self._now["labelled"] = len(state.labelled)
-        self._now["true_labels"] = sum(label is True for label in state.labels)
+        if state.evaluation.num_labels == 2:
+            self._now["true_labels"] = sum(label is True for label in state.labels)
+        else:
+            self._labelled = [state.labels.count(label) for label in range(state.evaluation.num_labels)]
         self._now["iteration"] = state.iteration
         self._now["acceptance"] = state.accepted / state.iteration if state.iteration else 0.0
 
@@ -67,6 +71,9 @@ class RunMetrics:
             [(self._labels | {"state": name}, count) for name, count in self._tokens.items()],
         )
         yield histogram("icm_run_step_seconds", "Seconds of an iteration.", [(self._labels, self._steps)])
+        if self._labelled:
+            by_label = [(self._labels | {"label": str(at)}, count) for at, count in enumerate(self._labelled)]
+            yield gauge("icm_run_labels", "Claims that have a label, by its index; of more than two labels.", by_label)
         gauges = {"pool_size": float(self._pool_size), **self._now}
         for name, value in gauges.items():
             yield gauge(f"icm_run_{name}", _GAUGES[name], [(self._labels, value)])

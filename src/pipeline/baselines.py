@@ -7,39 +7,51 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 
 import numpy as np
 
 from core.llm_api.labels import SpelledLabels
 from core.llm_api.llm import ModelAPI
-from src.icm.annealing import Candidate, Problem, mirrored_labels
-from src.icm.consistency import Label, Labels
-from src.icm.objective import Evaluation, accuracy, auc, calibration_offset
+from src.icm.annealing import Candidate, Problem, mirrored_labels, mirrors
+from src.icm.consistency import Label, Labels, all_labels
+from src.icm.label_names import Names
+from src.icm.objective import (
+    Evaluation,
+    LogOdds,
+    accuracy,
+    auc,
+    calibration_offset,
+    label_of,
+    no_offset,
+    num_labels_of,
+)
 from src.icm.prompts import PromptBook
-from src.pipeline.search import PoolScorer
+from src.pipeline.search import PoolScorer, log_odds_of
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Labels of a set of claims by the sign of their log-odds, unless they were come by in another way.
+    """Labels of a set of claims, the likeliest by their log-odds unless they were come by in another way.
 
-    log_odds: nats, by position. offset: subtracted before taking the sign (0 unless calibrated). given: the labels,
-    where they are not the signs (annealed, or made consistent).
+    log_odds: nats, by position. offset: subtracted before the likeliest is taken (0 unless calibrated). given: the
+    labels, where they are not the likeliest (annealed, or made consistent).
     """
 
-    log_odds: dict[int, float]
-    offset: float = 0.0
-    given: dict[int, bool] | None = None
+    log_odds: dict[int, LogOdds]
+    offset: LogOdds = 0.0
+    given: dict[int, int] | None = None
 
     def calibrated(self, prior: float | None = None) -> Prediction:
         """The same scores against their own mean (batch calibration), or against a known share of True claims."""
-        return replace(self, offset=calibration_offset(list(self.log_odds.values()), "mean", prior))
+        scores, num_labels = list(self.log_odds.values()), num_labels_of(self.offset)
+        return replace(self, offset=calibration_offset(scores, "mean", prior, num_labels))
 
     @property
-    def labels(self) -> dict[int, bool]:
+    def labels(self) -> dict[int, int]:
         if self.given is not None:
             return self.given
-        return {claim: value > self.offset for claim, value in self.log_odds.items()}
+        return {claim: label_of(value, self.offset) for claim, value in self.log_odds.items()}
 
     def agreement(self, gold: Sequence[Label]) -> tuple[int, int]:
         """(agreeing, compared) with gold over the predicted claims whose gold label is known."""
@@ -48,9 +60,10 @@ class Prediction:
         return accuracy([labels[c] for c in claims], [gold[c] for c in claims])
 
     def auc(self, gold: Sequence[Label]) -> float | None:
-        """Area under the ROC curve over the claims whose gold label is known."""
+        """Area under the ROC curve over the claims whose gold label is known; None of more than two labels."""
         known = [(value, gold[c]) for c, value in self.log_odds.items() if gold[c] is not None]
-        return auc([value for value, _ in known], [bool(label) for _, label in known])
+        scores = [value for value, _ in known if not isinstance(value, tuple)]
+        return auc(scores, [bool(label) for _, label in known]) if len(scores) == len(known) else None
 
 
 async def predict(
@@ -70,25 +83,43 @@ async def predict(
     # All share the same prefix: every server computes it once and takes its part of the questions.
     prompts = [book.prompt(claim, demonstrations, labels, at / len(claims)) for at, claim in enumerate(claims)]
     scores = await api.score(prompts, tokens)
-    return Prediction(dict(zip(claims, scores.log_odds, strict=True)))
+    return Prediction(dict(zip(claims, log_odds_of(scores), strict=True)), no_offset(len(tokens)))
 
 
-def reference_labelings(gold: Sequence[Label], rng: np.random.Generator) -> dict[str, Labels]:
-    """What U must be able to tell apart: gold and flipped gold, all True, all False, random.
+def random_labels(count: int, num_labels: int, rng: np.random.Generator) -> Labels:
+    """`count` labels, each drawn by itself."""
+    drawn = rng.random(count) < 0.5 if num_labels == 2 else rng.integers(num_labels, size=count)
+    return tuple(drawn.tolist())
 
-    All of them label the same claims: those whose gold label is known, or every claim where none is known.
+
+def next_labels(labels: Labels, num_labels: int) -> Labels:
+    """Every label's next one, the last one's being the first: none is what it was. Of two labels: each flipped."""
+    if num_labels == 2:
+        return mirrored_labels(labels)
+    return tuple(None if label is None else (label + 1) % num_labels for label in labels)
+
+
+def reference_labelings(gold: Sequence[Label], rng: np.random.Generator, names: Names) -> dict[str, Labels]:
+    """What U must be able to tell apart: gold, gold with two labels swapped, each label alone, random.
+
+    names: of the labels. All of them label the same claims: those whose gold label is known, or every claim where none
+    is known.
     """
-    known = any(label is not None for label in gold)
-    drawn = (rng.random(len(gold)) < 0.5).tolist()
+    count, known = len(names), any(label is not None for label in gold)
+    drawn = random_labels(len(gold), count, rng)
+    if count == 2:
+        turned = {"flipped gold": mirrored_labels(tuple(gold))}
+    else:
+        swaps = (f"gold, {one} and {other} swapped" for one, other in combinations(names, 2))
+        turned = dict(zip(swaps, mirrors(tuple(gold), count), strict=True))
     labelings: dict[str, Labels] = {
         "gold": tuple(gold),
-        "all True": (True,) * len(gold),
-        "all False": (False,) * len(gold),
-        "flipped gold": mirrored_labels(tuple(gold)),
-        "random": tuple(drawn),
+        **{f"all {names[label]}": (label,) * len(gold) for label in reversed(all_labels(count))},
+        **turned,
+        "random": drawn,
     }
     if not known:
-        return {name: labels for name, labels in labelings.items() if "gold" not in name}
+        return {name: labels for name, labels in labelings.items() if name not in ("gold", *turned)}
     shown = {
         name: tuple(label if gold[i] is not None else None for i, label in enumerate(labels))
         for name, labels in labelings.items()

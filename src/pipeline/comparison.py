@@ -15,11 +15,11 @@ from typing import Final, Literal
 import numpy as np
 
 from core.llm_api.types import ScoreStats
-from src.icm.annealing import Candidate, Stream, generator, mirrored_labels
+from src.icm.annealing import Candidate, Stream, generator
 from src.icm.consistency import Labels
-from src.icm.objective import Evaluation
+from src.icm.objective import Evaluation, LogOdds, margins_of
 from src.icm.prefix_tree import Layout
-from src.pipeline.baselines import Prediction, predict
+from src.pipeline.baselines import Prediction, next_labels, predict
 from src.pipeline.labelling import Labelling
 
 BootstrapStart = Literal["random", "zero-shot"]
@@ -40,14 +40,15 @@ TITLES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One claim's label. claim: its row in the data file. log_odds: raw, nats; offset: subtracted before the sign."""
+    """One claim's label. claim: its row in the data file. log_odds: raw, nats; offset: subtracted before the likeliest
+    label is taken."""
 
     claim: int
     group: str
-    gold: bool | None
-    label: bool
-    log_odds: float
-    offset: float
+    gold: bool | int | None
+    label: bool | int
+    log_odds: LogOdds
+    offset: LogOdds
 
 
 Held = tuple[Prediction, float | None]  # answers about held-out claims, U of the labels that were shown
@@ -102,9 +103,9 @@ class Comparison:
         return await self._measured("zero-shot-calibrated" if calibrated else "zero-shot", label, ask)
 
     async def many_shot(self, kind: GivenLabels) -> RowResult:
-        """Given labels as demonstrations; the pool's own answers leave one out."""
+        """Given labels as demonstrations; the pool's own answers leave one out. Flipped: see next_labels."""
         gold = tuple(self._labelling.pool.gold)
-        labels = {"gold": gold, "flipped": mirrored_labels(gold), "random": self.random_labels}[kind]
+        labels = {"gold": gold, "flipped": next_labels(gold, self._num_labels), "random": self.random_labels}[kind]
 
         async def label() -> Prediction:
             evaluation = await self._evaluate(labels)
@@ -129,15 +130,18 @@ class Comparison:
                 evaluation = await self._evaluate(labels)
                 found = Prediction(dict(evaluation.log_odds), evaluation.offset)
                 if consistent:
-                    margins = [found.log_odds[claim] - found.offset for claim in range(self._size)]
-                    found = replace(found, given=dict(enumerate(consistency.nearest(margins))))
+                    margins = [margins_of(found.log_odds[claim], found.offset) for claim in range(self._size)]
+                    nearest = enumerate(consistency.nearest(margins))
+                    found = replace(found, given={claim: label for claim, label in nearest if label is not None})
                 labels = self._whole(found.labels)
             return found
 
         row = "bootstrap-consistent" if consistent else "bootstrap"
         return await self._measured(row, label, lambda pool: self._held_out(self._whole(pool.labels)))
 
-    async def given(self, row: str, labels: Mapping[int, bool], log_odds: Mapping[int, float], cost: Cost) -> RowResult:
+    async def given(
+        self, row: str, labels: Mapping[int, int], log_odds: Mapping[int, LogOdds], cost: Cost
+    ) -> RowResult:
         """A finished labelling of the whole pool, by pool position, that cost `cost` to find."""
 
         async def label() -> Prediction:
@@ -164,10 +168,17 @@ class Comparison:
 
     @cached_property
     def random_labels(self) -> Labels:
-        """Half True, half False, shuffled by the pool's seed."""
-        seed = self._labelling.pool.problem.settings.seed
-        half = np.array([position < self._size // 2 for position in range(self._size)])
-        return tuple(generator(seed, Stream.SEEDS, 2).permutation(half).tolist())
+        """As many of each label, shuffled by the pool's seed."""
+        rng = generator(self._labelling.pool.problem.settings.seed, Stream.SEEDS, 2)
+        if self._num_labels == 2:
+            even = np.array([position < self._size // 2 for position in range(self._size)])
+        else:
+            even = np.arange(self._size) % self._num_labels
+        return tuple(rng.permutation(even).tolist())
+
+    @property
+    def _num_labels(self) -> int:
+        return self._labelling.pool.problem.num_labels
 
     @cached_property
     def _layout(self) -> Layout:
@@ -184,7 +195,7 @@ class Comparison:
             answers = answers.calibrated(objective.prior)
         return self._whole(answers.labels)
 
-    def _whole(self, labels: Mapping[int, bool]) -> Labels:
+    def _whole(self, labels: Mapping[int, int]) -> Labels:
         return tuple(labels[claim] for claim in range(self._size))
 
     async def _without_demonstrations(self, claims: Sequence[int]) -> Prediction:

@@ -17,6 +17,7 @@ import numpy as np
 import orjson
 
 from src.icm.consistency import Label, Labels
+from src.icm.label_names import Names, counts_of, told_counts
 from src.icm.run_record import LabelledClaim, RunRecord
 from src.icm.testbeds import BadInput, Claim, Testbed, split_pools
 from src.pipeline.run_reader import read_run
@@ -32,14 +33,15 @@ class Continued:
     """What another run's pool gives to the claims of a file.
 
     digest: of that pool's texts, groups and labels. labels: by position in the file's claims, in that pool's order;
-    None for a claim that its search gave no label. gone: claims of that pool that are not in the file. regrouped: how
-    many are in another group now.
+    None for a claim that its search gave no label. names: of the labels. gone: claims of that pool that are not in the
+    file. regrouped: how many are in another group now.
     """
 
     run: str
     model: str
     digest: str
     labels: Mapping[int, Label]
+    names: Names
     gone: tuple[LabelledClaim, ...]
     regrouped: int
 
@@ -69,7 +71,7 @@ class Continued:
             "run": self.run,
             "model": self.model,
             "labels": len(known),
-            "true_labels": sum(known),
+            **counts_of(known, self.names),
             "gone": len(self.gone),
             "regrouped": self.regrouped,
         }
@@ -79,7 +81,7 @@ class Continued:
         told = self.summary()
         new, unlabelled = pool - len(self.labels), len(self.labels) - told["labels"]
         lines = [
-            f"starts with {told['labels']} labels of {self.run} ({told['true_labels']} True) in place of random ones; "
+            f"starts with {told['labels']} labels of {self.run} ({told_counts(told)}) in place of random ones; "
             f"{_claims(new)} of {file} beside them"
         ]
         if unlabelled:
@@ -122,6 +124,7 @@ def read_continued(name: str, runs_dir: Path, testbed: Testbed, claims: Sequence
         model=run.model,
         digest=hashlib.sha256(orjson.dumps(content)).hexdigest(),
         labels=labels,
+        names=run.names,
         gone=tuple(claim for before, claim in enumerate(known) if before not in found),
         regrouped=sum(_was_regrouped(known[before], claims[at]) for before, at in found.items()),
     )

@@ -70,6 +70,7 @@ def _card(run: RunRecord, count: int) -> str:
     results = "\n".join(
         f"- {one_line(row.title)}: {agreement(row.agreeing, row.compared)}" for row in results_of(run) if row.compared
     )
+    sure = "`log_odds`" if run.says_true else "the logprob columns"
     return f"""---
 {yaml.safe_dump(head, sort_keys=False).rstrip()}
 ---
@@ -78,7 +79,7 @@ def _card(run: RunRecord, count: int) -> str:
 
 {count} claims of {one_line(run.testbed)}, labelled by {one_line(run.model)} through Internal Coherence Maximization
 (Wen et al. 2025, arXiv 2506.10139), without human labels. `label` is the model's, `gold` the known one where there is
-one; `log_odds` (nats) and `probability` say how sure the model is. The claims' own licence is that of their source.
+one; {sure} (nats) and `probability` say how sure the model is. The claims' own licence is that of their source.
 
 Agreement with gold labels:
 

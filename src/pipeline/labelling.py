@@ -16,7 +16,8 @@ from core.llm_api.llm import ModelAPI
 from core.llm_api.tokens import pieces
 from core.llm_api.types import EngineIdentity, Segment
 from src.icm.annealing import Problem, SearchSettings, SearchState, Stream, generator
-from src.icm.consistency import Overview
+from src.icm.consistency import Label, Overview
+from src.icm.label_names import Names, counts_of
 from src.icm.objective import Evaluation, Objective, accuracy
 from src.icm.planner import TokenCosts
 from src.icm.prompts import PromptBook
@@ -27,7 +28,7 @@ from src.pipeline.baselines import Prediction, check_precondition, predict, refe
 from src.pipeline.continuing import Continued
 from src.pipeline.file_kinds import digest_of
 from src.pipeline.run_folder import RunFolder
-from src.pipeline.search import OnRecord, PoolScorer, search
+from src.pipeline.search import OnRecord, PoolScorer, log_odds_of, search
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +52,13 @@ class Pool:
     continued: Continued | None = None
 
     @property
-    def gold(self) -> list[bool | None]:
+    def gold(self) -> list[Label]:
         return [claim.gold for claim in self.claims]
+
+    @property
+    def names(self) -> Names:
+        """Of the labels, in their order."""
+        return self.testbed.space.names
 
     @property
     def grouped_by(self) -> str:
@@ -103,12 +109,14 @@ def prepare_batches(
     """`count` pools (None: as many as hold all claims) of whole groups, and their constraints, from `settings.seed`.
 
     Pools have at most batch_size claims and share none; `rest` of each are the claims that are in no pool. continued:
-    one pool, which begins with the claims that the other run labelled.
+    one pool, which begins with the claims that the other run labelled. Raises BadInput where a constraint or the prior
+    cannot be of the testbed's labels.
     """
+    names = testbed.space.names
+    if objective.prior is not None and len(names) > 2:
+        raise BadInput(f"--prior is the share of one of two labels, and {path} has {len(names)}: {', '.join(names)}")
     if len(claims) < 2:
         raise BadInput(f"{path}: holds one claim; a search needs others to show with each claim, so at least 2")
-    if len(testbed.space) > 2:
-        raise BadInput(f"{testbed.name}: has {len(testbed.space)} labels, and the search takes two so far")
     rng, start = generator(settings.seed, Stream.POOL), None
     if continued is None:
         batches = split_pools(claims, batch_size, count, rng, testbed.grouped_by)
@@ -120,10 +128,13 @@ def prepare_batches(
     digest = digest_of(path)
     pools = []
     for batch in batches:
+        constraints = testbed.consistency(batch, consistency)
+        if (complaint := constraints.complaint(len(names))) is not None:
+            raise BadInput(f"{path}: {complaint}")
         problem = Problem(
             groups=tuple(claim.group for claim in batch),
-            consistency=testbed.consistency(batch, consistency),
-            objective=objective,
+            consistency=constraints,
+            objective=replace(objective, num_labels=len(names)),
             settings=settings,
             start_labels=start,
         )
@@ -212,7 +223,7 @@ class Labelling:
         """
         size = len(self.pool.claims)
         costs = TokenCosts(
-            demonstrations=tuple(_length(true) for _, true in self.book.demonstrations[:size]),
+            demonstrations=tuple(_length(labelled[-1]) for labelled in self.book.demonstrations[:size]),
             questions=tuple(_length(question) for question in self.book.questions[:size]),
             capacity=kv_capacity,
         )
@@ -225,10 +236,12 @@ class Labelling:
         return await search(self.api, self.scorer(), folder, on_record, Pace(lookahead))
 
     async def check(self) -> dict[str, Evaluation]:
-        """U of gold (if known), constant, flipped and random labels of the pool: the precondition of ICM."""
+        """U of gold (if known), constant, swapped and random labels of the pool: the precondition of ICM."""
         problem = self.pool.problem
         rng = generator(problem.settings.seed, Stream.SEEDS, 1)
-        return await check_precondition(self.scorer(), problem, reference_labelings(self.pool.gold, rng))
+        return await check_precondition(
+            self.scorer(), problem, reference_labelings(self.pool.gold, rng, self.pool.names)
+        )
 
     async def zero_shot(self) -> Prediction:
         """Every claim of the pool asked without demonstrations."""
@@ -243,7 +256,7 @@ class Labelling:
             for position, claim in enumerate(left)
         ]
         scores = await self.api.score(prompts, self.tokens)
-        return Prediction(dict(zip(left, scores.log_odds, strict=True)), state.evaluation.offset)
+        return Prediction(dict(zip(left, log_odds_of(scores), strict=True)), state.evaluation.offset)
 
     async def label_rest(self, state: SearchState) -> Prediction:
         """The claims outside the pool, asked after the pool's labels as demonstrations (many-shot).
@@ -268,15 +281,15 @@ class Labelling:
 
         predictions: labels that the search did not give, by how they were come by (the rows' `by`).
         """
-        alone = zero_shot.log_odds
+        alone, names = zero_shot.log_odds, self.pool.names
         rows = {
-            claim: label_row(self.pool.claims[claim], state.labels[claim], log_odds, "icm", alone.get(claim))
+            claim: label_row(self.pool.claims[claim], state.labels[claim], log_odds, "icm", alone.get(claim), names)
             for claim, log_odds in state.evaluation.log_odds.items()
         }
         claims = (*self.pool.claims, *self.pool.rest)
         for by, prediction in predictions.items():
             for claim, label in prediction.labels.items():
-                rows[claim] = label_row(claims[claim], label, prediction.log_odds[claim], by, alone.get(claim))
+                rows[claim] = label_row(claims[claim], label, prediction.log_odds[claim], by, alone.get(claim), names)
         return [rows[claim] for claim in sorted(rows)]
 
 
@@ -296,7 +309,7 @@ def result_record(
         "accepted": state.accepted,
         "rebuilds": state.rebuilds,
         "labelled": len(state.labelled),
-        "true_labels": sum(label is True for label in state.labels),
+        **counts_of(state.labels, labelling.pool.names),
         "U": state.evaluation.utility,
         "predictability": state.evaluation.predictability,
         "inconsistent": state.evaluation.inconsistent,

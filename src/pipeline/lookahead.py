@@ -18,6 +18,7 @@ from core.llm_api.llm import ModelAPI
 from core.llm_api.types import PoolScores, Prompt
 from src.icm.annealing import Candidate, Outcome, Problem, SearchState, cost
 from src.icm.consistency import Labels
+from src.icm.objective import LogOdds
 from src.icm.planner import evaluations_that_fit, relaid_tokens
 from src.icm.prefix_tree import Layout
 from src.icm.prompts import in_shared_order
@@ -164,9 +165,12 @@ class Lookahead:
         coming: list[tuple[SearchState, int, list[Candidate]]] = []
         here = Candidate(state.labels, state.layout)
 
-        def predicted(claim: int) -> float | None:
+        def predicted(claim: int) -> LogOdds | None:
             answer = self._memo.get(self._make_prompt(claim, here).digest)
-            return None if answer is None else answer[1] - answer[0]
+            if answer is None:
+                return None
+            first, *others = answer
+            return others[0] - first if len(others) == 1 else tuple(other - first for other in others)
 
         for later, claim, batch in next_evaluations(self._problem, state, predicted, LOOK * most):
             if len(coming) >= most:

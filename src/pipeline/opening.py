@@ -11,6 +11,7 @@ from typing import Any, Final
 from core.llm_api.types import Prompt
 from src.icm.annealing import Stream, generator
 from src.icm.consistency import Overview
+from src.pipeline.baselines import random_labels
 from src.pipeline.labelling import Labelling, Pool
 
 FEW: Final = 3
@@ -47,8 +48,7 @@ def example_prompt(labelling: Labelling) -> Prompt:
     The labels are those that `--check` calls random, so no gold label is shown.
     """
     problem = labelling.pool.problem
-    drawn = generator(problem.settings.seed, Stream.SEEDS, 1).random(problem.size) < 0.5
-    labels = tuple(drawn.tolist())
+    labels = random_labels(problem.size, problem.num_labels, generator(problem.settings.seed, Stream.SEEDS, 1))
     layout = problem.new_layout(range(problem.size), labels=labels)
     claim = layout.questions[0]
     return labelling.book.prompt(claim, layout.context(claim), labels)

@@ -86,7 +86,7 @@ def doing(problem: Problem, state: SearchState) -> str | None:
     if finished(problem, state):
         return None
     if wants_mirror(problem, state):
-        return "asking all with every label flipped"
+        return f"asking all with {'every label flipped' if problem.num_labels == 2 else 'two labels swapped'}"
     return "asking all in a new order" if wants_rebuild(problem, state) else None
 
 
@@ -153,7 +153,11 @@ class SearchProgress:
             told = True
         if told:
             self._shown = self._clock()
-        warning = None if self._warned else collapse_warning(state.labels, self._pool.problem.objective.prior)
+        warning = (
+            None
+            if self._warned
+            else collapse_warning(state.labels, self._pool.problem.objective.prior, self._pool.names)
+        )
         if warning:
             self._warned = True
             self._bar.write(f"warning: {warning}", file=sys.stderr)

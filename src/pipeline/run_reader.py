@@ -15,7 +15,8 @@ from typing import Any
 import orjson
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from src.icm.consistency import Constraint, Label, Relation
+from src.icm.consistency import Constraint, Relation
+from src.icm.label_names import Names, names_of, read_label, read_odds
 from src.icm.run_record import LabelledClaim, RunRecord, with_journal_labels
 from src.icm.testbeds import BadInput
 from src.pipeline.run_schema import RunDocument, first_complaint, journal_line
@@ -112,11 +113,12 @@ def read_run(folder: Path) -> RunRecord:
     lines, damaged = _json_lines(folder / "log.jsonl")
     rows, unreadable = _json_lines(folder / "labels.jsonl")
     pool_rows, _ = _json_lines(folder / "claims.jsonl")
-    journal = [line for line in map(journal_line, lines) if line is not None]
+    names = names_of(document.settings)
+    journal = [line for record in lines if (line := journal_line(record, len(names))) is not None]
     skipped = damaged + unreadable + len(lines) - len(journal)
-    claims = [_claim(row) for row in rows]
+    claims = [_claim(row, names) for row in rows]
     if not claims and pool_rows:
-        claims = with_journal_labels([_claim(row) for row in pool_rows], journal)
+        claims = with_journal_labels([_claim(row, names) for row in pool_rows], journal)
     if not claims:
         claims = [claim for part in parts for claim in part.claims]
     return RunRecord(
@@ -207,7 +209,7 @@ def _forgiven(line: bytes) -> object:
         return None
 
 
-def _claim(row: dict[str, Any]) -> LabelledClaim:
+def _claim(row: dict[str, Any], names: Names) -> LabelledClaim:
     choice_2 = row.get("choice_2")
     return LabelledClaim(
         row=_whole(row.get("row")),
@@ -215,25 +217,17 @@ def _claim(row: dict[str, Any]) -> LabelledClaim:
         question=str(row.get("question", "")),
         choice=str(row.get("choice", "")),
         choice_2=None if choice_2 is None else str(choice_2),
-        label=_label(row.get("label")),
-        log_odds=_number(row.get("log_odds")),
-        gold=_label(row.get("gold")),
+        label=read_label(row.get("label"), names),
+        log_odds=read_odds(row, names),
+        gold=read_label(row.get("gold"), names),
         by=str(row.get("by", "icm")),
-        zero_shot=_number(row.get("zero_shot")),
+        zero_shot=read_odds(row, names, "zero_shot"),
         shown=_shown(row.get("shown")),
     )
 
 
-def _label(value: object) -> Label:
-    return value if isinstance(value, bool) else None
-
-
 def _shown(value: object) -> tuple[tuple[str, str], ...]:
     return tuple((str(name), str(text)) for name, text in value.items()) if isinstance(value, dict) else ()
-
-
-def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _whole(value: object) -> int:

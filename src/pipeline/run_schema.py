@@ -21,27 +21,20 @@ def _count_or_none(value: object) -> object:
 Cost = Annotated[int | float | None, BeforeValidator(_count_or_none)]
 
 
-class JournalLine(TypedDict, total=False):
-    """Keys of src/icm/journal.py, and what the line cost. Others, of other versions, are left out."""
+class _AnyLine(TypedDict, total=False):
+    """What a line has whatever the labels are, and what it cost."""
 
     event: str
     iteration: Count
     claim: Position
-    labels: dict[Position, bool]
-    changes: dict[Position, bool]
-    scores: dict[Position, Number]
     U: Number
     U_proposed: Number | None
     T: Number | None
     probability: Number | None
-    log_odds: Number | None
-    current: bool | None
-    predicted: bool | None
     accepted: bool
     predictability: Number | None
     inconsistent: int | None
     labelled: Count
-    true_labels: Count
     asked: Cost
     from_cache: Cost
     asked_ahead: Cost
@@ -53,6 +46,31 @@ class JournalLine(TypedDict, total=False):
     seconds: Cost
 
 
+class JournalLine(_AnyLine, total=False):
+    """Keys of src/icm/journal.py, of two labels. Others, of other versions, are left out."""
+
+    labels: dict[Position, bool]
+    changes: dict[Position, bool]
+    scores: dict[Position, Number]
+    log_odds: Number | None
+    current: bool | None
+    predicted: bool | None
+    true_labels: Count
+
+
+class LineOfMany(_AnyLine, total=False):
+    """The same of more than two labels."""
+
+    num_labels: Count
+    labels: dict[Position, Position]
+    changes: dict[Position, Position]
+    scores: dict[Position, list[Number]]
+    log_odds: list[Number] | None
+    current: Position | None
+    predicted: Position | None
+    label_counts: list[Count]
+
+
 _NEEDED = {
     "start": {"labels"},
     "step": {"iteration", "accepted"},
@@ -60,13 +78,17 @@ _NEEDED = {
     "rebuild": {"iteration"},
 }
 _line = TypeAdapter(JournalLine)
+_line_of_many = TypeAdapter(LineOfMany)
 
 
-def journal_line(record: object) -> Mapping[str, Any] | None:
-    """The line as it can be counted on, claims by number; None where it is not one."""
+def journal_line(record: object, num_labels: int = 2) -> Mapping[str, Any] | None:
+    """The line as it can be counted on, claims by number; None where it is not one, or not one of so many labels."""
+    line: Mapping[str, Any]
     try:
-        line = _line.validate_python(record)
+        line = _line.validate_python(record) if num_labels == 2 else _line_of_many.validate_python(record)
     except ValidationError:
+        return None
+    if num_labels > 2 and not _fits(line, num_labels):
         return None
     event = line.get("event")
     if event is None or "U" not in line or not _NEEDED.get(event, set()) <= line.keys():
@@ -74,6 +96,16 @@ def journal_line(record: object) -> Mapping[str, Any] | None:
     if event == "mirror" and line["U_proposed"] is None:
         return None
     return line
+
+
+def _fits(line: Mapping[str, Any], num_labels: int) -> bool:
+    labels = [*line.get("labels", {}).values(), *line.get("changes", {}).values()]
+    odds = [*line.get("scores", {}).values(), *([line["log_odds"]] if line.get("log_odds") is not None else [])]
+    return (
+        line.get("num_labels", num_labels) == num_labels
+        and all(label < num_labels for label in labels)
+        and all(len(values) == num_labels - 1 for values in odds)
+    )
 
 
 def _told(counts: object) -> object:

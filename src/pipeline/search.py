@@ -27,7 +27,7 @@ from src.icm.annealing import (
     finished,
     local_evaluation,
     mirror,
-    mirrored_labels,
+    mirrors,
     predicted_label,
     proposal,
     proposals,
@@ -46,7 +46,7 @@ from src.icm.journal import (
     start_record,
     step_record,
 )
-from src.icm.objective import Evaluation
+from src.icm.objective import Evaluation, LogOdds
 from src.icm.prompts import PromptBook
 from src.icm.speculation import Pace
 from src.icm.testbeds import BadInput
@@ -78,19 +78,19 @@ class PoolScorer:
         layout = candidate.layout
         return self.book.prompt(claim, layout.context(claim), candidate.labels, layout.place(claim))
 
-    async def ask(self, claim: int, candidate: Candidate) -> float:
+    async def ask(self, claim: int, candidate: Candidate) -> LogOdds:
         """log-odds (nats) of `claim` given every other labelled claim."""
         return (await self.ask_all([claim], candidate))[0]
 
-    async def ask_all(self, claims: Sequence[int], candidate: Candidate) -> list[float]:
+    async def ask_all(self, claims: Sequence[int], candidate: Candidate) -> list[LogOdds]:
         """log-odds (nats) of each claim given every other labelled claim, in one batch."""
         scores = await self.api.score([self.prompt(claim, candidate) for claim in claims], self.labels)
-        return scores.log_odds
+        return log_odds_of(scores)
 
     async def evaluate(self, candidates: Sequence[Candidate]) -> list[Evaluation]:
         """The worth of every labeling, all asked in one batch."""
         prompts = [self.prompt(claim, candidate) for candidate in candidates for claim in candidate.layout.questions]
-        answers = iter((await self.api.score(prompts, self.labels)).log_odds)
+        answers = iter(log_odds_of(await self.api.score(prompts, self.labels)))
         return [
             self.problem.objective.evaluate(
                 candidate.labels,
@@ -99,6 +99,13 @@ class PoolScorer:
             )
             for candidate in candidates
         ]
+
+
+def log_odds_of(scores: PoolScores) -> list[LogOdds]:
+    """What the objective takes of a model's answers, one entry a prompt (nats; see objective)."""
+    if scores.logprobs.shape[1] == 2:
+        return list(scores.log_odds)
+    return [tuple(row) for row in (scores.logprobs[:, 1:] - scores.logprobs[:, :1]).tolist()]
 
 
 class Meter:
@@ -177,9 +184,11 @@ async def search(
     while not finished(problem, state):
         ahead.stand_at(state)
         if wants_mirror(problem, state):
-            [evaluation] = await scorer.evaluate([Candidate(mirrored_labels(state.labels), state.layout)])
+            turned = mirrors(state.labels, problem.num_labels)
+            worth = await scorer.evaluate([Candidate(labels, state.layout) for labels in turned])
+            labels, evaluation = max(zip(turned, worth, strict=True), key=lambda each: each[1].utility)
             accepted = evaluation.utility > state.evaluation.utility
-            state = mirror(state, evaluation if accepted else None)
+            state = mirror(state, evaluation, labels) if accepted else mirror(state, None)
             await journal(mirror_record(state, accepted, evaluation.utility), state)
             continue
         outcome = None if wants_rebuild(problem, state) else await _step(scorer, ahead, state)
@@ -259,13 +268,13 @@ async def _step(scorer: PoolScorer, ahead: Lookahead, state: SearchState) -> Out
     )
 
 
-async def _predictions(scorer: PoolScorer, ahead: Lookahead, state: SearchState) -> dict[int, float]:
+async def _predictions(scorer: PoolScorer, ahead: Lookahead, state: SearchState) -> dict[int, LogOdds]:
     """log-odds (nats) of the claims that this iteration proposes, in the order proposed."""
     claims = proposals(scorer.problem, state)
     # A labelled claim's question is part of the current evaluation, unless that was pieced together.
     known = {} if state.stale else state.evaluation.log_odds
     asked = [claim for claim in claims if claim not in known]
-    answers: dict[int, float] = {}
+    answers: dict[int, LogOdds] = {}
     if asked:
         ahead.before_prediction(state)
         answers = dict(zip(asked, await scorer.ask_all(asked, Candidate(state.labels, state.layout)), strict=True))

@@ -26,6 +26,7 @@ class JournalTail:
         self.records: list[Mapping[str, Any]] = []
         self._file: tuple[int, int] | None = None
         self._read = 0
+        self._num_labels = 2
 
     def poll(self) -> bool:
         """Read what is new; whether anything changed."""
@@ -36,6 +37,7 @@ class JournalTail:
                 if found != self._file or status.st_size < self._read:
                     changed = bool(self.records)
                     self._file, self._read, self.records = found, 0, []
+                    self._num_labels = 2
                 file.seek(self._read)
                 while new := file.read(CHUNK):
                     end = new.rfind(b"\n") + 1
@@ -55,9 +57,12 @@ class JournalTail:
         before = len(self.records)
         for line in lines.splitlines():
             try:
-                record = journal_line(orjson.loads(line))
+                found = orjson.loads(line)
             except orjson.JSONDecodeError:
                 continue
+            if isinstance(found, dict) and isinstance(count := found.get("num_labels"), int):
+                self._num_labels = count
+            record = journal_line(found, self._num_labels)
             if record is not None:
                 self.records.append(record)
         return len(self.records) > before

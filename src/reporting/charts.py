@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+from src.icm.consistency import Label
 from src.icm.curves import Curves
 from src.icm.objective import wilson_interval
 from src.icm.run_record import LabelledClaim, RunRecord, probability
@@ -106,7 +107,9 @@ def curve_charts(runs: Sequence[tuple[str, Curves]]) -> list[Chart]:
         line_chart("Agreement with gold", several("accuracy"), "share of labels", limits=(0, 1)),
         line_chart("Temperature", several("temperature"), "units of U", floor=0),
         line_chart("Acceptance", several("acceptance"), "share of the last 50 iterations", limits=(0, 1)),
-        line_chart("Label balance", several("true_share"), "share of True labels", limits=(0, 1)),
+        line_chart(
+            "Label balance", several("balance"), "share of True, or of the commonest of more labels", limits=(0, 1)
+        ),
         line_chart("Labelled claims", several("labelled"), "claims", floor=0),
         line_chart("Inconsistent pairs", several("inconsistent"), "pairs", floor=0),
         line_chart("Prefix cache hit rate", several("hit_rate"), "share of prompt tokens", limits=(0, 1)),
@@ -157,21 +160,22 @@ def line_chart(
 
 
 def calibration_chart(run: RunRecord) -> Chart | None:
-    """How often claims that were given a probability of True are True by gold; None without gold labels.
+    """How often claims that were given a probability of True are True by gold; None without gold labels, and of other
+    labels than True and False.
 
     Final log-odds against what they are compared with (the pool's mean where calibrated); zero-shot ones as they are.
     """
     final = [
-        (probability(claim.log_odds - run.offset), claim.gold)
+        (probability(claim.odds - run.shift), bool(claim.gold))
         for claim in run.claims
-        if claim.log_odds is not None and claim.gold is not None
+        if claim.odds is not None and claim.gold is not None
     ]
     alone = [
-        (probability(claim.zero_shot), claim.gold)
+        (probability(claim.odds_alone), bool(claim.gold))
         for claim in run.claims
-        if claim.zero_shot is not None and claim.gold is not None
+        if claim.odds_alone is not None and claim.gold is not None
     ]
-    if not final:
+    if not final or not run.says_true:
         return None
     x, y = Scale(0, 1, LEFT, WIDTH - RIGHT), Scale(0, 1, HEIGHT - BOTTOM, TOP)
     dots, legend, told = [], [], []
@@ -208,20 +212,23 @@ def calibration_error(pairs: Sequence[tuple[float, bool]]) -> float:
 
 
 def margin_chart(run: RunRecord) -> Chart | None:
-    """How log-odds are spread, by gold label where that is known, else by the label that was given."""
-    claims = [claim for claim in run.claims if claim.log_odds is not None]
-    if not claims:
+    """How log-odds are spread, by gold label where that is known, else by the label that was given.
+
+    None of other labels than True and False.
+    """
+    claims = [claim for claim in run.claims if claim.odds is not None]
+    if not claims or not run.says_true:
         return None
     by_gold = any(claim.gold is not None for claim in claims)
 
-    def side(claim: LabelledClaim) -> bool | None:
+    def side(claim: LabelledClaim) -> Label:
         return claim.gold if by_gold else claim.label
 
-    values = [(claim.log_odds or 0.0) - run.offset for claim in claims]
+    values = [(claim.odds or 0.0) - run.shift for claim in claims]
     reach = max(max(abs(value) for value in values), 0.5)
     bins = 2 * BINS
     x = Scale(-reach, reach, LEFT, WIDTH - RIGHT)
-    counts = {True: [0] * bins, False: [0] * bins}
+    counts: dict[int, list[int]] = {True: [0] * bins, False: [0] * bins}
     for claim, value in zip(claims, values, strict=True):
         one = side(claim)
         if one is not None:
@@ -253,7 +260,7 @@ def margin_chart(run: RunRecord) -> Chart | None:
         title="Log-odds",
         description=f"Histogram of the final log-odds, by {basis}: {sum(counts[True])} True and {sum(counts[False])} "
         "False claims.",
-        x_label="nat" + (f", against {run.offset_told}" if run.offset else ""),
+        x_label="nat" + (f", against {run.offset_told}" if run.shift else ""),
         x_ticks=[Tick(x(value), f"{value:g}") for value in ticks(-reach, reach, 6) if abs(value) <= reach],
         y_ticks=[Tick(y(value), f"{value:g}") for value in at],
         bars=bars,
@@ -263,12 +270,15 @@ def margin_chart(run: RunRecord) -> Chart | None:
 
 
 def contrast_chart(run: RunRecord) -> Chart | None:
-    """Zero-shot against final log-odds, claim by claim, by the label given; None where zero-shot was not recorded."""
-    claims = [c for c in run.claims if c.log_odds is not None and c.zero_shot is not None and c.label is not None]
-    if not claims:
+    """Zero-shot against final log-odds, claim by claim, by the label given.
+
+    None where zero-shot was not recorded, and of other labels than True and False.
+    """
+    claims = [c for c in run.claims if c.odds is not None and c.odds_alone is not None and c.label is not None]
+    if not claims or not run.says_true:
         return None
     claims = claims[:: math.ceil(len(claims) / MOST_POINTS)]
-    across, up = [c.zero_shot or 0.0 for c in claims], [c.log_odds or 0.0 for c in claims]
+    across, up = [c.odds_alone or 0.0 for c in claims], [c.odds or 0.0 for c in claims]
     x_ticks, y_ticks = _padded(across), _padded(up)
     x, y = Scale(x_ticks[0], x_ticks[-1], LEFT, WIDTH - RIGHT), Scale(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP)
     dots = []

@@ -14,15 +14,18 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
+from src.icm.consistency import Label
 from src.icm.costs import Charge, Price, charges, usage_of
 from src.icm.curves import curves_of
 from src.icm.diagnosis import Finding, Verdict, diagnose, flips
+from src.icm.label_names import counts_of, told_counts
+from src.icm.objective import LogOdds
 from src.icm.run_record import LabelledClaim, RunRecord
 from src.icm.testbeds import BadInput
 from src.pipeline.prices import PriceFile
 from src.pipeline.run_reader import BaselineTable
 from src.reporting.charts import Chart, calibration_chart, contrast_chart, curve_charts, margin_chart
-from src.reporting.results import ResultRow, results_of
+from src.reporting.results import Confusion, ResultRow, confusion_of, results_of
 from src.reporting.text import duration, number, visible, whole
 
 if TYPE_CHECKING:
@@ -91,13 +94,14 @@ class RunView:
     warning: str | None
     tiles: list[Tile]
     results: list[ResultRow]
+    confusion: Confusion | None
     parts: list[PartRow]
     findings: list[Finding]
     charts: list[Chart]
     calibration: list[Chart]
     claims: list[ClaimRow]
-    offset: float
-    offset_told: str
+    names: tuple[str, ...]
+    margin_told: str
     rebuilds: bool
     settings: list[tuple[str, str]]
     engine: list[tuple[str, str]]
@@ -138,7 +142,6 @@ def render_comparison(
 
 def view_of(run: RunRecord, prices: PriceFile | None = None) -> RunView:
     """Everything the page says of one run."""
-    offset = run.offset
     curves = [(part.name, curves_of(part.journal, part.gold)) for part in run.searches if part.journal]
     found = [
         finding
@@ -153,15 +156,16 @@ def view_of(run: RunRecord, prices: PriceFile | None = None) -> RunView:
         warning=(run.result or {}).get("warning"),
         tiles=_tiles(run),
         results=results_of(run),
+        confusion=confusion_of(run),
         parts=[_part_row(part) for part in run.parts],
         findings=found,
         charts=curve_charts(curves) if curves else [],
         calibration=[
             chart for chart in (calibration_chart(run), margin_chart(run), contrast_chart(run)) if chart is not None
         ],
-        claims=[_claim_row(claim, offset, run.compares) for claim in run.claims],
-        offset=offset,
-        offset_told=run.offset_told,
+        claims=[_claim_row(run, claim) for claim in run.claims],
+        names=run.names,
+        margin_told=_margin_told(run),
         rebuilds=len(curves) == 1 and bool(curves[0][1].rebuilds),
         settings=[(name, _shown(value)) for name, value in run.settings.items()],
         engine=_engine(run),
@@ -246,9 +250,9 @@ def _tiles(run: RunRecord) -> list[Tile]:
             )
         )
     labelled = sum(claim.searched for claim in run.claims)
-    trues = sum(claim.label is True and claim.searched for claim in run.claims)
+    counts = told_counts(counts_of((claim.label for claim in run.claims if claim.searched), run.names))
     if run.pool:
-        tiles.append(Tile("labelled by the search", whole(labelled), f"of {len(run.pool)} in the pool; {trues} True"))
+        tiles.append(Tile("labelled by the search", whole(labelled), f"of {len(run.pool)} in the pool; {counts}"))
     journals = [part.journal for part in run.searches if part.journal]
     if journals:
         last = sum(journal[-1]["U"] for journal in journals) / len(journals)
@@ -275,29 +279,42 @@ def _tiles(run: RunRecord) -> list[Tile]:
     return tiles
 
 
-def _claim_row(claim: LabelledClaim, offset: float, compares: bool) -> ClaimRow:
+def _claim_row(run: RunRecord, claim: LabelledClaim) -> ClaimRow:
     text = visible(claim.choice)
-    if compares and claim.choice_2:
+    if run.compares and claim.choice_2:
         text += f"\n— better than: {visible(claim.choice_2)}"
     rest = ""
     if len(text) > LONG:
         text, rest = text[:LONG], text[LONG:]
-    agrees = claim.agrees
+    agrees, sureness = claim.agrees, run.sureness(claim)
     return ClaimRow(
         row=str(claim.row),
         question=visible(claim.question),
         text=text,
         rest=rest,
-        label=_label(claim.label),
-        gold=_label(claim.gold) + (" ✗" if agrees is False else ""),
-        log_odds=number(claim.log_odds),
-        zero_shot=number(claim.zero_shot),
+        label=_label(run, claim.label),
+        gold=_label(run, claim.gold) + (" ✗" if agrees is False else ""),
+        log_odds=_odds(claim.log_odds),
+        zero_shot=_odds(claim.zero_shot),
         by=visible(claim.by),
-        label_key={True: "T", False: "F", None: "-"}[claim.label],
+        label_key="-" if claim.label is None else str(int(claim.label)),
         agrees_key={True: "1", False: "0", None: "-"}[agrees],
         mark={True: "yes", False: "no", None: ""}[agrees],
-        margin="" if claim.log_odds is None else f"{abs(claim.log_odds - offset):.3f}",
+        margin="" if sureness is None else f"{sureness:.3f}",
     )
+
+
+def _margin_told(run: RunRecord) -> str:
+    if run.num_labels > 2:
+        first = run.names[0]
+        told = f"Log-odds in nats, each label's against {first}, in the order {', '.join(run.names[1:])}; "
+        return told + "the margin is log P of the likeliest label less that of all others together."
+    against = f", {run.offset_told}" if run.shift else ""
+    return f"Log-odds in nats; the margin is their distance from {run.shift:.2f}{against}."
+
+
+def _odds(log_odds: LogOdds | None) -> str:
+    return ", ".join(map(number, log_odds)) if isinstance(log_odds, tuple) else number(log_odds)
 
 
 def _part_row(part: RunRecord) -> PartRow:
@@ -317,8 +334,8 @@ def _named(name: str, found: Sequence[Finding]) -> list[Finding]:
     return [Finding(one.key, f"{name}: {one.title}", one.verdict, one.told, one.details, one.advice) for one in found]
 
 
-def _label(label: bool | None) -> str:
-    return "–" if label is None else str(label)
+def _label(run: RunRecord, label: Label) -> str:
+    return "–" if label is None else visible(run.names[label])
 
 
 def _shown(value: object) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from src.icm.label_names import confusion
 from src.icm.objective import wilson_interval
 from src.icm.run_record import RunRecord
 
@@ -24,6 +25,20 @@ class ResultRow:
     @property
     def interval(self) -> tuple[float, float] | None:
         return wilson_interval(self.agreeing, self.compared) if self.compared else None
+
+
+@dataclass(frozen=True, slots=True)
+class Confusion:
+    """How many labelled claims have which gold label (row) and label (column), shape [K, K]."""
+
+    names: tuple[str, ...]
+    table: list[list[int]]
+
+
+def confusion_of(run: RunRecord) -> Confusion | None:
+    """Of the claims that the search labelled; None where no gold label is known."""
+    pairs = [(claim.label, claim.gold) for claim in run.claims if claim.searched and claim.gold is not None]
+    return Confusion(run.names, confusion(pairs, run.num_labels)) if pairs else None
 
 
 def results_of(run: RunRecord) -> list[ResultRow]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,9 @@ async def test_words_template_and_separator_of_one_s_own_from_file_to_labels(icm
     assert asked == {(YES, NO)}
     rows = [json.loads(line) for line in icm.labels("a").splitlines()]
     assert len(rows) == 12
-    assert all(row["label"] == (row["log_odds"] > 0) for row in rows if row["by"] == "icm")
-    assert [row["gold"] for row in sorted(rows, key=lambda row: row["row"])[:3]] == [True, False, False]
+    likeliest = [max(row["logprobs"], key=row["logprobs"].get) for row in rows if row["by"] == "icm"]
+    assert [row["label"] for row in rows if row["by"] == "icm"] == likeliest
+    assert [row["gold"] for row in sorted(rows, key=lambda row: row["row"])[:3]] == ["yes", "no", "no"]
     document = run_json(icm, "a")
     assert document["settings"]["testbed"] == "yes-no"
     assert len(document["settings"]["testbed_sha256"]) == 64
@@ -103,7 +105,8 @@ async def test_words_are_part_of_what_a_cached_answer_is_for(icm: Command, folde
     assert code == 0, err
     assert len(server.pools) > asked
     a, b = ({row["row"]: row["zero_shot"] for row in map(json.loads, icm.labels(run).splitlines())} for run in "ab")
-    assert a == {row: pytest.approx(-score) for row, score in b.items()}, "yes stands where no stood"
+    other = {row: {"no": score["yes"], "yes": score["no"]} for row, score in b.items()}
+    assert a == {row: pytest.approx(score) for row, score in other.items()}, "yes stands where no stood"
 
 
 async def test_an_export_has_the_testbed_s_words_although_its_file_is_gone(icm: Command, folder: Path) -> None:
@@ -141,13 +144,52 @@ async def test_how_a_testbed_s_data_is_read_is_said_in_its_file(icm: Command, fl
     assert re.search(rf"{flags[0]} say how a --data file is to be read; .*yes-no.yaml says it here", err)
 
 
-@pytest.mark.parametrize("name", ["sentiment", "multiple-choice", "fields"])
-async def test_a_search_of_more_labels_is_refused_in_one_line(icm: Command, folder: Path, name: str) -> None:
+def shared(words: dict[str, list[str]]) -> Callable[[Sequence[int]], dict[int, float]]:
+    """A model that divides 0.9 of the probability between the tokens that may come next, by all tokens so far.
+
+    words: by the text that a label has begun with ("" at its beginning), those that may follow.
+    """
+
+    def distribution(tokens: Sequence[int]) -> dict[int, float]:
+        begun = max(
+            (text for text in words if list(tokens[len(tokens) - len(encode(text)) :]) == encode(text)), key=len
+        )
+        ids = [encode(word)[0] for word in words[begun]]
+        weights = [math.exp(signed_by_words([*tokens, token]) / 4) for token in ids]
+        return {token: math.log(0.9 * weight / sum(weights)) for token, weight in zip(ids, weights, strict=True)}
+
+    return distribution
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("sentiment", {"": [" negative", " neutral", " positive"]}),
+        ("multiple-choice", {"": [" A", " B", " C", " D"]}),
+        (
+            "fields",
+            {"": [" natural", " social", " the"], " natural": [" science"], " social": [" science"], " the": [" arts"]},
+        ),
+    ],
+)
+async def test_three_labels_four_and_labels_of_several_tokens_from_file_to_labels(
+    icm: Command, folder: Path, server: FakeVLLM, name: str, words: dict[str, list[str]]
+) -> None:
+    server.distribution = shared(words)
     icm.arguments[icm.arguments.index("--testbed") + 1] = str(folder / f"{name}.yaml")
-    code, _, err = await icm()
-    assert code == 2
-    [line] = err.strip().splitlines()
-    assert re.search(rf"{name}: has [34] labels, and the search takes two so far", line)
+    code, out, err = await icm("--run", "a")
+    assert code == 0, err
+    rows = [json.loads(line) for line in icm.labels("a").splitlines()]
+    names = [label for label, _ in run_json(icm, "a")["testbed"]["labels"]]
+    assert {row["label"] for row in rows} <= set(names)
+    assert {row["gold"] for row in rows} == set(names)
+    for row in rows:
+        assert list(row["logprobs"]) == names
+        assert sum(map(math.exp, row["logprobs"].values())) == pytest.approx(1)
+    prompts = [prompt for body in server.pools for prompt in body["prompt"]]
+    begun = [text for text in words if text and any(prompt[-1] == encode(text)[-1] for prompt in prompts)]
+    assert begun == [text for text in words if text], "each beginning of a label is asked what follows it"
+    assert "agreement with gold" in out
 
 
 async def test_testbeds_that_are_not_there_are_one_line(icm: Command) -> None:

@@ -18,7 +18,7 @@ def test_every_series_has_a_value_a_line() -> None:
     assert curves.iteration == [0, 1, 2, 3, 3, 3]
     assert curves.utility == [1.0, 3.0, 3.0, 4.0, 3.5, 5.0]
     assert curves.labelled == [2, 3, 3, 3, 3, 3]
-    assert curves.true_share == [0.5, 2 / 3, 2 / 3, 0.0, 0.0, 1.0]
+    assert curves.balance == [0.5, 2 / 3, 2 / 3, 0.0, 0.0, 1.0]
     assert curves.accuracy == [0.5, 1 / 3, 1 / 3, 1 / 3, 1 / 3, 2 / 3]
     assert curves.temperature == [None, 10.0, 5.0, 4.0, None, None]
     assert curves.acceptance == [None, 1.0, 0.5, 2 / 3, 2 / 3, 2 / 3]

@@ -18,7 +18,7 @@ from src.pipeline.progress import ELSEWHERE, GROWTH, PartsProgress, SearchProgre
 def pool(size: int, **settings: Any) -> Any:
     groups = tuple(str(claim) for claim in range(size))
     problem = Problem(groups, Consistency([]), Objective(1.0), SearchSettings(**{"K": size, **settings}))
-    return SimpleNamespace(problem=problem, gold=[True] * size)
+    return SimpleNamespace(problem=problem, gold=[True] * size, names=("False", "True"))
 
 
 def state(labelled: int, size: int, **more: Any) -> SearchState:

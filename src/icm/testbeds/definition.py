@@ -20,7 +20,15 @@ from src.icm.testbeds.testbed import Testbed, column_of, label_space, pieces
 from src.icm.values import BadInput, shown
 
 Relations = Literal[
-    "identical_agree", "compare_two", "same_answer", "by_columns", "agree", "at_most_one", "exactly_one", "none"
+    "identical_agree",
+    "compare_two",
+    "same_answer",
+    "by_columns",
+    "agree",
+    "different",
+    "at_most_one",
+    "exactly_one",
+    "none",
 ]
 Upstream = Literal["leaking_keys", "leaking_comparison", "same_answer"]
 

@@ -72,11 +72,12 @@ RULES: Final[Mapping[str, RelationRule]] = {
 """What a testbed file can say of pairs, under `relations`."""
 SETS: Final[Mapping[str, Relation]] = {
     "agree": Relation.AGREE,
+    "different": Relation.DIFFERENT,
     "at_most_one": Relation.AT_MOST_ONE,
     "exactly_one": Relation.EXACTLY_ONE,
 }
 """What it can say there of a whole group."""
-OF_ANY_LABELS: Final = ("identical_agree", "agree", "none")
+OF_ANY_LABELS: Final = ("identical_agree", "agree", "different", "none")
 """Those that hold between labels of any number; all others say which claim is true."""
 PUBLISHED: Final[Mapping[str, RelationRule]] = {
     "leaking_keys": leaking_keys,

@@ -27,8 +27,6 @@ TEXTS: Final = ("question", "choice", "choice_2", "answer")
 """Columns whose texts make a claim."""
 JUDGED: Final = ("question", "choice", "choice_2")
 """Those that a claim is shown by, wherever it is shown."""
-OF_TRUE: Final = frozenset((Relation.EXACTLY_ONE, Relation.AT_MOST_ONE))
-"""Relations that say something of the label True, and so hold between two labels only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +93,7 @@ class Testbed:
             raise BadInput(f"template: ends in {self.template[-1]!r}, and the label {spaced[0]!r} brings its own space")
         if not self.separator:
             raise BadInput("separator: is empty; demonstrations would run into each other")
-        if self.relation in OF_TRUE and len(self.space) > 2:
+        if self.relation is not None and self.relation.of_true and len(self.space) > 2:
             raise BadInput(f"relations: {self.relation.value}, of {len(self.space)} labels; that is said of two")
 
     def claims(self, row: Mapping[str, Any], index: int, first: int) -> list[Claim]:
@@ -153,7 +151,7 @@ class Testbed:
         }
         stated = row.get("consistency_relation")
         relation = self.relation if is_missing(stated) else parse_relation(stated)
-        if relation in OF_TRUE and len(self.space) > 2:
+        if relation is not None and relation.of_true and len(self.space) > 2:
             raise BadInput(
                 f"has the consistency_relation {stated!r}, which is said of two labels; there are {len(self.space)}"
             )
