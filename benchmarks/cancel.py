@@ -23,9 +23,10 @@ if str(Path(__file__).resolve().parents[1]) not in sys.path:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.step_machine import hardware
+from core.llm_api.engines.vllm_group import vllm_engine
 from core.llm_api.errors import APIError
 from core.llm_api.generation import Message, SamplingOptions, Token
-from core.llm_api.llm import ModelAPI, vllm_engine
+from core.llm_api.llm import ModelAPI
 from core.llm_api.transport import HttpOptions, HttpTransport
 from core.llm_api.vllm_metrics import requests_in_work
 from core.settings import Settings

@@ -45,11 +45,13 @@ if str(Path(__file__).resolve().parents[1]) not in sys.path:
 from benchmarks.own_process import serve_until_told, stand_in, start_deaf
 from benchmarks.step_machine import commit, hardware
 from benchmarks.step_measure import Progress
+from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.labels import TRUE_FALSE, SpelledLabels
 from core.llm_api.llm import ModelAPI
 from core.llm_api.response_cache import ResponseCache
 from core.llm_api.transport import HttpOptions
 from core.llm_api.types import (
+    Capabilities,
     Engine,
     EngineAnswer,
     EngineIdentity,
@@ -59,7 +61,6 @@ from core.llm_api.types import (
     Query,
     TokenLogprobs,
 )
-from core.llm_api.vllm_llm import VLLMClient
 from src.icm.annealing import Candidate, Problem, SearchSettings
 from src.icm.consistency import Consistency
 from src.icm.objective import LogOdds, Objective
@@ -197,6 +198,8 @@ async def _serve(told: Connection, manner: str, trees: bool) -> None:
 
 class AtOnce:
     """An Engine in this process that answers at once, from each prompt's digest."""
+
+    capabilities: Final = Capabilities()
 
     async def start(self) -> EngineIdentity:
         return EngineIdentity("at once", MODEL)

@@ -22,12 +22,12 @@ import numpy as np
 
 from benchmarks.make_shape import WORDS, word
 from benchmarks.step_report import CaseResult, Repetition
-from core.llm_api.direct_llm import DirectEngine
+from core.llm_api.engines.direct import DirectEngine
+from core.llm_api.engines.vllm import VLLMClient
+from core.llm_api.engines.vllm_group import VLLMGroup
 from core.llm_api.labels import SpelledLabels
 from core.llm_api.llm import ModelAPI
 from core.llm_api.tokens import Spelling
-from core.llm_api.vllm_group import VLLMGroup
-from core.llm_api.vllm_llm import VLLMClient
 from src.icm.annealing import Candidate, Problem, SearchSettings
 from src.icm.consistency import Consistency, Labels
 from src.icm.objective import Objective

@@ -1,7 +1,7 @@
 """Asking vLLM's engine for a pool in one call, with what its front end checks before and counts after a request.
 
-By the API server (label_logprobs.py) and in process (core/llm_api/direct_llm.py); the engine's side is `pools.py`. Not
-for data parallel engines, of which a call reaches every one.
+By the API server (label_logprobs.py) and in process (core/llm_api/engines/direct.py); the engine's side is `pools.py`.
+Not for data parallel engines, of which a call reaches every one.
 """
 
 from __future__ import annotations

@@ -32,9 +32,9 @@ if str(REPO_ROOT) not in sys.path:  # run as a script, without an installed pack
     sys.path.insert(0, str(REPO_ROOT))
 
 from core.determinism.record import needs_check, read_record  # noqa: E402
+from core.llm_api.engines.vllm import VLLMClient  # noqa: E402
 from core.llm_api.errors import APIError  # noqa: E402
 from core.llm_api.llm import ModelAPI  # noqa: E402
-from core.llm_api.vllm_llm import VLLMClient  # noqa: E402
 from core.settings import Settings  # noqa: E402
 from core.vllm_server import ServerFailed, VLLMServer  # noqa: E402
 from src.experiments.ICM import build_parser  # noqa: E402

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from core.llm_api.completions import TOP_LOGPROBS, read_answers, read_generated, token_body, vllm_fields
-from core.llm_api.direct_llm import DirectEngine
+from core.llm_api.engines.direct import DirectEngine
 from core.llm_api.transport import HttpTransport, all_or_cancel
 from core.llm_api.types import PrefixCacheCounters, Prompt, Segment
 from core.llm_api.vllm_metrics import prefix_cache_counters

@@ -230,14 +230,15 @@ def token_logprobs(
     log-odds would come out as 0 nats; that is always an error, as is a NaN. Raises MissingLabel naming the prompt.
     hint: what to do about a token that is not listed.
     """
+    good = [value for key in tokens if (value := top.get(key)) is not None and VLLM_MINUS_INFINITY < value < math.inf]
+    if len(good) == len(tokens):
+        return TokenLogprobs(tuple(good))
     for key in tokens:
         value = top.get(key)
         if value is not None and math.isnan(value):
             raise MissingLabel(f"prompt {name!r}: the logprob of {key!r} is NaN.", hint="Check the model's dtype.")
     finite = {key: value for key, value in top.items() if math.isfinite(value) and value > VLLM_MINUS_INFINITY}
     absent = [key for key in tokens if key not in finite]
-    if not absent:
-        return TokenLogprobs(tuple([finite[key] for key in tokens]))
     some = len(absent) < len(tokens)
     if missing == "error" or not some:
         names = " and ".join(map(repr, absent))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
+from itertools import chain
 from typing import Final
 
 import numpy as np
@@ -127,13 +128,18 @@ class SpelledLabels:
 
     def queries(self, prompts: Sequence[Prompt]) -> list[Query]:
         """What to ask about `prompts`: all nodes of the first, then of the second, ...; len(nodes) a prompt."""
+        tokens = self.asked
+        if len(self.nodes) == 1:
+            return [Query(prompt, tokens) for prompt in prompts]
         return [node.query(prompt) for prompt in prompts for node in self.nodes]
 
     def logprobs(self, answers: Sequence[TokenLogprobs]) -> npt.NDArray[np.float64]:
         """log P(label k) after each prompt, nats, shape [num_prompts, K], from the answers to `queries`, in order."""
         count = len(self.nodes)
         found = [
-            np.array([answer.values for answer in answers[at::count]], np.float64).reshape(-1, len(node.tokens))
+            np.fromiter(chain.from_iterable([answer.values for answer in answers[at::count]]), np.float64).reshape(
+                -1, len(node.tokens)
+            )
             for at, node in enumerate(self.nodes)
         ]
         columns = [reduce(np.add, (found[node][:, position] for node, position in path)) for path in self.paths]

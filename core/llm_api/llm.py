@@ -17,12 +17,11 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from copy import copy
 from types import TracebackType
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
 from core.llm_api.answer_store import AnswerStore
-from core.llm_api.direct_llm import DirectEngine, DirectOptions
+from core.llm_api.engines import open_engine
 from core.llm_api.errors import APIError, ConfigurationError, MissingLabel
-from core.llm_api.external_llm import ExternalAPI
 from core.llm_api.generation import (
     GREEDY,
     Embeddings,
@@ -40,13 +39,12 @@ from core.llm_api.generation import (
     Token,
 )
 from core.llm_api.labels import TRUE_FALSE, LabelSpace, SpelledLabels
-from core.llm_api.rate_limit import RateLimiter
 from core.llm_api.response_cache import ResponseCache, cache_keys, earlier_keys
-from core.llm_api.retry import RetryPolicy
 from core.llm_api.telemetry import RequestTelemetry, TextTelemetry, outcome_of
 from core.llm_api.tokens import CANARY_TEXT, QUESTION, spell_labels
-from core.llm_api.transport import HttpOptions, all_or_cancel
+from core.llm_api.transport import all_or_cancel
 from core.llm_api.types import (
+    Capabilities,
     Engine,
     EngineAnswer,
     EngineIdentity,
@@ -59,9 +57,10 @@ from core.llm_api.types import (
     TokenLogprobs,
     digests,
 )
-from core.llm_api.vllm_group import VLLMGroup
-from core.llm_api.vllm_llm import VLLMClient
 from core.settings import Settings
+
+if TYPE_CHECKING:
+    from core.llm_api.engines.direct import DirectOptions
 
 _ONE_TOKEN: Final = SamplingOptions(max_tokens=1)
 
@@ -127,6 +126,11 @@ class ModelAPI:
         twin.stats = ScoreStats()
         twin._alone = alone
         return twin
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What sets this engine apart from others."""
+        return self._engine.capabilities
 
     @property
     def identity(self) -> EngineIdentity:
@@ -355,12 +359,11 @@ def _keys_by(
 ) -> list[bytes]:
     """The key of each query, in order; those that ask for the same tokens are made together."""
     hashes = digests([query.prompt for query in queries])
+    if len({id(query.tokens) for query in queries}) == 1:
+        return make(identity, queries[0].tokens, hashes)
     places: dict[NextTokens, list[int]] = {}
-    tokens, some = None, [0]
     for place, query in enumerate(queries):
-        if query.tokens is not tokens:  # mostly they are the same object
-            tokens, some = query.tokens, places.setdefault(query.tokens, [])
-        some.append(place)
+        places.setdefault(query.tokens, []).append(place)
     keys = [b""] * len(queries)
     for tokens, some in places.items():
         for place, key in zip(some, make(identity, tokens, [hashes[place] for place in some]), strict=True):
@@ -420,67 +423,18 @@ def open_model_api(
     """
     if direct and use_vllm is False:
         raise ConfigurationError("vLLM in this process was asked for and vLLM was ruled out.", hint="Drop one flag.")
-    engine = _engine(settings, model, use_vllm, direct_options or DirectOptions() if direct else None)
+    name = "direct" if direct else _engine_of(settings, use_vllm)
+    engine = open_engine(name, settings, model, direct_options if direct else None)
     cache = None if settings.cache_path is None else ResponseCache(settings.cache_path)
     return ModelAPI(engine, cache=cache, accept_floored=settings.missing_label == "floor", scores=scores)
 
 
-def _engine(settings: Settings, model: str, use_vllm: bool | None, direct: DirectOptions | None) -> Engine:
-    if direct is not None:
-        return DirectEngine(
-            model,
-            direct,
-            revision=settings.model_revision or "",
-            hf_token=settings.hf_token,
-            missing_label=settings.missing_label,
-        )
+def _engine_of(settings: Settings, use_vllm: bool | None) -> str:
+    """The name of the engine outside of this process that flag and settings ask for."""
     chosen = use_vllm if use_vllm is not None else settings.use_vllm
     if chosen is None and not settings.vllm_configured and settings.llama_api_base is None:
         raise ConfigurationError(
             "no model server is configured.",
             hint="Set VLLM_BASE_URL (your own vLLM server) or LLAMA_API_BASE (an OpenAI-compatible API) in SECRETS.",
         )
-    if chosen or (chosen is None and settings.vllm_configured):
-        return vllm_engine(settings, model)
-    if settings.llama_api_base is None:
-        raise ConfigurationError("vLLM is ruled out and LLAMA_API_BASE is not set.", hint="Set it, or allow vLLM.")
-    return ExternalAPI(
-        settings.llama_api_base,
-        model,
-        api_key=settings.api_key,
-        limiter=RateLimiter(settings.requests_per_minute, settings.tokens_per_minute),
-        missing_label=settings.missing_label,
-        check_continuation=settings.check_continuation,
-        options=_http_options(settings),
-    )
-
-
-def vllm_engine(settings: Settings, model: str, *, use_extension: bool = True) -> VLLMClient | VLLMGroup:
-    """The server of VLLM_BASE_URL, or all of them as one engine. use_extension: see VLLMClient."""
-    options = _http_options(settings)
-    clients = [
-        VLLMClient(
-            url,
-            model,
-            api_key=settings.vllm_api_key,
-            revision=settings.model_revision or "",
-            prompts_per_request=settings.prompts_per_request,
-            use_extension=use_extension,
-            missing_label=settings.missing_label,
-            options=options,
-        )
-        for url in settings.vllm_base_url
-    ]
-    return clients[0] if len(clients) == 1 else VLLMGroup(clients, patience=options.retry)
-
-
-def _http_options(settings: Settings) -> HttpOptions:
-    return HttpOptions(
-        connect_timeout=settings.connect_timeout,
-        read_timeout=settings.read_timeout,
-        max_concurrent_requests=settings.max_concurrent_requests,
-        liveness_timeout=settings.liveness_timeout,
-        retry=RetryPolicy(
-            max_attempts=settings.max_attempts, deadline=settings.retry_deadline, base=settings.retry_base
-        ),
-    )
+    return "vllm" if chosen or (chosen is None and settings.vllm_configured) else "external"

@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from core.llm_api.direct_llm import DirectEngine, DirectOptions
+from core.llm_api.engines.direct import DirectEngine, DirectOptions
 from core.llm_api.generation import Embeddings, Generation, Message, SamplingOptions, StreamEvent
 from core.llm_api.llm import ModelAPI
 from core.llm_api.transport import all_or_cancel

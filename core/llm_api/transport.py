@@ -35,6 +35,7 @@ from core.llm_api.errors import (
 )
 from core.llm_api.retry import RetryPolicy, parse_retry_after, with_retries
 from core.llm_api.telemetry import RequestTelemetry, outcome_of
+from core.settings import Settings
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -68,6 +69,19 @@ class HttpOptions:
     liveness_timeout: float = 60.0
     max_concurrent_requests: int = 64
     retry: RetryPolicy = field(default_factory=RetryPolicy)
+
+    @classmethod
+    def of(cls, settings: Settings) -> HttpOptions:
+        """As a user set them."""
+        return cls(
+            connect_timeout=settings.connect_timeout,
+            read_timeout=settings.read_timeout,
+            max_concurrent_requests=settings.max_concurrent_requests,
+            liveness_timeout=settings.liveness_timeout,
+            retry=RetryPolicy(
+                max_attempts=settings.max_attempts, deadline=settings.retry_deadline, base=settings.retry_base
+            ),
+        )
 
 
 @dataclass(frozen=True, slots=True)

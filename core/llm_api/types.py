@@ -361,9 +361,26 @@ class PoolScores:
         return odds
 
 
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What sets engines apart for those who ask them.
+
+    billed: somebody pays for every question, so none is asked ahead of need. checkable: whether its answers depend on
+    what else it computes can be checked, by asking the same in many ways (core/determinism).
+    """
+
+    billed: bool = False
+    checkable: bool = True
+
+
 @runtime_checkable
 class Engine(Protocol):
-    """What ModelAPI needs of an engine. Four exist: VLLMClient, VLLMGroup, DirectEngine, ExternalAPI."""
+    """What ModelAPI needs of an engine. Four exist: VLLMClient, VLLMGroup, DirectEngine, ExternalAPI (engines/)."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Of this kind of engine; known before it is started."""
+        ...
 
     async def start(self) -> EngineIdentity:
         """Connect, check the model and its logprobs, and say who is there. Raises an APIError with what to do."""

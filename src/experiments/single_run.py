@@ -19,7 +19,7 @@ import orjson
 from core.determinism.record import manifest_entry, read_record
 from core.llm_api.labels import TRUE_FALSE
 from core.llm_api.llm import ModelAPI, open_model_api
-from core.llm_api.types import EngineIdentity, known_to_differ
+from core.llm_api.types import Capabilities, EngineIdentity, known_to_differ
 from core.settings import Settings
 from src.icm.annealing import SearchSettings, SearchState
 from src.icm.columns import Reading, parse_columns, parse_values
@@ -78,13 +78,14 @@ def tell_of_continuing(args: argparse.Namespace, pool: Pool) -> None:
             print(line, file=sys.stderr)
 
 
-def determinism_of(args: argparse.Namespace, identity: EngineIdentity) -> dict[str, Any] | None:
+def determinism_of(args: argparse.Namespace, api: ModelAPI) -> dict[str, Any] | None:
     """The last determinism check of this engine, for run.json; warns where it gives no reason to trust the last bit.
 
-    None for an external API, which cannot be checked.
+    None for an engine that cannot be checked.
     """
-    if identity.kind == "openai-compatible":
+    if not api.capabilities.checkable:
         return None
+    identity = api.identity
     entry = manifest_entry(identity, read_record(args.runs_dir / "determinism", identity))
     if entry["doubt"]:
         _warn_once(str(entry["doubt"]))
@@ -320,7 +321,7 @@ async def beginning(
         "settings": settings,
         "flags": {name: _plain(value) for name, value in vars(args).items()},
         "engine": identity_record(api.identity),
-        "determinism": determinism_of(args, api.identity),
+        "determinism": determinism_of(args, api),
         "kv_capacity": None if capacity is None else capacity // cache_share,
         "environment": environment(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -356,7 +357,7 @@ async def label_pool(
     else:
         check_same_engine(folder, known["engine"], labelling.identity)
         await check_same_tokens(folder, known.get("tokens"), labelling)
-        determinism_of(args, labelling.identity)
+        determinism_of(args, labelling.api)
     labelling = labelling.planned_for(known["kv_capacity"])
     # Of several searches at once none has the port; nor does a command that has no such flag.
     port = getattr(args, "metrics_port", None) if progress is None else None
@@ -364,7 +365,7 @@ async def label_pool(
         progress or SearchProgress(labelling.pool, args.quiet) as shown,
         published(port, labelling.api, folder.path.name, labelling.pool, shown.update) as heard,
     ):
-        state = await labelling.search(folder, heard, _lookahead(args, labelling.identity))
+        state = await labelling.search(folder, heard, _lookahead(args, labelling.api.capabilities))
     records = folder.read_log()
     cost = {key: round(sum(record.get(key, 0) for record in records), 3) for key in COSTS}
     if progress is None and not args.quiet:
@@ -416,9 +417,9 @@ def _last_questions(labelling: Labelling, state: SearchState, cost: Mapping[str,
     return f"search finished; asking the pool's {len(pool.claims)} claims zero-shot{later}{took}"
 
 
-def _lookahead(args: argparse.Namespace, identity: EngineIdentity) -> int | None:
-    """--lookahead, None where it is auto. Every question of an external API is paid for: auto asks none early there."""
-    if args.best_of > 1 or (args.lookahead is None and identity.kind == "openai-compatible"):
+def _lookahead(args: argparse.Namespace, engine: Capabilities) -> int | None:
+    """--lookahead, None where it is auto. Where every question is paid for, auto asks none early."""
+    if args.best_of > 1 or (args.lookahead is None and engine.billed):
         return 0  # what best_of will need next depends on its answers, and it asks several at once anyway
     return None if args.lookahead is None else int(args.lookahead)
 

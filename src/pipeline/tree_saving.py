@@ -12,9 +12,9 @@ from typing import Final
 
 import numpy as np
 
+from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.labels import SpelledLabels
 from core.llm_api.types import Prompt
-from core.llm_api.vllm_llm import VLLMClient
 from src.icm.prefix_tree import TreeLayout
 from src.icm.prompts import PromptBook
 

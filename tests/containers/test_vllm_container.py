@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from core.llm_api.direct_llm import DirectEngine
+from core.llm_api.engines.direct import DirectEngine
 from core.llm_api.errors import ConfigurationError
 from scripts.vllm_command import vllm_installed
 

@@ -14,9 +14,10 @@ import pytest
 from pydantic import SecretStr
 
 from core.cpu import KV_CACHE_SPACE, FastType, kv_cache_gib
-from core.llm_api import direct_llm
-from core.llm_api.direct_llm import DirectEngine, DirectOptions
+from core.llm_api.engines import direct
+from core.llm_api.engines.direct import DirectEngine, DirectOptions
 from core.llm_api.errors import APIError, ConfigurationError, MissingLabel, RequestRejected
+from core.llm_api.labels import LabelSpace, SpelledLabels
 from core.llm_api.types import Engine, EngineAnswer, PrefixCacheCounters, Prompt, Segment
 from tests.conftest import stand_in_platform
 from tests.core.fake_server import BOS, FALSE, TRUE, encode, hashed_log_odds, label_distribution
@@ -130,6 +131,38 @@ async def test_a_pool_in_one_call_off_the_event_loops_thread(vllm: ModuleType) -
     await engine.aclose()
     await engine.aclose()
     assert llm.stopped == 1
+
+
+async def test_labels_of_several_tokens_are_one_call(vllm: ModuleType) -> None:
+    engine = DirectEngine("m")
+    await engine.start()
+    (llm,) = FakeLLM.made
+    space = LabelSpace(("a", "b", "c"), (" a", " b", " c"))
+    labels = SpelledLabels(space, ((FALSE,), (TRUE,), (300, TRUE)))
+    calls = len(llm.calls)
+    answer = await engine.score(labels.queries(prompts(2)))
+    [asked] = llm.calls[calls:]
+    assert (asked.logprob_token_ids, asked.logprobs) == ([300, TRUE, FALSE], 3)
+    assert (answer.requests, answer.prompt_tokens) == (1, 2 * 2 + 2 * 3)
+    true, false = label_distribution(hashed_log_odds([5, 1]))
+    begun, _ = label_distribution(hashed_log_odds([5, 1, 300]))
+    assert labels.logprobs(answer.logprobs)[1].tolist() == pytest.approx([false, true, -5.0 + begun])
+    await engine.aclose()
+
+
+async def test_no_call_asks_for_more_tokens_than_vllm_lists(vllm: ModuleType) -> None:
+    engine = DirectEngine("m")
+    await engine.start()
+    (llm,) = FakeLLM.made
+    names = tuple(map(str, range(20)))
+    labels = SpelledLabels(LabelSpace(names, names), tuple((300 + at // 5, 400 + at) for at in range(20)))
+    calls = len(llm.calls)
+    heard: list[int] = []
+    answer = await engine.score(labels.queries(prompts(2)), on_answer=lambda at, _: heard.extend(at))
+    assert [asked.logprobs for asked in llm.calls[calls:]] == [19, 5]
+    assert (answer.requests, sorted(heard)) == (2, list(range(10)))
+    assert labels.logprobs(answer.logprobs).tolist() == [[-5.0 - at // 5 - 30.0 for at in range(20)]] * 2
+    await engine.aclose()
 
 
 async def test_an_older_vllm_lists_its_top_20(vllm: ModuleType) -> None:
@@ -259,7 +292,7 @@ async def test_another_token_is_not_told(vllm: ModuleType) -> None:
 def test_cpu_mode_takes_the_local_servers_settings_where_none_are_given(
     monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
-    monkeypatch.setattr(direct_llm, "fast_type", lambda: FastType(dtype, "a test says so"))
+    monkeypatch.setattr(direct, "fast_type", lambda: FastType(dtype, "a test says so"))
     arguments = DirectOptions(cpu=True, max_model_len=64).engine_arguments()
     assert arguments["dtype"] == dtype
     assert DirectOptions(cpu=True, dtype="float16").engine_arguments()["dtype"] == "float16"
@@ -275,21 +308,21 @@ def test_all_cores_are_used_only_with_the_library_whose_threads_sleep(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, preloaded: str | None
 ) -> None:
     openmp = tmp_path / "libiomp5.so"
-    monkeypatch.setattr(direct_llm, "_OPENMP", openmp)
+    monkeypatch.setattr(direct, "_OPENMP", openmp)
     monkeypatch.setattr(os, "environ", {} if preloaded is None else {"LD_PRELOAD": preloaded})
-    direct_llm.set_cpu_environment("bfloat16")
+    direct.set_cpu_environment("bfloat16")
     assert "VLLM_CPU_NUM_OF_RESERVED_CPU" not in os.environ, "there is no such library"
     openmp.touch()
-    direct_llm.set_cpu_environment("bfloat16")
+    direct.set_cpu_environment("bfloat16")
     assert os.environ["LD_PRELOAD"] == (preloaded or str(openmp))
     assert os.environ.get("VLLM_CPU_NUM_OF_RESERVED_CPU") == ("0" if preloaded is None else None)
 
 
 def test_the_memory_of_the_kv_cache_follows_the_type(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(direct_llm, "kv_cache_gib", partial(kv_cache_gib, memory=64 << 30))
+    monkeypatch.setattr(direct, "kv_cache_gib", partial(kv_cache_gib, memory=64 << 30))
     for given, dtype, gib in (({}, "bfloat16", "2"), ({}, "float32", "4"), ({KV_CACHE_SPACE: "7"}, "float32", "7")):
         monkeypatch.setattr(os, "environ", dict(given))
-        direct_llm.set_cpu_environment(dtype)
+        direct.set_cpu_environment(dtype)
         assert os.environ[KV_CACHE_SPACE] == gib
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
-from core.llm_api import external_llm, transport
+from core.llm_api import transport
 from core.llm_api.completions import text_body
+from core.llm_api.engines import external
+from core.llm_api.engines.external import ExternalAPI
 from core.llm_api.errors import (
     APIError,
     ConfigurationError,
@@ -17,7 +19,6 @@ from core.llm_api.errors import (
     RetriesExhausted,
     ServerUnreachable,
 )
-from core.llm_api.external_llm import ExternalAPI
 from core.llm_api.llm import ModelAPI, open_model_api
 from core.llm_api.rate_limit import RateLimiter
 from core.llm_api.response_cache import ResponseCache
@@ -429,7 +430,7 @@ async def test_only_requests_in_flight_hold_a_body(server: FakeVLLM, monkeypatch
 
     engine = api(server)
     await engine.start()
-    monkeypatch.setattr(external_llm, "text_body", counted)
+    monkeypatch.setattr(external, "text_body", counted)
     server.latency = 60
     waiting = asyncio.create_task(engine.score(LABELS.queries(prompts(200))))
     while server.in_flight < OPTIONS.max_concurrent_requests:

@@ -18,6 +18,9 @@ import pytest
 from pydantic import SecretStr
 
 from core.llm_api import transport
+from core.llm_api.engines.external import ExternalAPI
+from core.llm_api.engines.vllm import VLLMClient
+from core.llm_api.engines.vllm_group import VLLMGroup
 from core.llm_api.errors import (
     ConfigurationError,
     RateLimited,
@@ -26,7 +29,6 @@ from core.llm_api.errors import (
     ServerUnreachable,
     TransientError,
 )
-from core.llm_api.external_llm import ExternalAPI
 from core.llm_api.generation import (
     End,
     Failed,
@@ -43,8 +45,6 @@ from core.llm_api.llm import ModelAPI, open_model_api
 from core.llm_api.rate_limit import RateLimiter
 from core.llm_api.retry import RetryPolicy
 from core.llm_api.transport import HttpOptions
-from core.llm_api.vllm_group import VLLMGroup
-from core.llm_api.vllm_llm import VLLMClient
 from core.settings import Settings
 from tests.core.fake_server import Fault, encode
 from tests.core.fake_text import FakeTextServer, Manner, written
@@ -362,7 +362,7 @@ import asyncio
 import signal
 from core.llm_api.generation import SamplingOptions
 from core.llm_api.llm import ModelAPI
-from core.llm_api.vllm_llm import VLLMClient
+from core.llm_api.engines.vllm import VLLMClient
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
 

@@ -6,11 +6,11 @@ import asyncio
 
 import pytest
 
+from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.errors import ConfigurationError, ServerChanged
 from core.llm_api.identity_check import Counting
 from core.llm_api.retry import RetryPolicy
 from core.llm_api.transport import HttpOptions
-from core.llm_api.vllm_llm import VLLMClient
 from tests.core.fake_server import FakeVLLM
 
 QUICK = RetryPolicy(max_attempts=3, deadline=10, base=0.01, cap=0.02)

@@ -13,7 +13,7 @@ import pytest
 
 from core.llm_api.completions import read_answers, token_logprobs
 from core.llm_api.continuation import COUNTING, GOES_ON, wrapping_seen
-from core.llm_api.external_llm import ExternalAPI
+from core.llm_api.engines.external import ExternalAPI
 from core.llm_api.generation import Generation
 from core.llm_api.types import Prompt, Segment
 from tests.core.fake_endpoint import FakeEndpoint

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from core.llm_api.direct_llm import DirectEngine
+from core.llm_api.engines.direct import DirectEngine
+from core.llm_api.engines.external import ExternalAPI
+from core.llm_api.engines.vllm import VLLMClient
+from core.llm_api.engines.vllm_group import VLLMGroup
 from core.llm_api.errors import APIError, ConfigurationError, RequestRejected, ServerUnreachable
-from core.llm_api.external_llm import ExternalAPI
 from core.llm_api.llm import ModelAPI, open_model_api
 from core.llm_api.response_cache import ResponseCache, earlier_keys
 from core.llm_api.types import (
@@ -23,8 +25,6 @@ from core.llm_api.types import (
     Query,
     Segment,
 )
-from core.llm_api.vllm_group import VLLMGroup
-from core.llm_api.vllm_llm import VLLMClient
 from core.settings import Settings
 from tests.core.fake_server import FALSE, TRUE, FakeVLLM, Fault, hashed_log_odds
 from tests.core.old_cache import old_cache

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core.llm_api.direct_llm import DirectEngine, DirectOptions
+from core.llm_api.engines.direct import DirectEngine, DirectOptions
 from core.llm_api.errors import APIError, ConfigurationError, RequestRejected
 from core.llm_api.generation import End, Failed, Message, Metrics, SamplingOptions, TextEngine, Token
 from core.llm_api.llm import ModelAPI

@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from core.llm_api.engines.vllm import VLLMClient
+from core.llm_api.engines.vllm_group import VLLMGroup, server_for
 from core.llm_api.errors import ConfigurationError, RequestRejected, RetriesExhausted, ServerUnreachable
 from core.llm_api.llm import ModelAPI
 from core.llm_api.retry import RetryPolicy
 from core.llm_api.transport import HttpOptions
 from core.llm_api.types import Engine, EngineAnswer, Prompt, Segment
-from core.llm_api.vllm_group import VLLMGroup, server_for
-from core.llm_api.vllm_llm import VLLMClient
 from src.icm.prefix_tree import TreeLayout
 from src.icm.prompts import PromptBook
 from tests.core.fake_server import BOS, FALSE, TRUE, FakeVLLM, Fault, encode, hashed_log_odds

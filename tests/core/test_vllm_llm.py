@@ -13,6 +13,7 @@ from pydantic import SecretStr
 
 from core.llm_api import transport
 from core.llm_api.completions import token_body, vllm_fields
+from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.errors import (
     ConfigurationError,
     MissingLabel,
@@ -27,7 +28,6 @@ from core.llm_api.retry import RetryPolicy
 from core.llm_api.tokens import CANARY_TEXT, spell_labels
 from core.llm_api.transport import HttpOptions
 from core.llm_api.types import Engine, EngineAnswer, Prompt, Segment
-from core.llm_api.vllm_llm import VLLMClient
 from icm_vllm.prompt_tree import PATH
 from tests.core.fake_server import BOS, FALSE, TRUE, FakeVLLM, Fault, hashed_log_odds
 from tests.core.two_labels import log_odds, two
@@ -137,7 +137,7 @@ async def test_kernels_and_their_type_are_part_of_who_answers() -> None:
 
 async def test_an_extension_of_another_format_or_model_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     async with FakeVLLM(trees=True) as server, AsyncExitStack() as closing:
-        monkeypatch.setattr("core.llm_api.vllm_llm.FORMAT", 2)
+        monkeypatch.setattr("core.llm_api.engines.vllm.FORMAT", 2)
         engine = await started(server)
         closing.push_async_callback(engine.aclose)
         assert not engine.takes_trees

@@ -22,7 +22,7 @@ def path(tmp_path: Path) -> Path:
 
 def damage(path: Path, rows: int) -> None:
     db = sqlite3.connect(path)
-    db.execute("UPDATE answers SET false_logprob = -9 WHERE key IN (SELECT key FROM answers LIMIT ?)", (rows,))
+    db.execute("UPDATE answers SET last_logprob = -9 WHERE key IN (SELECT key FROM answers LIMIT ?)", (rows,))
     db.commit()
     db.close()
 

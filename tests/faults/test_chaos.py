@@ -181,7 +181,7 @@ def test_clocks_that_jump_change_nothing(world: World, runs: Path) -> None:
 
 def test_memory_that_runs_out_stops_the_run_in_one_line(world: World, runs: Path) -> None:
     whole = world.undisturbed(*FLAGS)
-    with mock.patch("core.llm_api.vllm_llm.token_pieces", side_effect=MemoryError):
+    with mock.patch("core.llm_api.engines.vllm.token_pieces", side_effect=MemoryError):
         ended = world.run(runs, *FLAGS)
     assert ended.code == 1
     assert "out of memory" in ended.err

@@ -64,7 +64,7 @@ def test_a_server_that_repeats_the_key_it_refuses_is_not_quoted(world: World) ->
 
 
 def test_a_crash_shows_no_key(world: World) -> None:
-    with mock.patch("core.llm_api.vllm_llm.read_answers", side_effect=RuntimeError("planted crash")):
+    with mock.patch("core.llm_api.engines.vllm.read_answers", side_effect=RuntimeError("planted crash")):
         process = world.run(world.home / "runs", env=ENVIRONMENT)
     assert "planted crash" in process.err
     assert found_in(world.home, process.out, process.err) == []

@@ -31,10 +31,10 @@ from unittest import mock
 
 from matplotlib.figure import Figure
 
+from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.llm import ModelAPI
 from core.llm_api.response_cache import cache_key
 from core.llm_api.types import EngineIdentity, Prompt, Segment
-from core.llm_api.vllm_llm import VLLMClient
 from src.experiments.ICM import main
 from tests.core.fake_server import FALSE, TRUE, FakeVLLM, label_distribution
 from tests.core.two_labels import two
@@ -279,7 +279,7 @@ def labels_of(runs: Path) -> bytes:
 def _rows(runs: Path) -> list[tuple[bytes, float, float]]:
     """key, log P(True), log P(False) of every answer."""
     with contextlib.closing(sqlite3.connect(runs / "responses.sqlite")) as db:
-        return db.execute("SELECT key, true_logprob, false_logprob FROM answers").fetchall()
+        return db.execute("SELECT key, first_logprob, last_logprob FROM answers").fetchall()
 
 
 def _no_drawing() -> contextlib.AbstractContextManager[object]:

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.llm_api.vllm_group import server_for
+from core.llm_api.engines.vllm_group import server_for
 from src.icm.capped_layout import CappedLayout, balanced_sample
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.llm_api.vllm_llm import VLLMClient
+from core.llm_api.engines.vllm import VLLMClient
 from src.icm.prompts import PromptBook
 from tests.core.fake_server import BOS, FakeVLLM, encode
 from tests.core.two_labels import IN_TEXT, two

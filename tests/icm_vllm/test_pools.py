@@ -296,11 +296,13 @@ def test_a_pool_that_waits_does_not_outlive_the_engines_stop() -> None:
         (LABELS, 7, 10, ""),
         (LABELS, 6, 10, "6 tokens, and the model takes 5"),
         (LABELS, 7, 9, "token id 9"),
+        ((7,), 7, 8, ""),
+        ((7, 1, 12), 7, 12, "token id 12"),
         ((0, 1), 7, 6, "token id 6"),
     ],
 )
 def test_what_vllm_would_refuse_is_refused(
-    labels: tuple[int, int], longest: int, vocabulary: int, complaint: str
+    labels: tuple[int, ...], longest: int, vocabulary: int, complaint: str
 ) -> None:
     config = SimpleNamespace(runner_type="generate", max_model_len=longest, get_vocab_size=lambda: vocabulary)
     if not complaint:
@@ -314,6 +316,16 @@ def test_a_server_that_embeds_is_not_asked() -> None:
     config = SimpleNamespace(runner_type="pooling", max_model_len=99, get_vocab_size=lambda: 99)
     with pytest.raises(ValueError, match="embeds"):
         pool_calls.check(TREE, LABELS, config)
+
+
+@pytest.mark.parametrize("labels", [(7,), (7, 9, 4), tuple(range(20, 40))])
+def test_any_number_of_labels_is_answered_in_their_order(labels: tuple[int, ...]) -> None:
+    core = Core()
+    future = Pools(core).score("p", PromptTree([[1]], [-1], [0], [0]), labels)
+    parameters = core.scheduler.requests["p-0"].sampling_params
+    assert (parameters.logprobs, parameters.logprob_token_ids) == (len(labels), list(labels))
+    core.step(answer("p-0", {2: -0.1} | {label: -float(label) for label in labels[::-1]}))
+    assert PoolAnswer.read(future.result(timeout=0)).logprobs == [[-float(label) for label in labels]]
 
 
 def test_zeros_behind_the_labels_are_nobodys() -> None:

@@ -88,6 +88,17 @@ def test_a_malformed_tree_is_refused(damage: Callable[[dict[str, Any]], object])
         read_request(json.dumps({"labels": [1, 2], "tree": tree}).encode())
 
 
+@pytest.mark.parametrize("labels", [[7], [7, 9], [9, 7, 0], [*range(20)]])
+def test_any_number_of_tokens_is_asked_for(labels: list[int]) -> None:
+    assert read_request(json.dumps({"labels": labels, "tree": GOOD}).encode())[1] == labels
+
+
+@pytest.mark.parametrize("labels", [[], [1, 2, 1], [1, -2], [1, "2"], [True, 2], [*range(21)], 7, None])
+def test_tokens_that_are_none_are_refused(labels: object) -> None:
+    with pytest.raises(ValueError, match="labels must be 1 to 20 different token ids"):
+        read_request(json.dumps({"labels": labels, "tree": GOOD}).encode())
+
+
 @pytest.mark.parametrize(
     "body", [b"[" * 200_000, b"", b"[]", b"{", b'{"labels": [1]}', b'{"labels": [1, 1]}', b'{"labels": [1, 2]}']
 )

@@ -10,6 +10,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.errors import APIError
 from core.llm_api.generation import Message, SamplingOptions, collect
 from core.llm_api.llm import ModelAPI
@@ -18,7 +19,6 @@ from core.llm_api.retry import RetryPolicy
 from core.llm_api.telemetry import BOUNDS, Histogram
 from core.llm_api.transport import HttpOptions
 from core.llm_api.types import Prompt, Segment
-from core.llm_api.vllm_llm import VLLMClient
 from src.monitoring.client_metrics import ClientMetrics
 from tests.core.fake_server import FALSE, TRUE, Fault
 from tests.core.fake_text import FakeTextServer, Manner

@@ -17,9 +17,9 @@ import yaml
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.errors import ConfigurationError
 from core.llm_api.llm import ModelAPI
-from core.llm_api.vllm_llm import VLLMClient
 from core.vllm_server import free_port
 from scripts.render_dashboard import DASHBOARD, Line, Panel, draw, read_panels, without_variables
 from src.monitoring.client_metrics import ClientMetrics

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from core.llm_api.external_llm import ExternalAPI
+from core.llm_api.engines.external import ExternalAPI
+from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.llm import ModelAPI
-from core.llm_api.vllm_llm import VLLMClient
 from src.experiments.ICM import build_parser
 from src.experiments.single_run import pool_of, pools_of
 from src.pipeline.labelling import Labelling

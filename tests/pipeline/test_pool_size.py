@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.llm import ModelAPI
 from core.llm_api.types import Prompt
-from core.llm_api.vllm_llm import VLLMClient
 from src.experiments.ICM import build_parser
 from src.experiments.single_run import pool_of
 from src.icm.annealing import Candidate, Stream, generator

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.tokens import spell_labels
-from core.llm_api.vllm_llm import VLLMClient
 from src.pipeline.tree_saving import CLAIMS, Saving, cold_pool, found_in_blocks, tree_saving
 from tests.core.fake_server import FakeVLLM
 

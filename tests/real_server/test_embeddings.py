@@ -9,9 +9,9 @@ import aiohttp
 import numpy as np
 import pytest
 
+from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.errors import RequestRejected
 from core.llm_api.llm import ModelAPI
-from core.llm_api.vllm_llm import VLLMClient
 from core.vllm_server import VLLMServer
 from icm_vllm.prompt_tree import PATH
 from tests.conftest import MODEL, RunningServer

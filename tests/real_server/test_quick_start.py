@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.generation import SamplingOptions
 from core.llm_api.llm import ModelAPI
-from core.llm_api.vllm_llm import VLLMClient
 from core.vllm_server import group_members
 from tests.conftest import RunningServer
 

@@ -14,14 +14,16 @@ import numpy as np
 import pytest
 
 from core.cpu import fast_type
+from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.errors import RequestRejected
+from core.llm_api.labels import LabelSpace
 from core.llm_api.llm import ModelAPI
 from core.llm_api.tokens import pieces, spell_labels
-from core.llm_api.types import Prompt, Segment
-from core.llm_api.vllm_llm import VLLMClient
+from core.llm_api.types import NextTokens, Prompt, Query, Segment
 from icm_vllm.prompt_tree import PATH
 from src.icm.prefix_tree import Layout, TreeLayout, UpstreamLayout
 from src.icm.prompts import PromptBook
+from src.pipeline.tree_saving import found_in_blocks
 from tests.conftest import RunningServer
 
 pytestmark = [pytest.mark.real_server, pytest.mark.timeout(900)]
@@ -142,6 +144,48 @@ async def test_scores_follow_their_prompts_whatever_the_order(vllm_server: Runni
         backward = np.array((await api.score(prompts[::-1], labels)).log_odds)[::-1]
         assert (forward == backward).all()
         assert np.abs(forward[:, None] - forward[None, :]).max() > 0.3
+
+
+SPACES = {
+    "four letters": LabelSpace(("A", "B", "C", "D"), (" A", " B", " C", " D")),
+    "three words": LabelSpace(("bad", "fair", "good"), (" bad", " fair", " good")),
+    "several tokens": LabelSpace(
+        ("very bad", "very good", "good", "good enough"), (" very bad", " very good", " good", " good enough")
+    ),
+}
+
+
+@pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
+async def test_labels_of_any_number_and_length(vllm_server: RunningServer, space: LabelSpace) -> None:
+    """log P of each is the sum of its tokens' own, asked one by one; a beginning costs what no block of it holds."""
+    client = VLLMClient(vllm_server.url, vllm_server.model)
+    async with ModelAPI(client) as api:
+        asked = " or ".join(space.names)  # first, so that nothing of another space's prompts is cached
+        texts = [f"Is it {asked}? " + f"{film} {verdict}. " * 3 + "It is" for film in SUBJECTS for verdict in CLAIMS]
+        book = await PromptBook.open(api, texts, space=space)
+        labels = book.labels
+        layout = TreeLayout.build(range(16), [str(at) for at in range(16)], np.random.default_rng(2))
+        marks = [at % len(space) for at in range(16)]
+        prompts = [book.prompt(claim, layout.context(claim), marks, layout.place(claim)) for claim in layout.questions]
+        sent = [query.prompt.token_ids for query in labels.queries(prompts)]
+        before = await api.prefix_cache()
+        scores = await api.score(prompts, labels)
+        after = await api.prefix_cache()
+        assert before is not None
+        assert after is not None
+        assert (after - before).queries == scores.prompt_tokens == sum(map(len, sent))
+        assert (after - before).hits == found_in_blocks(sent, BLOCK)
+        assert labels.tokens is not None
+        for prompt, found in list(zip(prompts, scores.logprobs.tolist(), strict=True))[::15]:
+            for label, ids in enumerate(labels.tokens):
+                goes_on = any(other != ids and other[: len(ids)] == ids for other in labels.tokens)
+                whole = (*ids, *(book.separator.tokens or ())[:1]) if goes_on else ids
+                total = 0.0
+                for at, token in enumerate(whole):
+                    begun = Prompt((*prompt.segments, *([Segment("", whole[:at])] if at else [])))
+                    [answer] = (await client.score([Query(begun, NextTokens(("",), (token,)))])).logprobs
+                    total += answer.values[0]
+                assert found[label] == pytest.approx(total, abs=1e-5)
 
 
 async def test_the_servers_extension_scores_as_completions_do(vllm_server: RunningServer) -> None:

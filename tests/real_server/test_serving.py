@@ -11,8 +11,8 @@ from typing import Any
 import aiohttp
 import pytest
 
+from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.llm import ModelAPI
-from core.llm_api.vllm_llm import VLLMClient
 from src.pipeline.datafiles import load_testbed
 from src.serving.app import build
 from src.serving.documents import Library

@@ -13,10 +13,10 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.errors import ConfigurationError, RequestRejected
 from core.llm_api.generation import End, Message, Metrics, SamplingOptions, Token, collect
 from core.llm_api.llm import ModelAPI
-from core.llm_api.vllm_llm import VLLMClient
 from core.llm_api.vllm_metrics import requests_in_work
 from tests.conftest import RunningServer
 

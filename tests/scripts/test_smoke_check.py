@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.types import Prompt, Segment
-from core.llm_api.vllm_llm import VLLMClient
 from core.settings import Settings
 from scripts.test_vllm_server import START, Check, examine, tree_saves
 from src.pipeline.tree_saving import Saving

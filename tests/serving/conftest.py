@@ -14,10 +14,10 @@ import aiohttp
 import pytest
 from pydantic import SecretStr
 
+from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.llm import ModelAPI
 from core.llm_api.retry import RetryPolicy
 from core.llm_api.transport import HttpOptions
-from core.llm_api.vllm_llm import VLLMClient
 from src.serving.app import build
 from src.serving.documents import Library
 from src.serving.guard import Guard

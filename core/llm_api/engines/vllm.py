@@ -40,6 +40,7 @@ from core.llm_api.together import by_tokens
 from core.llm_api.tokens import fingerprint
 from core.llm_api.transport import HttpOptions, HttpTransport, all_or_settle
 from core.llm_api.types import (
+    Capabilities,
     EngineAnswer,
     EngineIdentity,
     NextTokens,
@@ -90,6 +91,8 @@ class VLLMClient:
     prompts_per_request: None sends a pool as one request (or as few as vLLM's limit allows). use_extension: whether to
     send pools as trees to servers that take them; False sends whole prompts to every server.
     """
+
+    capabilities: Final = Capabilities()
 
     def __init__(
         self,

@@ -19,7 +19,7 @@ from typing import Any, Final
 import orjson
 from pydantic import SecretStr
 
-from core.llm_api.completions import Answers, read_answers, text_body, token_logprobs
+from core.llm_api.completions import PROMPT_END, Answers, read_answers, text_body, token_logprobs
 from core.llm_api.continuation import COUNTING, GOES_ON, wrapping_seen
 from core.llm_api.errors import (
     APIError,
@@ -36,6 +36,7 @@ from core.llm_api.telemetry import RequestTelemetry
 from core.llm_api.tokens import CANARY_TEXT
 from core.llm_api.transport import HttpOptions, HttpTransport, all_or_settle
 from core.llm_api.types import (
+    Capabilities,
     EngineAnswer,
     EngineIdentity,
     OnAnswer,
@@ -45,14 +46,14 @@ from core.llm_api.types import (
     Segment,
     sum_known,
 )
-from core.settings import MissingLabelPolicy
+from core.settings import MissingLabelPolicy, Settings
 
 log = logging.getLogger(__name__)
 
 _SPACE_MARKS: Final = ("\u2581", "\u0120")  # SentencePiece's and byte-level BPE's leading space
 _TOP_CHOICES: Final = (20, 5)
 _LEAST: Final = 2
-"""Alternatives without which no prompt could ever be scored: both labels."""
+"""Alternatives without which no prompt could ever be scored: there are two labels at least."""
 _LLAMA_TOPS: Final = (200, 2**20)
 """Of llama-server: enough for nearly every prompt, and more than any vocabulary has, for where a label is not in it."""
 _LLAMA_FIELDS: Final = {"post_sampling_probs": False, "n_cache_reuse": 0}
@@ -61,6 +62,7 @@ _LLAMA_META: Final = ("vocab_type", "n_vocab", "n_ctx_train", "n_embd", "n_param
 """What tells its files apart: the vocabulary, the shape, and the bytes of the weights, which show their type."""
 _MODELS_PATIENCE: Final = 10.0
 """Seconds that GET /models may take."""
+_ONE_TOKEN: Final = f"{PROMPT_END} Where a model is asked in text, each label must be one of its tokens."
 _FIT_HINT: Final = (
     "Use a base model behind /v1/completions with logprobs, such as vLLM or llama-server (docs/servers.md)."
 )
@@ -71,6 +73,8 @@ class ExternalAPI:
 
     check_continuation: refuse an endpoint that does not go on with the text that it is sent (continuation.py).
     """
+
+    capabilities: Final = Capabilities(billed=True, checkable=False)
 
     def __init__(
         self,
@@ -118,7 +122,7 @@ class ExternalAPI:
         elif listed < _LEAST:
             raise self._unfit(
                 f"lists the log-probability of {listed} token where {self._tops[0]} were asked for: "
-                f"scores need at least {_LEAST}, those of both labels, and better {_TOP_CHOICES[0]}."
+                f"scores need at least {_LEAST}, those of all labels, and better {_TOP_CHOICES[0]}."
             )
         elif listed < _TOP_CHOICES[0]:
             log.warning(
@@ -215,7 +219,7 @@ class ExternalAPI:
             asked.append(await self._ask(query.prompt, top, failed))
             listed = _by_plain_text(asked[-1][0].top[0])
             return EngineAnswer(
-                [token_logprobs(listed, query.tokens.texts, missing=missing, name=query.prompt.name)],
+                [token_logprobs(listed, query.tokens.texts, missing=missing, name=query.prompt.name, hint=_ONE_TOKEN)],
                 sum(answers.prompt_tokens for answers, _ in asked),
                 requests=len(asked),
                 retries=sum(retries for _, retries in asked),
@@ -298,6 +302,21 @@ class ExternalAPI:
 
     def _unfit(self, lacks: str) -> APIError:
         return ConfigurationError(f"{self._model!r} at {self._http.base_url} {lacks}", hint=_FIT_HINT)
+
+
+def open_engine(settings: Settings, model: str, _: object) -> ExternalAPI:
+    """The endpoint at LLAMA_API_BASE, under the user's rate limits. Raises ConfigurationError where there is none."""
+    if settings.llama_api_base is None:
+        raise ConfigurationError("vLLM is ruled out and LLAMA_API_BASE is not set.", hint="Set it, or allow vLLM.")
+    return ExternalAPI(
+        settings.llama_api_base,
+        model,
+        api_key=settings.api_key,
+        limiter=RateLimiter(settings.requests_per_minute, settings.tokens_per_minute),
+        missing_label=settings.missing_label,
+        check_continuation=settings.check_continuation,
+        options=HttpOptions.of(settings),
+    )
 
 
 def _fingerprint(card: Mapping[str, Any]) -> str:

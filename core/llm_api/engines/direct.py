@@ -35,6 +35,7 @@ from core.llm_api.together import by_tokens
 from core.llm_api.tokens import CANARY_TEXT, fingerprint
 from core.llm_api.transport import MESSAGE_LIMIT
 from core.llm_api.types import (
+    Capabilities,
     EngineAnswer,
     EngineIdentity,
     OnAnswer,
@@ -45,7 +46,7 @@ from core.llm_api.types import (
     TokenLogprobs,
     sum_known,
 )
-from core.settings import MissingLabelPolicy
+from core.settings import MissingLabelPolicy, Settings
 from icm_vllm import pool_calls
 from icm_vllm.plugin import BATCH_INVARIANT, FAST_PREFIXES, config_digest, dtype_of, kernels
 
@@ -193,6 +194,8 @@ class DirectEngine:
 
     `model` is a path or a name on Hugging Face; `revision` a branch, tag or commit of it.
     """
+
+    capabilities: Final = Capabilities()
 
     def __init__(
         self,
@@ -624,6 +627,18 @@ class DirectEngine:
         if self._hf_token is not None:
             text = text.replace(self._hf_token.get_secret_value(), "***")
         return text[:MESSAGE_LIMIT].rstrip(".")
+
+
+def open_engine(settings: Settings, model: str, options: object) -> DirectEngine:
+    """options: DirectOptions."""
+    assert options is None or isinstance(options, DirectOptions)
+    return DirectEngine(
+        model,
+        options,
+        revision=settings.model_revision or "",
+        hf_token=settings.hf_token,
+        missing_label=settings.missing_label,
+    )
 
 
 def _salted(prompts: Sequence[tuple[Sequence[int], str]]) -> list[dict[str, object]]:

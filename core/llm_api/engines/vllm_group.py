@@ -14,12 +14,14 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final, TypeVar
 
+from core.llm_api.engines.vllm import START_HINT, VLLMClient
 from core.llm_api.errors import APIError, ConfigurationError, RetriesExhausted, ServerChanged, ServerUnreachable
 from core.llm_api.generation import Embeddings, Generation, Piece, TextRequest
 from core.llm_api.retry import RetryPolicy
 from core.llm_api.telemetry import RequestTelemetry
-from core.llm_api.transport import all_or_cancel, all_or_settle
+from core.llm_api.transport import HttpOptions, all_or_cancel, all_or_settle
 from core.llm_api.types import (
+    Capabilities,
     EngineAnswer,
     EngineIdentity,
     OnAnswer,
@@ -29,7 +31,7 @@ from core.llm_api.types import (
     known_to_differ,
     sum_known,
 )
-from core.llm_api.vllm_llm import START_HINT, VLLMClient
+from core.settings import Settings
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -131,6 +133,8 @@ class VLLMGroup:
     liveness_timeout.
     probe_after: seconds until a lost server is first looked for again.
     """
+
+    capabilities: Final = Capabilities()
 
     def __init__(
         self, clients: Sequence[VLLMClient], *, patience: RetryPolicy | None = None, probe_after: float = PROBE_AFTER
@@ -432,3 +436,27 @@ class VLLMGroup:
         for probe in probes:
             probe.cancel()
         await asyncio.gather(*probes, return_exceptions=True)
+
+
+def open_engine(settings: Settings, model: str, _: object) -> VLLMClient | VLLMGroup:
+    """See vllm_engine."""
+    return vllm_engine(settings, model)
+
+
+def vllm_engine(settings: Settings, model: str, *, use_extension: bool = True) -> VLLMClient | VLLMGroup:
+    """The server of VLLM_BASE_URL, or all of them as one engine. use_extension: see VLLMClient."""
+    options = HttpOptions.of(settings)
+    clients = [
+        VLLMClient(
+            url,
+            model,
+            api_key=settings.vllm_api_key,
+            revision=settings.model_revision or "",
+            prompts_per_request=settings.prompts_per_request,
+            use_extension=use_extension,
+            missing_label=settings.missing_label,
+            options=options,
+        )
+        for url in settings.vllm_base_url
+    ]
+    return clients[0] if len(clients) == 1 else VLLMGroup(clients, patience=options.retry)
