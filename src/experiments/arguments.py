@@ -13,6 +13,7 @@ from src.experiments.contradictions import contradicted, told
 from src.icm.annealing import LayoutName, Scheduler, SearchSettings, Stop
 from src.icm.objective import Calibration
 from src.icm.testbeds import TESTBEDS, ConsistencyMode, GroupedBy
+from src.pipeline.testbed_files import testbed_path
 
 Arguments = argparse._ArgumentGroup | argparse.ArgumentParser
 
@@ -21,13 +22,20 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
     """Data, model and search: every flag of the published code under its own name and default, and ours."""
     defaults = SearchSettings()
     data = parser.add_argument_group("data")
-    data.add_argument("--testbed", default="gsm8k", choices=list(TESTBEDS), help="builtin ships with the code")
+    data.add_argument(
+        "--testbed",
+        type=testbed_named,
+        default="gsm8k",
+        metavar="{NAME,FILE}",
+        help=f"{', '.join(TESTBEDS)} (icm testbed --list), or mine.yaml, or mine.py, whose code is "
+        "run (docs/testbeds.md)",
+    )
     data.add_argument(
         "--data",
         type=Path,
         metavar="FILE",
-        help="your own claims instead of a testbed: JSON, JSON lines, CSV, Parquet, or a folder by save_to_disk "
-        "(docs/data.md)",
+        help="your own claims instead of a testbed, or in place of those that --testbed FILE names: JSON, JSON lines, "
+        "CSV, Parquet, or a folder by save_to_disk (docs/data.md)",
     )
     data.add_argument("--data_dir", type=Path, default=REPO_ROOT / "data", help="where the testbeds' files lie")
     data.add_argument("--batch_size", type=at_least(2), default=256, help="claims in the pool (whole groups)")
@@ -213,6 +221,15 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         if action.default in (None, argparse.SUPPRESS, False) or "default" in text:
             return text
         return f"{text} (default: %(default)s)"
+
+
+def testbed_named(text: str) -> str:
+    """The name of a testbed, or the path of a file that defines one."""
+    if text not in TESTBEDS and testbed_path(text) is None:
+        raise argparse.ArgumentTypeError(
+            f"invalid choice: {text!r} (choose from {', '.join(TESTBEDS)}, or a file: mine.yaml)"
+        )
+    return text
 
 
 def finite(text: str) -> float:

@@ -288,7 +288,7 @@ def _held_out(args: argparse.Namespace) -> tuple[list[Claim] | None, frozenset[i
     testbed, claims, _ = load_claims(args)
     rng = generator(HELD_OUT_SEED, Stream.POOL, 1)
     if args.test_data is not None:
-        reading, bad = reading_of(args), list[str]()
+        reading, bad = testbed.reading if testbed.digest else reading_of(args), list[str]()
         rows = read_rows(args.test_data, reading.columns.values())
         test = claims_of(testbed, rows, args.test_data, reading, bad.append)
         check_bad_rows(args, args.test_data, bad)

@@ -11,6 +11,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "label": ("src.experiments.ICM", "label a data set: the search, its baselines, labels and curves"),
     "baselines": ("src.experiments.baselines", "hold ICM against zero-shot, many-shot and bootstrapping"),
     "run": ("src.experiments.run_experiment", "run an experiment that a file describes (experiments/*.yaml)"),
+    "testbed": ("src.experiments.testbed", "show what a testbed asks: a whole prompt, its tokens, groups, relations"),
     "diagnose": ("src.experiments.diagnose", "say what may be wrong with a run's labels, and what to do about it"),
     "report": ("src.experiments.report", "write one HTML page of one or several runs"),
     "compare": ("src.experiments.compare", "put runs side by side"),

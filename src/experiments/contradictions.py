@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from src.icm.annealing import SearchSettings
 from src.icm.testbeds import BadInput
+from src.pipeline.testbed_files import testbed_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,10 @@ def _always(_: argparse.Namespace) -> bool:
 
 
 RULES: Final = (
-    Rule("testbed", "data", "a file of yours is read in place of a testbed", _always),
+    Rule(
+        *("testbed", "data", "a file of yours is read in place of a testbed"),
+        lambda a: testbed_path(a.testbed) is None,  # a testbed file says how to read any data
+    ),
     Rule("data_dir", "data", "a file of yours is read from where its own path says", _always),
     Rule("use_vllm", "direct", "vLLM in this process is neither a server nor an external API", lambda a: a.direct),
     Rule("prompts_per_request", "direct", "vLLM in this process is sent no requests", lambda a: a.direct),

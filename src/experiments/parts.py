@@ -33,6 +33,7 @@ from src.experiments.single_run import (
     run_name,
     settings_of,
     tell_opening,
+    testbed_record,
     warn_of_leaks,
 )
 from src.experiments.summary import print_summary, say_shown_again
@@ -89,7 +90,8 @@ async def run_parts(args: argparse.Namespace, contradiction: str | None) -> int:
         async with model_api_of(args) as api:
             if known is None:
                 begun = await beginning(args, api, settings)
-                known = {"kind": "parts", **begun, "parts": [part.name for part in parts]}
+                known = {"kind": "parts", **begun, **testbed_record(parts[0].pool)}
+                known["parts"] = [part.name for part in parts]
                 folder.write_run(known)
             else:
                 check_same_engine(folder, known["engine"], api.identity)

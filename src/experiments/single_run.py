@@ -28,12 +28,13 @@ from src.icm.report import calibration_told, changes_objective, collapse_warning
 from src.icm.testbeds import BadInput, Claim, Testbed
 from src.monitoring.run_metrics import published
 from src.pipeline.continuing import read_continued
-from src.pipeline.datafiles import load_data_file, load_testbed
+from src.pipeline.datafiles import load_data_file, load_testbed, load_testbed_file
 from src.pipeline.labelling import Labelling, Pool, prepare_batches, result_record
 from src.pipeline.opening import example_prompt, opening, prompt_line, prompt_lines
 from src.pipeline.plots import plot_curves
 from src.pipeline.progress import Progress, SearchProgress
 from src.pipeline.run_folder import FORMAT, RunFolder, environment
+from src.pipeline.testbed_files import read_testbed, testbed_path
 
 SHOWN_BAD_ROWS = 3
 VARIANTS = ("context_cap", "best_of", "local_gain")
@@ -69,7 +70,7 @@ def warn_of_leaks(args: argparse.Namespace, pool: Pool) -> None:
 def tell_of_continuing(args: argparse.Namespace, pool: Pool) -> None:
     """Say which labels the search starts with, and which of the other run's it cannot take over."""
     if pool.continued is not None:
-        file = pool.testbed.name if args.data is None else args.data.name
+        file = data_name(args, pool.testbed)
         outside = len(pool.rest) + pool.left_out
         for line in pool.continued.notes(
             file=file, model=args.model, pool=len(pool.claims), outside=0 if args.label_rest else outside
@@ -100,6 +101,9 @@ def _warn_once(text: str) -> None:
 def reading_of(args: argparse.Namespace) -> Reading:
     """How --columns, --map and --group_by say that --data is to be read."""
     given = [f"--{name}" for name in ("columns", "map", "group_by") if getattr(args, name) is not None]
+    file = testbed_path(args.testbed)
+    if file is not None and given:
+        raise BadInput(f"{' and '.join(given)} say how a --data file is to be read; {file} says it here")
     if args.data is None and given:
         raise BadInput(f"{' and '.join(given)} say how a --data file is to be read; a testbed's files are known")
     return Reading(
@@ -107,6 +111,11 @@ def reading_of(args: argparse.Namespace) -> Reading:
         values=parse_values(args.map or ()),
         group_by=args.group_by,
     )
+
+
+def data_name(args: argparse.Namespace, testbed: Testbed) -> str:
+    """What the claims are called: after their testbed, or after a --data file that has none."""
+    return args.data.name if args.data is not None and not testbed.digest else testbed.name
 
 
 def load_claims(args: argparse.Namespace) -> tuple[Testbed, list[Claim], Path]:
@@ -118,7 +127,9 @@ def _load(args: argparse.Namespace) -> tuple[Testbed, list[Claim], Path, list[st
     """The same, and of every row that was left out, why. Raises BadInput for the first one without --skip_bad_rows."""
     bad: list[str] = []
     reading = reading_of(args)
-    if args.data is not None:
+    if (file := testbed_path(args.testbed)) is not None:
+        testbed, claims, path = load_testbed_file(read_testbed(file), file, args.data_dir, args.data, bad.append)
+    elif args.data is not None:
         testbed, claims, path = load_data_file(args.data, reading, bad.append)
     else:
         testbed, claims, path = load_testbed(args.testbed, args.data_dir, bad.append)
@@ -177,7 +188,9 @@ def settings_of(args: argparse.Namespace, pool: Pool) -> dict[str, Any]:
         if (value := getattr(args, field.name)) != field.default or field.name not in VARIANTS
     }
     return {
-        "testbed": pool.testbed.name if args.data is None else args.data.name,
+        "testbed": data_name(args, pool.testbed),
+        # Only of a file: its words decide what the model is asked.
+        **({"testbed_sha256": pool.testbed.digest} if pool.testbed.digest else {}),
         "data_sha256": pool.data_digest,
         "model": args.model,
         "batch_size": args.batch_size,
@@ -336,6 +349,7 @@ async def label_pool(
     if known is None:
         known = await beginning(args, labelling.api, settings, cache_share=cache_share)
         known["tokens"] = await labelling.token_record()
+        known |= testbed_record(labelling.pool)
         if labelling.pool.continued is not None:
             known["continued_from"] = labelling.pool.continued.summary()
         folder.write_claims(pool_rows(labelling.pool.claims, labelling.pool.problem.consistency, labelling.pool.names))
@@ -384,6 +398,11 @@ def bad_rows_record(pool: Pool) -> dict[str, Any]:
     """What run.json says of rows that were left out, where there are any."""
     bad = pool.bad_rows
     return {"bad_rows": {"count": len(bad), "first": list(bad[:SHOWN_BAD_ROWS])}} if bad else {}
+
+
+def testbed_record(pool: Pool) -> dict[str, Any]:
+    """What run.json says of a testbed that is a file: it may be edited or gone when the run is read."""
+    return {"testbed": pool.testbed.record()} if pool.testbed.digest else {}
 
 
 def _last_questions(labelling: Labelling, state: SearchState, cost: Mapping[str, Any]) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any, Final
+from typing import Any, Final, Literal
 
-from src.icm.testbeds import GroupedBy
 from src.icm.values import BadInput, is_missing, listed, shown
+
+GroupedBy = Literal["consistency_id", "question", "none"]
 
 OURS: Final = ("question", "choice", "choice_2", "answer", "label", "consistency_id", "consistency_relation")
 """Every column that is read. Others are carried along unread."""
@@ -18,12 +19,20 @@ OURS: Final = ("question", "choice", "choice_2", "answer", "label", "consistency
 class Reading:
     """What a user says of a file. columns: our name to the file's. values: by our column, a value (folded) to ours.
 
-    group_by: what makes rows one group; None: consistency_id where the file has it, else question.
+    group_by: what makes rows one group; None: consistency_id where the file has it, else question. in_file: whether a
+    testbed file says it, and not flags; complaints name the one or the other.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
     values: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     group_by: GroupedBy | None = None
+    in_file: bool = False
+
+    def says(self, name: str, what: str = "") -> str:
+        """How a complaint names what is said here. name: columns, map or group_by."""
+        if self.in_file:
+            return f"{'groups' if name == 'group_by' else name}: {what.replace('=', ': ')}".removesuffix(": ")
+        return f"--{name} {what}".rstrip()
 
     def names(self, columns: Sequence[str]) -> dict[str, str]:
         """What each of a row's columns is called from here on; one whose place another column takes is left out.
@@ -34,7 +43,8 @@ class Reading:
         for ours, theirs in self.columns.items():
             found = [theirs] if theirs in columns else [name for name in columns if fold(name) == fold(theirs)]
             if len(found) > 1:
-                raise BadInput(f"has the columns {' and '.join(map(repr, found))}, and --columns {ours}={theirs}")
+                said = self.says("columns", f"{ours}={theirs}")
+                raise BadInput(f"has the columns {' and '.join(map(repr, found))}, and {said}")
             named |= dict.fromkeys(found, ours)
         for name in columns:
             ours = fold(name)
@@ -60,10 +70,11 @@ class Reading:
         folded = {fold(name) for name in columns}
         for ours, theirs in self.columns.items():
             if fold(theirs) not in folded:
-                raise BadInput(f"--columns {ours}={theirs}: there is no column {theirs!r}{nearest(theirs, columns)}")
+                said = self.says("columns", f"{ours}={theirs}")
+                raise BadInput(f"{said}: there is no column {theirs!r}{nearest(theirs, columns)}")
         for ours in self.values:
             if ours not in self.columns and ours not in folded:
-                raise BadInput(f"--map {ours}: there is no column {ours!r}{nearest(ours, columns)}")
+                raise BadInput(f"{self.says('map', ours)}: there is no column {ours!r}{nearest(ours, columns)}")
 
 
 def fold(name: str) -> str:

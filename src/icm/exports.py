@@ -11,7 +11,7 @@ from typing import Any, Literal
 from src.icm.label_names import TRUE_FALSE_NAMES, Names, logprobs, written_label
 from src.icm.objective import LogOdds
 from src.icm.run_record import LabelledClaim, RunRecord, probability
-from src.icm.testbeds import TESTBEDS, BadInput, Testbed, custom_testbed
+from src.icm.testbeds import BadInput
 
 Only = Literal["all", "search"]
 Pairs = Literal["best", "all"]
@@ -95,18 +95,9 @@ def preference_pairs(run: RunRecord, claims: Sequence[LabelledClaim], pairs: Pai
 
 def training_rows(run: RunRecord, claims: Iterable[LabelledClaim]) -> Iterator[dict[str, str]]:
     """prompt and completion: the question as the run asked it, and its label word."""
-    testbed = testbed_of(run)
+    testbed = run.asked_by
     for claim in claims:
-        fields = {"question": claim.question, "choice": claim.choice, "choice_2": claim.choice_2 or ""}
-        yield {"prompt": mended(testbed.text(fields)), "completion": run.texts[claim.label or 0]}
-
-
-def testbed_of(run: RunRecord) -> Testbed:
-    """The testbed that a run's claims were asked by."""
-    known = TESTBEDS.get(run.testbed)
-    if known is not None:
-        return known
-    return custom_testbed({"choice_2": "x" if run.compares else None})
+        yield {"prompt": mended(testbed.text(claim.fields)), "completion": run.texts[claim.label or 0]}
 
 
 def spreadsheet_cell(text: str) -> str:

@@ -113,6 +113,8 @@ def claim_row(claim: Claim) -> dict[str, Any]:
     row["choice"] = claim.choice
     if claim.choice_2 is not None:
         row["choice_2"] = claim.choice_2
+    if claim.shown:
+        row["shown"] = dict(claim.shown)
     if claim.of_row != claim.row or claim.option is not None:
         row |= {"of_row": claim.of_row, "option": claim.option}
     return row

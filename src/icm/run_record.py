@@ -16,7 +16,7 @@ from typing import Any
 from src.icm.consistency import Constraint, Label
 from src.icm.label_names import TRUE_FALSE_NAMES, Names, names_of
 from src.icm.objective import LogOdds, calibration_offset, margins_of, no_offset
-from src.icm.testbeds import TESTBEDS
+from src.icm.testbeds import TESTBEDS, Testbed, recorded_testbed
 
 SEARCHED = ("icm", "vote")  # `by` of a label that a search gave, or the majority of several
 IN_POOL = (*SEARCHED, "predicted")  # `by` of a label that belongs to a claim of the pool
@@ -28,7 +28,8 @@ class LabelledClaim:
 
     log_odds: final leave-one-out log-odds, nats. zero_shot: log-odds without demonstrations, nats. Both None where they
     are not known. by: "icm" for a label of the search, "vote" for the majority of several, "predicted" for a claim of
-    the pool that the search did not take in, else how the label was come by. row: index in the data file.
+    the pool that the search did not take in, else how the label was come by. row: index in the data file. shown: what
+    else its testbed's template shows, by placeholder.
     """
 
     row: int
@@ -41,6 +42,12 @@ class LabelledClaim:
     gold: Label = None
     by: str = "icm"
     zero_shot: LogOdds | None = None
+    shown: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """What its testbed's template shows, by placeholder."""
+        return {"question": self.question, "choice": self.choice, "choice_2": self.choice_2 or "", **dict(self.shown)}
 
     @property
     def odds(self) -> float | None:
@@ -91,6 +98,7 @@ class RunRecord:
     left_out: int = 0
     skipped: int = 0
     parts: tuple[RunRecord, ...] = ()
+    testbed_file: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def names(self) -> Names:
@@ -164,10 +172,18 @@ class RunRecord:
     @property
     def compares(self) -> bool:
         """Whether a claim is "choice is better than choice_2". The built-in testbed's choice_2 is in no prompt."""
-        known = TESTBEDS.get(self.testbed)
-        if known is not None:
-            return "choice_2" in known.columns
+        if self.testbed_file or self.testbed in TESTBEDS:
+            return "choice_2" in self.asked_by.columns
+        return self._any_choice_2
+
+    @property
+    def _any_choice_2(self) -> bool:
         return any(claim.choice_2 for claim in self.claims)
+
+    @property
+    def asked_by(self) -> Testbed:
+        """The testbed that its claims were asked by. Raises BadInput where what it keeps of a file is damaged."""
+        return recorded_testbed(self.testbed, self.testbed_file, self._any_choice_2)
 
     @property
     def model(self) -> str:

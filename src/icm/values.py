@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from src.icm.consistency import Relation
+from core.llm_api.labels import TRUE_FALSE, LabelSpace
+from src.icm.consistency import Label, Relation
 
 NO_ID: Final = frozenset(("nan", "<na>", "none", "null"))
 """What becomes of a missing value where a table is turned into text; as a group's name it would join strangers."""
@@ -22,6 +23,7 @@ RELATIONS: Final[Mapping[str, Relation | None]] = {
     "exactly one": Relation.EXACTLY_ONE,
     "at most one": Relation.AT_MOST_ONE,
     "agree": Relation.AGREE,
+    "different": Relation.DIFFERENT,
     "none": None,
 }
 
@@ -31,10 +33,11 @@ class BadInput(Exception):
 
 
 class BadLabel(BadInput):
-    """A gold label that is none. value: as the file has it."""
+    """A gold label that is none. value: as the file has it. names: of the labels, where they are not true and false."""
 
-    def __init__(self, value: object) -> None:
-        super().__init__(f"has the label {shown(value)}, which is neither 0/1 nor true/false")
+    def __init__(self, value: object, names: Sequence[str] = ()) -> None:
+        told = f"none of {', '.join(names)}" if names else "neither 0/1 nor true/false"
+        super().__init__(f"has the label {shown(value)}, which is {told}")
         self.value = value
 
 
@@ -85,18 +88,28 @@ def group_of(value: object) -> str | None:
     return None if text.strip().lower() in NO_ID else text
 
 
-def parse_label(value: object) -> bool | None:
-    """A gold label: 0/1, true/false in any case, or missing. Raises BadLabel for anything else."""
+def parse_label(value: object, space: LabelSpace = TRUE_FALSE) -> Label:
+    """A gold label, or None where it is missing. Raises BadLabel for what is none.
+
+    Of True and False 0/1 or true/false in any case; of other labels its name, but for case and space around it.
+    """
     if is_missing(value):
         return None
-    text = str(value).strip().lower()
-    if text in ("1", "1.0", "true"):
+    text = str(value).strip().casefold()
+    if space != TRUE_FALSE:
+        names = [name.strip().casefold() for name in space.names]
+        if isinstance(value, float) and value.is_integer() and text not in names:
+            text = str(int(value))
+        if text in names:
+            index: Any = names.index(text)
+            return bool(index) if len(names) == 2 else index
+    elif text in ("1", "1.0", "true"):
         return True
-    if text in ("0", "0.0", "false"):
+    elif text in ("0", "0.0", "false"):
         return False
     if text in NO_LABEL:
         return None
-    raise BadLabel(value)
+    raise BadLabel(value, () if space == TRUE_FALSE else space.names)
 
 
 def parse_relation(value: object) -> Relation | None:
@@ -140,7 +153,8 @@ def _gold(label: Any, options: Sequence[str], names: Sequence[str], by_number: b
     if isinstance(label, list):
         if len(label) != len(options):
             raise BadInput(f"has {len(label)} labels for its {len(options)} options")
-        return [parse_label(value) for value in label]
+        given = map(parse_label, label)
+        return [None if gold is None else bool(gold) for gold in given]
     if is_missing(label) or (str(label).strip().lower() in NO_LABEL and str(label) not in options):
         return [None] * len(options)
     told = str(int(label)) if isinstance(label, float) and label.is_integer() else str(label).strip()

@@ -19,7 +19,7 @@ import orjson
 from src.icm.consistency import Label, Labels
 from src.icm.label_names import Names, counts_of, told_counts
 from src.icm.run_record import LabelledClaim, RunRecord
-from src.icm.testbeds import TESTBEDS, BadInput, Claim, Testbed, custom_testbed, split_pools
+from src.icm.testbeds import BadInput, Claim, Testbed, split_pools
 from src.pipeline.run_reader import read_run
 
 NAMED: Final = 3
@@ -145,12 +145,12 @@ def _check(run: RunRecord, testbed: Testbed, path: Path) -> None:
         )
     if run.skipped:
         raise BadInput(f"--continue_from {run.name}: {run.skipped} lines of its files are damaged")
-    if run.names != testbed.space.names:
+    before = run.asked_by
+    if before.space != testbed.space:
         raise BadInput(
-            f"--continue_from {run.name}: its labels are {', '.join(run.names)}, those of {path} are "
-            f"{', '.join(testbed.space.names)}"
+            f"--continue_from {run.name}: its labels are {' and '.join(map(repr, before.space.texts))}, those of "
+            f"{path} are {' and '.join(map(repr, testbed.space.texts))}"
         )
-    before = TESTBEDS.get(run.testbed) or custom_testbed({"choice_2": "another" if run.compares else None})
     if before.template != testbed.template:
         raise BadInput(
             f"--continue_from {run.name}: its claims were put as {before.template!r}, those of {path} are put as "
@@ -159,8 +159,7 @@ def _check(run: RunRecord, testbed: Testbed, path: Path) -> None:
 
 
 def _text(testbed: Testbed, claim: LabelledClaim) -> str:
-    fields = {"question": claim.question, "choice": claim.choice}
-    return testbed.text(fields if claim.choice_2 is None else fields | {"choice_2": claim.choice_2})
+    return testbed.text(claim.fields)
 
 
 def _matched(known: Sequence[LabelledClaim], texts: Sequence[str], claims: Sequence[Claim]) -> dict[int, int]:

@@ -17,6 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Final
 
+from core.llm_api.labels import TRUE_FALSE, LabelSpace
 from src.icm.columns import Reading, as_written
 from src.icm.consistency import Relation
 from src.icm.testbeds import (
@@ -69,7 +70,7 @@ def named_rows(path: Path, reading: Reading) -> list[Row]:
 
 
 def load_testbed(name: str, data_dir: Path, on_bad_row: OnBadRow | None = None) -> tuple[Testbed, list[Claim], Path]:
-    """A named testbed and its claims. The built-in one ships with the package; others are files in data_dir."""
+    """A testbed that ships with the package, and its claims. The builtin one's too; others are files in data_dir."""
     testbed = TESTBEDS.get(name)
     if testbed is None:
         raise BadInput(f"unknown testbed {name!r}; choose one of {', '.join(TESTBEDS)}, or give a file with --data")
@@ -83,6 +84,39 @@ def load_testbed(name: str, data_dir: Path, on_bad_row: OnBadRow | None = None) 
             "or fetch the public ones with: python scripts/prepare_data.py"
         )
     return testbed, claims_of(testbed, read_rows(path), path, on_bad_row=on_bad_row), path
+
+
+def load_testbed_file(
+    testbed: Testbed, file: Path, data_dir: Path, data: Path | None = None, on_bad_row: OnBadRow | None = None
+) -> tuple[Testbed, list[Claim], Path]:
+    """The testbed of a user's `file` and its claims, from where it says they are: beside it, or in data_dir.
+
+    data: the file of claims in place of that. on_bad_row as in claims_of.
+    """
+    path = data or data_path(testbed, file, data_dir)
+    rows = named_rows(path, testbed.reading)
+    grouped_by = _grouped_by(rows, path, testbed.reading)
+    if grouped_by == "question" and "question" not in testbed.columns:
+        if testbed.reading.group_by is not None:
+            raise BadInput(f"{file}: groups: question, and the template shows no {{question}}")
+        grouped_by = "none"
+    testbed = replace(testbed, grouped_by=grouped_by)
+    _check_columns(testbed, rows, path)
+    return testbed, _claims_of(testbed, rows, path, on_bad_row), path
+
+
+def data_path(testbed: Testbed, file: Path, data_dir: Path) -> Path:
+    """Where a testbed file's claims are. Raises BadInput where it says none, or there are none."""
+    if not testbed.file:
+        raise BadInput(f"{file}: says no data file; write one as data: mine.jsonl, or name it with --data")
+    places = (file.parent / testbed.file, data_dir / testbed.file)
+    found = next((place for place in places if place.exists()), None)
+    if found is None:
+        raise BadInput(
+            f"{file}: data: there is neither {' nor '.join(map(str, places))}. Paths are from the testbed file's "
+            "folder, or from --data_dir; another file is named with --data"
+        )
+    return found
 
 
 def load_data_file(
@@ -101,7 +135,7 @@ def load_data_file(
             for row, each in zip(rows, compares, strict=True)
         ]
     typical = rows[compares.index(comparison)].fields
-    testbed = custom_testbed(typical, _grouped_by(rows, path, reading.group_by))
+    testbed = custom_testbed(typical, _grouped_by(rows, path, reading))
     _check_columns(testbed, rows, path)
     return testbed, _claims_of(testbed, rows, path, on_bad_row), path
 
@@ -134,8 +168,14 @@ def _check_columns(testbed: Testbed, rows: Sequence[Row], path: Path) -> None:
         several = "s" if len(lacking) > 1 else ""
         raise BadInput(
             f"{path}: lacks the column{several} {', '.join(lacking)}; it has {listed(has)}. "
-            f"Say which of them is meant by --columns {','.join(f'{column}=THEIRS' for column in lacking)}"
+            f"Say which of them is meant {_how_to_say(testbed.reading, lacking)}"
         )
+
+
+def _how_to_say(reading: Reading, columns: Sequence[str]) -> str:
+    if reading.in_file:
+        return f"in the testbed file, as in columns: {{{', '.join(f'{column}: THEIRS' for column in columns)}}}"
+    return f"by --columns {','.join(f'{column}=THEIRS' for column in columns)}"
 
 
 def _tell_unused(
@@ -149,7 +189,7 @@ def _tell_unused(
             if ours == column
         }
         for value in meanings.keys() - present:
-            log.warning("%s: --map %s: no row has %r there", path, column, value)
+            log.warning("%s: %s: no row has %r there", path, reading.says("map", column), value)
 
 
 def _with_lists(rows: Sequence[Row], path: Path) -> list[Row]:
@@ -182,19 +222,21 @@ def _list(text: str) -> Any:
         return ast.literal_eval(text)
 
 
-def _grouped_by(rows: Sequence[Row], path: Path, wanted: GroupedBy | None) -> GroupedBy:
+def _grouped_by(rows: Sequence[Row], path: Path, reading: Reading) -> GroupedBy:
     """What makes groups: as wanted, else consistency_id where the file has that column, else question."""
+    wanted = reading.group_by
     has_ids = any("consistency_id" in row.fields for row in rows)
     if wanted is None:
         return "consistency_id" if has_ids else "question"
     if wanted == "consistency_id" and not has_ids:
         raise BadInput(
-            f"{path}: has no column consistency_id to --group_by; name it by --columns consistency_id=THEIRS"
+            f"{path}: has no column consistency_id to {reading.says('group_by')}; name it by "
+            f"{reading.says('columns', 'consistency_id=THEIRS')}"
         )
     if wanted == "none" and has_ids:
         raise BadInput(
-            f"{path}: has a column consistency_id, which makes the groups; --group_by none is for files without one. "
-            "Constraints alone are taken away by --consistency none"
+            f"{path}: has a column consistency_id, which makes the groups; {reading.says('group_by', 'none')} is for "
+            "files without one. Constraints alone are taken away by --consistency none"
         )
     return wanted
 
@@ -212,7 +254,7 @@ def _claims_of(testbed: Testbed, rows: Sequence[Row], path: Path, on_bad_row: On
             place = f"{path}:{row.line}:" if row.bad is not None else f"{path}:{row.line}: row {index}"
             complaint = f"{place} {error}"
             if isinstance(error, BadLabel) and not meant:
-                meant = _meant([each.fields.get("label") for each in rows])
+                meant = _meant([each.fields.get("label") for each in rows], testbed)
                 complaint += meant
             if on_bad_row is None:
                 raise BadInput(complaint) from None
@@ -239,12 +281,19 @@ def _claims_of(testbed: Testbed, rows: Sequence[Row], path: Path, on_bad_row: On
     return claims
 
 
-def _meant(column: Iterable[object]) -> str:
-    """What a column of labels holds, and the flag that says what its values mean; nothing where it holds lists."""
+def _meant(column: Iterable[object], testbed: Testbed) -> str:
+    """What a column of labels holds, and how to say what its values mean; nothing where it holds lists."""
     counts = Counter(text for each in column if (text := _plain(each)) is not None)
     if not counts:
         return ""
     told = ", ".join(f"{shown(text)} ({count})" for text, count in counts.most_common(3))
+    if testbed.digest:
+        first = next(text for text, _ in counts.most_common() if not _is_label(text, testbed.space))
+        names = testbed.space.names
+        return (
+            f". The column's commonest values: {told}; say in the testbed file which label each means, as in "
+            f"map: {{label: {{{shown(first)}: {shown(names[-1])}}}}} (there are: {', '.join(names)})"
+        )
     unknown = [text for text, _ in counts.most_common() if not _is_label(text)][:2]
     if any(set(",:") & set(text) or not text.isprintable() or len(text) > LONGEST_WORD for text in unknown):
         return f". The column's commonest values: {told}"
@@ -261,9 +310,9 @@ def _plain(value: object) -> str | None:
     return None if is_missing(value) or isinstance(value, list | dict) else str(value).strip()
 
 
-def _is_label(text: str) -> bool:
+def _is_label(text: str, space: LabelSpace = TRUE_FALSE) -> bool:
     try:
-        parse_label(text)
+        parse_label(text, space)
     except BadLabel:
         return False
     return True

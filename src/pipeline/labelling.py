@@ -156,7 +156,9 @@ class Labelling:
     async def open(cls, pool: Pool, api: ModelAPI) -> Labelling:
         """Tokenize every claim once. Raises BadInput where a prompt would not fit the model's context."""
         claims = (*pool.claims, *pool.rest)
-        book = await PromptBook.open(api, [claim.text for claim in claims], space=pool.testbed.space)
+        testbed = pool.testbed
+        texts = [claim.text for claim in claims]
+        book = await PromptBook.open(api, texts, space=testbed.space, separator=testbed.separator)
         labelling = cls(pool, api, api.identity, book, book.labels)
         labelling._check_context()
         if book.unspelled:

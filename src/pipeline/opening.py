@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from core.llm_api.types import Prompt
 from src.icm.annealing import Stream, generator
+from src.icm.consistency import Overview
 from src.pipeline.baselines import random_labels
 from src.pipeline.labelling import Labelling, Pool
 
@@ -32,9 +33,10 @@ def opening(
     batches, where there are several.
     """
     pools = pools or [labelling.pool]
+    seen = [pool.overview() for pool in pools]
     return [
         f"data    {_claims(pools, name, batch_size)}",
-        f"groups  {_groups(pools)}; constraints: {_constraints(pools)}",
+        f"groups  {groups_told(seen, sum(len(pool.claims) for pool in pools))}; constraints: {constraints_told(seen)}",
         f"model   {_engine(labelling)}",
         f"labels  {_labels(tokens)}",
     ]
@@ -67,6 +69,11 @@ def prompt_lines(labelling: Labelling, prompt: Prompt, *, whole: bool) -> list[s
     Where it is not wanted whole it is shortened to its first and last demonstration and the question.
     """
     _, *demonstrations, question = (segment.text for segment in prompt.segments)
+    return shown_prompt(demonstrations, question, labelling.tokens.texts[::-1], whole=whole)
+
+
+def shown_prompt(demonstrations: Sequence[str], question: str, labels: Sequence[str], *, whole: bool) -> list[str]:
+    """The lines of `prompt_lines`, from the texts of a prompt and of the labels."""
     if whole:
         pieces = [*demonstrations, question]
     elif len(demonstrations) <= FEW:
@@ -74,7 +81,7 @@ def prompt_lines(labelling: Labelling, prompt: Prompt, *, whole: bool) -> list[s
     else:
         middle = f"[... {len(demonstrations) - 2} more demonstrations ...]\n\n"
         pieces = [_cut(demonstrations[0]), middle, _cut(demonstrations[-1]), _cut(question)]
-    end = f"[{'|'.join(labelling.tokens.asked.texts)}]"
+    end = f"[{'|'.join(labels)}]"
     return [f"  | {line}" if line else "  |" for line in _printable("".join(pieces) + end).split("\n")]
 
 
@@ -93,9 +100,9 @@ def _claims(pools: Sequence[Pool], name: str, batch_size: int) -> str:
     return f"{name}: all {searched} claims{batches}{more}{unusable}"
 
 
-def _groups(pools: Sequence[Pool]) -> str:
-    seen = [pool.overview() for pool in pools]
-    groups, claims = sum(each.groups for each in seen), sum(len(pool.claims) for pool in pools)
+def groups_told(seen: Sequence[Overview], claims: int) -> str:
+    """How many groups of how many claims, and what made them. claims: how many there are in all."""
+    groups = sum(each.groups for each in seen)
     smallest, largest = min(each.smallest for each in seen), max(each.largest for each in seen)
     column = seen[0].grouped_by
     if largest == 1:
@@ -105,10 +112,11 @@ def _groups(pools: Sequence[Pool]) -> str:
     return f"{groups} {sizes} claims, made by the column {column}"
 
 
-def _constraints(pools: Sequence[Pool]) -> str:
+def constraints_told(seen: Sequence[Overview]) -> str:
+    """How many constraints there are of each kind."""
     counts = Counter[str]()
-    for pool in pools:
-        counts.update(pool.overview().constraints)
+    for each in seen:
+        counts.update(each.constraints)
     return ", ".join(f"{count} x {relation}" for relation, count in counts.items()) or "none"
 
 

@@ -137,6 +137,7 @@ def read_run(folder: Path) -> RunRecord:
         left_out=document.left_out,
         skipped=skipped,
         parts=parts,
+        testbed_file=document.testbed,
     )
 
 
@@ -221,7 +222,12 @@ def _claim(row: dict[str, Any], names: Names) -> LabelledClaim:
         gold=read_label(row.get("gold"), names),
         by=str(row.get("by", "icm")),
         zero_shot=read_odds(row, names, "zero_shot"),
+        shown=_shown(row.get("shown")),
     )
+
+
+def _shown(value: object) -> tuple[tuple[str, str], ...]:
+    return tuple((str(name), str(text)) for name, text in value.items()) if isinstance(value, dict) else ()
 
 
 def _whole(value: object) -> int:

@@ -144,6 +144,7 @@ class RunDocument(BaseModel):
     finished: str | None = None
     left_out: Count = 0
     parts: PartNames = []
+    testbed: Mapped = {}
 
 
 def first_complaint(error: ValidationError) -> str:

@@ -20,7 +20,7 @@ GEMMA: Final = Path(__file__).resolve().parents[2] / "models" / "gemma-3-270m" /
 CLAIMS: Final = [
     f"Question: {text}\nClaim: {text}\nI think this claim is {label}\n\n"
     f"Review: {text}\nPositive: {label}\nAnswer: {label}"
-    for row in Path(testbeds.__file__).with_name("builtin_testbed.jsonl").read_text().splitlines()
+    for row in (Path(testbeds.__file__).parents[1] / "builtin_testbed.jsonl").read_text().splitlines()
     for text in [json.loads(row)["choice"]]
     for label in ("True", "False")
 ]
