@@ -10,8 +10,8 @@ from typing import Any
 
 import orjson
 import pytest
-from core.llm_api.vllm_llm import VLLMClient
 
+from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.labels import LabelSpace
 from core.llm_api.llm import ModelAPI
 from src.experiments.summary import print_summary
@@ -130,7 +130,8 @@ async def run(
                     "labels": list(pool.testbed.space.names),
                     "label_texts": list(pool.testbed.space.texts),
                 }
-                kept.write_run({"settings": settings, "engine": {"model": server.model}})
+                begun = {"settings": settings, "engine": {"model": server.model}, "testbed": pool.testbed.record()}
+                kept.write_run(begun)
                 kept.write_claims(pool_rows(pool.claims, pool.problem.consistency, pool.names))
                 state = await search(api, labelling.scorer(), kept, on_record, Pace(ahead))
                 zero_shot = await labelling.zero_shot()
@@ -141,7 +142,7 @@ async def run(
                 result = result_record(labelling, state, zero_shot, predictions)
                 cost = {"seconds": 1.0, "tokens_computed": 10.0, "tokens_cached": 10.0, "floored": 0}
                 more = {"result": {**result, "warning": None}, "cost": cost, "finished": "now", "left_out": 0}
-                kept.write_run({"settings": settings, "engine": {"model": server.model}} | more)
+                kept.write_run(begun | more)
                 return labelling, state, kept.read_log(), server
 
 
@@ -284,17 +285,12 @@ async def test_exports_name_the_labels(tmp_path: Path) -> None:
 async def test_a_run_goes_on_from_labels_of_the_same_names_only(tmp_path: Path) -> None:
     await run(pool_of(MOODS), tmp_path / "before")
     testbed, claims = claims_of(MOODS)
-    testbed = replace(testbed, template=custom_testbed({}).template)  # as a run of --data is known to have been asked
-    asked = [replace(claim, text=testbed.claim({"question": c.question, "choice": c.choice}, 0).text)
-             for claim, c in zip(claims, claims, strict=True)]  # fmt: skip
-    continued = read_continued("before", tmp_path, testbed, asked, Path("new.jsonl"))
+    continued = read_continued("before", tmp_path, testbed, claims, Path("new.jsonl"))
     counts = continued.summary()["label_counts"]
     assert sum(counts.values()) == len([claim for claim in read_run(tmp_path / "before").pool if claim.searched])
     assert f"{counts['neutral']} neutral" in continued.notes(file="new.jsonl", model="m", pool=18, outside=0)[0]
-    with pytest.raises(
-        BadInput, match=r"its labels are negative, neutral, positive, those of new\.jsonl are A, B, C, D"
-    ):
-        read_continued("before", tmp_path, replace(testbed, space=LETTERS), asked, Path("new.jsonl"))
+    with pytest.raises(BadInput, match=r"its labels are ' negative' .* those of new\.jsonl are ' A'"):
+        read_continued("before", tmp_path, replace(testbed, space=LETTERS), claims, Path("new.jsonl"))
 
 
 async def test_baselines_have_rows_of_every_label(tmp_path: Path) -> None:
