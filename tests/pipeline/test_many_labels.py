@@ -228,6 +228,26 @@ async def test_files_name_the_labels(tmp_path: Path) -> None:
     assert [claim.gold for claim in unfinished.pool] == labelling.pool.gold
 
 
+async def test_two_labels_of_other_names_are_true_and_false_to_the_search_alone(tmp_path: Path) -> None:
+    space = LabelSpace(("no", "yes"), (" no", " yes"))
+    pool = pool_of(space)
+    _, state, records, _ = await run(pool, tmp_path / "run")
+    assert set(state.labels) <= {True, False, None}
+    assert all(isinstance(label, bool | None) for label in state.labels)
+    assert "format" not in records[0]
+    assert {type(value) for value in records[0]["scores"].values()} == {float}
+    assert records[-2]["true_labels"] == state.labels.count(True)
+    found = read_run(tmp_path / "run")
+    assert [claim.label if claim.searched else None for claim in found.pool] == list(state.labels)
+    for position, log_odds in state.evaluation.log_odds.items():
+        assert found.pool[position].log_odds == pytest.approx(log_odds)
+    assert {row["label"] for row in plain_rows(found, found.claims)} == {"no", "yes"}
+    assert (found.result or {})["label_counts"] == {"no": state.labels.count(False), "yes": state.labels.count(True)}
+    page = render_report([], [found])
+    assert "labelled yes" in page
+    assert "True" not in page.partition("<main")[2]
+
+
 async def test_reports_count_by_label_and_show_the_confusion(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
