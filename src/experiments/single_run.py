@@ -378,7 +378,7 @@ async def label_pool(
         predictions["many-shot"] = await labelling.label_rest(state)
     folder.write_labels(labelling.label_rows(state, predictions, zero_shot))
     title = f"{settings['testbed']}, {args.model}, alpha {args.alpha:g}, calibration {calibration_told(settings)}"
-    plot_curves(records, labelling.pool.gold, folder.curves_path, title)
+    plot_curves(records, labelling.pool.gold, folder.curves_path, title, labelling.pool.names)
     warning = collapse_warning(state.labels, args.prior, labelling.pool.names)
     document = {
         **known,

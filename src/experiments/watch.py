@@ -23,8 +23,8 @@ import orjson
 from src.experiments.arguments_of_reports import parser_of
 from src.icm.consistency import Label
 from src.icm.curves import Curves, curves_of
-from src.icm.label_names import names_of, read_label
-from src.icm.run_record import IN_POOL, is_of_two
+from src.icm.label_names import Names, names_of, read_label
+from src.icm.run_record import IN_POOL
 from src.pipeline.tail import JournalTail, is_finished, run_document, searches_in
 from src.reporting.text import duration, one_line
 
@@ -172,7 +172,8 @@ class Search:
         curves, last = self.curves, self.tail.records[-1]
         size = max(len(self._gold), curves.labelled[-1])
         total = sum(record.get("seconds") or 0.0 for record in self.tail.records)
-        balance = "True" if is_of_two(self.tail.records) else "the commonest label"
+        names = _names(self.folder)
+        balance = one_line(names[1], 20) if len(names) == 2 else "the commonest label"
         return [
             f"  labelled {_bar(curves.labelled[-1], size)} {curves.labelled[-1]} of {size}, "
             f"{_share(curves.balance[-1])} {balance}; iteration {curves.iteration[-1]}",
@@ -193,10 +194,14 @@ class Search:
         )
 
 
+def _names(folder: Path) -> Names:
+    settings = (run_document(folder) or {}).get("settings")
+    return names_of(settings if isinstance(settings, dict) else {})
+
+
 def _gold(folder: Path) -> list[Label]:
     """By pool position; from the labels where there is no claims.jsonl, empty where there is neither."""
-    settings = (run_document(folder) or {}).get("settings")
-    names = names_of(settings if isinstance(settings, dict) else {})
+    names = _names(folder)
     for name in ("claims.jsonl", "labels.jsonl"):
         try:
             rows: list[Any] = [orjson.loads(line) for line in (folder / name).read_bytes().splitlines()]

@@ -48,13 +48,18 @@ class Relation(Enum):
 
         A claim without a label contradicts none, and may still be the true one.
         """
-        if not self.of_true:
-            known = [label for label in labels if label is not None]
-            alike = sum(count * (count - 1) // 2 for count in map(known.count, set(known)))
-            return alike if self is Relation.DIFFERENT else len(known) * (len(known) - 1) // 2 - alike
-        trues = sum(label is True for label in labels)
-        none_is_true = self is Relation.EXACTLY_ONE and all(label is False for label in labels)
-        return trues * (trues - 1) // 2 + none_is_true
+        exactly = self is Relation.EXACTLY_ONE
+        if exactly or self is Relation.AT_MOST_ONE:
+            trues = sum(label is True for label in labels)
+            return trues * (trues - 1) // 2 + (exactly and all(label is False for label in labels))
+        if len(labels) == 2:  # nearly always
+            first, second = labels
+            if first is None or second is None:
+                return 0
+            return int((first == second) == (self is Relation.DIFFERENT))
+        known = [label for label in labels if label is not None]
+        alike = sum(count * (count - 1) // 2 for count in map(known.count, set(known)))
+        return alike if self is Relation.DIFFERENT else len(known) * (len(known) - 1) // 2 - alike
 
     def assignments(self, size: int, num_labels: int = 2) -> tuple[tuple[int, ...], ...]:
         """Every labeling of `size` claims that the relation allows, the last label's first."""

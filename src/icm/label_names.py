@@ -78,6 +78,11 @@ def counts_of(labels: Iterable[Label], names: Names) -> dict[str, Any]:
     return {"label_counts": {name: known.count(label) for label, name in enumerate(names)}}
 
 
+def balance_of(names: Names) -> str:
+    """What curves.Curves.balance is a share of, in words."""
+    return f"share of {names[1]} labels" if len(names) == 2 else "share of the commonest label"
+
+
 def told_counts(counts: Mapping[str, Any]) -> str:
     """The same in words: "12 True", or "9 red, 11 green, 10 blue"."""
     by_name = counts.get("label_counts") or {"True": counts["true_labels"]}

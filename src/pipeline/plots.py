@@ -8,24 +8,30 @@ from typing import Any
 
 from src.icm.consistency import Label
 from src.icm.curves import curves_of
-from src.icm.run_record import is_of_two
+from src.icm.label_names import TRUE_FALSE_NAMES, Names, balance_of
 
 
-def plot_curves(records: Sequence[Mapping[str, Any]], gold: Sequence[Label], path: Path, title: str) -> None:
+def plot_curves(
+    records: Sequence[Mapping[str, Any]],
+    gold: Sequence[Label],
+    path: Path,
+    title: str,
+    names: Names = TRUE_FALSE_NAMES,
+) -> None:
     """U, accuracy (where gold is known), pool size and label balance against the iteration, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    curves, two = curves_of(records, gold), is_of_two(records)
+    curves = curves_of(records, gold)
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharex=True, layout="constrained")
     figure.suptitle(title, parse_math=False)  # a name with $ in it is not a formula
     panels: tuple[tuple[Sequence[float | None], str, tuple[float, float] | None], ...] = (
         (curves.utility, "U(D)", None),
         (curves.accuracy, "agreement with gold", (0.0, 1.0)),
         (curves.labelled, "labelled claims", None),
-        (curves.balance, f"share of {'True labels' if two else 'the commonest label'}", (0.0, 1.0)),
+        (curves.balance, balance_of(names), (0.0, 1.0)),
     )
     for axis, (values, label, limits) in zip(axes.flat, panels, strict=True):
         if all(value is None for value in values):

@@ -11,6 +11,7 @@ from src.icm.consistency import Label
 from src.icm.curves import Curves
 from src.icm.objective import wilson_interval
 from src.icm.run_record import LabelledClaim, RunRecord, probability
+from src.reporting.text import visible
 
 WIDTH, HEIGHT = 380.0, 210.0
 LEFT, RIGHT, TOP, BOTTOM = 52.0, 10.0, 12.0, 34.0
@@ -95,8 +96,8 @@ class Scale:
 Values = Sequence[float | None]
 
 
-def curve_charts(runs: Sequence[tuple[str, Curves]]) -> list[Chart]:
-    """The curves of one run, or of several in the same panels."""
+def curve_charts(runs: Sequence[tuple[str, Curves]], balance: str = "share of True labels") -> list[Chart]:
+    """The curves of one run, or of several in the same panels. balance: see label_names.balance_of."""
 
     def several(pick: str) -> list[tuple[str, Sequence[int], Values]]:
         return [(name, curves.iteration, getattr(curves, pick)) for name, curves in runs]
@@ -107,9 +108,7 @@ def curve_charts(runs: Sequence[tuple[str, Curves]]) -> list[Chart]:
         line_chart("Agreement with gold", several("accuracy"), "share of labels", limits=(0, 1)),
         line_chart("Temperature", several("temperature"), "units of U", floor=0),
         line_chart("Acceptance", several("acceptance"), "share of the last 50 iterations", limits=(0, 1)),
-        line_chart(
-            "Label balance", several("balance"), "share of True, or of the commonest of more labels", limits=(0, 1)
-        ),
+        line_chart("Label balance", several("balance"), balance, limits=(0, 1)),
         line_chart("Labelled claims", several("labelled"), "claims", floor=0),
         line_chart("Inconsistent pairs", several("inconsistent"), "pairs", floor=0),
         line_chart("Prefix cache hit rate", several("hit_rate"), "share of prompt tokens", limits=(0, 1)),
@@ -160,8 +159,8 @@ def line_chart(
 
 
 def calibration_chart(run: RunRecord) -> Chart | None:
-    """How often claims that were given a probability of True are True by gold; None without gold labels, and of other
-    labels than True and False.
+    """How often claims that were given a probability of True are True by gold; None without gold labels, and of more
+    than two labels.
 
     Final log-odds against what they are compared with (the pool's mean where calibrated); zero-shot ones as they are.
     """
@@ -175,29 +174,30 @@ def calibration_chart(run: RunRecord) -> Chart | None:
         for claim in run.claims
         if claim.odds_alone is not None and claim.gold is not None
     ]
-    if not final or not run.says_true:
+    if not final or run.num_labels > 2:
         return None
+    yes = visible(run.names[1])
     x, y = Scale(0, 1, LEFT, WIDTH - RIGHT), Scale(0, 1, HEIGHT - BOTTOM, TOP)
     dots, legend, told = [], [], []
     for number, (name, pairs) in enumerate((("final", final), ("zero-shot", alone))):
         if not pairs:
             continue
-        found = _calibration_dots(name, pairs, number, x, y)
+        found = _calibration_dots(name, yes, pairs, number, x, y)
         dots += found
         legend.append((name, number))
         told.append(f"{calibration_error(pairs):.3f} {name} ({len(pairs)} claims)")
     at = ticks(0, 1, 5)
     return Chart(
         title="Calibration",
-        description="Share of claims that are True by gold over the probability of True that they were given. "
+        description=f"Share of claims that are {yes} by gold over the probability of {yes} that they were given. "
         "Expected calibration error: " + "; ".join(told),
-        x_label="predicted probability of True",
+        x_label=f"predicted probability of {yes}",
         x_ticks=[Tick(x(value), f"{value:g}") for value in at],
         y_ticks=[Tick(y(value), f"{value:.1f}") for value in at],
         dots=dots,
         legend=legend,
         diagonal=f"M{x(0)} {y(0)}L{x(1)} {y(1)}",
-        note="share True by gold; error " + ", ".join(told),
+        note=f"share {yes} by gold; error " + ", ".join(told),
     )
 
 
@@ -214,10 +214,10 @@ def calibration_error(pairs: Sequence[tuple[float, bool]]) -> float:
 def margin_chart(run: RunRecord) -> Chart | None:
     """How log-odds are spread, by gold label where that is known, else by the label that was given.
 
-    None of other labels than True and False.
+    None of more than two labels.
     """
     claims = [claim for claim in run.claims if claim.odds is not None]
-    if not claims or not run.says_true:
+    if not claims or run.num_labels > 2:
         return None
     by_gold = any(claim.gold is not None for claim in claims)
 
@@ -244,7 +244,7 @@ def margin_chart(run: RunRecord) -> Chart | None:
                 left, right = x(-reach + index * step), x(-reach + (index + 1) * step)
                 half = (right - left) / 2
                 begin = -reach + index * step
-                told = f"{count} {one} claims between {begin:.2f} and {begin + step:.2f} nat"
+                told = f"{count} {visible(run.names[one])} claims between {begin:.2f} and {begin + step:.2f} nat"
                 bars.append(
                     Bar(
                         round(left + number * half, 2),
@@ -256,15 +256,16 @@ def margin_chart(run: RunRecord) -> Chart | None:
                     )
                 )
     basis = "gold" if by_gold else "label"
+    no, yes = map(visible, run.names)
     return Chart(
         title="Log-odds",
-        description=f"Histogram of the final log-odds, by {basis}: {sum(counts[True])} True and {sum(counts[False])} "
-        "False claims.",
+        description=f"Histogram of the final log-odds, by {basis}: {sum(counts[True])} {yes} and {sum(counts[False])} "
+        f"{no} claims.",
         x_label="nat" + (f", against {run.offset_told}" if run.shift else ""),
         x_ticks=[Tick(x(value), f"{value:g}") for value in ticks(-reach, reach, 6) if abs(value) <= reach],
         y_ticks=[Tick(y(value), f"{value:g}") for value in at],
         bars=bars,
-        legend=[(f"True ({basis})", 0), (f"False ({basis})", 1)],
+        legend=[(f"{yes} ({basis})", 0), (f"{no} ({basis})", 1)],
         note="claims",
     )
 
@@ -272,28 +273,29 @@ def margin_chart(run: RunRecord) -> Chart | None:
 def contrast_chart(run: RunRecord) -> Chart | None:
     """Zero-shot against final log-odds, claim by claim, by the label given.
 
-    None where zero-shot was not recorded, and of other labels than True and False.
+    None where zero-shot was not recorded, and of more than two labels.
     """
     claims = [c for c in run.claims if c.odds is not None and c.odds_alone is not None and c.label is not None]
-    if not claims or not run.says_true:
+    if not claims or run.num_labels > 2:
         return None
     claims = claims[:: math.ceil(len(claims) / MOST_POINTS)]
+    no, yes = map(visible, run.names)
     across, up = [c.odds_alone or 0.0 for c in claims], [c.odds or 0.0 for c in claims]
     x_ticks, y_ticks = _padded(across), _padded(up)
     x, y = Scale(x_ticks[0], x_ticks[-1], LEFT, WIDTH - RIGHT), Scale(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP)
     dots = []
     for claim, alone, final in zip(claims, across, up, strict=True):
-        told = f"row {claim.row}, {claim.label}: {alone:.2f} alone, {final:.2f} with the others"
+        told = f"row {claim.row}, {visible(run.name_of(claim.label))}: {alone:.2f} alone, {final:.2f} with the others"
         dots.append(Dot(x(alone), y(final), y(final), y(final), 2.6, 0 if claim.label else 1, told))
     return Chart(
         title="Alone and in context",
         description=f"Final over zero-shot log-odds of {len(claims)} claims. The labels follow what the model says "
-        "alone as far as the True ones lie to the right.",
+        f"alone as far as the {yes} ones lie to the right.",
         x_label="zero-shot log-odds, nat",
         x_ticks=[Tick(x(value), f"{value:g}") for value in x_ticks],
         y_ticks=[Tick(y(value), f"{value:g}") for value in y_ticks],
         dots=dots,
-        legend=[("labelled True", 0), ("labelled False", 1)],
+        legend=[(f"labelled {yes}", 0), (f"labelled {no}", 1)],
         note="final log-odds, nat",
     )
 
@@ -325,12 +327,14 @@ def ticks(low: float, high: float, about: int) -> list[float]:
     return [round(number * step, 12) for number in range(first, last + 1)] or [low]
 
 
-def _calibration_dots(name: str, pairs: Sequence[tuple[float, bool]], series: int, x: Scale, y: Scale) -> list[Dot]:
+def _calibration_dots(
+    name: str, yes: str, pairs: Sequence[tuple[float, bool]], series: int, x: Scale, y: Scale
+) -> list[Dot]:
     dots = []
     for found in _binned(pairs):
         trues, mean = sum(gold for _, gold in found), sum(value for value, _ in found) / len(found)
         low, high = wilson_interval(trues, len(found))
-        told = f"{name}, P {mean:.2f}: {trues} of {len(found)} are True (95% interval {low:.2f} to {high:.2f})"
+        told = f"{name}, P {mean:.2f}: {trues} of {len(found)} are {yes} (95% interval {low:.2f} to {high:.2f})"
         radius = round(2.5 + 4 * math.sqrt(len(found) / len(pairs)), 2)
         dots.append(Dot(x(mean), y(trues / len(found)), y(low), y(high), radius, series, told))
     return dots

@@ -9,12 +9,13 @@ from itertools import combinations
 from src.icm.comparison import agreement_of, differing_settings, paired_test
 from src.icm.costs import usage_of
 from src.icm.curves import curves_of
+from src.icm.label_names import balance_of
 from src.icm.run_record import RunRecord
 from src.pipeline.prices import PriceFile
 from src.reporting.charts import Chart, curve_charts
 from src.reporting.page import bill_of
 from src.reporting.results import results_of
-from src.reporting.text import duration, number, one_line, whole
+from src.reporting.text import duration, number, one_line, visible, whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,8 @@ def compare(runs: Sequence[RunRecord], prices: PriceFile | None = None) -> list[
 def shared_curves(runs: Sequence[RunRecord]) -> list[Chart]:
     """The curves of all runs in the same panels."""
     curves = [(search.name, curves_of(search.journal, search.gold)) for run in runs for search in run.searches]
-    return curve_charts([(name, found) for name, found in curves if found.iteration])
+    balance = " or ".join(dict.fromkeys(visible(balance_of(run.names)) for run in runs))
+    return curve_charts([(name, found) for name, found in curves if found.iteration], balance)
 
 
 def as_text(grids: Sequence[Grid], width: int = 44) -> str:

@@ -18,7 +18,7 @@ from src.icm.consistency import Label
 from src.icm.costs import Charge, Price, charges, usage_of
 from src.icm.curves import curves_of
 from src.icm.diagnosis import Finding, Verdict, diagnose, flips
-from src.icm.label_names import counts_of, told_counts
+from src.icm.label_names import balance_of, counts_of, told_counts
 from src.icm.objective import LogOdds
 from src.icm.run_record import LabelledClaim, RunRecord
 from src.icm.testbeds import BadInput
@@ -159,7 +159,7 @@ def view_of(run: RunRecord, prices: PriceFile | None = None) -> RunView:
         confusion=confusion_of(run),
         parts=[_part_row(part) for part in run.parts],
         findings=found,
-        charts=curve_charts(curves) if curves else [],
+        charts=curve_charts(curves, visible(balance_of(run.names))) if curves else [],
         calibration=[
             chart for chart in (calibration_chart(run), margin_chart(run), contrast_chart(run)) if chart is not None
         ],

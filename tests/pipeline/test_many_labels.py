@@ -130,7 +130,8 @@ async def run(
                     "labels": list(pool.testbed.space.names),
                     "label_texts": list(pool.testbed.space.texts),
                 }
-                kept.write_run({"settings": settings, "engine": {"model": server.model}})
+                begun = {"settings": settings, "engine": {"model": server.model}, "testbed": pool.testbed.record()}
+                kept.write_run(begun)
                 kept.write_claims(pool_rows(pool.claims, pool.problem.consistency, pool.names))
                 state = await search(api, labelling.scorer(), kept, on_record, Pace(ahead))
                 zero_shot = await labelling.zero_shot()
@@ -141,7 +142,7 @@ async def run(
                 result = result_record(labelling, state, zero_shot, predictions)
                 cost = {"seconds": 1.0, "tokens_computed": 10.0, "tokens_cached": 10.0, "floored": 0}
                 more = {"result": {**result, "warning": None}, "cost": cost, "finished": "now", "left_out": 0}
-                kept.write_run({"settings": settings, "engine": {"model": server.model}} | more)
+                kept.write_run(begun | more)
                 return labelling, state, kept.read_log(), server
 
 
@@ -227,6 +228,26 @@ async def test_files_name_the_labels(tmp_path: Path) -> None:
     assert [claim.gold for claim in unfinished.pool] == labelling.pool.gold
 
 
+async def test_two_labels_of_other_names_are_true_and_false_to_the_search_alone(tmp_path: Path) -> None:
+    space = LabelSpace(("no", "yes"), (" no", " yes"))
+    pool = pool_of(space)
+    _, state, records, _ = await run(pool, tmp_path / "run")
+    assert set(state.labels) <= {True, False, None}
+    assert all(isinstance(label, bool | None) for label in state.labels)
+    assert "format" not in records[0]
+    assert {type(value) for value in records[0]["scores"].values()} == {float}
+    assert records[-2]["true_labels"] == state.labels.count(True)
+    found = read_run(tmp_path / "run")
+    assert [claim.label if claim.searched else None for claim in found.pool] == list(state.labels)
+    for position, log_odds in state.evaluation.log_odds.items():
+        assert found.pool[position].log_odds == pytest.approx(log_odds)
+    assert {row["label"] for row in plain_rows(found, found.claims)} == {"no", "yes"}
+    assert (found.result or {})["label_counts"] == {"no": state.labels.count(False), "yes": state.labels.count(True)}
+    page = render_report([], [found])
+    assert "labelled yes" in page
+    assert "True" not in page.partition("<main")[2]
+
+
 async def test_reports_count_by_label_and_show_the_confusion(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -284,17 +305,12 @@ async def test_exports_name_the_labels(tmp_path: Path) -> None:
 async def test_a_run_goes_on_from_labels_of_the_same_names_only(tmp_path: Path) -> None:
     await run(pool_of(MOODS), tmp_path / "before")
     testbed, claims = claims_of(MOODS)
-    testbed = replace(testbed, template=custom_testbed({}).template)  # as a run of --data is known to have been asked
-    asked = [replace(claim, text=testbed.claim({"question": c.question, "choice": c.choice}, 0).text)
-             for claim, c in zip(claims, claims, strict=True)]  # fmt: skip
-    continued = read_continued("before", tmp_path, testbed, asked, Path("new.jsonl"))
+    continued = read_continued("before", tmp_path, testbed, claims, Path("new.jsonl"))
     counts = continued.summary()["label_counts"]
     assert sum(counts.values()) == len([claim for claim in read_run(tmp_path / "before").pool if claim.searched])
     assert f"{counts['neutral']} neutral" in continued.notes(file="new.jsonl", model="m", pool=18, outside=0)[0]
-    with pytest.raises(
-        BadInput, match=r"its labels are negative, neutral, positive, those of new\.jsonl are A, B, C, D"
-    ):
-        read_continued("before", tmp_path, replace(testbed, space=LETTERS), asked, Path("new.jsonl"))
+    with pytest.raises(BadInput, match=r"its labels are ' negative' .* those of new\.jsonl are ' A'"):
+        read_continued("before", tmp_path, replace(testbed, space=LETTERS), claims, Path("new.jsonl"))
 
 
 async def test_baselines_have_rows_of_every_label(tmp_path: Path) -> None:
