@@ -183,7 +183,9 @@ class Testbed:
                 if not isinstance(items, list):
                     raise BadInput(f"has no list in {column}, of which the template shows {{{name}}}")
                 if len(items) != (count := 1 + max(self._items(column))):
-                    raise BadInput(f"lists {len(items)} items in {column}, and the template shows {count}")
+                    raise BadInput(
+                        f"lists {len(items)} items in {column}, and the template shows it up to [{count - 1}]"
+                    )
                 value = items[item_of(name)]
                 if is_missing(value):
                     raise BadInput(f"has nothing in {name}")
