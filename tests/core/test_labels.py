@@ -34,9 +34,18 @@ def test_true_and_false_are_one_query_true_first() -> None:
     assert query.tokens == NextTokens((" True", " False"), (7, 9))
     scores = labels.logprobs([TokenLogprobs((-0.5, -1.25))])
     assert scores.tolist() == [[-1.25, -0.5]]
-    assert TRUE_FALSE.names[True] == "True"
+    assert (TRUE_FALSE.names[False], TRUE_FALSE.names[True]) == ("False", "True")
     assert labels.record() == {" True": 7, " False": 9}
     assert list(labels.record()) == [" True", " False"]
+
+
+def test_labels_are_equal_where_they_are_spelled_alike() -> None:
+    labels = SpelledLabels(TRUE_FALSE, ((9,), (7,)))
+    assert labels == SpelledLabels(TRUE_FALSE, ((9,), (7,)))
+    assert labels != SpelledLabels(TRUE_FALSE, ((7,), (9,)))
+    assert len(labels) == len(TRUE_FALSE) == 2
+    assert "Node" not in repr(labels)
+    assert "paths" not in repr(labels)
 
 
 @pytest.mark.parametrize("size", [3, 4, 20])
@@ -57,6 +66,7 @@ def test_shared_beginnings_are_asked_once_and_right_after_their_prompt() -> None
     assert asked_of(labels) == [([], (4, 3)), ([3], (5, 4))]
     first, beginning = labels.queries([PROMPT])
     assert (beginning.prompt.name, beginning.prompt.place) == (first.prompt.name, first.prompt.place)
+    assert beginning.prompt.segments == (*first.prompt.segments, Segment("", [3]))
     assert first.tokens.texts == (" good", "")
     assert labels.longest_beginning == 1
     scores = labels.logprobs([TokenLogprobs((-3.0, -0.5)), TokenLogprobs((-0.25, -2.0))])
@@ -82,8 +92,8 @@ def test_a_label_that_another_begins_with_ends_with_the_separator() -> None:
 @pytest.mark.parametrize(
     ("tokens", "end", "told"),
     [
-        (((3,), (3, 4)), None, "' b' begins with the tokens of ' a', and nothing follows a label"),
-        (((3,), (3, 10)), 10, "goes on as a demonstration does"),
+        (((3,), (3, 4)), None, "' b' begins with the tokens of ' a', and nothing follows a label:"),
+        (((3,), (3, 10)), 10, "goes on as a demonstration does after its label:"),
         (((3, 4), (3,)), None, "' a' begins with the tokens of ' b'"),
         (((3, 4), (3, 4)), 10, "' a' and ' b' are the same tokens"),
     ],
@@ -99,7 +109,7 @@ def test_an_engine_asked_in_text_hears_the_texts() -> None:
     [query] = labels.queries([Prompt((Segment("q"),))])
     assert query.tokens == NextTokens((" C", " B", " A"))
     assert labels.logprobs([TokenLogprobs((-3.0, -2.0, -1.0))]).tolist() == [[-1.0, -2.0, -3.0]]
-    assert labels.record() == {" C": None, " B": None, " A": None}
+    assert list(labels.record().items()) == [(" C", None), (" B", None), (" A", None)]
 
 
 @pytest.mark.parametrize(

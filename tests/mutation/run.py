@@ -90,6 +90,7 @@ TARGETS = (
     Target("src/icm/annealing.py", ("tests/icm/test_annealing_steps.py", "tests/icm/test_annealing.py")),
     # Of test_response_cache.py only what runs in one process: others would import the unharmed module.
     Target("core/llm_api/response_cache.py", ("tests/core/test_response_cache.py", "-k", "not processes")),
+    Target("core/llm_api/labels.py", ("tests/core/test_labels.py",)),
     Target(
         "core/llm_api/types.py",
         ("tests/core/test_types.py", "tests/core/test_digests.py"),

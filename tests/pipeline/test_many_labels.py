@@ -10,10 +10,10 @@ from typing import Any
 
 import orjson
 import pytest
+from core.llm_api.vllm_llm import VLLMClient
 
 from core.llm_api.labels import LabelSpace
 from core.llm_api.llm import ModelAPI
-from core.llm_api.vllm_llm import VLLMClient
 from src.experiments.summary import print_summary
 from src.experiments.watch import Watch
 from src.icm import testbeds

@@ -14,9 +14,9 @@ from typing import Any
 
 import orjson
 import pytest
+from core.llm_api.vllm_llm import VLLMClient
 
 from core.llm_api.llm import ModelAPI
-from core.llm_api.vllm_llm import VLLMClient
 from src.icm.annealing import SearchSettings
 from src.icm.journal import replay
 from src.icm.objective import Objective

@@ -242,14 +242,14 @@ class VLLMClient:
         failed: list[APIError] = []
 
         def parts(token_ids: tuple[int, ...], positions: Sequence[int]) -> Iterator[Coroutine[Any, Any, EngineAnswer]]:
-            def heard(found: Sequence[int], answer: EngineAnswer) -> None:
+            def keep(found: Sequence[int], answer: EngineAnswer) -> None:
                 found = [positions[at] for at in found]
                 answers.update(zip(found, answer.logprobs, strict=True))
                 if on_answer is not None:
                     on_answer(found, answer)
 
             fields = vllm_fields(self._model, token_ids if self.exact_labels else None, top=self.top_logprobs)
-            batch = _Batch(token_ids, fields, heard, retry, search, failed)
+            batch = _Batch(token_ids, fields, keep, retry, search, failed)
             size = self._prompts_per_request
             for start in range(0, len(positions), size):
                 yield self._score_part(batch, start, [queries[at] for at in positions[start : start + size]])
