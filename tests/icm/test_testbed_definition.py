@@ -167,6 +167,7 @@ def test_the_digest_does_not_tell_comments_nor_where_the_data_is() -> None:
         ('template: "{choice"', "template: .*brace"),
         ('template: "{choice!r}"', "template: {choice} is neither a column"),
         ('template: "{choice.__class__}"', "template: shows neither"),
+        ('template: "{choice} ({label}):"', "template: shows {label}, the gold label"),
         ('template: "{choice[x]}"', r"template: {choice\[x\]} is neither"),
         ('template: "{text}:"', "template: shows neither {question} nor {choice}"),
         ('template: "{choice}: "', "template: ends in ' '"),

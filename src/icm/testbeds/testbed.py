@@ -88,6 +88,8 @@ class Testbed:
                 "template: shows neither {question} nor {choice}; say which column is judged, as in columns: {choice: "
                 "THEIRS}"
             )
+        if "label" in map(column_of, placeholders):
+            raise BadInput("template: shows {label}, the gold label, which no model may see")
         spaced = [text for text in self.space.texts if text[0].isspace()]
         if spaced and self.template[-1].isspace():
             raise BadInput(f"template: ends in {self.template[-1]!r}, and the label {spaced[0]!r} brings its own space")
