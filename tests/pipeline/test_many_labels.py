@@ -10,8 +10,8 @@ from typing import Any
 
 import orjson
 import pytest
-from core.llm_api.vllm_llm import VLLMClient
 
+from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.labels import LabelSpace
 from core.llm_api.llm import ModelAPI
 from src.experiments.summary import print_summary

@@ -14,8 +14,8 @@ from typing import Any
 
 import orjson
 import pytest
-from core.llm_api.vllm_llm import VLLMClient
 
+from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.llm import ModelAPI
 from src.icm.annealing import SearchSettings
 from src.icm.journal import replay
