@@ -114,7 +114,8 @@ class Rounds:
         self.out: Path = self.args.out.resolve()
         parser = Parser(add_help=False, allow_abbrev=False)
         add_reading_arguments(parser)
-        self.reads, self.flags = parser.parse_known_args(self.args.flags, argparse.Namespace(data=self.args.data))
+        source = argparse.Namespace(data=self.args.data, testbed=self.args.testbed or "")
+        self.reads, self.flags = parser.parse_known_args(self.args.flags, source)
         if self.reads.group_by is not None:  # columns and values are ours in the batches; their groups are made anew
             self.flags += ["--group_by", self.reads.group_by]
         self.batches = self._split()

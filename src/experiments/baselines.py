@@ -24,6 +24,7 @@ from typing import Any, Final, get_args
 
 import orjson
 
+from core.llm_api.labels import LabelSpace
 from core.llm_api.llm import ModelAPI
 from core.settings import REPO_ROOT
 from src.experiments.arguments import HelpFormatter, Parser, add_search_arguments, at_least, lookahead_of
@@ -195,7 +196,7 @@ async def _one_seed(
         if row == "icm":
             result = await _icm(flags, api, folder, comparison, pool)
         elif row == "zero-shot-chat":
-            result = await _chat(flags, comparison, document)
+            result = await _chat(flags, comparison, document, pool.testbed.space)
         elif row in GIVEN:
             result = await comparison.many_shot(GIVEN[row])
         elif row in ("bootstrap", "bootstrap-consistent"):
@@ -240,12 +241,14 @@ async def _icm(
     )
 
 
-async def _chat(args: argparse.Namespace, comparison: Comparison, document: dict[str, Any]) -> RowResult:
+async def _chat(
+    args: argparse.Namespace, comparison: Comparison, document: dict[str, Any], space: LabelSpace
+) -> RowResult:
     flags = argparse.Namespace(**{**vars(args), "model": args.chat_model, "use_vllm": True, "direct": False})
     async with model_api_of(flags, {} if args.chat_url is None else {"vllm_base_url": args.chat_url}) as chat:
 
         async def ask(texts: Sequence[str]) -> Prediction:
-            answers = await ask_chat(chat, texts)
+            answers = await ask_chat(chat, texts, space)
             document["chat"] = {"engine": identity_record(chat.identity), "template": answers.template}
             if not answers.template:
                 print(f"warning: {args.chat_model} has no chat template: it is asked in plain text", file=sys.stderr)

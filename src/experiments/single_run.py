@@ -37,6 +37,8 @@ from src.pipeline.run_folder import FORMAT, RunFolder, environment
 from src.pipeline.testbed_files import read_testbed, testbed_path
 
 SHOWN_BAD_ROWS = 3
+OF_TESTBED_FILE = ("testbed_sha256", "labels", "label_texts")
+"""Settings that no flag says."""
 VARIANTS = ("context_cap", "best_of", "local_gain")
 COSTS = (
     *("asked", "from_cache", "asked_ahead", "ahead_used"),
@@ -441,8 +443,11 @@ def check_same_run(
     if renamed:
         changed = [name for name in changed if name != "model"]
     if changed:
-        told = ", ".join(f"--{name} {known.get(name)}, now {settings.get(name)}" for name in changed)
-        raise BadInput(f"{folder.path}: was started with {told}. Use the same flags, or another --run")
+        flags = [name for name in changed if name not in OF_TESTBED_FILE]
+        told = [f"--{name} {known.get(name)}, now {settings.get(name)}" for name in flags]
+        if len(flags) < len(changed):
+            told.insert(0, f"another content of its testbed file {known.get('testbed')} (see {folder.path}/run.json)")
+        raise BadInput(f"{folder.path}: was started with {', '.join(told)}. Use the same flags, or another --run")
 
 
 def may_be_renamed(known: Mapping[str, Any]) -> bool:

@@ -1,7 +1,7 @@
 """Which claims constrain each other, and which labelings break a constraint. I(D) of Wen et al. 2025.
 
 A constraint holds between claims of one group (`consistency_id`). Where it comes from is the testbed's business
-(testbeds.py); here it is one of four relations, between two claims or more, each a set of allowed assignments.
+(testbeds/); here it is one of four relations, between two claims or more, each a set of allowed assignments.
 
 A label is the index of one of K labels. Of two labels it is a bool: index 1 is True.
 """

@@ -46,9 +46,10 @@ def chosen_claims(run: RunRecord, only: Only = "all", least: float = 0.0) -> lis
 def plain_rows(run: RunRecord, claims: Iterable[LabelledClaim]) -> Iterator[dict[str, Any]]:
     """One row a claim, its columns those that `--data` reads; `probability` is P(True) against the pool's offset.
 
-    Labels that are not True and False stand there by name; `probability` is then that of the label, and every label has
-    a column of its log-probability in place of log_odds, and one without demonstrations in place of zero_shot. Every
-    row has the same columns: readers that infer a table's types from its first rows need that.
+    What else a testbed file's template shows has columns called as it is there. Labels that are not True and False
+    stand there by name; `probability` is then that of the label, and every label has a column of its log-probability
+    in place of log_odds, and one without demonstrations in place of zero_shot. Every row has the same columns: readers
+    that infer a table's types from its first rows need that.
     """
     compared = any(claim.choice_2 is not None for claim in run.claims)
     for claim in claims:
@@ -56,6 +57,7 @@ def plain_rows(run: RunRecord, claims: Iterable[LabelledClaim]) -> Iterator[dict
             "question": mended(claim.question),
             "choice": mended(claim.choice),
             **({"choice_2": None if claim.choice_2 is None else mended(claim.choice_2)} if compared else {}),
+            **{name: mended(text) for name, text in claim.shown},
             "label": written_label(claim.label, run.names),
             **_columns(claim.log_odds, run.names, "log_odds", "logprob"),
             "probability": _probability(run, claim),

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from typing import Final
 
 from core.llm_api.errors import ConfigurationError
-from core.llm_api.labels import LabelSpace
+from core.llm_api.labels import TRUE_FALSE, LabelSpace
 from core.llm_api.llm import ModelAPI
 from core.llm_api.types import Prompt, Segment
+from src.icm.objective import no_offset
 from src.icm.prompts import PromptBook
 from src.pipeline.baselines import Prediction
+from src.pipeline.search import log_odds_of
 
-REQUEST: Final = "Complete the last line with one word, True or False.\n\n{text}"
+REQUEST: Final = "Complete the last line with one word, {labels}.\n\n{text}"
 PLAIN_ANSWER: Final = "\n\nAnswer:"
 
 
@@ -25,16 +27,18 @@ class ChatAnswers:
     template: bool
 
 
-async def ask_chat(api: ModelAPI, texts: Sequence[str]) -> ChatAnswers:
-    """log-odds (nats) of the label as the first token of the answer to each text, by position.
+async def ask_chat(api: ModelAPI, texts: Sequence[str], space: LabelSpace = TRUE_FALSE) -> ChatAnswers:
+    """log-odds (nats) of the label as the beginning of the answer to each text, by position.
 
-    With a template the labels are "True" and "False" as an answer begins with them; in plain text, with a space before.
+    With a template the labels are put as an answer begins with them, without the space that they have in plain text.
     Raises ConfigurationError for an engine that is asked in text: a template is applied where its tokens are known.
     """
-    messages = [REQUEST.format(text=text) for text in texts]
+    answers = LabelSpace(space.names, tuple(text.strip() for text in space.texts))
+    *words, last = answers.texts[::-1] if len(space) == 2 else answers.texts
+    messages = [REQUEST.format(labels=f"{', '.join(words)} or {last}", text=text) for text in texts]
     tokens = await api.tokenize_chat(messages)
     if tokens is None:
-        book = await PromptBook.open(api, [message + PLAIN_ANSWER for message in messages])
+        book = await PromptBook.open(api, [message + PLAIN_ANSWER for message in messages], space=space)
         if book.prefix.tokens is None:
             raise ConfigurationError(
                 f"{api.identity.model} is asked in text, and a chat template needs its tokens.",
@@ -43,10 +47,10 @@ async def ask_chat(api: ModelAPI, texts: Sequence[str]) -> ChatAnswers:
         labels = book.labels
         prompts = [book.prompt(claim, (), (), claim / len(messages)) for claim in range(len(messages))]
     else:
-        labels = await api.spell_labels(LabelSpace(("False", "True"), ("False", "True")), after="")
+        labels = await api.spell_labels(answers, after="")
         prompts = [
             Prompt((Segment(message, ids),), name=f"claim {position}", place=position / len(messages))
             for position, (message, ids) in enumerate(zip(messages, tokens, strict=True))
         ]
     scores = await api.score(prompts, labels)
-    return ChatAnswers(Prediction(dict(enumerate(scores.log_odds))), tokens is not None)
+    return ChatAnswers(Prediction(dict(enumerate(log_odds_of(scores))), no_offset(len(space))), tokens is not None)

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from core.llm_api.labels import TRUE_FALSE
 from core.llm_api.types import Prompt
 from src.icm.annealing import Stream, generator
 from src.icm.consistency import Overview
@@ -69,7 +70,9 @@ def prompt_lines(labelling: Labelling, prompt: Prompt, *, whole: bool) -> list[s
     Where it is not wanted whole it is shortened to its first and last demonstration and the question.
     """
     _, *demonstrations, question = (segment.text for segment in prompt.segments)
-    return shown_prompt(demonstrations, question, labelling.tokens.texts[::-1], whole=whole)
+    labels = labelling.tokens
+    texts = labels.texts[::-1] if labels.space == TRUE_FALSE else labels.texts  # True stands first
+    return shown_prompt(demonstrations, question, texts, whole=whole)
 
 
 def shown_prompt(demonstrations: Sequence[str], question: str, labels: Sequence[str], *, whole: bool) -> list[str]:

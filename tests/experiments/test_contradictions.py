@@ -28,6 +28,7 @@ AT_ONCE = [
     "--is_complete / --check",
     "--metrics_port 9465 / --num_batches 2",
     "--metrics_port 9465 / --passes 3",
+    "--prior 0.9 / --calibrate none",
 ]
 OF_THE_SEARCH = [
     "--context_cap 8 / --layout upstream",
@@ -38,7 +39,6 @@ OF_THE_SEARCH = [
     "--num_seed 9 / --batch_size 8",
     "--initial_T 0.1 / --final_T 0.2",
     "--final_T 0.2 / --initial_T 0.1",
-    "--prior 0.9 / --calibrate none",
 ]
 LIKE_DEFAULTS = [
     "--num_seed 300",

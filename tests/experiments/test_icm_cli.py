@@ -603,7 +603,7 @@ async def test_a_llama_server_gives_labels_and_says_what_it_had_cached(icm: Comm
 async def test_an_endpoint_that_cannot_score_is_refused_in_one_line_before_anything_is_asked(icm: Command) -> None:
     wrapped = FakeEndpoint(template="<|user|>{}<|assistant|>", counts_on="Sure! What next?")
     alone = FakeEndpoint(at_most=1)
-    for endpoint, told in ((wrapped, "does not continue texts as they are"), (alone, "both labels")):
+    for endpoint, told in ((wrapped, "does not continue texts as they are"), (alone, "scores need")):
         async with endpoint as server:
             icm.environment |= {"LLAMA_API_BASE": server.url + "/v1", "VLLM_BASE_URL": ""}
             code, _, err = await icm("--run", "a")

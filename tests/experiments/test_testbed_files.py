@@ -93,7 +93,7 @@ async def test_an_edited_testbed_does_not_go_on_with_an_old_run(icm: Command, fo
     file.write_text(before.replace("Is it so?", "Is it?"))
     code, _, err = await icm("--run", "a", "--K", "2")
     assert code == 2
-    assert "was started with --testbed_sha256" in err
+    assert "was started with another content of its testbed file yes-no (see " in err
 
 
 async def test_words_are_part_of_what_a_cached_answer_is_for(icm: Command, folder: Path, server: FakeVLLM) -> None:

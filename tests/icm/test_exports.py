@@ -79,6 +79,13 @@ def test_comparisons_become_one_pair_whichever_way_round_they_are_told() -> None
     assert found.contradicting == 1
 
 
+def test_what_else_a_template_shows_has_columns_of_its_own() -> None:
+    claims = [claim(row, True, 1.0, shown=(("place", f"p{row}"), ("choice[0]", "x"))) for row in range(2)]
+    rows = list(plain_rows(run(*claims), claims))
+    assert [(row["place"], row["choice[0]"]) for row in rows] == [("p0", "x"), ("p1", "x")]
+    assert list(rows[0]) == list(rows[1])
+
+
 def test_training_rows_ask_as_the_run_asked() -> None:
     claims = (claim(0, True, question="Is it?", choice="Yes."), claim(1, False, question="Is it?", choice="No."))
     assert list(training_rows(run(*claims), claims)) == [

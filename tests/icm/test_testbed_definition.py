@@ -79,7 +79,7 @@ def test_a_template_shows_any_column_and_items_of_a_list() -> None:
     [
         (
             {"question": "q", "choice": ["x", "y", "z"], "Topic": "t"},
-            "lists 3 items in choice, and the template shows 2",
+            r"lists 3 items in choice, and the template shows it up to \[1\]",
         ),
         ({"question": "q", "choice": ["x", ""], "Topic": "t"}, r"has nothing in choice\[1\]"),
         ({"question": "q", "choice": "x", "Topic": "t"}, "has no list in choice"),
@@ -167,6 +167,7 @@ def test_the_digest_does_not_tell_comments_nor_where_the_data_is() -> None:
         ('template: "{choice"', "template: .*brace"),
         ('template: "{choice!r}"', "template: {choice} is neither a column"),
         ('template: "{choice.__class__}"', "template: shows neither"),
+        ('template: "{choice} ({label}):"', "template: shows {label}, the gold label"),
         ('template: "{choice[x]}"', r"template: {choice\[x\]} is neither"),
         ('template: "{text}:"', "template: shows neither {question} nor {choice}"),
         ('template: "{choice}: "', "template: ends in ' '"),

@@ -80,7 +80,7 @@ def test_relations(text: str, relation: Relation | None) -> None:
 
 
 def test_another_relation_is_refused_with_those_there_are() -> None:
-    with pytest.raises(BadInput, match="'born in', which is none of: exactly one, at most one, agree, none"):
+    with pytest.raises(BadInput, match="'born in', which is none of: exactly one, at most one, agree, different, none"):
         parse_relation("born in")
 
 

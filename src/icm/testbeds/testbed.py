@@ -88,6 +88,8 @@ class Testbed:
                 "template: shows neither {question} nor {choice}; say which column is judged, as in columns: {choice: "
                 "THEIRS}"
             )
+        if "label" in map(column_of, placeholders):
+            raise BadInput("template: shows {label}, the gold label, which no model may see")
         spaced = [text for text in self.space.texts if text[0].isspace()]
         if spaced and self.template[-1].isspace():
             raise BadInput(f"template: ends in {self.template[-1]!r}, and the label {spaced[0]!r} brings its own space")
@@ -183,7 +185,9 @@ class Testbed:
                 if not isinstance(items, list):
                     raise BadInput(f"has no list in {column}, of which the template shows {{{name}}}")
                 if len(items) != (count := 1 + max(self._items(column))):
-                    raise BadInput(f"lists {len(items)} items in {column}, and the template shows {count}")
+                    raise BadInput(
+                        f"lists {len(items)} items in {column}, and the template shows it up to [{count - 1}]"
+                    )
                 value = items[item_of(name)]
                 if is_missing(value):
                     raise BadInput(f"has nothing in {name}")
