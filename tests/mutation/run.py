@@ -85,9 +85,12 @@ class Target:
 
 
 TARGETS = (
-    Target("src/icm/objective.py", ("tests/icm/test_objective.py",)),
+    Target("src/icm/objective.py", ("tests/icm/test_objective.py", "tests/icm/test_many_labels.py")),
     Target("src/icm/prefix_tree.py", ("tests/icm/test_prefix_tree_by_hand.py", "tests/icm/test_prefix_tree.py")),
-    Target("src/icm/annealing.py", ("tests/icm/test_annealing_steps.py", "tests/icm/test_annealing.py")),
+    Target(
+        "src/icm/annealing.py",
+        ("tests/icm/test_annealing_steps.py", "tests/icm/test_annealing.py", "tests/icm/test_many_labels.py"),
+    ),
     # Of test_response_cache.py only what runs in one process: others would import the unharmed module.
     Target("core/llm_api/response_cache.py", ("tests/core/test_response_cache.py", "-k", "not processes")),
     Target("core/llm_api/labels.py", ("tests/core/test_labels.py",)),
