@@ -6,9 +6,11 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from src.icm.label_names import told_counts
+from src.icm.label_names import confusion_lines, told_counts
 from src.icm.report import agreement, calibration_told
 from src.pipeline.run_folder import RunFolder
+from src.pipeline.run_reader import read_run
+from src.reporting.results import confusion_of
 
 
 def say_shown_again(document: Mapping[str, Any]) -> None:
@@ -45,6 +47,9 @@ def print_summary(folder: RunFolder, document: Mapping[str, Any]) -> None:
         f"  U {result['U']:.2f}: {settings['alpha']:g} x {result['predictability']:.3f} nat - "
         f"{result['inconsistent']} inconsistent pairs; {_counts(result)}"
     )
+    if "label_counts" in result and (table := confusion_of(read_run(folder.path))) is not None:
+        print("  labels of the search by gold label:")
+        print("\n".join(f"    {line}" for line in confusion_lines(table.table, table.names)))
     for change in result.get("changes_objective", []):
         print(f"  not the paper's objective: {change}")
     computed = cost["tokens_computed"]

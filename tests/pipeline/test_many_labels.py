@@ -269,7 +269,10 @@ async def test_reports_count_by_label_and_show_the_confusion(
     assert "swap" in findings["inverted"].told
     assert "AUC" not in findings["salience"].told
     print_summary(RunFolder(tmp_path / "run"), orjson.loads((tmp_path / "run/run.json").read_bytes()))
-    assert counts in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert counts in said
+    table_lines = said.partition("by gold label:\n")[2].splitlines()[:4]
+    assert [line.split()[0] for line in table_lines] == ["gold", *MOODS.names]
     watch = Watch(tmp_path / "run")
     assert watch.poll()
     assert any("the commonest label; iteration" in line for line in watch.lines(True))
