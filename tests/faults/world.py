@@ -265,7 +265,7 @@ class RealWorld(World):
         """Asked of the server itself, past proxy and caches."""
         asked = [Prompt((Segment("", prompt),)) for prompt in prompts]
         scores = asyncio.run(self._ask(lambda api: api.score(asked, self.labels)))
-        return [(logprobs.true, logprobs.false) for logprobs in scores.logprobs]
+        return [(float(true), float(false)) for false, true in scores.logprobs]
 
     async def _ask(self, question: Callable[[ModelAPI], Coroutine[Any, Any, T]]) -> T:
         async with ModelAPI(VLLMClient(self.url, self.model)) as api:
