@@ -125,16 +125,17 @@ def load_data_file(
     """The claims of a user's own file, read as `reading` says. on_bad_row as in claims_of."""
     reading = reading or Reading()
     rows = named_rows(path, reading)
-    compares = [not is_missing(row.fields.get("choice_2")) for row in rows]
-    comparison = 2 * sum(compares) > len(rows) or (2 * sum(compares) == len(rows) and compares[0])
+    told = [row for row in rows if row.fields]
+    compares = [not is_missing(row.fields.get("choice_2")) for row in told]
+    comparison = 2 * sum(compares) > len(told) or (2 * sum(compares) == len(told) and compares[0])
+    typical = told[compares.index(comparison)].fields
     if any(each != comparison for each in compares):
         is_one, others = ("a single claim", "comparisons") if comparison else ("a comparison", "single claims")
         bad = f"is {is_one} (by its choice_2), and most rows, or the first of as many, are {others}"
         rows = [
-            row if each == comparison or row.bad else replace(row, bad=bad)
-            for row, each in zip(rows, compares, strict=True)
+            row if row.bad or is_missing(row.fields.get("choice_2")) != comparison else replace(row, bad=bad)
+            for row in rows
         ]
-    typical = rows[compares.index(comparison)].fields
     testbed = custom_testbed(typical, _grouped_by(rows, path, reading))
     _check_columns(testbed, rows, path)
     return testbed, _claims_of(testbed, rows, path, on_bad_row), path
@@ -165,6 +166,9 @@ def _check_columns(testbed: Testbed, rows: Sequence[Row], path: Path) -> None:
     has = list(dict.fromkeys(name for row in rows for name in row.fields))
     lacking = [column for column in testbed.columns if column not in has]
     if lacking:
+        untold = next((row for row in rows if not row.fields and row.bad is not None), None)
+        if untold is not None:
+            raise BadInput(f"{path}:{untold.line}: {untold.bad}")
         several = "s" if len(lacking) > 1 else ""
         raise BadInput(
             f"{path}: lacks the column{several} {', '.join(lacking)}; it has {listed(has)}. "
@@ -325,8 +329,13 @@ def _side(text: str) -> str:
 
 
 def _without_lost(claims: Sequence[Claim], lost: Sequence[Row], grouped_by: GroupedBy) -> list[Claim]:
-    """Of a group that has lost a row, which may have been the true one, only "at most one" is still known."""
-    if grouped_by == "question":
+    """Of a group that has lost a row, which may have been the true one, only "at most one" is still known.
+
+    A row whose cells cannot be told may have been of any group.
+    """
+    if any(not row.fields for row in lost):
+        groups = {claim.group for claim in claims}
+    elif grouped_by == "question":
         questions = {str(row.fields.get("question")).strip() for row in lost}
         groups = {claim.group for claim in claims if claim.question.strip() in questions}
     else:
@@ -345,7 +354,7 @@ def _check_partly(testbed: Testbed, rows: Sequence[Row], path: Path) -> None:
             raise BadInput(
                 f"{path}: lacks the column {column}, which says what the claims of a group are to each other"
             )
-        without = [row.line for row in rows if is_missing(row.fields.get(column))]
+        without = [row.line for row in rows if row.fields and is_missing(row.fields.get(column))]
         if without:
             log.warning(
                 "%s:%d: has nothing in %s (%d such rows): a claim that is in no relation to others by it",

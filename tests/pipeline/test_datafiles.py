@@ -387,6 +387,66 @@ def test_files_that_would_be_read_wrongly_are_refused(
     assert "\n" not in str(caught.value)
 
 
+SWALLOWED = 'Is 4 even?,yes,1\n"Is 5 even?,no,1\nIs 6 even?,yes,1\nIs 7 even?",no,1\nIs 8 even?,yes,1\n'
+
+
+@pytest.mark.parametrize(
+    ("header", "rows"),
+    [
+        ("question,choice,label", SWALLOWED),
+        ("question;choice;label", SWALLOWED.replace(",", ";")),
+        ("question, choice, label", SWALLOWED.replace(",", ", ")),
+        ("question,choice", SWALLOWED.replace(",1\n", "\n")),
+        ("label,choice,question", '1,yes,q\n1,yes,"Is 5 even?\n1,yes,Is 6 even?"\n'.replace("q", "Is 4 even?", 1)),
+        ("question,choice,label", 'q,yes,1\nr,"yes,1\ns,no",1\nt,yes,1\n'),
+    ],
+)
+def test_rows_that_a_missing_quote_swallowed_are_refused_or_left_out(tmp_path: Path, header: str, rows: str) -> None:
+    path = written(tmp_path, "d.csv", f"{header}\n{rows}")
+    with pytest.raises(BadInput, match=r"d\.csv:3: the quote that opens before .* the quote that should close it is m"):
+        load_data_file(path)
+    left_out: list[str] = []
+    claims = load_data_file(path, on_bad_row=left_out.append)[1]
+    assert len(left_out) == 1
+    assert [claim.row for claim in claims] == [0, *range(2, 1 + len(claims))]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "First, 2 + 3 = 5.\nThen, 5 + 1 = 6.",
+        "Hello,friend\nGood,bye",
+        "f(a,b)\nreturn a",
+        "one\ntwo\nthree",
+        "a,b,c\nd,e,f",
+        "x,\ny,z",
+    ],
+)
+def test_texts_of_several_lines_with_commas_are_read(tmp_path: Path, text: str) -> None:
+    path = written(tmp_path, "d.csv", f'question,choice,label\nq,"{text}",1\n"{text}",a,0\nr,b,1\n')
+    claims = load_data_file(path)[1]
+    assert (claims[0].choice, claims[1].question) == (text, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ('q,a,1\nq,"b,0\nr,c,1\nr,d,0\n', "d.csv:3: is not valid CSV (the quote that opens here is never closed)"),
+        ('q,"a\nb",1\n"r ""x""\ny",c,"1\ns,d,0', "d.csv:5: is not valid CSV (the quote that opens here is never"),
+        (
+            'q,"a,1\nr,b,1\ns,"c",0\n',
+            "d.csv:4: is not valid CSV (',' expected after '\"'; the quote before it opens on ",
+        ),
+    ],
+)
+def test_a_quote_that_is_never_closed_is_told_by_the_line_where_it_opens(
+    tmp_path: Path, text: str, complaint: str
+) -> None:
+    with pytest.raises(BadInput) as caught:
+        load_data_file(written(tmp_path, "d.csv", "question,choice,label\n" + text))
+    assert complaint in str(caught.value)
+
+
 def test_a_small_file_that_unpacks_to_a_gigabyte_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("src.pipeline.file_kinds.MAX_BYTES", 1000)
     (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(b" " * 100_000, mtime=0))
@@ -628,6 +688,14 @@ def test_of_a_group_that_lost_a_row_at_most_one_is_true(tmp_path: Path) -> None:
         ((0, 1), Relation.AT_MOST_ONE),
         ((2, 3), Relation.EXACTLY_ONE),
     ]
+
+
+def test_a_row_that_cannot_be_told_may_have_been_the_true_one_of_every_group(tmp_path: Path) -> None:
+    rows = ["q,a,g,exactly one", "q,b,g,exactly one", '"s,d,h,none', 't",e,h,none', "u,f,h,none"]
+    path = written(tmp_path, "d.csv", "question,choice,consistency_id,consistency_relation\n" + "\n".join(rows))
+    testbed, claims, _ = load_data_file(path, on_bad_row=[].append)
+    constraints = testbed.consistency(claims, "gold-free").constraints
+    assert [(c.claims, c.relation) for c in constraints] == [((0, 1), Relation.AT_MOST_ONE)]
 
 
 @pytest.mark.parametrize(
