@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Final, Literal
@@ -13,6 +14,12 @@ GroupedBy = Literal["consistency_id", "question", "none"]
 
 OURS: Final = ("question", "choice", "choice_2", "answer", "label", "consistency_id", "consistency_relation")
 """Every column that is read. Others are carried along unread."""
+
+
+OPTIONAL: Final = OURS[2:]
+"""Those that a claim can be without, so that nothing is missed where a name is nearly right."""
+LIKE_GOLD: Final = frozenset(("gold", "correct", "truth", "target", "labels", "label"))
+"""Words of a column's name by which it looks like gold labels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +132,24 @@ def nearest(name: str, columns: Iterable[str]) -> str:
     found = list(columns)
     close = get_close_matches(name, found, n=1, cutoff=0.6)
     return f"; did you mean {shown(close[0])}?" if close else f"; there are: {listed(found)}"
+
+
+def near_misses(columns: Sequence[str], read: Collection[str], has_gold: bool) -> dict[str, str]:
+    """Columns that are not read and look like one that is not there: its name, by theirs.
+
+    columns: under our names. read: what is read of them. has_gold: whether gold labels were found, wherever they stand.
+    """
+    missing = [name for name in OPTIONAL if name not in columns and not (has_gold and name == "label")]
+    found: dict[str, str] = {}
+    for name in columns:
+        if name in read:
+            continue
+        close = get_close_matches(fold(name), missing, n=1, cutoff=0.8)
+        if "label" in missing and not LIKE_GOLD.isdisjoint(re.split(r"[^a-z0-9]+", fold(name))):
+            close = ["label"]
+        if close and close[0] not in found.values():
+            found[name] = close[0]
+    return found
 
 
 def _check_ours(flag: str, name: str) -> None:

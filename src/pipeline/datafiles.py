@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from core.llm_api.labels import TRUE_FALSE, LabelSpace
-from src.icm.columns import Reading, as_written
+from src.icm.columns import OURS, Reading, as_written, near_misses
 from src.icm.consistency import Relation
 from src.icm.testbeds import (
     TESTBEDS,
@@ -102,7 +102,9 @@ def load_testbed_file(
         grouped_by = "none"
     testbed = replace(testbed, grouped_by=grouped_by)
     _check_columns(testbed, rows, path)
-    return testbed, _claims_of(testbed, rows, path, on_bad_row), path
+    claims = _claims_of(testbed, rows, path, on_bad_row)
+    _tell_near_misses(testbed, testbed.reading, rows, claims, path)
+    return testbed, claims, path
 
 
 def data_path(testbed: Testbed, file: Path, data_dir: Path) -> Path:
@@ -138,7 +140,9 @@ def load_data_file(
         ]
     testbed = custom_testbed(typical, _grouped_by(rows, path, reading))
     _check_columns(testbed, rows, path)
-    return testbed, _claims_of(testbed, rows, path, on_bad_row), path
+    claims = _claims_of(testbed, rows, path, on_bad_row)
+    _tell_near_misses(testbed, reading, rows, claims, path)
+    return testbed, claims, path
 
 
 def _named(rows: Sequence[Row], path: Path, reading: Reading) -> list[Row]:
@@ -194,6 +198,21 @@ def _tell_unused(
         }
         for value in meanings.keys() - present:
             log.warning("%s: %s: no row has %r there", path, reading.says("map", column), value)
+
+
+def _tell_near_misses(
+    testbed: Testbed, reading: Reading, rows: Sequence[Row], claims: Sequence[Claim], path: Path
+) -> None:
+    """Warn of columns that are not read and were perhaps meant to be: what they say would be lost in silence."""
+    columns = list(dict.fromkeys(name for row in rows for name in row.fields))
+    has_gold = any(claim.gold is not None for claim in claims)
+    near = near_misses(columns, {*OURS, *testbed.columns}, has_gold)
+    if near:
+        pairs = ",".join(f"{ours}={theirs}" for theirs, ours in near.items())
+        log.warning(
+            "%s: columns not read: %s; did you mean %s? Then say %s",
+            *(path, ", ".join(near), ", ".join(near.values()), reading.says("columns", pairs)),
+        )
 
 
 def _with_lists(rows: Sequence[Row], path: Path) -> list[Row]:

@@ -549,6 +549,35 @@ def test_a_value_that_is_mapped_and_never_there_is_told(tmp_path: Path, caplog: 
     assert warning == f"{path}: --map label: no row has 'noo' there"
 
 
+@pytest.mark.parametrize(
+    ("header", "told"),
+    [
+        ("question,choice,labels", "columns not read: labels; did you mean label? Then say --columns label=labels"),
+        ("question,choice,correct", "columns not read: correct; did you mean label? Then say --columns label=correct"),
+        ("question,choice,Gold_Label", "Gold_Label; did you mean label? Then say --columns label=Gold_Label"),
+        ("question,choice,answers", "columns not read: answers; did you mean answer?"),
+        ("question,choice,consistency", "did you mean consistency_id? Then say --columns consistency_id=consistency"),
+        ("question,choice,source", None),
+        ("question,choice,labelled_by", None),
+    ],
+)
+def test_a_column_that_is_nearly_one_of_ours_is_told(
+    tmp_path: Path, header: str, told: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    load_data_file(written(tmp_path, "d.csv", f"{header}\nq,a,1\nr,b,0\n"))
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == (told is not None)
+    assert told is None or told in warnings[0]
+
+
+def test_a_column_like_gold_labels_is_not_told_where_there_are_some(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    load_data_file(written(tmp_path, "d.csv", "question,choice,label,correct\nq,a,1,x\nr,b,0,y\n"))
+    load_data_file(written(tmp_path, "d.jsonl", '{"question": "q", "choice": ["a", "b"], "answer": "A", "gold": 1}'))
+    assert not caplog.records
+
+
 def test_options_become_claims_of_which_exactly_one_is_true(tmp_path: Path) -> None:
     rows = [
         {"question": "Is 4 even?", "choice": ["Yes", "No"], "label": 0},
