@@ -161,6 +161,12 @@ def _named(rows: Sequence[Row], path: Path, reading: Reading) -> list[Row]:
         reading.check(list(dict.fromkeys(name for columns in names for name in columns)))
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from None
+    if any(map(reading.finds_labels_of_a_run, names)):
+        log.warning(
+            "%s: holds a run's labels (columns label, gold, by): gold labels are read from gold; to read those of the "
+            "run as gold, say %s",
+            *(path, reading.says("columns", "label=label")),
+        )
     _tell_unused(rows, names, path, reading)
     return _with_lists(found, path) if is_csv(path) else found
 

@@ -578,6 +578,23 @@ def test_a_column_like_gold_labels_is_not_told_where_there_are_some(
     assert not caplog.records
 
 
+def test_gold_labels_of_a_run_s_labels_are_its_gold_labels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [
+        {"question": "q", "choice": "a", "label": False, "gold": True, "by": "icm", "row": 0},
+        {"question": "r", "choice": "b", "label": True, "gold": None, "by": "predicted", "row": 1},
+        {"question": "s", "choice": "c", "label": True, "gold": False, "by": "icm", "row": 2},
+    ]
+    path = written(tmp_path, "labels.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    assert [claim.gold for claim in load_data_file(path)[1]] == [True, None, False]
+    [warning] = [record.getMessage() for record in caplog.records]
+    assert "gold labels are read from gold" in warning
+    assert "say --columns label=label" in warning
+    caplog.clear()
+    found = load_data_file(path, Reading(columns={"label": "label"}))[1]
+    assert [claim.gold for claim in found] == [False, True, True]
+    assert not [record for record in caplog.records if "gold labels" in record.getMessage()]
+
+
 def test_options_become_claims_of_which_exactly_one_is_true(tmp_path: Path) -> None:
     rows = [
         {"question": "Is 4 even?", "choice": ["Yes", "No"], "label": 0},
