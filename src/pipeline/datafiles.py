@@ -61,7 +61,8 @@ def claims_of(
     on_bad_row: told of every row that is left out because it is unusable; without it the first one is a BadInput with
     file and line.
     """
-    return _claims_of(testbed, _named(rows, path, reading or Reading()), path, on_bad_row)
+    reading = reading or Reading()
+    return _claims_of(testbed, _named(rows, path, reading), path, reading, on_bad_row)
 
 
 def named_rows(path: Path, reading: Reading) -> list[Row]:
@@ -102,7 +103,7 @@ def load_testbed_file(
         grouped_by = "none"
     testbed = replace(testbed, grouped_by=grouped_by)
     _check_columns(testbed, rows, path)
-    claims = _claims_of(testbed, rows, path, on_bad_row)
+    claims = _claims_of(testbed, rows, path, testbed.reading, on_bad_row)
     _tell_near_misses(testbed, testbed.reading, rows, claims, path)
     return testbed, claims, path
 
@@ -140,7 +141,7 @@ def load_data_file(
         ]
     testbed = custom_testbed(typical, _grouped_by(rows, path, reading))
     _check_columns(testbed, rows, path)
-    claims = _claims_of(testbed, rows, path, on_bad_row)
+    claims = _claims_of(testbed, rows, path, reading, on_bad_row)
     _tell_near_misses(testbed, reading, rows, claims, path)
     return testbed, claims, path
 
@@ -156,7 +157,9 @@ def _named(rows: Sequence[Row], path: Path, reading: Reading) -> list[Row]:
                 names[columns] = reading.names(columns)
             except BadInput as error:
                 raise BadInput(f"{path}:{row.line}: {error}") from None
-        found.append(replace(row, fields=reading.row(row.fields, names[columns])))
+        fields = reading.row(row.fields, names[columns])
+        label = next((row.fields[theirs] for theirs, ours in names[columns].items() if ours == "label"), None)
+        found.append(replace(row, fields=fields, written=None if label is fields.get("label") else label))
     try:
         reading.check(list(dict.fromkeys(name for columns in names for name in columns)))
     except BadInput as error:
@@ -270,7 +273,9 @@ def _grouped_by(rows: Sequence[Row], path: Path, reading: Reading) -> GroupedBy:
     return wanted
 
 
-def _claims_of(testbed: Testbed, rows: Sequence[Row], path: Path, on_bad_row: OnBadRow | None) -> list[Claim]:
+def _claims_of(
+    testbed: Testbed, rows: Sequence[Row], path: Path, reading: Reading, on_bad_row: OnBadRow | None
+) -> list[Claim]:
     claims: list[Claim] = []
     bad: list[tuple[int, str]] = []
     number, meant = 0, ""
@@ -282,8 +287,10 @@ def _claims_of(testbed: Testbed, rows: Sequence[Row], path: Path, on_bad_row: On
         except BadInput as error:
             place = f"{path}:{row.line}:" if row.bad is not None else f"{path}:{row.line}: row {index}"
             complaint = f"{place} {error}"
+            if isinstance(error, BadLabel) and row.written is not None:
+                complaint += f" ({reading.says('map', 'label')} makes it of {shown(row.written)})"
             if isinstance(error, BadLabel) and not meant:
-                meant = _meant([each.fields.get("label") for each in rows], testbed)
+                meant = _meant(rows, testbed, reading)
                 complaint += meant
             if on_bad_row is None:
                 raise BadInput(complaint) from None
@@ -310,29 +317,38 @@ def _claims_of(testbed: Testbed, rows: Sequence[Row], path: Path, on_bad_row: On
     return claims
 
 
-def _meant(column: Iterable[object], testbed: Testbed) -> str:
-    """What a column of labels holds, and how to say what its values mean; nothing where it holds lists."""
+def _meant(rows: Iterable[Row], testbed: Testbed, reading: Reading) -> str:
+    """What the file's column of labels holds, and how to say what its values mean; nothing where it holds lists."""
+    column = (row.fields.get("label") if row.written is None else row.written for row in rows)
     counts = Counter(text for each in column if (text := _plain(each)) is not None)
     if not counts:
         return ""
+    given = reading.values.get("label", {})
     told = ", ".join(f"{shown(text)} ({count})" for text, count in counts.most_common(3))
+    said = f". The column's commonest values: {told}"
+    unknown = [
+        text for text, _ in counts.most_common() if not _is_label(given.get(as_written(text), text), testbed.space)
+    ]
+    if not unknown:  # the label is a list with something else in it
+        return said
     if testbed.digest:
-        first = next(text for text, _ in counts.most_common() if not _is_label(text, testbed.space))
         names = testbed.space.names
         return (
-            f". The column's commonest values: {told}; say in the testbed file which label each means, as in "
-            f"map: {{label: {{{shown(first)}: {shown(names[-1])}}}}} (there are: {', '.join(names)})"
+            f"{said}; say in the testbed file which label each means, as in "
+            f"map: {{label: {{{shown(unknown[0])}: {shown(names[-1])}}}}} (there are: {', '.join(names)})"
         )
-    unknown = [text for text, _ in counts.most_common() if not _is_label(text)][:2]
+    unknown = unknown[:2]
     if any(set(",:") & set(text) or not text.isprintable() or len(text) > LONGEST_WORD for text in unknown):
-        return f". The column's commonest values: {told}"
+        return said
     sides = [_side(text) for text in unknown]
     sure = all(sides) and len(set(sides)) == len(sides)
     if not sure:
         sides = ["false", "true"] if sides[0] == "false" or sides[1:] == ["true"] else ["true", "false"]
     other = "" if sure else ", or the other way round"
-    flag = shlex.quote(f"label={','.join(map(':'.join, zip(unknown, sides, strict=False)))}")
-    return f". The column's commonest values: {told}; say what they mean, as by --map {flag}{other}"
+    kept = [(theirs, ours) for theirs, ours in given.items() if _is_label(ours)]
+    pairs = [*kept, *zip(unknown, sides, strict=False)]
+    flag = shlex.quote(f"label={','.join(map(':'.join, pairs))}")
+    return f"{said}; say what they mean, as by --map {flag}{other}"
 
 
 def _plain(value: object) -> str | None:

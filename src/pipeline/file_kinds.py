@@ -40,11 +40,13 @@ class Row:
     """One record of a data file and the line it starts on (1-based; of a file without lines, its number).
 
     bad: why nothing can be made of it, where the reader sees that already; without fields, where it cannot tell them.
+    written: the label as the file has it, where --map gave it another value.
     """
 
     line: int
     fields: dict[str, Any]
     bad: str | None = None
+    written: object = None
 
 
 def read_rows(path: Path, also: Iterable[str] = ()) -> list[Row]:

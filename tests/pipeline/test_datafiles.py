@@ -542,6 +542,35 @@ def test_the_flag_that_a_refusal_shows_maps_the_labels(tmp_path: Path) -> None:
     assert [claim.gold for claim in claims] == [False, True, True]
 
 
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        (
+            "label=yes:maybe",
+            "has the label 'maybe', which is neither 0/1 nor true/false (--map label makes it of 'Yes')",
+        ),
+        ("label=yes:true", "has the label 'no', which is neither 0/1 nor true/false. The column's"),
+    ],
+)
+def test_after_a_map_a_refusal_shows_the_file_s_values_and_a_flag_that_works(
+    tmp_path: Path, given: str, complaint: str
+) -> None:
+    path = written(tmp_path, "d.csv", "question,choice,label\nq,a,Yes\nr,b,no\ns,c,Yes\n")
+    with pytest.raises(BadInput) as caught:
+        load_data_file(path, Reading(values=parse_values([given])))
+    assert complaint in str(caught.value)
+    assert "The column's commonest values: 'Yes' (2), 'no' (1)" in str(caught.value)
+    flag = str(caught.value).partition("--map label=")[2]
+    claims = load_data_file(path, Reading(values=parse_values([f"label={flag}"])))[1]
+    assert [claim.gold for claim in claims] == [True, False, True]
+
+
+def test_a_list_of_labels_with_another_word_in_it_is_refused_beside_labels_that_are_right(tmp_path: Path) -> None:
+    rows = [{"question": "q", "choice": "a", "label": 1}, {"question": "r", "choice": ["a", "b"], "label": ["x", 1]}]
+    with pytest.raises(BadInput, match=r"row 1 has the label 'x', .* The column's commonest values: '1' \(1\)$"):
+        load_data_file(written(tmp_path, "d.json", json.dumps(rows)))
+
+
 def test_a_value_that_is_mapped_and_never_there_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = written(tmp_path, "d.csv", "question,choice,label\nq,a,yes\n")
     load_data_file(path, Reading(values=parse_values(["label=yes:true,noo:false"])))
