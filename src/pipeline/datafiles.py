@@ -102,7 +102,7 @@ def load_testbed_file(
             raise BadInput(f"{file}: groups: question, and the template shows no {{question}}")
         grouped_by = "none"
     testbed = replace(testbed, grouped_by=grouped_by)
-    _check_columns(testbed, rows, path)
+    _check_columns(testbed, testbed.reading, rows, path)
     claims = _claims_of(testbed, rows, path, testbed.reading, on_bad_row)
     _tell_near_misses(testbed, testbed.reading, rows, claims, path)
     return testbed, claims, path
@@ -140,7 +140,7 @@ def load_data_file(
             for row in rows
         ]
     testbed = custom_testbed(typical, _grouped_by(rows, path, reading))
-    _check_columns(testbed, rows, path)
+    _check_columns(testbed, reading, rows, path)
     claims = _claims_of(testbed, rows, path, reading, on_bad_row)
     _tell_near_misses(testbed, reading, rows, claims, path)
     return testbed, claims, path
@@ -174,7 +174,7 @@ def _named(rows: Sequence[Row], path: Path, reading: Reading) -> list[Row]:
     return _with_lists(found, path) if is_csv(path) else found
 
 
-def _check_columns(testbed: Testbed, rows: Sequence[Row], path: Path) -> None:
+def _check_columns(testbed: Testbed, reading: Reading, rows: Sequence[Row], path: Path) -> None:
     """Raises BadInput where no row has a column that a claim needs."""
     has = list(dict.fromkeys(name for row in rows for name in row.fields))
     lacking = [column for column in testbed.columns if column not in has]
@@ -184,8 +184,9 @@ def _check_columns(testbed: Testbed, rows: Sequence[Row], path: Path) -> None:
             raise BadInput(f"{path}:{untold.line}: {untold.bad}")
         several = "s" if len(lacking) > 1 else ""
         raise BadInput(
-            f"{path}: lacks the column{several} {', '.join(lacking)}; it has {listed(has)}. "
-            f"Say which of them is meant {_how_to_say(testbed.reading, lacking)}"
+            f"{path}: lacks the column{several} {', '.join(lacking)}; it has "
+            f"{listed([reading.columns.get(column, column) for column in has])}. "
+            f"Say which of them is meant {_how_to_say(reading, lacking)}"
         )
 
 

@@ -504,6 +504,8 @@ def test_a_column_that_is_not_there_is_told_with_those_that_are(tmp_path: Path) 
         f"{path}: lacks the columns question, choice; it has 'id', 'prompt', 'response'. "
         "Say which of them is meant by --columns question=THEIRS,choice=THEIRS"
     )
+    with pytest.raises(BadInput, match="lacks the column choice; it has 'prompt', 'id', 'response'"):
+        load_data_file(path, Reading(columns={"question": "prompt"}))
     lines = written(tmp_path, "d.jsonl", '{"question": "q", "choice": "a"}\n{"question": "q", "chioce": "b"}\n')
     with pytest.raises(BadInput, match=r"d\.jsonl:2: row 1 lacks the column choice \(it has 'question', 'chioce'\)"):
         load_data_file(lines)
