@@ -39,8 +39,11 @@ log = logging.getLogger(__name__)
 OnBadRow = Callable[[str], None]
 """Told why a row is left out."""
 
-ALL_ONE_QUESTION: Final = 26
-"""Claims of one question from which it looks like an instruction that stands in every row; letters name this many."""
+ALL_ONE_QUESTION: Final = 5
+"""Rows of one question, and of no other, from more of which on it looks like an instruction that stands in every row.
+
+Multiple-choice questions seldom have more options.
+"""
 
 LONGEST_WORD: Final = 40
 """Characters of a label that a refusal still shows how to map."""
@@ -434,9 +437,10 @@ def _tell_odd_claims(testbed: Testbed, claims: Sequence[Claim], rows: Sequence[R
             "wrong",
             *(path, rows[broken[0][0].of_row].line, len(broken)),
         )
-    if testbed.grouped_by == "question" and len(claims) > ALL_ONE_QUESTION and len({c.group for c in claims}) == 1:
+    used = len({claim.of_row for claim in claims})
+    if testbed.grouped_by == "question" and used > ALL_ONE_QUESTION and len({c.group for c in claims}) == 1:
         log.warning(
             "%s: all %d rows have one question, which makes them one group; if it is an instruction and no question, "
             "use --group_by none",
-            *(path, len(rows)),
+            *(path, used),
         )

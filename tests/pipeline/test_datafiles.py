@@ -744,6 +744,21 @@ def test_one_question_in_every_row_looks_like_an_instruction(tmp_path: Path, cap
     assert "--group_by none" in warning
 
 
+@pytest.mark.parametrize(("count", "told"), [(5, False), (6, True), (26, True)])
+def test_one_question_in_more_than_five_rows_is_told(
+    tmp_path: Path, count: int, told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = "".join(f"Is this review positive?,review {n}\n" for n in range(count))
+    load_data_file(written(tmp_path, "d.csv", "question,choice\n" + rows))
+    assert [f"all {count} rows have one question" in record.getMessage() for record in caplog.records] == [True] * told
+
+
+def test_many_options_of_one_row_are_no_instruction(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    row = {"question": "q", "choice": [f"option {n}" for n in range(30)]}
+    load_data_file(written(tmp_path, "d.jsonl", json.dumps(row)))
+    assert not caplog.records
+
+
 def test_a_column_says_that_exactly_one_of_a_group_is_true(tmp_path: Path) -> None:
     rows = [f"q,a{n},g,exactly one" for n in range(4)] + ["r,b,h,", "r,c,h,", "s,d,i,agree", "s,e,i,agree"]
     path = written(tmp_path, "d.csv", "question,choice,consistency_id,consistency_relation\n" + "\n".join(rows))
