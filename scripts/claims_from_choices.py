@@ -162,6 +162,8 @@ def _items(args: argparse.Namespace) -> list[Item]:
     form = FORMS[args.form] if args.form else own_form(args.question, args.choices, args.answer)
     items = []
     for row in read_rows(args.file):
+        if row.bad is not None:
+            raise BadInput(f"{args.file}:{row.line}: {row.bad}")
         try:
             items.append(form(row.fields))
         except KeyError as error:

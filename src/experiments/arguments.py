@@ -6,7 +6,7 @@ import argparse
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn, get_args
+from typing import Any, NoReturn, get_args
 
 from core.settings import REPO_ROOT
 from src.experiments.contradictions import contradicted, told
@@ -160,16 +160,32 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+class _AddedUp(argparse.Action):
+    """A flag that is given twice says both."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        before = getattr(namespace, self.dest)
+        if isinstance(before, str):
+            values = f"{before},{values}"
+        elif isinstance(before, list):
+            values = [*before, *values]
+        setattr(namespace, self.dest, values)
+
+
 def add_reading_arguments(data: Arguments) -> None:
     """How a data file is to be read."""
     data.add_argument(
         "--columns",
+        action=_AddedUp,
         metavar="OURS=THEIRS,...",
         help="of --data: which of its columns is which, as in question=prompt,choice=answer",
     )
     data.add_argument(
         "--map",
         nargs="+",
+        action=_AddedUp,
         metavar="COLUMN=THEIRS:OURS,...",
         help="of --data: what its values mean, as in label=yes:true,no:false",
     )
@@ -182,7 +198,8 @@ def add_reading_arguments(data: Arguments) -> None:
     data.add_argument(
         "--skip_bad_rows",
         action="store_true",
-        help="leave out rows that cannot be used (nothing in a column, a label that is none) and say how many they are",
+        help="leave out rows that cannot be used (nothing in a column, a label that cannot be read, a line of JSON "
+        "lines that is no JSON, a CSV row with too many or too few cells) and say how many they are",
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Final, Literal
@@ -13,6 +14,14 @@ GroupedBy = Literal["consistency_id", "question", "none"]
 
 OURS: Final = ("question", "choice", "choice_2", "answer", "label", "consistency_id", "consistency_relation")
 """Every column that is read. Others are carried along unread."""
+
+
+OPTIONAL: Final = OURS[2:]
+"""Those that a claim can be without, so that nothing is missed where a name is nearly right."""
+LABELS_OF_A_RUN: Final = frozenset(("label", "gold", "by"))
+"""Columns by which labels.jsonl and its exports are known."""
+LIKE_GOLD: Final = frozenset(("gold", "correct", "truth", "target", "labels", "label"))
+"""Words of a column's name by which it looks like gold labels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +46,14 @@ class Reading:
     def names(self, columns: Sequence[str]) -> dict[str, str]:
         """What each of a row's columns is called from here on; one whose place another column takes is left out.
 
-        Case and space around a name do not count. Raises BadInput where two columns are one by that.
+        Case and space around a name do not count. Of a file that a run's labels were written to, `gold` is the gold
+        label, and `label`, what the run found, is not read. Raises BadInput where two columns are one by that.
         """
         named: dict[str, str] = {}
-        for ours, theirs in self.columns.items():
+        given = self.columns
+        if self.finds_labels_of_a_run(columns):
+            given = {**given, "label": next(name for name in columns if fold(name) == "gold")}
+        for ours, theirs in given.items():
             found = [theirs] if theirs in columns else [name for name in columns if fold(name) == fold(theirs)]
             if len(found) > 1:
                 said = self.says("columns", f"{ours}={theirs}")
@@ -48,13 +61,17 @@ class Reading:
             named |= dict.fromkeys(found, ours)
         for name in columns:
             ours = fold(name)
-            if name in named or ours in self.columns:
+            if name in named or ours in given:
                 continue
             if ours in OURS and ours in named.values():
                 other = next(each for each, taken in named.items() if taken == ours)
                 raise BadInput(f"has the columns {other!r} and {name!r}, which are both {ours}")
             named[name] = ours if ours in OURS else name
         return named
+
+    def finds_labels_of_a_run(self, columns: Iterable[str]) -> bool:
+        """Whether these are columns of a run's labels, and nothing is said of which of them is the gold label."""
+        return "label" not in self.columns and {fold(name) for name in columns} >= LABELS_OF_A_RUN
 
     def row(self, fields: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
         """A row under our names, its values as ours. names: of its columns, from `names`."""
@@ -125,6 +142,24 @@ def nearest(name: str, columns: Iterable[str]) -> str:
     found = list(columns)
     close = get_close_matches(name, found, n=1, cutoff=0.6)
     return f"; did you mean {shown(close[0])}?" if close else f"; there are: {listed(found)}"
+
+
+def near_misses(columns: Sequence[str], read: Collection[str], has_gold: bool) -> dict[str, str]:
+    """Columns that are not read and look like one that is not there: its name, by theirs.
+
+    columns: under our names. read: what is read of them. has_gold: whether gold labels were found, wherever they stand.
+    """
+    missing = [name for name in OPTIONAL if name not in columns and not (has_gold and name == "label")]
+    found: dict[str, str] = {}
+    for name in columns:
+        if name in read:
+            continue
+        close = get_close_matches(fold(name), missing, n=1, cutoff=0.8)
+        if "label" in missing and not LIKE_GOLD.isdisjoint(re.split(r"[^a-z0-9]+", fold(name))):
+            close = ["label"]
+        if close and close[0] not in found.values():
+            found[name] = close[0]
+    return found
 
 
 def _check_ours(flag: str, name: str) -> None:

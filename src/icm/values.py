@@ -33,7 +33,10 @@ class BadInput(Exception):
 
 
 class BadLabel(BadInput):
-    """A gold label that is none. value: as the file has it. names: of the labels, where they are not true and false."""
+    """A gold label that cannot be read.
+
+    value: as it was read. names: of the labels, where they are not true and false.
+    """
 
     def __init__(self, value: object, names: Sequence[str] = ()) -> None:
         told = f"none of {', '.join(names)}" if names else "neither 0/1 nor true/false"

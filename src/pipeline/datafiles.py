@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from core.llm_api.labels import TRUE_FALSE, LabelSpace
-from src.icm.columns import Reading, as_written
+from src.icm.columns import OURS, Reading, as_written, near_misses
 from src.icm.consistency import Relation
 from src.icm.testbeds import (
     TESTBEDS,
@@ -39,8 +39,11 @@ log = logging.getLogger(__name__)
 OnBadRow = Callable[[str], None]
 """Told why a row is left out."""
 
-ALL_ONE_QUESTION: Final = 26
-"""Claims of one question from which it looks like an instruction that stands in every row; letters name this many."""
+ALL_ONE_QUESTION: Final = 5
+"""Rows of one question, and of no other, from more of which on it looks like an instruction that stands in every row.
+
+Multiple-choice questions seldom have more options.
+"""
 
 LONGEST_WORD: Final = 40
 """Characters of a label that a refusal still shows how to map."""
@@ -61,7 +64,8 @@ def claims_of(
     on_bad_row: told of every row that is left out because it is unusable; without it the first one is a BadInput with
     file and line.
     """
-    return _claims_of(testbed, _named(rows, path, reading or Reading()), path, on_bad_row)
+    reading = reading or Reading()
+    return _claims_of(testbed, _named(rows, path, reading), path, reading, on_bad_row)
 
 
 def named_rows(path: Path, reading: Reading) -> list[Row]:
@@ -101,8 +105,10 @@ def load_testbed_file(
             raise BadInput(f"{file}: groups: question, and the template shows no {{question}}")
         grouped_by = "none"
     testbed = replace(testbed, grouped_by=grouped_by)
-    _check_columns(testbed, rows, path)
-    return testbed, _claims_of(testbed, rows, path, on_bad_row), path
+    _check_columns(testbed, testbed.reading, rows, path)
+    claims = _claims_of(testbed, rows, path, testbed.reading, on_bad_row)
+    _tell_near_misses(testbed, testbed.reading, rows, claims, path)
+    return testbed, claims, path
 
 
 def data_path(testbed: Testbed, file: Path, data_dir: Path) -> Path:
@@ -125,19 +131,22 @@ def load_data_file(
     """The claims of a user's own file, read as `reading` says. on_bad_row as in claims_of."""
     reading = reading or Reading()
     rows = named_rows(path, reading)
-    compares = [not is_missing(row.fields.get("choice_2")) for row in rows]
-    comparison = 2 * sum(compares) > len(rows) or (2 * sum(compares) == len(rows) and compares[0])
+    told = [row for row in rows if row.fields]
+    compares = [not is_missing(row.fields.get("choice_2")) for row in told]
+    comparison = 2 * sum(compares) > len(told) or (2 * sum(compares) == len(told) and compares[0])
+    typical = told[compares.index(comparison)].fields
     if any(each != comparison for each in compares):
         is_one, others = ("a single claim", "comparisons") if comparison else ("a comparison", "single claims")
         bad = f"is {is_one} (by its choice_2), and most rows, or the first of as many, are {others}"
         rows = [
-            row if each == comparison or row.bad else replace(row, bad=bad)
-            for row, each in zip(rows, compares, strict=True)
+            row if row.bad or is_missing(row.fields.get("choice_2")) != comparison else replace(row, bad=bad)
+            for row in rows
         ]
-    typical = rows[compares.index(comparison)].fields
     testbed = custom_testbed(typical, _grouped_by(rows, path, reading))
-    _check_columns(testbed, rows, path)
-    return testbed, _claims_of(testbed, rows, path, on_bad_row), path
+    _check_columns(testbed, reading, rows, path)
+    claims = _claims_of(testbed, rows, path, reading, on_bad_row)
+    _tell_near_misses(testbed, reading, rows, claims, path)
+    return testbed, claims, path
 
 
 def _named(rows: Sequence[Row], path: Path, reading: Reading) -> list[Row]:
@@ -151,24 +160,36 @@ def _named(rows: Sequence[Row], path: Path, reading: Reading) -> list[Row]:
                 names[columns] = reading.names(columns)
             except BadInput as error:
                 raise BadInput(f"{path}:{row.line}: {error}") from None
-        found.append(replace(row, fields=reading.row(row.fields, names[columns])))
+        fields = reading.row(row.fields, names[columns])
+        label = next((row.fields[theirs] for theirs, ours in names[columns].items() if ours == "label"), None)
+        found.append(replace(row, fields=fields, written=None if label is fields.get("label") else label))
     try:
         reading.check(list(dict.fromkeys(name for columns in names for name in columns)))
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from None
+    if any(map(reading.finds_labels_of_a_run, names)):
+        log.warning(
+            "%s: holds a run's labels (columns label, gold, by): gold labels are read from gold; to read those of the "
+            "run as gold, say %s",
+            *(path, reading.says("columns", "label=label")),
+        )
     _tell_unused(rows, names, path, reading)
     return _with_lists(found, path) if is_csv(path) else found
 
 
-def _check_columns(testbed: Testbed, rows: Sequence[Row], path: Path) -> None:
+def _check_columns(testbed: Testbed, reading: Reading, rows: Sequence[Row], path: Path) -> None:
     """Raises BadInput where no row has a column that a claim needs."""
     has = list(dict.fromkeys(name for row in rows for name in row.fields))
     lacking = [column for column in testbed.columns if column not in has]
     if lacking:
+        untold = next((row for row in rows if not row.fields and row.bad is not None), None)
+        if untold is not None:
+            raise BadInput(f"{path}:{untold.line}: {untold.bad}")
         several = "s" if len(lacking) > 1 else ""
         raise BadInput(
-            f"{path}: lacks the column{several} {', '.join(lacking)}; it has {listed(has)}. "
-            f"Say which of them is meant {_how_to_say(testbed.reading, lacking)}"
+            f"{path}: lacks the column{several} {', '.join(lacking)}; it has "
+            f"{listed([reading.columns.get(column, column) for column in has])}. "
+            f"Say which of them is meant {_how_to_say(reading, lacking)}"
         )
 
 
@@ -190,6 +211,21 @@ def _tell_unused(
         }
         for value in meanings.keys() - present:
             log.warning("%s: %s: no row has %r there", path, reading.says("map", column), value)
+
+
+def _tell_near_misses(
+    testbed: Testbed, reading: Reading, rows: Sequence[Row], claims: Sequence[Claim], path: Path
+) -> None:
+    """Warn of columns that are not read and were perhaps meant to be: what they say would be lost in silence."""
+    columns = list(dict.fromkeys(name for row in rows for name in row.fields))
+    has_gold = any(claim.gold is not None for claim in claims)
+    near = near_misses(columns, {*OURS, *testbed.columns}, has_gold)
+    if near:
+        pairs = ",".join(f"{ours}={theirs}" for theirs, ours in near.items())
+        log.warning(
+            "%s: columns not read: %s; did you mean %s? Then say %s",
+            *(path, ", ".join(near), ", ".join(near.values()), reading.says("columns", pairs)),
+        )
 
 
 def _with_lists(rows: Sequence[Row], path: Path) -> list[Row]:
@@ -241,7 +277,9 @@ def _grouped_by(rows: Sequence[Row], path: Path, reading: Reading) -> GroupedBy:
     return wanted
 
 
-def _claims_of(testbed: Testbed, rows: Sequence[Row], path: Path, on_bad_row: OnBadRow | None) -> list[Claim]:
+def _claims_of(
+    testbed: Testbed, rows: Sequence[Row], path: Path, reading: Reading, on_bad_row: OnBadRow | None
+) -> list[Claim]:
     claims: list[Claim] = []
     bad: list[tuple[int, str]] = []
     number, meant = 0, ""
@@ -253,8 +291,10 @@ def _claims_of(testbed: Testbed, rows: Sequence[Row], path: Path, on_bad_row: On
         except BadInput as error:
             place = f"{path}:{row.line}:" if row.bad is not None else f"{path}:{row.line}: row {index}"
             complaint = f"{place} {error}"
+            if isinstance(error, BadLabel) and row.written is not None:
+                complaint += f" ({reading.says('map', 'label')} makes it of {shown(row.written)})"
             if isinstance(error, BadLabel) and not meant:
-                meant = _meant([each.fields.get("label") for each in rows], testbed)
+                meant = _meant(rows, testbed, reading)
                 complaint += meant
             if on_bad_row is None:
                 raise BadInput(complaint) from None
@@ -281,29 +321,38 @@ def _claims_of(testbed: Testbed, rows: Sequence[Row], path: Path, on_bad_row: On
     return claims
 
 
-def _meant(column: Iterable[object], testbed: Testbed) -> str:
-    """What a column of labels holds, and how to say what its values mean; nothing where it holds lists."""
+def _meant(rows: Iterable[Row], testbed: Testbed, reading: Reading) -> str:
+    """What the file's column of labels holds, and how to say what its values mean; nothing where it holds lists."""
+    column = (row.fields.get("label") if row.written is None else row.written for row in rows)
     counts = Counter(text for each in column if (text := _plain(each)) is not None)
     if not counts:
         return ""
+    given = reading.values.get("label", {})
     told = ", ".join(f"{shown(text)} ({count})" for text, count in counts.most_common(3))
+    said = f". The column's commonest values: {told}"
+    unknown = [
+        text for text, _ in counts.most_common() if not _is_label(given.get(as_written(text), text), testbed.space)
+    ]
+    if not unknown:  # the label is a list with something else in it
+        return said
     if testbed.digest:
-        first = next(text for text, _ in counts.most_common() if not _is_label(text, testbed.space))
         names = testbed.space.names
         return (
-            f". The column's commonest values: {told}; say in the testbed file which label each means, as in "
-            f"map: {{label: {{{shown(first)}: {shown(names[-1])}}}}} (there are: {', '.join(names)})"
+            f"{said}; say in the testbed file which label each means, as in "
+            f"map: {{label: {{{shown(unknown[0])}: {shown(names[-1])}}}}} (there are: {', '.join(names)})"
         )
-    unknown = [text for text, _ in counts.most_common() if not _is_label(text)][:2]
+    unknown = unknown[:2]
     if any(set(",:") & set(text) or not text.isprintable() or len(text) > LONGEST_WORD for text in unknown):
-        return f". The column's commonest values: {told}"
+        return said
     sides = [_side(text) for text in unknown]
     sure = all(sides) and len(set(sides)) == len(sides)
     if not sure:
         sides = ["false", "true"] if sides[0] == "false" or sides[1:] == ["true"] else ["true", "false"]
     other = "" if sure else ", or the other way round"
-    flag = shlex.quote(f"label={','.join(map(':'.join, zip(unknown, sides, strict=False)))}")
-    return f". The column's commonest values: {told}; say what they mean, as by --map {flag}{other}"
+    kept = [(theirs, ours) for theirs, ours in given.items() if _is_label(ours)]
+    pairs = [*kept, *zip(unknown, sides, strict=False)]
+    flag = shlex.quote(f"label={','.join(map(':'.join, pairs))}")
+    return f"{said}; say what they mean, as by --map {flag}{other}"
 
 
 def _plain(value: object) -> str | None:
@@ -325,8 +374,13 @@ def _side(text: str) -> str:
 
 
 def _without_lost(claims: Sequence[Claim], lost: Sequence[Row], grouped_by: GroupedBy) -> list[Claim]:
-    """Of a group that has lost a row, which may have been the true one, only "at most one" is still known."""
-    if grouped_by == "question":
+    """Of a group that has lost a row, which may have been the true one, only "at most one" is still known.
+
+    A row whose cells cannot be told may have been of any group.
+    """
+    if any(not row.fields for row in lost):
+        groups = {claim.group for claim in claims}
+    elif grouped_by == "question":
         questions = {str(row.fields.get("question")).strip() for row in lost}
         groups = {claim.group for claim in claims if claim.question.strip() in questions}
     else:
@@ -345,7 +399,7 @@ def _check_partly(testbed: Testbed, rows: Sequence[Row], path: Path) -> None:
             raise BadInput(
                 f"{path}: lacks the column {column}, which says what the claims of a group are to each other"
             )
-        without = [row.line for row in rows if is_missing(row.fields.get(column))]
+        without = [row.line for row in rows if row.fields and is_missing(row.fields.get(column))]
         if without:
             log.warning(
                 "%s:%d: has nothing in %s (%d such rows): a claim that is in no relation to others by it",
@@ -383,9 +437,10 @@ def _tell_odd_claims(testbed: Testbed, claims: Sequence[Claim], rows: Sequence[R
             "wrong",
             *(path, rows[broken[0][0].of_row].line, len(broken)),
         )
-    if testbed.grouped_by == "question" and len(claims) > ALL_ONE_QUESTION and len({c.group for c in claims}) == 1:
+    used = len({claim.of_row for claim in claims})
+    if testbed.grouped_by == "question" and used > ALL_ONE_QUESTION and len({c.group for c in claims}) == 1:
         log.warning(
             "%s: all %d rows have one question, which makes them one group; if it is an instruction and no question, "
             "use --group_by none",
-            *(path, len(rows)),
+            *(path, used),
         )

@@ -21,7 +21,7 @@ from typing import Any, Final
 
 from src.icm.columns import OURS, fold
 from src.icm.values import BadInput
-from src.pipeline import arrow_files
+from src.pipeline import arrow_files, csv_quotes
 
 MAX_BYTES: Final = 256 * 1024 * 1024
 KINDS: Final = ".json, .jsonl, .csv or .tsv (also .gz of these), .parquet, or a folder by save_to_disk"
@@ -39,12 +39,14 @@ PANDAS_NAN: Final = frozenset(("nan", "NaN", "<NA>"))
 class Row:
     """One record of a data file and the line it starts on (1-based; of a file without lines, its number).
 
-    bad: why nothing can be made of it, where the reader sees that already.
+    bad: why nothing can be made of it, where the reader sees that already; without fields, where it cannot tell them.
+    written: the label as the file has it, where --map gave it another value.
     """
 
     line: int
     fields: dict[str, Any]
     bad: str | None = None
+    written: object = None
 
 
 def read_rows(path: Path, also: Iterable[str] = ()) -> list[Row]:
@@ -64,6 +66,8 @@ def read_rows(path: Path, also: Iterable[str] = ()) -> list[Row]:
         raise BadInput(f"{path}: {why}")
     if not rows:
         raise BadInput(f"{path}: holds no rows")
+    if all(row.bad is not None and not row.fields for row in rows):
+        raise BadInput(f"{path}:{rows[0].line}: {rows[0].bad}")
     return rows
 
 
@@ -223,6 +227,7 @@ def _csv_rows(path: Path, text: str, known: set[str]) -> Iterator[Row]:
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=spaced, strict=True)
     header: list[str] = []
     line = 1
+    found: list[tuple[int, list[str]]] = []
     try:
         for cells in reader:
             if not header:
@@ -236,13 +241,24 @@ def _csv_rows(path: Path, text: str, known: set[str]) -> Iterator[Row]:
                     f"{SEPARATORS[separator]}"
                 )
             elif cells:
-                bad = None
-                if len(cells) < len(header):
-                    bad = f"has {len(cells)} fields, and the header {len(header)} (a line break without quotes?)"
-                yield Row(line, {name: _cell(cell) for name, cell in zip(header, cells, strict=False)}, bad)
+                found.append((line, cells))
             line = reader.line_num + 1
     except csv.Error as error:
-        raise BadInput(f"{path}:{reader.line_num}: is not valid CSV ({error})") from None
+        lines = text.split("\n")[line - 1 : reader.line_num]
+        opens = line + csv_quotes.last_opened(lines, separator, spaced)
+        if str(error) == "unexpected end of data":
+            raise BadInput(f"{path}:{opens}: is not valid CSV (the quote that opens here is never closed)") from None
+        since = f"; the quote before it opens on line {opens}" if opens < reader.line_num else ""
+        raise BadInput(f"{path}:{reader.line_num}: is not valid CSV ({error}{since})") from None
+    swallowed = csv_quotes.swallowed_rows(found, len(header), separator, spaced)
+    for line, cells in found:
+        if line in swallowed:
+            yield Row(line, {}, swallowed[line])
+            continue
+        bad = None
+        if len(cells) < len(header):
+            bad = f"has {len(cells)} fields, and the header {len(header)} (a line break without quotes?)"
+        yield Row(line, {name: _cell(cell) for name, cell in zip(header, cells, strict=False)}, bad)
 
 
 def _csv_dialect(text: str, known: Collection[str]) -> tuple[str, bool]:

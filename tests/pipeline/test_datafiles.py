@@ -387,6 +387,66 @@ def test_files_that_would_be_read_wrongly_are_refused(
     assert "\n" not in str(caught.value)
 
 
+SWALLOWED = 'Is 4 even?,yes,1\n"Is 5 even?,no,1\nIs 6 even?,yes,1\nIs 7 even?",no,1\nIs 8 even?,yes,1\n'
+
+
+@pytest.mark.parametrize(
+    ("header", "rows"),
+    [
+        ("question,choice,label", SWALLOWED),
+        ("question;choice;label", SWALLOWED.replace(",", ";")),
+        ("question, choice, label", SWALLOWED.replace(",", ", ")),
+        ("question,choice", SWALLOWED.replace(",1\n", "\n")),
+        ("label,choice,question", '1,yes,q\n1,yes,"Is 5 even?\n1,yes,Is 6 even?"\n'.replace("q", "Is 4 even?", 1)),
+        ("question,choice,label", 'q,yes,1\nr,"yes,1\ns,no",1\nt,yes,1\n'),
+    ],
+)
+def test_rows_that_a_missing_quote_swallowed_are_refused_or_left_out(tmp_path: Path, header: str, rows: str) -> None:
+    path = written(tmp_path, "d.csv", f"{header}\n{rows}")
+    with pytest.raises(BadInput, match=r"d\.csv:3: the quote that opens before .* the quote that should close it is m"):
+        load_data_file(path)
+    left_out: list[str] = []
+    claims = load_data_file(path, on_bad_row=left_out.append)[1]
+    assert len(left_out) == 1
+    assert [claim.row for claim in claims] == [0, *range(2, 1 + len(claims))]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "First, 2 + 3 = 5.\nThen, 5 + 1 = 6.",
+        "Hello,friend\nGood,bye",
+        "f(a,b)\nreturn a",
+        "one\ntwo\nthree",
+        "a,b,c\nd,e,f",
+        "x,\ny,z",
+    ],
+)
+def test_texts_of_several_lines_with_commas_are_read(tmp_path: Path, text: str) -> None:
+    path = written(tmp_path, "d.csv", f'question,choice,label\nq,"{text}",1\n"{text}",a,0\nr,b,1\n')
+    claims = load_data_file(path)[1]
+    assert (claims[0].choice, claims[1].question) == (text, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ('q,a,1\nq,"b,0\nr,c,1\nr,d,0\n', "d.csv:3: is not valid CSV (the quote that opens here is never closed)"),
+        ('q,"a\nb",1\n"r ""x""\ny",c,"1\ns,d,0', "d.csv:5: is not valid CSV (the quote that opens here is never"),
+        (
+            'q,"a,1\nr,b,1\ns,"c",0\n',
+            "d.csv:4: is not valid CSV (',' expected after '\"'; the quote before it opens on ",
+        ),
+    ],
+)
+def test_a_quote_that_is_never_closed_is_told_by_the_line_where_it_opens(
+    tmp_path: Path, text: str, complaint: str
+) -> None:
+    with pytest.raises(BadInput) as caught:
+        load_data_file(written(tmp_path, "d.csv", "question,choice,label\n" + text))
+    assert complaint in str(caught.value)
+
+
 def test_a_small_file_that_unpacks_to_a_gigabyte_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("src.pipeline.file_kinds.MAX_BYTES", 1000)
     (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(b" " * 100_000, mtime=0))
@@ -444,6 +504,8 @@ def test_a_column_that_is_not_there_is_told_with_those_that_are(tmp_path: Path) 
         f"{path}: lacks the columns question, choice; it has 'id', 'prompt', 'response'. "
         "Say which of them is meant by --columns question=THEIRS,choice=THEIRS"
     )
+    with pytest.raises(BadInput, match="lacks the column choice; it has 'prompt', 'id', 'response'"):
+        load_data_file(path, Reading(columns={"question": "prompt"}))
     lines = written(tmp_path, "d.jsonl", '{"question": "q", "choice": "a"}\n{"question": "q", "chioce": "b"}\n')
     with pytest.raises(BadInput, match=r"d\.jsonl:2: row 1 lacks the column choice \(it has 'question', 'chioce'\)"):
         load_data_file(lines)
@@ -482,11 +544,86 @@ def test_the_flag_that_a_refusal_shows_maps_the_labels(tmp_path: Path) -> None:
     assert [claim.gold for claim in claims] == [False, True, True]
 
 
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        (
+            "label=yes:maybe",
+            "has the label 'maybe', which is neither 0/1 nor true/false (--map label makes it of 'Yes')",
+        ),
+        ("label=yes:true", "has the label 'no', which is neither 0/1 nor true/false. The column's"),
+    ],
+)
+def test_after_a_map_a_refusal_shows_the_file_s_values_and_a_flag_that_works(
+    tmp_path: Path, given: str, complaint: str
+) -> None:
+    path = written(tmp_path, "d.csv", "question,choice,label\nq,a,Yes\nr,b,no\ns,c,Yes\n")
+    with pytest.raises(BadInput) as caught:
+        load_data_file(path, Reading(values=parse_values([given])))
+    assert complaint in str(caught.value)
+    assert "The column's commonest values: 'Yes' (2), 'no' (1)" in str(caught.value)
+    flag = str(caught.value).partition("--map label=")[2]
+    claims = load_data_file(path, Reading(values=parse_values([f"label={flag}"])))[1]
+    assert [claim.gold for claim in claims] == [True, False, True]
+
+
+def test_a_list_of_labels_with_another_word_in_it_is_refused_beside_labels_that_are_right(tmp_path: Path) -> None:
+    rows = [{"question": "q", "choice": "a", "label": 1}, {"question": "r", "choice": ["a", "b"], "label": ["x", 1]}]
+    with pytest.raises(BadInput, match=r"row 1 has the label 'x', .* The column's commonest values: '1' \(1\)$"):
+        load_data_file(written(tmp_path, "d.json", json.dumps(rows)))
+
+
 def test_a_value_that_is_mapped_and_never_there_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = written(tmp_path, "d.csv", "question,choice,label\nq,a,yes\n")
     load_data_file(path, Reading(values=parse_values(["label=yes:true,noo:false"])))
     [warning] = [record.getMessage() for record in caplog.records]
     assert warning == f"{path}: --map label: no row has 'noo' there"
+
+
+@pytest.mark.parametrize(
+    ("header", "told"),
+    [
+        ("question,choice,labels", "columns not read: labels; did you mean label? Then say --columns label=labels"),
+        ("question,choice,correct", "columns not read: correct; did you mean label? Then say --columns label=correct"),
+        ("question,choice,Gold_Label", "Gold_Label; did you mean label? Then say --columns label=Gold_Label"),
+        ("question,choice,answers", "columns not read: answers; did you mean answer?"),
+        ("question,choice,consistency", "did you mean consistency_id? Then say --columns consistency_id=consistency"),
+        ("question,choice,source", None),
+        ("question,choice,labelled_by", None),
+    ],
+)
+def test_a_column_that_is_nearly_one_of_ours_is_told(
+    tmp_path: Path, header: str, told: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    load_data_file(written(tmp_path, "d.csv", f"{header}\nq,a,1\nr,b,0\n"))
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == (told is not None)
+    assert told is None or told in warnings[0]
+
+
+def test_a_column_like_gold_labels_is_not_told_where_there_are_some(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    load_data_file(written(tmp_path, "d.csv", "question,choice,label,correct\nq,a,1,x\nr,b,0,y\n"))
+    load_data_file(written(tmp_path, "d.jsonl", '{"question": "q", "choice": ["a", "b"], "answer": "A", "gold": 1}'))
+    assert not caplog.records
+
+
+def test_gold_labels_of_a_run_s_labels_are_its_gold_labels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [
+        {"question": "q", "choice": "a", "label": False, "gold": True, "by": "icm", "row": 0},
+        {"question": "r", "choice": "b", "label": True, "gold": None, "by": "predicted", "row": 1},
+        {"question": "s", "choice": "c", "label": True, "gold": False, "by": "icm", "row": 2},
+    ]
+    path = written(tmp_path, "labels.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    assert [claim.gold for claim in load_data_file(path)[1]] == [True, None, False]
+    [warning] = [record.getMessage() for record in caplog.records]
+    assert "gold labels are read from gold" in warning
+    assert "say --columns label=label" in warning
+    caplog.clear()
+    found = load_data_file(path, Reading(columns={"label": "label"}))[1]
+    assert [claim.gold for claim in found] == [False, True, True]
+    assert not [record for record in caplog.records if "gold labels" in record.getMessage()]
 
 
 def test_options_become_claims_of_which_exactly_one_is_true(tmp_path: Path) -> None:
@@ -607,6 +744,21 @@ def test_one_question_in_every_row_looks_like_an_instruction(tmp_path: Path, cap
     assert "--group_by none" in warning
 
 
+@pytest.mark.parametrize(("count", "told"), [(5, False), (6, True), (26, True)])
+def test_one_question_in_more_than_five_rows_is_told(
+    tmp_path: Path, count: int, told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = "".join(f"Is this review positive?,review {n}\n" for n in range(count))
+    load_data_file(written(tmp_path, "d.csv", "question,choice\n" + rows))
+    assert [f"all {count} rows have one question" in record.getMessage() for record in caplog.records] == [True] * told
+
+
+def test_many_options_of_one_row_are_no_instruction(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    row = {"question": "q", "choice": [f"option {n}" for n in range(30)]}
+    load_data_file(written(tmp_path, "d.jsonl", json.dumps(row)))
+    assert not caplog.records
+
+
 def test_a_column_says_that_exactly_one_of_a_group_is_true(tmp_path: Path) -> None:
     rows = [f"q,a{n},g,exactly one" for n in range(4)] + ["r,b,h,", "r,c,h,", "s,d,i,agree", "s,e,i,agree"]
     path = written(tmp_path, "d.csv", "question,choice,consistency_id,consistency_relation\n" + "\n".join(rows))
@@ -628,6 +780,14 @@ def test_of_a_group_that_lost_a_row_at_most_one_is_true(tmp_path: Path) -> None:
         ((0, 1), Relation.AT_MOST_ONE),
         ((2, 3), Relation.EXACTLY_ONE),
     ]
+
+
+def test_a_row_that_cannot_be_told_may_have_been_the_true_one_of_every_group(tmp_path: Path) -> None:
+    rows = ["q,a,g,exactly one", "q,b,g,exactly one", '"s,d,h,none', 't",e,h,none', "u,f,h,none"]
+    path = written(tmp_path, "d.csv", "question,choice,consistency_id,consistency_relation\n" + "\n".join(rows))
+    testbed, claims, _ = load_data_file(path, on_bad_row=[].append)
+    constraints = testbed.consistency(claims, "gold-free").constraints
+    assert [(c.claims, c.relation) for c in constraints] == [((0, 1), Relation.AT_MOST_ONE)]
 
 
 @pytest.mark.parametrize(
