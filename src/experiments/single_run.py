@@ -24,7 +24,7 @@ from core.settings import Settings
 from src.icm.annealing import SearchSettings, SearchState
 from src.icm.columns import Reading, parse_columns, parse_values
 from src.icm.objective import Objective
-from src.icm.report import calibration_told, changes_objective, collapse_warning, pool_rows
+from src.icm.report import calibration_told, changes_objective, collapse_warning, pool_rows, random_warning
 from src.icm.testbeds import BadInput, Claim, Testbed
 from src.monitoring.run_metrics import published
 from src.pipeline.continuing import read_continued
@@ -278,10 +278,23 @@ async def tell_opening(
     lines = opening(labelling, await labelling.token_record(), name, args.batch_size, pools)
     if folder is not None:
         folder.write_prompt(prompt.text)
+        lines += _all_random(pools or [labelling.pool])
     lines.append(prompt_line(labelling, prompt, "whole:" if folder is None else f"whole in {folder.prompt_path}"))
     if folder is None or not args.quiet:
         lines += prompt_lines(labelling, prompt, whole=folder is None)
     print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def _all_random(pools: Sequence[Pool]) -> list[str]:
+    """A warning where a search begins with a random label for every claim: it can then only correct them."""
+    for pool in pools:
+        size, seeds = len(pool.claims), pool.problem.settings.num_seed
+        if pool.continued is None and seeds >= size:
+            return [
+                f"warning: all {size} claims of the pool begin with a random label (--num_seed {seeds}), and none is "
+                "predicted first: use a smaller --num_seed or a larger pool"
+            ]
+    return []
 
 
 async def finish(
@@ -382,6 +395,8 @@ async def label_pool(
     title = f"{settings['testbed']}, {args.model}, alpha {args.alpha:g}, calibration {calibration_told(settings)}"
     plot_curves(records, labelling.pool.gold, folder.curves_path, title, labelling.pool.names)
     warning = collapse_warning(state.labels, args.prior, labelling.pool.names)
+    if labelling.pool.continued is None:
+        warning = random_warning(len(state.labelled), state.accepted) or warning
     document = {
         **known,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

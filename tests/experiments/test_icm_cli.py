@@ -563,6 +563,26 @@ async def test_a_known_share_of_true_claims_is_a_setting_of_its_own(icm: Command
     assert (runs[0.75] / "labels.jsonl").read_bytes() == labels
 
 
+async def test_labels_that_are_only_the_random_start_are_told(icm: Command) -> None:
+    code, _, err = await icm("--run", "a", "--batch_size", "4", "--K", "0")
+    assert code == 0, err
+    assert "all 4 claims of the pool begin with a random label (--num_seed 4)" in err
+    told = "warning: all 4 labels of the search are random"
+    assert told in err
+    assert told in (await icm("--run", "a", "--batch_size", "4", "--K", "0"))[2], "shown again"
+    code, _, err = await icm("--run", "b", "--batch_size", "4", "--K", "0", "--num_batches", "2")
+    assert code == 0, err
+    assert "warning: all 8 labels of the search are random" in err
+    code, _, err = await icm("--run", "c")
+    assert code == 0, err
+    assert "begin with a random label" not in err
+    assert "are random" not in err
+    code, _, err = await icm("--run", "d", "--continue_from", "a", "--batch_size", "4", "--K", "0")
+    assert code == 0, err
+    assert "begin with a random label" not in err
+    assert "are random" not in err
+
+
 async def test_data_without_gold_reports_no_accuracy(icm: Command, data: Path) -> None:
     rows = [json.loads(line) for line in data.read_text().splitlines()]
     data.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "label"}) + "\n" for row in rows))
