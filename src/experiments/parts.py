@@ -215,7 +215,8 @@ def _result(
     results = [document["result"] for document in documents]
     voted = [row for row in rows if row["by"] in ("icm", "vote")]
     predicted = [row for row in rows if row["by"] == "predicted"]
-    names, prior = parts[0].pool.names, parts[0].pool.problem.objective.prior
+    names, objective = parts[0].pool.names, parts[0].pool.problem.objective
+    prior, calibration = objective.prior, objective.calibration
     first = [result for part, result in zip(parts, results, strict=True) if part.pass_number == 0]
     labels = [read_label(row["label"], names) for row in rows]
     accepted = sum(result["accepted"] for result in results)
@@ -229,7 +230,9 @@ def _result(
         "zero_shot": _added([r["zero_shot"] for r in first]),
         "zero_shot_calibrated": _added([r["zero_shot_calibrated"] for r in first]),
         "predicted": {"predicted": _agreement(predicted)} if predicted else {},
-        "warning": random_warning(len(voted), accepted) or collapse_warning(labels, prior, names),
+        "warning": random_warning(len(voted), accepted) or collapse_warning(
+            labels, prior, names, calibrated=calibration != "none"
+        ),
         "changes_objective": results[0]["changes_objective"],
         "parts": [
             {
