@@ -152,7 +152,7 @@ async def _run(args: argparse.Namespace, contradiction: str | None) -> int:
     known = folder.read_run()
     if known is not None:
         check_readable(folder, known)
-        check_same_run(folder, known["settings"], settings, renamed=may_be_renamed(known))
+        check_same_run(folder, known["settings"], settings, renamed=may_be_renamed(known), continues=True)
         if "result" in known and not args.check:
             say_shown_again(known)
             print_summary(folder, known)

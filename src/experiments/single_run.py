@@ -39,6 +39,8 @@ from src.pipeline.testbed_files import read_testbed, testbed_path
 SHOWN_BAD_ROWS = 3
 OF_TESTBED_FILE = ("testbed_sha256", "labels", "label_texts")
 """Settings that no flag says."""
+OF_CONTENT = ("data_sha256", "continue_from")
+"""Settings that are digests."""
 VARIANTS = ("context_cap", "best_of", "local_gain")
 COSTS = (
     *("asked", "from_cache", "asked_ahead", "ahead_used"),
@@ -453,18 +455,42 @@ def check_readable(folder: RunFolder, known: Mapping[str, Any]) -> None:
 
 
 def check_same_run(
-    folder: RunFolder, known: Mapping[str, Any], settings: Mapping[str, Any], *, renamed: bool = False
+    folder: RunFolder,
+    known: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    *,
+    renamed: bool = False,
+    continues: bool = False,
 ) -> None:
-    """Raises BadInput where `folder` was started with other settings. renamed: see may_be_renamed."""
+    """Raises BadInput where `folder` was started with other settings. renamed: see may_be_renamed. continues: another
+    run of the same command can go on from this one's labels."""
     changed = [name for name in {**known, **settings} if known.get(name) != settings.get(name)]
     if renamed:
         changed = [name for name in changed if name != "model"]
     if changed:
-        flags = [name for name in changed if name not in OF_TESTBED_FILE]
+        flags = [name for name in changed if name not in (*OF_TESTBED_FILE, *OF_CONTENT)]
         told = [f"--{name} {known.get(name)}, now {settings.get(name)}" for name in flags]
-        if len(flags) < len(changed):
+        if any(name in OF_TESTBED_FILE for name in changed):
             told.insert(0, f"another content of its testbed file {known.get('testbed')} (see {folder.path}/run.json)")
-        raise BadInput(f"{folder.path}: was started with {', '.join(told)}. Use the same flags, or another --run")
+        if "continue_from" in changed:
+            told.insert(0, _continued_told(known.get("continue_from"), settings.get("continue_from")))
+        advice = "Use the same flags, or another --run"
+        if "data_sha256" in changed and known.get("testbed") == settings.get("testbed"):
+            told.insert(0, f"another content of {settings['testbed']}, which has changed since")
+            if set(changed) <= set(OF_CONTENT):
+                advice = "Use another --run"
+                if continues:
+                    advice = f"To go on from its labels: --continue_from {folder.path.name} --run NEW"
+        raise BadInput(f"{folder.path}: was started with {', '.join(told)}. {advice}")
+
+
+def _continued_told(before: str | None, now: str | None) -> str:
+    """What differs in --continue_from. Of both the digest is known, which says nothing to anybody."""
+    if before is None:
+        return "no --continue_from"
+    if now is None:
+        return "--continue_from, now without"
+    return "other labels of another run (--continue_from)"
 
 
 def may_be_renamed(known: Mapping[str, Any]) -> bool:
