@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from aiohttp import web
 
 from tests.core.fake_endpoint import FakeEndpoint
 from tests.core.fake_server import BOS, FALSE, TRUE, FakeVLLM, Fault
@@ -729,6 +730,32 @@ async def test_a_server_that_is_not_up_is_named_with_the_command_that_starts_one
     assert "http://127.0.0.1:9" in err
     assert "launch_vllm_server.sh" in err
     assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize("flags", [(), ("--num_batches", "2", "--batch_size", "8")])
+async def test_a_port_of_something_else_is_refused_and_nothing_is_left_of_the_run(
+    icm: Command, flags: tuple[str, ...]
+) -> None:
+    async with web_server() as url:
+        icm.environment["VLLM_BASE_URL"] = url
+        code, _, err = await icm("--run", "a", *flags)
+    assert code == 2
+    assert f"HTTP 404 from {url}/v1/models" in err
+    assert "go on with" not in err
+    assert not (icm.runs / "a").exists()
+
+
+@contextlib.asynccontextmanager
+async def web_server() -> AsyncIterator[str]:
+    """One that serves none of vLLM's paths."""
+    runner = web.AppRunner(web.Application())
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
 
 
 async def test_claims_that_do_not_fit_the_context_are_counted(icm: Command, server: FakeVLLM) -> None:
