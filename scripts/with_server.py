@@ -27,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     cut = given.index("--") if "--" in given else len(given)
+    command = given[cut + 1 :]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -34,8 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--server_log", type=Path, default=REPO_ROOT / "runs" / "vllm_server.log")
     parser.add_argument("command", nargs="*", help="behind --, with its arguments")
     options = parser.parse_args(given[:cut])
-    command = [*options.command, *given[cut + 1 :]]
-    if not command:
+    if options.command or not command:
         parser.error("say what to run behind --")
     try:
         with VLLMServer(model=options.model, log=options.server_log) as server:

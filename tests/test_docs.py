@@ -195,3 +195,9 @@ async def test_the_python_example_runs(folder: Path, server: FakeVLLM) -> None:
     (folder / "example.py").write_text(code)
     printed = (await run("example.py", folder=folder, url=server.url)).splitlines()
     assert len([line for line in printed if re.match(r"(True|False) [+-]\d+\.\d\d nat: ", line)]) == 4
+
+
+@pytest.mark.parametrize("page", PAGES, ids=where)
+def test_no_script_is_called_where_it_is_not(page: Path) -> None:
+    if page.name not in HISTORY:
+        assert "python ICM.py" not in page.read_text(), "it lies in src/experiments/; the command is icm label"

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final, Self
 
 from core.llm_api.answer_store import AnswerStore
 from core.llm_api.engines import open_engine
-from core.llm_api.errors import APIError, ConfigurationError, MissingLabel
+from core.llm_api.errors import APIError, ConfigurationError, MissingLabel, RequestRejected
 from core.llm_api.generation import (
     GREEDY,
     Embeddings,
@@ -101,9 +101,15 @@ class ModelAPI:
         await self.aclose()
 
     async def start(self) -> EngineIdentity:
-        """Connect and check the model. Raises an APIError that says what to do; everything is closed then."""
+        """Connect and check the model. Raises an APIError that says what to do; everything is closed then.
+
+        A server that refuses what is asked first is none that can be used: ConfigurationError.
+        """
         try:
             self._identity = await (self._engine.start() if self._scores else self._text_engine.connect())
+        except RequestRejected as error:
+            await self.aclose()
+            raise ConfigurationError(*error.args, hint=error.hint) from error
         except BaseException:
             await self.aclose()
             raise

@@ -1,6 +1,6 @@
 """Label a data set by Internal Coherence Maximization (Wen et al. 2025, arXiv 2506.10139).
 
-    python ICM.py --testbed truthfulQA --alpha 50 --model meta-llama/Llama-3.1-8B --batch_size 32 --num_seed 4 --K 50
+    icm label --testbed truthfulQA --alpha 50 --model meta-llama/Llama-3.1-8B --batch_size 32 --num_seed 4 --K 50
 
 The model is asked at VLLM_BASE_URL (environment or SECRETS; start one with scripts/launch_vllm_server.sh), in this
 process with --direct, or at an OpenAI-compatible LLAMA_API_BASE with --no-use_vllm. Results go to runs/NAME/; the same
@@ -152,7 +152,7 @@ async def _run(args: argparse.Namespace, contradiction: str | None) -> int:
     known = folder.read_run()
     if known is not None:
         check_readable(folder, known)
-        check_same_run(folder, known["settings"], settings, renamed=may_be_renamed(known))
+        check_same_run(folder, known["settings"], settings, renamed=may_be_renamed(known), continues=True)
         if "result" in known and not args.check:
             say_shown_again(known)
             print_summary(folder, known)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from core.settings import REPO_ROOT
-from src.experiments.contradictions import contradicted, told
+from src.experiments.contradictions import contradicted, out_of_range, told
 from src.icm.annealing import LayoutName, Scheduler, SearchSettings, Stop
 from src.icm.objective import Calibration
 from src.icm.testbeds import TESTBEDS, ConsistencyMode, GroupedBy
@@ -206,8 +206,8 @@ def add_reading_arguments(data: Arguments) -> None:
 class Parser(argparse.ArgumentParser):
     """Complains in one line, like every other bad input, also of flags that contradict each other.
 
-    contradiction: of two settings of the search among the arguments last parsed; None where there is none. A run that
-    begins is refused for it. One that an earlier version began so goes on, and needs the same flags.
+    contradiction: of two settings of the search among the arguments last parsed, or of one and its meaning (see
+    out_of_range); None where there is none. A run that begins is refused for it. One that an earlier version began so goes on, and needs the same flags.
     """
 
     contradiction: str | None = None
@@ -226,7 +226,7 @@ class Parser(argparse.ArgumentParser):
         for rule in broken:
             if not rule.of_the_search:
                 self.error(told(rule, parsed))
-        self.contradiction = next((told(rule, parsed) for rule in broken), None)
+        self.contradiction = next((told(rule, parsed) for rule in broken), None) or out_of_range(parsed)
         return parsed
 
 

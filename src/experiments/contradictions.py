@@ -102,6 +102,14 @@ def contradicted(args: argparse.Namespace, given: Collection[str]) -> list[Rule]
     ]
 
 
+def out_of_range(args: argparse.Namespace) -> str | None:
+    """One line on a setting of the search that means nothing, though an earlier version began runs with it."""
+    alpha = getattr(args, "alpha", None)
+    if alpha is None or alpha > 0:
+        return None
+    return f"--alpha {alpha:g} must be above 0, or predictable labels are worth nothing"
+
+
 def refuse(contradiction: str | None) -> None:
     """Raises BadInput with the line, if there is one: of a run that begins."""
     if contradiction:

@@ -39,7 +39,7 @@ from src.experiments.single_run import (
 from src.experiments.summary import print_summary, say_shown_again
 from src.icm.annealing import part_seed
 from src.icm.label_names import counts_of, read_label
-from src.icm.report import collapse_warning
+from src.icm.report import collapse_warning, random_warning
 from src.icm.testbeds import BadInput
 from src.pipeline.labelling import Labelling, Pool
 from src.pipeline.progress import PartsProgress
@@ -215,8 +215,11 @@ def _result(
     results = [document["result"] for document in documents]
     voted = [row for row in rows if row["by"] in ("icm", "vote")]
     predicted = [row for row in rows if row["by"] == "predicted"]
-    names, prior = parts[0].pool.names, parts[0].pool.problem.objective.prior
+    names, objective = parts[0].pool.names, parts[0].pool.problem.objective
+    prior, calibration = objective.prior, objective.calibration
     first = [result for part, result in zip(parts, results, strict=True) if part.pass_number == 0]
+    labels = [read_label(row["label"], names) for row in rows]
+    accepted = sum(result["accepted"] for result in results)
     return {
         **_sums([{key: r[key] for key in ("iterations", "accepted", "rebuilds", "inconsistent")} for r in results]),
         "labelled": len(voted),
@@ -227,7 +230,9 @@ def _result(
         "zero_shot": _added([r["zero_shot"] for r in first]),
         "zero_shot_calibrated": _added([r["zero_shot_calibrated"] for r in first]),
         "predicted": {"predicted": _agreement(predicted)} if predicted else {},
-        "warning": collapse_warning([read_label(row["label"], names) for row in rows], prior, names),
+        "warning": random_warning(len(voted), accepted) or collapse_warning(
+            labels, prior, names, calibrated=calibration != "none"
+        ),
         "changes_objective": results[0]["changes_objective"],
         "parts": [
             {

@@ -24,7 +24,7 @@ from core.settings import Settings
 from src.icm.annealing import SearchSettings, SearchState
 from src.icm.columns import Reading, parse_columns, parse_values
 from src.icm.objective import Objective
-from src.icm.report import calibration_told, changes_objective, collapse_warning, pool_rows
+from src.icm.report import calibration_told, changes_objective, collapse_warning, pool_rows, random_warning
 from src.icm.testbeds import BadInput, Claim, Testbed
 from src.monitoring.run_metrics import published
 from src.pipeline.continuing import read_continued
@@ -39,6 +39,8 @@ from src.pipeline.testbed_files import read_testbed, testbed_path
 SHOWN_BAD_ROWS = 3
 OF_TESTBED_FILE = ("testbed_sha256", "labels", "label_texts")
 """Settings that no flag says."""
+OF_CONTENT = ("data_sha256", "continue_from")
+"""Settings that are digests."""
 VARIANTS = ("context_cap", "best_of", "local_gain")
 COSTS = (
     *("asked", "from_cache", "asked_ahead", "ahead_used"),
@@ -278,10 +280,23 @@ async def tell_opening(
     lines = opening(labelling, await labelling.token_record(), name, args.batch_size, pools)
     if folder is not None:
         folder.write_prompt(prompt.text)
+        lines += _all_random(pools or [labelling.pool])
     lines.append(prompt_line(labelling, prompt, "whole:" if folder is None else f"whole in {folder.prompt_path}"))
     if folder is None or not args.quiet:
         lines += prompt_lines(labelling, prompt, whole=folder is None)
     print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def _all_random(pools: Sequence[Pool]) -> list[str]:
+    """A warning where a search begins with a random label for every claim: it can then only correct them."""
+    for pool in pools:
+        size, seeds = len(pool.claims), pool.problem.settings.num_seed
+        if pool.continued is None and seeds >= size:
+            return [
+                f"warning: all {size} claims of the pool begin with a random label (--num_seed {seeds}), and none is "
+                "predicted first: use a smaller --num_seed or a larger pool"
+            ]
+    return []
 
 
 async def finish(
@@ -381,7 +396,11 @@ async def label_pool(
     folder.write_labels(labelling.label_rows(state, predictions, zero_shot))
     title = f"{settings['testbed']}, {args.model}, alpha {args.alpha:g}, calibration {calibration_told(settings)}"
     plot_curves(records, labelling.pool.gold, folder.curves_path, title, labelling.pool.names)
-    warning = collapse_warning(state.labels, args.prior, labelling.pool.names)
+    warning = collapse_warning(
+        state.labels, args.prior, labelling.pool.names, calibrated=args.calibrate != "none"
+    )
+    if labelling.pool.continued is None:
+        warning = random_warning(len(state.labelled), state.accepted) or warning
     document = {
         **known,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -436,18 +455,42 @@ def check_readable(folder: RunFolder, known: Mapping[str, Any]) -> None:
 
 
 def check_same_run(
-    folder: RunFolder, known: Mapping[str, Any], settings: Mapping[str, Any], *, renamed: bool = False
+    folder: RunFolder,
+    known: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    *,
+    renamed: bool = False,
+    continues: bool = False,
 ) -> None:
-    """Raises BadInput where `folder` was started with other settings. renamed: see may_be_renamed."""
+    """Raises BadInput where `folder` was started with other settings. renamed: see may_be_renamed. continues: another
+    run of the same command can go on from this one's labels."""
     changed = [name for name in {**known, **settings} if known.get(name) != settings.get(name)]
     if renamed:
         changed = [name for name in changed if name != "model"]
     if changed:
-        flags = [name for name in changed if name not in OF_TESTBED_FILE]
+        flags = [name for name in changed if name not in (*OF_TESTBED_FILE, *OF_CONTENT)]
         told = [f"--{name} {known.get(name)}, now {settings.get(name)}" for name in flags]
-        if len(flags) < len(changed):
+        if any(name in OF_TESTBED_FILE for name in changed):
             told.insert(0, f"another content of its testbed file {known.get('testbed')} (see {folder.path}/run.json)")
-        raise BadInput(f"{folder.path}: was started with {', '.join(told)}. Use the same flags, or another --run")
+        if "continue_from" in changed:
+            told.insert(0, _continued_told(known.get("continue_from"), settings.get("continue_from")))
+        advice = "Use the same flags, or another --run"
+        if "data_sha256" in changed and known.get("testbed") == settings.get("testbed"):
+            told.insert(0, f"another content of {settings['testbed']}, which has changed since")
+            if set(changed) <= set(OF_CONTENT):
+                advice = "Use another --run"
+                if continues:
+                    advice = f"To go on from its labels: --continue_from {folder.path.name} --run NEW"
+        raise BadInput(f"{folder.path}: was started with {', '.join(told)}. {advice}")
+
+
+def _continued_told(before: str | None, now: str | None) -> str:
+    """What differs in --continue_from. Of both the digest is known, which says nothing to anybody."""
+    if before is None:
+        return "no --continue_from"
+    if now is None:
+        return "--continue_from, now without"
+    return "other labels of another run (--continue_from)"
 
 
 def may_be_renamed(known: Mapping[str, Any]) -> bool:

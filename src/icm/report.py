@@ -13,6 +13,13 @@ from src.icm.testbeds import Claim
 
 COLLAPSE_SHARE = 0.95
 COLLAPSE_MIN_LABELS = 16
+FEW_CLAIMS = 20
+"""Below this many, U of two labelings of a pool differs by chance."""
+
+
+def counted(count: int, thing: str) -> str:
+    """'1 claim', '2 claims'."""
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
 
 
 def agreement(agreeing: int, compared: int) -> str:
@@ -30,11 +37,11 @@ def calibration_told(settings: Mapping[str, Any]) -> str:
 
 
 def collapse_warning(
-    labels: Sequence[Label], prior: float | None = None, names: Names = TRUE_FALSE_NAMES
+    labels: Sequence[Label], prior: float | None = None, names: Names = TRUE_FALSE_NAMES, *, calibrated: bool = False
 ) -> str | None:
     """One line of advice where nearly all labels are the same, None otherwise.
 
-    prior: the share of True claims, where it is known; then None also where at least half as many labels as it expects
+    calibrated: whether the search was; it is then not advised. prior: the share of True claims, where it is known; then None also where at least half as many labels as it expects
     are the rarer one.
     """
     known = [label for label in labels if label is not None]
@@ -48,10 +55,24 @@ def collapse_warning(
         expected = 1 - prior if side else prior
         if 1 - share >= expected / 2:
             return None
+    calibrate = "" if calibrated else "Try --calibrate mean, s"
     return (
         f"{known.count(side)} of {len(known)} labels are {names[side]}: the search is "
         "collapsing to one label, which is the most predictable labeling of all for a model that leans to one answer. "
-        "Try --calibrate mean, see whether U of gold-like labels can win at all with --check, or use a larger model."
+        f"{calibrate or 'S'}ee whether U of gold-like labels can win at all with --check, or use a larger model."
+    )
+
+
+def random_warning(labelled: int, accepted: int) -> str | None:
+    """One line where the labels of a search from random ones are still random, None otherwise.
+
+    labelled: how many labels it has. accepted: how many changes it accepted.
+    """
+    if accepted or not labelled:
+        return None
+    return (
+        f"all {labelled} labels of the search are random: it accepted no change to those that it began with. Try a "
+        "smaller --num_seed or a larger pool, and see with --check whether ICM can work here."
     )
 
 
@@ -71,26 +92,37 @@ def changes_objective(settings: SearchSettings) -> list[str]:
 
 
 def check_table(worth: Mapping[str, Evaluation], calibration: str) -> str:
-    """The table of --check: labeling, U, mean signed log-odds (nats), inconsistent pairs; then what it means."""
+    """The table of --check: labeling, U, mean signed log-odds (nats), inconsistent pairs; then what it means.
+
+    calibration: in words (see calibration_told). Only what is not done yet and can help is advised: alpha changes no
+    order of labelings that are equally consistent.
+    """
     wide = max(14, *(len(name) + 2 for name in worth))
     lines = [f"{'labeling':<{wide}}{'U':>10}{'predictability':>17}{'inconsistent':>15}   (calibration: {calibration})"]
     for name, evaluation in worth.items():
-        told = f"{evaluation.utility:>10.2f}{evaluation.predictability:>12.3f} nat{evaluation.inconsistent:>15}"
+        told = f"{evaluation.utility:>z10.2f}{evaluation.predictability:>z12.3f} nat{evaluation.inconsistent:>15}"
         lines.append(f"{name:<{wide}}{told}")
     gold = worth.get("gold")
     compared = len(next(iter(worth.values())).log_odds)
-    lines.append(f"{compared} claims" + ("" if gold is None else " whose gold label is known"))
+    lines.append(counted(compared, "claim") + ("" if gold is None else " whose gold label is known"))
     if gold is None:
         lines.append("No gold labels: compare U of a finished run with U of the constant labelings above.")
     else:
         rivals = [name for name, evaluation in worth.items() if name != "gold" and evaluation.utility >= gold.utility]
         if rivals:
+            beat = "beat" if len(rivals) > 1 else "beats"
+            advice = ["--calibrate mean"] if calibration == "none" else []
+            if any(worth[name].inconsistent != gold.inconsistent for name in rivals):
+                advice.append("another --alpha")
+            tried = f"{', '.join([*advice, ''])}or a larger model" if advice else "a larger model"
             lines.append(
-                f"U(gold) is not the highest ({', '.join(rivals)} beat it): on this pool ICM has no reason to find the "
-                "gold labels. Try --calibrate mean, another --alpha, or a larger model."
+                f"U(gold) is not the highest ({', '.join(rivals)} {beat} it): on this pool ICM has no reason to find "
+                f"the gold labels. Try {tried}."
             )
         else:
             lines.append("U(gold) is the highest: ICM's precondition holds on this pool.")
+    if compared < FEW_CLAIMS:
+        lines.append(f"Fewer than {FEW_CLAIMS} claims tell little: which U is the highest is then largely chance.")
     return "\n".join(lines)
 
 

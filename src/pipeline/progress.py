@@ -153,10 +153,13 @@ class SearchProgress:
             told = True
         if told:
             self._shown = self._clock()
+        objective = self._pool.problem.objective
         warning = (
             None
             if self._warned
-            else collapse_warning(state.labels, self._pool.problem.objective.prior, self._pool.names)
+            else collapse_warning(
+                state.labels, objective.prior, self._pool.names, calibrated=objective.calibration != "none"
+            )
         )
         if warning:
             self._warned = True

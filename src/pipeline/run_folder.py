@@ -32,7 +32,10 @@ that child for some milliseconds, and may be started again at once."""
 
 
 class RunFolder:
-    """One run's files. Used as a context manager it holds a lock, so that two processes never share a run."""
+    """One run's files. Used as a context manager it holds a lock, so that two processes never share a run.
+
+    A run that did not begin (its server cannot be used, say) leaves no folder.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -65,9 +68,12 @@ class RunFolder:
 
     def __enter__(self) -> RunFolder:
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("wb")
-            _lock(self._lock)
+            while self._lock is None:
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._lock = self._lock_path.open("wb")
+                _lock(self._lock)
+                if not self._is_there(self._lock):  # whoever held it removed the folder
+                    self._close()
         except BlockingIOError:
             self._close()
             raise BadInput(f"{self.path}: another process is working on this run") from None
@@ -79,7 +85,27 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._remove_unbegun()
         self._close()
+
+    @property
+    def _lock_path(self) -> Path:
+        return self.path / ".lock"
+
+    def _is_there(self, lock: IO[bytes]) -> bool:
+        try:
+            return os.path.samestat(os.fstat(lock.fileno()), self._lock_path.stat())
+        except FileNotFoundError:
+            return False
+
+    def _remove_unbegun(self) -> None:
+        """Removes the folder where it holds nothing but what is written before a run begins."""
+        before = {self._lock_path.name, self.prompt_path.name}
+        with contextlib.suppress(OSError):
+            if {path.name for path in self.path.iterdir()} <= before:
+                self.prompt_path.unlink(missing_ok=True)
+                self._lock_path.unlink()
+                self.path.rmdir()
 
     def _close(self) -> None:
         for file in (self._log, self._lock):

@@ -116,6 +116,16 @@ def test_a_value_that_its_counterparts_default_rules_out_is_told(line: str) -> N
     assert line in parser.contradiction
 
 
+@pytest.mark.parametrize("command", [ICM, baselines])
+def test_an_alpha_that_is_not_above_zero_is_told(command: object) -> None:
+    parser = command.build_parser()  # type: ignore[attr-defined]
+    for alpha in ("0", "-5"):
+        parser.parse_args(["--alpha", alpha])
+        assert f"--alpha {alpha} must be above 0" in (parser.contradiction or "")
+    parser.parse_args(["--alpha", "0.001"])
+    assert parser.contradiction is None
+
+
 @pytest.mark.parametrize("line", TOGETHER)
 def test_what_goes_together_and_defaults_are_taken(line: str) -> None:
     parser = ICM.build_parser()

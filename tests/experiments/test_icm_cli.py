@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from aiohttp import web
 
 from tests.core.fake_endpoint import FakeEndpoint
 from tests.core.fake_server import BOS, FALSE, TRUE, FakeVLLM, Fault
@@ -463,6 +464,26 @@ async def test_a_grown_file_goes_on_from_what_is_labelled(icm: Command, data: Pa
     assert len(document["settings"]["continue_from"]) == 64
 
 
+async def test_a_file_that_changed_under_its_run_is_refused_with_the_way_on(icm: Command, data: Path) -> None:
+    assert (await icm("--run", "a"))[0] == 0
+    assert (await icm("--run", "p", "--num_batches", "1", "--passes", "3", "--K", "0"))[0] == 0
+    grow(data, new=3).replace(data)
+    code, _, err = await icm("--run", "a")
+    assert code == 2
+    assert err.endswith(
+        "a: was started with another content of claims.jsonl, which has changed since. "
+        "To go on from its labels: --continue_from a --run NEW\n"
+    )
+    code, _, err = await icm("--run", "b", "--continue_from", "a", "--K", "0")
+    assert code == 0, err
+    code, _, err = await icm("--run", "a", "--alpha", "3")
+    assert code == 2
+    assert "another content of claims.jsonl, which has changed since, --alpha 30.0, now 3.0. Use the same flags" in err
+    code, _, err = await icm("--run", "p", "--num_batches", "1", "--passes", "3", "--K", "0")
+    assert code == 2
+    assert "which has changed since. Use another --run" in err
+
+
 async def test_a_run_that_goes_on_from_another_is_resumed_as_every_run(
     icm: Command, server: FakeVLLM, data: Path
 ) -> None:
@@ -484,7 +505,14 @@ async def test_a_run_that_goes_on_from_another_is_resumed_as_every_run(
     assert (await there("--run", "whole", "--is_complete", *flags))[0] == 0
     code, _, err = await there("--run", "whole", *flags[2:])
     assert code == 2
-    assert "--continue_from " in err
+    assert "was started with --continue_from, now without. Use the same flags" in err
+    (icm.runs / "a" / "log.jsonl").write_bytes(b"".join((icm.runs / "a" / "log.jsonl").read_bytes().splitlines(True)[:3]))
+    code, _, err = await there("--run", "whole", *flags)
+    assert code == 2
+    assert "was started with other labels of another run (--continue_from). Use the same flags" in err
+    code, _, err = await icm("--run", "a", *flags[:2])
+    assert code == 2
+    assert "was started with no --continue_from. Use the same flags" in err
     code, _, err = await there(*flags, "--num_batches", "all")
     assert code == 2
     assert "leave out --num_batches" in err
@@ -539,6 +567,16 @@ async def test_a_run_that_began_with_settings_that_contradict_each_other_goes_on
     assert icm.labels("a") == labels
 
 
+async def test_a_run_that_began_with_an_alpha_of_zero_goes_on(icm: Command) -> None:
+    assert (await icm("--run", "a", "--alpha", "1"))[0] == 0
+    path = icm.runs / "a" / "run.json"
+    document = json.loads(path.read_text())
+    document["settings"]["alpha"] = 0.0  # as a version without this check wrote it
+    path.write_text(json.dumps(document))
+    code, _, err = await icm("--run", "a", "--alpha", "0")
+    assert code == 0, err
+
+
 async def test_a_known_share_of_true_claims_is_a_setting_of_its_own(icm: Command) -> None:
     assert (await icm("--calibrate", "mean"))[0] == 0
     code, out, err = await icm("--calibrate", "mean", "--prior", "0.75")
@@ -561,6 +599,26 @@ async def test_a_known_share_of_true_claims_is_a_setting_of_its_own(icm: Command
     labels = (runs[0.75] / "labels.jsonl").read_bytes()
     assert (await icm("--calibrate", "mean", "--prior", "0.75"))[0] == 0  # replayed from its journal
     assert (runs[0.75] / "labels.jsonl").read_bytes() == labels
+
+
+async def test_labels_that_are_only_the_random_start_are_told(icm: Command) -> None:
+    code, _, err = await icm("--run", "a", "--batch_size", "4", "--K", "0")
+    assert code == 0, err
+    assert "all 4 claims of the pool begin with a random label (--num_seed 4)" in err
+    told = "warning: all 4 labels of the search are random"
+    assert told in err
+    assert told in (await icm("--run", "a", "--batch_size", "4", "--K", "0"))[2], "shown again"
+    code, _, err = await icm("--run", "b", "--batch_size", "4", "--K", "0", "--num_batches", "2")
+    assert code == 0, err
+    assert "warning: all 8 labels of the search are random" in err
+    code, _, err = await icm("--run", "c")
+    assert code == 0, err
+    assert "begin with a random label" not in err
+    assert "are random" not in err
+    code, _, err = await icm("--run", "d", "--continue_from", "a", "--batch_size", "4", "--K", "0")
+    assert code == 0, err
+    assert "begin with a random label" not in err
+    assert "are random" not in err
 
 
 async def test_data_without_gold_reports_no_accuracy(icm: Command, data: Path) -> None:
@@ -643,6 +701,10 @@ BAD = [
     (["--lookahead", "-1"], "must be auto"),
     (["--continue_from", "nobody"], "no run of that name"),
     (["--alpha", "nan"], "must be a finite number"),
+    (["--alpha", "-5"], "--alpha -5 must be above 0"),
+    (["--alpha", "0"], "--alpha 0 must be above 0"),
+    (["--alpha", "0", "--num_batches", "2"], "--alpha 0 must be above 0"),
+    (["--alpha", "0", "--check"], "--alpha 0 must be above 0"),
     (["--seed", "99999999999999999999"], "below 2^63"),
     (["--prior", "0"], "--prior: must be a share above 0 and below 1, not 0"),
     (["--prior", "1.5", "--calibrate", "mean"], "--prior: must be a share"),
@@ -668,6 +730,32 @@ async def test_a_server_that_is_not_up_is_named_with_the_command_that_starts_one
     assert "http://127.0.0.1:9" in err
     assert "launch_vllm_server.sh" in err
     assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize("flags", [(), ("--num_batches", "2", "--batch_size", "8")])
+async def test_a_port_of_something_else_is_refused_and_nothing_is_left_of_the_run(
+    icm: Command, flags: tuple[str, ...]
+) -> None:
+    async with web_server() as url:
+        icm.environment["VLLM_BASE_URL"] = url
+        code, _, err = await icm("--run", "a", *flags)
+    assert code == 2
+    assert f"HTTP 404 from {url}/v1/models" in err
+    assert "go on with" not in err
+    assert not (icm.runs / "a").exists()
+
+
+@contextlib.asynccontextmanager
+async def web_server() -> AsyncIterator[str]:
+    """One that serves none of vLLM's paths."""
+    runner = web.AppRunner(web.Application())
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
 
 
 async def test_claims_that_do_not_fit_the_context_are_counted(icm: Command, server: FakeVLLM) -> None:

@@ -52,6 +52,27 @@ def test_two_processes_cannot_share_a_run(tmp_path: Path, monkeypatch: pytest.Mo
         pass
 
 
+def test_a_run_that_did_not_begin_leaves_no_folder(tmp_path: Path) -> None:
+    with RunFolder(tmp_path / "r") as folder:
+        folder.write_prompt("what is shown first")
+    assert not (tmp_path / "r").exists()
+    for file in ("run.json", "table.json", "log.jsonl"):
+        with RunFolder(tmp_path / file) as folder:
+            (folder.path / file).write_text("{}")
+        assert (tmp_path / file / file).exists()
+
+
+def test_a_lock_of_a_removed_folder_is_none(tmp_path: Path) -> None:
+    before = RunFolder(tmp_path / "r")
+    before.__enter__()
+    ending = threading.Timer(0.2, before.__exit__, (None, None, None))  # removes it while the next one waits
+    ending.start()
+    with RunFolder(tmp_path / "r") as folder:
+        ending.join()
+        folder.append_log({"n": 1})
+        assert folder.read_log() == [{"n": 1}]
+
+
 @pytest.mark.parametrize("content", [b"{", b"[]", b'{"format": 99}'])
 def test_damaged_or_newer_run_files_are_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "run.json").write_bytes(content)

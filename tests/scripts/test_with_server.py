@@ -62,3 +62,14 @@ def test_without_a_command_there_is_nothing_to_do(server: type[Server]) -> None:
         with_server.main([])
     assert refused.value.code == 2
     assert server.events == []
+
+
+@pytest.mark.parametrize("given", [["icm", "label"], ["icm", "--", "label"], ["--model", "m", "true"], ["--"]])
+def test_a_command_that_does_not_stand_behind_the_dashes_starts_no_server(
+    given: list[str], server: type[Server], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as refused:
+        with_server.main(given)
+    assert refused.value.code == 2
+    assert "say what to run behind --" in capsys.readouterr().err
+    assert server.events == []
