@@ -131,7 +131,7 @@ def load_data_file(
     """The claims of a user's own file, read as `reading` says. on_bad_row as in claims_of."""
     reading = reading or Reading()
     rows = named_rows(path, reading)
-    told = [row for row in rows if row.fields]
+    told = [row for row in rows if not row.unread]
     compares = [not is_missing(row.fields.get("choice_2")) for row in told]
     comparison = 2 * sum(compares) > len(told) or (2 * sum(compares) == len(told) and compares[0])
     typical = told[compares.index(comparison)].fields
@@ -182,7 +182,7 @@ def _check_columns(testbed: Testbed, reading: Reading, rows: Sequence[Row], path
     has = list(dict.fromkeys(name for row in rows for name in row.fields))
     lacking = [column for column in testbed.columns if column not in has]
     if lacking:
-        untold = next((row for row in rows if not row.fields and row.bad is not None), None)
+        untold = next((row for row in rows if row.unread), None)
         if untold is not None:
             raise BadInput(f"{path}:{untold.line}: {untold.bad}")
         several = "s" if len(lacking) > 1 else ""
@@ -378,7 +378,7 @@ def _without_lost(claims: Sequence[Claim], lost: Sequence[Row], grouped_by: Grou
 
     A row whose cells cannot be told may have been of any group.
     """
-    if any(not row.fields for row in lost):
+    if any(row.unread for row in lost):
         groups = {claim.group for claim in claims}
     elif grouped_by == "question":
         questions = {str(row.fields.get("question")).strip() for row in lost}
@@ -399,7 +399,7 @@ def _check_partly(testbed: Testbed, rows: Sequence[Row], path: Path) -> None:
             raise BadInput(
                 f"{path}: lacks the column {column}, which says what the claims of a group are to each other"
             )
-        without = [row.line for row in rows if row.fields and is_missing(row.fields.get(column))]
+        without = [row.line for row in rows if not row.unread and is_missing(row.fields.get(column))]
         if without:
             log.warning(
                 "%s:%d: has nothing in %s (%d such rows): a claim that is in no relation to others by it",

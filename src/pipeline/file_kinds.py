@@ -48,6 +48,11 @@ class Row:
     bad: str | None = None
     written: object = None
 
+    @property
+    def unread(self) -> bool:
+        """Whether not even its columns are known."""
+        return self.bad is not None and not self.fields
+
 
 def read_rows(path: Path, also: Iterable[str] = ()) -> list[Row]:
     """All records of a file (KINDS), in order. also: columns by which a CSV's separator is known, besides our own."""
@@ -66,7 +71,7 @@ def read_rows(path: Path, also: Iterable[str] = ()) -> list[Row]:
         raise BadInput(f"{path}: {why}")
     if not rows:
         raise BadInput(f"{path}: holds no rows")
-    if all(row.bad is not None and not row.fields for row in rows):
+    if all(row.unread for row in rows):
         raise BadInput(f"{path}:{rows[0].line}: {rows[0].bad}")
     return rows
 
@@ -171,7 +176,7 @@ def _json_rows(path: Path, text: str) -> Iterator[Row]:
         except (ValueError, RecursionError) as error:  # also integers of thousands of digits
             at = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else f"{path}:{line}"
             raise BadInput(f"{at}: is not valid JSON ({_reason(error)})") from None
-        yield _row(path, line, value)
+        yield _row(line, value)
         position = _skip_space(text, position)
         if text.startswith(",", position):
             position = _skip_space(text, position + 1)
@@ -203,14 +208,15 @@ def _told_of(text: str) -> str:
     return "; pandas writes one with to_json(orient='records')" if by_column else ""
 
 
-def _jsonl_rows(path: Path, text: str) -> Iterator[Row]:
+def _jsonl_rows(_: Path, text: str) -> Iterator[Row]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 value = json.loads(line, object_pairs_hook=_object)
             except (ValueError, RecursionError) as error:
-                raise BadInput(f"{path}:{number}: is not valid JSON ({_reason(error)})") from None
-            yield _row(path, number, value)
+                yield Row(number, {}, f"is not valid JSON ({_reason(error)})")
+            else:
+                yield _row(number, value)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -235,11 +241,6 @@ def _csv_rows(path: Path, text: str, known: set[str]) -> Iterator[Row]:
                 named = [name for name in header if name.strip()]
                 if twice := [name for name in named if named.count(name) > 1]:
                     raise BadInput(f"{path}:{line}: the header names {twice[0]!r} twice")
-            elif len(cells) > len(header):
-                raise BadInput(
-                    f"{path}:{line}: has more fields than the header: {len(cells)} and {len(header)}, separated by "
-                    f"{SEPARATORS[separator]}"
-                )
             elif cells:
                 found.append((line, cells))
             line = reader.line_num + 1
@@ -252,10 +253,14 @@ def _csv_rows(path: Path, text: str, known: set[str]) -> Iterator[Row]:
         raise BadInput(f"{path}:{reader.line_num}: is not valid CSV ({error}{since})") from None
     swallowed = csv_quotes.swallowed_rows(found, len(header), separator, spaced)
     for line, cells in found:
-        if line in swallowed:
-            yield Row(line, {}, swallowed[line])
+        bad = swallowed.get(line)
+        if len(cells) > len(header):
+            bad = (
+                f"has more fields than the header: {len(cells)} and {len(header)}, separated by {SEPARATORS[separator]}"
+            )
+        if bad is not None:
+            yield Row(line, {}, bad)
             continue
-        bad = None
         if len(cells) < len(header):
             bad = f"has {len(cells)} fields, and the header {len(header)} (a line break without quotes?)"
         yield Row(line, {name: _cell(cell) for name, cell in zip(header, cells, strict=False)}, bad)
@@ -286,9 +291,9 @@ def _reason(error: Exception) -> str:
     return getattr(error, "msg", "nested too deeply" if isinstance(error, RecursionError) else str(error))
 
 
-def _row(path: Path, line: int, value: object) -> Row:
+def _row(line: int, value: object) -> Row:
     if not isinstance(value, dict):
-        raise BadInput(f"{path}:{line}: holds a {type(value).__name__}, not a row with named columns")
+        return Row(line, {}, f"holds a {type(value).__name__}, not a row with named columns")
     return Row(line, value)
 
 

@@ -56,7 +56,6 @@ def test_rows_know_their_lines(tmp_path: Path, name: str, text: str, lines: list
         ("d.json", '[{"a": 1}', "expected , or ]"),
         ("d.json", '[{"a": 1}] more', "text after its closing"),
         ("d.json", "[\n1]", "d.json:2: holds a int"),
-        ("d.jsonl", '{"a": 1}\n{"a"', "d.jsonl:2: is not valid JSON"),
         ("d.jsonl", "[1]", "d.jsonl:1: holds a list"),
         ("d.csv", "a,b\n1,2,3\n", "d.csv:2: has more fields"),
         ("d.txt", "x", "unknown kind of file"),
@@ -366,6 +365,8 @@ def test_damaged_arrow_files_are_refused_in_one_line(tmp_path: Path, name: str) 
         ("d.json", b'[{"choice": "a", "choice": "b"}]', "d.json:1: is not valid JSON ('choice' stands twice"),
         ("d.json", b'{"data": [{"question": "q"}]}', "is not a JSON list of rows; save what is under 'data'"),
         ("d.json", b'{"question": {"0": "q"}}', "is not a JSON list of rows; pandas writes one with to_json(orient="),
+        ("d.jsonl", b'{"a": 1}\n{"a"', "d.jsonl:2: is not valid JSON"),
+        ("d.jsonl", b'{"question": "q", "choice": "a"}\n{"a"', "d.jsonl:2: is not valid JSON"),
         ("d.json", b'{"question": "q"}\n{"question"}', "d.json:2: is not valid JSON"),
         ("d.csv.gz", b"question", "is no whole gzip file"),
         ("d.csv.gz", gzip.compress(b"question,choice\nq,a\n" * 99, mtime=0)[:-20], "is no whole gzip file"),
@@ -455,6 +456,32 @@ def test_a_small_file_that_unpacks_to_a_gigabyte_is_refused(tmp_path: Path, monk
 
 
 # ---- rows
+
+
+CUT_OFF = [{"question": "p", "choice": "a", "choice_2": "b"}, {"question": "q", "choice": "b", "choice_2": "c"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "complaint"),
+    [
+        ("d.jsonl", '{}\n{"question": "q"\n{}\n', "2: is not valid JSON (Expecting ',' delimiter)"),
+        ("d.json", '{}\n{"a": 1, "a": 2}\n{}\n', "2: is not valid JSON ('a' stands twice in one object)"),
+        ("d.jsonl", "{}\n7\n{}\n", "2: holds a int, not a row with named columns"),
+        ("d.json", "[{},\n7,\n{}]", "2: holds a int, not a row with named columns"),
+        ("d.csv", "question,choice,choice_2\np,a,b\nq,b,c,d\nq,b,c\n",
+         "3: has more fields than the header: 4 and 3, separated by commas"),
+    ],
+)  # fmt: skip
+def test_a_row_that_cannot_be_told_is_refused_or_left_out(tmp_path: Path, name: str, text: str, complaint: str) -> None:
+    first, second = map(json.dumps, CUT_OFF)
+    path = written(tmp_path, name, text.replace("{}", first, 1).replace("{}", second, 1))
+    with pytest.raises(BadInput) as caught:
+        load_data_file(path)
+    assert str(caught.value) == f"{path}:{complaint}"
+    left_out: list[str] = []
+    claims = load_data_file(path, on_bad_row=left_out.append)[1]
+    assert left_out == [f"{path}:{complaint}"]
+    assert [(c.row, c.question, c.choice_2) for c in claims] == [(0, "p", "b"), (2, "q", "c")]
 
 
 @pytest.mark.parametrize("value", ["null", "NaN", '""', '"  "'])
