@@ -103,12 +103,14 @@ class ModelAPI:
     async def start(self) -> EngineIdentity:
         """Connect and check the model. Raises an APIError that says what to do; everything is closed then.
 
-        A server that refuses what is asked first is none that can be used: ConfigurationError.
+        A server that knows no such page (404) is none that can be used: ConfigurationError.
         """
         try:
             self._identity = await (self._engine.start() if self._scores else self._text_engine.connect())
         except RequestRejected as error:
             await self.aclose()
+            if error.status != 404:  # a key that is refused can be set, and the same command goes on
+                raise
             raise ConfigurationError(*error.args, hint=error.hint) from error
         except BaseException:
             await self.aclose()

@@ -206,8 +206,9 @@ def add_reading_arguments(data: Arguments) -> None:
 class Parser(argparse.ArgumentParser):
     """Complains in one line, like every other bad input, also of flags that contradict each other.
 
-    contradiction: of two settings of the search among the arguments last parsed, or of one and its meaning (see
-    out_of_range); None where there is none. A run that begins is refused for it. One that an earlier version began so goes on, and needs the same flags.
+    contradiction: of two settings of the search among the arguments last parsed, or of one that means nothing (see
+    out_of_range); None where there is none. A run that begins is refused for it. One that an earlier version began so
+    goes on, and needs the same flags.
     """
 
     contradiction: str | None = None

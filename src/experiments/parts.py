@@ -123,7 +123,10 @@ def _parts(args: argparse.Namespace) -> list[Part]:
     if args.continue_from is not None:
         raise BadInput("--continue_from goes on with one pool: leave out --num_batches and --passes")
     if args.label_rest:
-        raise BadInput("--label_rest labels from one pool's labels; --num_batches all leaves no claim to label")
+        raise BadInput(
+            "--label_rest labels from one pool's labels: leave out --num_batches and --passes, or --label_rest "
+            "(--num_batches all labels every claim)"
+        )
     if args.passes % 2 == 0:
         raise BadInput(f"--passes {args.passes}: must be odd, or votes could be equal")
     parts = []
@@ -230,9 +233,8 @@ def _result(
         "zero_shot": _added([r["zero_shot"] for r in first]),
         "zero_shot_calibrated": _added([r["zero_shot_calibrated"] for r in first]),
         "predicted": {"predicted": _agreement(predicted)} if predicted else {},
-        "warning": random_warning(len(voted), accepted) or collapse_warning(
-            labels, prior, names, calibrated=calibration != "none"
-        ),
+        "warning": random_warning(len(voted), accepted)
+        or collapse_warning(labels, prior, names, calibrated=calibration != "none"),
         "changes_objective": results[0]["changes_objective"],
         "parts": [
             {

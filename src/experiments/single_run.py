@@ -396,9 +396,7 @@ async def label_pool(
     folder.write_labels(labelling.label_rows(state, predictions, zero_shot))
     title = f"{settings['testbed']}, {args.model}, alpha {args.alpha:g}, calibration {calibration_told(settings)}"
     plot_curves(records, labelling.pool.gold, folder.curves_path, title, labelling.pool.names)
-    warning = collapse_warning(
-        state.labels, args.prior, labelling.pool.names, calibrated=args.calibrate != "none"
-    )
+    warning = collapse_warning(state.labels, args.prior, labelling.pool.names, calibrated=args.calibrate != "none")
     if labelling.pool.continued is None:
         warning = random_warning(len(state.labelled), state.accepted) or warning
     document = {

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from src.icm.label_names import confusion_lines, told_counts
-from src.icm.report import agreement, calibration_told
+from src.icm.report import agreement, calibration_told, counted
 from src.pipeline.run_folder import RunFolder
 from src.pipeline.run_reader import read_run
 from src.reporting.results import confusion_of
@@ -29,8 +29,8 @@ def print_summary(folder: RunFolder, document: Mapping[str, Any]) -> None:
     result, settings, cost = document["result"], document["settings"], document["cost"]
     calibration = calibration_told(settings)
     print(
-        f"{settings['testbed']}: {result['labelled']} claims labelled by {document['engine']['model']} in "
-        f"{result['iterations']} iterations, {cost['seconds']:.0f} s (calibration: {calibration})"
+        f"{settings['testbed']}: {counted(result['labelled'], 'claim')} labelled by {document['engine']['model']} in "
+        f"{counted(result['iterations'], 'iteration')}, {cost['seconds']:.0f} s (calibration: {calibration})"
     )
     print(f"  agreement with gold  {agreement(*result['icm'])}")
     known = [result["icm"], result["zero_shot"], *result["predicted"].values()]
@@ -44,8 +44,8 @@ def print_summary(folder: RunFolder, document: Mapping[str, Any]) -> None:
     if "parts" in result:
         print(f"  {len(result['parts'])} searches; U and nats are means over them, counts and seconds sums")
     print(
-        f"  U {result['U']:.2f}: {settings['alpha']:g} x {result['predictability']:.3f} nat - "
-        f"{result['inconsistent']} inconsistent pairs; {_counts(result)}"
+        f"  U {result['U']:z.2f}: {settings['alpha']:g} x {result['predictability']:z.3f} nat - "
+        f"{counted(result['inconsistent'], 'inconsistent pair')}; {_counts(result)}"
     )
     if "label_counts" in result and (table := confusion_of(read_run(folder.path))) is not None:
         print("  labels of the search by gold label:")
@@ -61,10 +61,13 @@ def print_summary(folder: RunFolder, document: Mapping[str, Any]) -> None:
     if cost.get("asked_ahead"):
         print(f"  questions asked ahead {cost['asked_ahead']:,.0f}, used {cost['ahead_used']:,.0f}")
     if cost["floored"]:
-        print(f"  {cost['floored']} answers lacked a label token and were floored")
+        were = "was" if cost["floored"] == 1 else "were"
+        print(f"  {counted(cost['floored'], 'answer')} lacked a label token and {were} floored")
     if document["left_out"]:
         how = "--num_batches all" if "parts" in result else "--label_rest"
-        print(f"  {document['left_out']} claims of the file are outside the pool, without a label (see {how})")
+        are = "is" if document["left_out"] == 1 else "are"
+        claims = counted(document["left_out"], "claim")
+        print(f"  {claims} of the file {are} outside the pool, without a label (see {how})")
     if bad := document.get("bad_rows"):
         count = f"{bad['count']} rows of the file were" if bad["count"] > 1 else "1 row of the file was"
         print(f"  {count} left out (--skip_bad_rows), the first: {bad['first'][0]}")

@@ -18,7 +18,7 @@ from src.icm.comparison import agreement_of, votes
 from src.icm.consistency import Constraint, Label
 from src.icm.label_names import confusion
 from src.icm.objective import auc, label_of, no_offset, wilson_interval
-from src.icm.report import COLLAPSE_MIN_LABELS, COLLAPSE_SHARE, collapse_warning
+from src.icm.report import COLLAPSE_MIN_LABELS, COLLAPSE_SHARE, collapse_warning, counted
 from src.icm.run_record import LabelledClaim, RunRecord, final_labels, labels_over_time, probability
 
 LEANING_SHARE = 0.85  # of one label: not a collapse, and worth a look
@@ -225,7 +225,8 @@ def frozen(run: RunRecord) -> Finding:
         details.append(f"The best refused proposal of {len(refused)} would have changed U by {max(refused):+.2f}.")
     wrong = [c for c, label in seeds.items() if final.get(c) == label and _gold(run, c) not in (None, label)]
     if wrong:
-        details.append(f"{len(wrong)} wrong labels of the random start were never corrected.")
+        were = "was" if len(wrong) == 1 else "were"
+        details.append(f"{counted(len(wrong), 'wrong label')} of the random start {were} never corrected.")
     share = len(final) / size
     if share < FROZEN_SHARE and last < len(steps) / 2:
         return Finding("frozen", title, Verdict.PROBLEM, told, tuple(details), FROZEN_ADVICE)
@@ -260,7 +261,7 @@ def inconsistency(run: RunRecord) -> Finding:
     if not since:
         told = f"All {len(run.constraints)} constraints hold, or concern a claim without a label."
         return Finding("inconsistent", title, Verdict.OK, told)
-    told = f"{len(since)} of {len(run.constraints)} constraints are broken, in {len(groups)} groups."
+    told = f"{len(since)} of {len(run.constraints)} constraints are broken, in {counted(len(groups), 'group')}."
     details = []
     for constraint, iteration in sorted(since.items(), key=lambda item: item[1])[:SHOWN]:
         *others, last = (f"{run.pool[claim].row} ({run.name_of(run.pool[claim].label)})" for claim in constraint.claims)

@@ -41,8 +41,8 @@ def collapse_warning(
 ) -> str | None:
     """One line of advice where nearly all labels are the same, None otherwise.
 
-    calibrated: whether the search was; it is then not advised. prior: the share of True claims, where it is known; then None also where at least half as many labels as it expects
-    are the rarer one.
+    calibrated: whether the search was; it is then not advised. prior: the share of True claims, where it is known; then
+    None also where at least half as many labels as it expects are the rarer one.
     """
     known = [label for label in labels if label is not None]
     if len(known) < COLLAPSE_MIN_LABELS:

@@ -18,6 +18,7 @@ import orjson
 
 from src.icm.consistency import Label, Labels
 from src.icm.label_names import Names, counts_of, told_counts
+from src.icm.report import counted
 from src.icm.run_record import LabelledClaim, RunRecord
 from src.icm.testbeds import BadInput, Claim, Testbed, split_pools
 from src.pipeline.run_reader import read_run
@@ -80,23 +81,32 @@ class Continued:
         """What a user should know before it starts, one line each. pool: its claims; outside: those left out of it."""
         told = self.summary()
         new, unlabelled = pool - len(self.labels), len(self.labels) - told["labels"]
+        beside = f"{counted(new, 'new claim') if new else 'no new claim'} of {file} in the pool with them"
         lines = [
-            f"starts with {told['labels']} labels of {self.run} ({told_counts(told)}) in place of random ones; "
-            f"{_claims(new)} of {file} beside them"
+            f"starts with {counted(told['labels'], 'label')} of {self.run} ({told_counts(told)}) in place of random "
+            f"ones; {beside}"
         ]
         if unlabelled:
-            lines.append(f"{_claims(unlabelled)} of {self.run} without a label of its search: taken in as new ones are")
+            begin = "begins" if unlabelled == 1 else "begin"
+            lines.append(
+                f"{counted(unlabelled, 'claim')} of {self.run} got no label from its search and {begin} without one, "
+                "as new claims do"
+            )
         if self.gone:
             named = ", ".join(f"row {claim.row} ({_shown(claim)})" for claim in self.gone[:NAMED])
             more = f", and {len(self.gone) - NAMED} more" if len(self.gone) > NAMED else ""
-            lines.append(f"{_claims(len(self.gone))} of {self.run} not in {file}, removed or edited: {named}{more}")
+            lines.append(
+                f"{counted(len(self.gone), 'claim')} of {self.run} not in {file}, removed or edited: {named}{more}"
+            )
         if self.regrouped:
-            lines.append(f"{_claims(self.regrouped)} of {self.run} in another group (consistency_id) in {file}")
+            lines.append(
+                f"{counted(self.regrouped, 'claim')} of {self.run} in another group (consistency_id) in {file}"
+            )
         if self.model != model:
             lines.append(f"the labels of {self.run} were found with {self.model}; from here on {model} is asked")
         if outside:
             lines.append(
-                f"no room for {_claims(outside)} of {file} beside them: --batch_size {pool + outside} takes in all"
+                f"no room for {counted(outside, 'claim')} of {file}: --batch_size {pool + outside} takes in all"
             )
         return lines
 
@@ -184,10 +194,6 @@ def _was_regrouped(before: LabelledClaim, now: Claim) -> bool:
     """A group that is named after its row, for want of a consistency_id, changes with the row and says nothing."""
     unnamed = before.group == f"row {before.row}" and now.group == f"row {now.row}"
     return before.group != now.group and not unnamed
-
-
-def _claims(count: int) -> str:
-    return f"{count} claim" if count == 1 else f"{count} claims"
 
 
 def _shown(claim: LabelledClaim) -> str:

@@ -12,6 +12,7 @@ from core.llm_api.labels import TRUE_FALSE
 from core.llm_api.types import Prompt
 from src.icm.annealing import Stream, generator
 from src.icm.consistency import Overview
+from src.icm.report import counted
 from src.pipeline.baselines import random_labels
 from src.pipeline.labelling import Labelling, Pool
 
@@ -111,8 +112,8 @@ def groups_told(seen: Sequence[Overview], claims: int) -> str:
     if largest == 1:
         told = f"none, each of the {claims} claims stands by itself"
         return told if column == "none" else f"{told} (by the column {column})"
-    sizes = f"of {largest}" if smallest == largest else f"of {smallest} to {largest}"
-    return f"{groups} {sizes} claims, made by the column {column}"
+    sizes = f"{largest}" if smallest == largest else f"{smallest} to {largest}"
+    return f"{counted(groups, 'group')} of {sizes} claims, made by the column {column}"
 
 
 def constraints_told(seen: Sequence[Overview]) -> str:

@@ -296,7 +296,7 @@ def _claim_row(run: RunRecord, claim: LabelledClaim) -> ClaimRow:
         gold=_label(run, claim.gold) + (" ✗" if agrees is False else ""),
         log_odds=_odds(claim.log_odds),
         zero_shot=_odds(claim.zero_shot),
-        by=visible(claim.by),
+        by="–" if claim.label is None else visible(claim.by),
         label_key="-" if claim.label is None else str(int(claim.label)),
         agrees_key={True: "1", False: "0", None: "-"}[agrees],
         mark={True: "yes", False: "no", None: ""}[agrees],

@@ -454,7 +454,7 @@ async def test_a_grown_file_goes_on_from_what_is_labelled(icm: Command, data: Pa
     kept = {at: label for at, label in labelled.items() if at != (removed["question"], removed["choice"])}
     assert f"starts with {len(kept)} labels of a ({sum(kept.values())} True) in place of random ones" in err
     assert f"1 claim of a not in grown.jsonl, removed or edited: row {removed['row']} (" in err
-    assert "claims of grown.jsonl beside them: --batch_size 29 takes in all" in err
+    assert "claims of grown.jsonl: --batch_size 29 takes in all" in err
     [start] = [record for record in icm.log("b") if record["event"] == "start"]
     pool = [json.loads(line) for line in (icm.runs / "b" / "claims.jsonl").read_text().splitlines()]
     assert len(start["labels"]) == len(kept)
@@ -506,7 +506,9 @@ async def test_a_run_that_goes_on_from_another_is_resumed_as_every_run(
     code, _, err = await there("--run", "whole", *flags[2:])
     assert code == 2
     assert "was started with --continue_from, now without. Use the same flags" in err
-    (icm.runs / "a" / "log.jsonl").write_bytes(b"".join((icm.runs / "a" / "log.jsonl").read_bytes().splitlines(True)[:3]))
+    (icm.runs / "a" / "log.jsonl").write_bytes(
+        b"".join((icm.runs / "a" / "log.jsonl").read_bytes().splitlines(True)[:3])
+    )
     code, _, err = await there("--run", "whole", *flags)
     assert code == 2
     assert "was started with other labels of another run (--continue_from). Use the same flags" in err
@@ -701,6 +703,7 @@ BAD = [
     (["--lookahead", "-1"], "must be auto"),
     (["--continue_from", "nobody"], "no run of that name"),
     (["--alpha", "nan"], "must be a finite number"),
+    (["--label_rest", "--num_batches", "2"], "leave out --num_batches and --passes, or --label_rest"),
     (["--alpha", "-5"], "--alpha -5 must be above 0"),
     (["--alpha", "0"], "--alpha 0 must be above 0"),
     (["--alpha", "0", "--num_batches", "2"], "--alpha 0 must be above 0"),

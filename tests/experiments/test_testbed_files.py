@@ -246,9 +246,9 @@ async def test_show_prints_a_prompt_without_a_server(icm: Command, folder: Path)
 async def test_show_counts_groups_and_relations(icm: Command, folder: Path) -> None:
     code, out, _ = await show(icm, str(folder / "fields.yaml"))
     assert code == 0
-    assert "groups  5 of 1 to 2 claims, made by the column consistency_id; constraints: 3 x agree" in out
+    assert "groups  5 groups of 1 to 2 claims, made by the column consistency_id; constraints: 3 x agree" in out
     code, out, _ = await show(icm, "builtin")
-    assert "128 of 2 claims, made by the column consistency_id; constraints: 128 x exactly one is true" in out
+    assert "128 groups of 2 claims, made by the column consistency_id; constraints: 128 x exactly one is true" in out
     code, _, err = await show(icm, "gsm8k", "--data_dir", str(folder))
     assert code == 2
     assert "gsm8k_verification.json: not found" in err

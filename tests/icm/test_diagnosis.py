@@ -75,19 +75,27 @@ def test_a_frozen_start(tmp_path: Path) -> None:
     assert any("-3.00" in line for line in finding.details)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "told"), [(1, "1 wrong label of the random start was"), (2, "2 wrong labels of the random start were")]
+)
+def test_wrong_labels_of_the_start_are_counted(tmp_path: Path, wrong: int, told: str) -> None:
+    gold = [not label for label in HALF[:wrong]] + HALF[wrong:]
+    assert any(line.startswith(f"{told} never corrected") for line in frozen(example(tmp_path, gold=gold)).details)
+
+
 def test_groups_that_stay_inconsistent(tmp_path: Path) -> None:
     both = {0: [(1, "exactly one is true")], 2: [(3, "at most one is true")]}
     labels = [True, True, True, False, *HALF[4:]]
     finding = inconsistency(example(tmp_path, labels=labels, constraints=both))
     assert finding.verdict is Verdict.PROBLEM
-    assert "1 of 2 constraints are broken, in 1 groups" in finding.told
+    assert "1 of 2 constraints are broken, in 1 group." in finding.told
     assert "rows 0 (True) and 1 (True)" in finding.details[0]
 
 
 def test_a_set_of_claims_that_are_all_false_is_told_whole(tmp_path: Path) -> None:
     run = example(tmp_path, labels=[False, False, False, *HALF[3:]])
     finding = inconsistency(replace(run, constraints=(Constraint((0, 1, 2), Relation.EXACTLY_ONE),)))
-    assert finding.told == "1 of 1 constraints are broken, in 1 groups."
+    assert finding.told == "1 of 1 constraints are broken, in 1 group."
     assert "rows 0 (False), 1 (False) and 2 (False), of which exactly one is True." in finding.details[0]
 
 

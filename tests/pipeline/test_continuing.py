@@ -103,12 +103,13 @@ def test_what_is_gone_and_what_moved_to_another_group_is_counted_and_named(tmp_p
     assert [claim.row for claim in start.gone] == [3, 4, 5, 6, 7]
     lines = start.notes(file="grown.jsonl", model="another", pool=4, outside=5)
     assert lines == [
-        "starts with 3 labels of before (2 True) in place of random ones; 1 claim of grown.jsonl beside them",
+        "starts with 3 labels of before (2 True) in place of random ones; "
+        "1 new claim of grown.jsonl in the pool with them",
         "5 claims of before not in grown.jsonl, removed or edited: row 3 ('About claim 3 / claim 3'), "
         "row 4 ('About claim 4 / claim 4'), row 5 ('About claim 5 / claim 5'), and 2 more",
         "1 claim of before in another group (consistency_id) in grown.jsonl",
         "the labels of before were found with m; from here on another is asked",
-        "no room for 5 claims of grown.jsonl beside them: --batch_size 9 takes in all",
+        "no room for 5 claims of grown.jsonl: --batch_size 9 takes in all",
     ]
     assert start.summary() == {
         "run": "before", "model": "m", "labels": 3, "true_labels": 2, "gone": 5, "regrouped": 1
@@ -141,7 +142,10 @@ def test_predictions_are_no_labels_of_a_search(tmp_path: Path) -> None:
     path.write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in lines))
     start = continued(tmp_path, claims_of(row("a"), row("b"), row("rest")))
     assert start.labels == {0: True, 1: None}
-    assert "1 claim of before without a label of its search" in start.notes(file="f", model="m", pool=3, outside=0)[1]
+    assert (
+        "1 claim of before got no label from its search and begins without one"
+        in start.notes(file="f", model="m", pool=3, outside=0)[1]
+    )
 
 
 def test_the_digest_is_that_of_its_claims_and_labels(tmp_path: Path) -> None:

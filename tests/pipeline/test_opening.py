@@ -60,14 +60,15 @@ async def test_groups_and_constraints_are_counted_by_kind(opened: Open, tmp_path
         told = opening(labelling, await labelling.token_record(), "sums.jsonl", 8)
     assert told[0] == "data    sums.jsonl: all 5 claims (--batch_size 8; the file has no more)"
     assert told[1] == (
-        "groups  2 of 2 to 3 claims, made by the column consistency_id; constraints: 1 x agree, 3 x at most one is true"
+        "groups  2 groups of 2 to 3 claims, made by the column consistency_id; "
+        "constraints: 1 x agree, 3 x at most one is true"
     )
 
 
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        ([], "groups  1 of 6 claims, made by the column question; constraints: none"),
+        ([], "groups  1 group of 6 claims, made by the column question; constraints: none"),
         (["--group_by", "none"], "groups  none, each of the 6 claims stands by itself; constraints: none"),
     ],
 )
@@ -108,7 +109,7 @@ async def test_batches_are_counted_together(opened: Open, server: FakeVLLM) -> N
     async with opened(*flags) as labelling:
         told = opening(labelling, await labelling.token_record(), "builtin", 64, pools)
     assert told[0].endswith("192 of 256 claims in 3 batches, the other 64 left without a label")
-    assert "96 of 2 claims" in told[1]
+    assert "96 groups of 2 claims" in told[1]
     assert "constraints: 96 x exactly one is true" in told[1]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,15 @@ def test_a_run_in_progress(tmp_path: Path) -> None:
     page = page_of(tmp_path, finished=False)
     assert "not finished" in page
     assert "labels so far" in page
+
+
+def test_a_claim_without_a_label_was_labelled_by_nothing(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "run", labels=HALF, gold=HALF))
+    assert '<td class="by">–</td>' not in render_report([], [run])
+    first, *others = run.claims
+    page = render_report([], [replace(run, claims=(replace(first, label=None), *others))])
+    assert page.count('<td class="by">–</td>') == 1
+    assert page.count('<td class="by">icm</td>') == len(others)
 
 
 def test_money(tmp_path: Path) -> None:
