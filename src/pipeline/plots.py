@@ -23,6 +23,7 @@ def plot_curves(
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     curves = curves_of(records, gold)
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharex=True, layout="constrained")
@@ -40,8 +41,11 @@ def plot_curves(
         axis.set_ylabel(label)
         if limits:
             axis.set_ylim(limits[0] - 0.03, limits[1] + 0.03)
-            axis.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
+            axis.axhline(1 / len(names), color="grey", linewidth=0.8, linestyle=":")
         axis.grid(alpha=0.3)
+    axes[1, 0].yaxis.set_major_locator(MaxNLocator(integer=True))
+    if curves.rebuilds:
+        axes[0, 0].set_title("grey: the tree is built anew", fontsize="small", loc="right", color="grey")
     for iteration in curves.rebuilds:
         axes[0, 0].axvline(iteration, color="grey", linewidth=0.6, alpha=0.5)
     for axis in axes[1]:
