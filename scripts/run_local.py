@@ -99,7 +99,7 @@ async def fitting_size(model: str, given: Sequence[str], url: str, deadline: flo
         labelling, sizes = await _largest_that_fits(model, given, api)
         print("measuring how fast this machine answers ...", file=sys.stderr, flush=True)
         speed = await measure(labelling)
-        record = read_record(REPO_ROOT / "runs" / "determinism", api.identity)
+        record = read_record(_options(model, given, SIZES[0]).runs_dir / "determinism", api.identity)
     check = CHECK_SECONDS if needs_check(record, api.identity, whole=False) else 0.0
     mean = labelling.planned_for(None).pool.problem.costs.mean
     left = deadline - time.monotonic() - check - END_SECONDS
@@ -181,10 +181,14 @@ def again_by(script: str, arguments: Sequence[str] | None) -> list[str]:
     return [sys.executable, script, *(sys.argv[1:] if arguments is None else arguments)]
 
 
-def check_once(url: str) -> None:
-    """Let test_determinism.py look at this server in short, unless it passed before; what it finds, ICM.py repeats."""
+def check_once(url: str, runs_dir: Path) -> None:
+    """Let test_determinism.py look at this server in short, unless it passed before; what it finds, ICM.py repeats.
+
+    runs_dir: where ICM.py looks for it.
+    """
     short = ["--quick", "--prompts", "4", "--seconds", str(CHECK_SECONDS), "--unless_passed"]
-    subprocess.run([sys.executable, str(DETERMINISM), "--url", url, *short], check=False)
+    command = [sys.executable, str(DETERMINISM), "--url", url, "--runs_dir", str(runs_dir), *short]
+    subprocess.run(command, check=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -232,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     print(f"error: {error}", file=sys.stderr)
                     return 2
                 command = icm_command(options.model, rest, size)
-            check_once(server.url)
+            check_once(server.url, _options(options.model, rest, SIZES[0]).runs_dir)
             return run_icm(command, server.url, again_by(__file__, arguments))
     except ServerFailed as error:
         print(f"error: {error}", file=sys.stderr)

@@ -112,6 +112,14 @@ def test_a_run_gets_a_server_and_its_arguments(icm: Path) -> None:
     assert (FakeServer.started, FakeServer.stopped) == (["gemma-3-270m"], 1)
 
 
+def test_the_check_is_kept_where_the_run_looks_for_it(icm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = icm / "check.py"
+    script.write_text("import pathlib, sys; pathlib.Path(__file__).with_name('checked').write_text(' '.join(sys.argv))")
+    monkeypatch.setattr(run_local, "DETERMINISM", script)
+    assert main(["--runs_dir", str(icm / "others")]) == 0
+    assert f"--url {FakeServer.url} --runs_dir {icm / 'others'} " in (icm / "checked").read_text()
+
+
 @pytest.mark.parametrize("given", [["--batch_size", "48"], ["--batch_size=48"], ["--num_batches", "2"]])
 def test_a_pool_that_was_asked_for_is_taken_whatever_the_machine(icm: Path, given: list[str]) -> None:
     assert main(given) == 0
@@ -303,7 +311,7 @@ async def test_a_run_that_is_stopped_says_once_how_to_start_everything_again(
                 def __exit__(self, *error): ...
             {script}.VLLMServer = Server
             run_local.REPO_ROOT = Path({str(tmp_path)!r})
-            run_local.check_once = lambda url: None
+            run_local.check_once = lambda url, runs_dir: None
             signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
             sys.exit({script}.main({given!r}))
         """)
