@@ -45,6 +45,7 @@ from icm_vllm.batch_invariant import enable_batch_invariant_mode, product, settl
 from icm_vllm.batch_invariant.collectives import all_reduce
 from icm_vllm.batch_invariant.compiled import TAG
 from icm_vllm.batch_invariant.scaled import on_hopper, scalable, tiles_agree
+from icm_vllm.patches import BATCH_INVARIANT_MODES
 from icm_vllm.plugin import ALL_REDUCE, ATTENTION, BATCH_INVARIANT, FP8
 from icm_vllm.query_length import least_query_length
 
@@ -56,9 +57,6 @@ VLLM: Final = "VLLM_BATCH_INVARIANT"
 
 LIMITS: Final = ("NCCL_MIN_NCHANNELS", "NCCL_MAX_NCHANNELS", "NCCL_PROTO", "NCCL_ALGO", "NCCL_NTHREADS")
 """Environment variables by which vLLM's mode makes NCCL add in one order. Without sums they only make it slow."""
-
-SOURCES: Final = ("vllm.model_executor.determinism.batch_invariant", "vllm.model_executor.layers.batch_invariant")
-"""Where vLLM keeps its mode: newer versions, 0.26."""
 
 IMPORTERS: Final = (
     "vllm.model_executor.layers.linear",
@@ -127,7 +125,7 @@ def _device() -> torch.device:
 
 
 def _source() -> ModuleType:
-    for name in SOURCES:
+    for name in BATCH_INVARIANT_MODES:
         try:
             return importlib.import_module(name)
         except ModuleNotFoundError as error:

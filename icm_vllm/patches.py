@@ -18,6 +18,12 @@ from typing import Final, Literal
 TRIED: Final = {"0.26.0": "GPU", "0.32.0": "CPU"}
 """The versions of vLLM that this package was run with, and on what."""
 
+BATCH_INVARIANT_MODES: Final = (
+    "vllm.model_executor.determinism.batch_invariant",
+    "vllm.model_executor.layers.batch_invariant",
+)
+"""Where vLLM keeps its own batch-invariant mode: newer versions, 0.26."""
+
 Device = Literal["any", "cpu", "gpu"]
 
 
@@ -60,8 +66,7 @@ def _missing(target: str) -> str:
 
 
 def _batch_invariant(name: str) -> tuple[str, ...]:
-    modules = ("vllm.model_executor.determinism.batch_invariant", "vllm.model_executor.layers.batch_invariant")
-    return tuple(f"{module}:{name}" for module in modules)
+    return tuple(f"{module}:{name}" for module in BATCH_INVARIANT_MODES)
 
 
 def _exact() -> Iterator[Patch]:

@@ -443,6 +443,7 @@ def _engine_of(settings: Settings, use_vllm: bool | None) -> str:
     if chosen is None and not settings.vllm_configured and settings.llama_api_base is None:
         raise ConfigurationError(
             "no model server is configured.",
-            hint="Set VLLM_BASE_URL (your own vLLM server) or LLAMA_API_BASE (an OpenAI-compatible API) in SECRETS.",
+            hint="Set VLLM_BASE_URL (your own vLLM server) or LLAMA_API_BASE (an OpenAI-compatible API), in the "
+            "environment or in SECRETS.",
         )
     return "vllm" if chosen or (chosen is None and settings.vllm_configured) else "external"

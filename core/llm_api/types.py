@@ -223,6 +223,18 @@ class EngineAnswer:
     retries: int = 0
     cached_tokens: int | None = None
 
+    @classmethod
+    def joined(cls, parts: Iterable[EngineAnswer]) -> EngineAnswer:
+        """One answer of those to the parts of a batch, in the queries' order."""
+        parts = list(parts)
+        return cls(
+            [logprobs for part in parts for logprobs in part.logprobs],
+            prompt_tokens=sum(part.prompt_tokens for part in parts),
+            requests=sum(part.requests for part in parts),
+            retries=sum(part.retries for part in parts),
+            cached_tokens=sum_known(part.cached_tokens for part in parts),
+        )
+
 
 def sum_known(values: Iterable[int | None]) -> int | None:
     """The sum, None where a part of it is not known."""

@@ -28,7 +28,7 @@ class LabelledClaim:
 
     log_odds: final leave-one-out log-odds, nats. zero_shot: log-odds without demonstrations, nats. Both None where they
     are not known. by: "icm" for a label of the search, "vote" for the majority of several, "predicted" for a claim of
-    the pool that the search did not take in, else how the label was come by. row: index in the data file. shown: what
+    the pool that the search did not take in, else what gave the label. row: index in the data file. shown: what
     else its testbed's template shows, by placeholder.
     """
 

@@ -32,7 +32,7 @@ from src.pipeline.search import PoolScorer, log_odds_of
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Labels of a set of claims, the likeliest by their log-odds unless they were come by in another way.
+    """Labels of a set of claims, the likeliest by their log-odds unless something else gave them.
 
     log_odds: nats, by position. offset: subtracted before the likeliest is taken (0 unless calibrated). given: the
     labels, where they are not the likeliest (annealed, or made consistent).

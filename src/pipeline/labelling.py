@@ -279,7 +279,7 @@ class Labelling:
     ) -> list[dict[str, Any]]:
         """The rows of labels.jsonl: the pool in its order, then the rest where it was labelled.
 
-        predictions: labels that the search did not give, by how they were come by (the rows' `by`).
+        predictions: labels that the search did not give, by what gave them (the rows' `by`).
         """
         alone, names = zero_shot.log_odds, self.pool.names
         rows = {

@@ -171,13 +171,7 @@ class ExternalAPI:
             return answer
 
         parts = await all_or_settle(one(position, query) for position, query in enumerate(queries))
-        return EngineAnswer(
-            [part.logprobs[0] for part in parts],
-            prompt_tokens=sum(part.prompt_tokens for part in parts),
-            requests=sum(part.requests for part in parts),
-            retries=sum(part.retries for part in parts),
-            cached_tokens=sum_known(part.cached_tokens for part in parts),
-        )
+        return EngineAnswer.joined(parts)
 
     async def generate(self, request: TextRequest) -> Generation:
         """See TextEngine.generate."""

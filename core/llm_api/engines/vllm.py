@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncGenerator, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -49,7 +49,6 @@ from core.llm_api.types import (
     Prompt,
     Query,
     TokenLogprobs,
-    sum_known,
 )
 from core.llm_api.vllm_metrics import kv_block_size, kv_cache_capacity, prefix_cache_counters
 from core.llm_api.vllm_questions import VLLMQuestions
@@ -254,7 +253,7 @@ class VLLMClient:
             for start in range(0, len(positions), size):
                 yield self._score_part(batch, start, [queries[at] for at in positions[start : start + size]])
 
-        whole = _joined(
+        whole = EngineAnswer.joined(
             await all_or_settle(
                 part for together in by_tokens(queries) for part in parts(together.token_ids, together.positions)
             )
@@ -320,7 +319,7 @@ class VLLMClient:
                 raise
         middle = len(queries) // 2
         halves = ((start, queries[:middle]), (start + middle, queries[middle:]))
-        return _joined(await all_or_settle(self._score_part(batch, *half) for half in halves))
+        return EngineAnswer.joined(await all_or_settle(self._score_part(batch, *half) for half in halves))
 
     def _fits(self, batch: _Batch, queries: Sequence[Query]) -> bool:
         return self._body_limit is None or self._body_size(batch, queries) <= self._body_limit
@@ -381,7 +380,7 @@ class VLLMClient:
         if failed:
             first = next(iter(failed.values()))
             raise self._named([queries[at].prompt.name for at in failed], first) from first.__cause__
-        return _joined(parts[at] for at in sorted(parts))
+        return EngineAnswer.joined(parts[at] for at in sorted(parts))
 
     def _named(self, names: list[str], error: APIError) -> APIError:
         said = str((error.__cause__ or error).args[0]).rstrip(".")
@@ -520,15 +519,3 @@ def _token_keys(tokens: NextTokens) -> list[str]:
 
 def _tree_body(prompts: Sequence[Prompt], token_ids: Sequence[int]) -> bytes:
     return orjson.dumps({"labels": token_ids, "tree": tree_of(prompts)})
-
-
-def _joined(parts: Iterable[EngineAnswer]) -> EngineAnswer:
-    """Of requests in the queries' order."""
-    parts = list(parts)
-    return EngineAnswer(
-        [logprobs for part in parts for logprobs in part.logprobs],
-        prompt_tokens=sum(part.prompt_tokens for part in parts),
-        requests=sum(part.requests for part in parts),
-        retries=sum(part.retries for part in parts),
-        cached_tokens=sum_known(part.cached_tokens for part in parts),
-    )

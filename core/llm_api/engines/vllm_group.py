@@ -194,33 +194,15 @@ class VLLMGroup:
 
     async def tokenize(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
         """Token ids of each text, from the first server that can be asked."""
-        while True:
-            member = self._up[0]
-            try:
-                return await member.client.tokenize(texts, special=special)
-            except LOST as error:
-                if not self._drop(member, error):
-                    raise
+        return await self._of_the_first(lambda client: client.tokenize(texts, special=special))
 
     async def detokenize(self, tokens: Sequence[Sequence[int]]) -> list[str] | None:
         """See Engine.detokenize; from the first server that can be asked."""
-        while True:
-            member = self._up[0]
-            try:
-                return await member.client.detokenize(tokens)
-            except LOST as error:
-                if not self._drop(member, error):
-                    raise
+        return await self._of_the_first(lambda client: client.detokenize(tokens))
 
     async def tokenize_chat(self, messages: Sequence[str]) -> list[list[int]] | None:
         """See Engine.tokenize_chat; from the first server that can be asked."""
-        while True:
-            member = self._up[0]
-            try:
-                return await member.client.tokenize_chat(messages)
-            except LOST as error:
-                if not self._drop(member, error):
-                    raise
+        return await self._of_the_first(lambda client: client.tokenize_chat(messages))
 
     async def score(self, queries: Sequence[Query], *, on_answer: OnAnswer | None = None) -> EngineAnswer:
         """See Engine.score. Every server is asked about its own part, all at once."""
@@ -293,6 +275,16 @@ class VLLMGroup:
     def telemetry(self) -> list[RequestTelemetry]:
         """What was counted about the requests to each server."""
         return [counted for member in self._members for counted in member.client.telemetry]
+
+    async def _of_the_first(self, question: Callable[[VLLMClient], Awaitable[T]]) -> T:
+        """Asked of the first server that is up, of the next where that is lost."""
+        while True:
+            member = self._up[0]
+            try:
+                return await question(member.client)
+            except LOST as error:
+                if not self._drop(member, error):
+                    raise
 
     async def _of_one(self, question: Callable[[VLLMClient, RetryPolicy], Awaitable[T]]) -> T:
         failed: set[_Member] = set()
