@@ -48,7 +48,7 @@ icm: setup-local ## Label the built-in claims with a real model on this machine 
 
 .PHONY: serve
 serve: setup-local ## Serve answers and scores at port 8080 with a real model on this machine, until Ctrl-C (ARGS="--port 9000")
-	@$(PY) -m src.serving.command --start local --model $(MODEL) $(ARGS)
+	@$(PY) -m contrib.serving.command --start local --model $(MODEL) $(ARGS)
 
 .PHONY: test
 test: setup-local $(STAMPS)/tokenizers ## Run every test, those against a real vLLM server included (ARGS="-k tree")

@@ -23,12 +23,12 @@ if str(Path(__file__).resolve().parents[1]) not in sys.path:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.step_machine import hardware
+from core.errors import APIError
 from core.llm_api.engines.vllm_group import vllm_engine
-from core.llm_api.errors import APIError
-from core.llm_api.generation import Message, SamplingOptions, Token
+from core.llm_api.http.transport import HttpOptions, HttpTransport
+from core.llm_api.http.vllm_metrics import requests_in_work
 from core.llm_api.llm import ModelAPI
-from core.llm_api.transport import HttpOptions, HttpTransport
-from core.llm_api.vllm_metrics import requests_in_work
+from core.llm_api.text.generation import Message, SamplingOptions, Token
 from core.settings import Settings
 
 WAYS = ("closed", "task cancelled", "exception")

@@ -29,13 +29,13 @@ if str(Path(__file__).resolve().parents[1]) not in sys.path:
 from benchmarks.own_process import stand_in
 from benchmarks.step_machine import hardware
 from benchmarks.streams import serve
+from core.errors import APIError
 from core.llm_api.engines.direct import DirectOptions
 from core.llm_api.engines.vllm_group import vllm_engine
-from core.llm_api.errors import APIError
-from core.llm_api.generation import Message, SamplingOptions, collect
+from core.llm_api.http.transport import HttpOptions, HttpTransport
+from core.llm_api.http.vllm_metrics import engine_seconds
 from core.llm_api.llm import ModelAPI, open_model_api
-from core.llm_api.transport import HttpOptions, HttpTransport
-from core.llm_api.vllm_metrics import engine_seconds
+from core.llm_api.text.generation import Message, SamplingOptions, collect
 from core.settings import REPO_ROOT, Settings
 from core.vllm_server import VLLMServer
 

@@ -26,7 +26,7 @@ if str(Path(__file__).resolve().parents[1]) not in sys.path:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.step_machine import hardware
-from core.llm_api.pool_tree import tree_of
+from core.llm_api.http.pool_tree import tree_of
 from core.llm_api.types import Prompt, Segment
 from icm_vllm.block_hashes import PathHasher, RememberingHasher
 from icm_vllm.block_lookup import RememberingLookup

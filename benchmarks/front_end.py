@@ -27,9 +27,9 @@ if str(Path(__file__).resolve().parents[1]) not in sys.path:
 
 from benchmarks.step_machine import hardware
 from benchmarks.step_measure import Backend, Progress
+from core.errors import APIError
 from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.engines.vllm_group import vllm_engine
-from core.llm_api.errors import APIError
 from core.llm_api.llm import ModelAPI
 from core.settings import Settings
 from src.icm.prefix_tree import TreeLayout

@@ -46,10 +46,10 @@ from benchmarks.own_process import serve_until_told, stand_in, start_deaf
 from benchmarks.step_machine import commit, hardware
 from benchmarks.step_measure import Progress
 from core.llm_api.engines.vllm import VLLMClient
+from core.llm_api.http.transport import HttpOptions
 from core.llm_api.labels import TRUE_FALSE, SpelledLabels
 from core.llm_api.llm import ModelAPI
 from core.llm_api.response_cache import ResponseCache
-from core.llm_api.transport import HttpOptions
 from core.llm_api.types import (
     Capabilities,
     Engine,

@@ -33,7 +33,7 @@ from src.icm.annealing import SearchSettings
 from src.icm.objective import Objective
 from src.pipeline.datafiles import load_testbed
 from src.pipeline.labelling import Labelling, prepare
-from src.pipeline.run_folder import RunFolder
+from src.results.run_folder import RunFolder
 from tests.core.fake_server import FakeVLLM, hashed_log_odds
 
 COST = ("asked", "from_cache", "asked_ahead", "ahead_used", "tokens_sent", "tokens_cached", "tokens_computed")

@@ -25,7 +25,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from core.llm_api.errors import APIError
+from core.errors import APIError
 from core.llm_api.llm import ModelAPI, open_model_api
 from core.settings import Settings
 from src.icm.annealing import Candidate, SearchSettings
@@ -33,7 +33,7 @@ from src.icm.objective import LogOdds, Objective, calibration_offset
 from src.icm.testbeds import Claim
 from src.pipeline.datafiles import load_testbed
 from src.pipeline.labelling import Labelling, Pool, prepare
-from src.pipeline.run_folder import RunFolder
+from src.results.run_folder import RunFolder
 
 ALPHA: Final = 50.0
 

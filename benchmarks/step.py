@@ -34,9 +34,9 @@ from benchmarks.step_measure import Backend, Budget, HttpEngine, Progress
 from benchmarks.step_report import CASES, Report, read_json, token_checks, write_json
 from benchmarks.step_run import RunSimulation
 from benchmarks.step_table import tables
+from core.errors import APIError
 from core.llm_api.engines.direct import DirectEngine, DirectOptions
 from core.llm_api.engines.vllm_group import vllm_engine
-from core.llm_api.errors import APIError
 from core.llm_api.llm import ModelAPI
 from core.settings import Settings
 from core.vllm_server import ServerFailed, VLLMServer

@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks.step_measure import Backend, Budget, Claims, Progress
 from benchmarks.step_report import CASES, CaseResult, Repetition, Report
-from core.llm_api.errors import ConfigurationError
+from core.errors import ConfigurationError
 from src.icm.annealing import Candidate, flipped
 from src.icm.prefix_tree import TreeLayout, UpstreamLayout
 

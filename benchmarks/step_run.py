@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks.step_measure import Backend, Budget, Claims, Progress
 from benchmarks.step_report import Repetition, Report, RunResult, RunSample, fixed_rebuilds, planned_rebuilds
-from core.llm_api.errors import ConfigurationError
+from core.errors import ConfigurationError
 from src.icm.planner import TokenCosts
 from src.icm.prefix_tree import Layout, TreeLayout, UpstreamLayout
 

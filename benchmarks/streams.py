@@ -25,9 +25,9 @@ if str(Path(__file__).resolve().parents[1]) not in sys.path:
 from benchmarks.own_process import serve_until_told, stand_in
 from benchmarks.step_machine import hardware
 from core.llm_api.engines.vllm import VLLMClient
-from core.llm_api.generation import End, SamplingOptions, Token
+from core.llm_api.http.transport import HttpOptions
 from core.llm_api.llm import ModelAPI
-from core.llm_api.transport import HttpOptions
+from core.llm_api.text.generation import End, SamplingOptions, Token
 from tests.core.fake_text import FakeTextServer, Manner, written
 
 

@@ -32,8 +32,8 @@ if str(Path(__file__).resolve().parents[1]) not in sys.path:
 from benchmarks.step_machine import commit, hardware
 from core.llm_api.engines.direct import DirectOptions
 from core.llm_api.engines.vllm_group import vllm_engine
-from core.llm_api.generation import SamplingOptions
 from core.llm_api.llm import ModelAPI, open_model_api
+from core.llm_api.text.generation import SamplingOptions
 from core.settings import REPO_ROOT, Settings
 from core.vllm_server import VLLMServer
 

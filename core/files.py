@@ -6,7 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from core.llm_api.errors import StorageFailed
+from core.errors import StorageFailed
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
-from core.llm_api.errors import ConfigurationError
+from core.errors import ConfigurationError
 from icm_vllm.prompt_tree import MAX_PROMPTS_PER_REQUEST
 
 REPO_ROOT: Final = Path(__file__).resolve().parents[1]

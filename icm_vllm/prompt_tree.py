@@ -4,7 +4,7 @@ N leave-one-out prompts name the same N demonstrations again and again; as lists
 at N = 256, and a server spends longer on reading them than on the tokens that are new. Here every segment is sent once,
 and a prompt is a path: node i continues node parents[i] (-1: the start) by segments[pieces[i]]; each prompt ends at a
 node.
-This is the format that both ends speak: the client makes the tree (core/llm_api/pool_tree.py), the server reads it.
+Both ends speak this format: the client makes the tree (core/llm_api/http/pool_tree.py), the server reads it.
 """
 
 from __future__ import annotations

@@ -24,10 +24,10 @@ import numpy as np
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from core.llm_api.errors import StorageFailed
+from core.errors import StorageFailed
 from src.icm.values import BadInput, options_of
 from src.pipeline.datafiles import read_rows
-from src.pipeline.handover import write_jsonl
+from src.results.handover import write_jsonl
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,21 +32,21 @@ ROOT = Path(__file__).resolve().parents[1]
 if __package__ in (None, ""):
     sys.path.insert(0, str(ROOT))
 
+from contrib.training import Trainer, axolotl_rows, beginning_token, read_extra, trainer_config  # noqa: E402
+from core.errors import StorageFailed  # noqa: E402
 from core.files import write_atomically  # noqa: E402
-from core.llm_api.errors import StorageFailed  # noqa: E402
 from core.vllm_server import ServerFailed, VLLMServer  # noqa: E402
 from src.experiments.arguments import Parser, add_reading_arguments  # noqa: E402
 from src.experiments.single_run import check_bad_rows, reading_of  # noqa: E402
 from src.icm.annealing import Stream, generator  # noqa: E402
 from src.icm.consistency import Relation  # noqa: E402
-from src.icm.exports import chosen_claims, plain_rows, training_rows  # noqa: E402
-from src.icm.report import agreement  # noqa: E402
 from src.icm.testbeds import TESTBEDS, BadInput, sample_pool  # noqa: E402
 from src.pipeline.datafiles import claims_of, load_data_file, load_testbed, named_rows, read_rows  # noqa: E402
-from src.pipeline.handover import write_jsonl  # noqa: E402
-from src.pipeline.run_reader import read_run  # noqa: E402
-from src.pipeline.tail import is_finished  # noqa: E402
-from src.pipeline.training import Trainer, axolotl_rows, beginning_token, read_extra, trainer_config  # noqa: E402
+from src.results.exports import chosen_claims, plain_rows, training_rows  # noqa: E402
+from src.results.handover import write_jsonl  # noqa: E402
+from src.results.rows import agreement  # noqa: E402
+from src.results.run_reader import read_run  # noqa: E402
+from src.results.tail import is_finished  # noqa: E402
 
 ICM = [sys.executable, str(ROOT / "src" / "experiments" / "ICM.py")]
 

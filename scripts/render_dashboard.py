@@ -26,9 +26,9 @@ REPO_ROOT: Final = Path(__file__).resolve().parents[1]
 if str(REPO_ROOT) not in sys.path:  # run as a script, without an installed package
     sys.path.insert(0, str(REPO_ROOT))
 
-from core.llm_api.errors import APIError, RequestRejected  # noqa: E402
-from core.llm_api.retry import RetryPolicy  # noqa: E402
-from core.llm_api.transport import HttpOptions, HttpTransport  # noqa: E402
+from core.errors import APIError, RequestRejected  # noqa: E402
+from core.llm_api.http.retry import RetryPolicy  # noqa: E402
+from core.llm_api.http.transport import HttpOptions, HttpTransport  # noqa: E402
 
 DASHBOARD: Final = REPO_ROOT / "configs" / "monitoring" / "icm-run.dashboard.json"
 POINTS: Final = 200

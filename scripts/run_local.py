@@ -32,8 +32,8 @@ if str(REPO_ROOT) not in sys.path:  # run as a script, without an installed pack
     sys.path.insert(0, str(REPO_ROOT))
 
 from core.determinism.record import needs_check, read_record  # noqa: E402
+from core.errors import APIError  # noqa: E402
 from core.llm_api.engines.vllm import VLLMClient  # noqa: E402
-from core.llm_api.errors import APIError  # noqa: E402
 from core.llm_api.llm import ModelAPI  # noqa: E402
 from core.settings import Settings  # noqa: E402
 from core.vllm_server import ServerFailed, VLLMServer  # noqa: E402
@@ -43,7 +43,7 @@ from src.experiments.single_run import pool_of, run_name, settings_of  # noqa: E
 from src.icm.testbeds import BadInput  # noqa: E402
 from src.pipeline.labelling import Labelling  # noqa: E402
 from src.pipeline.pool_size import choose_pool, measure  # noqa: E402
-from src.pipeline.run_folder import RunFolder  # noqa: E402
+from src.results.run_folder import RunFolder  # noqa: E402
 
 ICM: Final = REPO_ROOT / "src" / "experiments" / "ICM.py"
 DETERMINISM: Final = REPO_ROOT / "scripts" / "test_determinism.py"

@@ -34,11 +34,11 @@ if str(REPO_ROOT) not in sys.path:  # run as a script, without an installed pack
 from core.determinism.asking import Asker, DirectAsker, HttpAsker, Listed  # noqa: E402
 from core.determinism.matrix import Material, Matrix, Row, Size  # noqa: E402
 from core.determinism.record import Record, needs_check, read_record, row_record, write_record  # noqa: E402
+from core.errors import APIError, ConfigurationError  # noqa: E402
 from core.llm_api.engines.direct import DirectEngine, DirectOptions  # noqa: E402
 from core.llm_api.engines.vllm import START_HINT, VLLMClient  # noqa: E402
-from core.llm_api.errors import APIError, ConfigurationError  # noqa: E402
-from core.llm_api.http_text import HttpText  # noqa: E402
-from core.llm_api.transport import HttpOptions, HttpTransport  # noqa: E402
+from core.llm_api.http.transport import HttpOptions, HttpTransport  # noqa: E402
+from core.llm_api.text.http_text import HttpText  # noqa: E402
 from core.llm_api.types import EngineIdentity  # noqa: E402
 from core.settings import Settings  # noqa: E402
 from core.vllm_server import ServerFailed, VLLMServer  # noqa: E402

@@ -26,14 +26,14 @@ REPO_ROOT: Final = Path(__file__).resolve().parents[1]
 if str(REPO_ROOT) not in sys.path:  # run as a script, without an installed package
     sys.path.insert(0, str(REPO_ROOT))
 
+from core.errors import APIError, ConfigurationError, RequestRejected  # noqa: E402
 from core.llm_api.engines.vllm import VLLMClient  # noqa: E402
 from core.llm_api.engines.vllm_group import ALIKE_HINT, difference  # noqa: E402
-from core.llm_api.errors import APIError, ConfigurationError, RequestRejected  # noqa: E402
+from core.llm_api.http.retry import RetryPolicy  # noqa: E402
+from core.llm_api.http.transport import HttpOptions, HttpTransport  # noqa: E402
 from core.llm_api.labels import SpelledLabels  # noqa: E402
 from core.llm_api.llm import ModelAPI  # noqa: E402
-from core.llm_api.retry import RetryPolicy  # noqa: E402
 from core.llm_api.tokens import QUESTION, prompt_ids, spell_labels  # noqa: E402
-from core.llm_api.transport import HttpOptions, HttpTransport  # noqa: E402
 from core.llm_api.types import EngineIdentity, Prompt, Segment  # noqa: E402
 from core.settings import Settings  # noqa: E402
 from core.vllm_log import StartFailure, start_failure  # noqa: E402

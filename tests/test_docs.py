@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from src.serving.documents import Library
+from contrib.serving.documents import Library
 from tests.core.fake_server import FakeVLLM
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -20,7 +20,7 @@ README = REPOSITORY / "README.md"
 DOCS = REPOSITORY / "docs"
 PAGES = [README, *sorted(DOCS.glob("*.md"))]
 RESULTS = REPOSITORY / "benchmarks" / "results"
-FOLDERS = ("benchmarks", "configs", "core", "deploy", "docs", "experiments", "requirements", "scripts", "src", "tests")
+FOLDERS = ("benchmarks", "configs", "contrib", "core", "docs", "experiments", "requirements", "scripts", "src", "tests")
 HISTORY = ("lab-log.md", "comparison.md")
 """Pages that name files of earlier versions, or of other projects."""
 

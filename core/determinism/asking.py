@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from core.llm_api.completions import TOP_LOGPROBS, read_answers, read_generated, token_body, vllm_fields
 from core.llm_api.engines.direct import DirectEngine
-from core.llm_api.transport import HttpTransport, all_or_cancel
+from core.llm_api.http.completions import TOP_LOGPROBS, read_answers, read_generated, token_body, vllm_fields
+from core.llm_api.http.transport import HttpTransport, all_or_cancel
+from core.llm_api.http.vllm_metrics import prefix_cache_counters
 from core.llm_api.types import PrefixCacheCounters, Prompt, Segment
-from core.llm_api.vllm_metrics import prefix_cache_counters
 
 Tokens = tuple[int, ...]
 Listed = dict[int, float]

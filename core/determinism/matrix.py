@@ -17,7 +17,7 @@ from typing import Final
 import orjson
 
 from core.determinism.asking import Asker, Generated, Listed, Request, Sampling, Tokens
-from core.determinism.comparison import Compared, compare
+from core.determinism.bits import Compared, compare
 from core.llm_api.types import Engine, NextTokens, Prompt, Query, Segment
 
 AT_ONCE: Final = 10

@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final, TypeVar
 
+from core.errors import StorageFailed
 from core.llm_api import response_cache
-from core.llm_api.errors import StorageFailed
 from core.llm_api.response_cache import CacheBusy, ResponseCache
 from core.llm_api.types import TokenLogprobs
 

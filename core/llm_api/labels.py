@@ -16,7 +16,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from core.llm_api.errors import ConfigurationError
+from core.errors import ConfigurationError
 from core.llm_api.types import NextTokens, Prompt, Query, Segment, TokenLogprobs
 from icm_vllm.prompt_tree import MAX_LABELS
 

@@ -19,10 +19,14 @@ from copy import copy
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
+from core.errors import APIError, ConfigurationError, MissingLabel, RequestRejected
 from core.llm_api.answer_store import AnswerStore
 from core.llm_api.engines import open_engine
-from core.llm_api.errors import APIError, ConfigurationError, MissingLabel, RequestRejected
-from core.llm_api.generation import (
+from core.llm_api.http.transport import all_or_cancel
+from core.llm_api.labels import TRUE_FALSE, LabelSpace, SpelledLabels
+from core.llm_api.response_cache import ResponseCache, cache_keys, earlier_keys
+from core.llm_api.telemetry import RequestTelemetry, TextTelemetry, outcome_of
+from core.llm_api.text.generation import (
     GREEDY,
     Embeddings,
     End,
@@ -38,11 +42,7 @@ from core.llm_api.generation import (
     TextRequest,
     Token,
 )
-from core.llm_api.labels import TRUE_FALSE, LabelSpace, SpelledLabels
-from core.llm_api.response_cache import ResponseCache, cache_keys, earlier_keys
-from core.llm_api.telemetry import RequestTelemetry, TextTelemetry, outcome_of
 from core.llm_api.tokens import CANARY_TEXT, QUESTION, spell_labels
-from core.llm_api.transport import all_or_cancel
 from core.llm_api.types import (
     Capabilities,
     Engine,

@@ -23,8 +23,8 @@ from typing import Any, Final, Self
 
 import orjson
 
-from core.llm_api.completions import PARSER_VERSION
-from core.llm_api.errors import APIError, ConfigurationError, StorageFailed
+from core.errors import APIError, ConfigurationError, StorageFailed
+from core.llm_api.http.completions import PARSER_VERSION
 from core.llm_api.types import EngineIdentity, NextTokens, TokenLogprobs
 
 log = logging.getLogger(__name__)

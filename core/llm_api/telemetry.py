@@ -1,4 +1,4 @@
-"""What a client counts about itself, in plain numbers; src/monitoring shows them to Prometheus.
+"""What a client counts about itself, in plain numbers; contrib/monitoring shows them to Prometheus.
 
 Counting is always on: it costs a microsecond a request, and needs no package.
 """

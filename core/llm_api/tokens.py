@@ -15,7 +15,7 @@ from typing import Final, Protocol, Self
 
 import orjson
 
-from core.llm_api.errors import APIError, ConfigurationError
+from core.errors import APIError, ConfigurationError
 from core.llm_api.labels import OTHER_LABELS, TRUE_FALSE, LabelSpace, SpelledLabels
 
 CANARY_TEXT: Final = "The capital of France is"

@@ -11,10 +11,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from core.files import write_atomically
 from src.icm.objective import wilson_interval
-from src.icm.report import calibration_told
-from src.icm.statistics import Difference, Judged, Share, paired_difference, share_right
 from src.icm.testbeds import BadInput
 from src.pipeline.comparison import TITLES, Answer, RowResult
+from src.results.rows import calibration_told
+from src.results.statistics import Difference, Judged, Share, paired_difference, share_right
 
 FORMAT: Final = 1
 AGAINST: Final = ("zero-shot", "many-shot-gold")

@@ -55,8 +55,8 @@ from src.pipeline.comparison import TITLES, BootstrapStart, Comparison, Cost, Gi
 from src.pipeline.datafiles import claims_of, read_rows
 from src.pipeline.file_kinds import digest_of
 from src.pipeline.labelling import Labelling, Pool
-from src.pipeline.run_folder import RunFolder, environment
-from src.pipeline.run_reader import read_run
+from src.results.run_folder import RunFolder, environment
+from src.results.run_reader import read_run
 
 GIVEN: Final[dict[str, GivenLabels]] = {
     "many-shot-gold": "gold",

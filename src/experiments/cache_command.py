@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from core.llm_api.errors import APIError
+from core.errors import APIError
 from core.llm_api.response_cache import FORMAT_VERSION, CacheState, ResponseCache
 
 DEFAULT = Path(__file__).resolve().parents[2] / "runs" / "responses.sqlite"

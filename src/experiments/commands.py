@@ -18,9 +18,12 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "watch": ("src.experiments.watch", "follow a run in progress in the terminal"),
     "export": ("src.experiments.export", "write a run's labels for other tools"),
     "cache": ("src.experiments.cache_command", "look after cached scores: stats, verify, prune"),
-    "serve": ("src.serving.command", "a web application: questions answered from a folder of texts, claims scored"),
+    "serve": ("contrib.serving.command", "a web application: answers from a folder of texts, claims scored"),
     "check-direct": ("src.experiments.check_direct", "check chats and completions of a model in this process"),
-    "metrics": ("src.monitoring.vllm_scrape", "serve the metrics of several vLLM servers as one page for Prometheus"),
+    "metrics": (
+        "contrib.monitoring.vllm_scrape",
+        "the metrics of several vLLM servers as one page for Prometheus",
+    ),
 }
 """Name -> (module with `main(arguments) -> exit code`, what it does). Imported only when called."""
 

@@ -13,15 +13,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from core.errors import StorageFailed
 from core.files import write_atomically
-from core.llm_api.errors import StorageFailed
 from src.experiments.arguments_of_reports import parser_of, run_folders
-from src.icm.diagnosis import flips
 from src.icm.testbeds import BadInput
-from src.pipeline.prices import read_prices
-from src.pipeline.run_reader import read_all
-from src.reporting.comparison import as_text, compare, shared_curves
-from src.reporting.page import render_comparison
+from src.results.diagnosis import flips
+from src.results.page import render_comparison
+from src.results.page_of_several import as_text, compare, shared_curves
+from src.results.prices import read_prices
+from src.results.run_reader import read_all
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -16,10 +16,10 @@ import textwrap
 from collections.abc import Sequence
 
 from src.experiments.arguments_of_reports import parser_of, run_folders
-from src.icm.diagnosis import Finding, Verdict, diagnose, flips
 from src.icm.testbeds import BadInput
-from src.pipeline.run_reader import read_all
-from src.reporting.text import one_line
+from src.results.diagnosis import Finding, Verdict, diagnose, flips
+from src.results.run_reader import read_all
+from src.results.text import one_line
 
 MARKS = {Verdict.OK: "ok", Verdict.WATCH: "LOOK", Verdict.PROBLEM: "PROBLEM", Verdict.UNKNOWN: "?"}
 WIDTH = 110

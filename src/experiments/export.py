@@ -17,14 +17,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from core.llm_api.errors import StorageFailed
+from contrib.training import axolotl_rows
+from core.errors import StorageFailed
 from src.experiments.arguments_of_reports import parser_of
-from src.icm.exports import Only, Pairs, chosen_claims, plain_rows, preference_pairs, training_rows
-from src.icm.run_record import RunRecord
 from src.icm.testbeds import BadInput
-from src.pipeline.handover import write_csv, write_dataset, write_jsonl
-from src.pipeline.run_reader import is_baselines, read_run
-from src.pipeline.training import axolotl_rows
+from src.results.exports import Only, Pairs, chosen_claims, plain_rows, preference_pairs, training_rows
+from src.results.handover import write_csv, write_dataset, write_jsonl
+from src.results.run_reader import is_baselines, read_run
+from src.results.run_record import RunRecord
 
 NAMES = {
     "jsonl": "export.jsonl",

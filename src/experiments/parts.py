@@ -39,11 +39,11 @@ from src.experiments.single_run import (
 from src.experiments.summary import print_summary, say_shown_again
 from src.icm.annealing import part_seed
 from src.icm.label_names import counts_of, read_label
-from src.icm.report import collapse_warning, random_warning
 from src.icm.testbeds import BadInput
 from src.pipeline.labelling import Labelling, Pool
 from src.pipeline.progress import PartsProgress
-from src.pipeline.run_folder import RunFolder
+from src.results.rows import collapse_warning, random_warning
+from src.results.run_folder import RunFolder
 
 PLANNED_AT_ONCE: Final = 4
 """Searches that share the server's KV cache in every plan, however many run: plans decide scores (see planner)."""

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Coroutine
 from typing import Any, Final
 
-from core.llm_api.errors import APIError, ConfigurationError, ServerUnreachable
+from core.errors import APIError, ConfigurationError, ServerUnreachable
 from src.icm.testbeds import BadInput
 
 GO_ON_WITH: Final = "ICM_GO_ON_WITH"

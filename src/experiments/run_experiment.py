@@ -20,8 +20,8 @@ from pathlib import Path
 
 import orjson
 
+from core.errors import StorageFailed
 from core.files import write_atomically
-from core.llm_api.errors import StorageFailed
 from src.experiments.arguments import HelpFormatter, Parser
 from src.experiments.commands import COMMANDS
 from src.experiments.experiment_file import Loaded, load_experiment, parser_of

@@ -16,6 +16,7 @@ from typing import Any
 
 import orjson
 
+from contrib.monitoring.run_metrics import published
 from core.determinism.record import manifest_entry, read_record
 from core.llm_api.labels import TRUE_FALSE
 from core.llm_api.llm import ModelAPI, open_model_api
@@ -24,17 +25,16 @@ from core.settings import Settings
 from src.icm.annealing import SearchSettings, SearchState
 from src.icm.columns import Reading, parse_columns, parse_values
 from src.icm.objective import Objective
-from src.icm.report import calibration_told, changes_objective, collapse_warning, pool_rows, random_warning
 from src.icm.testbeds import BadInput, Claim, Testbed
-from src.monitoring.run_metrics import published
 from src.pipeline.continuing import read_continued
 from src.pipeline.datafiles import load_data_file, load_testbed, load_testbed_file
 from src.pipeline.labelling import Labelling, Pool, prepare_batches, result_record
 from src.pipeline.opening import example_prompt, opening, prompt_line, prompt_lines
-from src.pipeline.plots import plot_curves
 from src.pipeline.progress import Progress, SearchProgress
-from src.pipeline.run_folder import FORMAT, RunFolder, environment
 from src.pipeline.testbed_files import read_testbed, testbed_path
+from src.results.plots import plot_curves
+from src.results.rows import calibration_told, changes_objective, collapse_warning, pool_rows, random_warning
+from src.results.run_folder import FORMAT, RunFolder, environment
 
 SHOWN_BAD_ROWS = 3
 OF_TESTBED_FILE = ("testbed_sha256", "labels", "label_texts")

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from src.icm.label_names import confusion_lines, told_counts
-from src.icm.report import agreement, calibration_told, counted
-from src.pipeline.run_folder import RunFolder
-from src.pipeline.run_reader import read_run
-from src.reporting.results import confusion_of
+from src.results.rows import agreement, calibration_told, counted
+from src.results.run_folder import RunFolder
+from src.results.run_reader import read_run
+from src.results.tables import confusion_of
 
 
 def say_shown_again(document: Mapping[str, Any]) -> None:

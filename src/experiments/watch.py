@@ -22,11 +22,11 @@ import orjson
 
 from src.experiments.arguments_of_reports import parser_of
 from src.icm.consistency import Label
-from src.icm.curves import Curves, curves_of
 from src.icm.label_names import Names, names_of, read_label
-from src.icm.run_record import IN_POOL
-from src.pipeline.tail import JournalTail, is_finished, run_document, searches_in
-from src.reporting.text import duration, one_line
+from src.results.curves import Curves, curves_of
+from src.results.run_record import IN_POOL
+from src.results.tail import JournalTail, is_finished, run_document, searches_in
+from src.results.text import duration, one_line
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 QUIET_AFTER = 60.0  # seconds without a new line, and ten steps' time, until it is said that nothing comes

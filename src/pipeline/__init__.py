@@ -1,1 +1,1 @@
-"""Steps around a model: pools from data files, searches, baselines, and the files of a run."""
+"""Steps around a model: pools from data files, searches, baselines."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from core.llm_api.errors import ConfigurationError
+from core.errors import ConfigurationError
 from core.llm_api.labels import TRUE_FALSE, LabelSpace
 from core.llm_api.llm import ModelAPI
 from core.llm_api.types import Prompt, Segment

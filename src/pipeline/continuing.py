@@ -18,10 +18,10 @@ import orjson
 
 from src.icm.consistency import Label, Labels
 from src.icm.label_names import Names, counts_of, told_counts
-from src.icm.report import counted
-from src.icm.run_record import LabelledClaim, RunRecord
 from src.icm.testbeds import BadInput, Claim, Testbed, split_pools
-from src.pipeline.run_reader import read_run
+from src.results.rows import counted
+from src.results.run_reader import read_run
+from src.results.run_record import LabelledClaim, RunRecord
 
 NAMED: Final = 3
 """Claims that are gone which are named; the others are counted."""

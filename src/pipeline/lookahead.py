@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from core.llm_api.errors import ConfigurationError, MissingLabel, RequestRejected
+from core.errors import ConfigurationError, MissingLabel, RequestRejected
 from core.llm_api.labels import SpelledLabels
 from core.llm_api.llm import ModelAPI
 from core.llm_api.types import PoolScores, Prompt

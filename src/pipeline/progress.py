@@ -16,8 +16,8 @@ from tqdm import tqdm
 from src.icm.annealing import Problem, SearchState, finished, wants_mirror, wants_rebuild
 from src.icm.journal import Record
 from src.icm.objective import accuracy
-from src.icm.report import collapse_warning
 from src.pipeline.labelling import Pool
+from src.results.rows import collapse_warning
 
 
 class Progress(Protocol):

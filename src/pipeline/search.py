@@ -51,7 +51,7 @@ from src.icm.prompts import PromptBook
 from src.icm.speculation import Pace
 from src.icm.testbeds import BadInput
 from src.pipeline.lookahead import Lookahead
-from src.pipeline.run_folder import RunFolder
+from src.results.run_folder import RunFolder
 
 OnRecord = Callable[[SearchState, Record], None]
 

@@ -1,4 +1,4 @@
-"""deploy/: the application's image and its Kubernetes manifests, as far as neither Docker nor a cluster is needed."""
+"""contrib/deploy/: the image of `icm serve` and its Kubernetes manifests, without Docker and without a cluster."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from src.serving.command import build_parser
-from src.serving.guard import OPEN, ROUTES
-from src.serving.options import TOKEN_NAME, Limits
-from src.serving.web_server import MARGIN
+from contrib.serving.command import build_parser
+from contrib.serving.guard import OPEN, ROUTES
+from contrib.serving.options import TOKEN_NAME, Limits
+from contrib.serving.web_server import MARGIN
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
-MANIFESTS = REPO_ROOT / "deploy" / "kubernetes"
+MANIFESTS = REPO_ROOT / "contrib/deploy" / "kubernetes"
 BUILT_IN = ("deployment.yaml", "service.yaml", "poddisruptionbudget.yaml")
 VERSIONS = sorted({v for v in kubernetes_validate.utils.all_versions() if tuple(map(int, v.split("."))) >= (1, 30)})
 LABELS = {"app.kubernetes.io/name": "icm-serve"}
@@ -104,7 +104,7 @@ def test_the_ports_are_one(container: Any) -> None:
     [endpoint] = read("servicemonitor.yaml")["spec"]["endpoints"]
     assert service_port["targetPort"] == port["name"]
     assert endpoint["port"] == service_port["name"]
-    dockerfile = (REPO_ROOT / "deploy" / "Dockerfile").read_text()
+    dockerfile = (REPO_ROOT / "contrib/deploy" / "Dockerfile").read_text()
     assert f"EXPOSE {port['containerPort']}\n" in dockerfile
     assert f'"--port", "{port["containerPort"]}"' in dockerfile
     assert f"127.0.0.1:{port['containerPort']}/health" in dockerfile
@@ -137,7 +137,7 @@ def test_secrets_are_referenced_and_never_written(container: Any) -> None:
 
 def test_the_pod_may_do_nothing_that_it_need_not(pod: Any, container: Any) -> None:
     assert pod["securityContext"]["runAsNonRoot"] is True
-    assert f"--uid {pod['securityContext']['runAsUser']} " in (REPO_ROOT / "deploy" / "Dockerfile").read_text()
+    assert f"--uid {pod['securityContext']['runAsUser']} " in (REPO_ROOT / "contrib/deploy" / "Dockerfile").read_text()
     assert container["securityContext"]["allowPrivilegeEscalation"] is False
     assert container["securityContext"]["readOnlyRootFilesystem"] is True
     assert pod["automountServiceAccountToken"] is False
@@ -173,7 +173,7 @@ def test_the_image_has_the_projects_version(container: Any) -> None:
 def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the Dockerfile copies, where it copies it to."""
     root = tmp_path_factory.mktemp("image")
-    for line in (REPO_ROOT / "deploy" / "Dockerfile").read_text().splitlines():
+    for line in (REPO_ROOT / "contrib/deploy" / "Dockerfile").read_text().splitlines():
         if not line.startswith("COPY "):
             continue
         *sources, target = line.split()[1:]
@@ -201,10 +201,10 @@ def run(image: Path, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[
 
 
 def test_the_application_runs_from_what_is_copied(image: Path, tmp_path: Path) -> None:
-    done = run(image, "-m", "src.serving.command", "--help", cwd=tmp_path)
+    done = run(image, "-m", "contrib.serving.command", "--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     code = (
-        "import core.vllm_server as s, src.serving.options as o; print(s.LAUNCHER, o.DEFAULT_DOCUMENTS)\n"
+        "import core.vllm_server as s, contrib.serving.options as o; print(s.LAUNCHER, o.DEFAULT_DOCUMENTS)\n"
         "assert s.LAUNCHER.exists() and o.DEFAULT_DOCUMENTS.is_dir()"
     )
     done = run(image, "-c", code, cwd=tmp_path)
@@ -219,7 +219,7 @@ def test_the_launcher_finds_its_settings_in_the_image(image: Path) -> None:
 
 def test_nothing_is_imported_that_the_image_does_not_bring(image: Path, tmp_path: Path) -> None:
     """It installs three packages of base.lock; the others that vLLM does not bring must not be needed."""
-    dockerfile = (REPO_ROOT / "deploy" / "Dockerfile").read_text()
+    dockerfile = (REPO_ROOT / "contrib/deploy" / "Dockerfile").read_text()
     added = {"bm25s", "orjson", "tenacity"}
     assert f"'/^({'|'.join(sorted(added))})==/," in dockerfile
     base, local = (
@@ -231,7 +231,7 @@ def test_nothing_is_imported_that_the_image_does_not_bring(image: Path, tmp_path
     missing = sorted(modules.get(name, name.replace("-", "_")) for name in base - local - added)
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({missing}))\n"
-        "import src.serving.app, src.serving.command, src.serving.web_server\n"
+        "import contrib.serving.app, contrib.serving.command, contrib.serving.web_server\n"
     )
     done = run(image, "-c", code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

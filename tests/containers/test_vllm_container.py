@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from core.errors import ConfigurationError
 from core.llm_api.engines.direct import DirectEngine
-from core.llm_api.errors import ConfigurationError
 from scripts.vllm_command import vllm_installed
 
 REPO_ROOT = Path(__file__).resolve().parents[2]

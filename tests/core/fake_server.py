@@ -22,7 +22,7 @@ from typing import Any, Self
 
 from aiohttp import web
 
-from core.llm_api import continuation
+from core.llm_api.text import continuation
 from core.llm_api.tokens import CANARY_TEXT
 from icm_vllm import prompt_tree
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from core.errors import StorageFailed
 from core.llm_api import response_cache
 from core.llm_api.answer_store import AnswerStore
-from core.llm_api.errors import StorageFailed
 from core.llm_api.response_cache import CacheBusy, ResponseCache
 from core.llm_api.types import TokenLogprobs
 from tests.core.two_labels import pair

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.llm_api.errors import ConfigurationError
+from core.errors import ConfigurationError
 from core.llm_api.labels import TRUE_FALSE, LabelSpace, SpelledLabels
 from core.llm_api.types import NextTokens, Prompt, Segment, TokenLogprobs
 

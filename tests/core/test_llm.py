@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from core.errors import APIError, ConfigurationError, RequestRejected, ServerUnreachable
 from core.llm_api.engines.direct import DirectEngine
 from core.llm_api.engines.external import ExternalAPI
 from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.engines.vllm_group import VLLMGroup
-from core.llm_api.errors import APIError, ConfigurationError, RequestRejected, ServerUnreachable
 from core.llm_api.llm import ModelAPI, open_model_api
 from core.llm_api.response_cache import ResponseCache, earlier_keys
 from core.llm_api.types import (

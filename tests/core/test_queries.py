@@ -11,16 +11,16 @@ import orjson
 import pytest
 from aiohttp import web
 
+from core.errors import ConfigurationError, MissingLabel
 from core.llm_api.engines.external import ExternalAPI
 from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.engines.vllm_group import VLLMGroup
-from core.llm_api.errors import ConfigurationError, MissingLabel
+from core.llm_api.http.retry import RetryPolicy
+from core.llm_api.http.transport import HttpOptions
 from core.llm_api.labels import LabelSpace, SpelledLabels
 from core.llm_api.llm import ModelAPI
 from core.llm_api.response_cache import ResponseCache
-from core.llm_api.retry import RetryPolicy
 from core.llm_api.tokens import Spelling
-from core.llm_api.transport import HttpOptions
 from core.llm_api.types import NextTokens, Prompt, Query, Segment
 from icm_vllm.prompt_tree import PATH
 from src.icm.prompts import PromptBook

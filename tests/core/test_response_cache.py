@@ -11,8 +11,8 @@ from pathlib import Path
 import orjson
 import pytest
 
+from core.errors import ConfigurationError, StorageFailed
 from core.llm_api import response_cache
-from core.llm_api.errors import ConfigurationError, StorageFailed
 from core.llm_api.response_cache import ResponseCache, cache_key, cache_keys, earlier_keys
 from core.llm_api.types import EngineIdentity, NextTokens, TokenLogprobs
 from tests.core.old_cache import checksum, old_cache

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from core.llm_api.errors import ConfigurationError
+from core.errors import ConfigurationError
 from core.settings import REPO_ROOT, Settings, read_secrets
 
 KEY = "sk-planted-0123456789"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from core.llm_api.errors import ConfigurationError
+from core.errors import ConfigurationError
 from core.llm_api.labels import LabelSpace
 from core.llm_api.tokens import Spelling, fingerprint, pieces, prompt_ids, spell_labels
 from core.llm_api.types import Prompt, Segment

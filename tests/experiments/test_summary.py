@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from src.experiments.summary import print_summary
-from src.pipeline.run_folder import RunFolder
+from src.results.run_folder import RunFolder
 
 
 def shown(capsys: pytest.CaptureFixture[str], count: int, utility: float = 1.0) -> str:

@@ -33,25 +33,25 @@ if "--parser" in sys.argv:
     _WATCH = atheris.instrument_imports(include=["core", "src"])
 
 with _WATCH:
-    from core.llm_api.completions import read_answers, read_tree_answer, token_key, token_logprobs
-    from core.llm_api.errors import APIError, ConfigurationError, MissingLabel
-    from core.llm_api.http_text import _generation, _pieces, _vectors
-    from core.llm_api.retry import parse_retry_after
-    from core.llm_api.transport import server_message
+    from contrib.monitoring.relabel import page
+    from contrib.monitoring.vllm_scrape import Replica
+    from core.errors import APIError, ConfigurationError, MissingLabel
+    from core.llm_api.http.completions import read_answers, read_tree_answer, token_key, token_logprobs
+    from core.llm_api.http.retry import parse_retry_after
+    from core.llm_api.http.transport import server_message
+    from core.llm_api.http.vllm_metrics import kv_block_size, kv_cache_capacity, prefix_cache_counters
+    from core.llm_api.text.http_text import _generation, _pieces, _vectors
     from core.llm_api.types import Prompt, Segment
-    from core.llm_api.vllm_metrics import kv_block_size, kv_cache_capacity, prefix_cache_counters
     from core.settings import Settings, read_secrets
     from icm_vllm.prompt_tree import read_request
     from src.experiments.experiment_file import load_experiment
     from src.experiments.watch import Watch
     from src.icm.testbeds import BadInput
-    from src.monitoring.relabel import page
-    from src.monitoring.vllm_scrape import Replica
     from src.pipeline.datafiles import load_data_file
-    from src.pipeline.prices import read_prices
-    from src.pipeline.run_folder import RunFolder
-    from src.pipeline.run_reader import read_all
-    from src.reporting.page import render_report
+    from src.results.page import render_report
+    from src.results.prices import read_prices
+    from src.results.run_folder import RunFolder
+    from src.results.run_reader import read_all
 
 LABELS = (7, 9)
 PROMPTS = [Prompt((Segment("x", [i, 1]), Segment("y", [2])), name=f"claim {i}") for i in range(2)]

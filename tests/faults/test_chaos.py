@@ -230,7 +230,7 @@ def test_the_campaign_notices_what_it_looks_for(world: World, runs: Path) -> Non
             return "; ".join(play(world, plan, Report()))
 
     def believe(stack: contextlib.ExitStack) -> None:
-        stack.enter_context(mock.patch("core.llm_api.completions._check_count"))
+        stack.enter_context(mock.patch("core.llm_api.http.completions._check_count"))
 
     def forget(stack: contextlib.ExitStack) -> None:
         stack.enter_context(mock.patch("core.llm_api.response_cache.ResponseCache.get_many", return_value={}))

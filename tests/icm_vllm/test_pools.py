@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.llm_api.pool_tree import tree_of
+from core.llm_api.http.pool_tree import tree_of
 from core.llm_api.types import Prompt, Segment
 from icm_vllm import block_hashes, pool_calls
 from icm_vllm.block_hashes import PathHasher, RememberingHasher

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.llm_api.pool_tree import tree_of
+from core.llm_api.http.pool_tree import tree_of
 from core.llm_api.types import Prompt, Segment, common
 from icm_vllm.prompt_tree import read_request
 from src.icm.prefix_tree import TreeLayout

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from core.llm_api.errors import MissingLabel
+from core.errors import MissingLabel
 from core.llm_api.llm import ModelAPI
 from core.llm_api.response_cache import ResponseCache
 from core.llm_api.types import (
@@ -27,8 +27,8 @@ from src.icm.objective import Objective
 from src.icm.planner import TokenCosts
 from src.icm.prompts import PromptBook, in_shared_order
 from src.icm.speculation import Pace
-from src.pipeline.run_folder import RunFolder
 from src.pipeline.search import PoolScorer, search
+from src.results.run_folder import RunFolder
 from tests.core.fake_server import FALSE, TRUE, hashed_log_odds, label_distribution
 from tests.core.two_labels import pair, two
 

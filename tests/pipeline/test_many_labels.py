@@ -19,23 +19,23 @@ from src.experiments.watch import Watch
 from src.icm import testbeds
 from src.icm.annealing import SearchSettings, SearchState
 from src.icm.consistency import Relation
-from src.icm.diagnosis import diagnose
-from src.icm.exports import plain_rows, preference_pairs, training_rows
 from src.icm.journal import Record, replay
 from src.icm.objective import Objective
-from src.icm.report import check_table, pool_rows
 from src.icm.speculation import Pace
 from src.icm.testbeds import BadInput, Claim, custom_testbed
 from src.pipeline.comparison import Comparison, RowResult
 from src.pipeline.continuing import read_continued
 from src.pipeline.labelling import Labelling, Pool, prepare, result_record
-from src.pipeline.plots import plot_curves
-from src.pipeline.run_folder import RunFolder
-from src.pipeline.run_reader import read_run
 from src.pipeline.search import search
-from src.reporting.comparison import as_text, compare
-from src.reporting.page import render_report
-from src.reporting.results import confusion_of
+from src.results.diagnosis import diagnose
+from src.results.exports import plain_rows, preference_pairs, training_rows
+from src.results.page import render_report
+from src.results.page_of_several import as_text, compare
+from src.results.plots import plot_curves
+from src.results.rows import check_table, pool_rows
+from src.results.run_folder import RunFolder
+from src.results.run_reader import read_run
+from src.results.tables import confusion_of
 from tests.core.fake_server import FakeVLLM, encode, hashed_log_odds
 
 MOODS = LabelSpace(("negative", "neutral", "positive"), (" negative", " neutral", " positive"))

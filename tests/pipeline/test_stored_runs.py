@@ -20,11 +20,11 @@ from core.llm_api.llm import ModelAPI
 from src.icm.annealing import SearchSettings
 from src.icm.journal import replay
 from src.icm.objective import Objective
-from src.icm.report import pool_rows
 from src.icm.testbeds import ConsistencyMode
 from src.pipeline.datafiles import load_testbed
 from src.pipeline.labelling import Labelling, prepare
-from src.pipeline.run_folder import RunFolder
+from src.results.rows import pool_rows
+from src.results.run_folder import RunFolder
 from tests.core.fake_server import FakeVLLM, hashed_log_odds
 
 STORED = Path(__file__).with_name("stored_run")

@@ -9,8 +9,8 @@ import pytest
 
 from src.icm.annealing import choose, proposals, propose
 from src.icm.journal import replay
-from src.icm.report import changes_objective
 from src.icm.speculation import Pace
+from src.results.rows import changes_objective
 from tests.pipeline.test_lookahead import Stopped, decisions, make_problem, run
 
 VARIANTS: dict[str, dict[str, Any]] = {

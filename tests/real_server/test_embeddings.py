@@ -9,8 +9,8 @@ import aiohttp
 import numpy as np
 import pytest
 
+from core.errors import RequestRejected
 from core.llm_api.engines.vllm import VLLMClient
-from core.llm_api.errors import RequestRejected
 from core.llm_api.llm import ModelAPI
 from core.vllm_server import VLLMServer
 from icm_vllm.prompt_tree import PATH

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from core.llm_api.engines.vllm import VLLMClient
-from core.llm_api.generation import SamplingOptions
 from core.llm_api.llm import ModelAPI
+from core.llm_api.text.generation import SamplingOptions
 from core.vllm_server import group_members
 from tests.conftest import RunningServer
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from core.cpu import fast_type
+from core.errors import RequestRejected
 from core.llm_api.engines.vllm import VLLMClient
-from core.llm_api.errors import RequestRejected
 from core.llm_api.labels import LabelSpace
 from core.llm_api.llm import ModelAPI
 from core.llm_api.tokens import pieces, spell_labels

@@ -11,13 +11,13 @@ from typing import Any
 import aiohttp
 import pytest
 
+from contrib.serving.app import build
+from contrib.serving.documents import Library
+from contrib.serving.options import Limits
+from contrib.serving.web_server import WebServer
 from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.llm import ModelAPI
 from src.pipeline.datafiles import load_testbed
-from src.serving.app import build
-from src.serving.documents import Library
-from src.serving.options import Limits
-from src.serving.web_server import WebServer
 from tests.conftest import RunningServer
 
 pytestmark = [pytest.mark.real_server, pytest.mark.timeout(900)]

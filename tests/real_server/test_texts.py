@@ -13,11 +13,11 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+from core.errors import ConfigurationError, RequestRejected
 from core.llm_api.engines.vllm import VLLMClient
-from core.llm_api.errors import ConfigurationError, RequestRejected
-from core.llm_api.generation import End, Message, Metrics, SamplingOptions, Token, collect
+from core.llm_api.http.vllm_metrics import requests_in_work
 from core.llm_api.llm import ModelAPI
-from core.llm_api.vllm_metrics import requests_in_work
+from core.llm_api.text.generation import End, Message, Metrics, SamplingOptions, Token, collect
 from tests.conftest import RunningServer
 
 pytestmark = [pytest.mark.real_server, pytest.mark.timeout(900)]

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from core.determinism.asking import HttpAsker
-from core.determinism.comparison import Compared
+from core.determinism.bits import Compared
 from core.determinism.matrix import Matrix, Row, Size
 from core.llm_api.engines.vllm import VLLMClient
-from core.llm_api.transport import HttpOptions, HttpTransport
+from core.llm_api.http.transport import HttpOptions, HttpTransport
 from scripts.test_determinism import LESS, QUICK, Report, build_parser, fitting, run
 from src.pipeline.determinism_material import Amount, material_for
 from tests.conftest import RunningServer

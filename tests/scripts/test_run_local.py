@@ -18,13 +18,13 @@ from typing import ClassVar, Self
 
 import pytest
 
-from core.llm_api.errors import ServerUnreachable
+from core.errors import ServerUnreachable
 from core.vllm_server import ServerFailed
 from scripts import run_local
 from scripts.run_local import DEFAULTS, begun_size, icm_command, main, run_icm
 from src.experiments.ICM import build_parser
 from src.experiments.single_run import pool_of, run_name, settings_of
-from src.pipeline.run_folder import RunFolder
+from src.results.run_folder import RunFolder
 from tests.core.fake_server import FakeVLLM
 
 REPO_ROOT = Path(__file__).resolve().parents[2]

@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Final
 
-from core.llm_api.errors import ConfigurationError
+from core.errors import ConfigurationError
 from core.llm_api.types import Engine
 from core.settings import Settings
 

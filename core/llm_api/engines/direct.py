@@ -25,15 +25,15 @@ import numpy as np
 from pydantic import SecretStr
 
 from core.cpu import KV_CACHE_SPACE, fast_type, kv_cache_gib
-from core.llm_api.completions import TOP_LOGPROBS, found_or_missing, keep_the_good, token_logprobs
+from core.errors import APIError, ConfigurationError, MissingLabel, RequestRejected
 from core.llm_api.engine_thread import EngineThread
-from core.llm_api.errors import APIError, ConfigurationError, MissingLabel, RequestRejected
-from core.llm_api.generation import Embeddings, Generation, Piece, TextRequest
-from core.llm_api.pool_tree import tree_of
+from core.llm_api.http.completions import TOP_LOGPROBS, found_or_missing, keep_the_good, token_logprobs
+from core.llm_api.http.pool_tree import tree_of
+from core.llm_api.http.together import by_tokens
+from core.llm_api.http.transport import MESSAGE_LIMIT
 from core.llm_api.telemetry import RequestTelemetry
-from core.llm_api.together import by_tokens
+from core.llm_api.text.generation import Embeddings, Generation, Piece, TextRequest
 from core.llm_api.tokens import CANARY_TEXT, fingerprint
-from core.llm_api.transport import MESSAGE_LIMIT
 from core.llm_api.types import (
     Capabilities,
     EngineAnswer,

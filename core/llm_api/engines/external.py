@@ -19,9 +19,7 @@ from typing import Any, Final
 import orjson
 from pydantic import SecretStr
 
-from core.llm_api.completions import PROMPT_END, Answers, read_answers, text_body, token_logprobs
-from core.llm_api.continuation import COUNTING, GOES_ON, wrapping_seen
-from core.llm_api.errors import (
+from core.errors import (
     APIError,
     ConfigurationError,
     MissingLabel,
@@ -29,12 +27,14 @@ from core.llm_api.errors import (
     RetriesExhausted,
     TransientError,
 )
-from core.llm_api.generation import Embeddings, Generation, Piece, TextRequest
-from core.llm_api.http_text import HttpText
-from core.llm_api.rate_limit import RateLimiter, Turns
+from core.llm_api.http.completions import PROMPT_END, Answers, read_answers, text_body, token_logprobs
+from core.llm_api.http.rate_limit import RateLimiter, Turns
+from core.llm_api.http.transport import HttpOptions, HttpTransport, all_or_settle
 from core.llm_api.telemetry import RequestTelemetry
+from core.llm_api.text.continuation import COUNTING, GOES_ON, wrapping_seen
+from core.llm_api.text.generation import Embeddings, Generation, Piece, TextRequest
+from core.llm_api.text.http_text import HttpText
 from core.llm_api.tokens import CANARY_TEXT
-from core.llm_api.transport import HttpOptions, HttpTransport, all_or_settle
 from core.llm_api.types import (
     Capabilities,
     EngineAnswer,

@@ -18,7 +18,8 @@ from typing import Any, Final
 import orjson
 from pydantic import SecretStr
 
-from core.llm_api.completions import (
+from core.errors import APIError, RequestRejected, RetriesExhausted, TransientError
+from core.llm_api.http.completions import (
     Answers,
     found_or_missing,
     keep_the_good,
@@ -28,17 +29,18 @@ from core.llm_api.completions import (
     token_pieces,
     vllm_fields,
 )
-from core.llm_api.errors import APIError, RequestRejected, RetriesExhausted, TransientError
-from core.llm_api.generation import Embeddings, Generation, Piece, TextRequest
-from core.llm_api.halving import ask_in_halves, may_be_one_prompt
-from core.llm_api.http_text import HttpText
-from core.llm_api.identity_check import Canary, IdentityCheck
-from core.llm_api.pool_tree import tree_of
-from core.llm_api.retry import RetryPolicy
+from core.llm_api.http.halving import ask_in_halves, may_be_one_prompt
+from core.llm_api.http.identity_check import Canary, IdentityCheck
+from core.llm_api.http.pool_tree import tree_of
+from core.llm_api.http.retry import RetryPolicy
+from core.llm_api.http.together import by_tokens
+from core.llm_api.http.transport import HttpOptions, HttpTransport, all_or_settle
+from core.llm_api.http.vllm_metrics import kv_block_size, kv_cache_capacity, prefix_cache_counters
+from core.llm_api.http.vllm_questions import VLLMQuestions
 from core.llm_api.telemetry import RequestTelemetry
-from core.llm_api.together import by_tokens
+from core.llm_api.text.generation import Embeddings, Generation, Piece, TextRequest
+from core.llm_api.text.http_text import HttpText
 from core.llm_api.tokens import fingerprint
-from core.llm_api.transport import HttpOptions, HttpTransport, all_or_settle
 from core.llm_api.types import (
     Capabilities,
     EngineAnswer,
@@ -50,8 +52,6 @@ from core.llm_api.types import (
     Query,
     TokenLogprobs,
 )
-from core.llm_api.vllm_metrics import kv_block_size, kv_cache_capacity, prefix_cache_counters
-from core.llm_api.vllm_questions import VLLMQuestions
 from core.settings import MissingLabelPolicy
 from icm_vllm.prompt_tree import FORMAT, MAX_PROMPTS_PER_REQUEST, PATH
 

@@ -14,12 +14,12 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final, TypeVar
 
+from core.errors import APIError, ConfigurationError, RetriesExhausted, ServerChanged, ServerUnreachable
 from core.llm_api.engines.vllm import START_HINT, VLLMClient
-from core.llm_api.errors import APIError, ConfigurationError, RetriesExhausted, ServerChanged, ServerUnreachable
-from core.llm_api.generation import Embeddings, Generation, Piece, TextRequest
-from core.llm_api.retry import RetryPolicy
+from core.llm_api.http.retry import RetryPolicy
+from core.llm_api.http.transport import HttpOptions, all_or_cancel, all_or_settle
 from core.llm_api.telemetry import RequestTelemetry
-from core.llm_api.transport import HttpOptions, all_or_cancel, all_or_settle
+from core.llm_api.text.generation import Embeddings, Generation, Piece, TextRequest
 from core.llm_api.types import (
     Capabilities,
     EngineAnswer,

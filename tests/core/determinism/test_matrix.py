@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from core.determinism.asking import Generated, Listed, Request, Sampling, Tokens
-from core.determinism.comparison import Compared, compare
+from core.determinism.bits import Compared, compare
 from core.determinism.matrix import Material, Matrix, Row, Size
 from core.llm_api.types import (
     EngineAnswer,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import orjson
 
-from core.determinism.comparison import Compared
+from core.determinism.bits import Compared
 from core.determinism.matrix import Row
 from core.determinism.record import (
     Record,

@@ -1,0 +1,1 @@
+"""HTTP to one server: bounded requests, retries, rates, and what a vLLM server is asked beside scores."""

@@ -1,0 +1,1 @@
+"""Texts, chats and streams from the same engines; scoring needs none of it."""

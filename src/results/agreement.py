@@ -1,0 +1,107 @@
+"""Runs side by side: which settings differ, how far labels agree, whether one is better by more than luck."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import comb
+from typing import Any
+
+from src.results.run_record import LabelledClaim, RunRecord
+
+ClaimKey = tuple[str, int]
+"""SHA-256 of the data file, and the row in it: the same claim in any run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """Two runs' labels of the claims that both labelled. kappa: Cohen's, None where it is not defined."""
+
+    first: str
+    second: str
+    agreeing: int
+    compared: int
+    kappa: float | None
+
+    @property
+    def share(self) -> float | None:
+        return self.agreeing / self.compared if self.compared else None
+
+
+@dataclass(frozen=True, slots=True)
+class PairedTest:
+    """Two runs against gold on the claims that both labelled: who is right where only one is, and McNemar's exact p."""
+
+    only_first: int
+    only_second: int
+    compared: int
+    p: float | None
+
+
+def labels_by_claim(run: RunRecord) -> dict[ClaimKey, LabelledClaim]:
+    """Every labelled claim of a run under a key that other runs share."""
+    data = str(run.settings.get("data_sha256", run.name))
+    return {(data, claim.row): claim for claim in run.claims if claim.label is not None and claim.row >= 0}
+
+
+def agreement_of(first: RunRecord, second: RunRecord) -> Agreement:
+    """How far two runs' labels agree, gold or no gold."""
+    ours, theirs = labels_by_claim(first), labels_by_claim(second)
+    pairs = [(ours[key].label or 0, theirs[key].label or 0) for key in ours.keys() & theirs.keys()]
+    return Agreement(first.name, second.name, sum(a == b for a, b in pairs), len(pairs), cohens_kappa(pairs))
+
+
+def cohens_kappa(pairs: Sequence[tuple[int, int]]) -> float | None:
+    """Agreement beyond chance (Cohen 1960): 1 the same, 0 as by chance, -1 mirror images.
+
+    None where nothing was compared or both sides are constant, and chance agreement is certain.
+    """
+    if not pairs:
+        return None
+    total = len(pairs)
+    first, second = Counter(a for a, _ in pairs), Counter(b for _, b in pairs)
+    chance = sum(count * second[label] for label, count in first.items()) / total**2
+    if chance == 1:
+        return None
+    return (sum(a == b for a, b in pairs) / total - chance) / (1 - chance)
+
+
+def paired_test(first: RunRecord, second: RunRecord) -> PairedTest:
+    """McNemar's exact test of two runs' agreement with gold, two-sided; p is None where they never differ."""
+    ours, theirs = labels_by_claim(first), labels_by_claim(second)
+    both = [key for key in ours.keys() & theirs.keys() if ours[key].gold is not None]
+    only_first = sum(ours[key].agrees is True and theirs[key].agrees is False for key in both)
+    only_second = sum(ours[key].agrees is False and theirs[key].agrees is True for key in both)
+    return PairedTest(only_first, only_second, len(both), mcnemar(only_first, only_second))
+
+
+def mcnemar(only_first: int, only_second: int) -> float | None:
+    """Two-sided exact p (binomial, 1/2) of so uneven a split of the claims on which two labelings differ."""
+    total = only_first + only_second
+    if not total:
+        return None
+    tail = sum(comb(total, k) for k in range(min(only_first, only_second) + 1))
+    return float(min(1.0, 2 * tail / 2**total))
+
+
+def differing_settings(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
+    """Settings, and engine facts that decide scores, in which runs differ: name -> value a run (None: not there)."""
+    described = [_described(run) for run in runs]
+    names = dict.fromkeys(name for one in described for name in one)
+    table = {name: [one.get(name) for one in described] for name in names}
+    return {name: values for name, values in table.items() if any(value != values[0] for value in values)}
+
+
+def votes(runs: Sequence[RunRecord]) -> dict[ClaimKey, list[LabelledClaim]]:
+    """The claims that at least two runs labelled, with each run's version of them."""
+    found: dict[ClaimKey, list[LabelledClaim]] = defaultdict(list)
+    for run in runs:
+        for key, claim in labels_by_claim(run).items():
+            found[key].append(claim)
+    return {key: claims for key, claims in found.items() if len(claims) > 1}
+
+
+def _described(run: RunRecord) -> Mapping[str, Any]:
+    engine = {f"engine {name}": run.engine.get(name) for name in ("kind", "root", "version", "determinism")}
+    return {**run.settings, **engine, "code": run.environment.get("git")}

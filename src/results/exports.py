@@ -1,0 +1,171 @@
+"""A run's labels as rows that other tools take: plain, for spreadsheets, as preference pairs, and for fine-tuning."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from src.icm.label_names import TRUE_FALSE_NAMES, Names, logprobs, written_label
+from src.icm.objective import LogOdds
+from src.icm.testbeds import BadInput
+from src.results.run_record import LabelledClaim, RunRecord, probability
+
+Only = Literal["all", "search"]
+Pairs = Literal["best", "all"]
+
+# What makes a spreadsheet read a cell as a formula (OWASP, CSV injection), full-width forms included.
+FORMULA = re.compile(r"\s*[=+\-@\t\r\n＝＋－＠'|%]")
+SPLIT_FORMULA = re.compile(r"([;\t]\s*)(?=[=+\-@＝＋－＠])")
+CELL_LIMIT = 32_767  # characters; what Excel keeps of a cell
+HALF_CHARACTER = re.compile(r"[\ud800-\udfff]")
+
+
+@dataclass(frozen=True, slots=True)
+class PairCount:
+    """Preference pairs and what was left out on the way: claims that found no partner, pairs told both ways round."""
+
+    pairs: list[dict[str, Any]]
+    unpaired: int
+    contradicting: int
+
+
+def chosen_claims(run: RunRecord, only: Only = "all", least: float = 0.0) -> list[LabelledClaim]:
+    """The labelled claims to hand over. least: nats that a log-odds must lie from what decides it."""
+    return [
+        claim
+        for claim in run.claims
+        if claim.label is not None
+        and (only == "all" or claim.searched)
+        and (not least or (run.sureness(claim) or 0.0) >= least)
+    ]
+
+
+def plain_rows(run: RunRecord, claims: Iterable[LabelledClaim]) -> Iterator[dict[str, Any]]:
+    """One row a claim, its columns those that `--data` reads; `probability` is P(True) against the pool's offset.
+
+    What else a testbed file's template shows has columns called as it is there. Labels that are not True and False
+    stand there by name; `probability` is then that of the label, and every label has a column of its log-probability
+    in place of log_odds, and one without demonstrations in place of zero_shot. Every row has the same columns: readers
+    that infer a table's types from its first rows need that.
+    """
+    compared = any(claim.choice_2 is not None for claim in run.claims)
+    for claim in claims:
+        yield {
+            "question": mended(claim.question),
+            "choice": mended(claim.choice),
+            **({"choice_2": None if claim.choice_2 is None else mended(claim.choice_2)} if compared else {}),
+            **{name: mended(text) for name, text in claim.shown},
+            "label": written_label(claim.label, run.names),
+            **_columns(claim.log_odds, run.names, "log_odds", "logprob"),
+            "probability": _probability(run, claim),
+            **_columns(claim.zero_shot, run.names, "zero_shot", "zero_shot"),
+            "gold": written_label(claim.gold, run.names),
+            "by": claim.by,
+            "consistency_id": mended(claim.group),
+            "row": claim.row,
+        }
+
+
+def _columns(log_odds: LogOdds | None, names: Names, of_two: str, each: str) -> dict[str, Any]:
+    if names == TRUE_FALSE_NAMES:
+        return {of_two: log_odds}
+    values = [None] * len(names) if log_odds is None else logprobs(log_odds)
+    return {f"{each}_{name}": value for name, value in zip(names, values, strict=True)}
+
+
+def _probability(run: RunRecord, claim: LabelledClaim) -> float | None:
+    margins, label = run.margins(claim), True if run.says_true else claim.label
+    return None if margins is None or label is None else probability(margins[label])
+
+
+def preference_pairs(run: RunRecord, claims: Sequence[LabelledClaim], pairs: Pairs = "best") -> PairCount:
+    """prompt, chosen, rejected, and the margin in nats between the two.
+
+    Of comparisons, the better answer is chosen; both orders of one pair make one row, and none where they contradict
+    each other. Of single claims, a True one is chosen over a False one of the same question: the pair with the largest
+    margin, or every pair. Raises BadInput where the labels are not True and False.
+    """
+    if not run.says_true:
+        raise BadInput(
+            f"preference pairs are made of True and False; the labels of this run are {', '.join(run.names)}"
+        )
+    return _of_comparisons(run, claims) if run.compares else _of_claims(claims, pairs)
+
+
+def training_rows(run: RunRecord, claims: Iterable[LabelledClaim]) -> Iterator[dict[str, str]]:
+    """prompt and completion: the question as the run asked it, and its label word."""
+    testbed = run.asked_by
+    for claim in claims:
+        yield {"prompt": mended(testbed.text(claim.fields)), "completion": run.texts[claim.label or 0]}
+
+
+def spreadsheet_cell(text: str) -> str:
+    """`text` so that no spreadsheet takes it for a formula: a ' before it where it could be one.
+
+    Also after a semicolon or tab inside, which divides cells where a spreadsheet's locale says so. A ' that was there
+    already gets another one, so removing one gives the text back.
+    """
+    safe = SPLIT_FORMULA.sub(r"\1'", text)
+    if FORMULA.match(safe):
+        safe = "'" + safe
+    return safe[:CELL_LIMIT]
+
+
+def mended(text: str) -> str:
+    """`text` without half characters, which no UTF-8 file can hold."""
+    return HALF_CHARACTER.sub("\ufffd", text)
+
+
+def _of_comparisons(run: RunRecord, claims: Sequence[LabelledClaim]) -> PairCount:
+    found: dict[tuple[str, str, str], tuple[float | None, str]] = {}
+    contradicting: set[frozenset[tuple[str, str, str]]] = set()
+    unpaired = 0
+    for claim in claims:
+        if claim.choice_2 is None:
+            unpaired += 1
+            continue
+        chosen, rejected = (claim.choice, claim.choice_2) if claim.label else (claim.choice_2, claim.choice)
+        if (claim.question, rejected, chosen) in found:
+            contradicting.add(frozenset(((claim.question, rejected, chosen), (claim.question, chosen, rejected))))
+        found.setdefault((claim.question, chosen, rejected), (run.sureness(claim), claim.group))
+    dropped = {key for both in contradicting for key in both}
+    rows = [
+        _pair(question, chosen, rejected, margin, group)
+        for (question, chosen, rejected), (margin, group) in found.items()
+        if (question, chosen, rejected) not in dropped
+    ]
+    return PairCount(rows, unpaired, len(contradicting))
+
+
+def _of_claims(claims: Sequence[LabelledClaim], pairs: Pairs) -> PairCount:
+    questions: Mapping[str, list[LabelledClaim]] = defaultdict(list)
+    for claim in claims:
+        questions[claim.question].append(claim)
+    rows, unpaired = [], 0
+    for question, members in questions.items():
+        trues = [claim for claim in members if claim.label]
+        falses = [claim for claim in members if not claim.label]
+        if not trues or not falses:
+            unpaired += len(members)
+            continue
+        found = [(better, worse) for better in trues for worse in falses]
+        if pairs == "best":
+            found = [max(found, key=lambda pair: _gap(*pair) or 0.0)]
+        rows += [
+            _pair(question, better.choice, worse.choice, _gap(better, worse), better.group) for better, worse in found
+        ]
+    return PairCount(rows, unpaired, 0)
+
+
+def _gap(better: LabelledClaim, worse: LabelledClaim) -> float | None:
+    if better.odds is None or worse.odds is None:
+        return None
+    return better.odds - worse.odds
+
+
+def _pair(question: str, chosen: str, rejected: str, margin: float | None, group: str) -> dict[str, Any]:
+    texts = {"prompt": mended(question), "chosen": mended(chosen), "rejected": mended(rejected)}
+    return {**texts, "margin": margin, "consistency_id": mended(group)}

@@ -1,0 +1,91 @@
+"""Writing a run's labels in the formats of other tools."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import orjson
+import yaml
+
+from core.files import write_atomically
+from src.results.exports import plain_rows, spreadsheet_cell
+from src.results.rows import agreement
+from src.results.run_record import LabelledClaim, RunRecord
+from src.results.tables import results_of
+from src.results.text import one_line, visible
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
+    """One JSON object a line; returns how many."""
+    lines = [orjson.dumps(row) + b"\n" for row in rows]
+    write_atomically(path, b"".join(lines))
+    return len(lines)
+
+
+def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
+    """A table for spreadsheets, UTF-8 with a byte order mark: no cell of it is a formula, every text is quoted."""
+    listed = list(rows)
+    columns = list(dict.fromkeys(column for row in listed for column in row))
+    buffer = io.StringIO(newline="")
+    writer = csv.writer(buffer, quoting=csv.QUOTE_NONNUMERIC)
+    writer.writerow(columns)
+    for row in listed:
+        writer.writerow([_cell(row.get(column)) for column in columns])
+    write_atomically(path, buffer.getvalue().encode("utf-8-sig"))
+    return len(listed)
+
+
+def write_dataset(folder: Path, run: RunRecord, claims: Iterable[LabelledClaim]) -> int:
+    """A folder that datasets.load_dataset(folder) reads: data/train.jsonl and a card. Needs no library."""
+    count = write_jsonl(folder / "data" / "train.jsonl", plain_rows(run, claims))
+    write_atomically(folder / "README.md", _card(run, count))
+    return count
+
+
+def _cell(value: object) -> object:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(value)
+    if isinstance(value, int | float):
+        return value
+    return spreadsheet_cell(visible(str(value)))
+
+
+def _in_table(text: str) -> str:
+    return one_line(text).replace("|", "\\|")
+
+
+def _card(run: RunRecord, count: int) -> str:
+    """The data set's README.md: how to load it, what made it, and how far it can be trusted."""
+    head = {
+        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "data/train.jsonl"}]}],
+        "tags": ["icm", "unsupervised-elicitation"],
+    }
+    settings = "\n".join(f"| {_in_table(name)} | {_in_table(str(value))} |" for name, value in run.settings.items())
+    results = "\n".join(
+        f"- {one_line(row.title)}: {agreement(row.agreeing, row.compared)}" for row in results_of(run) if row.compared
+    )
+    sure = "`log_odds`" if run.says_true else "the logprob columns"
+    return f"""---
+{yaml.safe_dump(head, sort_keys=False).rstrip()}
+---
+
+# {one_line(run.name)}
+
+{count} claims of {one_line(run.testbed)}, labelled by {one_line(run.model)} through Internal Coherence Maximization
+(Wen et al. 2025, arXiv 2506.10139), without human labels. `label` is the model's, `gold` the known one where there is
+one; {sure} (nats) and `probability` say how sure the model is. The claims' own licence is that of their source.
+
+Agreement with gold labels:
+
+{results or "no gold labels are known"}
+
+| setting | value |
+| --- | --- |
+{settings}
+"""

@@ -1,0 +1,264 @@
+"""Reading run folders that may be finished, in progress, stopped, of an older version, or partly damaged.
+
+Nothing is ever written, and a run in progress is never disturbed: no lock, no truncation. What cannot be read is left
+out and counted; only a folder that holds no run at all is an error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import orjson
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from src.icm.consistency import Constraint, Relation
+from src.icm.label_names import Names, names_of, read_label, read_odds
+from src.icm.testbeds import BadInput
+from src.results.run_record import LabelledClaim, RunRecord, with_journal_labels
+from src.results.run_schema import RunDocument, first_complaint, journal_line
+
+BASELINES = "baselines.json"
+
+
+class SeedCount(BaseModel):
+    """One seed's agreement with gold: counts."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    seed: int
+    agreeing: int
+    compared: int
+
+
+class Versus(BaseModel):
+    """A paired comparison with another row: difference of accuracies, its 95% interval, two-sided p."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    difference: float
+    interval: tuple[float, float]
+    p: float | None = None
+
+
+class SetSummary(BaseModel):
+    """A row's agreement on one set of claims over the seeds. interval: 95%, on the number of distinct claims."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    seeds: list[SeedCount] = []
+    mean: float | None = None
+    sd: float | None = None
+    claims: int = 0
+    interval: tuple[float, float] | None = None
+    versus: dict[str, Versus] = {}
+
+
+class BaselineRow(BaseModel):
+    """One way to label. pool: the labels it gives to the pool. test: held-out claims, with those labels shown."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    row: str
+    title: str
+    pool: SetSummary | None = None
+    test: SetSummary | None = None
+    cost: dict[str, float] = {}
+
+
+class BaselineTable(BaseModel):
+    """baselines.json: one table of several ways to label the same pools."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    name: str = ""
+    settings: dict[str, Any] = {}
+    seeds: list[int] = []
+    seeds_asked: list[int] = []
+    complete: bool = True
+    rows: list[BaselineRow] = []
+
+
+def is_baselines(folder: Path) -> bool:
+    """Whether `folder` holds a table of baselines rather than a run."""
+    return (folder / BASELINES).is_file()
+
+
+def read_baselines(folder: Path) -> tuple[BaselineTable, list[RunRecord]]:
+    """The table of `folder` and the searches of its seeds. Raises BadInput where the table cannot be read."""
+    path = folder / BASELINES
+    try:
+        document = orjson.loads(path.read_bytes())
+        table = BaselineTable.model_validate({**document, "name": folder.resolve().name})
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
+    except (orjson.JSONDecodeError, TypeError) as error:
+        raise BadInput(f"{path}: is damaged ({error})") from None
+    except ValidationError as error:
+        raise BadInput(f"{path}: {first_complaint(error)}") from None
+    found = sorted(folder.glob("seed-*/run.json"), key=lambda file: (len(file.parent.name), file.parent.name))
+    return table, [_within(table.name, read_run(file.parent)) for file in found]
+
+
+def read_run(folder: Path) -> RunRecord:
+    """The run in `folder`. Raises BadInput where there is none, or run.json is damaged."""
+    document = _run_document(folder)
+    name = folder.resolve().name
+    parts = tuple(
+        _within(name, read_run(folder / part)) for part in document.parts if _is_file(folder / part / "run.json")
+    )
+    lines, damaged = _json_lines(folder / "log.jsonl")
+    rows, unreadable = _json_lines(folder / "labels.jsonl")
+    pool_rows, _ = _json_lines(folder / "claims.jsonl")
+    names = names_of(document.settings)
+    journal = [line for record in lines if (line := journal_line(record, len(names))) is not None]
+    skipped = damaged + unreadable + len(lines) - len(journal)
+    claims = [_claim(row, names) for row in rows]
+    if not claims and pool_rows:
+        claims = with_journal_labels([_claim(row, names) for row in pool_rows], journal)
+    if not claims:
+        claims = [claim for part in parts for claim in part.claims]
+    return RunRecord(
+        name=name,
+        settings=document.settings,
+        claims=tuple(claims),
+        journal=tuple(journal),
+        constraints=_constraints(pool_rows) if pool_rows else None,
+        engine=document.engine,
+        environment=document.environment,
+        result=document.result,
+        cost=document.cost or _summed_cost(journal, parts),
+        model_api=document.model_api,
+        started=document.started,
+        finished=document.finished,
+        left_out=document.left_out,
+        skipped=skipped,
+        parts=parts,
+        testbed_file=document.testbed,
+    )
+
+
+def read_all(folders: Sequence[Path]) -> tuple[list[BaselineTable], list[RunRecord]]:
+    """Every table and run of `folders`, in the order given; runs of one name are told apart by their folders."""
+    tables, runs = [], []
+    for folder in folders:
+        if is_baselines(folder):
+            table, searches = read_baselines(folder)
+            tables.append(table)
+            runs += searches
+        else:
+            runs.append(read_run(folder))
+    return tables, runs
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # no name for a file
+        return False
+
+
+def _within(parent: str, run: RunRecord) -> RunRecord:
+    """The run under a name that says where it belongs: seed-1 is in every table."""
+    return replace(run, name=f"{parent}/{run.name}")
+
+
+def _run_document(folder: Path) -> RunDocument:
+    path = folder / "run.json"
+    if not folder.is_dir():
+        raise BadInput(f"{folder}: no such folder; name a run's folder, as in runs/NAME")
+    try:
+        return RunDocument.model_validate(orjson.loads(path.read_bytes()))
+    except FileNotFoundError:
+        raise BadInput(f"{folder}: holds no run (it has no run.json)") from None
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
+    except orjson.JSONDecodeError as error:
+        raise BadInput(f"{path}: is damaged ({error})") from None
+    except ValidationError as error:
+        raise BadInput(f"{path}: is damaged ({first_complaint(error)})") from None
+
+
+def _json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The complete lines that hold objects, and how many did not. A torn last line is one still being written."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return [], 0
+    records, damaged = [], 0
+    for line in content[: content.rfind(b"\n") + 1].splitlines():
+        try:
+            record = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            record = _forgiven(line)
+        if isinstance(record, dict):
+            records.append(record)
+        else:
+            damaged += 1
+    return records, damaged
+
+
+def _forgiven(line: bytes) -> object:
+    """Lines that orjson refuses and Python reads: half characters, NaN. They are shown, never acted on."""
+    try:
+        return json.loads(line.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _claim(row: dict[str, Any], names: Names) -> LabelledClaim:
+    choice_2 = row.get("choice_2")
+    return LabelledClaim(
+        row=_whole(row.get("row")),
+        group=str(row.get("consistency_id", "")),
+        question=str(row.get("question", "")),
+        choice=str(row.get("choice", "")),
+        choice_2=None if choice_2 is None else str(choice_2),
+        label=read_label(row.get("label"), names),
+        log_odds=read_odds(row, names),
+        gold=read_label(row.get("gold"), names),
+        by=str(row.get("by", "icm")),
+        zero_shot=read_odds(row, names, "zero_shot"),
+        shown=_shown(row.get("shown")),
+    )
+
+
+def _shown(value: object) -> tuple[tuple[str, str], ...]:
+    return tuple((str(name), str(text)) for name, text in value.items()) if isinstance(value, dict) else ()
+
+
+def _whole(value: object) -> int:
+    return value if isinstance(value, int) else -1
+
+
+def _constraints(rows: Sequence[dict[str, Any]]) -> tuple[Constraint, ...]:
+    known = {relation.value: relation for relation in Relation}
+    found = []
+    for first, row in enumerate(rows):
+        listed = row.get("constraints")
+        for constraint in listed if isinstance(listed, list) else []:
+            match constraint:
+                case [*others, str(relation)] if relation in known and _ascending([first, *others], len(rows)):
+                    found.append(Constraint((first, *others), known[relation]))
+    return tuple(found)
+
+
+def _ascending(positions: Sequence[object], size: int) -> bool:
+    """Whether these are two or more pool positions in order."""
+    whole = [at for at in positions if type(at) is int and at < size]
+    return len(whole) == len(positions) > 1 and whole == sorted(set(whole))
+
+
+def _summed_cost(journal: Iterable[Mapping[str, Any]], parts: Iterable[RunRecord]) -> dict[str, float]:
+    """What a run that is not finished has cost so far."""
+    total: dict[str, float] = {}
+    keys = ("asked", "from_cache", "tokens_sent", "tokens_cached", "tokens_computed", "seconds")
+    for costs in (*journal, *(part.cost for part in parts)):
+        for key in keys:
+            value = costs.get(key)
+            if value is not None:
+                total[key] = total.get(key, 0) + value
+    return total

@@ -1,0 +1,242 @@
+"""What a run folder holds, as plain values: the claims with their labels, the journal, settings, result and costs.
+
+Read from files by `src.results.run_reader`; everything that tells of finished runs (curves, diagnosis, reports,
+comparisons, exports) works on these values alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from src.icm.consistency import Constraint, Label
+from src.icm.label_names import TRUE_FALSE_NAMES, Names, names_of
+from src.icm.objective import LogOdds, calibration_offset, margins_of, no_offset
+from src.icm.testbeds import TESTBEDS, Testbed, recorded_testbed
+
+SEARCHED = ("icm", "vote")  # `by` of a label that a search gave, or the majority of several
+IN_POOL = (*SEARCHED, "predicted")  # `by` of a label that belongs to a claim of the pool
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledClaim:
+    """One claim and what the run says of it.
+
+    log_odds: final leave-one-out log-odds, nats. zero_shot: log-odds without demonstrations, nats. Both None where they
+    are not known. by: "icm" for a label of the search, "vote" for the majority of several, "predicted" for a claim of
+    the pool that the search did not take in, else what gave the label. row: index in the data file. shown: what
+    else its testbed's template shows, by placeholder.
+    """
+
+    row: int
+    group: str
+    question: str
+    choice: str
+    choice_2: str | None = None
+    label: Label = None
+    log_odds: LogOdds | None = None
+    gold: Label = None
+    by: str = "icm"
+    zero_shot: LogOdds | None = None
+    shown: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """What its testbed's template shows, by placeholder."""
+        return {"question": self.question, "choice": self.choice, "choice_2": self.choice_2 or "", **dict(self.shown)}
+
+    @property
+    def odds(self) -> float | None:
+        """Log-odds where there are two labels; None where there are more."""
+        return None if isinstance(self.log_odds, tuple) else self.log_odds
+
+    @property
+    def odds_alone(self) -> float | None:
+        """The same of zero-shot log-odds."""
+        return None if isinstance(self.zero_shot, tuple) else self.zero_shot
+
+    @property
+    def in_pool(self) -> bool:
+        return self.by in IN_POOL
+
+    @property
+    def searched(self) -> bool:
+        """Whether a search gave the label."""
+        return self.label is not None and self.by in SEARCHED
+
+    @property
+    def agrees(self) -> bool | None:
+        """Whether the label is the gold one; None where either is missing."""
+        return None if self.label is None or self.gold is None else self.label == self.gold
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run. Mappings are those of run.json; empty where the run has not got that far.
+
+    claims: the pool in its order, then claims outside it. constraints: between pool positions, None where the run was
+    made by a version that did not record them. skipped: damaged lines of its files that were left out. parts: the runs
+    of its batches, where a data set was labelled in several; the claims are then all of theirs.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    claims: tuple[LabelledClaim, ...]
+    journal: tuple[Mapping[str, Any], ...] = ()
+    constraints: tuple[Constraint, ...] | None = None
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    result: Mapping[str, Any] | None = None
+    cost: Mapping[str, float] = field(default_factory=dict)
+    model_api: Mapping[str, float] = field(default_factory=dict)
+    started: str | None = None
+    finished: str | None = None
+    left_out: int = 0
+    skipped: int = 0
+    parts: tuple[RunRecord, ...] = ()
+    testbed_file: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def names(self) -> Names:
+        """Of the labels, in their order."""
+        return names_of(self.settings)
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.names)
+
+    @property
+    def says_true(self) -> bool:
+        """Whether the labels are True and False."""
+        return self.names == TRUE_FALSE_NAMES
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """What each label is in a prompt, leading space included."""
+        return tuple(map(str, self.settings.get("label_texts") or [f" {name}" for name in self.names]))
+
+    def name_of(self, label: Label) -> str:
+        return "none" if label is None else self.names[label]
+
+    @property
+    def pool(self) -> tuple[LabelledClaim, ...]:
+        return tuple(claim for claim in self.claims if claim.in_pool)
+
+    @property
+    def gold(self) -> list[Label]:
+        """Gold labels by pool position."""
+        return [claim.gold for claim in self.pool]
+
+    @cached_property
+    def offset(self) -> LogOdds:
+        """What is subtracted from final log-odds before the likeliest label is taken, nats: 0 unless calibrated."""
+        if self.settings.get("calibrate") != "mean":
+            return no_offset(self.num_labels)
+        known = [claim.log_odds for claim in self.pool if claim.searched and claim.log_odds is not None]
+        return calibration_offset(known, "mean", self.prior, self.num_labels)
+
+    def margins(self, claim: LabelledClaim) -> tuple[float, ...] | None:
+        """Each label's margin of a claim against the offset, nats; None where its log-odds are not known."""
+        return None if claim.log_odds is None else margins_of(claim.log_odds, self.offset)
+
+    def sureness(self, claim: LabelledClaim) -> float | None:
+        """The margin of a claim's likeliest label, nats; None where its log-odds are not known."""
+        margins = self.margins(claim)
+        return None if margins is None else max(margins)
+
+    @property
+    def shift(self) -> float:
+        """`offset` where there are two labels, 0 where there are more."""
+        return 0.0 if isinstance(self.offset, tuple) else self.offset
+
+    @property
+    def prior(self) -> float | None:
+        """The share of True claims that the run was calibrated to; None: a half, by the mean."""
+        prior = self.settings.get("prior")
+        return prior if isinstance(prior, float) and 0 < prior < 1 else None
+
+    @property
+    def offset_told(self) -> str:
+        """What `offset` is, in words."""
+        return "the pool's mean" if self.prior is None else f"what {100 * self.prior:g}% of the pool's log-odds exceed"
+
+    @property
+    def searches(self) -> tuple[RunRecord, ...]:
+        """The runs that hold a journal: its parts, or itself."""
+        return self.parts or (self,)
+
+    @property
+    def compares(self) -> bool:
+        """Whether a claim is "choice is better than choice_2". The built-in testbed's choice_2 is in no prompt."""
+        if self.testbed_file or self.testbed in TESTBEDS:
+            return "choice_2" in self.asked_by.columns
+        return self._any_choice_2
+
+    @property
+    def _any_choice_2(self) -> bool:
+        return any(claim.choice_2 for claim in self.claims)
+
+    @property
+    def asked_by(self) -> Testbed:
+        """The testbed that its claims were asked by. Raises BadInput where what it keeps of a file is damaged."""
+        return recorded_testbed(self.testbed, self.testbed_file, self._any_choice_2)
+
+    @property
+    def model(self) -> str:
+        return str(self.engine.get("model") or self.settings.get("model") or "unknown model")
+
+    @property
+    def testbed(self) -> str:
+        return str(self.settings.get("testbed") or "unknown testbed")
+
+
+def labels_over_time(journal: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[int, int]]:
+    """The pool's labels by position after each journal line: one mapping, which changes as the caller goes on."""
+    labels: dict[int, int] = {}
+    two = is_of_two(journal)
+    for record in journal:
+        changes = record.get("labels") or record.get("changes") or {}
+        labels |= {int(claim): bool(label) if two else label for claim, label in changes.items()}
+        yield labels
+
+
+def is_of_two(journal: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the labels of a journal are True and False, and not indices of more."""
+    return not journal or journal[0].get("num_labels", 2) == 2
+
+
+def final_labels(journal: Sequence[Mapping[str, Any]]) -> dict[int, int]:
+    """The pool's labels by position as the journal leaves them."""
+    last = deque(labels_over_time(journal), maxlen=1)
+    return dict(last[0]) if last else {}
+
+
+def final_scores(journal: Sequence[Mapping[str, Any]]) -> dict[int, LogOdds]:
+    """The last evaluation's log-odds (nats) by pool position; empty where nothing was evaluated."""
+    for record in reversed(journal):
+        scores = record.get("scores")
+        if scores and record.get("accepted", True):
+            return {
+                int(claim): tuple(value) if isinstance(value, list | tuple) else float(value)
+                for claim, value in scores.items()
+            }
+    return {}
+
+
+def with_journal_labels(claims: Sequence[LabelledClaim], journal: Sequence[Mapping[str, Any]]) -> list[LabelledClaim]:
+    """`claims` (the pool, in its order) labelled as the journal leaves them: a run that is not finished."""
+    labels = final_labels(journal)
+    scores = final_scores(journal)
+    return [replace(claim, label=labels.get(at), log_odds=scores.get(at), by="icm") for at, claim in enumerate(claims)]
+
+
+def probability(log_odds: float) -> float:
+    """P(True) from log-odds in nats, without overflow."""
+    if log_odds >= 0:
+        return 1 / (1 + math.exp(-log_odds))
+    power = math.exp(log_odds)
+    return power / (1 + power)

@@ -1,0 +1,120 @@
+"""Rows for other tools."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from src.results.exports import (
+    FORMULA,
+    chosen_claims,
+    mended,
+    plain_rows,
+    preference_pairs,
+    spreadsheet_cell,
+    training_rows,
+)
+from src.results.run_record import LabelledClaim, RunRecord
+
+
+def claim(row: int, label: bool | None, log_odds: float | None = None, **more: Any) -> LabelledClaim:
+    fields = {"group": "g", "question": "q", "choice": f"c{row}"} | more
+    return LabelledClaim(row=row, label=label, log_odds=log_odds, **fields)
+
+
+def run(*claims: LabelledClaim, **settings: Any) -> RunRecord:
+    return RunRecord("r", {"testbed": "mine.jsonl", **settings}, claims)
+
+
+def test_claims_are_chosen_by_label_origin_and_margin() -> None:
+    claims = claim(0, True, 3.0), claim(1, False, -0.5), claim(2, None, 1.0), claim(3, True, 2.0, by="predicted")
+    rows = [found.row for found in chosen_claims(run(*claims))]
+    assert rows == [0, 1, 3]
+    assert [found.row for found in chosen_claims(run(*claims), only="search")] == [0, 1]
+    assert [found.row for found in chosen_claims(run(*claims), least=1.0)] == [0, 3]
+
+
+def test_a_margin_is_the_distance_from_what_decides_the_label() -> None:
+    claims = claim(0, True, 6.0), claim(1, False, 4.0), claim(2, True, 5.2)
+    kept = chosen_claims(run(*claims, calibrate="mean"), least=0.9)
+    assert [found.row for found in kept] == [0, 1]
+    [row, *_] = plain_rows(run(*claims, calibrate="mean"), kept)
+    assert row["probability"] == pytest.approx(1 / (1 + 2.718281828459045 ** -(6.0 - 5.0666667)), abs=1e-6)
+
+
+def test_with_a_known_share_a_margin_is_the_distance_from_what_decides_the_label_too() -> None:
+    claims = [claim(row, row > 0, score) for row, score in enumerate((1.0, 5.0, 5.5, 6.0, 9.0))]
+    calibrated = run(*claims, calibrate="mean", prior=0.8)
+    assert calibrated.offset == pytest.approx(1.0 + 0.8 * 4.0)
+    assert [found.row for found in chosen_claims(calibrated, least=1.0)] == [0, 2, 3, 4]
+    assert "80%" in calibrated.offset_told
+    assert run(*claims, calibrate="mean").offset_told == "the pool's mean"
+    assert run(*claims, prior=0.8).offset == 0.0
+
+
+def test_single_claims_make_pairs_of_one_question() -> None:
+    claims = (
+        claim(0, True, 3.0), claim(1, True, 1.0), claim(2, False, -1.0), claim(3, False, -2.0),
+        claim(4, True, 1.0, question="lonely"),
+    )  # fmt: skip
+    best = preference_pairs(run(*claims), claims, "best")
+    assert [(p["prompt"], p["chosen"], p["rejected"], p["margin"]) for p in best.pairs] == [("q", "c0", "c3", 5.0)]
+    assert best.unpaired == 1
+    every = preference_pairs(run(*claims), claims, "all")
+    assert {(p["chosen"], p["rejected"]) for p in every.pairs} == {(a, b) for a in ("c0", "c1") for b in ("c2", "c3")}
+
+
+def test_comparisons_become_one_pair_whichever_way_round_they_are_told() -> None:
+    claims = (
+        claim(0, True, 1.0, choice="a", choice_2="b"),
+        claim(1, False, -1.0, choice="b", choice_2="a"),
+        claim(2, True, 1.0, question="r", choice="x", choice_2="y"),
+        claim(3, True, 1.0, question="r", choice="y", choice_2="x"),
+    )
+    found = preference_pairs(run(*claims), claims)
+    assert [(p["prompt"], p["chosen"], p["rejected"]) for p in found.pairs] == [("q", "a", "b")]
+    assert found.contradicting == 1
+
+
+def test_what_else_a_template_shows_has_columns_of_its_own() -> None:
+    claims = [claim(row, True, 1.0, shown=(("place", f"p{row}"), ("choice[0]", "x"))) for row in range(2)]
+    rows = list(plain_rows(run(*claims), claims))
+    assert [(row["place"], row["choice[0]"]) for row in rows] == [("p0", "x"), ("p1", "x")]
+    assert list(rows[0]) == list(rows[1])
+
+
+def test_training_rows_ask_as_the_run_asked() -> None:
+    claims = (claim(0, True, question="Is it?", choice="Yes."), claim(1, False, question="Is it?", choice="No."))
+    assert list(training_rows(run(*claims), claims)) == [
+        {"prompt": "Question: Is it?\nClaim: Yes.\nI think this claim is", "completion": " True"},
+        {"prompt": "Question: Is it?\nClaim: No.\nI think this claim is", "completion": " False"},
+    ]
+    [row, _] = training_rows(run(*claims, testbed="builtin"), claims)
+    assert row["prompt"] == "Review: Yes.\nPositive:"
+
+
+@pytest.mark.parametrize(
+    "text", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", " =1", "＝1", "'=1", "|cmd", "%0A=1"]
+)
+def test_no_cell_is_a_formula(text: str) -> None:
+    assert spreadsheet_cell(text)[0] == "'"
+
+
+@settings(deadline=None)
+@given(st.text(st.sampled_from("=+-@;\t\r\n 'ax＝"), max_size=12))
+def test_what_a_spreadsheet_could_split_off_is_no_formula_either(text: str) -> None:
+    cell = spreadsheet_cell(text)
+    assert not FORMULA.match(cell) or cell.startswith("'")
+    for piece in cell.replace("\t", ";").split(";")[1:]:
+        assert piece.lstrip(" \r\n")[:1] not in ("=", "+", "-", "@", "＝") or not piece.strip()
+
+
+def test_plain_text_stays_as_it_is() -> None:
+    assert spreadsheet_cell("The earth is round; it's so - mostly.") == "The earth is round; it's so - mostly."
+
+
+def test_half_characters_are_replaced() -> None:
+    assert mended("a\ud800b") == "a\ufffdb"

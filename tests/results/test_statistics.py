@@ -1,0 +1,74 @@
+"""Intervals and tests against values worked out by other means."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from src.icm.objective import wilson_interval
+from src.results.statistics import RESAMPLES, Judged, mcnemar_exact, paired_difference, share_right
+
+
+def judged(seed: int, rights: list[bool], groups: int | None = None) -> list[Judged]:
+    return [Judged(seed, claim, f"g{claim // 2 if groups else claim}", right) for claim, right in enumerate(rights)]
+
+
+def test_the_interval_counts_distinct_claims_not_seeds() -> None:
+    once = share_right(judged(1, [True, True, False, True]))
+    twice = share_right([*judged(1, [True, True, False, True]), *judged(2, [True, True, False, True])])
+    assert once is not None
+    assert twice is not None
+    assert once.interval == twice.interval == wilson_interval(3, 4)
+    assert twice.by_seed == {1: (3, 4), 2: (3, 4)}
+    assert (once.deviation, twice.deviation) == (None, 0.0)
+    assert share_right([]) is None
+
+
+@pytest.mark.parametrize(("b", "c", "p"), [(0, 0, 1.0), (0, 5, 0.0625), (1, 9, 0.021484375), (5, 5, 1.0)])
+def test_mcnemar_is_the_exact_binomial(b: int, c: int, p: float) -> None:
+    assert mcnemar_exact(b, c).p == pytest.approx(p)
+    assert mcnemar_exact(c, b).p == pytest.approx(p)
+
+
+@given(st.integers(0, 8), st.integers(0, 8))
+def test_mcnemar_counts_the_splits_at_least_as_uneven(b: int, c: int) -> None:
+    outcomes = [sum(sides) for sides in product((0, 1), repeat=min(b + c, 12))]
+    if b + c > 12:
+        return
+    n = b + c
+    expected = sum(abs(2 * k - n) >= abs(b - c) for k in outcomes) / len(outcomes)
+    assert mcnemar_exact(b, c).p == pytest.approx(expected)
+
+
+def test_a_clear_difference_is_told_from_none() -> None:
+    better = paired_difference(judged(1, [True] * 40), judged(1, [True, False] * 20))
+    assert better is not None
+    assert better.mean == 0.5
+    assert better.interval[0] > 0.3
+    assert better.p == 1 / RESAMPLES
+    assert (better.mcnemar[1].only_first, better.mcnemar[1].only_second) == (20, 0)
+    same = paired_difference(judged(1, [True, False] * 20), judged(1, [False, True] * 20))
+    assert same is not None
+    assert same.mean == 0
+    assert same.interval[0] < 0 < same.interval[1]
+    assert same.p > 0.5
+
+
+def test_only_what_both_rows_judged_is_compared() -> None:
+    one = paired_difference(judged(1, [True, True, False]), judged(1, [False]))
+    assert one is not None
+    assert one.mean == 1
+    assert paired_difference(judged(1, [True]), judged(2, [True])) is None
+
+
+def test_claims_of_a_group_are_drawn_together() -> None:
+    first, second = [True, True, False, False] * 10, [False, False, True, True] * 10
+    alone = paired_difference(judged(1, first), judged(1, second))
+    grouped = paired_difference(judged(1, first, groups=2), judged(1, second, groups=2))
+    assert alone is not None
+    assert grouped is not None
+    width = [high - low for low, high in (alone.interval, grouped.interval)]
+    assert width[1] > 1.2 * width[0]
