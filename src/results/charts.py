@@ -1,105 +1,67 @@
-"""Charts as geometry: numbers in, coordinates of an SVG out. What they look like is the template's and the style's."""
+"""Charts of runs, drawn with matplotlib: what each shows, and the words that say the same."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from typing import Final
 
-from src.icm.consistency import Label
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
 from src.icm.objective import wilson_interval
 from src.results.curves import Curves
-from src.results.run_record import LabelledClaim, RunRecord, probability
-from src.results.text import visible
+from src.results.run_record import RunRecord, probability
+from src.results.style import FAINT, INK, SERIES, page_svg, panel
+from src.results.text import one_line, visible
 
-WIDTH, HEIGHT = 380.0, 210.0
-LEFT, RIGHT, TOP, BOTTOM = 52.0, 10.0, 12.0, 34.0
-MOST_POINTS = 600  # a line; more cannot be told apart at this width
-BINS = 10  # of the calibration plot and the histogram
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    """A mark on an axis: where, in the SVG's units, and what it says."""
-
-    at: float
-    text: str
+MOST_POINTS: Final = 600  # a line; more cannot be told apart at this width
+BINS: Final = 10  # of the calibration plot; the histogram has twice as many
+LONGEST_LABEL: Final = 34  # characters along an axis
+STEPS: Final = (1, 2, 5, 10)  # of ticks, times a power of ten
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
-    """A series as the `d` of a path. series: number of its colour."""
-
-    name: str
-    series: int
-    path: str
-
-
-@dataclass(frozen=True, slots=True)
-class Dot:
-    """A point with an interval; low and high are y coordinates. told: what a reader hears or sees when pointing."""
+class Point:
+    """One dot of a scatter. title: what a page says when it is pointed at."""
 
     x: float
     y: float
-    low: float
-    high: float
-    radius: float
-    series: int
-    told: str
+    title: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Bar:
-    """A rectangle of a histogram."""
-
-    x: float
-    y: float
-    width: float
-    height: float
-    series: int
-    told: str
+Points = Mapping[str, Sequence[Point]]
+Values = Sequence[float | None]
+Series = tuple[str, Sequence[int], Values]
+"""Its name, iterations, and a value at each."""
 
 
 @dataclass(frozen=True)
 class Chart:
-    """One figure. description: what it shows, for those who cannot see it."""
+    """One figure. description: what it shows, for those who cannot see it. legend: (name, number of its colour).
+
+    titles: by gid of what is drawn, a text for each piece of it. note: what a reader of the figure needs besides.
+    """
 
     title: str
     description: str
-    x_label: str
-    x_ticks: list[Tick]
-    y_ticks: list[Tick]
-    lines: list[Line] = field(default_factory=list)
-    marks: list[float] = field(default_factory=list)
-    dots: list[Dot] = field(default_factory=list)
-    bars: list[Bar] = field(default_factory=list)
-    legend: list[tuple[str, int]] = field(default_factory=list)
-    diagonal: str = ""
+    figure: Figure
+    legend: Sequence[tuple[str, int]] = ()
     note: str = ""
+    titles: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
-
-@dataclass(frozen=True, slots=True)
-class Scale:
-    """From values to SVG units."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-
-    def __call__(self, value: float) -> float:
-        span = self.high - self.low
-        return round(self.start + (value - self.low) / span * (self.end - self.start), 2) if span else self.start
-
-
-Values = Sequence[float | None]
+    def svg(self, prefix: str) -> str:
+        """As an element of a page (see page_svg), where no other id begins with `prefix`."""
+        return page_svg(self.figure, prefix, self.description, self.titles)
 
 
 def curve_charts(runs: Sequence[tuple[str, Curves]], balance: str = "share of True labels") -> list[Chart]:
     """The curves of one run, or of several in the same panels. balance: see label_names.balance_of."""
 
-    def several(pick: str) -> list[tuple[str, Sequence[int], Values]]:
+    def several(pick: str) -> list[Series]:
         return [(name, curves.iteration, getattr(curves, pick)) for name, curves in runs]
 
     marks = runs[0][1].rebuilds if len(runs) == 1 else []
@@ -107,7 +69,7 @@ def curve_charts(runs: Sequence[tuple[str, Curves]], balance: str = "share of Tr
         line_chart("U(D)", several("utility"), "units of U", marks=marks),
         line_chart("Agreement with gold", several("accuracy"), "share of labels", limits=(0, 1)),
         line_chart("Temperature", several("temperature"), "units of U", floor=0),
-        line_chart("Acceptance", several("acceptance"), "share of the last 50 iterations", limits=(0, 1)),
+        line_chart("Acceptance", several("acceptance"), "share of the last 50", limits=(0, 1)),
         line_chart("Label balance", several("balance"), balance, limits=(0, 1)),
         line_chart("Labelled claims", several("labelled"), "claims", floor=0),
         line_chart("Inconsistent pairs", several("inconsistent"), "pairs", floor=0),
@@ -119,43 +81,59 @@ def curve_charts(runs: Sequence[tuple[str, Curves]], balance: str = "share of Tr
 
 def line_chart(
     title: str,
-    series: Sequence[tuple[str, Sequence[int], Values]],
+    series: Sequence[Series],
     unit: str,
     *,
     limits: tuple[float, float] | None = None,
     floor: float | None = None,
     marks: Sequence[int] = (),
 ) -> Chart | None:
-    """A chart over iterations; None where no series has a value."""
-    known = [value for _, _, values in series for value in values if value is not None]
+    """A chart over iterations; None where no series has a value. marks: iterations that get a dotted line."""
+    lines = [(name, [(at, value) for at, value in zip(xs, values, strict=True) if value is not None])
+             for name, xs, values in series]  # fmt: skip
+    known = [value for _, points in lines for _, value in points]
     if not known:
         return None
     low, high = limits or (min(known) if floor is None else min(floor, *known), max(known))
-    if low == high:  # a flat line stands in the middle, or on its floor
-        low, high = (low, high + 1) if floor is not None else (low - 1, high + 1)
-    x_ticks, y_ticks = ticks(0, max(max(xs) for _, xs, _ in series), 5), ticks(low, high, 5)
-    x = Scale(0, max(x_ticks[-1], *(max(xs) for _, xs, _ in series), 1), LEFT, WIDTH - RIGHT)
-    y = Scale(min(low, y_ticks[0]), max(high, y_ticks[-1]), HEIGHT - BOTTOM, TOP)
-    digits = _digits(y_ticks)
-    told = []
-    for name, _, values in series:
-        present = [value for value in values if value is not None]
-        if present:
-            told.append(
-                f"{name}: from {present[0]:.{digits + 1}f} to {present[-1]:.{digits + 1}f}, "
-                f"lowest {min(present):.{digits + 1}f}, highest {max(present):.{digits + 1}f}"
-            )
+    figure, axes = _panel("iteration", unit)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=STEPS))
+    axes.set_xlim(0, max(1, *(max(xs) for _, xs, _ in series)))
+    _set_y_limits(axes, low, high, lifted=floor is not None)
+    if marks:
+        axes.vlines(marks, 0, 1, transform=axes.get_xaxis_transform(), color=FAINT, linewidth=1, linestyle=":")
+    for number, (name, points) in enumerate(lines):
+        thinned = _thinned(points)
+        axes.plot([x for x, _ in thinned], [y for _, y in thinned], color=_color(number), label=visible(name))
     return Chart(
         title=title,
-        description=f"{title} ({unit}) over iterations. " + "; ".join(told),
-        x_label="iteration",
-        x_ticks=[Tick(x(value), f"{value:g}") for value in x_ticks],
-        y_ticks=[Tick(y(value), f"{value:.{digits}f}") for value in y_ticks],
-        lines=[Line(name, n % 8, _path(xs, values, x, y)) for n, (name, xs, values) in enumerate(series)],
-        marks=[x(iteration) for iteration in marks],
-        legend=[(name, n % 8) for n, (name, _, _) in enumerate(series)] if len(series) > 1 else [],
-        note=unit,
+        description=f"{title} ({unit}) over iterations. " + "; ".join(_range(*line) for line in lines if line[1]),
+        figure=figure,
+        legend=[(name, number % len(SERIES)) for number, (name, _) in enumerate(lines)] if len(lines) > 1 else (),
     )
+
+
+def scatter(
+    title: str, points: Points, x_label: str, y_label: str, description: str, marks: Mapping[str, Point] | None = None
+) -> Chart:
+    """Dots, one colour a kind, such as U of labelings against their agreement with gold.
+
+    points: by kind, at most len(SERIES) of them. marks: single points that stand out, each with its name beside it,
+    such as gold and what a search found.
+    """
+    figure, axes = _panel(x_label, y_label)
+    titles = {}
+    for number, (kind, dots) in enumerate(points.items()):
+        drawn = axes.scatter([dot.x for dot in dots], [dot.y for dot in dots], s=22, linewidths=0, alpha=0.75,
+                             color=_color(number), label=kind, gid=f"dots{number}")  # fmt: skip
+        titles[str(drawn.get_gid())] = [dot.title for dot in dots]
+    for number, (name, mark) in enumerate((marks or {}).items()):
+        marker = "*DsP"[number % 4]
+        axes.scatter([mark.x], [mark.y], s=90, marker=marker, color=INK, gid=f"mark {name}", zorder=3)
+        left = mark.x > sum(axes.get_xlim()) / 2  # a name stays inside
+        axes.annotate(name, (mark.x, mark.y), (-9 if left else 9, -7 if number % 2 else 7), textcoords="offset points",
+                      ha="right" if left else "left", va="center", color=INK)  # fmt: skip
+        titles[f"mark {name}"] = [mark.title or name]
+    return Chart(title, description, figure, [(kind, number) for number, kind in enumerate(points)], titles=titles)
 
 
 def calibration_chart(run: RunRecord) -> Chart | None:
@@ -164,40 +142,31 @@ def calibration_chart(run: RunRecord) -> Chart | None:
 
     Final log-odds against what they are compared with (the pool's mean where calibrated); zero-shot ones as they are.
     """
-    final = [
-        (probability(claim.odds - run.shift), bool(claim.gold))
-        for claim in run.claims
-        if claim.odds is not None and claim.gold is not None
-    ]
-    alone = [
-        (probability(claim.odds_alone), bool(claim.gold))
-        for claim in run.claims
-        if claim.odds_alone is not None and claim.gold is not None
-    ]
+    known = [claim for claim in run.claims if claim.gold is not None]
+    final = [(probability(c.odds - run.shift), bool(c.gold)) for c in known if c.odds is not None]
+    zero_shot = [(probability(c.odds_alone), bool(c.gold)) for c in known if c.odds_alone is not None]
     if not final or run.num_labels > 2:
         return None
     yes = visible(run.names[1])
-    x, y = Scale(0, 1, LEFT, WIDTH - RIGHT), Scale(0, 1, HEIGHT - BOTTOM, TOP)
-    dots, legend, told = [], [], []
-    for number, (name, pairs) in enumerate((("final", final), ("zero-shot", alone))):
+    figure, axes = _panel(f"predicted probability of {yes}", f"share {yes} by gold")
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1)
+    axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1, linestyle="--")
+    titles, legend, errors = {}, [], []
+    for number, (name, pairs) in enumerate((("final", final), ("zero-shot", zero_shot))):
         if not pairs:
             continue
-        found = _calibration_dots(name, yes, pairs, number, x, y)
-        dots += found
+        titles |= _draw_bins(axes, name, yes, pairs, number)
         legend.append((name, number))
-        told.append(f"{calibration_error(pairs):.3f} {name} ({len(pairs)} claims)")
-    at = ticks(0, 1, 5)
+        errors.append(f"{calibration_error(pairs):.3f} {name} ({len(pairs)} claims)")
     return Chart(
         title="Calibration",
         description=f"Share of claims that are {yes} by gold over the probability of {yes} that they were given. "
-        "Expected calibration error: " + "; ".join(told),
-        x_label=f"predicted probability of {yes}",
-        x_ticks=[Tick(x(value), f"{value:g}") for value in at],
-        y_ticks=[Tick(y(value), f"{value:.1f}") for value in at],
-        dots=dots,
+        "Expected calibration error: " + "; ".join(errors),
+        figure=figure,
         legend=legend,
-        diagonal=f"M{x(0)} {y(0)}L{x(1)} {y(1)}",
-        note=f"share {yes} by gold; error " + ", ".join(told),
+        note="error " + ", ".join(errors),
+        titles=titles,
     )
 
 
@@ -220,53 +189,32 @@ def margin_chart(run: RunRecord) -> Chart | None:
     if not claims or run.num_labels > 2:
         return None
     by_gold = any(claim.gold is not None for claim in claims)
-
-    def side(claim: LabelledClaim) -> Label:
-        return claim.gold if by_gold else claim.label
-
+    basis = "gold" if by_gold else "label"
     values = [(claim.odds or 0.0) - run.shift for claim in claims]
     reach = max(max(abs(value) for value in values), 0.5)
-    bins = 2 * BINS
-    x = Scale(-reach, reach, LEFT, WIDTH - RIGHT)
-    counts: dict[int, list[int]] = {True: [0] * bins, False: [0] * bins}
+    bins, step = 2 * BINS, reach / BINS
+    counts: dict[int, Counter[int]] = {1: Counter(), 0: Counter()}
     for claim, value in zip(claims, values, strict=True):
-        one = side(claim)
-        if one is not None:
-            counts[one][min(bins - 1, int((value + reach) / (2 * reach) * bins))] += 1
-    most = max(max(counts[True]), max(counts[False]), 1)
-    at = ticks(0, most, 4)
-    y = Scale(0, max(most, at[-1]), HEIGHT - BOTTOM, TOP)
-    bars = []
-    step = 2 * reach / bins
-    for number, one in enumerate((True, False)):
-        for index, count in enumerate(counts[one]):
-            if count:
-                left, right = x(-reach + index * step), x(-reach + (index + 1) * step)
-                half = (right - left) / 2
-                begin = -reach + index * step
-                told = f"{count} {visible(run.names[one])} claims between {begin:.2f} and {begin + step:.2f} nat"
-                bars.append(
-                    Bar(
-                        round(left + number * half, 2),
-                        y(count),
-                        round(half - 0.6, 2),
-                        round(y(0) - y(count), 2),
-                        number,
-                        told,
-                    )
-                )
-    basis = "gold" if by_gold else "label"
-    no, yes = map(visible, run.names)
+        label = claim.gold if by_gold else claim.label
+        if label is not None:
+            counts[int(label)][min(bins - 1, int((value + reach) / (2 * reach) * bins))] += 1
+    figure, axes = _panel("nat" + (f", against {run.offset_told}" if run.shift else ""), "claims")
+    axes.set_xlim(-reach, reach)
+    axes.set_ylim(0, max(1, *counts[0].values(), *counts[1].values()))
+    axes.yaxis.set_major_locator(MaxNLocator(4, integer=True, steps=STEPS))
+    names, titles = [visible(name) for name in run.names], {}
+    for number, label in enumerate((1, 0)):  # the two labels' bars stand side by side in each bin
+        for index, count in sorted(counts[label].items()):
+            begin, gid = -reach + index * step, f"bar{number}.{index}"
+            axes.bar(begin + (number + 0.5) * step / 2, count, 0.45 * step, color=_color(number), gid=gid)
+            titles[gid] = [f"{count} {names[label]} claims between {begin:.2f} and {begin + step:.2f} nat"]
     return Chart(
         title="Log-odds",
-        description=f"Histogram of the final log-odds, by {basis}: {sum(counts[True])} {yes} and {sum(counts[False])} "
-        f"{no} claims.",
-        x_label="nat" + (f", against {run.offset_told}" if run.shift else ""),
-        x_ticks=[Tick(x(value), f"{value:g}") for value in ticks(-reach, reach, 6) if abs(value) <= reach],
-        y_ticks=[Tick(y(value), f"{value:g}") for value in at],
-        bars=bars,
-        legend=[(f"{yes} ({basis})", 0), (f"{no} ({basis})", 1)],
-        note="claims",
+        description=f"Histogram of the final log-odds, by {basis}: {counts[1].total()} {names[1]} and "
+        f"{counts[0].total()} {names[0]} claims.",
+        figure=figure,
+        legend=[(f"{names[1]} ({basis})", 0), (f"{names[0]} ({basis})", 1)],
+        titles=titles,
     )
 
 
@@ -280,64 +228,75 @@ def contrast_chart(run: RunRecord) -> Chart | None:
         return None
     claims = claims[:: math.ceil(len(claims) / MOST_POINTS)]
     no, yes = map(visible, run.names)
-    across, up = [c.odds_alone or 0.0 for c in claims], [c.odds or 0.0 for c in claims]
-    x_ticks, y_ticks = _padded(across), _padded(up)
-    x, y = Scale(x_ticks[0], x_ticks[-1], LEFT, WIDTH - RIGHT), Scale(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP)
-    dots = []
-    for claim, alone, final in zip(claims, across, up, strict=True):
-        told = f"row {claim.row}, {visible(run.name_of(claim.label))}: {alone:.2f} alone, {final:.2f} with the others"
-        dots.append(Dot(x(alone), y(final), y(final), y(final), 2.6, 0 if claim.label else 1, told))
-    return Chart(
-        title="Alone and in context",
-        description=f"Final over zero-shot log-odds of {len(claims)} claims. The labels follow what the model says "
-        f"alone as far as the {yes} ones lie to the right.",
-        x_label="zero-shot log-odds, nat",
-        x_ticks=[Tick(x(value), f"{value:g}") for value in x_ticks],
-        y_ticks=[Tick(y(value), f"{value:g}") for value in y_ticks],
-        dots=dots,
-        legend=[(f"labelled {yes}", 0), (f"labelled {no}", 1)],
-        note="final log-odds, nat",
+    points: dict[str, list[Point]] = {f"labelled {yes}": [], f"labelled {no}": []}
+    for c in claims:
+        x, y, name = c.odds_alone or 0.0, c.odds or 0.0, visible(run.name_of(c.label))
+        title = f"row {c.row}, {name}: {x:.2f} zero-shot, {y:.2f} with the others shown"
+        points[f"labelled {name}"].append(Point(x, y, title))
+    return scatter(
+        "Zero-shot and in context",
+        points,
+        "zero-shot log-odds, nat",
+        "final log-odds, nat",
+        f"Final over zero-shot log-odds of {len(claims)} claims. The labels follow what the model says without "
+        f"demonstrations as far as the {yes} ones lie to the right.",
     )
 
 
-def _padded(values: Sequence[float]) -> list[float]:
-    """Ticks that have every value between the first and the last."""
-    found = ticks(min(values), max(values), 5)
-    step = found[1] - found[0] if len(found) > 1 else max(1.0, abs(found[0]))
-    while found[0] > min(values):
-        found.insert(0, round(found[0] - step, 12))
-    while found[-1] < max(values) or len(found) < 2:
-        found.append(round(found[-1] + step, 12))
-    return found
+def _panel(x_label: str, y_label: str) -> tuple[Figure, Axes]:
+    figure, axes = panel()
+    axes.set_xlabel(one_line(x_label, LONGEST_LABEL))
+    axes.set_ylabel(one_line(y_label, LONGEST_LABEL))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(6, steps=STEPS))
+    return figure, axes
 
 
-def ticks(low: float, high: float, about: int) -> list[float]:
-    """Round values that cover low to high: about that many, at steps of 1, 2 or 5 times a power of ten.
-
-    A span too small for steps that can be told apart counts as one value.
-    """
-    span = high - low
-    if span <= 1e-9 * max(1.0, abs(low), abs(high)):
-        return [low]
-    rough = span / about
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    last = math.floor(high / step + 1e-9)
-    return [round(number * step, 12) for number in range(first, last + 1)] or [low]
+def _set_y_limits(axes: Axes, low: float, high: float, *, lifted: bool) -> None:
+    """From low to high, with room for the line's width. A flat line stands in the middle, or on its floor (lifted)."""
+    if high - low <= 1e-9 * max(1.0, abs(low), abs(high)):  # ticks could not be told apart
+        room = max(1.0, abs(high) * 1e-3)
+        low, high = low - (0 if lifted else room), high + room
+    room = 0.02 * (high - low)
+    axes.set_ylim(low - room, high + room)
 
 
-def _calibration_dots(
-    name: str, yes: str, pairs: Sequence[tuple[float, bool]], series: int, x: Scale, y: Scale
-) -> list[Dot]:
-    dots = []
-    for found in _binned(pairs):
-        trues, mean = sum(gold for _, gold in found), sum(value for value, _ in found) / len(found)
-        low, high = wilson_interval(trues, len(found))
-        told = f"{name}, P {mean:.2f}: {trues} of {len(found)} are {yes} (95% interval {low:.2f} to {high:.2f})"
-        radius = round(2.5 + 4 * math.sqrt(len(found) / len(pairs)), 2)
-        dots.append(Dot(x(mean), y(trues / len(found)), y(low), y(high), radius, series, told))
-    return dots
+def _color(number: int) -> str:
+    return SERIES[number % len(SERIES)]
+
+
+def _range(name: str, points: Sequence[tuple[int, float]]) -> str:
+    values = [value for _, value in points]
+    first, last, lowest, highest = (f"{v:.4g}" for v in (values[0], values[-1], min(values), max(values)))
+    return f"{name}: from {first} to {last}, lowest {lowest}, highest {highest}"
+
+
+def _draw_bins(
+    axes: Axes, name: str, yes: str, pairs: Sequence[tuple[float, bool]], number: int
+) -> dict[str, list[str]]:
+    """A dot a bin with its 95% interval, larger the more claims it has; returns their titles by gid."""
+    bins = _binned(pairs)
+    means = [sum(value for value, _ in found) / len(found) for found in bins]
+    trues = [sum(gold for _, gold in found) for found in bins]
+    intervals = [wilson_interval(count, len(found)) for count, found in zip(trues, bins, strict=True)]
+    color = _color(number)
+    gids = f"interval{number}", f"bin{number}"
+    axes.vlines(means, *zip(*intervals, strict=True), color=color, gid=gids[0], clip_on=False)
+    axes.scatter(
+        means,
+        [count / len(found) for count, found in zip(trues, bins, strict=True)],
+        s=[(5 + 8 * math.sqrt(len(found) / len(pairs))) ** 2 for found in bins],
+        color=color,
+        linewidths=0,
+        gid=gids[1],
+        label=name,
+        clip_on=False,
+    )
+    titles = [
+        f"{name}, P {mean:.2f}: {count} of {len(found)} are {yes} (95% interval {low:.2f} to {high:.2f})"
+        for mean, count, found, (low, high) in zip(means, trues, bins, intervals, strict=True)
+    ]
+    return dict.fromkeys(gids, titles)
 
 
 def _binned(pairs: Sequence[tuple[float, bool]]) -> list[list[tuple[float, bool]]]:
@@ -345,14 +304,6 @@ def _binned(pairs: Sequence[tuple[float, bool]]) -> list[list[tuple[float, bool]
     for value, gold in pairs:
         bins[min(BINS - 1, int(value * BINS))].append((value, gold))
     return [found for found in bins if found]
-
-
-def _path(xs: Sequence[int], values: Values, x: Scale, y: Scale) -> str:
-    """Straight pieces between known values; a gap where a value is missing beside others."""
-    points = [(at, value) for at, value in zip(xs, values, strict=True) if value is not None]
-    points = _thinned(points)
-    pieces = [f"{'M' if n == 0 else 'L'}{x(at):g} {y(value):g}" for n, (at, value) in enumerate(points)]
-    return "".join(pieces)
 
 
 def _thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
@@ -366,8 +317,3 @@ def _thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
         extremes = (min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1]))
         kept += sorted({stretch[0], *extremes, stretch[-1]})
     return kept
-
-
-def _digits(values: Sequence[float]) -> int:
-    step = min((abs(b - a) for a, b in pairwise(values)), default=1.0)
-    return max(0, min(4, -math.floor(math.log10(step)))) if step else 0

@@ -19,36 +19,31 @@ def plot_curves(
     names: Names = TRUE_FALSE_NAMES,
 ) -> None:
     """U, accuracy (where gold is known), pool size and label balance against the iteration, as a PNG."""
-    import matplotlib
+    from matplotlib.ticker import MaxNLocator  # takes half a second, at the end of a search rather than before it
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.ticker import MaxNLocator
+    from src.results.style import FAINT, SERIES, panels, write_png
 
     curves = curves_of(records, gold)
-    figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharex=True, layout="constrained")
-    figure.suptitle(title, parse_math=False)  # a name with $ in it is not a formula
-    panels: tuple[tuple[Sequence[float | None], str, tuple[float, float] | None], ...] = (
+    figure, axes = panels(2, 2)
+    shown: tuple[tuple[Sequence[float | None], str, tuple[float, float] | None], ...] = (
         (curves.utility, "U(D)", None),
         (curves.accuracy, "agreement with gold", (0.0, 1.0)),
         (curves.labelled, "labelled claims", None),
         (curves.balance, balance_of(names), (0.0, 1.0)),
     )
-    for axis, (values, label, limits) in zip(axes.flat, panels, strict=True):
+    for axis, (values, label, limits) in zip(axes, shown, strict=True):
         if all(value is None for value in values):
             axis.text(0.5, 0.5, "no gold labels", ha="center", va="center", transform=axis.transAxes)
-        axis.plot(curves.iteration, values, drawstyle="steps-post", color="tab:blue")
+        axis.plot(curves.iteration, values, drawstyle="steps-post", color=SERIES[0])
         axis.set_ylabel(label)
         if limits:
             axis.set_ylim(limits[0] - 0.03, limits[1] + 0.03)
-            axis.axhline(1 / len(names), color="grey", linewidth=0.8, linestyle=":")
-        axis.grid(alpha=0.3)
-    axes[1, 0].yaxis.set_major_locator(MaxNLocator(integer=True))
+            axis.axhline(1 / len(names), color=FAINT, linewidth=0.8, linestyle=":")
+    axes[2].yaxis.set_major_locator(MaxNLocator(integer=True))
     if curves.rebuilds:
-        axes[0, 0].set_title("grey: the tree is built anew", fontsize="small", loc="right", color="grey")
+        axes[0].set_title("grey: the tree is built anew", fontsize="small", loc="right", color=FAINT)
     for iteration in curves.rebuilds:
-        axes[0, 0].axvline(iteration, color="grey", linewidth=0.6, alpha=0.5)
-    for axis in axes[1]:
+        axes[0].axvline(iteration, color=FAINT, linewidth=0.6, alpha=0.5)
+    for axis in axes[2:]:
         axis.set_xlabel("iteration")
-    figure.savefig(path, dpi=110, format="png")
-    plt.close(figure)
+    write_png(figure, path, title)

@@ -11,8 +11,8 @@ BIDI = {*"\u061c\u200e\u200f", *"\u202a\u202b\u202c\u202d\u202e", *"\u2066\u2067
 def visible(text: str) -> str:
     """`text` with every character that would act instead of showing replaced by its name, as <U+202E>.
 
-    Control characters (escape sequences among them), half characters, and marks that turn the writing direction; tabs
-    and line ends stay.
+    Control characters (escape sequences among them), half characters, what XML cannot hold, and marks that turn the
+    writing direction; tabs and line ends stay.
     """
     if text.isascii() and text.isprintable():
         return text
@@ -51,4 +51,8 @@ def duration(seconds: float) -> str:
 def _acts(character: str) -> bool:
     if character in KEPT:
         return False
-    return character in BIDI or unicodedata.category(character) in ("Cc", "Cs", "Co", "Zl", "Zp")
+    return (
+        character in BIDI
+        or character in "\ufffe\uffff"
+        or unicodedata.category(character) in ("Cc", "Cs", "Co", "Zl", "Zp")
+    )

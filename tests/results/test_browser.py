@@ -100,7 +100,7 @@ async def test_without_javascript_everything_but_the_filters_is_there(browser: A
     assert await page.locator(".filters").is_hidden()
     assert await page.get_by_text("Filtering needs JavaScript").is_visible()
     assert await page.locator("figure svg:visible").count() >= 11
-    assert await page.locator("figure svg path.line").first.bounding_box()
+    assert await page.locator("figure svg path[stroke='var(--s0)']").first.bounding_box()
 
 
 async def test_nothing_is_asked_of_any_network(browser: Any, tmp_path: Path) -> None:
