@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import comb
 from typing import Any
 
 from src.results.run_record import LabelledClaim, RunRecord
+from src.results.statistics import mcnemar_exact
 
 ClaimKey = tuple[str, int]
 """SHA-256 of the data file, and the row in it: the same claim in any run."""
@@ -73,16 +73,8 @@ def paired_test(first: RunRecord, second: RunRecord) -> PairedTest:
     both = [key for key in ours.keys() & theirs.keys() if ours[key].gold is not None]
     only_first = sum(ours[key].agrees is True and theirs[key].agrees is False for key in both)
     only_second = sum(ours[key].agrees is False and theirs[key].agrees is True for key in both)
-    return PairedTest(only_first, only_second, len(both), mcnemar(only_first, only_second))
-
-
-def mcnemar(only_first: int, only_second: int) -> float | None:
-    """Two-sided exact p (binomial, 1/2) of so uneven a split of the claims on which two labelings differ."""
-    total = only_first + only_second
-    if not total:
-        return None
-    tail = sum(comb(total, k) for k in range(min(only_first, only_second) + 1))
-    return float(min(1.0, 2 * tail / 2**total))
+    p = mcnemar_exact(only_first, only_second).p if only_first or only_second else None
+    return PairedTest(only_first, only_second, len(both), p)
 
 
 def differing_settings(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:

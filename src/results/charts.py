@@ -121,7 +121,7 @@ def scatter(
     such as gold and what a search found.
     """
     figure, axes = _panel(x_label, y_label)
-    titles = {}
+    titles: dict[str, Sequence[str]] = {}
     for number, (kind, dots) in enumerate(points.items()):
         drawn = axes.scatter([dot.x for dot in dots], [dot.y for dot in dots], s=22, linewidths=0, alpha=0.75,
                              color=_color(number), label=kind, gid=f"dots{number}")  # fmt: skip
@@ -152,7 +152,8 @@ def calibration_chart(run: RunRecord) -> Chart | None:
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1)
     axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1, linestyle="--")
-    titles, legend, errors = {}, [], []
+    titles: dict[str, list[str]] = {}
+    legend, errors = [], []
     for number, (name, pairs) in enumerate((("final", final), ("zero-shot", zero_shot))):
         if not pairs:
             continue
@@ -202,7 +203,8 @@ def margin_chart(run: RunRecord) -> Chart | None:
     axes.set_xlim(-reach, reach)
     axes.set_ylim(0, max(1, *counts[0].values(), *counts[1].values()))
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True, steps=STEPS))
-    names, titles = [visible(name) for name in run.names], {}
+    names = [visible(name) for name in run.names]
+    titles = {}
     for number, label in enumerate((1, 0)):  # the two labels' bars stand side by side in each bin
         for index, count in sorted(counts[label].items()):
             begin, gid = -reach + index * step, f"bar{number}.{index}"

@@ -19,6 +19,7 @@ def plot_curves(
     names: Names = TRUE_FALSE_NAMES,
 ) -> None:
     """U, accuracy (where gold is known), pool size and label balance against the iteration, as a PNG."""
+    import numpy as np
     from matplotlib.ticker import MaxNLocator  # takes half a second, at the end of a search rather than before it
 
     from src.results.style import FAINT, SERIES, panels, write_png
@@ -34,7 +35,7 @@ def plot_curves(
     for axis, (values, label, limits) in zip(axes, shown, strict=True):
         if all(value is None for value in values):
             axis.text(0.5, 0.5, "no gold labels", ha="center", va="center", transform=axis.transAxes)
-        axis.plot(curves.iteration, values, drawstyle="steps-post", color=SERIES[0])
+        axis.plot(curves.iteration, np.array(values, float), drawstyle="steps-post", color=SERIES[0])
         axis.set_ylabel(label)
         if limits:
             axis.set_ylim(limits[0] - 0.03, limits[1] + 0.03)

@@ -32,7 +32,7 @@ VARIABLES: Final = {color: f"var(--s{n})" for n, color in enumerate(SERIES)} | {
 }
 """Colours as templates/style.css names them: a page in the dark has others under the same names."""
 
-STYLE: Final[dict[str, Any]] = {
+STYLE: Final[dict[Any, Any]] = {
     "font.size": 11.0,
     "axes.labelsize": 11.0,
     "axes.titlesize": 12.0,
@@ -104,20 +104,20 @@ def page_svg(figure: Figure, prefix: str, description: str, titles: Mapping[str,
     nothing is clipped. prefix: of every id, unlike any other in the page. description: what a screen reader says.
     titles: by gid of an artist, one for each thing that it draws, seen when pointing at it.
     """
-    text = io.StringIO()
+    file = io.StringIO()
     with mpl.rc_context(STYLE), warnings.catch_warnings():
         # The reader's browser chooses the font, whatever glyphs are missing from the one that is measured here.
         warnings.filterwarnings("ignore", r"Glyph \d+", UserWarning)
         figure.patch.set_visible(False)
-        figure.savefig(text, format="svg")
-    root = ET.fromstring(text.getvalue())  # noqa: S314  matplotlib wrote it
+        figure.savefig(file, format="svg")
+    root = ET.fromstring(file.getvalue())  # noqa: S314  matplotlib wrote it
     for parent in list(root.iter()):
         for child in list(parent):
             if child.tag in (f"{SVG}metadata", f"{SVG}style", f"{SVG}clipPath"):
                 parent.remove(child)
     for group in root.iter(f"{SVG}g"):
-        for drawn, title in zip(_drawn(group), titles.get(group.get("id", ""), ()), strict=False):
-            ET.SubElement(drawn, f"{SVG}title").text = visible(title)
+        for drawn, text in zip(_drawn(group), titles.get(group.get("id", ""), ()), strict=False):
+            ET.SubElement(drawn, f"{SVG}title").text = visible(text)
     used = {address.lstrip("#") for one in root.iter() if (address := one.get(HREF))}
     for one in root.iter():
         _plain(one, prefix, used)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import unicodedata
 
 KEPT = {"\n", "\t"}
-BIDI = {*"\u061c\u200e\u200f", *"\u202a\u202b\u202c\u202d\u202e", *"\u2066\u2067\u2068\u2069"}
+TURNING = {*"\u061c\u200e\u200f", *"\u202a\u202b\u202c\u202d\u202e", *"\u2066\u2067\u2068\u2069"}
+NOT_IN_XML = {"\ufffe", "\uffff"}
 
 
 def visible(text: str) -> str:
@@ -51,8 +52,6 @@ def duration(seconds: float) -> str:
 def _acts(character: str) -> bool:
     if character in KEPT:
         return False
-    return (
-        character in BIDI
-        or character in "\ufffe\uffff"
-        or unicodedata.category(character) in ("Cc", "Cs", "Co", "Zl", "Zp")
-    )
+    if character in TURNING or character in NOT_IN_XML:
+        return True
+    return unicodedata.category(character) in ("Cc", "Cs", "Co", "Zl", "Zp")

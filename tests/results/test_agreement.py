@@ -1,14 +1,8 @@
-"""Agreement, kappa and McNemar's test."""
+"""Agreement and kappa, and which runs and claims are compared."""
 
 from __future__ import annotations
 
-from math import comb
-
-import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from src.results.agreement import agreement_of, cohens_kappa, differing_settings, mcnemar, paired_test, votes
+from src.results.agreement import agreement_of, cohens_kappa, differing_settings, paired_test, votes
 from src.results.run_record import LabelledClaim, RunRecord
 
 
@@ -28,17 +22,10 @@ def test_kappa_of_the_same_mirrored_and_unrelated_labels() -> None:
     assert cohens_kappa([]) is None
 
 
-@settings(deadline=None)
-@given(st.integers(0, 60), st.integers(0, 60))
-def test_mcnemar_is_the_exact_binomial_test(first: int, second: int) -> None:
-    p = mcnemar(first, second)
-    if first + second == 0:
-        assert p is None
-        return
-    total = first + second
-    as_rare = [k for k in range(total + 1) if comb(total, k) <= comb(total, first)]
-    assert p == pytest.approx(sum(comb(total, k) for k in as_rare) / 2**total)
-    assert p == mcnemar(second, first)
+def test_runs_that_never_differ_have_no_p() -> None:
+    gold = {0: True, 1: True}
+    test = paired_test(run("a", {0: True, 1: False}, gold), run("b", {0: True, 1: False}, gold))
+    assert (test.only_first, test.only_second, test.compared, test.p) == (0, 0, 2, None)
 
 
 def test_only_shared_claims_are_compared() -> None:

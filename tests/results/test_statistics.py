@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from itertools import product
+from math import comb
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from src.icm.objective import wilson_interval
@@ -33,13 +34,18 @@ def test_mcnemar_is_the_exact_binomial(b: int, c: int, p: float) -> None:
     assert mcnemar_exact(c, b).p == pytest.approx(p)
 
 
-@given(st.integers(0, 8), st.integers(0, 8))
+@settings(deadline=None)
+@given(st.integers(0, 60), st.integers(0, 60))
+def test_mcnemar_counts_the_splits_that_are_as_rare(first: int, second: int) -> None:
+    total = first + second
+    as_rare = [k for k in range(total + 1) if comb(total, k) <= comb(total, first)]
+    assert mcnemar_exact(first, second).p == pytest.approx(sum(comb(total, k) for k in as_rare) / 2**total)
+
+
+@given(st.integers(0, 6), st.integers(0, 6))
 def test_mcnemar_counts_the_splits_at_least_as_uneven(b: int, c: int) -> None:
-    outcomes = [sum(sides) for sides in product((0, 1), repeat=min(b + c, 12))]
-    if b + c > 12:
-        return
-    n = b + c
-    expected = sum(abs(2 * k - n) >= abs(b - c) for k in outcomes) / len(outcomes)
+    outcomes = [sum(sides) for sides in product((0, 1), repeat=b + c)]
+    expected = sum(abs(2 * k - b - c) >= abs(b - c) for k in outcomes) / len(outcomes)
     assert mcnemar_exact(b, c).p == pytest.approx(expected)
 
 
