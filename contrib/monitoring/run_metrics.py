@@ -1,7 +1,7 @@
 """A running ICM search for Prometheus: step time, U, acceptance, computed and cached tokens, and the client's counts.
 
-    with published(9465, api, "my-run", pool, progress.update) as heard:
-        await labelling.search(folder, heard)
+    with published(9465, api, "my-run", pool, progress.update) as on_record:
+        await labelling.search(folder, on_record)
 
 Without a port nothing is served, and no package is needed.
 """
@@ -17,6 +17,7 @@ from core.llm_api.llm import ModelAPI
 from core.llm_api.telemetry import Histogram
 from src.icm.annealing import SearchState
 from src.icm.journal import Record
+from src.icm.label_names import TRUE_FALSE_NAMES, Names
 from src.pipeline.labelling import Pool
 from src.pipeline.search import OnRecord
 
@@ -27,16 +28,20 @@ HOST: Final = "127.0.0.1"
 
 
 class RunMetrics:
-    """A prometheus_client collector, fed the journal's records as they are written. Counts begin with this process."""
+    """A prometheus_client collector, fed the journal's records as they are written. Counts begin with this process.
 
-    def __init__(self, run: str, pool_size: int) -> None:
+    names: of the labels, each counted under its name; of True and False the True ones are, as icm_run_true_labels.
+    """
+
+    def __init__(self, run: str, pool_size: int, names: Names = TRUE_FALSE_NAMES) -> None:
         self._labels = {"run": run}
         self._pool_size = pool_size
+        self._names = names
         self._decisions = {"accepted": 0, "rejected": 0, "unchanged": 0}
         self._tokens = {"cached": 0, "computed": 0}
         self._steps = Histogram()
         self._now: dict[str, float] = {}
-        self._labelled: list[int] = []
+        self._counts: dict[str, int] = {}
 
     def update(self, state: SearchState, record: Record) -> None:
         """Take in one record: it is an OnRecord."""
@@ -49,10 +54,10 @@ class RunMetrics:
             self._now["last_step_seconds"] = record["seconds"]
         self._now["utility"] = state.evaluation.utility
         self._now["labelled"] = len(state.labelled)
-        if state.evaluation.num_labels == 2:
-            self._now["true_labels"] = sum(label is True for label in state.labels)
+        if self._names == TRUE_FALSE_NAMES:
+            self._now["true_labels"] = state.labels.count(True)
         else:
-            self._labelled = [state.labels.count(label) for label in range(state.evaluation.num_labels)]
+            self._counts = {name: state.labels.count(label) for label, name in enumerate(self._names)}
         self._now["iteration"] = state.iteration
         self._now["acceptance"] = state.accepted / state.iteration if state.iteration else 0.0
 
@@ -71,9 +76,10 @@ class RunMetrics:
             [(self._labels | {"state": name}, count) for name, count in self._tokens.items()],
         )
         yield histogram("icm_run_step_seconds", "Seconds of an iteration.", [(self._labels, self._steps)])
-        if self._labelled:
-            by_label = [(self._labels | {"label": str(at)}, count) for at, count in enumerate(self._labelled)]
-            yield gauge("icm_run_labels", "Claims that have a label, by its index; of more than two labels.", by_label)
+        if self._counts:
+            by_label = [(self._labels | {"label": name}, count) for name, count in self._counts.items()]
+            yield gauge("icm_run_labels", "Claims that have a label, by its name; of labels other than True and False.",
+                        by_label)  # fmt: skip
         gauges = {"pool_size": float(self._pool_size), **self._now}
         for name, value in gauges.items():
             yield gauge(f"icm_run_{name}", _GAUGES[name], [(self._labels, value)])
@@ -95,7 +101,7 @@ _GAUGES = {
 def published(port: int | None, api: ModelAPI, run: str, pool: Pool, on_record: OnRecord) -> Iterator[OnRecord]:
     """Serve the metrics of a run and of its client at http://127.0.0.1:PORT/metrics while the block lasts.
 
-    Yields what hears the journal's records, and tells `on_record` of them. port: None serves nothing. Raises
+    Yields what takes the journal's records, which passes them on to `on_record`. port: None serves nothing. Raises
     ConfigurationError where the port is taken or prometheus-client is missing.
     """
     if port is None:
@@ -106,7 +112,7 @@ def published(port: int | None, api: ModelAPI, run: str, pool: Pool, on_record: 
     # isort: split
     from prometheus_client import CollectorRegistry, start_http_server
 
-    metrics = RunMetrics(run, pool.problem.size)
+    metrics = RunMetrics(run, pool.problem.size, pool.names)
     registry = CollectorRegistry()
     registry.register(metrics)
     registry.register(ClientMetrics(api))
@@ -117,12 +123,12 @@ def published(port: int | None, api: ModelAPI, run: str, pool: Pool, on_record: 
             f"cannot publish metrics at port {port}: {error}.", hint="Give another --metrics_port."
         ) from None
 
-    def heard(state: SearchState, record: Record) -> None:
+    def counted(state: SearchState, record: Record) -> None:
         metrics.update(state, record)
         on_record(state, record)
 
     try:
-        yield heard
+        yield counted
     finally:
         server.shutdown()
         server.server_close()

@@ -10,6 +10,8 @@ from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from src.icm.testbeds import NAMES, TESTBEDS
+
 MAX_TEXT: Final = 20_000
 """Characters of one text."""
 MAX_CLAIMS: Final = 256
@@ -26,6 +28,11 @@ def _whole(value: object) -> object:
 
 
 Whole = Annotated[int, BeforeValidator(_whole)]
+
+
+COMPARING: Final = tuple(name for name in NAMES if "choice_2" in TESTBEDS[name].columns)
+SINGLE: Final = tuple(name for name in NAMES if name not in COMPARING)
+"""The built-in testbeds, by whether a claim has one answer or compares two."""
 
 
 class Incoming(BaseModel):
@@ -70,9 +77,9 @@ class LabelledComparison(Comparison):
 
 
 class ScoreSingles(Incoming):
-    """Claims of one answer each. builtin: reviews ("positive?"; only `choice` is shown). truthfulQA: "is it true?"."""
+    """Claims of one answer each. builtin: reviews ("positive?"; only `choice` is shown). Others: "is it true?"."""
 
-    testbed: Literal["builtin", "truthfulQA"]
+    testbed: Literal[SINGLE]  # type: ignore[valid-type]
     claims: Annotated[list[Single], Field(min_length=1, max_length=MAX_CLAIMS)]
     demonstrations: Annotated[list[LabelledSingle], Field(max_length=MAX_CLAIMS)] = []
 
@@ -80,7 +87,7 @@ class ScoreSingles(Incoming):
 class ScoreComparisons(Incoming):
     """Claims that compare two answers: "more truthful", or for alpaca "more helpful and harmless"."""
 
-    testbed: Literal["truthfulQA-preference", "alpaca"]
+    testbed: Literal[COMPARING]  # type: ignore[valid-type]
     claims: Annotated[list[Comparison], Field(min_length=1, max_length=MAX_CLAIMS)]
     demonstrations: Annotated[list[LabelledComparison], Field(max_length=MAX_CLAIMS)] = []
 

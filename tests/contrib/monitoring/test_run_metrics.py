@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import yaml
@@ -26,6 +27,7 @@ from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.llm import ModelAPI
 from core.vllm_server import free_port
 from scripts.render_dashboard import DASHBOARD, Line, Panel, draw, read_panels, without_variables
+from src.icm.annealing import SearchState
 from tests.core.fake_server import FakeVLLM
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -81,6 +83,27 @@ async def test_a_run_shows_itself_while_it_searches_and_no_longer(tmp_path: Path
         await asyncio.to_thread(urllib.request.urlopen, url)
 
 
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("False", "True"), {"icm_run_true_labels": 3.0}),
+        (("no", "yes"), {"icm_run_labels no": 2.0, "icm_run_labels yes": 3.0}),
+        (("a", "b", "c"), {"icm_run_labels a": 2.0, "icm_run_labels b": 3.0, "icm_run_labels c": 0.0}),
+    ],
+    ids=["true-false", "yes-no", "three"],
+)
+def test_labels_are_counted_by_their_names(names: tuple[str, ...], expected: dict[str, float]) -> None:
+    metrics = RunMetrics("r", POOL, names)
+    labels = [False, True, None, True, True, False]
+    evaluation = SimpleNamespace(utility=1.0, num_labels=len(names))
+    state = SimpleNamespace(evaluation=evaluation, labels=labels, labelled=range(5), iteration=1, accepted=1)
+    metrics.update(cast("SearchState", state), {"event": "start"})
+    registry = CollectorRegistry()
+    registry.register(metrics)
+    found = samples(generate_latest(registry).decode())
+    assert {name: value for name, value in found.items() if "_labels" in name} == expected
+
+
 async def existing_names() -> set[str]:
     """Of every sample that Prometheus can get from us or from vLLM."""
     run = RunMetrics("r", POOL)
@@ -134,7 +157,7 @@ def test_panels_are_drawn_with_and_without_data(tmp_path: Path) -> None:
 async def test_a_port_that_is_taken_is_an_error_in_one_line(tmp_path: Path) -> None:
     from contrib.monitoring.run_metrics import published
 
-    pool = SimpleNamespace(problem=SimpleNamespace(size=1))
+    pool = SimpleNamespace(problem=SimpleNamespace(size=1), names=("False", "True"))
     async with FakeVLLM() as server, ModelAPI(VLLMClient(server.url, server.model)) as api:
         with pytest.raises(ConfigurationError, match="--metrics_port"):
             with published(server.port, api, "r", pool, lambda *_: None):

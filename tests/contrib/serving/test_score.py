@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from src.icm.testbeds import TESTBEDS
+from src.icm.testbeds import NAMES, TESTBEDS
 from tests.contrib.serving.conftest import Serve, WritingVLLM
 from tests.core.fake_server import BOS, FALSE, TRUE, encode, hashed_log_odds
 
@@ -24,7 +24,7 @@ def asked(testbed: str, claim: dict[str, str], *demonstrations: tuple[dict[str, 
     return tokens + encode(template.format_map(claim))
 
 
-@pytest.mark.parametrize("testbed", ["builtin", "truthfulQA", "truthfulQA-preference", "alpaca"])
+@pytest.mark.parametrize("testbed", NAMES)
 async def test_the_scores_are_the_models_for_the_testbeds_prompt(serve: Serve, testbed: str) -> None:
     claim = COMPARISON if "choice_2" in TESTBEDS[testbed].columns else CLAIM
     async with serve() as site:
