@@ -17,7 +17,7 @@ Trainer = Literal["trl", "axolotl"]
 def axolotl_rows(rows: Iterable[Mapping[str, str]], bos: str) -> Iterator[dict[str, Any]]:
     """prompt and completion as axolotl's input_output segments: the label alone is learnt.
 
-    axolotl adds no token of its own to segments, so the prompt begins with `bos`.
+    axolotl adds no token to segments, so the prompt begins with `bos`.
     """
     for row in rows:
         yield {
@@ -54,7 +54,7 @@ def read_extra(path: Path) -> dict[str, Any]:
 
 
 def beginning_token(model: Path) -> str:
-    """The text of the token that a prompt begins with, as the model's folder tells; "" where it does not."""
+    """The text of the token that a prompt begins with, as the model's folder says; "" where it does not."""
     try:
         document = json.loads((model / "tokenizer_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -44,7 +44,7 @@ from src.icm.testbeds import TESTBEDS, BadInput, sample_pool  # noqa: E402
 from src.pipeline.datafiles import claims_of, load_data_file, load_testbed, named_rows, read_rows  # noqa: E402
 from src.results.exports import chosen_claims, plain_rows, training_rows  # noqa: E402
 from src.results.handover import write_jsonl  # noqa: E402
-from src.results.rows import agreement  # noqa: E402
+from src.results.messages import agreement  # noqa: E402
 from src.results.run_reader import read_run  # noqa: E402
 from src.results.tail import is_finished  # noqa: E402
 

@@ -1,6 +1,6 @@
 """Metric families from plain numbers: what every collector here is made of.
 
-Prometheus' client library is an extra. Whoever imports this without it is told how to get it.
+Prometheus' client library is an extra. Importing this without it raises an error that says how to get it.
 """
 
 from __future__ import annotations

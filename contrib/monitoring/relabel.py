@@ -54,5 +54,5 @@ class _Merged:
 
 
 def _labelled(sample: Sample, added: Mapping[str, str]) -> Sample:
-    own = {f"exported_{name}" if name in added else name: value for name, value in sample.labels.items()}
-    return sample._replace(labels={**own, **added})
+    renamed = {f"exported_{name}" if name in added else name: value for name, value in sample.labels.items()}
+    return sample._replace(labels={**renamed, **added})

@@ -90,7 +90,7 @@ _GAUGES = {
     "utility": "U of the labels as they stand.",
     "labelled": "Claims that have a label.",
     "true_labels": "Claims whose label is True.",
-    "iteration": "Iterations since the run began, earlier sessions included.",
+    "iteration": "Iterations since the run began, earlier processes included.",
     "acceptance": "Share of the iterations that changed labels.",
     "temperature": "Of the last proposal.",
     "last_step_seconds": "Seconds of the last iteration.",

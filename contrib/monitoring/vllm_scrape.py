@@ -29,7 +29,7 @@ from core.llm_api.http.transport import HttpOptions, HttpTransport
 from core.settings import Settings
 
 SCRAPE_SECONDS: Final = 5.0
-"""After which a server counts as down; Prometheus itself gives up after 10 s unless told otherwise."""
+"""After which a server counts as down; Prometheus itself gives up after 10 s by default."""
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 

@@ -49,8 +49,8 @@ async def answer(api: ModelAPI, library: Library, query: Query) -> QueryAnswer:
     """Greedy, so that the same question gets the same answer. Raises TooLong or an APIError."""
     question = " ".join(query.question.split())  # a line break would end it in the prompts
     clock = _Clock()
-    [told] = await _complete(api, TOPIC_PROMPT.format(question=question), 32, ("\n",))
-    topics = read_topics(told)
+    [listed] = await _complete(api, TOPIC_PROMPT.format(question=question), 32, ("\n",))
+    topics = read_topics(listed)
     clock.lap("topics")
     # In a thread: over many texts it takes milliseconds in which no other request would get on.
     found = await asyncio.to_thread(library.search, " ".join([question, *topics]), query.passages)

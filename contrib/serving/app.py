@@ -157,8 +157,8 @@ def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(NotReady)
     async def away(request: Request, error: NotReady) -> JSONResponse:
         log.warning("%s: %s", request.url.path, error)
-        told = str(error) if request.url.path == "/health" else "the model is not ready"
-        return _problem(503, told, headers={"Retry-After": "5"})
+        reason = str(error) if request.url.path == "/health" else "the model is not ready"
+        return _problem(503, reason, headers={"Retry-After": "5"})
 
     @app.exception_handler(APIError)
     async def failed(request: Request, error: APIError) -> JSONResponse:

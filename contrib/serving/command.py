@@ -1,4 +1,4 @@
-"""`icm serve`: the application on a port, with a model server of its own or one that runs already.
+"""`icm serve`: the application on a port, with a model server that it starts or one that runs already.
 
     icm serve                                        # asks the server that VLLM_BASE_URL names
     icm serve --start local --model gemma-3-270m     # starts one on this machine's CPU and stops it at the end
@@ -7,7 +7,7 @@
 Then: curl -s localhost:8080/query -H 'Content-Type: application/json' -d '{"question": "How is a run resumed?"}'
 Ctrl-C or SIGTERM ends it: what is at work may finish within --shutdown_seconds, then the model server is stopped.
 With ICM_SERVE_TOKEN in the environment or in SECRETS, all but /health and /ready ask for it as a bearer token.
-Exit code 0: it was told to end; 2: it could not start.
+Exit code 0: it ended on a signal; 2: it could not start.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--shutdown_seconds",
         type=_positive,
         default=default.shutdown_seconds,
-        help="for requests at work when it is told to end (default: %(default)s)",
+        help="for requests at work when it is asked to end (default: %(default)s)",
     )
     return parser
 
@@ -174,9 +174,9 @@ def _model_server(options: argparse.Namespace) -> Iterator[VLLMServer | None]:
             raise ConfigurationError(f"{' '.join(options.vllm_options)}: options for vLLM need --start.")
         yield None
         return
-    own = {"model": options.model} if options.model is not None else {}
+    model = {"model": options.model} if options.model is not None else {}
     with VLLMServer(
-        size=options.start, log=options.server_log, options=tuple(options.vllm_options), timeout=START_SECONDS, **own
+        size=options.start, log=options.server_log, options=tuple(options.vllm_options), timeout=START_SECONDS, **model
     ) as server:
         yield server
 

@@ -64,7 +64,7 @@ class Guard:
 
     @property
     def draining(self) -> bool:
-        """Whether the application was told to end."""
+        """Whether the application was asked to end."""
         return self._draining
 
     def drain(self) -> None:

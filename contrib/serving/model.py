@@ -1,6 +1,6 @@
 """The model behind the application: connected in the background, tried again while it is away, asked a canary.
 
-The application must come up without its model, so that a prober can be told why it is not ready.
+The application must come up without its model, so that a probe gets the reason why it is not ready.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FRESH: Final = 1.0
 
 
 class NotReady(Exception):
-    """There is no model to ask; the message says why, for the log. Clients are not told where the server is."""
+    """There is no model to ask; the message says why, for the log. Clients do not learn where the server is."""
 
 
 @dataclass(frozen=True, slots=True)

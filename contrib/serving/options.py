@@ -1,4 +1,4 @@
-"""What the application is told at its start: where it listens, its limits, its texts, its token."""
+"""The application's options: where it listens, its limits, its texts, its token."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Limits:
 
     body_bytes: of one request. body_seconds: for its body to arrive. request_seconds: for its answer, from then on.
     concurrent: requests at work at once; one more is answered 429. shutdown_seconds: how long requests may go on once
-    the application was told to end. canary_seconds: for the model's answer to /ready.
+    the application was asked to end. canary_seconds: for the model's answer to /ready.
     """
 
     body_bytes: int = 1_000_000

@@ -1,4 +1,4 @@
-"""uvicorn with the guard's shutdown: told to end, it takes nothing new and gives what is at work its time."""
+"""uvicorn with the guard's shutdown: asked to end, it takes nothing new and gives what is at work its time."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ from src.experiments.single_run import (
 from src.experiments.summary import print_summary, say_shown_again
 from src.icm.annealing import SearchSettings
 from src.pipeline.labelling import Labelling
-from src.results.rows import calibration_told, check_table, token_lines
+from src.results.messages import calibration_told, check_table, token_lines
 from src.results.run_folder import RunFolder
 
 

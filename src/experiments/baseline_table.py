@@ -13,7 +13,7 @@ from core.files import write_atomically
 from src.icm.objective import wilson_interval
 from src.icm.testbeds import BadInput
 from src.pipeline.comparison import TITLES, Answer, RowResult
-from src.results.rows import calibration_told
+from src.results.messages import calibration_told
 from src.results.statistics import Difference, Judged, Share, paired_difference, share_right
 
 FORMAT: Final = 1

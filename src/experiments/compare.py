@@ -17,11 +17,11 @@ from core.errors import StorageFailed
 from core.files import write_atomically
 from src.experiments.arguments_of_reports import parser_of, run_folders
 from src.icm.testbeds import BadInput
-from src.results.diagnosis import flips
+from src.results.flips import flips
 from src.results.page import render_comparison
-from src.results.page_of_several import as_text, compare, shared_curves
 from src.results.prices import read_prices
 from src.results.run_reader import read_all
+from src.results.side_by_side import as_text, compare, shared_curves
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -17,7 +17,9 @@ from collections.abc import Sequence
 
 from src.experiments.arguments_of_reports import parser_of, run_folders
 from src.icm.testbeds import BadInput
-from src.results.diagnosis import Finding, Verdict, diagnose, flips
+from src.results.diagnosis import diagnose
+from src.results.findings import Finding, Verdict
+from src.results.flips import flips
 from src.results.run_reader import read_all
 from src.results.text import one_line
 
@@ -54,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _show(finding: Finding) -> bool:
     """Print a finding; whether it is a problem."""
-    _wrapped(f"  {MARKS[finding.verdict]:<8} {finding.title}: {finding.told}", 11)
+    _wrapped(f"  {MARKS[finding.verdict]:<8} {finding.title}: {finding.text}", 11)
     for line in finding.details:
         _wrapped(f"           - {one_line(line, 400)}", 13)
     for advice in finding.advice:

@@ -42,7 +42,7 @@ from src.icm.label_names import counts_of, read_label
 from src.icm.testbeds import BadInput
 from src.pipeline.labelling import Labelling, Pool
 from src.pipeline.progress import PartsProgress
-from src.results.rows import collapse_warning, random_warning
+from src.results.messages import collapse_warning, random_warning
 from src.results.run_folder import RunFolder
 
 PLANNED_AT_ONCE: Final = 4

@@ -32,8 +32,9 @@ from src.pipeline.labelling import Labelling, Pool, prepare_batches, result_reco
 from src.pipeline.opening import example_prompt, opening, prompt_line, prompt_lines
 from src.pipeline.progress import Progress, SearchProgress
 from src.pipeline.testbed_files import read_testbed, testbed_path
+from src.results.messages import calibration_told, changes_objective, collapse_warning, random_warning
 from src.results.plots import plot_curves
-from src.results.rows import calibration_told, changes_objective, collapse_warning, pool_rows, random_warning
+from src.results.rows import pool_rows
 from src.results.run_folder import FORMAT, RunFolder, environment
 
 SHOWN_BAD_ROWS = 3

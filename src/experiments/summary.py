@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from src.icm.label_names import confusion_lines, told_counts
-from src.results.rows import agreement, calibration_told, counted
+from src.results.messages import agreement, calibration_told
 from src.results.run_folder import RunFolder
 from src.results.run_reader import read_run
 from src.results.tables import confusion_of
+from src.results.text import counted
 
 
 def say_shown_again(document: Mapping[str, Any]) -> None:

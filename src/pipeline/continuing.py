@@ -19,9 +19,9 @@ import orjson
 from src.icm.consistency import Label, Labels
 from src.icm.label_names import Names, counts_of, told_counts
 from src.icm.testbeds import BadInput, Claim, Testbed, split_pools
-from src.results.rows import counted
 from src.results.run_reader import read_run
 from src.results.run_record import LabelledClaim, RunRecord
+from src.results.text import counted
 
 NAMED: Final = 3
 """Claims that are gone which are named; the others are counted."""

@@ -14,7 +14,7 @@ from src.icm.annealing import Stream, generator
 from src.icm.consistency import Overview
 from src.pipeline.baselines import random_labels
 from src.pipeline.labelling import Labelling, Pool
-from src.results.rows import counted
+from src.results.text import counted
 
 FEW: Final = 3
 """Demonstrations of a prompt that are all shown."""

@@ -17,7 +17,7 @@ from src.icm.annealing import Problem, SearchState, finished, wants_mirror, want
 from src.icm.journal import Record
 from src.icm.objective import accuracy
 from src.pipeline.labelling import Pool
-from src.results.rows import collapse_warning
+from src.results.messages import collapse_warning
 
 
 class Progress(Protocol):
@@ -45,7 +45,7 @@ ELSEWHERE: Final = 15.0
 
 
 class Lines:
-    """Where a bar is written that nobody watches: every state of it is a line of its own, none of them twice."""
+    """Where a bar is written that nobody watches: every state of it is one line, none of them twice."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
@@ -103,7 +103,7 @@ class SearchProgress:
         self._first = 0
         # With a cap a question is as long at the end as at the beginning.
         self._growth = GROWTH if pool.problem.settings.context_cap is None else 1.0
-        # tqdm takes all claims to cost the same; what is left is told behind the bar instead.
+        # tqdm takes all claims to cost the same; the time left stands behind the bar instead.
         behind = " [{elapsed}<{remaining}, {rate_fmt}{postfix}]" if self._by_iteration else " [{elapsed}{postfix}]"
         self._bar = bar_of(total, "steps" if self._by_iteration else "claims", quiet, behind)
         self._interval = _interval()
@@ -146,12 +146,12 @@ class SearchProgress:
         if now:
             shown["now"] = now
         self._bar.set_postfix(shown, refresh=False)
-        told = self._bar.update(done - self._bar.n)
+        shown_now = self._bar.update(done - self._bar.n)
         # update() shows nothing while the count stands still
-        if not told and (now or self._clock() - self._shown >= self._interval):
+        if not shown_now and (now or self._clock() - self._shown >= self._interval):
             self._bar.refresh()
-            told = True
-        if told:
+            shown_now = True
+        if shown_now:
             self._shown = self._clock()
         objective = self._pool.problem.objective
         warning = (
@@ -166,8 +166,8 @@ class SearchProgress:
             self._bar.write(f"warning: {warning}", file=sys.stderr)
 
     def _left(self, done: int) -> float | None:
-        """Seconds that the search will still take, once it has labelled something in this session; tqdm tells it of
-        iterations."""
+        """Seconds that the search will still take, once it has labelled something in this process; tqdm shows it
+        for iterations."""
         if self._by_iteration:
             return None
         before, now = ((claims / self._total) ** self._growth for claims in (self._first, done))
@@ -201,7 +201,7 @@ class PartsProgress:
         self._draw()
 
     def finish(self, part: str, claims: int, line: str) -> None:
-        """A part has ended, in this session or before; line: what it came to."""
+        """A part has ended, in this process or before; line: its result."""
         self._labelled.pop(part, None)
         self._finished += 1
         self._claims_finished += claims

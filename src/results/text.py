@@ -38,6 +38,11 @@ def whole(value: float | None) -> str:
     return number(value, 0)
 
 
+def counted(count: int, thing: str) -> str:
+    """'1 claim', '2 claims'."""
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
+
+
 def duration(seconds: float) -> str:
     """'42 s', '3 min 20 s', '2 h 05 min'."""
     if seconds < 60:

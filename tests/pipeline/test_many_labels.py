@@ -29,12 +29,13 @@ from src.pipeline.labelling import Labelling, Pool, prepare, result_record
 from src.pipeline.search import search
 from src.results.diagnosis import diagnose
 from src.results.exports import plain_rows, preference_pairs, training_rows
+from src.results.messages import check_table
 from src.results.page import render_report
-from src.results.page_of_several import as_text, compare
 from src.results.plots import plot_curves
-from src.results.rows import check_table, pool_rows
+from src.results.rows import pool_rows
 from src.results.run_folder import RunFolder
 from src.results.run_reader import read_run
+from src.results.side_by_side import as_text, compare
 from src.results.tables import confusion_of
 from tests.core.fake_server import FakeVLLM, encode, hashed_log_odds
 
@@ -265,9 +266,9 @@ async def test_reports_count_by_label_and_show_the_confusion(
     counts = ", ".join(f"{state.labels.count(label)} {name}" for label, name in enumerate(MOODS.names))
     assert counts in page
     findings = {finding.key: finding for finding in diagnose(found)}
-    assert "labels are" in findings["collapse"].told
-    assert "swap" in findings["inverted"].told
-    assert "AUC" not in findings["salience"].told
+    assert "labels are" in findings["collapse"].text
+    assert "swap" in findings["inverted"].text
+    assert "AUC" not in findings["salience"].text
     print_summary(RunFolder(tmp_path / "run"), orjson.loads((tmp_path / "run/run.json").read_bytes()))
     said = capsys.readouterr().out
     assert counts in said
@@ -288,7 +289,7 @@ async def test_labels_swapped_for_each_other_are_told(tmp_path: Path) -> None:
     wrong = tuple(replace(c, label=None if c.label is None else turned[c.label]) for c in found.claims)
     [finding] = [each for each in diagnose(replace(found, claims=wrong)) if each.key == "inverted"]
     assert finding.verdict == "problem"
-    assert "with negative and positive swapped" in finding.told
+    assert "with negative and positive swapped" in finding.text
 
 
 async def test_exports_name_the_labels(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from src.icm.annealing import choose, proposals, propose
 from src.icm.journal import replay
 from src.icm.speculation import Pace
-from src.results.rows import changes_objective
+from src.results.messages import changes_objective
 from tests.pipeline.test_lookahead import Stopped, decisions, make_problem, run
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from src.results.page import render_comparison, render_report
-from src.results.page_of_several import compare, shared_curves
 from src.results.run_reader import read_run
+from src.results.side_by_side import compare, shared_curves
 from tests.results.test_page import ATTACKS
 from tests.run_examples import write_run
 

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from src.icm.consistency import Constraint, Relation
-from src.results.diagnosis import Verdict, collapse, diagnose, flips, frozen, inconsistency, inversion, salience
+from src.results.diagnosis import collapse, diagnose, frozen, inconsistency, inversion, salience
+from src.results.findings import Verdict
+from src.results.flips import flips
 from src.results.run_reader import read_run
 from src.results.run_record import RunRecord
 from tests.run_examples import write_run
@@ -32,7 +34,7 @@ def test_a_good_run_has_no_problem(tmp_path: Path) -> None:
 def test_collapse(tmp_path: Path) -> None:
     finding = collapse(example(tmp_path, labels=[True] * 40))
     assert finding.verdict is Verdict.PROBLEM
-    assert "40 of 40 labels are True" in finding.told
+    assert "40 of 40 labels are True" in finding.text
     assert any("--calibrate mean" in advice.text for advice in finding.advice)
     assert all(source.arxiv for advice in finding.advice for source in advice.sources)
 
@@ -47,7 +49,7 @@ def test_labels_as_lopsided_as_they_were_said_to_be_are_no_collapse(tmp_path: Pa
     assert collapse(run).verdict is Verdict.PROBLEM
     known = replace(run, settings={**run.settings, "calibrate": "mean", "prior": 0.97})
     assert collapse(known).verdict is Verdict.OK
-    assert "expect 97% True" in collapse(known).told
+    assert "expect 97% True" in collapse(known).text
     other = replace(run, settings={**run.settings, "calibrate": "mean", "prior": 0.8})
     assert collapse(other).verdict is Verdict.PROBLEM  # 8 of 40 should be False, not 1
 
@@ -70,8 +72,8 @@ def test_a_frozen_start(tmp_path: Path) -> None:
     (tmp_path / "run" / "claims.jsonl").write_bytes((tmp_path / "whole" / "claims.jsonl").read_bytes())
     finding = frozen(read_run(tmp_path / "run"))
     assert finding.verdict is Verdict.PROBLEM
-    assert "10 of 40 claims were taken in; the last change was iteration 1 of 62" in finding.told
-    assert "8 of 8 labels of the random start were kept" in finding.told
+    assert "10 of 40 claims were taken in; the last change was iteration 1 of 62" in finding.text
+    assert "8 of 8 labels of the random start were kept" in finding.text
     assert any("-3.00" in line for line in finding.details)
 
 
@@ -88,14 +90,14 @@ def test_groups_that_stay_inconsistent(tmp_path: Path) -> None:
     labels = [True, True, True, False, *HALF[4:]]
     finding = inconsistency(example(tmp_path, labels=labels, constraints=both))
     assert finding.verdict is Verdict.PROBLEM
-    assert "1 of 2 constraints are broken, in 1 group." in finding.told
+    assert "1 of 2 constraints are broken, in 1 group." in finding.text
     assert "rows 0 (True) and 1 (True)" in finding.details[0]
 
 
 def test_a_set_of_claims_that_are_all_false_is_told_whole(tmp_path: Path) -> None:
     run = example(tmp_path, labels=[False, False, False, *HALF[3:]])
     finding = inconsistency(replace(run, constraints=(Constraint((0, 1, 2), Relation.EXACTLY_ONE),)))
-    assert finding.told == "1 of 1 constraints are broken, in 1 group."
+    assert finding.text == "1 of 1 constraints are broken, in 1 group."
     assert "rows 0 (False), 1 (False) and 2 (False), of which exactly one is True." in finding.details[0]
 
 
@@ -144,7 +146,7 @@ def test_labels_that_flip_between_runs(tmp_path: Path) -> None:
     a, b = example(tmp_path, "a"), example(tmp_path, "b", labels=[not HALF[0], not HALF[1], *HALF[2:]])
     same, some, all_of_them = flips([a, a]), flips([a, b]), flips([a, example(tmp_path, "c", labels=OPPOSITE)])
     assert (same.verdict, some.verdict, all_of_them.verdict) == (Verdict.OK, Verdict.WATCH, Verdict.PROBLEM)
-    assert "2 of 40 claims" in some.told
+    assert "2 of 40 claims" in some.text
     assert any("row 0" in line for line in some.details)
     assert "mirror images" in all_of_them.details[0]
 

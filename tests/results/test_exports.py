@@ -50,8 +50,8 @@ def test_with_a_known_share_a_margin_is_the_distance_from_what_decides_the_label
     calibrated = run(*claims, calibrate="mean", prior=0.8)
     assert calibrated.offset == pytest.approx(1.0 + 0.8 * 4.0)
     assert [found.row for found in chosen_claims(calibrated, least=1.0)] == [0, 2, 3, 4]
-    assert "80%" in calibrated.offset_told
-    assert run(*claims, calibrate="mean").offset_told == "the pool's mean"
+    assert "80%" in calibrated.offset_in_words
+    assert run(*claims, calibrate="mean").offset_in_words == "the pool's mean"
     assert run(*claims, prior=0.8).offset == 0.0
 
 

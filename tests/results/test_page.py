@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from src.results.page import render_comparison, render_report
-from src.results.page_of_several import as_text, compare, shared_curves
 from src.results.prices import PriceFile
 from src.results.run_reader import BaselineTable, read_run
+from src.results.side_by_side import as_text, compare, shared_curves
 from tests.run_examples import write_run
 
 HALF = [n % 2 == 0 for n in range(40)]

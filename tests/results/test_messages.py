@@ -6,7 +6,7 @@ import pytest
 
 from src.icm.consistency import Consistency, Constraint, Relation
 from src.icm.objective import Evaluation, Objective
-from src.results.rows import check_table, collapse_warning, random_warning
+from src.results.messages import check_table, collapse_warning, random_warning
 
 SIZE = 24
 GOLD = [claim % 2 == 0 for claim in range(SIZE)]

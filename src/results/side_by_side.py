@@ -11,8 +11,7 @@ from src.results.agreement import agreement_of, differing_settings, paired_test
 from src.results.charts import Chart, curve_charts
 from src.results.costs import usage_of
 from src.results.curves import curves_of
-from src.results.page import bill_of
-from src.results.prices import PriceFile
+from src.results.prices import PriceFile, bill_of
 from src.results.run_record import RunRecord
 from src.results.tables import results_of
 from src.results.text import duration, number, one_line, visible, whole
@@ -46,8 +45,8 @@ def compare(runs: Sequence[RunRecord], prices: PriceFile | None = None) -> list[
         grids.append(
             Grid(
                 "Agreement between runs",
-                "claims that both labelled; right alone: of those with a gold label on which they differ",
-                ["runs", "the same label", "kappa", "first right alone", "second right alone", "p"],
+                "claims that both labelled; one right: of those with a gold label on which they differ",
+                ["runs", "the same label", "kappa", "only first right", "only second right", "p"],
                 _agreements(runs),
                 "kappa: 1 the same, 0 as by chance, -1 mirror images. p: McNemar's exact test, two-sided.",
             )
