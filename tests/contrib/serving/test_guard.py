@@ -133,7 +133,7 @@ async def test_without_the_token_nothing_but_probes_is_answered(
 
 async def test_the_token_opens_and_is_never_logged(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
     headers = {"Authorization": f"Bearer {TOKEN}"}
-    with caplog.at_level(logging.DEBUG, logger="src"), caplog.at_level(logging.DEBUG, logger="uvicorn"):
+    with caplog.at_level(logging.DEBUG, logger="contrib"), caplog.at_level(logging.DEBUG, logger="uvicorn"):
         async with serve(token=TOKEN) as site:
             assert (await site.post("/query", QUESTION, headers=headers))[0] == 200
             assert (await site.get("/metrics", headers=headers))[0] == 200
