@@ -35,7 +35,7 @@ def test_diagnose_says_what_is_wrong_and_fails(run: Path, other: Path, capsys: p
     assert main(["diagnose", str(run), str(other)]) == 1
     told = capsys.readouterr().out
     assert "PROBLEM  Collapse to one label: 40 of 40 labels are True." in told
-    assert "-> Subtract the model's own lean" in told
+    assert "-> Subtract the model's lean to one" in told
     assert "arXiv 2309.17249" in " ".join(told.split())
     assert "across runs" in told
     assert "20 of 40 claims" in told
