@@ -12,7 +12,8 @@ from pydantic import TypeAdapter, ValidationError
 from core.files import write_atomically
 from src.icm.objective import wilson_interval
 from src.icm.testbeds import BadInput
-from src.pipeline.comparison import TITLES, Answer, RowResult
+from src.pipeline.baselines import BASELINES
+from src.pipeline.baselines.row_result import Answer, RowResult
 from src.results.rows import calibration_told
 from src.results.statistics import Difference, Judged, Share, paired_difference, share_right
 
@@ -87,7 +88,7 @@ def row_documents(results: Results) -> list[dict[str, Any]]:
     judged = {name: {row: _judged(of_row, name) for row, of_row in results.items()} for name in SETS}
     documents = []
     for row, of_row in results.items():
-        document: dict[str, Any] = {"row": row, "title": TITLES[row], "seeds": sorted(of_row)}
+        document: dict[str, Any] = {"row": row, "title": BASELINES[row].title, "seeds": sorted(of_row)}
         for name in SETS:
             share = share_right(judged[name][row])
             document[name] = (

@@ -10,7 +10,7 @@ import pytest
 from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.labels import TRUE_FALSE, LabelSpace
 from core.llm_api.llm import ModelAPI
-from src.pipeline.chat import ask_chat
+from src.pipeline.baselines.chat import ask_chat
 from tests.core.fake_server import FakeVLLM, encode
 
 YES_NO = LabelSpace(("no", "yes"), (" no", " yes"))
