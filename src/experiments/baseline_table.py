@@ -124,15 +124,16 @@ def table_text(document: Mapping[str, Any]) -> str:
         f"{settings['testbed']}, {settings['model']}, pool of {settings['batch_size']}, alpha {settings['alpha']:g}, "
         f"calibration: {calibration_told(settings)}, {len(seeds)} seed{'s' if len(seeds) != 1 else ''}"
     )
+    width = max([28, *(len(row["title"]) + 2 for row in document["rows"])])
     lines = [
         head,
-        f"{'':<28}{'pool labels':<33}{'held-out claims':<33}{'against zero-shot':<38}against gold labels",
+        f"{'':<{width}}{'pool labels':<33}{'held-out claims':<33}{'against zero-shot':<38}against gold labels",
     ]
     for row in document["rows"]:
         test = row["test"]
         versus = test["versus"] if test else {}
         lines.append(
-            f"{row['title']:<28}{_share_text(row['pool']):<33}{_share_text(test):<33}"
+            f"{row['title']:<{width}}{_share_text(row['pool']):<33}{_share_text(test):<33}"
             f"{_difference_text(versus.get('zero-shot')):<38}{_difference_text(versus.get('many-shot-gold'))}".rstrip()
         )
     lines += [

@@ -72,6 +72,7 @@ def build_parser() -> Parser:
         formatter_class=HelpFormatter,
     )
     add_search_arguments(parser)
+    defaults, on_request = Options(), [row for row, baseline in BASELINES.items() if baseline.on_request]
     compare = parser.add_argument_group("comparison")
     compare.add_argument(
         "--seeds", type=at_least(0), nargs="+", default=[1, 2, 3, 4, 5], help="one pool and search each"
@@ -90,14 +91,22 @@ def build_parser() -> Parser:
         nargs="+",
         choices=list(BASELINES),
         metavar="ROW",
-        help=f"of {', '.join(BASELINES)} (default: all; zero-shot-chat only with --chat_model)",
+        help=f"of {', '.join(BASELINES)} (default: all but the costly {', '.join(on_request)}; "
+        "zero-shot-chat only with --chat_model)",
     )
-    compare.add_argument("--rounds", type=at_least(1), default=4, help="rounds of bootstrapping")
+    compare.add_argument("--rounds", type=at_least(1), default=defaults.rounds, help="rounds of bootstrapping")
     compare.add_argument(
         "--bootstrap_from",
         choices=get_args(BootstrapStart),
-        default="random",
+        default=defaults.start,
         help="labels that the first round of bootstrapping shows",
+    )
+    compare.add_argument(
+        "--restarts",
+        type=at_least(1),
+        default=defaults.restarts,
+        metavar="R",
+        help="random starts of the row bootstrap-best, which keeps the one that ends with the highest U",
     )
     compare.add_argument("--chat_model", metavar="NAME", help="ask this chat model too, zero-shot, in its template")
     compare.add_argument("--chat_url", metavar="URL", help="vLLM server of --chat_model (default: VLLM_BASE_URL)")
@@ -129,7 +138,8 @@ async def _run(args: argparse.Namespace, contradiction: str | None) -> int:
     lock = RunFolder(folder.path)
     known = folder.read_table()
     if known is not None:
-        check_same_run(lock, known["settings"], settings)
+        defaults = {"restarts": Options().restarts}  # kept only where it is another number
+        check_same_run(lock, defaults | known["settings"], defaults | settings)
         rows = [row for row in BASELINES if row in rows or row in known["rows_asked"]]
         seeds = sorted({*args.seeds, *known["seeds_asked"]})
         if all(folder.read_row(row, seed) is not None for row in rows for seed in seeds):
@@ -186,7 +196,7 @@ async def _one_seed(
     if seed == document["seeds_asked"][0]:  # the other pools are drawn from the same claims
         await tell_opening(args, labelling, document["settings"]["testbed"], RunFolder(folder.path))
     labelling = replace(labelling, api=api.share())
-    options = Options(args.rounds, args.bootstrap_from)
+    options = Options(args.rounds, args.bootstrap_from, args.restarts)
     search, chat = partial(_search, flags, api, folder, pool), _chat_model(flags, document)
     for row in rows:
         if folder.read_row(row, seed) is not None:
@@ -317,6 +327,8 @@ def _settings(args: argparse.Namespace, test: Sequence[Claim] | None) -> dict[st
     return settings | {
         "rounds": args.rounds,
         "bootstrap_from": args.bootstrap_from,
+        # Only where it is another number: tables that were begun before there was one go on.
+        **({} if args.restarts == Options().restarts else {"restarts": args.restarts}),
         "test_data": None if args.test_data is None else args.test_data.name,
         "test_sha256": None if args.test_data is None else digest_of(args.test_data),
         "test_size": None if test is None else len(test),

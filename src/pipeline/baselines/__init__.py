@@ -35,6 +35,9 @@ BASELINES: Final[Mapping[str, Baseline]] = {
     "many-shot-gold": Baseline("src.pipeline.baselines.many_shot", "many-shot, gold labels"),
     "bootstrap": Baseline("src.pipeline.baselines.bootstrapping", "bootstrapping"),
     "bootstrap-consistent": Baseline("src.pipeline.baselines.bootstrapping", "bootstrapping, consistent"),
+    "bootstrap-best": Baseline(
+        "src.pipeline.baselines.bootstrapping_best", "bootstrapping, best of R by U", on_request=True
+    ),
     "icm": Baseline("src.pipeline.baselines.icm", "ICM"),
 }
 """Row -> its baseline, in the order of tables. ICM itself is the last one."""
