@@ -230,8 +230,7 @@ async def test_the_best_of_several_starts_is_a_row_only_where_it_is_named(table:
     code, _, err = await table("--seeds", "1", *best)
     assert code == 2
     assert "--restarts 2, now 8" in err
-    # A row that the table has is made for new seeds too, without being named again.
-    code, _, err = await table("--seeds", "2", "--rows", "zero-shot", "--rounds", "1", "--restarts", "2")
+    code, _, err = await table("--seeds", "2", "--rows", "bootstrap-best", "--rounds", "1", "--restarts", "2")
     assert code == 0, err
     assert table.row("bootstrap-best")["seeds"] == [1, 2]
 
