@@ -12,7 +12,8 @@ from pydantic import TypeAdapter, ValidationError
 from core.files import write_atomically
 from src.icm.objective import wilson_interval
 from src.icm.testbeds import BadInput
-from src.pipeline.comparison import TITLES, Answer, RowResult
+from src.pipeline.baselines import BASELINES
+from src.pipeline.baselines.row_result import Answer, RowResult
 from src.results.messages import calibration_told
 from src.results.statistics import Difference, Judged, Share, paired_difference, share_right
 
@@ -87,7 +88,7 @@ def row_documents(results: Results) -> list[dict[str, Any]]:
     judged = {name: {row: _judged(of_row, name) for row, of_row in results.items()} for name in SETS}
     documents = []
     for row, of_row in results.items():
-        document: dict[str, Any] = {"row": row, "title": TITLES[row], "seeds": sorted(of_row)}
+        document: dict[str, Any] = {"row": row, "title": BASELINES[row].title, "seeds": sorted(of_row)}
         for name in SETS:
             share = share_right(judged[name][row])
             document[name] = (
@@ -123,15 +124,16 @@ def table_text(document: Mapping[str, Any]) -> str:
         f"{settings['testbed']}, {settings['model']}, pool of {settings['batch_size']}, alpha {settings['alpha']:g}, "
         f"calibration: {calibration_told(settings)}, {len(seeds)} seed{'s' if len(seeds) != 1 else ''}"
     )
+    width = max([28, *(len(row["title"]) + 2 for row in document["rows"])])
     lines = [
         head,
-        f"{'':<28}{'pool labels':<33}{'held-out claims':<33}{'against zero-shot':<38}against gold labels",
+        f"{'':<{width}}{'pool labels':<33}{'held-out claims':<33}{'against zero-shot':<38}against gold labels",
     ]
     for row in document["rows"]:
         test = row["test"]
         versus = test["versus"] if test else {}
         lines.append(
-            f"{row['title']:<28}{_share_text(row['pool']):<33}{_share_text(test):<33}"
+            f"{row['title']:<{width}}{_share_text(row['pool']):<33}{_share_text(test):<33}"
             f"{_difference_text(versus.get('zero-shot')):<38}{_difference_text(versus.get('many-shot-gold'))}".rstrip()
         )
     lines += [

@@ -19,13 +19,14 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, get_args
 
 import orjson
 
-from core.llm_api.labels import LabelSpace
 from core.llm_api.llm import ModelAPI
+from core.llm_api.types import EngineIdentity
 from core.settings import REPO_ROOT
 from src.experiments.arguments import HelpFormatter, Parser, add_search_arguments, at_least, lookahead_of
 from src.experiments.baseline_table import TableFolder, row_documents, table_text
@@ -49,20 +50,15 @@ from src.experiments.single_run import (
 from src.experiments.summary import say_shown_again
 from src.icm.annealing import Stream, generator
 from src.icm.testbeds import BadInput, Claim, sample_pool
-from src.pipeline.baselines import Prediction
-from src.pipeline.chat import ask_chat
-from src.pipeline.comparison import TITLES, BootstrapStart, Comparison, Cost, GivenLabels, RowResult
+from src.pipeline.baselines import BASELINES, run_baseline
+from src.pipeline.baselines.row_result import Cost
+from src.pipeline.baselines.trial import BootstrapStart, ChatModel, Options, Searched, Trial
 from src.pipeline.datafiles import claims_of, read_rows
 from src.pipeline.file_kinds import digest_of
 from src.pipeline.labelling import Labelling, Pool
 from src.results.run_folder import RunFolder, environment
 from src.results.run_reader import read_run
 
-GIVEN: Final[dict[str, GivenLabels]] = {
-    "many-shot-gold": "gold",
-    "many-shot-random": "random",
-    "many-shot-flipped": "flipped",
-}
 HELD_OUT_SEED: Final = 0
 """Held-out claims are drawn by this, whatever seed draws the pool: every seed is tested on the same ones."""
 
@@ -76,6 +72,7 @@ def build_parser() -> Parser:
         formatter_class=HelpFormatter,
     )
     add_search_arguments(parser)
+    defaults, on_request = Options(), [row for row, baseline in BASELINES.items() if baseline.on_request]
     compare = parser.add_argument_group("comparison")
     compare.add_argument(
         "--seeds", type=at_least(0), nargs="+", default=[1, 2, 3, 4, 5], help="one pool and search each"
@@ -92,16 +89,24 @@ def build_parser() -> Parser:
     compare.add_argument(
         "--rows",
         nargs="+",
-        choices=list(TITLES),
+        choices=list(BASELINES),
         metavar="ROW",
-        help=f"of {', '.join(TITLES)} (default: all; zero-shot-chat only with --chat_model)",
+        help=f"of {', '.join(BASELINES)} (default: all but the costly {', '.join(on_request)}; "
+        "zero-shot-chat only with --chat_model)",
     )
-    compare.add_argument("--rounds", type=at_least(1), default=4, help="rounds of bootstrapping")
+    compare.add_argument("--rounds", type=at_least(1), default=defaults.rounds, help="rounds of bootstrapping")
     compare.add_argument(
         "--bootstrap_from",
         choices=get_args(BootstrapStart),
-        default="random",
+        default=defaults.start,
         help="labels that the first round of bootstrapping shows",
+    )
+    compare.add_argument(
+        "--restarts",
+        type=at_least(1),
+        default=defaults.restarts,
+        metavar="R",
+        help="random starts of the row bootstrap-best, which keeps the one that ends with the highest U",
     )
     compare.add_argument("--chat_model", metavar="NAME", help="ask this chat model too, zero-shot, in its template")
     compare.add_argument("--chat_url", metavar="URL", help="vLLM server of --chat_model (default: VLLM_BASE_URL)")
@@ -133,8 +138,9 @@ async def _run(args: argparse.Namespace, contradiction: str | None) -> int:
     lock = RunFolder(folder.path)
     known = folder.read_table()
     if known is not None:
-        check_same_run(lock, known["settings"], settings)
-        rows = [row for row in TITLES if row in rows or row in known["rows_asked"]]
+        defaults = {"restarts": Options().restarts}  # kept only where it is another number
+        check_same_run(lock, defaults | known["settings"], defaults | settings)
+        rows = [row for row in BASELINES if row in rows or row in known["rows_asked"]]
         seeds = sorted({*args.seeds, *known["seeds_asked"]})
         if all(folder.read_row(row, seed) is not None for row in rows for seed in seeds):
             say_shown_again(known)
@@ -189,36 +195,25 @@ async def _one_seed(
     labelling = await Labelling.open(pool, api)
     if seed == document["seeds_asked"][0]:  # the other pools are drawn from the same claims
         await tell_opening(args, labelling, document["settings"]["testbed"], RunFolder(folder.path))
-    comparison = Comparison(labelling)
+    labelling = replace(labelling, api=api.share())
+    options = Options(args.rounds, args.bootstrap_from, args.restarts)
+    search, chat = partial(_search, flags, api, folder, pool), _chat_model(flags, document)
     for row in rows:
         if folder.read_row(row, seed) is not None:
             continue
-        if row == "icm":
-            result = await _icm(flags, api, folder, comparison, pool)
-        elif row == "zero-shot-chat":
-            result = await _chat(flags, comparison, document, pool.testbed.space)
-        elif row in GIVEN:
-            result = await comparison.many_shot(GIVEN[row])
-        elif row in ("bootstrap", "bootstrap-consistent"):
-            result = await comparison.bootstrap(
-                rounds=args.rounds, start=args.bootstrap_from, consistent=row == "bootstrap-consistent"
-            )
-        else:
-            result = await comparison.zero_shot(calibrated=row == "zero-shot-calibrated")
+        result = await run_baseline(Trial(row, labelling, options, search, chat))
         folder.write_row(result, seed)
         if not args.quiet:
             right = sum(answer.label == answer.gold for answer in result.test)
-            print(f"seed {seed}: {TITLES[row]} {right} of {len(result.test)} held-out claims", file=sys.stderr)
+            print(f"seed {seed}: {BASELINES[row].title} {right} of {len(result.test)} held-out claims", file=sys.stderr)
 
 
-async def _icm(
-    args: argparse.Namespace, api: ModelAPI, folder: TableFolder, comparison: Comparison, pool: Pool
-) -> RowResult:
-    """The search of this seed in its own run folder, then its labels as those of any other row."""
+async def _search(args: argparse.Namespace, api: ModelAPI, folder: TableFolder, pool: Pool) -> Searched:
+    """The search of this seed in its own run folder."""
     run = RunFolder(folder.seed_path(args.seed))
     flags = argparse.Namespace(**{**vars(args), "label_rest": False})
-    alone = replace(pool, rest=(), left_out=len(pool.rest))
-    document = await finish(flags, api.share(), alone, run, settings_of(flags, alone))
+    searched = replace(pool, rest=(), left_out=len(pool.rest))
+    document = await finish(flags, api.share(), searched, run, settings_of(flags, searched))
     found = {claim.row: claim for claim in read_run(run.path).claims}
     labels, log_odds = {}, {}
     for position, claim in enumerate(pool.claims):
@@ -227,8 +222,7 @@ async def _icm(
         assert labelled.log_odds is not None
         labels[position], log_odds[position] = labelled.label, labelled.log_odds
     cost = document["cost"]
-    return await comparison.given(
-        "icm",
+    return Searched(
         labels,
         log_odds,
         Cost(
@@ -241,20 +235,19 @@ async def _icm(
     )
 
 
-async def _chat(
-    args: argparse.Namespace, comparison: Comparison, document: dict[str, Any], space: LabelSpace
-) -> RowResult:
+def _chat_model(args: argparse.Namespace, document: dict[str, Any]) -> ChatModel | None:
+    """The chat model of the flags; what it is comes into the table's document when it is asked."""
+    if args.chat_model is None:
+        return None
     flags = argparse.Namespace(**{**vars(args), "model": args.chat_model, "use_vllm": True, "direct": False})
-    async with model_api_of(flags, {} if args.chat_url is None else {"vllm_base_url": args.chat_url}) as chat:
+    server = {} if args.chat_url is None else {"vllm_base_url": args.chat_url}
 
-        async def ask(texts: Sequence[str]) -> Prediction:
-            answers = await ask_chat(chat, texts, space)
-            document["chat"] = {"engine": identity_record(chat.identity), "template": answers.template}
-            if not answers.template:
-                print(f"warning: {args.chat_model} has no chat template: it is asked in plain text", file=sys.stderr)
-            return answers.prediction
+    def on_asked(identity: EngineIdentity, template: bool) -> None:
+        document["chat"] = {"engine": identity_record(identity), "template": template}
+        if not template:
+            print(f"warning: {args.chat_model} has no chat template: it is asked in plain text", file=sys.stderr)
 
-        return await comparison.asked_elsewhere("zero-shot-chat", ask, chat.stats)
+    return ChatModel(partial(model_api_of, flags, server), on_asked)
 
 
 def _save(
@@ -277,10 +270,14 @@ def _save(
 
 
 def _rows(args: argparse.Namespace) -> list[str]:
-    chosen = args.rows or [row for row in TITLES if row != "zero-shot-chat" or args.chat_model]
-    if "zero-shot-chat" in chosen and not args.chat_model:
-        raise BadInput("the row zero-shot-chat needs a --chat_model")
-    return [row for row in TITLES if row in chosen]
+    """The rows that are asked for, in the table's order."""
+    chat = bool(args.chat_model)
+    default = [row for row, each in BASELINES.items() if not each.on_request and (chat or not each.needs_chat)]
+    chosen = args.rows or default
+    for row in chosen:
+        if BASELINES[row].needs_chat and not chat:
+            raise BadInput(f"the row {row} needs a --chat_model")
+    return [row for row in BASELINES if row in chosen]
 
 
 def _held_out(args: argparse.Namespace) -> tuple[list[Claim] | None, frozenset[int]]:
@@ -330,6 +327,8 @@ def _settings(args: argparse.Namespace, test: Sequence[Claim] | None) -> dict[st
     return settings | {
         "rounds": args.rounds,
         "bootstrap_from": args.bootstrap_from,
+        # Only where it is another number: tables that were begun before there was one go on.
+        **({} if args.restarts == Options().restarts else {"restarts": args.restarts}),
         "test_data": None if args.test_data is None else args.test_data.name,
         "test_sha256": None if args.test_data is None else digest_of(args.test_data),
         "test_size": None if test is None else len(test),

@@ -88,6 +88,11 @@ RULES: Final = (
     Rule("metrics_port", "num_batches", "of several searches none has the port", lambda a: a.num_batches != 1),
     Rule("metrics_port", "passes", "of several searches none has the port", lambda a: a.passes != 1),
     Rule("chat_url", "chat_model", "no chat model is asked", lambda a: a.chat_model is None, by_default=True),
+    Rule(
+        *("restarts", "rows", "only the row bootstrap-best has several starts, and it is not asked for"),
+        lambda a: "bootstrap-best" not in (a.rows or ()),
+        by_default=True,
+    ),
     Rule("pairs", "format", "only dpo writes pairs", lambda a: a.format != "dpo", by_default=True),
     Rule("bos", "format", "only axolotl's rows hold that token", lambda a: a.format != "axolotl", by_default=True),
 )
@@ -125,6 +130,8 @@ def told(rule: Rule, args: argparse.Namespace) -> str:
 def _shown(name: str, value: Any) -> str:
     if value is None:
         return f"no --{name}"
+    if isinstance(value, list):
+        return f"--{name} {' '.join(map(str, value))}"
     if isinstance(value, bool):
         return f"--{name}" if value else f"--no-{name}"
     return f"--{name} {value:g}" if isinstance(value, float) else f"--{name} {value}"

@@ -23,9 +23,10 @@ from src.icm.planner import TokenCosts
 from src.icm.prompts import PromptBook
 from src.icm.speculation import Pace
 from src.icm.testbeds import BadInput, Claim, ConsistencyMode, Testbed, split_pools
-from src.pipeline.baselines import Prediction, check_precondition, predict, reference_labelings
 from src.pipeline.continuing import Continued
 from src.pipeline.file_kinds import digest_of
+from src.pipeline.precondition import check_precondition, reference_labelings
+from src.pipeline.predictions import Prediction, predict
 from src.pipeline.search import OnRecord, PoolScorer, log_odds_of, search
 from src.results.rows import label_row
 from src.results.run_folder import RunFolder

@@ -12,8 +12,8 @@ from core.llm_api.labels import TRUE_FALSE
 from core.llm_api.types import Prompt
 from src.icm.annealing import Stream, generator
 from src.icm.consistency import Overview
-from src.pipeline.baselines import random_labels
 from src.pipeline.labelling import Labelling, Pool
+from src.pipeline.precondition import random_labels
 from src.results.text import counted
 
 FEW: Final = 3

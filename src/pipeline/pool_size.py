@@ -14,8 +14,8 @@ from typing import Final
 import numpy as np
 
 from src.icm.annealing import Candidate, Stream, generator
-from src.pipeline.baselines import predict
 from src.pipeline.labelling import Labelling
+from src.pipeline.predictions import predict
 
 ASKED: Final = 16
 """Claims of the tree that is timed."""

@@ -218,6 +218,36 @@ async def test_other_settings_are_another_table(table: Table) -> None:
     assert "--rounds 4, now 7" in err
 
 
+async def test_the_best_of_several_starts_is_a_row_only_where_it_is_named(table: Table) -> None:
+    """What a whole table has without it, the first test of this file says."""
+    best = ("--rows", "zero-shot", "bootstrap-best", "--rounds", "1")
+    code, out, err = await table("--seeds", "1", *best, "--restarts", "2")
+    assert code == 0, err
+    assert table.row("bootstrap-best")["cost"]["asked"] == 2 * (1 + 1) * 12
+    assert table.document["settings"]["restarts"] == 2
+    head, *rows = [line for line in out.splitlines() if line.startswith(("   ", "zero-shot", "bootstrapping"))]
+    assert {line.index(share) for line, share in zip(rows, map(shares, rows), strict=True)} == {head.index("pool")}
+    code, _, err = await table("--seeds", "1", *best)
+    assert code == 2
+    assert "--restarts 2, now 8" in err
+    code, _, err = await table("--seeds", "2", "--rows", "bootstrap-best", "--rounds", "1", "--restarts", "2")
+    assert code == 0, err
+    assert table.row("bootstrap-best")["seeds"] == [1, 2]
+
+
+def shares(line: str) -> str:
+    """The first figure of a row of the table."""
+    return line.split("  ", 1)[1].split()[0]
+
+
+async def test_other_restarts_are_another_table_and_tables_from_before_there_were_any_go_on(table: Table) -> None:
+    assert (await table("--seeds", "1", "--rows", "zero-shot"))[0] == 0
+    assert "restarts" not in table.document["settings"]
+    code, _, err = await table("--seeds", "1", "--rows", "bootstrap-best", "--restarts", "2")
+    assert code == 2
+    assert "--restarts 8, now 2" in err
+
+
 async def test_claims_without_gold_cannot_be_compared(table: Table, tmp_path: Path) -> None:
     path = tmp_path / "claims.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]

@@ -140,6 +140,10 @@ def test_a_share_of_true_claims_needs_a_calibration(capsys: pytest.CaptureFixtur
 def test_what_only_a_comparison_or_an_export_has(capsys: pytest.CaptureFixture[str]) -> None:
     said = complaint(baselines.build_parser(), "--chat_url http:there", capsys)
     assert "--chat_url http:there and no --chat_model" in said
+    assert "--restarts 3 and no --rows" in complaint(baselines.build_parser(), "--restarts 3", capsys)
+    said = complaint(baselines.build_parser(), "--restarts 3 --rows icm zero-shot", capsys)
+    assert "--restarts 3 and --rows icm zero-shot contradict each other" in said
+    assert baselines.build_parser().parse_args(["--restarts", "3", "--rows", "bootstrap-best", "icm"]).restarts == 3
     assert "--pairs all and --format jsonl" in complaint(export.build_parser(), "run --pairs all", capsys)
     assert "--bos x and --format sft" in complaint(export.build_parser(), "run --bos x --format sft", capsys)
     export.build_parser().parse_args(["run", "--format", "dpo", "--pairs", "all"])
@@ -148,7 +152,7 @@ def test_what_only_a_comparison_or_an_export_has(capsys: pytest.CaptureFixture[s
 
 def test_every_rule_is_tried_here() -> None:
     tried = {tuple(re.findall(r"--(?:no-)?(\w+)", line)) for line in AT_ONCE + OF_THE_SEARCH}
-    elsewhere = {("chat_url", "chat_model"), ("pairs", "format"), ("bos", "format")}
+    elsewhere = {("chat_url", "chat_model"), ("restarts", "rows"), ("pairs", "format"), ("bos", "format")}
     assert {(rule.flag, rule.other) for rule in RULES} == tried | elsewhere
 
 

@@ -23,7 +23,8 @@ from src.icm.journal import Record, replay
 from src.icm.objective import Objective
 from src.icm.speculation import Pace
 from src.icm.testbeds import BadInput, Claim, custom_testbed
-from src.pipeline.comparison import Comparison, RowResult
+from src.pipeline.baselines import run_baseline
+from src.pipeline.baselines.trial import Options, Trial
 from src.pipeline.continuing import read_continued
 from src.pipeline.labelling import Labelling, Pool, prepare, result_record
 from src.pipeline.search import search
@@ -322,15 +323,15 @@ async def test_baselines_have_rows_of_every_label(tmp_path: Path) -> None:
     async with FakeVLLM(distribution=Model(MOODS)) as server:
         async with ModelAPI(VLLMClient(server.url, server.model)) as api:
             labelling = await Labelling.open(pool, api)
-            comparison = Comparison(labelling)
-            rows: list[RowResult] = [
-                await comparison.zero_shot(calibrated=True),
-                await comparison.many_shot("gold"),
-                await comparison.many_shot("flipped"),
-                await comparison.bootstrap(rounds=2, start="zero-shot", consistent=True),
+            trial, options = Trial("zero-shot-calibrated", labelling), Options(rounds=2, start="zero-shot")
+            rows = [
+                await run_baseline(trial),
+                await run_baseline(replace(trial, row="many-shot-gold")),
+                await run_baseline(replace(trial, row="many-shot-flipped")),
+                await run_baseline(replace(trial, row="bootstrap-consistent", options=options)),
             ]
             table = check_table(await labelling.check(), "mean")
-    assert sorted(comparison.random_labels) == [0] * 6 + [1] * 6 + [2] * 6
+    assert sorted(trial.random_labels()) == [0] * 6 + [1] * 6 + [2] * 6
     for row in rows:
         assert {answer.label for answer in row.pool} == {0, 1, 2}
         assert sum(answer.label == answer.gold for answer in row.pool) >= 15

@@ -1,9 +1,10 @@
-"""Claims put to a chat model: one user turn each, in the model's own template, the label where its answer begins."""
+"""Zero-shot answers of a chat model: one user turn a claim, in the model's own template, the label where its answer
+begins."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from core.errors import ConfigurationError
@@ -12,7 +13,9 @@ from core.llm_api.llm import ModelAPI
 from core.llm_api.types import Prompt, Segment
 from src.icm.objective import no_offset
 from src.icm.prompts import PromptBook
-from src.pipeline.baselines import Prediction
+from src.pipeline.baselines.row_result import RowResult
+from src.pipeline.baselines.trial import HeldOut, Trial
+from src.pipeline.predictions import Prediction
 from src.pipeline.search import log_odds_of
 
 REQUEST: Final = "Complete the last line with one word, {labels}.\n\n{text}"
@@ -25,6 +28,21 @@ class ChatAnswers:
 
     prediction: Prediction
     template: bool
+
+
+async def run(trial: Trial) -> RowResult:
+    """Its cost is what the chat model was asked."""
+    assert trial.chat is not None, "the row zero-shot-chat needs a chat model"
+    pool = trial.labelling.pool
+    async with trial.chat.open() as api:
+        spending = trial.spending(api.stats)
+        answers = await ask_chat(api, [claim.text for claim in pool.claims], pool.testbed.space)
+        cost = spending.cost()
+        trial.chat.on_asked(api.identity, answers.template)
+        rest = await ask_chat(api, [claim.text for claim in pool.rest], pool.testbed.space)
+    # Positions are those of the texts in one call of ask_chat; in the book, held-out claims come after the pool.
+    log_odds = {trial.held_out_claims[at]: value for at, value in rest.prediction.log_odds.items()}
+    return trial.result(answers.prediction, HeldOut(replace(rest.prediction, log_odds=log_odds)), cost)
 
 
 async def ask_chat(api: ModelAPI, texts: Sequence[str], space: LabelSpace = TRUE_FALSE) -> ChatAnswers:

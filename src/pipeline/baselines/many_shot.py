@@ -1,0 +1,29 @@
+"""Many-shot with given labels as demonstrations: gold, gold with every label changed, or random."""
+
+from __future__ import annotations
+
+from src.icm.annealing import mirrored_labels
+from src.icm.consistency import Labels
+from src.pipeline.baselines.row_result import RowResult
+from src.pipeline.baselines.trial import Trial
+
+
+async def run(trial: Trial) -> RowResult:
+    """The pool's own answers leave one out: the given labels themselves would say nothing."""
+    gold = tuple(trial.labelling.pool.gold)
+    labels = {
+        "many-shot-gold": gold,
+        "many-shot-flipped": next_labels(gold, trial.problem.num_labels),
+        "many-shot-random": trial.random_labels(),
+    }[trial.row]
+    spending = trial.spending()
+    pool = await trial.leave_one_out(labels)
+    cost = spending.cost()
+    return trial.result(pool, await trial.held_out_after(labels), cost)
+
+
+def next_labels(labels: Labels, num_labels: int) -> Labels:
+    """Every label's next one, the last one's being the first: none is what it was. Of two labels: each flipped."""
+    if num_labels == 2:
+        return mirrored_labels(labels)
+    return tuple(None if label is None else (label + 1) % num_labels for label in labels)
