@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from contrib.training import axolotl_rows
 from core.errors import StorageFailed
 from src.experiments.arguments_of_reports import parser_of
 from src.icm.testbeds import BadInput
@@ -105,6 +104,8 @@ def _export(args: argparse.Namespace, run: RunRecord, path: Path) -> str:
     elif args.format == "sft":
         write_jsonl(path, training_rows(run, claims))
     elif args.format == "axolotl":
+        from contrib.training import axolotl_rows  # an extra: imported only where it is asked for
+
         write_jsonl(path, axolotl_rows(training_rows(run, claims), args.bos))
     else:
         write_jsonl(path, plain_rows(run, claims))

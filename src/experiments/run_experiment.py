@@ -82,7 +82,6 @@ def _run(loaded: Loaded, path: Path, more: Sequence[str]) -> int:
     if args.run is None:  # the folder must be known here, to say in it what it comes from
         arguments += ["--run", path.stem]
     command: Callable[[Sequence[str]], int] = import_module(COMMANDS[experiment.command][0]).main
-    sys.argv[0] = f"icm {experiment.command}"  # what resuming is told to call
     print(f"{experiment.title}\n  {shlex.join(['icm', experiment.command, *arguments])}", file=sys.stderr)
     code = command(arguments)
     folder: Path = args.runs_dir / (args.run or path.stem)
