@@ -66,14 +66,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if is_baselines(args.run):
             raise BadInput(f"{args.run}: is a table of baselines; name one of its runs, as in {args.run}/seed-1")
-        told = _export(args, read_run(args.run), path)
+        written = _export(args, read_run(args.run), path)
     except (BadInput, StorageFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         print(f"error: {path}: cannot be written ({error.strerror})", file=sys.stderr)
         return 2
-    print(f"{path}: {told}")
+    print(f"{path}: {written}")
     return 0
 
 

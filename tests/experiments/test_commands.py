@@ -1,16 +1,33 @@
 """`icm COMMAND`: every command is there, explains itself, and refuses what it does not know."""
 
+import subprocess
 import sys
+from importlib import metadata
+from pathlib import Path
 
 import pytest
 
 from src.experiments.commands import COMMANDS, main
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_usage_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     told = capsys.readouterr().out
     assert all(name in told for name in COMMANDS)
+
+
+def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"icm {metadata.version('icm-elicitation')}\n"
+
+
+def test_contrib_is_not_needed_to_label() -> None:
+    """None in sys.modules makes every import of contrib fail."""
+    blocked = "import sys; sys.modules['contrib'] = None; import src.experiments.{0} as command; command.build_parser()"
+    for name in ("ICM", "baselines", "export", "testbed", "run_experiment"):
+        subprocess.run([sys.executable, "-c", blocked.format(name)], cwd=ROOT, check=True, capture_output=True)
 
 
 def test_no_command_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
@@ -27,8 +44,8 @@ def test_an_unknown_command_is_named(capsys: pytest.CaptureFixture[str]) -> None
 def test_every_command_explains_itself(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["icm"])
+    monkeypatch.setattr(sys, "argv", ["somebody's program"])
     with pytest.raises(SystemExit) as ended:
         main([name, "--help"])
     assert ended.value.code == 0
-    assert "usage:" in capsys.readouterr().out
+    assert f"usage: icm {name}" in capsys.readouterr().out
