@@ -2,8 +2,10 @@
 
 import subprocess
 import sys
+from collections.abc import Coroutine
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,6 +30,22 @@ def test_contrib_is_not_needed_to_label() -> None:
     blocked = "import sys; sys.modules['contrib'] = None; import src.experiments.{0} as command; command.build_parser()"
     for name in ("ICM", "baselines", "export", "testbed", "run_experiment"):
         subprocess.run([sys.executable, "-c", blocked.format(name)], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("name", ["label", "baselines"])
+def test_the_command_that_goes_on_is_the_commands_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However the process was started: sys.argv[0] says nothing."""
+    resumes = []
+
+    def run(job: Coroutine[Any, Any, int], resume: str) -> int:
+        job.close()
+        resumes.append(resume)
+        return 0
+
+    monkeypatch.setattr(sys, "argv", ["icm baselines", "--of", "somebody"])
+    monkeypatch.setattr(f"{COMMANDS[name][0]}.run_resumable", run)
+    assert main([name, "--testbed", "builtin", "--run", "a-name"]) == 0
+    assert resumes == [f"icm {name} --testbed builtin --run a-name"]
 
 
 def test_no_command_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:

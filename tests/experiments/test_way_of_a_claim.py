@@ -62,7 +62,19 @@ async def test_a_run_goes_that_way(tmp_path: Path) -> None:
     async with FakeVLLM() as server:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-c", TRACED, str(tmp_path / "calls"), "--data", str(tmp_path / "claims.csv")),
-            *("--model", server.model, "--num_seed", "2", "--runs_dir", str(tmp_path), "--quiet"),
+            *(
+                "--model",
+                server.model,
+                "--num_seed",
+                "2",
+                "--K",
+                "2",
+                "--stop",
+                "K",
+                "--runs_dir",
+                str(tmp_path),
+                "--quiet",
+            ),
             cwd=ROOT,
             env={**os.environ, "VLLM_BASE_URL": server.url, "ICM_SECRETS": os.devnull, "PYTHONPATH": str(ROOT)},
             stdout=asyncio.subprocess.DEVNULL,
