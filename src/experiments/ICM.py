@@ -20,7 +20,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script, from any folder, without an installed package
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from src.experiments.arguments import HelpFormatter, Parser, add_search_arguments, at_least, lookahead_of
+from src.experiments.arguments import Parser, add_search_arguments, at_least, command_parser, lookahead_of
 from src.experiments.contradictions import refuse
 from src.experiments.loading import pool_of, tell_of_continuing, warn_of_leaks
 from src.experiments.parts import run_parts
@@ -38,12 +38,7 @@ from src.results.run_folder import RunFolder
 
 def build_parser() -> Parser:
     """The search's flags, and those of one run."""
-    parser = Parser(
-        prog="icm label",
-        description=(__doc__ or "").partition("\n")[0],
-        epilog=(__doc__ or "").partition("\n\n")[2],
-        formatter_class=HelpFormatter,
-    )
+    parser = command_parser("icm label", __doc__)
     add_search_arguments(parser)
     parts, output = PartsRequest(), OutputRequest()
     run = parser.add_argument_group("run")

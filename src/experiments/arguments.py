@@ -243,6 +243,18 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return f"{text} (default: %(default)s)"
 
 
+def command_parser(
+    program: str,
+    docstring: str | None,
+    formatter: type[argparse.HelpFormatter] = HelpFormatter,
+    *,
+    allow_abbrev: bool = True,
+) -> Parser:
+    """A parser that says what its module says: the first line as what it does, the rest below the flags."""
+    first, _, rest = (docstring or "").partition("\n\n")
+    return Parser(prog=program, description=first, epilog=rest, formatter_class=formatter, allow_abbrev=allow_abbrev)
+
+
 def testbed_named(text: str) -> str:
     """The name of a testbed, or the path of a file that defines one."""
     if text not in TESTBEDS and testbed_path(text) is None:

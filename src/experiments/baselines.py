@@ -26,7 +26,7 @@ import orjson
 
 from core.llm_api.labels import LabelSpace
 from core.llm_api.llm import ModelAPI
-from src.experiments.arguments import HelpFormatter, Parser, add_search_arguments, at_least, lookahead_of
+from src.experiments.arguments import Parser, add_search_arguments, at_least, command_parser, lookahead_of
 from src.experiments.baseline_table import TableFolder, row_documents, table_text
 from src.experiments.contradictions import refuse
 from src.experiments.loading import check_bad_rows, load_claims, pool_of
@@ -82,12 +82,7 @@ class ComparisonRequest:
 
 def build_parser() -> Parser:
     """The search's flags, and those of the comparison."""
-    parser = Parser(
-        prog="icm baselines",
-        description=(__doc__ or "").partition("\n")[0],
-        epilog=(__doc__ or "").partition("\n\n")[2],
-        formatter_class=HelpFormatter,
-    )
+    parser = command_parser("icm baselines", __doc__)
     add_search_arguments(parser)
     compare = parser.add_argument_group("comparison")
     compare.add_argument(

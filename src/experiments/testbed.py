@@ -21,7 +21,7 @@ from typing import Final
 from core.llm_api.llm import ModelAPI, open_model_api
 from core.llm_api.tokens import pieces
 from core.settings import REPO_ROOT, Settings
-from src.experiments.arguments import HelpFormatter, Parser, at_least, testbed_named
+from src.experiments.arguments import Parser, at_least, command_parser, testbed_named
 from src.experiments.resumable import run_resumable
 from src.icm.prompts import PromptBook
 from src.icm.testbeds import DEFINITIONS, BadInput, Claim, Testbed
@@ -36,12 +36,7 @@ BEFORE: Final = 4
 
 def build_parser() -> Parser:
     """A testbed, where its data is, and a model if its tokens are wanted."""
-    parser = Parser(
-        prog="icm testbed",
-        description=(__doc__ or "").partition("\n")[0],
-        epilog=(__doc__ or "").partition("\n\n")[2],
-        formatter_class=HelpFormatter,
-    )
+    parser = command_parser("icm testbed", __doc__)
     parser.add_argument(
         "testbed", nargs="?", type=testbed_named, metavar="{NAME,FILE}", help="a built-in one, or a file: mine.yaml"
     )
