@@ -37,7 +37,8 @@ from core.errors import StorageFailed  # noqa: E402
 from core.files import write_atomically  # noqa: E402
 from core.vllm_server import ServerFailed, VLLMServer  # noqa: E402
 from src.experiments.arguments import Parser, add_reading_arguments  # noqa: E402
-from src.experiments.single_run import check_bad_rows, reading_of  # noqa: E402
+from src.experiments.loading import check_bad_rows  # noqa: E402
+from src.experiments.request import DataRequest  # noqa: E402
 from src.icm.annealing import Stream, generator  # noqa: E402
 from src.icm.consistency import Relation  # noqa: E402
 from src.icm.testbeds import TESTBEDS, BadInput, sample_pool  # noqa: E402
@@ -115,7 +116,8 @@ class Rounds:
         parser = Parser(add_help=False, allow_abbrev=False)
         add_reading_arguments(parser)
         source = argparse.Namespace(data=self.args.data, testbed=self.args.testbed or "")
-        self.reads, self.flags = parser.parse_known_args(self.args.flags, source)
+        reads, self.flags = parser.parse_known_args(self.args.flags, source)
+        self.reads = DataRequest.of(reads)
         if self.reads.group_by is not None:  # columns and values are ours in the batches; their groups are made anew
             self.flags += ["--group_by", self.reads.group_by]
         self.batches = self._split()
@@ -140,7 +142,7 @@ class Rounds:
         args = self.args
         if args.batch_size < 2 or (args.rounds is not None and args.rounds < 1):
             raise BadInput("--batch_size must be at least 2 and --rounds at least 1")
-        reading, bad = reading_of(self.reads), list[str]()
+        reading, bad = self.reads.reading(), list[str]()
         if args.data is not None:
             testbed, claims, path = load_data_file(args.data, reading, bad.append)
         else:

@@ -38,8 +38,10 @@ from core.llm_api.llm import ModelAPI  # noqa: E402
 from core.settings import Settings  # noqa: E402
 from core.vllm_server import ServerFailed, VLLMServer  # noqa: E402
 from src.experiments.ICM import build_parser  # noqa: E402
+from src.experiments.loading import pool_of  # noqa: E402
+from src.experiments.request import RunRequest  # noqa: E402
 from src.experiments.resumable import GO_ON_WITH  # noqa: E402
-from src.experiments.single_run import pool_of, run_name, settings_of  # noqa: E402
+from src.experiments.run_settings import run_name, settings_of  # noqa: E402
 from src.icm.testbeds import BadInput  # noqa: E402
 from src.pipeline.labelling import Labelling  # noqa: E402
 from src.pipeline.pool_size import choose_pool, measure  # noqa: E402
@@ -79,8 +81,9 @@ def begun_size(model: str, given: Sequence[str]) -> int | None:
     for size in SIZES:
         try:
             with contextlib.redirect_stderr(io.StringIO()):  # ICM.py will say it
-                args = _options(model, given, size)
-            known = RunFolder(args.runs_dir / run_name(args, settings_of(args, pool_of(args)))).read_run()
+                request = _request(model, given, size)
+            settings = settings_of(request, pool_of(request))
+            known = RunFolder(request.output.runs_dir / run_name(request, settings)).read_run()
         except (SystemExit, BadInput):
             return None
         if known is not None and known["settings"].get("batch_size") == size:
@@ -99,7 +102,7 @@ async def fitting_size(model: str, given: Sequence[str], url: str, deadline: flo
         labelling, sizes = await _largest_that_fits(model, given, api)
         print("measuring how fast this machine answers ...", file=sys.stderr, flush=True)
         speed = await measure(labelling)
-        record = read_record(_options(model, given, SIZES[0]).runs_dir / "determinism", api.identity)
+        record = read_record(_request(model, given, SIZES[0]).output.runs_dir / "determinism", api.identity)
     check = CHECK_SECONDS if needs_check(record, api.identity, whole=False) else 0.0
     mean = labelling.planned_for(None).pool.problem.costs.mean
     left = deadline - time.monotonic() - check - END_SECONDS
@@ -126,7 +129,7 @@ async def _largest_that_fits(model: str, given: Sequence[str], api: ModelAPI) ->
     """
     for at, size in enumerate(SIZES):
         try:
-            labelling = await Labelling.open(pool_of(_options(model, given, size)), api)
+            labelling = await Labelling.open(pool_of(_request(model, given, size)), api)
         except BadInput:
             if size == SIZES[-1]:
                 raise
@@ -134,14 +137,14 @@ async def _largest_that_fits(model: str, given: Sequence[str], api: ModelAPI) ->
             sizes = {len(labelling.pool.claims): size}
             for smaller in SIZES[at + 1 :]:
                 with contextlib.suppress(BadInput):  # too small for any group of the claims
-                    sizes.setdefault(len(pool_of(_options(model, given, smaller)).claims), smaller)
+                    sizes.setdefault(len(pool_of(_request(model, given, smaller)).claims), smaller)
             return labelling, sizes
     raise AssertionError("unreachable")
 
 
-def _options(model: str, given: Sequence[str], size: int) -> argparse.Namespace:
+def _request(model: str, given: Sequence[str], size: int) -> RunRequest:
     """What ICM.py makes of its command line. Raises SystemExit where it cannot be right."""
-    return build_parser().parse_args(icm_command(model, given, size)[2:])
+    return RunRequest.of(build_parser().parse_args(icm_command(model, given, size)[2:]))
 
 
 def _minutes(seconds: float) -> str:
@@ -236,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     print(f"error: {error}", file=sys.stderr)
                     return 2
                 command = icm_command(options.model, rest, size)
-            check_once(server.url, _options(options.model, rest, SIZES[0]).runs_dir)
+            check_once(server.url, _request(options.model, rest, SIZES[0]).output.runs_dir)
             return run_icm(command, server.url, again_by(__file__, arguments))
     except ServerFailed as error:
         print(f"error: {error}", file=sys.stderr)

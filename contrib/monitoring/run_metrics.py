@@ -1,9 +1,7 @@
 """A running ICM search for Prometheus: step time, U, acceptance, computed and cached tokens, and the client's counts.
 
-    with published(9465, api, "my-run", pool, progress.update) as on_record:
-        await labelling.search(folder, on_record)
-
-Without a port nothing is served, and no package is needed.
+with published(9465, api, "my-run", pool, progress.update) as on_record:
+    await labelling.search(folder, on_record)
 """
 
 from __future__ import annotations
@@ -98,15 +96,12 @@ _GAUGES = {
 
 
 @contextmanager
-def published(port: int | None, api: ModelAPI, run: str, pool: Pool, on_record: OnRecord) -> Iterator[OnRecord]:
+def published(port: int, api: ModelAPI, run: str, pool: Pool, on_record: OnRecord) -> Iterator[OnRecord]:
     """Serve the metrics of a run and of its client at http://127.0.0.1:PORT/metrics while the block lasts.
 
-    Yields what takes the journal's records, which passes them on to `on_record`. port: None serves nothing. Raises
-    ConfigurationError where the port is taken or prometheus-client is missing.
+    Yields an OnRecord that updates the metrics and calls `on_record`. Raises ConfigurationError where the port is taken
+    or prometheus-client is missing.
     """
-    if port is None:
-        yield on_record
-        return
     from contrib.monitoring.client_metrics import ClientMetrics  # says what to do where the package is missing
 
     # isort: split
@@ -123,12 +118,12 @@ def published(port: int | None, api: ModelAPI, run: str, pool: Pool, on_record: 
             f"cannot publish metrics at port {port}: {error}.", hint="Give another --metrics_port."
         ) from None
 
-    def counted(state: SearchState, record: Record) -> None:
+    def update(state: SearchState, record: Record) -> None:
         metrics.update(state, record)
         on_record(state, record)
 
     try:
-        yield counted
+        yield update
     finally:
         server.shutdown()
         server.server_close()

@@ -20,25 +20,15 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script, from any folder, without an installed package
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from core.settings import REPO_ROOT
-from src.experiments.arguments import HelpFormatter, Parser, add_search_arguments, at_least, lookahead_of
+from src.experiments.arguments import Parser, add_search_arguments, at_least, command_parser, lookahead_of
 from src.experiments.contradictions import refuse
-from src.experiments.parts import PLANNED_AT_ONCE, run_parts
+from src.experiments.loading import pool_of, tell_of_continuing, warn_of_leaks
+from src.experiments.parts import run_parts
+from src.experiments.request import OutputRequest, PartsRequest, RunRequest
 from src.experiments.resumable import run_resumable
-from src.experiments.single_run import (
-    as_begun,
-    check_readable,
-    check_same_run,
-    label_pool,
-    may_be_renamed,
-    model_api_of,
-    pool_of,
-    run_name,
-    settings_of,
-    tell_of_continuing,
-    tell_opening,
-    warn_of_leaks,
-)
+from src.experiments.run_settings import as_begun, run_name, settings_of
+from src.experiments.same_run import check_readable, check_same_run, may_be_renamed
+from src.experiments.single_run import label_pool, model_api_of, tell_opening
 from src.experiments.summary import print_summary, say_shown_again
 from src.icm.annealing import SearchSettings
 from src.pipeline.labelling import Labelling
@@ -48,13 +38,9 @@ from src.results.run_folder import RunFolder
 
 def build_parser() -> Parser:
     """The search's flags, and those of one run."""
-    parser = Parser(
-        prog="ICM.py",
-        description=(__doc__ or "").partition("\n")[0],
-        epilog=(__doc__ or "").partition("\n\n")[2],
-        formatter_class=HelpFormatter,
-    )
+    parser = command_parser("icm label", __doc__)
     add_search_arguments(parser)
+    parts, output = PartsRequest(), OutputRequest()
     run = parser.add_argument_group("run")
     run.add_argument(
         "--seed", type=at_least(0), default=SearchSettings().seed, help="of the pool, the labels, the search"
@@ -67,21 +53,21 @@ def build_parser() -> Parser:
     run.add_argument(
         "--num_batches",
         type=_batches,
-        default=1,
+        default=parts.num_batches,
         metavar="{all,B}",
         help="split the data into B batches of --batch_size (all: as many as it takes) and label each by itself",
     )
     run.add_argument(
         "--passes",
         type=at_least(1),
-        default=1,
+        default=parts.passes,
         metavar="N",
         help="label every batch N times (odd) from other random seeds, and let the majority decide",
     )
     run.add_argument(
         "--at_once",
         type=at_least(1),
-        default=PLANNED_AT_ONCE,
+        default=parts.at_once,
         metavar="N",
         help="batches and passes that are searched at the same time; the labels do not depend on it",
     )
@@ -93,7 +79,7 @@ def build_parser() -> Parser:
         "the pool whatever --batch_size is",
     )
     run.add_argument("--run", metavar="NAME", help="folder under --runs_dir (default: made from the settings)")
-    run.add_argument("--runs_dir", type=Path, default=REPO_ROOT / "runs", help="where runs and cached scores are kept")
+    run.add_argument("--runs_dir", type=Path, default=output.runs_dir, help="where runs and cached scores are kept")
     run.add_argument(
         "--check",
         action="store_true",
@@ -130,52 +116,55 @@ def _batches(text: str) -> int | None:
     return at_least(1)(text)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 done, 1 the model failed (resumable), 2 bad input or no usable server, 130 interrupted."""
+def main(arguments: Sequence[str] | None = None, program: Sequence[str] = ("icm", "label")) -> int:
+    """Exit codes: 0 done, 1 the model failed (resumable), 2 bad input or no usable server, 130 interrupted.
+
+    program: the words before the flags of a command line that goes on with a stopped run.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     parser = build_parser()
-    args = parser.parse_args(arguments)
-    program = ["icm", "label"] if sys.argv[0] == "icm label" else [sys.executable, sys.argv[0]]
-    resume = shlex.join([*program, *(sys.argv[1:] if arguments is None else arguments)])
-    return run_resumable(_run(args, parser.contradiction), resume)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    request = RunRequest.of(parser.parse_args(given), parser.contradiction)
+    return run_resumable(_run(request), shlex.join([*program, *given]))
 
 
-async def _run(args: argparse.Namespace, contradiction: str | None) -> int:
-    if args.num_batches != 1 or args.passes != 1:
-        return await run_parts(args, contradiction)
-    pool = pool_of(args)
-    settings = settings_of(args, pool)
-    same = as_begun(args, settings, lambda known: RunFolder(args.runs_dir / run_name(args, known)).read_run())
-    if same is not args:
-        return await _run(same, contradiction)
-    folder = RunFolder(args.runs_dir / run_name(args, settings))
+async def _run(request: RunRequest) -> int:
+    if request.parts.several:
+        return await run_parts(request)
+    pool = pool_of(request)
+    settings = settings_of(request, pool)
+    runs_dir = request.output.runs_dir
+    same = as_begun(request, settings, lambda known: RunFolder(runs_dir / run_name(request, known)).read_run())
+    if same is not request:
+        return await _run(same)
+    folder = RunFolder(runs_dir / run_name(request, settings))
     known = folder.read_run()
     if known is not None:
         check_readable(folder, known)
         check_same_run(folder, known["settings"], settings, renamed=may_be_renamed(known), continues=True)
-        if "result" in known and not args.check:
+        if "result" in known and not request.check:
             say_shown_again(known)
             print_summary(folder, known)
             return 0
     else:
-        refuse(contradiction)
-    if args.is_complete:
+        refuse(request.contradiction)
+    if request.is_complete:
         return 1
-    warn_of_leaks(args, pool)
-    tell_of_continuing(args, pool)
-    api = model_api_of(args)
-    with nullcontext() if args.check else folder:
+    warn_of_leaks(request, pool)
+    tell_of_continuing(request, pool)
+    api = model_api_of(request)
+    with nullcontext() if request.check else folder:
         async with api:
             labelling = await Labelling.open(pool, api)
-            await tell_opening(args, labelling, settings["testbed"], None if args.check else folder)
-            if args.check:
+            await tell_opening(request, labelling, settings["testbed"], None if request.check else folder)
+            if request.check:
                 print(token_lines(await labelling.token_record()))
                 print(check_table(await labelling.check(), calibration_told(settings)))
                 return 0
-            document = await label_pool(args, labelling, folder, settings, folder.read_run())
+            document = await label_pool(request, labelling, folder, settings, folder.read_run())
     print_summary(folder, document)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(program=(sys.executable, __file__)))

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-from core.settings import REPO_ROOT
-from src.experiments.contradictions import contradicted, out_of_range, told
+from src.experiments.contradictions import contradicted, message_of, out_of_range
+from src.experiments.request import DataRequest, ModelRequest
 from src.icm.annealing import LayoutName, Scheduler, SearchSettings, Stop
 from src.icm.objective import Calibration
 from src.icm.testbeds import TESTBEDS, ConsistencyMode, GroupedBy
@@ -20,12 +20,12 @@ Arguments = argparse._ArgumentGroup | argparse.ArgumentParser
 
 def add_search_arguments(parser: argparse.ArgumentParser) -> None:
     """Data, model and search: every flag of the published code under its own name and default, and ours."""
-    defaults = SearchSettings()
+    defaults, of_data, of_model = SearchSettings(), DataRequest(), ModelRequest()
     data = parser.add_argument_group("data")
     data.add_argument(
         "--testbed",
         type=testbed_named,
-        default="gsm8k",
+        default=of_data.testbed,
         metavar="{NAME,FILE}",
         help=f"{', '.join(TESTBEDS)} (icm testbed --list), or mine.yaml, or mine.py, whose code is "
         "run (docs/testbeds.md)",
@@ -37,18 +37,20 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
         help="your own claims instead of a testbed, or in place of those that --testbed FILE names: JSON, JSON lines, "
         "CSV, Parquet, or a folder by save_to_disk (docs/data.md)",
     )
-    data.add_argument("--data_dir", type=Path, default=REPO_ROOT / "data", help="where the testbeds' files lie")
-    data.add_argument("--batch_size", type=at_least(2), default=256, help="claims in the pool (whole groups)")
+    data.add_argument("--data_dir", type=Path, default=of_data.data_dir, help="where the testbeds' files lie")
+    data.add_argument(
+        "--batch_size", type=at_least(2), default=of_data.batch_size, help="claims in the pool (whole groups)"
+    )
     data.add_argument(
         "--consistency",
         choices=get_args(ConsistencyMode),
-        default="gold-free",
+        default=of_data.consistency,
         help="constraints between claims of a group; upstream reproduces keys that leak gold labels",
     )
     add_reading_arguments(data)
 
     model = parser.add_argument_group("model")
-    model.add_argument("--model", default="meta-llama/Llama-3.1-70B", help="name under which the model is served")
+    model.add_argument("--model", default=of_model.model, help="name under which the model is served")
     model.add_argument(
         "--use_vllm",
         action=argparse.BooleanOptionalAction,
@@ -226,8 +228,8 @@ class Parser(argparse.ArgumentParser):
         broken = contradicted(parsed, {name for name, value in vars(seen).items() if value is not absent})
         for rule in broken:
             if not rule.of_the_search:
-                self.error(told(rule, parsed))
-        self.contradiction = next((told(rule, parsed) for rule in broken), None) or out_of_range(parsed)
+                self.error(message_of(rule, parsed))
+        self.contradiction = next((message_of(rule, parsed) for rule in broken), None) or out_of_range(parsed)
         return parsed
 
 
@@ -239,6 +241,18 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         if action.default in (None, argparse.SUPPRESS, False) or "default" in text:
             return text
         return f"{text} (default: %(default)s)"
+
+
+def command_parser(
+    program: str,
+    docstring: str | None,
+    formatter: type[argparse.HelpFormatter] = HelpFormatter,
+    *,
+    allow_abbrev: bool = True,
+) -> Parser:
+    """A parser that says what its module says: the first line as what it does, the rest below the flags."""
+    first, _, rest = (docstring or "").partition("\n\n")
+    return Parser(prog=program, description=first, epilog=rest, formatter_class=formatter, allow_abbrev=allow_abbrev)
 
 
 def testbed_named(text: str) -> str:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from src.experiments.arguments import Parser
+from src.experiments.arguments import command_parser
 
 
 def parser_of(program: str, docstring: str | None) -> argparse.ArgumentParser:
-    """A parser that says what its module says: the first line as what it does, the rest below the flags."""
-    first, _, rest = (docstring or "").partition("\n\n")
-    return Parser(prog=program, description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """A command's parser, without defaults behind its flags."""
+    return command_parser(program, docstring, argparse.RawDescriptionHelpFormatter)
 
 
 def run_folders(parser: argparse.ArgumentParser, least: int = 1) -> None:

@@ -18,7 +18,7 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, get_args
@@ -27,26 +27,15 @@ import orjson
 
 from core.llm_api.llm import ModelAPI
 from core.llm_api.types import EngineIdentity
-from core.settings import REPO_ROOT
-from src.experiments.arguments import HelpFormatter, Parser, add_search_arguments, at_least, lookahead_of
+from src.experiments.arguments import Parser, add_search_arguments, at_least, command_parser, lookahead_of
 from src.experiments.baseline_table import TableFolder, row_documents, table_text
 from src.experiments.contradictions import refuse
+from src.experiments.loading import check_bad_rows, load_claims, pool_of
+from src.experiments.request import OutputRequest, RunRequest
 from src.experiments.resumable import run_resumable
-from src.experiments.single_run import (
-    as_begun,
-    check_bad_rows,
-    check_same_engine,
-    check_same_run,
-    finish,
-    identity_record,
-    load_claims,
-    model_api_of,
-    pool_of,
-    reading_of,
-    run_name,
-    settings_of,
-    tell_opening,
-)
+from src.experiments.run_settings import as_begun, run_name, settings_of
+from src.experiments.same_run import check_same_engine, check_same_run, identity_record
+from src.experiments.single_run import model_api_of, read_or_label, tell_opening
 from src.experiments.summary import say_shown_again
 from src.icm.annealing import Stream, generator
 from src.icm.testbeds import BadInput, Claim, sample_pool
@@ -63,14 +52,34 @@ HELD_OUT_SEED: Final = 0
 """Held-out claims are drawn by this, whatever seed draws the pool: every seed is tested on the same ones."""
 
 
+@dataclass(frozen=True, slots=True)
+class ComparisonRequest:
+    """What a comparison is asked for; fields have the names of their flags. run: the search of every seed."""
+
+    run: RunRequest
+    seeds: Sequence[int]
+    test_data: Path | None
+    test_size: int | None
+    rows: Sequence[str] | None
+    rounds: int
+    bootstrap_from: BootstrapStart
+    restarts: int
+    chat_model: str | None
+    chat_url: str | None
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, contradiction: str | None = None) -> ComparisonRequest:
+        own = {each.name: getattr(args, each.name) for each in fields(cls) if each.name != "run"}
+        return cls(run=RunRequest.of(args, contradiction), **own)
+
+    def searching(self, seed: int, *, label_rest: bool) -> RunRequest:
+        """The search of one seed."""
+        return replace(self.run, search=replace(self.run.search, seed=seed), label_rest=label_rest)
+
+
 def build_parser() -> Parser:
     """The search's flags, and those of the comparison."""
-    parser = Parser(
-        prog="icm baselines",
-        description=(__doc__ or "").partition("\n")[0],
-        epilog=(__doc__ or "").partition("\n\n")[2],
-        formatter_class=HelpFormatter,
-    )
+    parser = command_parser("icm baselines", __doc__)
     add_search_arguments(parser)
     defaults, on_request = Options(), [row for row, baseline in BASELINES.items() if baseline.on_request]
     compare = parser.add_argument_group("comparison")
@@ -111,7 +120,9 @@ def build_parser() -> Parser:
     compare.add_argument("--chat_model", metavar="NAME", help="ask this chat model too, zero-shot, in its template")
     compare.add_argument("--chat_url", metavar="URL", help="vLLM server of --chat_model (default: VLLM_BASE_URL)")
     compare.add_argument("--run", metavar="NAME", help="folder under --runs_dir (default: made from the settings)")
-    compare.add_argument("--runs_dir", type=Path, default=REPO_ROOT / "runs", help="where runs and scores are kept")
+    compare.add_argument(
+        "--runs_dir", type=Path, default=OutputRequest().runs_dir, help="where runs and scores are kept"
+    )
     compare.add_argument("--lookahead", type=lookahead_of, default=None, metavar="{auto,M}", help="as in icm label")
     compare.add_argument("--quiet", action="store_true", help="no progress bar, no prompt shown")
     return parser
@@ -122,36 +133,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = build_parser()
-    args = parser.parse_args(given)
+    request = ComparisonRequest.of(parser.parse_args(given), parser.contradiction)
     resume = shlex.join(["icm", "baselines", *given])
-    return run_resumable(_run(args, parser.contradiction), resume)
+    return run_resumable(_run(request), resume)
 
 
-async def _run(args: argparse.Namespace, contradiction: str | None) -> int:
-    rows = _rows(args)
-    test, shared = _held_out(args)
-    settings = _settings(args, test)
-    same = as_begun(args, settings, lambda known: TableFolder(args.runs_dir / _name(args, known)).read_table())
-    if same is not args:
-        return await _run(same, contradiction)
-    folder = TableFolder(args.runs_dir / _name(args, settings))
+async def _run(request: ComparisonRequest) -> int:
+    run = request.run
+    rows = _rows(request)
+    test, shared = _held_out(request)
+    settings = _settings(request, test)
+    runs_dir = run.output.runs_dir
+    same = as_begun(run, settings, lambda known: TableFolder(runs_dir / _name(run, known)).read_table())
+    if same is not run:
+        return await _run(replace(request, run=same))
+    folder = TableFolder(runs_dir / _name(run, settings))
     lock = RunFolder(folder.path)
     known = folder.read_table()
     if known is not None:
         defaults = {"restarts": Options().restarts}  # kept only where it is another number
         check_same_run(lock, defaults | known["settings"], defaults | settings)
         rows = [row for row in BASELINES if row in rows or row in known["rows_asked"]]
-        seeds = sorted({*args.seeds, *known["seeds_asked"]})
+        seeds = sorted({*request.seeds, *known["seeds_asked"]})
         if all(folder.read_row(row, seed) is not None for row in rows for seed in seeds):
             say_shown_again(known)
             print(table_text(known))
             print(f"  table  {folder.table_path}")
             return 0
     else:
-        refuse(contradiction)
-        seeds = sorted(set(args.seeds))
+        refuse(run.contradiction)
+        seeds = sorted(set(request.seeds))
     with lock:
-        async with model_api_of(args) as api:
+        async with model_api_of(run) as api:
             engine = identity_record(api.identity)
             if known is not None:
                 check_same_engine(lock, known["engine"], api.identity)
@@ -169,7 +182,7 @@ async def _run(args: argparse.Namespace, contradiction: str | None) -> int:
                 _save(folder, document, rows, seeds)
                 if all(folder.read_row(row, seed) is not None for row in rows):
                     continue
-                await _one_seed(args, api, folder, document, rows, seed, test, shared)
+                await _one_seed(request, api, folder, document, rows, seed, test, shared)
         finished = _save(folder, document | {"finished": _now()}, rows, seeds)
     print(table_text(finished))
     print(f"  table  {folder.table_path}")
@@ -177,7 +190,7 @@ async def _run(args: argparse.Namespace, contradiction: str | None) -> int:
 
 
 async def _one_seed(
-    args: argparse.Namespace,
+    request: ComparisonRequest,
     api: ModelAPI,
     folder: TableFolder,
     document: dict[str, Any],
@@ -187,33 +200,33 @@ async def _one_seed(
     held_out: frozenset[int],
 ) -> None:
     """Every missing row of one seed."""
-    flags = argparse.Namespace(**{**vars(args), "seed": seed, "label_rest": test is None})
-    pool = pool_of(flags, held_out)
+    of_seed = request.searching(seed, label_rest=test is None)
+    pool = pool_of(of_seed, held_out)
     if test is not None:
         pool = replace(pool, rest=tuple(test))
     _check_gold(pool)
     labelling = await Labelling.open(pool, api)
     if seed == document["seeds_asked"][0]:  # the other pools are drawn from the same claims
-        await tell_opening(args, labelling, document["settings"]["testbed"], RunFolder(folder.path))
+        await tell_opening(request.run, labelling, document["settings"]["testbed"], RunFolder(folder.path))
     labelling = replace(labelling, api=api.share())
-    options = Options(args.rounds, args.bootstrap_from, args.restarts)
-    search, chat = partial(_search, flags, api, folder, pool), _chat_model(flags, document)
+    options = Options(request.rounds, request.bootstrap_from, request.restarts)
+    search, chat = partial(_search, of_seed, api, folder, pool), _chat_model(request, document)
     for row in rows:
         if folder.read_row(row, seed) is not None:
             continue
         result = await run_baseline(Trial(row, labelling, options, search, chat))
         folder.write_row(result, seed)
-        if not args.quiet:
+        if not request.run.output.quiet:
             right = sum(answer.label == answer.gold for answer in result.test)
             print(f"seed {seed}: {BASELINES[row].title} {right} of {len(result.test)} held-out claims", file=sys.stderr)
 
 
-async def _search(args: argparse.Namespace, api: ModelAPI, folder: TableFolder, pool: Pool) -> Searched:
+async def _search(request: RunRequest, api: ModelAPI, folder: TableFolder, pool: Pool) -> Searched:
     """The search of this seed in its own run folder."""
-    run = RunFolder(folder.seed_path(args.seed))
-    flags = argparse.Namespace(**{**vars(args), "label_rest": False})
+    run = RunFolder(folder.seed_path(request.search.seed))
+    request = replace(request, label_rest=False)
     searched = replace(pool, rest=(), left_out=len(pool.rest))
-    document = await finish(flags, api.share(), searched, run, settings_of(flags, searched))
+    document = await read_or_label(request, api.share(), searched, run, settings_of(request, searched))
     found = {claim.row: claim for claim in read_run(run.path).claims}
     labels, log_odds = {}, {}
     for position, claim in enumerate(pool.claims):
@@ -235,19 +248,19 @@ async def _search(args: argparse.Namespace, api: ModelAPI, folder: TableFolder, 
     )
 
 
-def _chat_model(args: argparse.Namespace, document: dict[str, Any]) -> ChatModel | None:
-    """The chat model of the flags; what it is comes into the table's document when it is asked."""
-    if args.chat_model is None:
+def _chat_model(request: ComparisonRequest, document: dict[str, Any]) -> ChatModel | None:
+    """The chat model of the request; what it is comes into the table's document when it is asked."""
+    if request.chat_model is None:
         return None
-    flags = argparse.Namespace(**{**vars(args), "model": args.chat_model, "use_vllm": True, "direct": False})
-    server = {} if args.chat_url is None else {"vllm_base_url": args.chat_url}
+    model = replace(request.run.model, model=request.chat_model, use_vllm=True, direct=False)
+    server = {} if request.chat_url is None else {"vllm_base_url": request.chat_url}
 
     def on_asked(identity: EngineIdentity, template: bool) -> None:
         document["chat"] = {"engine": identity_record(identity), "template": template}
         if not template:
-            print(f"warning: {args.chat_model} has no chat template: it is asked in plain text", file=sys.stderr)
+            print(f"warning: {request.chat_model} has no chat template: it is asked in plain text", file=sys.stderr)
 
-    return ChatModel(partial(model_api_of, flags, server), on_asked)
+    return ChatModel(partial(model_api_of, replace(request.run, model=model), server), on_asked)
 
 
 def _save(
@@ -269,42 +282,42 @@ def _save(
     return table
 
 
-def _rows(args: argparse.Namespace) -> list[str]:
+def _rows(request: ComparisonRequest) -> list[str]:
     """The rows that are asked for, in the table's order."""
-    chat = bool(args.chat_model)
+    chat = bool(request.chat_model)
     default = [row for row, each in BASELINES.items() if not each.on_request and (chat or not each.needs_chat)]
-    chosen = args.rows or default
+    chosen = request.rows or default
     for row in chosen:
         if BASELINES[row].needs_chat and not chat:
             raise BadInput(f"the row {row} needs a --chat_model")
     return [row for row in BASELINES if row in chosen]
 
 
-def _held_out(args: argparse.Namespace) -> tuple[list[Claim] | None, frozenset[int]]:
+def _held_out(request: ComparisonRequest) -> tuple[list[Claim] | None, frozenset[int]]:
     """(held-out claims that all seeds share, rows of the data file that are therefore in no pool).
 
     None where they are whatever is outside each seed's pool.
     """
-    testbed, claims, _ = load_claims(args)
+    testbed, claims, _ = load_claims(request.run.data)
     rng = generator(HELD_OUT_SEED, Stream.POOL, 1)
-    if args.test_data is not None:
-        reading, bad = testbed.reading if testbed.digest else reading_of(args), list[str]()
-        rows = read_rows(args.test_data, reading.columns.values())
-        test = claims_of(testbed, rows, args.test_data, reading, bad.append)
-        check_bad_rows(args, args.test_data, bad)
-        if args.test_size is not None:
-            test = sample_pool(test, args.test_size, rng)
+    if request.test_data is not None:
+        reading, bad = testbed.reading if testbed.digest else request.run.data.reading(), list[str]()
+        rows = read_rows(request.test_data, reading.columns.values())
+        test = claims_of(testbed, rows, request.test_data, reading, bad.append)
+        check_bad_rows(request.run.data, request.test_data, bad)
+        if request.test_size is not None:
+            test = sample_pool(test, request.test_size, rng)
         seen = len({claim.text for claim in claims} & {claim.text for claim in test})
         if seen:
             print(
-                f"warning: {seen} claims of {args.test_data} are also among those that pools are drawn from: "
+                f"warning: {seen} claims of {request.test_data} are also among those that pools are drawn from: "
                 "their labels may stand in the prompt that asks for them",
                 file=sys.stderr,
             )
         # Another file's groups are not those of the pool, whatever they are called.
         return [replace(claim, group=f"test {claim.group}") for claim in test], frozenset()
-    if args.test_size is not None:
-        test = sample_pool(claims, args.test_size, rng)
+    if request.test_size is not None:
+        test = sample_pool(claims, request.test_size, rng)
         return test, frozenset(claim.row for claim in test)
     return None, frozenset()
 
@@ -318,29 +331,29 @@ def _check_gold(pool: Pool) -> None:
         raise BadInput("no held-out claim has a gold label; give a --test_data file, or a smaller --batch_size")
 
 
-def _settings(args: argparse.Namespace, test: Sequence[Claim] | None) -> dict[str, Any]:
+def _settings(request: ComparisonRequest, test: Sequence[Claim] | None) -> dict[str, Any]:
     """Everything that decides the numbers but the seeds and the rows."""
-    flags = argparse.Namespace(**{**vars(args), "seed": 0, "label_rest": True})
-    settings = settings_of(flags, pool_of(flags))
+    search = request.searching(0, label_rest=True)
+    settings = settings_of(search, pool_of(search))
     for name in ("seed", "label_rest"):
         del settings[name]
     return settings | {
-        "rounds": args.rounds,
-        "bootstrap_from": args.bootstrap_from,
+        "rounds": request.rounds,
+        "bootstrap_from": request.bootstrap_from,
         # Only where it is another number: tables that were begun before there was one go on.
-        **({} if args.restarts == Options().restarts else {"restarts": args.restarts}),
-        "test_data": None if args.test_data is None else args.test_data.name,
-        "test_sha256": None if args.test_data is None else digest_of(args.test_data),
+        **({} if request.restarts == Options().restarts else {"restarts": request.restarts}),
+        "test_data": None if request.test_data is None else request.test_data.name,
+        "test_sha256": None if request.test_data is None else digest_of(request.test_data),
         "test_size": None if test is None else len(test),
-        "chat_model": args.chat_model,
+        "chat_model": request.chat_model,
     }
 
 
-def _name(args: argparse.Namespace, settings: Mapping[str, Any]) -> str:
-    if args.run is not None:
-        return run_name(args, settings)
+def _name(run: RunRequest, settings: Mapping[str, Any]) -> str:
+    if run.output.run is not None:
+        return run_name(run, settings)
     digest = hashlib.sha256(orjson.dumps(settings, option=orjson.OPT_SORT_KEYS)).hexdigest()[:8]
-    parts = ("baselines", settings["testbed"], args.model.rsplit("/", 1)[-1], f"N{args.batch_size}", digest)
+    parts = ("baselines", settings["testbed"], run.model.model.rsplit("/", 1)[-1], f"N{run.data.batch_size}", digest)
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(parts))
 
 

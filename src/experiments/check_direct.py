@@ -67,19 +67,19 @@ def chat(model: LocalModel) -> Result:
     events = list(model.stream_chat(question, options))
     streamed = "".join(event.text for event in events if event.kind == "token")
     metrics = next(event for event in events if isinstance(event, Metrics))
-    told = f"{_short(whole)}; first token after {metrics.time_to_first_token or 0:.2f} s"
+    shown = f"{_short(whole)}; first token after {metrics.time_to_first_token or 0:.2f} s"
     if streamed != whole.text:
-        return Result(False, f"{told}; streamed it says {streamed!r}")
-    return Result(bool(whole.text.strip()), told)
+        return Result(False, f"{shown}; streamed it says {streamed!r}")
+    return Result(bool(whole.text.strip()), shown)
 
 
 def completion(model: LocalModel) -> Result:
     """Three prompts as one batch; greedy, so that each says the same alone."""
     prompts = ["One, two, three, four,", "Monday, Tuesday, Wednesday,", "Once upon a time there was"]
     together = model.completion(prompts, max_tokens=8)
-    alone = model.completion(prompts[:1], max_tokens=8)
+    single = model.completion(prompts[:1], max_tokens=8)
     passed = len(together) == 3 and "five" in together[0].text and "Thursday" in together[1].text
-    same = "the same alone" if alone[0] == together[0] else f"alone {_short(alone[0])}"
+    same = "the same alone" if single[0] == together[0] else f"alone {_short(single[0])}"
     return Result(passed, f"{', '.join(_short(one) for one in together)}; {same}")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import Final
 
 COMMANDS: Final[dict[str, tuple[str, str]]] = {
@@ -34,17 +34,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not given or given[0] in ("-h", "--help"):
         print(_usage())
         return 0 if given else 2
+    if given[0] == "--version":
+        print(f"icm {_version()}")
+        return 0
     name, *rest = given
     if name not in COMMANDS:
         print(f"error: no command {name!r}. There are: {', '.join(COMMANDS)} (see --help)", file=sys.stderr)
         return 2
-    sys.argv[0] = f"icm {name}"  # what argparse shows as the program's name
     command: Callable[[Sequence[str]], int] = import_module(COMMANDS[name][0]).main
     return command(rest)
 
 
+def _version() -> str:
+    try:
+        return metadata.version("icm-elicitation")
+    except metadata.PackageNotFoundError:
+        return "from a checkout that is not installed"
+
+
 def _usage() -> str:
-    lines = ["usage: icm COMMAND ...", "", "commands (icm COMMAND --help says more):"]
+    lines = ["usage: icm COMMAND ...", "       icm --version", "", "commands (icm COMMAND --help says more):"]
     width = max(map(len, COMMANDS))
     return "\n".join(lines + [f"  {name:<{width}}  {purpose}" for name, (_, purpose) in COMMANDS.items()])
 

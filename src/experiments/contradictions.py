@@ -121,7 +121,7 @@ def refuse(contradiction: str | None) -> None:
         raise BadInput(contradiction)
 
 
-def told(rule: Rule, args: argparse.Namespace) -> str:
+def message_of(rule: Rule, args: argparse.Namespace) -> str:
     """One line that names both flags as they stand."""
     first, second = (_shown(name, getattr(args, name)) for name in (rule.flag, rule.other))
     return f"{first} and {second} contradict each other: {rule.why}"

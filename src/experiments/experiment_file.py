@@ -80,7 +80,7 @@ def load_experiment(path: Path) -> Loaded:
     try:
         experiment = Experiment.model_validate(content)
     except ValidationError as error:
-        raise BadInput(f"{path}: {_told(error)}") from None
+        raise BadInput(f"{path}: {_message(error)}") from None
     parser = parser_of(experiment.command)
     return Loaded(experiment, _arguments(path, parser, experiment.settings))
 
@@ -119,7 +119,7 @@ def _arguments(path: Path, parser: argparse.ArgumentParser, settings: Mapping[st
     return arguments
 
 
-def _told(error: ValidationError) -> str:
+def _message(error: ValidationError) -> str:
     """The first complaint, a misspelt key with the nearest valid one."""
     first = error.errors()[0]
     place = [str(part) for part in first["loc"]]

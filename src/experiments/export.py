@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from contrib.training import axolotl_rows
 from core.errors import StorageFailed
 from src.experiments.arguments_of_reports import parser_of
 from src.icm.testbeds import BadInput
@@ -67,14 +66,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if is_baselines(args.run):
             raise BadInput(f"{args.run}: is a table of baselines; name one of its runs, as in {args.run}/seed-1")
-        told = _export(args, read_run(args.run), path)
+        written = _export(args, read_run(args.run), path)
     except (BadInput, StorageFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         print(f"error: {path}: cannot be written ({error.strerror})", file=sys.stderr)
         return 2
-    print(f"{path}: {told}")
+    print(f"{path}: {written}")
     return 0
 
 
@@ -105,6 +104,8 @@ def _export(args: argparse.Namespace, run: RunRecord, path: Path) -> str:
     elif args.format == "sft":
         write_jsonl(path, training_rows(run, claims))
     elif args.format == "axolotl":
+        from contrib.training import axolotl_rows  # an extra: imported only where it is asked for
+
         write_jsonl(path, axolotl_rows(training_rows(run, claims), args.bos))
     else:
         write_jsonl(path, plain_rows(run, claims))

@@ -6,36 +6,22 @@ server. What a search does depends on its claims and its seed alone, so the labe
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any
 
 import orjson
 
 from core.llm_api.llm import ModelAPI
 from src.experiments.contradictions import refuse
-from src.experiments.single_run import (
-    COSTS,
-    as_begun,
-    bad_rows_record,
-    beginning,
-    check_readable,
-    check_same_engine,
-    check_same_run,
-    finish,
-    may_be_renamed,
-    model_api_of,
-    pools_of,
-    run_name,
-    settings_of,
-    tell_opening,
-    testbed_record,
-    warn_of_leaks,
-)
+from src.experiments.loading import bad_rows_record, pools_of, warn_of_leaks
+from src.experiments.request import PLANNED_AT_ONCE, RunRequest
+from src.experiments.run_settings import as_begun, run_name, settings_of
+from src.experiments.same_run import check_readable, check_same_engine, check_same_run, may_be_renamed
+from src.experiments.single_run import COSTS, beginning, model_api_of, read_or_label, tell_opening, testbed_record
 from src.experiments.summary import print_summary, say_shown_again
 from src.icm.annealing import part_seed
 from src.icm.label_names import counts_of, read_label
@@ -44,9 +30,6 @@ from src.pipeline.labelling import Labelling, Pool
 from src.pipeline.progress import PartsProgress
 from src.results.messages import collapse_warning, random_warning
 from src.results.run_folder import RunFolder
-
-PLANNED_AT_ONCE: Final = 4
-"""Searches that share the server's KV cache in every plan, however many run: plans decide scores (see planner)."""
 
 
 @dataclass(frozen=True)
@@ -59,20 +42,18 @@ class Part:
     pool: Pool
 
 
-async def run_parts(args: argparse.Namespace, contradiction: str | None) -> int:
-    """Label every part, put their labels together, print the summary. Returns the exit code.
-
-    contradiction: see Parser.
-    """
-    parts = _parts(args)
-    settings = settings_of(args, parts[0].pool) | {
+async def run_parts(request: RunRequest) -> int:
+    """Label every part, put their labels together, print the summary. Returns the exit code."""
+    parts = _parts(request)
+    settings = settings_of(request, parts[0].pool) | {
         "num_batches": len({part.batch for part in parts}),
-        "passes": args.passes,
+        "passes": request.parts.passes,
     }
-    same = as_begun(args, settings, lambda known: RunFolder(args.runs_dir / run_name(args, known)).read_run())
-    if same is not args:
-        return await run_parts(same, contradiction)
-    folder = RunFolder(args.runs_dir / run_name(args, settings))
+    runs_dir = request.output.runs_dir
+    same = as_begun(request, settings, lambda known: RunFolder(runs_dir / run_name(request, known)).read_run())
+    if same is not request:
+        return await run_parts(same)
+    folder = RunFolder(runs_dir / run_name(request, settings))
     known = folder.read_run()
     if known is not None:
         check_readable(folder, known)
@@ -82,14 +63,14 @@ async def run_parts(args: argparse.Namespace, contradiction: str | None) -> int:
             print_summary(folder, known)
             return 0
     else:
-        refuse(contradiction)
-    if args.is_complete:
+        refuse(request.contradiction)
+    if request.is_complete:
         return 1
-    warn_of_leaks(args, parts[0].pool)
+    warn_of_leaks(request, parts[0].pool)
     with folder:
-        async with model_api_of(args) as api:
+        async with model_api_of(request) as api:
             if known is None:
-                begun = await beginning(args, api, settings)
+                begun = await beginning(request, api, settings)
                 known = {"kind": "parts", **begun, **testbed_record(parts[0].pool)}
                 known["parts"] = [part.name for part in parts]
                 folder.write_run(known)
@@ -98,8 +79,8 @@ async def run_parts(args: argparse.Namespace, contradiction: str | None) -> int:
                 settings = known["settings"]  # under the name that the model had, as the parts that are there
             first = await Labelling.open(replace(parts[0].pool, rest=()), api)
             pools = [part.pool for part in parts if part.pass_number == 0]
-            await tell_opening(args, first, settings["testbed"], folder, pools)
-            documents = await _label_all(args, api, folder, parts, settings)
+            await tell_opening(request, first, settings["testbed"], folder, pools)
+            documents = await _label_all(request, api, folder, parts, settings)
             rows = _rows(folder, parts)
             folder.write_labels(rows)
             document = {
@@ -116,56 +97,56 @@ async def run_parts(args: argparse.Namespace, contradiction: str | None) -> int:
     return 0
 
 
-def _parts(args: argparse.Namespace) -> list[Part]:
+def _parts(request: RunRequest) -> list[Part]:
     """Every batch's passes, in order. Raises BadInput for flags that do not go together."""
-    if args.check:
+    if request.check:
         raise BadInput("--check measures one pool: leave out --num_batches and --passes")
-    if args.continue_from is not None:
+    if request.continue_from is not None:
         raise BadInput("--continue_from goes on with one pool: leave out --num_batches and --passes")
-    if args.label_rest:
+    if request.label_rest:
         raise BadInput(
             "--label_rest labels from one pool's labels: leave out --num_batches and --passes, or --label_rest "
             "(--num_batches all labels every claim)"
         )
-    if args.passes % 2 == 0:
-        raise BadInput(f"--passes {args.passes}: must be odd, or votes could be equal")
+    if request.parts.passes % 2 == 0:
+        raise BadInput(f"--passes {request.parts.passes}: must be odd, or votes could be equal")
     parts = []
-    for batch, pool in enumerate(pools_of(args, args.num_batches)):
-        for number in range(args.passes):
-            name = f"batch-{batch:03d}" + (f"-pass-{number}" if args.passes > 1 else "")
-            own = replace(pool.problem.settings, seed=part_seed(args.seed, batch, number))
-            parts.append(Part(name, batch, number, replace(pool, problem=replace(pool.problem, settings=own))))
+    for batch, pool in enumerate(pools_of(request, request.parts.num_batches)):
+        for number in range(request.parts.passes):
+            name = f"batch-{batch:03d}" + (f"-pass-{number}" if request.parts.passes > 1 else "")
+            search = replace(pool.problem.settings, seed=part_seed(request.search.seed, batch, number))
+            parts.append(Part(name, batch, number, replace(pool, problem=replace(pool.problem, settings=search))))
     return parts
 
 
 async def _label_all(
-    args: argparse.Namespace, api: ModelAPI, folder: RunFolder, parts: Sequence[Part], settings: Mapping[str, Any]
+    request: RunRequest, api: ModelAPI, folder: RunFolder, parts: Sequence[Part], settings: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """Every part's finished run.json. The first failure stops the others, which lose nothing, and is raised."""
-    turns = asyncio.Semaphore(args.at_once)
+    turns = asyncio.Semaphore(request.parts.at_once)
     claims = sum(len(part.pool.claims) for part in parts)
 
     async def label(part: Part) -> dict[str, Any]:
-        own = dict(settings) | {"part": part.name, "part_seed": part.pool.problem.settings.seed}
-        alone = replace(part.pool, rest=())
+        of_part = dict(settings) | {"part": part.name, "part_seed": part.pool.problem.settings.seed}
+        pool = replace(part.pool, rest=())
         async with turns:
-            document = await finish(
-                args,
-                api.share(alone=args.at_once == 1),
-                alone,
+            document = await read_or_label(
+                request,
+                api.share(alone=request.parts.at_once == 1),
+                pool,
                 RunFolder(folder.path / part.name),
-                own,
+                of_part,
                 progress=progress.of(part.name),
                 cache_share=min(PLANNED_AT_ONCE, len(parts)),
             )
         agreeing, compared = _known(document["result"])
-        told = f", agreement {agreeing / compared:.2f}" if compared else ""
-        progress.finish(part.name, len(alone.claims), f"U {document['result']['U']:.1f}{told}")
+        agreement = f", agreement {agreeing / compared:.2f}" if compared else ""
+        progress.finish(part.name, len(pool.claims), f"U {document['result']['U']:.1f}{agreement}")
         return document
 
     failure: BaseException | None = None
     tasks: list[asyncio.Task[dict[str, Any]]] = []
-    with PartsProgress(claims, len(parts), args.quiet) as progress:
+    with PartsProgress(claims, len(parts), request.output.quiet) as progress:
         try:
             async with asyncio.TaskGroup() as group:
                 tasks += [group.create_task(label(part), name=part.name) for part in parts]

@@ -22,7 +22,7 @@ import orjson
 
 from core.errors import StorageFailed
 from core.files import write_atomically
-from src.experiments.arguments import HelpFormatter, Parser
+from src.experiments.arguments import command_parser
 from src.experiments.commands import COMMANDS
 from src.experiments.experiment_file import Loaded, load_experiment, parser_of
 from src.icm.testbeds import BadInput
@@ -30,13 +30,7 @@ from src.icm.testbeds import BadInput
 
 def build_parser() -> argparse.ArgumentParser:
     """Files, and whether only to check them; what is not known here goes to the experiment's command."""
-    parser = Parser(
-        prog="icm run",
-        description=(__doc__ or "").partition("\n")[0],
-        epilog=(__doc__ or "").partition("\n\n")[2],
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("icm run", __doc__, allow_abbrev=False)
     parser.add_argument("file", type=Path, nargs="+", metavar="FILE", help="an experiment; several with --check_only")
     parser.add_argument("--check_only", action="store_true", help="check the files and print their command lines")
     return parser
@@ -82,7 +76,6 @@ def _run(loaded: Loaded, path: Path, more: Sequence[str]) -> int:
     if args.run is None:  # the folder must be known here, to say in it what it comes from
         arguments += ["--run", path.stem]
     command: Callable[[Sequence[str]], int] = import_module(COMMANDS[experiment.command][0]).main
-    sys.argv[0] = f"icm {experiment.command}"  # what resuming is told to call
     print(f"{experiment.title}\n  {shlex.join(['icm', experiment.command, *arguments])}", file=sys.stderr)
     code = command(arguments)
     folder: Path = args.runs_dir / (args.run or path.stem)

@@ -40,8 +40,8 @@ def print_summary(folder: RunFolder, document: Mapping[str, Any]) -> None:
         print(f"  zero-shot calibrated {agreement(*result['zero_shot_calibrated'])}")
     for by, counts in result["predicted"].items():
         outside = "not taken in by the search" if by == "predicted" else "outside the pool"
-        told = agreement(*counts) if counts[1] else "unknown"
-        print(f"  {by:<20} {told}  (claims {outside}, labelled from the pool's labels)")
+        share = agreement(*counts) if counts[1] else "unknown"
+        print(f"  {by:<20} {share}  (claims {outside}, labelled from the pool's labels)")
     if "parts" in result:
         print(f"  {len(result['parts'])} searches; U and nats are means over them, counts and seconds sums")
     print(

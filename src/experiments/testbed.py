@@ -21,12 +21,12 @@ from typing import Final
 from core.llm_api.llm import ModelAPI, open_model_api
 from core.llm_api.tokens import pieces
 from core.settings import REPO_ROOT, Settings
-from src.experiments.arguments import HelpFormatter, Parser, at_least, testbed_named
+from src.experiments.arguments import Parser, at_least, command_parser, testbed_named
 from src.experiments.resumable import run_resumable
 from src.icm.prompts import PromptBook
 from src.icm.testbeds import DEFINITIONS, BadInput, Claim, Testbed
 from src.pipeline.datafiles import load_testbed, load_testbed_file
-from src.pipeline.opening import constraints_told, groups_told, shown_prompt
+from src.pipeline.opening import constraints_told, groups_told, prompt_head, shown_prompt
 from src.pipeline.testbed_files import read_testbed, testbed_path
 
 DEMONSTRATIONS: Final = 3
@@ -36,12 +36,7 @@ BEFORE: Final = 4
 
 def build_parser() -> Parser:
     """A testbed, where its data is, and a model if its tokens are wanted."""
-    parser = Parser(
-        prog="icm testbed",
-        description=(__doc__ or "").partition("\n")[0],
-        epilog=(__doc__ or "").partition("\n\n")[2],
-        formatter_class=HelpFormatter,
-    )
+    parser = command_parser("icm testbed", __doc__)
     parser.add_argument(
         "testbed", nargs="?", type=testbed_named, metavar="{NAME,FILE}", help="a built-in one, or a file: mine.yaml"
     )
@@ -84,7 +79,7 @@ async def _show(args: argparse.Namespace) -> int:
     testbed, claims, path = _load(args)
     if len(claims) <= args.show:
         raise BadInput(f"{path}: has {len(claims)} claims; a prompt with {args.show} demonstrations takes one more")
-    print("\n".join(_told(testbed, claims, path)))
+    print("\n".join(_summary(testbed, claims, path)))
     chosen = claims[: args.show + 1]
     if args.model is None:
         texts = [claim.text for claim in chosen]
@@ -118,7 +113,7 @@ def _load(args: argparse.Namespace) -> tuple[Testbed, list[Claim], Path]:
     return load_testbed(args.testbed, args.data_dir)
 
 
-def _told(testbed: Testbed, claims: Sequence[Claim], path: Path) -> list[str]:
+def _summary(testbed: Testbed, claims: Sequence[Claim], path: Path) -> list[str]:
     names, texts = testbed.space.names, testbed.space.texts
     counts = Counter("no gold label" if claim.gold is None else names[claim.gold] for claim in claims)
     gold = ", ".join(f"{counts[name]} {name}" for name in (*names, "no gold label") if counts[name])
@@ -133,10 +128,8 @@ def _told(testbed: Testbed, claims: Sequence[Claim], path: Path) -> list[str]:
 
 
 def _prompt(claims: Sequence[Claim], shown: Sequence[str], question: str, labels: Sequence[str]) -> list[str]:
-    count = len(shown)
-    several = "" if count == 1 else "s"
-    head = f"prompt  row {claims[-1].row} after {count} demonstration{several}, the labels in turn, not gold:"
-    return [head, *shown_prompt(shown, question, labels, whole=True)]
+    head = prompt_head(claims[-1].row, len(shown), "labels in turn, not gold")
+    return [f"{head}:", *shown_prompt(shown, question, labels, whole=True)]
 
 
 async def _tokens(api: ModelAPI, book: PromptBook, claim: int) -> list[str]:
@@ -167,5 +160,5 @@ def _fits(api: ModelAPI, book: PromptBook) -> str:
     if longest == 0:
         return "fits    not known: this model is asked in text"
     fit = book.claims_that_fit(limit - 1, size)
-    told = f"all {size}" if longest <= limit - 1 else f"{fit} of {size}"
-    return f"fits    {told} claims in one prompt of at most {limit:,} tokens (with all: {longest:,})"
+    some = f"all {size}" if longest <= limit - 1 else f"{fit} of {size}"
+    return f"fits    {some} claims in one prompt of at most {limit:,} tokens (with all: {longest:,})"

@@ -3,8 +3,8 @@
     icm watch runs/NAME
     icm watch runs/NAME --once
 
-Waits for a run that has not started, and ends when the run does (exit code 0), or by Ctrl-C (130). Only reads: a run is
-never slowed or disturbed. In a pipe it prints a line whenever something changed.
+Waits for a run's first step, and ends when the run does (exit code 0), or by Ctrl-C (130). Only reads: a run is never
+slowed or disturbed. In a pipe it prints a line whenever something changed.
 """
 
 from __future__ import annotations
@@ -35,9 +35,7 @@ QUIET_AFTER = 60.0  # seconds without a new line, and ten steps' time, until it 
 def build_parser() -> argparse.ArgumentParser:
     """The command's flags."""
     parser = parser_of("icm watch", __doc__)
-    parser.add_argument(
-        "run", type=Path, metavar="RUN", help="a run's folder, as in runs/NAME; it need not be there yet"
-    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, as in runs/NAME")
     parser.add_argument(
         "--interval", type=_seconds, default=1.0, metavar="S", help="seconds between looks (default: 1)"
     )
@@ -53,10 +51,15 @@ def _seconds(text: str) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 the run is finished (or --once), 2 not a folder, 130 interrupted."""
+    """Exit codes: 0 the run is finished (or --once), 2 no such folder, 130 interrupted."""
     args = build_parser().parse_args(arguments)
-    if args.run.exists() and not args.run.is_dir():
-        print(f"error: {args.run}: is not a run's folder", file=sys.stderr)
+    if not args.run.is_dir():
+        what = (
+            "is not a run's folder"
+            if args.run.exists()
+            else "there is no such folder; a run makes its own when it starts"
+        )
+        print(f"error: {args.run}: {what}", file=sys.stderr)
         return 2
     watch = Watch(args.run)
     screen = Screen(live=sys.stdout.isatty() and not args.once)
@@ -122,9 +125,9 @@ class Watch:
             return [f"{one_line(self.folder.name)}: {state}"]
         settings = (document or {}).get("settings")
         settings = settings if isinstance(settings, dict) else {}
-        told = [str(settings[name]) for name in ("testbed", "model") if name in settings]
-        told += [f"{name} {settings[name]}" for name in ("alpha", "seed") if name in settings]
-        head = f"{one_line(self.folder.name)}: {one_line(', '.join(told))}"
+        named = [str(settings[name]) for name in ("testbed", "model") if name in settings]
+        named += [f"{name} {settings[name]}" for name in ("alpha", "seed") if name in settings]
+        head = f"{one_line(self.folder.name)}: {one_line(', '.join(named))}"
         if len(self._searches) == 1:
             return [f"{head}; {'finished' if over else started[0].state()}", *started[0].lines()]
         done = sum(search.finished for search in started)
@@ -157,7 +160,7 @@ class Search:
         return changed
 
     def state(self) -> str:
-        """Whether news still come."""
+        """Running, or how long nothing was written."""
         try:
             silent = time.time() - self.tail.path.stat().st_mtime
         except OSError:

@@ -56,13 +56,16 @@ def example_prompt(labelling: Labelling) -> Prompt:
     return labelling.book.prompt(claim, layout.context(claim), labels)
 
 
+def prompt_head(row: int, demonstrations: int, labels: str) -> str:
+    """What a prompt that is shown is made of. labels: which ones its demonstrations have."""
+    return f"prompt  row {row} after {counted(demonstrations, 'demonstration')} with {labels}"
+
+
 def prompt_line(labelling: Labelling, prompt: Prompt, where: str) -> str:
     """What `prompt` is, and where the whole of it stands."""
     claim = labelling.pool.claims[int(prompt.name.rpartition(" ")[2])]
-    shown = len(prompt.segments) - 2
-    demonstrations = f"{shown} demonstration{'' if shown == 1 else 's'}"
     size = f"{prompt.num_tokens:,} tokens" if prompt.num_tokens else f"{len(prompt.text):,} characters"
-    return f"prompt  row {claim.row} after {demonstrations} with random labels, {size}; {where}"
+    return f"{prompt_head(claim.row, len(prompt.segments) - 2, 'random labels')}, {size}; {where}"
 
 
 def prompt_lines(labelling: Labelling, prompt: Prompt, *, whole: bool) -> list[str]:

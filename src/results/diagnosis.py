@@ -137,7 +137,8 @@ def inconsistency(run: RunRecord) -> Finding:
     if not since:
         text = f"All {len(run.constraints)} constraints hold, or concern a claim without a label."
         return Finding("inconsistent", title, Verdict.OK, text)
-    text = f"{len(since)} of {len(run.constraints)} constraints are broken, in {counted(len(groups), 'group')}."
+    all_of_them, are = counted(len(run.constraints), "constraint"), "is" if len(since) == 1 else "are"
+    text = f"{len(since)} of {all_of_them} {are} broken, in {counted(len(groups), 'group')}."
     details = []
     for constraint, iteration in sorted(since.items(), key=lambda item: item[1])[:SHOWN]:
         *others, last = (f"{run.pool[claim].row} ({run.name_of(run.pool[claim].label)})" for claim in constraint.claims)

@@ -1,16 +1,56 @@
 """`icm COMMAND`: every command is there, explains itself, and refuses what it does not know."""
 
+import subprocess
 import sys
+from collections.abc import Coroutine
+from importlib import metadata
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from src.experiments.commands import COMMANDS, main
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_usage_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     told = capsys.readouterr().out
     assert all(name in told for name in COMMANDS)
+
+
+def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"icm {metadata.version('icm-elicitation')}\n"
+
+
+def test_contrib_is_not_needed_to_label() -> None:
+    """None in sys.modules makes every import of contrib fail."""
+    blocked = (
+        "import sys; sys.modules['contrib'] = None\n"
+        "from src.experiments import ICM, baselines, export, run_experiment, testbed\n"
+        "for command in (ICM, baselines, export, run_experiment, testbed): command.build_parser()\n"
+        "assert sys.modules['contrib'] is None\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", blocked], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("name", ["label", "baselines"])
+def test_the_command_that_goes_on_is_the_commands_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However the process was started: sys.argv[0] says nothing."""
+    resumes = []
+
+    def run(job: Coroutine[Any, Any, int], resume: str) -> int:
+        job.close()
+        resumes.append(resume)
+        return 0
+
+    monkeypatch.setattr(sys, "argv", ["icm baselines", "--of", "somebody"])
+    monkeypatch.setattr(f"{COMMANDS[name][0]}.run_resumable", run)
+    assert main([name, "--testbed", "builtin", "--run", "a-name"]) == 0
+    assert resumes == [f"icm {name} --testbed builtin --run a-name"]
 
 
 def test_no_command_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
@@ -27,8 +67,8 @@ def test_an_unknown_command_is_named(capsys: pytest.CaptureFixture[str]) -> None
 def test_every_command_explains_itself(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["icm"])
+    monkeypatch.setattr(sys, "argv", ["somebody's program"])
     with pytest.raises(SystemExit) as ended:
         main([name, "--help"])
     assert ended.value.code == 0
-    assert "usage:" in capsys.readouterr().out
+    assert f"usage: icm {name}" in capsys.readouterr().out

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from src.experiments.ICM import build_parser
-from src.experiments.single_run import reading_of
+from src.experiments.request import DataRequest
 from src.icm.values import BadInput
 from tests.core.fake_server import FakeVLLM
 from tests.experiments.test_baselines import Table
@@ -160,11 +160,12 @@ async def test_a_run_that_was_begun_when_every_row_was_a_group_goes_on_so(on: St
 def test_flags_that_are_given_twice_add_up() -> None:
     flags = ["--data", "d.csv", "--columns", "question=prompt", "--columns", "choice=answer"]
     flags += ["--map", "label=yes:true", "--map", "label=no:false", "answer=a:b"]
-    reading = reading_of(build_parser().parse_args(flags))
+    reading = DataRequest.of(build_parser().parse_args(flags)).reading()
     assert reading.columns == {"question": "prompt", "choice": "answer"}
     assert reading.values == {"label": {"yes": "true", "no": "false"}, "answer": {"a": "b"}}
+    twice = DataRequest.of(build_parser().parse_args([*flags, "--columns", "question=stem"]))
     with pytest.raises(BadInput, match="names 'question' twice"):
-        reading_of(build_parser().parse_args([*flags, "--columns", "question=stem"]))
+        twice.reading()
 
 
 BAD = [

@@ -145,9 +145,9 @@ def line_of(process: subprocess.Popen[str], wanted: str) -> str:
 
 def test_watch_follows_a_run_from_before_its_start_to_its_end(run: Path, tmp_path: Path) -> None:
     new = tmp_path / "runs" / "new"
+    new.mkdir()
     with watching(new) as process:
         line_of(process, "waiting for it to start")
-        new.mkdir()
         document = json.loads((run / "run.json").read_text())
         unfinished = {key: value for key, value in document.items() if key not in ("result", "finished")}
         (new / "run.json").write_text(json.dumps(unfinished))
@@ -166,7 +166,9 @@ def test_watch_follows_a_run_from_before_its_start_to_its_end(run: Path, tmp_pat
 
 
 def test_ctrl_c_ends_watching_without_a_traceback(tmp_path: Path) -> None:
-    with watching(tmp_path / "never") as process:
+    never = tmp_path / "never"
+    never.mkdir()
+    with watching(never) as process:
         line_of(process, "waiting")
         time.sleep(0.1)
         process.send_signal(signal.SIGINT)
@@ -178,6 +180,13 @@ def test_ctrl_c_ends_watching_without_a_traceback(tmp_path: Path) -> None:
 def test_watch_refuses_a_file(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["watch", str(run / "run.json")]) == 2
     assert "is not a run's folder" in capsys.readouterr().err
+
+
+def test_watch_refuses_a_folder_that_does_not_exist(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["watch", str(tmp_path / "nosuch")]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"error: {tmp_path / 'nosuch'}: there is no such folder; a run makes its own when it starts"
+    ]
 
 
 def test_watching_the_parts_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 import shlex
-from argparse import Namespace
 from pathlib import Path
 
 from src.experiments.ICM import build_parser
-from src.experiments.single_run import reading_of
+from src.experiments.request import DataRequest
 from src.icm.columns import OURS
 from src.pipeline.datafiles import load_data_file
 from src.pipeline.file_kinds import NOT_READ
@@ -22,8 +21,8 @@ def test_every_file_that_is_shown_is_read(tmp_path: Path) -> None:
     for number, (kind, flags, text) in enumerate(BLOCKS):
         path = tmp_path / f"{number}.{kind}"
         path.write_text(text)
-        args: Namespace = build_parser().parse_args(["--data", str(path), *shlex.split(flags)])
-        testbed, claims, _ = load_data_file(path, reading_of(args))
+        request = DataRequest.of(build_parser().parse_args(["--data", str(path), *shlex.split(flags)]))
+        testbed, claims, _ = load_data_file(path, request.reading())
         counts = testbed.consistency(claims, "gold-free").counts_by_relation()
         found.append((len(claims), sum(c.gold is True for c in claims), testbed.grouped_by, counts))
     assert found == [

@@ -14,7 +14,8 @@ from core.llm_api.engines.external import ExternalAPI
 from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.llm import ModelAPI
 from src.experiments.ICM import build_parser
-from src.experiments.single_run import pool_of, pools_of
+from src.experiments.loading import pool_of, pools_of
+from src.experiments.request import RunRequest
 from src.pipeline.labelling import Labelling
 from src.pipeline.opening import example_prompt, opening, prompt_line, prompt_lines
 from tests.core.fake_server import BOS, FALSE, TRUE, FakeVLLM, encode
@@ -33,8 +34,8 @@ def opened(server: FakeVLLM) -> Open:
     @asynccontextmanager
     async def opened(*flags: str) -> AsyncIterator[Labelling]:
         async with ModelAPI(VLLMClient(server.url, server.model)) as api:
-            args = build_parser().parse_args(["--model", server.model, *flags])
-            yield await Labelling.open(pool_of(args), api)
+            request = RunRequest.of(build_parser().parse_args(["--model", server.model, *flags]))
+            yield await Labelling.open(pool_of(request), api)
 
     return opened
 
@@ -105,7 +106,7 @@ async def test_how_much_of_the_file_is_labelled(opened: Open, flags: list[str], 
 
 async def test_batches_are_counted_together(opened: Open, server: FakeVLLM) -> None:
     flags = ["--testbed", "builtin", "--batch_size", "64"]
-    pools = pools_of(build_parser().parse_args(["--model", server.model, *flags]), 3)
+    pools = pools_of(RunRequest.of(build_parser().parse_args(["--model", server.model, *flags])), 3)
     async with opened(*flags) as labelling:
         told = opening(labelling, await labelling.token_record(), "builtin", 64, pools)
     assert told[0].endswith("192 of 256 claims in 3 batches, the other 64 left without a label")
@@ -186,8 +187,10 @@ async def test_a_claim_cannot_write_to_the_terminal_nor_fill_it(opened: Open, tm
 
 async def test_an_api_that_is_asked_in_text_has_text_shown(server: FakeVLLM) -> None:
     async with ModelAPI(ExternalAPI(server.url + "/v1", server.model)) as api:
-        args = build_parser().parse_args(["--testbed", "builtin", "--batch_size", "16", "--model", server.model])
-        labelling = await Labelling.open(pool_of(args), api)
+        request = RunRequest.of(
+            build_parser().parse_args(["--testbed", "builtin", "--batch_size", "16", "--model", server.model])
+        )
+        labelling = await Labelling.open(pool_of(request), api)
         labels = opening(labelling, await labelling.token_record(), "builtin", 16)[3]
         prompt = example_prompt(labelling)
         line = prompt_line(labelling, prompt, "")

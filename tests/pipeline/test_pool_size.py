@@ -8,7 +8,8 @@ from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.llm import ModelAPI
 from core.llm_api.types import Prompt
 from src.experiments.ICM import build_parser
-from src.experiments.single_run import pool_of
+from src.experiments.loading import pool_of
+from src.experiments.request import RunRequest
 from src.icm.annealing import Candidate, Stream, generator
 from src.pipeline.labelling import Labelling
 from src.pipeline.pool_size import ASKED, WORTH, Speed, choose_pool, measure, search_tokens
@@ -44,8 +45,8 @@ def test_a_larger_pool_takes_longer_and_so_do_longer_claims_and_more_of_them() -
 @pytest.mark.parametrize("metrics", [True, False])
 async def test_the_speed_is_that_of_the_runs_own_questions(flags: list[str], metrics: bool) -> None:
     async with FakeVLLM(trees=True, metrics=metrics) as server, ModelAPI(VLLMClient(server.url, server.model)) as api:
-        args = build_parser().parse_args(["--testbed", "builtin", "--model", server.model, *flags])
-        labelling = await Labelling.open(pool_of(args), api)
+        request = RunRequest.of(build_parser().parse_args(["--testbed", "builtin", "--model", server.model, *flags]))
+        labelling = await Labelling.open(pool_of(request), api)
         speed = await measure(labelling)
         assert speed.seconds > 0
         # A warm-up, a tree without its last claim, and that claim appended.
@@ -57,8 +58,10 @@ async def test_the_speed_is_that_of_the_runs_own_questions(flags: list[str], met
 
 async def test_a_run_finds_hardly_anything_cached_of_what_was_timed() -> None:
     async with FakeVLLM(trees=True) as server, ModelAPI(VLLMClient(server.url, server.model)) as api:
-        args = build_parser().parse_args(["--testbed", "builtin", "--model", server.model, "--batch_size", "16"])
-        labelling = await Labelling.open(pool_of(args), api)
+        request = RunRequest.of(
+            build_parser().parse_args(["--testbed", "builtin", "--model", server.model, "--batch_size", "16"])
+        )
+        labelling = await Labelling.open(pool_of(request), api)
         problem, scorer = labelling.pool.problem, labelling.scorer()
         labels = tuple((generator(problem.settings.seed, Stream.SEEDS, 2).random(16) < 0.5).tolist())
         layout = problem.new_layout(range(15), 0)

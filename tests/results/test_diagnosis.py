@@ -90,14 +90,14 @@ def test_groups_that_stay_inconsistent(tmp_path: Path) -> None:
     labels = [True, True, True, False, *HALF[4:]]
     finding = inconsistency(example(tmp_path, labels=labels, constraints=both))
     assert finding.verdict is Verdict.PROBLEM
-    assert "1 of 2 constraints are broken, in 1 group." in finding.text
+    assert "1 of 2 constraints is broken, in 1 group." in finding.text
     assert "rows 0 (True) and 1 (True)" in finding.details[0]
 
 
 def test_a_set_of_claims_that_are_all_false_is_told_whole(tmp_path: Path) -> None:
     run = example(tmp_path, labels=[False, False, False, *HALF[3:]])
     finding = inconsistency(replace(run, constraints=(Constraint((0, 1, 2), Relation.EXACTLY_ONE),)))
-    assert finding.text == "1 of 1 constraints are broken, in 1 group."
+    assert finding.text == "1 of 1 constraint is broken, in 1 group."
     assert "rows 0 (False), 1 (False) and 2 (False), of which exactly one is True." in finding.details[0]
 
 

@@ -23,7 +23,9 @@ from core.vllm_server import ServerFailed
 from scripts import run_local
 from scripts.run_local import DEFAULTS, begun_size, icm_command, main, run_icm
 from src.experiments.ICM import build_parser
-from src.experiments.single_run import pool_of, run_name, settings_of
+from src.experiments.loading import pool_of
+from src.experiments.request import RunRequest
+from src.experiments.run_settings import run_name, settings_of
 from src.results.run_folder import RunFolder
 from tests.core.fake_server import FakeVLLM
 
@@ -143,9 +145,9 @@ def test_a_run_goes_on_with_the_pool_that_it_has(
 ) -> None:
     given = ["--runs_dir", str(icm / "runs"), "--seed", "3", *named]
     assert begun_size("gemma-3-270m", given) is None
-    args = build_parser().parse_args(icm_command("gemma-3-270m", given, 16)[2:])
-    settings = settings_of(args, pool_of(args))
-    folder = RunFolder(args.runs_dir / run_name(args, settings))
+    request = RunRequest.of(build_parser().parse_args(icm_command("gemma-3-270m", given, 16)[2:]))
+    settings = settings_of(request, pool_of(request))
+    folder = RunFolder(request.output.runs_dir / run_name(request, settings))
     folder.path.mkdir(parents=True)
     assert begun_size("gemma-3-270m", given) is None  # nothing was asked yet
     folder.write_run({"settings": settings})

@@ -1,0 +1,113 @@
+"""The claims that a run is asked for, and the pools that are drawn from them. No model is asked."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from src.experiments.request import DataRequest, RunRequest
+from src.icm.testbeds import BadInput, Claim, Testbed
+from src.pipeline.continuing import read_continued
+from src.pipeline.datafiles import load_data_file, load_testbed, load_testbed_file
+from src.pipeline.labelling import Pool, prepare_batches
+from src.pipeline.testbed_files import read_testbed, testbed_path
+
+SHOWN_BAD_ROWS = 3
+
+
+def load_claims(request: DataRequest) -> tuple[Testbed, list[Claim], Path]:
+    """The claims of --data or --testbed."""
+    return _load(request)[:3]
+
+
+def _load(request: DataRequest) -> tuple[Testbed, list[Claim], Path, list[str]]:
+    """The same, and of every row that was left out, why. Raises BadInput for the first one without --skip_bad_rows."""
+    bad: list[str] = []
+    reading = request.reading()
+    if (file := testbed_path(request.testbed)) is not None:
+        testbed, claims, path = load_testbed_file(read_testbed(file), file, request.data_dir, request.data, bad.append)
+    elif request.data is not None:
+        testbed, claims, path = load_data_file(request.data, reading, bad.append)
+    else:
+        testbed, claims, path = load_testbed(request.testbed, request.data_dir, bad.append)
+    check_bad_rows(request, path, bad)
+    return testbed, claims, path, bad
+
+
+def check_bad_rows(request: DataRequest, path: Path, bad: Sequence[str]) -> None:
+    """Raises BadInput where rows cannot be used (bad: why, each), unless --skip_bad_rows; then it warns."""
+    if not bad:
+        return
+    if not request.skip_bad_rows:
+        others = f" ({len(bad)} rows cannot be used)" if len(bad) > 1 else ""
+        raise BadInput(f"{bad[0]}{others}. Mend it, or leave such rows out with --skip_bad_rows")
+    shown = "; ".join(complaint.removeprefix(f"{path}:") for complaint in bad[:SHOWN_BAD_ROWS])
+    more = "; ..." if len(bad) > SHOWN_BAD_ROWS else ""
+    count = f"{len(bad)} rows are" if len(bad) > 1 else "1 row is"
+    warn_once(f"{path}: {count} left out (--skip_bad_rows): line {shown}{more}")
+
+
+def pool_of(request: RunRequest, held_out: Collection[int] = ()) -> Pool:
+    """The pool and its constraints, from flags and files alone. held_out: rows that must not be in it."""
+    [pool] = pools_of(request, 1, held_out)
+    return pool if request.label_rest else replace(pool, rest=(), left_out=len(pool.rest))
+
+
+def pools_of(request: RunRequest, count: int | None, held_out: Collection[int] = ()) -> list[Pool]:
+    """The same for `count` pools that share no claim; None: for as many as hold all claims."""
+    search = request.search
+    if search.initial_T <= 0 or search.final_T <= 0 or search.decay <= 0:
+        raise BadInput("--initial_T, --final_T and --decay must be above 0")
+    testbed, claims, path, bad = _load(request.data)
+    claims = [claim for claim in claims if claim.row not in held_out]
+    name = request.continue_from
+    continued = None if name is None else read_continued(name, request.output.runs_dir, testbed, claims, path)
+    pools = prepare_batches(
+        testbed,
+        claims,
+        path,
+        batch_size=request.data.batch_size,
+        count=count,
+        consistency=request.data.consistency,
+        objective=request.objective,
+        settings=search,
+        continued=continued,
+    )
+    return [replace(pool, bad_rows=tuple(bad)) for pool in pools]
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """One warning, however many batches of a data set are labelled."""
+    logging.warning("%s", text)
+
+
+def bad_rows_record(pool: Pool) -> dict[str, Any]:
+    """What run.json says of rows that were left out, where there are any."""
+    bad = pool.bad_rows
+    return {"bad_rows": {"count": len(bad), "first": list(bad[:SHOWN_BAD_ROWS])}} if bad else {}
+
+
+def warn_of_leaks(request: RunRequest, pool: Pool) -> None:
+    """Say so where the constraints are made from gold labels."""
+    if request.data.consistency == "upstream" and pool.testbed.upstream_leaks:
+        print(
+            "warning: --consistency upstream makes its keys from gold labels: accuracy is not unsupervised",
+            file=sys.stderr,
+        )
+
+
+def tell_of_continuing(request: RunRequest, pool: Pool) -> None:
+    """Say which labels the search starts with, and which of the other run's it cannot take over."""
+    if pool.continued is not None:
+        file = request.data.name_of(pool.testbed)
+        outside = len(pool.rest) + pool.left_out
+        for line in pool.continued.notes(
+            file=file, model=request.model.model, pool=len(pool.claims), outside=0 if request.label_rest else outside
+        ):
+            print(line, file=sys.stderr)

@@ -1,0 +1,152 @@
+"""What a run is asked for, typed: made from parsed flags in one place, changed by dataclasses.replace.
+
+Every field has the name of its flag, so a new flag is a new field here, and no other module reads a parser's namespace.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Final
+
+from core.settings import REPO_ROOT
+from src.icm.annealing import SearchSettings
+from src.icm.columns import GroupedBy, Reading, parse_columns, parse_values
+from src.icm.objective import Objective
+from src.icm.testbeds import BadInput, ConsistencyMode, Testbed
+from src.pipeline.testbed_files import testbed_path
+
+Plain = str | int | float | bool | None
+PLANNED_AT_ONCE: Final = 4
+"""Searches that share the server's KV cache in every plan, however many run: plans decide scores (see planner)."""
+
+
+@dataclass(frozen=True, slots=True)
+class DataRequest:
+    """Which claims, how their file is read, and how many of them one search labels."""
+
+    testbed: str = "gsm8k"
+    data: Path | None = None
+    data_dir: Path = REPO_ROOT / "data"
+    batch_size: int = 256
+    consistency: ConsistencyMode = "gold-free"
+    columns: str | None = None
+    map: Sequence[str] | None = None
+    group_by: GroupedBy | None = None
+    skip_bad_rows: bool = False
+
+    @classmethod
+    def of(cls, args: Namespace) -> DataRequest:
+        return cls(**_named(cls, args))
+
+    def reading(self) -> Reading:
+        """How --columns, --map and --group_by say that --data is to be read. Raises BadInput where they cannot."""
+        flags = {"columns": self.columns, "map": self.map, "group_by": self.group_by}
+        given = [f"--{name}" for name, value in flags.items() if value is not None]
+        file = testbed_path(self.testbed)
+        if file is not None and given:
+            raise BadInput(f"{' and '.join(given)} say how a --data file is to be read; {file} says it here")
+        if self.data is None and given:
+            raise BadInput(f"{' and '.join(given)} say how a --data file is to be read; a testbed's files are known")
+        return Reading(
+            columns={} if self.columns is None else parse_columns(self.columns),
+            values=parse_values(self.map or ()),
+            group_by=self.group_by,
+        )
+
+    def name_of(self, testbed: Testbed) -> str:
+        """What the claims are called: after their testbed, or after a --data file that has none."""
+        return self.data.name if self.data is not None and not testbed.digest else testbed.name
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRequest:
+    """Which model, and how it is reached. None: as the settings say."""
+
+    model: str = "meta-llama/Llama-3.1-70B"
+    use_vllm: bool | None = None
+    direct: bool = False
+    missing_label: str | None = None
+    prompts_per_request: int | None = None
+    read_timeout: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PartsRequest:
+    """Into how many searches the data is split. num_batches: None for as many as hold all claims."""
+
+    num_batches: int | None = 1
+    passes: int = 1
+    at_once: int = PLANNED_AT_ONCE
+
+    @property
+    def several(self) -> bool:
+        return self.num_batches != 1 or self.passes != 1
+
+
+@dataclass(frozen=True, slots=True)
+class OutputRequest:
+    """Where a run is kept, and what it shows meanwhile. run: None for a name made from the settings."""
+
+    run: str | None = None
+    runs_dir: Path = REPO_ROOT / "runs"
+    quiet: bool = False
+    metrics_port: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RunRequest:
+    """Everything that a run is asked for.
+
+    lookahead: proposals whose questions are asked early; None is auto. check, is_complete: only measure, only look.
+    contradiction: why these flags cannot begin a run (see Parser), None where they can. flags: all flags of the command
+    as they were given, with text for what JSON lacks.
+    """
+
+    data: DataRequest
+    model: ModelRequest
+    search: SearchSettings
+    objective: Objective
+    parts: PartsRequest
+    output: OutputRequest
+    label_rest: bool = False
+    continue_from: str | None = None
+    lookahead: int | None = None
+    check: bool = False
+    is_complete: bool = False
+    contradiction: str | None = None
+    flags: Mapping[str, Plain] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, args: Namespace, contradiction: str | None = None) -> RunRequest:
+        """From the parsed flags of a command. A flag that the command does not have is at its default."""
+        return cls(
+            data=DataRequest.of(args),
+            model=ModelRequest(**_named(ModelRequest, args)),
+            search=SearchSettings(**_named(SearchSettings, args)),
+            objective=Objective(args.alpha, args.calibrate, args.prior),
+            parts=PartsRequest(**_named(PartsRequest, args)),
+            output=OutputRequest(**_named(OutputRequest, args)),
+            contradiction=contradiction,
+            flags={name: _plain(value) for name, value in vars(args).items()},
+            **{name: getattr(args, name) for name in _OF_THE_RUN if name in args},
+        )
+
+    def recorded_flags(self) -> dict[str, Plain]:
+        """For run.json: the flags as they were given, but for those that a command decides by itself."""
+        decided = {"group_by": self.data.group_by, "seed": self.search.seed, "label_rest": self.label_rest}
+        return {**self.flags, **decided}
+
+
+_OF_THE_RUN: Final = ("label_rest", "continue_from", "lookahead", "check", "is_complete")
+
+
+def _named(part: type[Any], args: Namespace) -> dict[str, Any]:
+    """The flags that have the names of the part's fields."""
+    return {each.name: getattr(args, each.name) for each in fields(part) if each.name in args}
+
+
+def _plain(value: Any) -> Plain:
+    return value if isinstance(value, str | int | float | bool | None) else str(value)

@@ -1,0 +1,105 @@
+"""What decides a run's labels, and the name of its folder, which is made from that."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+import orjson
+
+from core.llm_api.labels import TRUE_FALSE
+from src.experiments.request import RunRequest
+from src.icm.annealing import SearchSettings
+from src.icm.columns import Reading
+from src.icm.testbeds import BadInput
+from src.pipeline.labelling import Pool
+
+VARIANTS = ("context_cap", "best_of", "local_gain")
+
+
+def settings_of(request: RunRequest, pool: Pool) -> dict[str, Any]:
+    """Everything that decides the labels, for run.json and the run's name. Holds no key and no path."""
+    data, objective = request.data, request.objective
+    decisive = {
+        field.name: value
+        for field in fields(SearchSettings)
+        # Left out at their defaults: runs that were begun before there were variants go on.
+        if (value := getattr(request.search, field.name)) != field.default or field.name not in VARIANTS
+    }
+    return {
+        "testbed": data.name_of(pool.testbed),
+        # Only of a file: its words decide what the model is asked.
+        **({"testbed_sha256": pool.testbed.digest} if pool.testbed.digest else {}),
+        "data_sha256": pool.data_digest,
+        "model": request.model.model,
+        "batch_size": data.batch_size,
+        "consistency": data.consistency,
+        "alpha": objective.alpha,
+        "calibrate": objective.calibration,
+        # Only where it is given: runs that were begun before there was one go on.
+        **({} if objective.prior is None else {"prior": objective.prior}),
+        "label_rest": request.label_rest,
+        **_settings_of_labels(pool),
+        **_settings_of_reading(data.reading(), pool),
+        **({} if pool.continued is None else {"continue_from": pool.continued.digest}),
+        **decisive,
+    }
+
+
+def _settings_of_labels(pool: Pool) -> dict[str, Any]:
+    """The labels' names and texts; nothing of True and False, so that runs that were begun go on."""
+    space = pool.testbed.space
+    return {} if space == TRUE_FALSE else {"labels": list(space.names), "label_texts": list(space.texts)}
+
+
+def _settings_of_reading(reading: Reading, pool: Pool) -> dict[str, Any]:
+    """How a --data file is read; nothing where it is read as it always was, so that runs that were begun go on."""
+    found: dict[str, Any] = {}
+    if reading.columns:
+        found["columns"] = ",".join(f"{ours}={theirs}" for ours, theirs in sorted(reading.columns.items()))
+    if reading.values:
+        found["map"] = " ".join(
+            f"{column}={','.join(f'{theirs}:{ours}' for theirs, ours in sorted(meanings.items()))}"
+            for column, meanings in sorted(reading.values.items())
+        )
+    if pool.grouped_by == "question":
+        found["group_by"] = pool.grouped_by
+    return found
+
+
+def as_begun(
+    request: RunRequest, settings: Mapping[str, Any], read: Callable[[Mapping[str, Any]], Mapping[str, Any] | None]
+) -> RunRequest:
+    """The request, with --group_by none where this run was begun before rows with one question were one group.
+
+    read: what is known of a run by its settings, as its folder is named after them.
+    """
+    if request.data.group_by is not None or "group_by" not in settings:
+        return request
+    before = {name: value for name, value in settings.items() if name != "group_by"}
+    known = read(before)
+    if known is None or known.get("settings") != before:
+        return request
+    print(
+        "this run was begun with every row as a group by itself, and goes on so (--group_by none); in a new one, rows "
+        "with the same question are one group",
+        file=sys.stderr,
+    )
+    return replace(request, data=replace(request.data, group_by="none"))
+
+
+def run_name(request: RunRequest, settings: Mapping[str, Any]) -> str:
+    """The folder under --runs_dir: --run, or made from the settings. Raises BadInput where --run is a path."""
+    run = request.output.run
+    if run is not None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", run):
+            raise BadInput(f"--run {run!r}: a name of letters, digits, '_', '.' and '-', not a path")
+        return run
+    digest = hashlib.sha256(orjson.dumps(settings, option=orjson.OPT_SORT_KEYS)).hexdigest()[:8]
+    model, size = request.model.model.rsplit("/", 1)[-1], request.data.batch_size
+    parts = (settings["testbed"], model, f"N{size}", f"seed{request.search.seed}", digest)
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(parts)).lstrip(".-")

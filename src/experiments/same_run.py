@@ -1,0 +1,131 @@
+"""Whether a run can go on: the same settings, the same engine, the same tokens as it began with. Else it is refused."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import orjson
+
+from core.llm_api.types import EngineIdentity, known_to_differ
+from src.icm.testbeds import BadInput
+from src.pipeline.labelling import Labelling
+from src.results.run_folder import FORMAT, RunFolder
+
+OF_TESTBED_FILE = ("testbed_sha256", "labels", "label_texts")
+"""Settings that no flag says."""
+OF_CONTENT = ("data_sha256", "continue_from")
+"""Settings that are digests."""
+
+
+def check_readable(folder: RunFolder, known: Mapping[str, Any]) -> None:
+    """A run that an earlier version began rebuilt its tree by another rule; only its result can still be shown."""
+    if known.get("format", 0) < FORMAT and "result" not in known:
+        raise BadInput(
+            f"{folder.path}: was begun by an earlier version, whose journal this one cannot go on with. "
+            "Move it away, or choose another --run"
+        )
+
+
+def check_same_run(
+    folder: RunFolder,
+    known: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    *,
+    renamed: bool = False,
+    continues: bool = False,
+) -> None:
+    """Raises BadInput where `folder` was started with other settings. renamed: see may_be_renamed. continues: another
+    run of the same command can go on from this one's labels."""
+    changed = [name for name in {**known, **settings} if known.get(name) != settings.get(name)]
+    if renamed:
+        changed = [name for name in changed if name != "model"]
+    if changed:
+        flags = [name for name in changed if name not in (*OF_TESTBED_FILE, *OF_CONTENT)]
+        differences = [f"--{name} {known.get(name)}, now {settings.get(name)}" for name in flags]
+        if any(name in OF_TESTBED_FILE for name in changed):
+            file = known.get("testbed")
+            differences.insert(0, f"another content of its testbed file {file} (see {folder.path}/run.json)")
+        if "continue_from" in changed:
+            differences.insert(0, _other_continued(known.get("continue_from"), settings.get("continue_from")))
+        advice = "Use the same flags, or another --run"
+        if "data_sha256" in changed and known.get("testbed") == settings.get("testbed"):
+            differences.insert(0, f"another content of {settings['testbed']}, which has changed since")
+            if set(changed) <= set(OF_CONTENT):
+                advice = "Use another --run"
+                if continues:
+                    advice = f"To go on from its labels: --continue_from {folder.path.name} --run NEW"
+        raise BadInput(f"{folder.path}: was started with {', '.join(differences)}. {advice}")
+
+
+def _other_continued(before: str | None, now: str | None) -> str:
+    """What differs in --continue_from. Of both the digest is known, which says nothing to anybody."""
+    if before is None:
+        return "no --continue_from"
+    if now is None:
+        return "--continue_from, now without"
+    return "other labels of another run (--continue_from)"
+
+
+def may_be_renamed(known: Mapping[str, Any]) -> bool:
+    """Whether the run of this run.json can go on under another name of its model: there is something left to ask, and
+    check_same_engine can see whether it is the same model."""
+    return "result" not in known and bool(known["engine"].get("fingerprint"))
+
+
+def check_same_engine(folder: RunFolder, known: Mapping[str, Any], identity: EngineIdentity) -> None:
+    """Scores of two models must not mix in one run. Raises BadInput where the version differs, the type or the model's
+    configuration (if both are known), or the model; that may lie elsewhere and have another name if it answers alike.
+    """
+    now = identity_record(identity)
+    names = [name for name in ("model", "root") if known.get(name) != now[name]]
+    moved = bool(names) and identity.has_content_of(known)
+    changed = [] if moved else names
+    changed += [name for name in ("revision", "version") if known.get(name) != now[name]]
+    changed += [name for name in ("dtype", "config") if known_to_differ(known.get(name, ""), now[name])]
+    if changed:
+        differences = ", ".join(f"{name} {_short(known.get(name))!r}, now {_short(now[name])!r}" for name in changed)
+        raise BadInput(
+            f"{folder.path}: was started on another engine ({differences}). Start that one, or use another --run"
+        )
+    if moved:
+        differences = ", ".join(f"{name} {known.get(name)!r}, now {now[name]!r}" for name in names)
+        print(f"the run goes on: the model answers as before ({differences})", file=sys.stderr, flush=True)
+    if known.get("fingerprint") != now["fingerprint"]:
+        logging.warning(
+            "the engine answers a fixed prompt differently than when this run began (other hardware, "
+            "precision or kernels?): its scores differ slightly from the run's first part"
+        )
+
+
+async def check_same_tokens(folder: RunFolder, known: Mapping[str, Any] | None, labelling: Labelling) -> None:
+    """Raises BadInput where the run began with other tokens for the same claims: by a version that had no record of
+    them (known: None) and spelled this model's labels in another way, or before the model's tokenizer changed."""
+    now = orjson.loads(orjson.dumps(await labelling.token_record()))
+    if known is None:
+        changed = [] if await labelling.asks_as_before() else ["demonstration"]
+    else:
+        changed = [name for name in now if _ids(known.get(name)) != _ids(now[name])]
+    if changed:
+        raise BadInput(
+            f"{folder.path}: was started with other tokens for its {' and '.join(changed)}, by an earlier version or "
+            "another tokenizer, and scores of two kinds of prompts must not mix. Move it away, or use another --run"
+        )
+
+
+def _ids(recorded: Any) -> Any:
+    """Without the texts, which not every server tells."""
+    return [token for token, _ in recorded] if isinstance(recorded, list) else recorded
+
+
+def _short(value: object) -> object:
+    return value[:12] if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else value
+
+
+def identity_record(identity: EngineIdentity) -> dict[str, Any]:
+    """The engine's identity for run.json."""
+    return {field.name: getattr(identity, field.name) for field in fields(identity)}
