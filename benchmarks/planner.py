@@ -24,8 +24,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src.icm.annealing import (
     Outcome,
-    Problem,
-    SearchSettings,
     SearchState,
     advance,
     excess,
@@ -39,6 +37,7 @@ from src.icm.consistency import Consistency, Labels
 from src.icm.objective import Evaluation, Objective
 from src.icm.planner import TokenCosts, tree_tokens
 from src.icm.prefix_tree import Layout
+from src.icm.problem import Problem, SearchSettings
 
 CONSTANTS = (4, 8, 16, 32, 64)
 WORTH = Evaluation({}, 0.0, 0.0, 0, 0.0)

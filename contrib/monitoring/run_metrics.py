@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Final
 from core.errors import ConfigurationError
 from core.llm_api.llm import ModelAPI
 from core.llm_api.telemetry import Histogram
-from src.icm.annealing import SearchState
-from src.icm.journal import Record
+from src.icm.searches.seam import Record, Standing
 from src.pipeline.labelling import Pool
 from src.pipeline.search import OnRecord
 
@@ -38,7 +37,7 @@ class RunMetrics:
         self._now: dict[str, float] = {}
         self._labelled: list[int] = []
 
-    def update(self, state: SearchState, record: Record) -> None:
+    def update(self, state: Standing, record: Record) -> None:
         """Take in one record: it is an OnRecord."""
         for name in self._tokens:
             self._tokens[name] += record.get(f"tokens_{name}", 0)
@@ -117,7 +116,7 @@ def published(port: int | None, api: ModelAPI, run: str, pool: Pool, on_record: 
             f"cannot publish metrics at port {port}: {error}.", hint="Give another --metrics_port."
         ) from None
 
-    def heard(state: SearchState, record: Record) -> None:
+    def heard(state: Standing, record: Record) -> None:
         metrics.update(state, record)
         on_record(state, record)
 

@@ -40,7 +40,7 @@ from src.experiments.single_run import (
     warn_of_leaks,
 )
 from src.experiments.summary import print_summary, say_shown_again
-from src.icm.annealing import SearchSettings
+from src.icm.problem import SearchSettings
 from src.pipeline.labelling import Labelling
 from src.results.rows import calibration_told, check_table, token_lines
 from src.results.run_folder import RunFolder

@@ -10,8 +10,8 @@ from typing import Any, NoReturn, get_args
 
 from core.settings import REPO_ROOT
 from src.experiments.contradictions import contradicted, out_of_range, told
-from src.icm.annealing import LayoutName, Scheduler, SearchSettings, Stop
 from src.icm.objective import Calibration
+from src.icm.problem import LayoutName, Scheduler, SearchSettings, Stop
 from src.icm.testbeds import TESTBEDS, ConsistencyMode, GroupedBy
 from src.pipeline.testbed_files import testbed_path
 

@@ -47,7 +47,7 @@ from src.experiments.single_run import (
     tell_opening,
 )
 from src.experiments.summary import say_shown_again
-from src.icm.annealing import Stream, generator
+from src.icm.problem import Stream, generator
 from src.icm.testbeds import BadInput, Claim, sample_pool
 from src.pipeline.baselines import Prediction
 from src.pipeline.chat import ask_chat

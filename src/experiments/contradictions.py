@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
 from typing import Any, Final
 
-from src.icm.annealing import SearchSettings
+from src.icm.problem import SearchSettings
 from src.icm.testbeds import BadInput
 from src.pipeline.testbed_files import testbed_path
 

@@ -37,8 +37,8 @@ from src.experiments.single_run import (
     warn_of_leaks,
 )
 from src.experiments.summary import print_summary, say_shown_again
-from src.icm.annealing import part_seed
 from src.icm.label_names import counts_of, read_label
+from src.icm.problem import part_seed
 from src.icm.testbeds import BadInput
 from src.pipeline.labelling import Labelling, Pool
 from src.pipeline.progress import PartsProgress

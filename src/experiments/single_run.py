@@ -22,9 +22,10 @@ from core.llm_api.labels import TRUE_FALSE
 from core.llm_api.llm import ModelAPI, open_model_api
 from core.llm_api.types import Capabilities, EngineIdentity, known_to_differ
 from core.settings import Settings
-from src.icm.annealing import SearchSettings, SearchState
 from src.icm.columns import Reading, parse_columns, parse_values
 from src.icm.objective import Objective
+from src.icm.problem import SearchSettings
+from src.icm.searches.seam import Standing
 from src.icm.testbeds import BadInput, Claim, Testbed
 from src.pipeline.continuing import read_continued
 from src.pipeline.datafiles import load_data_file, load_testbed, load_testbed_file
@@ -41,7 +42,7 @@ OF_TESTBED_FILE = ("testbed_sha256", "labels", "label_texts")
 """Settings that no flag says."""
 OF_CONTENT = ("data_sha256", "continue_from")
 """Settings that are digests."""
-VARIANTS = ("context_cap", "best_of", "local_gain")
+VARIANTS = ("search", "context_cap", "best_of", "local_gain", "bootstrap_rounds", "bootstrap_start")
 COSTS = (
     *("asked", "from_cache", "asked_ahead", "ahead_used"),
     *("tokens_sent", "tokens_cached", "tokens_computed", "floored", "seconds"),
@@ -168,7 +169,8 @@ def pools_of(args: argparse.Namespace, count: int | None, held_out: Collection[i
     claims = [claim for claim in claims if claim.row not in held_out]
     name = getattr(args, "continue_from", None)  # a flag of ICM.py alone
     continued = None if name is None else read_continued(name, args.runs_dir, testbed, claims, path)
-    search = SearchSettings(**{field.name: getattr(args, field.name) for field in fields(SearchSettings)})
+    given = [field.name for field in fields(SearchSettings) if field.name in args]  # some are flags of ICM.py alone
+    search = SearchSettings(**{name: getattr(args, name) for name in given})
     pools = prepare_batches(
         testbed,
         claims,
@@ -189,7 +191,7 @@ def settings_of(args: argparse.Namespace, pool: Pool) -> dict[str, Any]:
         field.name: value
         for field in fields(SearchSettings)
         # Left out at their defaults: runs that were begun before there were variants go on.
-        if (value := getattr(args, field.name)) != field.default or field.name not in VARIANTS
+        if (value := getattr(args, field.name, field.default)) != field.default or field.name not in VARIANTS
     }
     return {
         "testbed": data_name(args, pool.testbed),
@@ -424,7 +426,7 @@ def testbed_record(pool: Pool) -> dict[str, Any]:
     return {"testbed": pool.testbed.record()} if pool.testbed.digest else {}
 
 
-def _last_questions(labelling: Labelling, state: SearchState, cost: Mapping[str, Any]) -> str:
+def _last_questions(labelling: Labelling, state: Standing, cost: Mapping[str, Any]) -> str:
     """What is asked after the search, and how long that takes at the search's own speed where it is known."""
     pool = labelling.pool
     left = len(pool.rest) + state.labels.count(None)

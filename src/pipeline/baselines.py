@@ -13,7 +13,7 @@ import numpy as np
 
 from core.llm_api.labels import SpelledLabels
 from core.llm_api.llm import ModelAPI
-from src.icm.annealing import Candidate, Problem, mirrored_labels, mirrors
+from src.icm.annealing import mirrored_labels, mirrors
 from src.icm.consistency import Label, Labels, all_labels
 from src.icm.label_names import Names
 from src.icm.objective import (
@@ -26,8 +26,9 @@ from src.icm.objective import (
     no_offset,
     num_labels_of,
 )
+from src.icm.problem import Candidate, Problem
 from src.icm.prompts import PromptBook
-from src.pipeline.search import PoolScorer, log_odds_of
+from src.pipeline.scoring import PoolScorer, log_odds_of
 
 
 @dataclass(frozen=True, slots=True)

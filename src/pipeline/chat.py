@@ -13,7 +13,7 @@ from core.llm_api.types import Prompt, Segment
 from src.icm.objective import no_offset
 from src.icm.prompts import PromptBook
 from src.pipeline.baselines import Prediction
-from src.pipeline.search import log_odds_of
+from src.pipeline.scoring import log_odds_of
 
 REQUEST: Final = "Complete the last line with one word, {labels}.\n\n{text}"
 PLAIN_ANSWER: Final = "\n\nAnswer:"

@@ -15,10 +15,10 @@ from typing import Final, Literal
 import numpy as np
 
 from core.llm_api.types import ScoreStats
-from src.icm.annealing import Candidate, Stream, generator
 from src.icm.consistency import Labels
 from src.icm.objective import Evaluation, LogOdds, margins_of
 from src.icm.prefix_tree import Layout
+from src.icm.problem import Candidate, Stream, generator
 from src.pipeline.baselines import Prediction, next_labels, predict
 from src.pipeline.labelling import Labelling
 

@@ -13,9 +13,9 @@ from typing import Final, NoReturn, Protocol, TextIO
 
 from tqdm import tqdm
 
-from src.icm.annealing import Problem, SearchState, finished, wants_mirror, wants_rebuild
-from src.icm.journal import Record
 from src.icm.objective import accuracy
+from src.icm.problem import Problem
+from src.icm.searches.seam import Record, Standing
 from src.pipeline.labelling import Pool
 from src.results.rows import collapse_warning
 
@@ -29,7 +29,7 @@ class Progress(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
-    def update(self, state: SearchState, record: Record) -> None:
+    def update(self, state: Standing, record: Record) -> None:
         """Show where the search stands after one journal record."""
         ...
 
@@ -81,13 +81,9 @@ def _interval() -> float:
     return ON_A_TERMINAL if sys.stderr.isatty() else ELSEWHERE
 
 
-def doing(problem: Problem, state: SearchState) -> str | None:
+def doing(problem: Problem, state: Standing) -> str | None:
     """What a search is about to ask where that takes long and no claim is labelled meanwhile; None: its next claim."""
-    if finished(problem, state):
-        return None
-    if wants_mirror(problem, state):
-        return f"asking all with {'every label flipped' if problem.num_labels == 2 else 'two labels swapped'}"
-    return "asking all in a new order" if wants_rebuild(problem, state) else None
+    return state.asks_next(problem)
 
 
 class SearchProgress:
@@ -121,7 +117,7 @@ class SearchProgress:
     ) -> None:
         self._bar.close()
 
-    def update(self, state: SearchState, record: Record) -> None:
+    def update(self, state: Standing, record: Record) -> None:
         """Show where the search stands after one journal record."""
         done = state.iteration if self._by_iteration else len(state.labelled)
         if not self._started:  # a resumed run's earlier part must not count as speed
@@ -230,6 +226,6 @@ class PartProgress:
     ) -> None:
         pass
 
-    def update(self, state: SearchState, record: Record) -> None:
+    def update(self, state: Standing, record: Record) -> None:
         """Show where the search stands after one journal record."""
         self._whole.show(self._part, len(state.labelled))

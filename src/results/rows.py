@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from src.icm.annealing import SearchSettings
 from src.icm.consistency import Consistency, Label
 from src.icm.label_names import TRUE_FALSE_NAMES, Names, written_label, written_odds
 from src.icm.objective import Evaluation, LogOdds, wilson_interval
+from src.icm.problem import SearchSettings
 from src.icm.testbeds import Claim
 
 COLLAPSE_SHARE = 0.95

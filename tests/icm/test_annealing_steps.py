@@ -11,12 +11,8 @@ import pytest
 
 from src.icm.annealing import (
     SIBLING_WEIGHT,
-    Candidate,
     Outcome,
-    Problem,
-    SearchSettings,
     SearchState,
-    Stream,
     advance,
     choose,
     cost,
@@ -25,11 +21,9 @@ from src.icm.annealing import (
     excess,
     explore,
     finished,
-    generator,
     local_evaluation,
     mirror,
     mirrored_labels,
-    part_seed,
     predicted_label,
     proposal,
     proposal_weights,
@@ -46,6 +40,14 @@ from src.icm.consistency import Consistency, Constraint, Labels, Relation
 from src.icm.objective import Evaluation, Objective
 from src.icm.planner import TokenCosts, evaluation_tokens, excess_tokens, relaid_tokens
 from src.icm.prefix_tree import TreeLayout, UpstreamLayout
+from src.icm.problem import (
+    Candidate,
+    Problem,
+    SearchSettings,
+    Stream,
+    generator,
+    part_seed,
+)
 
 CONTRADICT = Constraint((0, 1), Relation.EXACTLY_ONE)
 
@@ -84,6 +86,7 @@ def test_parts_have_seeds_of_their_own_which_never_change() -> None:
 
 def test_settings_are_by_default_what_is_documented() -> None:
     assert asdict(SearchSettings()) == {
+        "search": "annealing",
         "seed": 27565976,
         "num_seed": 8,
         "K": 3000,
@@ -101,6 +104,8 @@ def test_settings_are_by_default_what_is_documented() -> None:
         "context_cap": None,
         "best_of": 1,
         "local_gain": False,
+        "bootstrap_rounds": 4,
+        "bootstrap_start": "random",
     }
     assert SIBLING_WEIGHT == 100
 

@@ -13,8 +13,6 @@ from hypothesis import strategies as st
 
 from src.icm.annealing import (
     Outcome,
-    Problem,
-    SearchSettings,
     SearchState,
     advance,
     excess,
@@ -37,6 +35,7 @@ from src.icm.planner import (
     tree_tokens,
 )
 from src.icm.prefix_tree import Layout, TreeLayout, UpstreamLayout, distinct_demonstrations
+from src.icm.problem import Problem, SearchSettings
 
 WORTH = Evaluation({}, 0.0, 0.0, 0, 0.0)
 sizes = st.lists(st.integers(5, 120), min_size=64, max_size=64).map(tuple)

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from src.icm.annealing import Outcome, Problem, SearchSettings, SearchState, proposal
+from src.icm.annealing import Outcome, SearchState, proposal
 from src.icm.consistency import Consistency
 from src.icm.objective import Evaluation, Objective
+from src.icm.problem import Problem, SearchSettings
 from src.icm.speculation import MOST, Pace, accepted
 
 WORTH = Evaluation({}, 0.0, 0.0, 0, 0.0)
@@ -22,7 +23,7 @@ AS_IT_WAS = Outcome(0, 1.0, True, 1.0)
 def pace_of(outcome: Outcome, times: int = 60, *, limit: int | None = None) -> Pace:
     pace = Pace(limit)
     for _ in range(times):
-        pace.learn(outcome)
+        pace.learn(outcome.accepted, outcome.proposed_utility is not None)
     return pace
 
 
