@@ -41,6 +41,10 @@ class RunMetrics:
         """Take in one record: it is an OnRecord."""
         for name in self._tokens:
             self._tokens[name] += record.get(f"tokens_{name}", 0)
+        if record["event"] == "evaluation":
+            self._decisions["accepted" if record["accepted"] else "rejected"] += 1
+            self._steps.observe(record["seconds"])
+            self._now["last_step_seconds"] = record["seconds"]
         if record["event"] == "step":
             self._decisions[_decision(record)] += 1
             self._steps.observe(record["seconds"])

@@ -21,7 +21,14 @@ if __package__ in (None, ""):  # run as a script, from any folder, without an in
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from core.settings import REPO_ROOT
-from src.experiments.arguments import HelpFormatter, Parser, add_search_arguments, at_least, lookahead_of
+from src.experiments.arguments import (
+    HelpFormatter,
+    Parser,
+    add_choice_of_search,
+    add_search_arguments,
+    at_least,
+    lookahead_of,
+)
 from src.experiments.contradictions import refuse
 from src.experiments.parts import PLANNED_AT_ONCE, run_parts
 from src.experiments.resumable import run_resumable
@@ -55,6 +62,7 @@ def build_parser() -> Parser:
         formatter_class=HelpFormatter,
     )
     add_search_arguments(parser)
+    add_choice_of_search(parser)
     run = parser.add_argument_group("run")
     run.add_argument(
         "--seed", type=at_least(0), default=SearchSettings().seed, help="of the pool, the labels, the search"

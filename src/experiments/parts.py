@@ -233,7 +233,7 @@ def _result(
         "zero_shot": _added([r["zero_shot"] for r in first]),
         "zero_shot_calibrated": _added([r["zero_shot_calibrated"] for r in first]),
         "predicted": {"predicted": _agreement(predicted)} if predicted else {},
-        "warning": random_warning(len(voted), accepted)
+        "warning": (random_warning(len(voted), accepted) if parts[0].pool.problem.starts_at_random else None)
         or collapse_warning(labels, prior, names, calibrated=calibration != "none"),
         "changes_objective": results[0]["changes_objective"],
         "parts": [

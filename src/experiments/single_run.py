@@ -292,8 +292,9 @@ async def tell_opening(
 def _all_random(pools: Sequence[Pool]) -> list[str]:
     """A warning where a search begins with a random label for every claim: it can then only correct them."""
     for pool in pools:
-        size, seeds = len(pool.claims), pool.problem.settings.num_seed
-        if pool.continued is None and seeds >= size:
+        size, settings = len(pool.claims), pool.problem.settings
+        seeds = settings.num_seed
+        if pool.continued is None and seeds >= size and settings.search == "annealing":
             return [
                 f"warning: all {size} claims of the pool begin with a random label (--num_seed {seeds}), and none is "
                 "predicted first: use a smaller --num_seed or a larger pool"
@@ -399,7 +400,7 @@ async def label_pool(
     title = f"{settings['testbed']}, {args.model}, alpha {args.alpha:g}, calibration {calibration_told(settings)}"
     plot_curves(records, labelling.pool.gold, folder.curves_path, title, labelling.pool.names)
     warning = collapse_warning(state.labels, args.prior, labelling.pool.names, calibrated=args.calibrate != "none")
-    if labelling.pool.continued is None:
+    if labelling.pool.problem.starts_at_random:
         warning = random_warning(len(state.labelled), state.accepted) or warning
     document = {
         **known,

@@ -120,6 +120,12 @@ class Problem:
     def num_labels(self) -> int:
         return self.objective.num_labels
 
+    @property
+    def starts_at_random(self) -> bool:
+        """Whether the labels that a search starts with are drawn, and not given or asked for."""
+        asked = self.settings.search == "bootstrapping" and self.settings.bootstrap_start == "zero-shot"
+        return self.start_labels is None and not asked
+
     def new_layout(self, labelled: Sequence[int], rebuilds: int = 0, *, labels: Labels | None = None) -> Layout:
         """A layout of `labelled`. labels: what a sample of demonstrations is balanced by, where there is a cap."""
         rng = generator(self.settings.seed, Stream.LAYOUT, rebuilds)

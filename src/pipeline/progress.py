@@ -61,7 +61,7 @@ class Lines:
         self._out.flush()
 
 
-def bar_of(total: int, unit: str, quiet: bool, behind: str) -> tqdm[NoReturn]:
+def bar_of(total: int | None, unit: str, quiet: bool, behind: str) -> tqdm[NoReturn]:
     """A bar on standard error, or lines where that is no terminal. behind: tqdm's fields after the count."""
     terminal = sys.stderr.isatty()
     count = "{n_fmt}/{total_fmt} " + unit
@@ -87,15 +87,19 @@ def doing(problem: Problem, state: Standing) -> str | None:
 
 
 class SearchProgress:
-    """A tqdm bar over labelled claims (--stop labelled) or iterations (--stop K), fed journal records.
+    """A tqdm bar over labelled claims (--stop labelled) or iterations (--stop K, and searches that label all claims at
+    once), fed journal records.
 
     clock: monotonic seconds.
     """
 
     def __init__(self, pool: Pool, quiet: bool, clock: Callable[[], float] = time.monotonic) -> None:
         self._pool = pool
-        self._by_iteration = pool.problem.settings.stop == "K"
-        total = self._total = pool.problem.settings.K if self._by_iteration else pool.problem.size
+        settings, total = pool.problem.settings, None
+        self._by_iteration = settings.stop == "K" or settings.search != "annealing"
+        if settings.search == "annealing":
+            total = settings.K if self._by_iteration else pool.problem.size
+        self._total = total or 1
         self._first = 0
         # With a cap a question is as long at the end as at the beginning.
         self._growth = GROWTH if pool.problem.settings.context_cap is None else 1.0

@@ -39,7 +39,7 @@ from src.icm.speculation import Evaluating, Intent, Predicting, Rebuilding
 
 SETTINGS: Final = (
     *("num_seed", "K", "consistency_fix_K", "decay", "initial_T", "final_T", "scheduler", "stop", "patience"),
-    *("max_tail", "mirror", "best_of", "local_gain"),
+    *("max_tail", "mirror", "best_of", "local_gain", "lookahead", "continue_from"),
 )
 
 

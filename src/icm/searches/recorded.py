@@ -4,8 +4,8 @@ Such a search starts from the beginning every time. What the journal's lines ans
 every new answer is asked for and becomes a line. So it goes on where it was stopped, and a finished one is replayed
 without a model.
 
-Two events: "evaluation" (a labeling, and its leave-one-out log-odds as "scores") and "questions" (the log-odds of some
-claims, after "shown" labels or none). `U` is that of the best labeling so far, as in every journal, and `accepted` says
+Two events: "evaluation" (a labeling, and its leave-one-out log-odds as "scores") and "questions" (of some claims, after
+the labels "shown" or none, the log-odds as "answers"). `U` is that of the best labeling so far, as in every journal, and `accepted` says
 whether it is this line's, whose own is `U_proposed`.
 """
 
@@ -64,7 +64,7 @@ class RecordedAsk:
         found = self._recorded_answers(question)
         if found is None:
             found = await self._ask.predict(claims, candidate, intent)
-            await self._write("questions", question | {"log_odds": found})
+            await self._write("questions", question | {"answers": found})
         return found
 
     async def zero_shot(self) -> list[LogOdds]:
@@ -73,7 +73,7 @@ class RecordedAsk:
         found = self._recorded_answers(question)
         if found is None:
             found = await self._ask.zero_shot()
-            await self._write("questions", question | {"log_odds": found})
+            await self._write("questions", question | {"answers": found})
         return found
 
     def _stand(self, candidate: Candidate, evaluation: Evaluation) -> bool:
@@ -123,8 +123,8 @@ class RecordedAsk:
         number, record = line
         try:
             same = (record["claims"], record["shown"]) == (question["claims"], question["shown"])
-            if same and len(record["log_odds"]) == len(question["claims"]):
-                return [read_log_odds(value) for value in record["log_odds"]]
+            if same and len(record["answers"]) == len(question["claims"]):
+                return [read_log_odds(value) for value in record["answers"]]
         except (KeyError, TypeError, ValueError) as error:
             raise JournalMismatch(f"line {number} cannot be read ({type(error).__name__}: {error})") from error
         raise JournalMismatch(f"line {number} answers other questions than this search asks")

@@ -90,7 +90,8 @@ class Search(Protocol):
 
     @property
     def SETTINGS(self) -> Collection[str]:  # noqa: N802, a constant of the file
-        """Names of the fields of SearchSettings that this search uses and not every other one does."""
+        """Flags that this search uses and not every other one does, without their dashes: most are fields of
+        SearchSettings. The others are refused beside it."""
         ...
 
     async def run(self, problem: Problem, ask: Ask, journal: Journal) -> Found:
