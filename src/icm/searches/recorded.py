@@ -5,8 +5,8 @@ every new answer is asked for and becomes a line. So it goes on where it was sto
 without a model.
 
 Two events: "evaluation" (a labeling, and its leave-one-out log-odds as "scores") and "questions" (of some claims, after
-the labels "shown" or none, the log-odds as "answers"). `U` is that of the best labeling so far, as in every journal, and `accepted` says
-whether it is this line's, whose own is `U_proposed`.
+the labels "shown" or none, the log-odds as "answers"). `U` is that of the best labeling so far, as in every journal, and
+`accepted` says whether it is this line's, whose own is `U_proposed`.
 """
 
 from __future__ import annotations
