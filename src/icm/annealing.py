@@ -16,8 +16,7 @@ import numpy as np
 
 from src.icm.consistency import Constraint, Labels, all_labels
 from src.icm.objective import Evaluation, LogOdds, label_of, sureness
-from src.icm.planner import evaluation_tokens, excess_tokens, relaid_tokens
-from src.icm.planner import wants_rebuild as pays_to_rebuild
+from src.icm.planner import evaluation_tokens, extra_tokens_of_tail, pays_to_rebuild, relaid_tokens
 from src.icm.prefix_tree import Layout
 from src.icm.problem import Candidate, Problem, Stream, generator
 from src.icm.searches.seam import Standing
@@ -28,14 +27,14 @@ SIBLING_WEIGHT = 100  # of an unlabelled claim whose group has a labelled member
 @dataclass(frozen=True, slots=True)
 class SearchState(Standing):
     """Where annealing stands. `unchanged` counts proposals in a row that changed nothing, `refused` the claims they
-    were about. `debt`: tokens computed on account of the tail since the last rebuild (see planner). `stale`: changes
-    accepted since all log-odds were last asked; above 0 with local_gain only."""
+    were about. `spent_on_tail`: extra tokens computed on account of the tail since the last rebuild (see planner).
+    `changes_since_asked`: changes accepted since all log-odds were last asked; above 0 with local_gain only."""
 
     unchanged: int = 0
     refused: frozenset[int] = frozenset()
     mirror_tried: bool = False
-    debt: int = 0
-    stale: int = 0
+    spent_on_tail: int = 0
+    changes_since_asked: int = 0
 
     def asks_next(self, problem: Problem) -> str | None:
         """See Standing."""
@@ -52,7 +51,7 @@ class Outcome:
 
     labels, evaluation: the accepted labeling and its worth; None where nothing changed.
     proposed_utility: U of the best labeling tried, None where the predicted label was the current one.
-    excess: tokens that trying them cost on account of the tail (see `excess`).
+    spent_on_tail: extra tokens that trying them cost on account of the tail (see `extra_tokens`).
     pieced_together: whether log-odds of the evaluation are those of an earlier one (see `local_evaluation`).
     """
 
@@ -65,7 +64,7 @@ class Outcome:
     probability: float | None = None
     labels: Labels | None = None
     evaluation: Evaluation | None = None
-    excess: int = 0
+    spent_on_tail: int = 0
     pieced_together: bool = False
 
     @property
@@ -201,7 +200,7 @@ def advance(problem: Problem, state: SearchState, outcome: Outcome) -> SearchSta
             iteration=state.iteration + 1,
             unchanged=state.unchanged + 1,
             refused=state.refused | {outcome.claim},
-            debt=state.debt + outcome.excess,
+            spent_on_tail=state.spent_on_tail + outcome.spent_on_tail,
         )
     layout = state.layout
     if state.labels[outcome.claim] is None:
@@ -215,14 +214,14 @@ def advance(problem: Problem, state: SearchState, outcome: Outcome) -> SearchSta
         accepted=state.accepted + 1,
         unchanged=0,
         refused=frozenset(),
-        debt=state.debt + outcome.excess,
-        stale=state.stale + 1 if outcome.pieced_together else 0,
+        spent_on_tail=state.spent_on_tail + outcome.spent_on_tail,
+        changes_since_asked=state.changes_since_asked + 1 if outcome.pieced_together else 0,
     )
 
 
-def excess(problem: Problem, state: SearchState, labelings: Iterable[Labels]) -> int:
-    """Tokens that evaluating `labelings` costs more than it would in a rebuilt layout (planner.excess_tokens)."""
-    return sum(excess_tokens(problem.costs, state.layout, _relabelled(state, labels)) for labels in labelings)
+def extra_tokens(problem: Problem, state: SearchState, labelings: Iterable[Labels]) -> int:
+    """Tokens that evaluating `labelings` costs more than in a rebuilt layout (planner.extra_tokens_of_tail)."""
+    return sum(extra_tokens_of_tail(problem.costs, state.layout, _relabelled(state, labels)) for labels in labelings)
 
 
 def cost(problem: Problem, state: SearchState, labelings: Iterable[Labels]) -> float:
@@ -245,13 +244,13 @@ def wants_rebuild(problem: Problem, state: SearchState) -> bool:
     doubled, and pieced-together log-odds also before a search ends or tries the mirror.
     """
     settings = problem.settings
-    if state.stale and settled(problem, state):
+    if state.changes_since_asked and settled(problem, state):
         return True
     if settings.max_tail is not None and state.layout.tail_length >= settings.max_tail:
         return True
     if settings.context_cap is not None or settings.local_gain:
         return len(state.layout.questions) >= 2 * state.layout.built_with
-    return pays_to_rebuild(problem.costs, state.layout, state.debt)
+    return pays_to_rebuild(problem.costs, state.layout, state.spent_on_tail)
 
 
 def rebuilt_layout(problem: Problem, state: SearchState) -> Layout:
@@ -261,7 +260,9 @@ def rebuilt_layout(problem: Problem, state: SearchState) -> Layout:
 
 def rebuild(state: SearchState, layout: Layout, evaluation: Evaluation) -> SearchState:
     """The state in a new layout: same labels, scores as that layout gives them."""
-    return replace(state, layout=layout, evaluation=evaluation, rebuilds=state.rebuilds + 1, debt=0, stale=0)
+    return replace(
+        state, layout=layout, evaluation=evaluation, rebuilds=state.rebuilds + 1, spent_on_tail=0, changes_since_asked=0
+    )
 
 
 def settled(problem: Problem, state: SearchState) -> bool:
@@ -287,7 +288,7 @@ def wants_mirror(problem: Problem, state: SearchState) -> bool:
     settles, until no swap is better.
     """
     wanted = problem.settings.mirror and not state.mirror_tried and bool(state.labelled)
-    return wanted and not state.stale and settled(problem, state)
+    return wanted and not state.changes_since_asked and settled(problem, state)
 
 
 def mirrors(labels: Labels, num_labels: int) -> tuple[Labels, ...]:
@@ -328,4 +329,4 @@ def mirror(state: SearchState, evaluation: Evaluation | None, labels: Labels | N
 
 def finished(problem: Problem, state: SearchState) -> bool:
     """Settled on log-odds that were all asked, and the mirror tried where it is wanted."""
-    return settled(problem, state) and not state.stale and not wants_mirror(problem, state)
+    return settled(problem, state) and not state.changes_since_asked and not wants_mirror(problem, state)

@@ -34,14 +34,14 @@ from src.icm.searches.lines import labels_of, read_evaluation, read_labels, read
 from src.icm.searches.seam import JournalMismatch, Record
 
 FORMAT: Final = 3
-"""Of journals of more than two labels. Those of two tell no format; they are as version 2 writes them."""
+"""Of journals of more than two labels. Those of two have no "format"; they are as version 2 writes them."""
 
 
 def start_record(state: SearchState) -> Record:
     """The state before iteration 0: seeds after repair."""
     count = state.evaluation.num_labels
-    told = {} if count == 2 else {"format": FORMAT, "num_labels": count}
-    return {"event": "start"} | told | {"labels": labels_of(state.labels)} | _worth(state.evaluation)
+    kind = {} if count == 2 else {"format": FORMAT, "num_labels": count}
+    return {"event": "start"} | kind | {"labels": labels_of(state.labels)} | _worth(state.evaluation)
 
 
 def rebuild_record(state: SearchState) -> Record:
@@ -80,7 +80,7 @@ def step_record(before: SearchState, outcome: Outcome, after: SearchState) -> Re
         "current": before.labels[outcome.claim],
         "predicted": outcome.predicted,
         "tried": outcome.tried,
-        "excess": outcome.excess,
+        "excess": outcome.spent_on_tail,
         "U_proposed": outcome.proposed_utility,
         "T": outcome.temperature,
         "probability": outcome.probability,
@@ -126,7 +126,7 @@ def _apply(problem: Problem, state: SearchState | None, record: Mapping[str, Any
     if state is None:
         raise JournalMismatch("it does not begin with a start")
     if event == "rebuild":
-        if not wants_rebuild(problem, state) and not state.stale:
+        if not wants_rebuild(problem, state) and not state.changes_since_asked:
             raise JournalMismatch(f"it rebuilds at iteration {state.iteration}, where this search would not")
         return rebuild(state, rebuilt_layout(problem, state), read_evaluation(problem, state.labels, record))
     if event == "mirror":
@@ -152,7 +152,7 @@ def _apply(problem: Problem, state: SearchState | None, record: Mapping[str, Any
         predicted=record["predicted"],
         temperature=record["T"],
         tried=record["tried"],
-        excess=record["excess"],
+        spent_on_tail=record["excess"],
         proposed_utility=record["U_proposed"],
         probability=record["probability"],
         labels=accepted,

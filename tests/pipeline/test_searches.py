@@ -1,4 +1,4 @@
-"""A search is one file: what it takes to add one, and that any of them runs against a model, is stopped, and goes on."""
+"""A search is one file: what it takes to add one, and that any of them is stopped, and goes on."""
 
 from __future__ import annotations
 

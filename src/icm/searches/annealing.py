@@ -16,8 +16,8 @@ from src.icm.annealing import (
     choose,
     decide,
     decides_by_itself,
-    excess,
     explore,
+    extra_tokens,
     finished,
     local_evaluation,
     mirror,
@@ -102,7 +102,7 @@ async def _step(problem: Problem, ask: Ask, state: SearchState) -> Outcome | Non
     by_itself = decides_by_itself(problem, state, claim, start.labels)
     if by_itself:
         best, evaluation = start, local_evaluation(problem, state, start.labels, {claim: log_odds})
-    elif state.stale:
+    elif state.changes_since_asked:
         return None
     else:
         known = {state.labels: state.evaluation}
@@ -115,7 +115,7 @@ async def _step(problem: Problem, ask: Ask, state: SearchState) -> Outcome | Non
         predicted=predicted,
         temperature=temperature,
         tried=len(tried),
-        excess=excess(problem, state, tried),
+        spent_on_tail=extra_tokens(problem, state, tried),
         proposed_utility=evaluation.utility,
         probability=probability,
         labels=best.labels if changed else None,
@@ -128,7 +128,7 @@ async def _predictions(problem: Problem, ask: Ask, state: SearchState) -> dict[i
     """log-odds (nats) of the claims that this iteration proposes, in the order proposed."""
     claims = proposals(problem, state)
     # A labelled claim's question is part of the current evaluation, unless that was pieced together.
-    known = {} if state.stale else state.evaluation.log_odds
+    known = {} if state.changes_since_asked else state.evaluation.log_odds
     asked = [claim for claim in claims if claim not in known]
     answers: dict[int, LogOdds] = {}
     if asked:

@@ -5,8 +5,8 @@ every new answer is asked for and becomes a line. So it goes on where it was sto
 without a model.
 
 Two events: "evaluation" (a labeling, and its leave-one-out log-odds as "scores") and "questions" (of some claims, after
-the labels "shown" or none, the log-odds as "answers"). `U` is that of the best labeling so far, as in every journal, and
-`accepted` says whether it is this line's, whose own is `U_proposed`.
+the labels "shown" or none, the log-odds as "answers"). `U_proposed` is that of the line's labeling, `accepted` whether
+it is the best so far, and `U` that of the best so far: in every journal U is where the search stands.
 """
 
 from __future__ import annotations
