@@ -121,7 +121,7 @@ class Lookahead:
     def learn(self, record: Record) -> None:
         """Count a decision that was journaled."""
         if record["event"] == "step":
-            self._pace.learn(record["accepted"], record["U_proposed"] is not None)
+            self._pace.learn(record["accepted"], record.get("U_proposed") is not None)
 
     def _scorer_for(self, intent: object, candidates: Sequence[Candidate]) -> PoolScorer:
         """What to ask about `candidates`: the model, or with an intent this memo, ready to ask along what follows."""
