@@ -122,9 +122,10 @@ class Problem:
 
     @property
     def starts_at_random(self) -> bool:
-        """Whether the labels that a search starts with are drawn, and not given or asked for."""
-        asked = self.settings.search == "bootstrapping" and self.settings.bootstrap_start == "zero-shot"
-        return self.start_labels is None and not asked
+        """Whether a search that changes none of its first labels ends with random ones."""
+        if self.settings.search == "bootstrapping":
+            return self.settings.bootstrap_start == "random"
+        return self.settings.search == "annealing" and self.start_labels is None
 
     def new_layout(self, labelled: Sequence[int], rebuilds: int = 0, *, labels: Labels | None = None) -> Layout:
         """A layout of `labelled`. labels: what a sample of demonstrations is balanced by, where there is a cap."""

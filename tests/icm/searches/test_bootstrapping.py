@@ -107,3 +107,10 @@ async def test_annealing_does_not_take_its_journal() -> None:
     await run(problem, Model(problem), journal)
     with pytest.raises(JournalMismatch):
         await search_named("annealing").run(problem, Model(problem), Lines(journal.written))
+
+
+def test_only_labels_that_were_drawn_are_random() -> None:
+    assert make_problem().starts_at_random
+    assert make_problem(search="bootstrapping").starts_at_random
+    assert not make_problem(search="bootstrapping", bootstrap_start="zero-shot").starts_at_random
+    assert not make_problem(search="another").starts_at_random
