@@ -31,9 +31,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from core.llm_api.llm import open_model_api
 from core.llm_api.types import Segment
 from core.settings import Settings
-from src.icm.annealing import SearchSettings
 from src.icm.objective import Objective
 from src.icm.prefix_tree import Layout, TreeLayout, UpstreamLayout
+from src.icm.problem import SearchSettings
 from src.icm.testbeds import TESTBEDS, BadInput
 from src.pipeline.datafiles import load_testbed
 from src.pipeline.labelling import Labelling, Pool, prepare

@@ -61,12 +61,12 @@ from core.llm_api.types import (
     Query,
     TokenLogprobs,
 )
-from src.icm.annealing import Candidate, Problem, SearchSettings
 from src.icm.consistency import Consistency
 from src.icm.objective import LogOdds, Objective
 from src.icm.prefix_tree import TreeLayout
+from src.icm.problem import Candidate, Problem, SearchSettings
 from src.icm.prompts import PromptBook
-from src.pipeline.search import PoolScorer
+from src.pipeline.scoring import PoolScorer
 from tests.core.fake_server import BOS, FALSE, TRUE, FakeVLLM, label_distribution
 
 PEAK: Final = 600.0

@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from core.llm_api.llm import open_model_api
 from core.settings import Settings
-from src.icm.annealing import SearchSettings
 from src.icm.objective import Objective
+from src.icm.problem import SearchSettings
 from src.pipeline.datafiles import load_testbed
 from src.pipeline.labelling import Labelling, prepare
 from src.results.run_folder import RunFolder

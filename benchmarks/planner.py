@@ -24,11 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src.icm.annealing import (
     Outcome,
-    Problem,
-    SearchSettings,
     SearchState,
     advance,
-    excess,
+    extra_tokens,
     flipped,
     proposal,
     rebuild,
@@ -39,6 +37,7 @@ from src.icm.consistency import Consistency, Labels
 from src.icm.objective import Evaluation, Objective
 from src.icm.planner import TokenCosts, tree_tokens
 from src.icm.prefix_tree import Layout
+from src.icm.problem import Problem, SearchSettings
 
 CONSTANTS = (4, 8, 16, 32, 64)
 WORTH = Evaluation({}, 0.0, 0.0, 0, 0.0)
@@ -113,7 +112,7 @@ def walk(scenario: Scenario, max_tail: int | None) -> tuple[int, int]:
     if scenario.capacity is not None:
         held = scenario.capacity * (tree_tokens(len(sizes), sum(sizes)) + sum(problem.costs.questions))
         problem = replace(problem, costs=replace(problem.costs, capacity=int(held)))
-    if max_tail is not None:  # a constant knows nothing of capacity or debt
+    if max_tail is not None:  # a constant knows nothing of capacity or tokens spent
         planned = problem
         problem = replace(problem, costs=replace(problem.costs, capacity=None))
         cache = Cache(planned.costs)
@@ -135,8 +134,8 @@ def walk(scenario: Scenario, max_tail: int | None) -> tuple[int, int]:
         if not flip:
             cache.ask(claim, state.layout.context(claim), state.labels)
         cache.evaluate(start.labels, start.layout)
-        owed = 0 if max_tail is not None else excess(problem, state, [start.labels])
-        outcome = Outcome(claim, 0.0, True, 1.0, excess=owed)
+        owed = 0 if max_tail is not None else extra_tokens(problem, state, [start.labels])
+        outcome = Outcome(claim, 0.0, True, 1.0, spent_on_tail=owed)
         if taken:
             labels = flipped(state.labels, {claim: bool(start.labels[claim])})
             outcome = replace(outcome, labels=labels, evaluation=WORTH)

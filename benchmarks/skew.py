@@ -28,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from core.errors import APIError
 from core.llm_api.llm import ModelAPI, open_model_api
 from core.settings import Settings
-from src.icm.annealing import Candidate, SearchSettings
 from src.icm.objective import LogOdds, Objective, calibration_offset
+from src.icm.problem import Candidate, SearchSettings
 from src.icm.testbeds import Claim
 from src.pipeline.datafiles import load_testbed
 from src.pipeline.labelling import Labelling, Pool, prepare

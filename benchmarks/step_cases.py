@@ -17,8 +17,9 @@ import numpy as np
 from benchmarks.step_measure import Backend, Budget, Claims, Progress
 from benchmarks.step_report import CASES, CaseResult, Repetition, Report
 from core.errors import ConfigurationError
-from src.icm.annealing import Candidate, flipped
+from src.icm.annealing import flipped
 from src.icm.prefix_tree import TreeLayout, UpstreamLayout
+from src.icm.problem import Candidate
 
 SLOW: Final = ("b", "a")
 POWER: Final = {"a": 2.2, "b": 2.2}
@@ -176,7 +177,7 @@ class Cases:
     async def _ask(self, grown: Grown) -> Repetition:
         scorer = grown.claims.scorer(self._backend.api)
         candidate = grown.claims.candidate(grown.layout)
-        return await self._backend.measure(lambda: scorer.ask(grown.next, candidate))
+        return await self._backend.measure(lambda: scorer.predict([grown.next], candidate))
 
     async def _append(self, grown: Grown) -> Repetition:
         scorer = grown.claims.scorer(self._backend.api)
@@ -195,7 +196,7 @@ class Cases:
         scorer = grown.claims.scorer(self._backend.api)
         labels = grown.claims.labelling(grown.layout.questions)
         claim, grown.next = grown.next, grown.next + 1
-        await scorer.ask(claim, grown.claims.candidate(grown.layout))  # a search has asked it before
+        await scorer.predict([claim], grown.claims.candidate(grown.layout))  # a search has asked it before
 
         def evaluate() -> Awaitable[object]:
             layout = grown.layout.append(claim)

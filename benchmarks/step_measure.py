@@ -28,12 +28,12 @@ from core.llm_api.engines.vllm_group import VLLMGroup
 from core.llm_api.labels import SpelledLabels
 from core.llm_api.llm import ModelAPI
 from core.llm_api.tokens import Spelling
-from src.icm.annealing import Candidate, Problem, SearchSettings
 from src.icm.consistency import Consistency, Labels
 from src.icm.objective import Objective
 from src.icm.prefix_tree import Layout, TreeLayout
+from src.icm.problem import Candidate, Problem, SearchSettings
 from src.icm.prompts import PromptBook
-from src.pipeline.search import PoolScorer
+from src.pipeline.scoring import PoolScorer
 
 HttpEngine = VLLMClient | VLLMGroup
 SPREAD: Final = 8

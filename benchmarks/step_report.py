@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from core.files import write_atomically
-from src.icm.planner import TokenCosts, wants_rebuild
+from src.icm.planner import TokenCosts, pays_to_rebuild
 from src.icm.prefix_tree import TreeLayout
 
 CASES: Final = {
@@ -189,7 +189,7 @@ def planned_rebuilds(first: int, until: int, costs: TokenCosts) -> list[int]:
     sizes = []
     layout = TreeLayout.build(range(first), groups, rng)
     for size in range(first, until):
-        if wants_rebuild(costs, layout, debt=0):
+        if pays_to_rebuild(costs, layout, spent_on_tail=0):
             sizes.append(size)
             layout = TreeLayout.build(range(size), groups, rng)
         layout = layout.append(size)

@@ -115,7 +115,7 @@ class RunSimulation:
         grown: list[Layout] = []
 
         async def step() -> None:
-            await scorer.ask(claim, claims.candidate(layout))
+            await scorer.predict([claim], claims.candidate(layout))
             grown.append(layout.append(claim))
             await scorer.evaluate([claims.candidate(grown[0])])
 

@@ -39,8 +39,8 @@ from core.vllm_server import ServerFailed, VLLMServer  # noqa: E402
 from src.experiments.arguments import Parser, add_reading_arguments  # noqa: E402
 from src.experiments.loading import check_bad_rows  # noqa: E402
 from src.experiments.request import DataRequest  # noqa: E402
-from src.icm.annealing import Stream, generator  # noqa: E402
 from src.icm.consistency import Relation  # noqa: E402
+from src.icm.problem import Stream, generator  # noqa: E402
 from src.icm.testbeds import TESTBEDS, BadInput, sample_pool  # noqa: E402
 from src.pipeline.datafiles import claims_of, load_data_file, load_testbed, named_rows, read_rows  # noqa: E402
 from src.results.exports import chosen_claims, plain_rows, training_rows  # noqa: E402

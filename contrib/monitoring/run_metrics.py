@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Final
 from core.errors import ConfigurationError
 from core.llm_api.llm import ModelAPI
 from core.llm_api.telemetry import Histogram
-from src.icm.annealing import SearchState
-from src.icm.journal import Record
 from src.icm.label_names import TRUE_FALSE_NAMES, Names
+from src.icm.searches.seam import Record, Standing
 from src.pipeline.labelling import Pool
 from src.pipeline.search import OnRecord
 
@@ -41,10 +40,14 @@ class RunMetrics:
         self._now: dict[str, float] = {}
         self._counts: dict[str, int] = {}
 
-    def update(self, state: SearchState, record: Record) -> None:
+    def update(self, state: Standing, record: Record) -> None:
         """Take in one record: it is an OnRecord."""
         for name in self._tokens:
             self._tokens[name] += record.get(f"tokens_{name}", 0)
+        if record["event"] == "evaluation":
+            self._decisions["accepted" if record["accepted"] else "rejected"] += 1
+            self._steps.observe(record["seconds"])
+            self._now["last_step_seconds"] = record["seconds"]
         if record["event"] == "step":
             self._decisions[_decision(record)] += 1
             self._steps.observe(record["seconds"])
@@ -118,7 +121,7 @@ def published(port: int, api: ModelAPI, run: str, pool: Pool, on_record: OnRecor
             f"cannot publish metrics at port {port}: {error}.", hint="Give another --metrics_port."
         ) from None
 
-    def update(state: SearchState, record: Record) -> None:
+    def update(state: Standing, record: Record) -> None:
         metrics.update(state, record)
         on_record(state, record)
 

@@ -20,7 +20,14 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script, from any folder, without an installed package
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from src.experiments.arguments import Parser, add_search_arguments, at_least, command_parser, lookahead_of
+from src.experiments.arguments import (
+    Parser,
+    add_choice_of_search,
+    add_search_arguments,
+    at_least,
+    command_parser,
+    lookahead_of,
+)
 from src.experiments.contradictions import refuse
 from src.experiments.loading import pool_of, tell_of_continuing, warn_of_leaks
 from src.experiments.parts import run_parts
@@ -30,7 +37,7 @@ from src.experiments.run_settings import as_begun, run_name, settings_of
 from src.experiments.same_run import check_readable, check_same_run, may_be_renamed
 from src.experiments.single_run import label_pool, model_api_of, tell_opening
 from src.experiments.summary import print_summary, say_shown_again
-from src.icm.annealing import SearchSettings
+from src.icm.problem import SearchSettings
 from src.pipeline.labelling import Labelling
 from src.results.messages import calibration_told, check_table, token_lines
 from src.results.run_folder import RunFolder
@@ -40,6 +47,7 @@ def build_parser() -> Parser:
     """The search's flags, and those of one run."""
     parser = command_parser("icm label", __doc__)
     add_search_arguments(parser)
+    add_choice_of_search(parser)
     parts, output = PartsRequest(), OutputRequest()
     run = parser.add_argument_group("run")
     run.add_argument(

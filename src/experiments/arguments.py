@@ -10,8 +10,9 @@ from typing import Any, NoReturn, get_args
 
 from src.experiments.contradictions import contradicted, message_of, out_of_range
 from src.experiments.request import DataRequest, ModelRequest
-from src.icm.annealing import LayoutName, Scheduler, SearchSettings, Stop
 from src.icm.objective import Calibration
+from src.icm.problem import BootstrapStart, LayoutName, Scheduler, SearchSettings, Stop
+from src.icm.searches import SEARCHES
 from src.icm.testbeds import TESTBEDS, ConsistencyMode, GroupedBy
 from src.pipeline.testbed_files import testbed_path
 
@@ -159,6 +160,27 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         default=defaults.mirror,
         help="once settled, flip every label if U says so: inverted labels are a second optimum",
+    )
+
+
+def add_choice_of_search(parser: argparse.ArgumentParser) -> None:
+    """Which search labels the pool, and the settings of those that are not the paper's."""
+    defaults = SearchSettings()
+    search = parser.add_argument_group("which search")
+    each = "; ".join(f"{name}: {what}" for name, what in SEARCHES.items())
+    search.add_argument("--search", choices=list(SEARCHES), default=defaults.search, help=each)
+    search.add_argument(
+        "--bootstrap_rounds",
+        type=at_least(1),
+        default=defaults.bootstrap_rounds,
+        metavar="R",
+        help="with --search bootstrapping: rounds at most",
+    )
+    search.add_argument(
+        "--bootstrap_start",
+        choices=get_args(BootstrapStart),
+        default=defaults.bootstrap_start,
+        help="with --search bootstrapping: the labels that the first round shows",
     )
 
 

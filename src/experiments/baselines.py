@@ -37,11 +37,11 @@ from src.experiments.run_settings import as_begun, run_name, settings_of
 from src.experiments.same_run import check_same_engine, check_same_run, identity_record
 from src.experiments.single_run import model_api_of, read_or_label, tell_opening
 from src.experiments.summary import say_shown_again
-from src.icm.annealing import Stream, generator
+from src.icm.problem import BootstrapStart, Stream, generator
 from src.icm.testbeds import BadInput, Claim, sample_pool
 from src.pipeline.baselines import BASELINES, run_baseline
 from src.pipeline.baselines.row_result import Cost
-from src.pipeline.baselines.trial import BootstrapStart, ChatModel, Options, Searched, Trial
+from src.pipeline.baselines.trial import ChatModel, Options, Searched, Trial
 from src.pipeline.datafiles import claims_of, read_rows
 from src.pipeline.file_kinds import digest_of
 from src.pipeline.labelling import Labelling, Pool

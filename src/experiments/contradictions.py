@@ -10,7 +10,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
 from typing import Any, Final
 
-from src.icm.annealing import SearchSettings
+from src.icm.problem import SearchSettings
+from src.icm.searches import search_named
 from src.icm.testbeds import BadInput
 from src.pipeline.testbed_files import testbed_path
 
@@ -40,6 +41,13 @@ def _upstream(args: argparse.Namespace) -> bool:
 
 def _always(_: argparse.Namespace) -> bool:
     return True
+
+
+_OF_EVERY_SEARCH: Final = {"search", "seed", "layout", "anchors", "context_cap"}
+
+
+def _unused(flag: str) -> Callable[[argparse.Namespace], bool]:
+    return lambda args: flag not in search_named(args.search).SETTINGS
 
 
 RULES: Final = (
@@ -83,6 +91,11 @@ RULES: Final = (
     Rule(
         *("lookahead", "best_of", "what it asks next depends on its answers, so nothing can be asked ahead"),
         lambda a: a.best_of > 1 and bool(a.lookahead),
+    ),
+    *(
+        Rule(flag, "search", "that search does not use it", _unused(flag), by_default=True)
+        for flag in (*(field.name for field in fields(SearchSettings)), "lookahead", "continue_from")
+        if flag not in _OF_EVERY_SEARCH
     ),
     Rule("is_complete", "check", "one looks at a run, the other measures a pool", _always),
     Rule("metrics_port", "num_batches", "of several searches none has the port", lambda a: a.num_batches != 1),

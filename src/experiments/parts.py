@@ -23,8 +23,8 @@ from src.experiments.run_settings import as_begun, run_name, settings_of
 from src.experiments.same_run import check_readable, check_same_engine, check_same_run, may_be_renamed
 from src.experiments.single_run import COSTS, beginning, model_api_of, read_or_label, tell_opening, testbed_record
 from src.experiments.summary import print_summary, say_shown_again
-from src.icm.annealing import part_seed
 from src.icm.label_names import counts_of, read_label
+from src.icm.problem import part_seed
 from src.icm.testbeds import BadInput
 from src.pipeline.labelling import Labelling, Pool
 from src.pipeline.progress import PartsProgress
@@ -214,7 +214,7 @@ def _result(
         "zero_shot": _added([r["zero_shot"] for r in first]),
         "zero_shot_calibrated": _added([r["zero_shot_calibrated"] for r in first]),
         "predicted": {"predicted": _agreement(predicted)} if predicted else {},
-        "warning": random_warning(len(voted), accepted)
+        "warning": (random_warning(len(voted), accepted) if parts[0].pool.problem.starts_at_random else None)
         or collapse_warning(labels, prior, names, calibrated=calibration != "none"),
         "changes_objective": results[0]["changes_objective"],
         "parts": [

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from core.settings import REPO_ROOT
-from src.icm.annealing import SearchSettings
 from src.icm.columns import GroupedBy, Reading, parse_columns, parse_values
 from src.icm.objective import Objective
+from src.icm.problem import SearchSettings
 from src.icm.testbeds import BadInput, ConsistencyMode, Testbed
 from src.pipeline.testbed_files import testbed_path
 

@@ -13,12 +13,12 @@ import orjson
 
 from core.llm_api.labels import TRUE_FALSE
 from src.experiments.request import RunRequest
-from src.icm.annealing import SearchSettings
 from src.icm.columns import Reading
+from src.icm.problem import SearchSettings
 from src.icm.testbeds import BadInput
 from src.pipeline.labelling import Pool
 
-VARIANTS = ("context_cap", "best_of", "local_gain")
+VARIANTS = ("search", "context_cap", "best_of", "local_gain", "bootstrap_rounds", "bootstrap_start")
 
 
 def settings_of(request: RunRequest, pool: Pool) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from src.experiments.same_run import (
     identity_record,
     may_be_renamed,
 )
-from src.icm.annealing import SearchState
+from src.icm.searches.seam import Standing
 from src.pipeline.labelling import Labelling, Pool, result_record
 from src.pipeline.opening import example_prompt, opening, prompt_line, prompt_lines
 from src.pipeline.progress import Progress, SearchProgress
@@ -92,8 +92,9 @@ async def tell_opening(
 def _all_random(pools: Sequence[Pool]) -> list[str]:
     """A warning where a search begins with a random label for every claim: it can then only correct them."""
     for pool in pools:
-        size, seeds = len(pool.claims), pool.problem.settings.num_seed
-        if pool.continued is None and seeds >= size:
+        size, settings = len(pool.claims), pool.problem.settings
+        seeds = settings.num_seed
+        if pool.continued is None and seeds >= size and settings.search == "annealing":
             return [
                 f"warning: all {size} claims of the pool begin with a random label (--num_seed {seeds}), and none is "
                 "predicted first: use a smaller --num_seed or a larger pool"
@@ -181,7 +182,7 @@ async def label_pool(
     warning = collapse_warning(
         state.labels, objective.prior, labelling.pool.names, calibrated=objective.calibration != "none"
     )
-    if labelling.pool.continued is None:
+    if labelling.pool.problem.starts_at_random:
         warning = random_warning(len(state.labelled), state.accepted) or warning
     document = {
         **known,
@@ -232,7 +233,7 @@ def testbed_record(pool: Pool) -> dict[str, Any]:
     return {"testbed": pool.testbed.record()} if pool.testbed.digest else {}
 
 
-def _last_questions(labelling: Labelling, state: SearchState, cost: Mapping[str, Any]) -> str:
+def _last_questions(labelling: Labelling, state: Standing, cost: Mapping[str, Any]) -> str:
     """What is asked after the search, and how long that takes at the search's own speed where it is known."""
     pool = labelling.pool
     left = len(pool.rest) + state.labels.count(None)

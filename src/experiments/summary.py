@@ -29,9 +29,10 @@ def print_summary(folder: RunFolder, document: Mapping[str, Any]) -> None:
     """A finished run.json in a few lines; a warning goes to standard error."""
     result, settings, cost = document["result"], document["settings"], document["cost"]
     calibration = calibration_told(settings)
+    searched = f"; search: {settings['search']}" if "search" in settings else ""
     print(
         f"{settings['testbed']}: {counted(result['labelled'], 'claim')} labelled by {document['engine']['model']} in "
-        f"{counted(result['iterations'], 'iteration')}, {cost['seconds']:.0f} s (calibration: {calibration})"
+        f"{counted(result['iterations'], 'iteration')}, {cost['seconds']:.0f} s (calibration: {calibration}{searched})"
     )
     print(f"  agreement with gold  {agreement(*result['icm'])}")
     known = [result["icm"], result["zero_shot"], *result["predicted"].values()]

@@ -1,197 +1,48 @@
-"""The search of ICM as a state machine: state + random numbers + scores -> proposals and the next state.
+"""Annealing as a state machine: state + random numbers + scores -> proposals and the next state.
 
 Algorithm 1 of Wen et al. 2025 with its consistency repair (algorithm 2). Nothing here asks a model: `propose` names a
 claim, `explore` yields labelings it wants evaluated, `advance` applies an outcome, live or read back from a journal.
-Random numbers of iteration n come from a generator seeded by (seed, n) alone, so a search can stop, resume, or look
-ahead without changing a draw.
+Random numbers of iteration n come from a generator seeded by (seed, n) alone. `searches/annealing.py` drives it.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from enum import IntEnum
+from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Literal
 
 import numpy as np
 
-from src.icm.capped_layout import CappedLayout
-from src.icm.consistency import Consistency, Constraint, Labels, all_labels
-from src.icm.objective import Evaluation, LogOdds, Objective, label_of, sureness
-from src.icm.planner import TokenCosts, evaluation_tokens, excess_tokens, relaid_tokens
-from src.icm.planner import wants_rebuild as pays_to_rebuild
-from src.icm.prefix_tree import Layout, TreeLayout, UpstreamLayout
-
-Scheduler = Literal["log", "log-upstream", "exp"]
-Stop = Literal["labelled", "K"]
-LayoutName = Literal["tree", "upstream"]
+from src.icm.consistency import Constraint, Labels, all_labels
+from src.icm.objective import Evaluation, LogOdds, label_of, sureness
+from src.icm.planner import evaluation_tokens, extra_tokens_of_tail, pays_to_rebuild, relaid_tokens
+from src.icm.prefix_tree import Layout
+from src.icm.problem import Candidate, Problem, Stream, generator
+from src.icm.searches.seam import Standing
 
 SIBLING_WEIGHT = 100  # of an unlabelled claim whose group has a labelled member, against 1 (published code)
 
 
-class Stream(IntEnum):
-    """Independent streams of random numbers drawn from one seed."""
-
-    POOL = 0
-    SEEDS = 1
-    LAYOUT = 2
-    STEP = 3
-    PART = 4
-
-
-def generator(seed: int, stream: Stream, index: int = 0) -> np.random.Generator:
-    """The generator of one purpose (and one iteration) of a run."""
-    return np.random.default_rng([seed, stream, index])
-
-
-def part_seed(seed: int, batch: int, number: int) -> int:
-    """The seed of one of several searches that a run is made of: of a batch, and of its pass `number`."""
-    return int(np.random.SeedSequence([seed, Stream.PART, batch, number]).generate_state(1)[0])
-
-
 @dataclass(frozen=True, slots=True)
-class SearchSettings:
-    """The flags of the published code, and what it lacks. Temperatures are in units of U.
+class SearchState(Standing):
+    """Where annealing stands. `unchanged` counts proposals in a row that changed nothing, `refused` the claims they
+    were about. `spent_on_tail`: extra tokens computed on account of the tail since the last rebuild (see planner).
+    `changes_since_asked`: changes accepted since all log-odds were last asked; above 0 with local_gain only."""
 
-    decay: the paper's beta in scheduler "log", the base of the power in "exp", unused in "log-upstream".
-    patience: proposals in a row that change nothing before stop "labelled" ends (see `finished`).
-    anchors: claims that stand last in every prompt when a tree is built (see prefix_tree); 0 is cheapest.
-    max_tail: appended demonstrations after which the tree is built anew at the latest; None: the planner decides.
-    mirror: once the search has settled, try to swap two labels everywhere (see `wants_mirror`).
-    context_cap: demonstrations at most in every prompt (see capped_layout); None: all. Another objective.
-    best_of: claims whose labels an iteration predicts; only the surest change is evaluated (see `choose`).
-    local_gain: a new claim is accepted by its own term of U, the others' as they last were (see `decides_by_itself`).
-    """
-
-    seed: int = 27565976
-    num_seed: int = 8
-    K: int = 3000
-    consistency_fix_K: int = 10
-    decay: float = 0.99
-    initial_T: float = 10.0
-    final_T: float = 0.01
-    scheduler: Scheduler = "log"
-    stop: Stop = "labelled"
-    patience: int = 30
-    layout: LayoutName = "tree"
-    anchors: int = 0
-    max_tail: int | None = None
-    mirror: bool = True
-    context_cap: int | None = None
-    best_of: int = 1
-    local_gain: bool = False
-
-    def temperature(self, iteration: int, accepted: int) -> float:
-        """T of iteration n = 0, 1, ... after `accepted` accepted changes.
-
-        "log": max(T_min, T_0 / (1 + beta * ln(n + 1))), the paper's algorithm 1 with its n counted from 1.
-        "log-upstream": the published code's T_0 / (1 + 2 ln(1 + accepted)), which ignores --decay.
-        "exp": the published code's T_0 * decay ** accepted.
-        """
-        if self.scheduler == "log":
-            cooled = self.initial_T / (1 + self.decay * math.log(iteration + 1))
-        elif self.scheduler == "log-upstream":
-            cooled = self.initial_T / (1 + 2 * math.log(1 + accepted))
-        else:
-            cooled = self.initial_T * self.decay**accepted
-        return max(self.final_T, cooled)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What stays the same through a search: the pool's groups and constraints, the objective, the settings, and what
-    its claims cost on the server it began on. start_labels: what it starts with in place of random labels."""
-
-    groups: tuple[str, ...]
-    consistency: Consistency
-    objective: Objective
-    settings: SearchSettings
-    costs: TokenCosts = field(default_factory=TokenCosts)
-    start_labels: Labels | None = None
-
-    @property
-    def size(self) -> int:
-        return len(self.groups)
-
-    @property
-    def num_labels(self) -> int:
-        return self.objective.num_labels
-
-    def new_layout(self, labelled: Sequence[int], rebuilds: int = 0, *, labels: Labels | None = None) -> Layout:
-        """A layout of `labelled`. labels: what a sample of demonstrations is balanced by, where there is a cap."""
-        rng = generator(self.settings.seed, Stream.LAYOUT, rebuilds)
-        cap, anchors = self.settings.context_cap, self.settings.anchors
-        if cap is not None:
-            return CappedLayout.build(labelled, labels, self.groups, rng, cap=cap, anchors=anchors)
-        if self.settings.layout == "upstream":
-            return UpstreamLayout.build(labelled)
-        return TreeLayout.build(labelled, self.groups, rng, anchors=self.settings.anchors)
-
-    def seed_labels(self) -> Labels:
-        """start_labels where there are any, else random ones, as many of each label, for num_seed claims; the rest
-        None.
-
-        The claims are the first of each group in the pool's order, then the second of each, and so on: random labels
-        of one group would contradict each other, and repairing them would pick the seeds by their score.
-        """
-        if self.start_labels is not None:
-            return self.start_labels
-        count = min(self.settings.num_seed, self.size)
-        drawn = balanced_labels(count, self.num_labels, generator(self.settings.seed, Stream.SEEDS))
-        seen: Counter[str] = Counter()
-        rank = []
-        for claim, group in enumerate(self.groups):
-            rank.append((seen[group], claim))
-            seen[group] += 1
-        seeds = dict(zip((claim for _, claim in sorted(rank)), drawn, strict=False))
-        return tuple(seeds.get(claim) for claim in range(self.size))
-
-
-def balanced_labels(count: int, num_labels: int, rng: np.random.Generator) -> list[int]:
-    """`count` labels in random order, as many of each as can be; which ones are over is random."""
-    share, over = divmod(count, num_labels)
-    if num_labels == 2:
-        odd = [bool(rng.random() < 0.5)] * over
-        drawn = rng.permutation(np.array([True] * share + [False] * share + odd, dtype=bool))
-    else:
-        rest = rng.permutation(num_labels)[:over]
-        drawn = rng.permutation(np.concatenate([np.repeat(np.arange(num_labels), share), rest]))
-    labels: list[int] = drawn.tolist()
-    return labels
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A labeling that wants evaluating, and the order in which its demonstrations stand."""
-
-    labels: Labels
-    layout: Layout
-
-
-@dataclass(frozen=True, slots=True)
-class SearchState:
-    """Where a search stands. `unchanged` counts proposals in a row that changed nothing, `refused` the claims they
-    were about. `debt`: tokens computed on account of the tail since the last rebuild (see planner). `stale`: changes
-    accepted since all log-odds were last asked; above 0 with local_gain only."""
-
-    iteration: int
-    labels: Labels
-    layout: Layout
-    evaluation: Evaluation
-    accepted: int = 0
     unchanged: int = 0
     refused: frozenset[int] = frozenset()
-    rebuilds: int = 0
     mirror_tried: bool = False
-    debt: int = 0
-    stale: int = 0
+    spent_on_tail: int = 0
+    changes_since_asked: int = 0
 
-    @property
-    def labelled(self) -> tuple[int, ...]:
-        return tuple(i for i, label in enumerate(self.labels) if label is not None)
+    def asks_next(self, problem: Problem) -> str | None:
+        """See Standing."""
+        if finished(problem, self):
+            return None
+        if wants_mirror(problem, self):
+            return f"asking all with {'every label flipped' if problem.num_labels == 2 else 'two labels swapped'}"
+        return "asking all in a new order" if wants_rebuild(problem, self) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +51,7 @@ class Outcome:
 
     labels, evaluation: the accepted labeling and its worth; None where nothing changed.
     proposed_utility: U of the best labeling tried, None where the predicted label was the current one.
-    excess: tokens that trying them cost on account of the tail (see `excess`).
+    spent_on_tail: extra tokens that trying them cost on account of the tail (see `extra_tokens`).
     pieced_together: whether log-odds of the evaluation are those of an earlier one (see `local_evaluation`).
     """
 
@@ -213,7 +64,7 @@ class Outcome:
     probability: float | None = None
     labels: Labels | None = None
     evaluation: Evaluation | None = None
-    excess: int = 0
+    spent_on_tail: int = 0
     pieced_together: bool = False
 
     @property
@@ -349,7 +200,7 @@ def advance(problem: Problem, state: SearchState, outcome: Outcome) -> SearchSta
             iteration=state.iteration + 1,
             unchanged=state.unchanged + 1,
             refused=state.refused | {outcome.claim},
-            debt=state.debt + outcome.excess,
+            spent_on_tail=state.spent_on_tail + outcome.spent_on_tail,
         )
     layout = state.layout
     if state.labels[outcome.claim] is None:
@@ -363,14 +214,14 @@ def advance(problem: Problem, state: SearchState, outcome: Outcome) -> SearchSta
         accepted=state.accepted + 1,
         unchanged=0,
         refused=frozenset(),
-        debt=state.debt + outcome.excess,
-        stale=state.stale + 1 if outcome.pieced_together else 0,
+        spent_on_tail=state.spent_on_tail + outcome.spent_on_tail,
+        changes_since_asked=state.changes_since_asked + 1 if outcome.pieced_together else 0,
     )
 
 
-def excess(problem: Problem, state: SearchState, labelings: Iterable[Labels]) -> int:
-    """Tokens that evaluating `labelings` costs more than it would in a rebuilt layout (planner.excess_tokens)."""
-    return sum(excess_tokens(problem.costs, state.layout, _relabelled(state, labels)) for labels in labelings)
+def extra_tokens(problem: Problem, state: SearchState, labelings: Iterable[Labels]) -> int:
+    """Tokens that evaluating `labelings` costs more than in a rebuilt layout (planner.extra_tokens_of_tail)."""
+    return sum(extra_tokens_of_tail(problem.costs, state.layout, _relabelled(state, labels)) for labels in labelings)
 
 
 def cost(problem: Problem, state: SearchState, labelings: Iterable[Labels]) -> float:
@@ -393,13 +244,13 @@ def wants_rebuild(problem: Problem, state: SearchState) -> bool:
     doubled, and pieced-together log-odds also before a search ends or tries the mirror.
     """
     settings = problem.settings
-    if state.stale and settled(problem, state):
+    if state.changes_since_asked and settled(problem, state):
         return True
     if settings.max_tail is not None and state.layout.tail_length >= settings.max_tail:
         return True
     if settings.context_cap is not None or settings.local_gain:
         return len(state.layout.questions) >= 2 * state.layout.built_with
-    return pays_to_rebuild(problem.costs, state.layout, state.debt)
+    return pays_to_rebuild(problem.costs, state.layout, state.spent_on_tail)
 
 
 def rebuilt_layout(problem: Problem, state: SearchState) -> Layout:
@@ -409,7 +260,9 @@ def rebuilt_layout(problem: Problem, state: SearchState) -> Layout:
 
 def rebuild(state: SearchState, layout: Layout, evaluation: Evaluation) -> SearchState:
     """The state in a new layout: same labels, scores as that layout gives them."""
-    return replace(state, layout=layout, evaluation=evaluation, rebuilds=state.rebuilds + 1, debt=0, stale=0)
+    return replace(
+        state, layout=layout, evaluation=evaluation, rebuilds=state.rebuilds + 1, spent_on_tail=0, changes_since_asked=0
+    )
 
 
 def settled(problem: Problem, state: SearchState) -> bool:
@@ -435,7 +288,7 @@ def wants_mirror(problem: Problem, state: SearchState) -> bool:
     settles, until no swap is better.
     """
     wanted = problem.settings.mirror and not state.mirror_tried and bool(state.labelled)
-    return wanted and not state.stale and settled(problem, state)
+    return wanted and not state.changes_since_asked and settled(problem, state)
 
 
 def mirrors(labels: Labels, num_labels: int) -> tuple[Labels, ...]:
@@ -476,4 +329,4 @@ def mirror(state: SearchState, evaluation: Evaluation | None, labels: Labels | N
 
 def finished(problem: Problem, state: SearchState) -> bool:
     """Settled on log-odds that were all asked, and the mirror tried where it is wanted."""
-    return settled(problem, state) and not state.stale and not wants_mirror(problem, state)
+    return settled(problem, state) and not state.changes_since_asked and not wants_mirror(problem, state)

@@ -71,8 +71,8 @@ class CappedLayout:
         return self.shown.detours
 
     @property
-    def kin(self) -> float:
-        return self.shown.kin
+    def mean_group_size(self) -> float:
+        return self.shown.mean_group_size
 
     def context(self, claim: int) -> Context:
         return self.shown.context(claim)

@@ -1,4 +1,4 @@
-"""One line an iteration: what a search did, complete enough to replay it without asking the model again.
+"""One line an iteration: what annealing did, complete enough to replay it without asking the model again.
 
 Four events: "start" (the repaired seeds), "step" (an iteration), "rebuild" (the same labels scored in a new layout),
 "mirror" (two labels swapped everywhere, when the search has settled). Replaying folds them through `annealing.advance`,
@@ -16,7 +16,6 @@ from typing import Any, Final
 
 from src.icm.annealing import (
     Outcome,
-    Problem,
     SearchState,
     advance,
     decides_by_itself,
@@ -29,24 +28,20 @@ from src.icm.annealing import (
     wants_mirror,
     wants_rebuild,
 )
-from src.icm.consistency import Labels
-from src.icm.objective import Evaluation, LogOdds
+from src.icm.objective import Evaluation
+from src.icm.problem import Problem
+from src.icm.searches.lines import labels_of, read_evaluation, read_labels, read_log_odds, scores_of
+from src.icm.searches.seam import JournalMismatch, Record
 
-Record = dict[str, Any]
 FORMAT: Final = 3
-"""Of journals of more than two labels. Those of two tell no format; they are as version 2 writes them."""
-
-
-class JournalMismatch(Exception):
-    """The journal is not one of this search: other settings, other code, or damaged in the middle."""
+"""Of journals of more than two labels. Those of two have no "format"; they are as version 2 writes them."""
 
 
 def start_record(state: SearchState) -> Record:
     """The state before iteration 0: seeds after repair."""
-    labels = {str(i): state.labels[i] for i in state.labelled}
     count = state.evaluation.num_labels
-    told = {} if count == 2 else {"format": FORMAT, "num_labels": count}
-    return {"event": "start"} | told | {"labels": labels} | _worth(state.evaluation)
+    kind = {} if count == 2 else {"format": FORMAT, "num_labels": count}
+    return {"event": "start"} | kind | {"labels": labels_of(state.labels)} | _worth(state.evaluation)
 
 
 def rebuild_record(state: SearchState) -> Record:
@@ -65,7 +60,7 @@ def mirror_record(after: SearchState, accepted: bool, proposed_utility: float) -
     }
     if accepted:
         record["changes"] = {str(i): after.labels[i] for i in after.labelled}
-        record["scores"] = _scores(after.evaluation)
+        record["scores"] = scores_of(after.evaluation)
     return record
 
 
@@ -85,7 +80,7 @@ def step_record(before: SearchState, outcome: Outcome, after: SearchState) -> Re
         "current": before.labels[outcome.claim],
         "predicted": outcome.predicted,
         "tried": outcome.tried,
-        "excess": outcome.excess,
+        "excess": outcome.spent_on_tail,
         "U_proposed": outcome.proposed_utility,
         "T": outcome.temperature,
         "probability": outcome.probability,
@@ -100,7 +95,7 @@ def step_record(before: SearchState, outcome: Outcome, after: SearchState) -> Re
         record["changes"] = {
             str(i): new for i, (old, new) in enumerate(zip(before.labels, outcome.labels, strict=True)) if old != new
         }
-        record["scores"] = _scores(outcome.evaluation)
+        record["scores"] = scores_of(outcome.evaluation)
     return record
 
 
@@ -122,72 +117,50 @@ def _apply(problem: Problem, state: SearchState | None, record: Mapping[str, Any
     if event == "start":
         if record.get("num_labels", 2) != problem.num_labels or record.get("format", FORMAT) != FORMAT:
             raise JournalMismatch("it is one of other labels, or of a format that this version does not know")
-        seeds = flipped((None,) * problem.size, _claims(problem, record["labels"]))
+        seeds = flipped((None,) * problem.size, read_labels(problem, record["labels"]))
         # Laid out before the seeds were repaired.
         layout = problem.new_layout(
             [i for i, label in enumerate(seeds) if label is not None], labels=problem.seed_labels()
         )
-        return SearchState(0, seeds, layout, _evaluation(problem, seeds, record))
+        return SearchState(0, seeds, layout, read_evaluation(problem, seeds, record))
     if state is None:
         raise JournalMismatch("it does not begin with a start")
     if event == "rebuild":
-        if not wants_rebuild(problem, state) and not state.stale:
+        if not wants_rebuild(problem, state) and not state.changes_since_asked:
             raise JournalMismatch(f"it rebuilds at iteration {state.iteration}, where this search would not")
-        return rebuild(state, rebuilt_layout(problem, state), _evaluation(problem, state.labels, record))
+        return rebuild(state, rebuilt_layout(problem, state), read_evaluation(problem, state.labels, record))
     if event == "mirror":
         if not wants_mirror(problem, state):
             raise JournalMismatch(f"it mirrors at iteration {state.iteration}, where this search would not")
         if not record["accepted"]:
             return mirror(state, None)
         found = mirrors(state.labels, problem.num_labels)
-        labels = found[0] if len(found) == 1 else flipped(state.labels, _claims(problem, record["changes"]))
+        labels = found[0] if len(found) == 1 else flipped(state.labels, read_labels(problem, record["changes"]))
         if labels not in found:
             raise JournalMismatch(f"its mirror at iteration {state.iteration} is no swap of two labels")
-        return mirror(state, _evaluation(problem, labels, record), labels)
+        return mirror(state, read_evaluation(problem, labels, record), labels)
     if event != "step":
         raise JournalMismatch(f"it has an event {event!r} that this version does not know")
     claim = record["claim"]
     if record["iteration"] != state.iteration or claim not in proposals(problem, state):
         raise JournalMismatch(f"iteration {record['iteration']} proposes claim {claim}; this search would not")
-    accepted = flipped(state.labels, _claims(problem, record["changes"])) if record["accepted"] else None
-    start = flipped(state.labels, _claims(problem, {claim: record["predicted"]}))
+    accepted = flipped(state.labels, read_labels(problem, record["changes"])) if record["accepted"] else None
+    start = flipped(state.labels, read_labels(problem, {claim: record["predicted"]}))
     outcome = Outcome(
         claim=claim,
-        log_odds=_log_odds(record["log_odds"]),
+        log_odds=read_log_odds(record["log_odds"]),
         predicted=record["predicted"],
         temperature=record["T"],
         tried=record["tried"],
-        excess=record["excess"],
+        spent_on_tail=record["excess"],
         proposed_utility=record["U_proposed"],
         probability=record["probability"],
         labels=accepted,
-        evaluation=None if accepted is None else _evaluation(problem, accepted, record),
+        evaluation=None if accepted is None else read_evaluation(problem, accepted, record),
         pieced_together=accepted is not None and decides_by_itself(problem, state, claim, start),
     )
     return advance(problem, state, outcome)
 
 
 def _worth(evaluation: Evaluation) -> Record:
-    return {"scores": _scores(evaluation), "U": evaluation.utility}
-
-
-def _scores(evaluation: Evaluation) -> dict[str, LogOdds]:
-    return {str(claim): value for claim, value in evaluation.log_odds.items()}
-
-
-def _claims(problem: Problem, mapping: Mapping[Any, Any]) -> dict[int, int]:
-    """Labels by claim. Raises JournalMismatch for a label that there is not."""
-    if problem.num_labels == 2:
-        return {int(claim): bool(label) for claim, label in mapping.items()}
-    if not all(type(label) is int and 0 <= label < problem.num_labels for label in mapping.values()):
-        raise JournalMismatch(f"it has a label that is none of the {problem.num_labels}")
-    return {int(claim): label for claim, label in mapping.items()}
-
-
-def _log_odds(value: Any) -> LogOdds:
-    return tuple(map(float, value)) if isinstance(value, list | tuple) else float(value)
-
-
-def _evaluation(problem: Problem, labels: Labels, record: Mapping[str, Any]) -> Evaluation:
-    log_odds = {int(claim): _log_odds(value) for claim, value in record["scores"].items()}
-    return problem.objective.evaluate(labels, log_odds, problem.consistency)
+    return {"scores": scores_of(evaluation), "U": evaluation.utility}

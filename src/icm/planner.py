@@ -5,13 +5,13 @@ demonstration and itself, however long the tail is. Two things make it expensive
 tail for every question, and its KV cache is finite. And a changed label of a claim that already stands in the contexts
 makes the server compute all that stands behind it, those copies included, where a rebuilt tree would share them.
 
-So there are two reasons to rebuild (`wants_rebuild`): what must be held would no longer fit and would after a rebuild,
-or the tokens computed on account of the tail since the last rebuild, the *debt*, have reached the price of a rebuild.
+So there are two reasons to rebuild (`pays_to_rebuild`): what must be held would no longer fit and would after a
+rebuild, or the extra tokens spent on the tail since the last rebuild have reached the price of a rebuild.
 The second is the ski-rental rule (Karlin et al. 1988, Competitive snoopy caching): rent until the rent paid equals the
 price, then buy. Whatever comes, that pays at most twice what the best choice in hindsight pays.
 
-Everything is a pure function of the layout, the debt and the run's fixed costs, so that a search that is replayed or
-resumed rebuilds where it did before: layouts decide scores. All amounts are tokens and averages: a balanced tree is
+Everything is a pure function of the layout, those tokens and the run's fixed costs, so that a search that is replayed
+or resumed rebuilds where it did before: layouts decide scores. All amounts are tokens and averages: a balanced tree is
 taken to have log2 levels, blocks of the server's cache are not rounded up (KV_SHARE leaves room for that).
 """
 
@@ -32,7 +32,8 @@ class TokenCosts:
     """What a run's claims cost, fixed when it first starts.
 
     demonstrations, questions: tokens of each by pool position; empty means one token each. capacity: tokens that the
-    engine's KV cache holds, None where it does not say (taken as unlimited: then only the debt causes rebuilds).
+    engine's KV cache holds, None where it does not say (taken as unlimited: then only what was spent on the
+    tail causes rebuilds).
     """
 
     demonstrations: tuple[int, ...] = ()
@@ -83,9 +84,9 @@ def held_tokens(costs: TokenCosts, layout: Layout) -> float:
 def rebuilt_tokens(costs: TokenCosts, layout: Layout) -> float:
     """What computing the same labels in a rebuilt layout costs, its questions not counted: a cold tree of all claims.
 
-    D log2(n) + N * A + a * kin detours, with a anchors of A tokens in the tail again; D and n without the anchors, a
-    detour of SIBLING_DISTANCE demonstrations but at most half the tree. Which claims will be anchors is drawn, so A is
-    a times the mean demonstration.
+    D log2(n) + N * A + a * mean_group_size detours, with a anchors of A tokens in the tail again; D and n without the
+    anchors, a detour of SIBLING_DISTANCE demonstrations but at most half the tree. Which claims will be anchors is
+    drawn, so A is a times the mean demonstration.
     """
     count = len(layout.questions)
     if not count:
@@ -95,7 +96,7 @@ def rebuilt_tokens(costs: TokenCosts, layout: Layout) -> float:
     tree = tokens - anchors
     inside = count - layout.anchors
     detour = min(tree / 2, SIBLING_DISTANCE * tree / max(1, inside))
-    return tree_tokens(inside, tree) + count * anchors + layout.anchors * layout.kin * detour
+    return tree_tokens(inside, tree) + count * anchors + layout.anchors * layout.mean_group_size * detour
 
 
 def evaluation_tokens(costs: TokenCosts, layout: Layout) -> float:
@@ -138,7 +139,7 @@ def relaid_tokens(costs: TokenCosts, layout: Layout, changed: Iterable[int]) -> 
     return tail_tokens(layout, costs.of_demonstrations(layout.tail[first:]))
 
 
-def excess_tokens(costs: TokenCosts, layout: Layout, changed: Iterable[int]) -> int:
+def extra_tokens_of_tail(costs: TokenCosts, layout: Layout, changed: Iterable[int]) -> int:
     """What relaid_tokens exceeds a rebuilt layout's by, in which any change computes about the whole tree."""
     if not layout.tail_length:
         return 0
@@ -146,13 +147,14 @@ def excess_tokens(costs: TokenCosts, layout: Layout, changed: Iterable[int]) -> 
     return max(0, round(relaid - rebuilt_tokens(costs, layout))) if relaid else 0
 
 
-def wants_rebuild(costs: TokenCosts, layout: Layout, debt: int) -> bool:
+def pays_to_rebuild(costs: TokenCosts, layout: Layout, spent_on_tail: int) -> bool:
     """Whether the tree should be built anew before the next proposal.
 
-    debt: the excess_tokens of every evaluation since the last rebuild. Never where nothing was appended.
+    spent_on_tail: the extra_tokens_of_tail of every evaluation since the last rebuild. Never where nothing was
+    appended.
     """
     if not layout.tail_length:
         return False
     if not fits(costs, layout) and fits_rebuilt(costs, layout):
         return True
-    return debt > 0 and debt >= rebuilt_tokens(costs, layout) + costs.of_questions(layout.questions)
+    return spent_on_tail > 0 and spent_on_tail >= rebuilt_tokens(costs, layout) + costs.of_questions(layout.questions)

@@ -74,8 +74,8 @@ class Layout(Protocol):
         ...
 
     @property
-    def kin(self) -> float:
-        """The mean size of a laid-out claim's group, counted as 0 where it is alone: detours that one anchor makes."""
+    def mean_group_size(self) -> float:
+        """The mean size of a laid-out claim's group, 0 for one without siblings: detours that one anchor makes."""
         ...
 
     def context(self, claim: int) -> Context:
@@ -130,7 +130,7 @@ class UpstreamLayout:
         return 0
 
     @property
-    def kin(self) -> float:
+    def mean_group_size(self) -> float:
         return 0.0
 
     def context(self, claim: int) -> Context:
@@ -201,7 +201,7 @@ class TreeLayout:
         return total
 
     @cached_property
-    def kin(self) -> float:
+    def mean_group_size(self) -> float:
         sizes = Counter(self.groups[claim] for claim in self.questions)
         return sum(size**2 for size in sizes.values() if size > 1) / max(1, sizes.total())
 

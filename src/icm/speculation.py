@@ -10,14 +10,13 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 
 from src.icm.annealing import (
-    Candidate,
     Outcome,
-    Problem,
     SearchState,
     advance,
     explore,
@@ -28,12 +27,45 @@ from src.icm.annealing import (
     wants_rebuild,
 )
 from src.icm.objective import LogOdds
+from src.icm.problem import Candidate, Problem
 
 MOST = 16  # questions or evaluations ahead, unless a number was given
 LOOK = 8  # proposals that are looked through for each question or evaluation wanted: many need none
 WEIGHT = 0.1  # of the latest proposal in the running rates
 BATCHES = 32  # latest whose seconds are fitted
 ENOUGH = 6  # of them before the fit is used
+
+
+@dataclass(frozen=True, slots=True)
+class Intent:
+    """Where annealing stands when it asks, None before its first labels are repaired. Of this one alone nothing
+    follows that could be asked along."""
+
+    state: SearchState | None
+
+
+@dataclass(frozen=True, slots=True)
+class Predicting(Intent):
+    """It predicts labels in `state`."""
+
+    state: SearchState
+
+
+@dataclass(frozen=True, slots=True)
+class Rebuilding(Intent):
+    """It evaluates the labels of `state` in another layout, that of `after`."""
+
+    state: SearchState
+    after: SearchState
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluating(Intent):
+    """It evaluates what follows from `start`, its proposal of `claim` in `state`."""
+
+    state: SearchState
+    claim: int
+    start: Candidate
 
 
 def if_nothing_changes(problem: Problem, state: SearchState) -> Iterator[tuple[SearchState, int]]:
@@ -103,11 +135,11 @@ class Pace:
         self.refusal_rate = 0.0  # of evaluated proposals
         self._batches: deque[tuple[float, float]] = deque(maxlen=BATCHES)
 
-    def learn(self, outcome: Outcome) -> None:
-        """Count one decision."""
-        self.change_rate += WEIGHT * (outcome.accepted - self.change_rate)
-        if outcome.proposed_utility is not None:
-            self.refusal_rate += WEIGHT * ((not outcome.accepted) - self.refusal_rate)
+    def learn(self, accepted: bool, evaluated: bool) -> None:
+        """Count one proposal: whether it changed a label, and whether that was decided by an evaluation."""
+        self.change_rate += WEIGHT * (accepted - self.change_rate)
+        if evaluated:
+            self.refusal_rate += WEIGHT * ((not accepted) - self.refusal_rate)
 
     def measure(self, tokens: float, seconds: float) -> None:
         """Count one batch: the tokens it was expected to make the engine compute, and the seconds it took."""

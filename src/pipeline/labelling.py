@@ -15,19 +15,21 @@ from core.llm_api.labels import SpelledLabels
 from core.llm_api.llm import ModelAPI
 from core.llm_api.tokens import pieces
 from core.llm_api.types import EngineIdentity, Segment
-from src.icm.annealing import Problem, SearchSettings, SearchState, Stream, generator
 from src.icm.consistency import Label, Overview
 from src.icm.label_names import Names, counts_of
 from src.icm.objective import Evaluation, Objective, accuracy
 from src.icm.planner import TokenCosts
+from src.icm.problem import Problem, SearchSettings, Stream, generator
 from src.icm.prompts import PromptBook
+from src.icm.searches.seam import Found, Standing
 from src.icm.speculation import Pace
 from src.icm.testbeds import BadInput, Claim, ConsistencyMode, Testbed, split_pools
 from src.pipeline.continuing import Continued
 from src.pipeline.file_kinds import digest_of
 from src.pipeline.precondition import check_precondition, reference_labelings
 from src.pipeline.predictions import Prediction, predict
-from src.pipeline.search import OnRecord, PoolScorer, log_odds_of, search
+from src.pipeline.scoring import PoolScorer, log_odds_of
+from src.pipeline.search import OnRecord, search
 from src.results.rows import label_row
 from src.results.run_folder import RunFolder
 
@@ -233,7 +235,7 @@ class Labelling:
     def scorer(self) -> PoolScorer:
         return PoolScorer(self.api, self.book, self.tokens, self.pool.problem)
 
-    async def search(self, folder: RunFolder, on_record: OnRecord, lookahead: int | None = None) -> SearchState:
+    async def search(self, folder: RunFolder, on_record: OnRecord, lookahead: int | None = None) -> Found:
         return await search(self.api, self.scorer(), folder, on_record, Pace(lookahead))
 
     async def check(self) -> dict[str, Evaluation]:
@@ -248,7 +250,7 @@ class Labelling:
         """Every claim of the pool asked without demonstrations."""
         return await predict(self.api, self.book, self.tokens, range(len(self.pool.claims)))
 
-    async def predict_unlabelled(self, state: SearchState) -> Prediction:
+    async def predict_unlabelled(self, state: Standing) -> Prediction:
         """The pool's claims that the search did not take in, each as its next proposal would predict it."""
         left = [claim for claim, label in enumerate(state.labels) if label is None]
         # One batch of questions after nearly the same demonstrations: every server takes its part of them.
@@ -259,7 +261,7 @@ class Labelling:
         scores = await self.api.score(prompts, self.tokens)
         return Prediction(dict(zip(left, log_odds_of(scores), strict=True)), state.evaluation.offset)
 
-    async def label_rest(self, state: SearchState) -> Prediction:
+    async def label_rest(self, state: Standing) -> Prediction:
         """The claims outside the pool, asked after the pool's labels as demonstrations (many-shot).
 
         The demonstrations stand as the pool's own questions see them, so the pool's calibration offset holds for them.
@@ -276,7 +278,7 @@ class Labelling:
         return replace(predicted, offset=state.evaluation.offset)
 
     def label_rows(
-        self, state: SearchState, predictions: Mapping[str, Prediction], zero_shot: Prediction
+        self, state: Standing, predictions: Mapping[str, Prediction], zero_shot: Prediction
     ) -> list[dict[str, Any]]:
         """The rows of labels.jsonl: the pool in its order, then the rest where it was labelled.
 
@@ -300,7 +302,7 @@ def _length(segment: Segment) -> int:
 
 
 def result_record(
-    labelling: Labelling, state: SearchState, zero_shot: Prediction, predictions: Mapping[str, Prediction]
+    labelling: Labelling, state: Standing, zero_shot: Prediction, predictions: Mapping[str, Prediction]
 ) -> dict[str, Any]:
     """The outcome of a run for run.json: counts, not ratios, so that tables can be made from several runs."""
     gold = labelling.pool.gold

@@ -1,14 +1,15 @@
 """Answers before they are needed: a memo in front of a ModelAPI that fills batches with what will be asked next.
 
-The search asks as if it were alone; `Lookahead.score` answers from the memo where it can, and where a batch must be
-sent adds the questions of the likeliest futures to it (src/icm/speculation.py). On an engine whose answers do not
-depend on what else is asked, no decision changes: only the number of batches does.
+A search that asks with an intent is answered from the memo where that is possible, and where a batch must be sent the
+questions of the likeliest futures are added to it (src/icm/speculation.py). On an engine whose answers do not depend on
+what else is asked, no decision changes: only the number of batches does. Without an intent the model is asked directly.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -16,37 +17,46 @@ from core.errors import ConfigurationError, MissingLabel, RequestRejected
 from core.llm_api.labels import SpelledLabels
 from core.llm_api.llm import ModelAPI
 from core.llm_api.types import PoolScores, Prompt
-from src.icm.annealing import Candidate, Outcome, Problem, SearchState, cost
+from src.icm.annealing import SearchState, cost
 from src.icm.consistency import Labels
-from src.icm.objective import LogOdds
+from src.icm.objective import Evaluation, LogOdds
 from src.icm.planner import evaluations_that_fit, relaid_tokens
 from src.icm.prefix_tree import Layout
+from src.icm.problem import Candidate
 from src.icm.prompts import in_shared_order
-from src.icm.speculation import LOOK, Pace, accepted, next_evaluations, next_questions, unchanged
+from src.icm.searches.seam import Record
+from src.icm.speculation import (
+    LOOK,
+    Evaluating,
+    Intent,
+    Pace,
+    Predicting,
+    Rebuilding,
+    accepted,
+    next_evaluations,
+    next_questions,
+    unchanged,
+)
+from src.pipeline.scoring import PoolScorer
 
-MakePrompt = Callable[[int, Candidate], Prompt]
 Expected = tuple[list[Prompt], float]  # what to ask along, and the tokens it should make an engine compute
 
 
 class Lookahead:
-    """The answers of one search state, and what to ask along with the next batch.
+    """An Ask: the answers of one search state, and what to ask along with the next batch.
 
-    make_prompt: the prompt of a claim in a labeling and layout. asked, used: prompts asked ahead so far, and how many
-    of them the search came to need.
+    scorer: what asks `api`. asked, used: prompts asked ahead so far, and how many of them the search came to need.
     """
 
     def __init__(
-        self,
-        api: ModelAPI,
-        problem: Problem,
-        make_prompt: MakePrompt,
-        pace: Pace,
-        clock: Callable[[], float] = time.perf_counter,
+        self, api: ModelAPI, scorer: PoolScorer, pace: Pace, clock: Callable[[], float] = time.perf_counter
     ) -> None:
         self.asked = self.used = 0
+        self._scorer = scorer
+        self._through = replace(scorer, api=self)
         self._api = api
-        self._problem = problem
-        self._make_prompt = make_prompt
+        self._problem = scorer.problem
+        self._make_prompt = scorer.prompt
         self._pace = pace
         self._clock = clock
         self._at: tuple[Labels, Layout] | None = None
@@ -96,10 +106,46 @@ class Lookahead:
         logprobs = np.array([self._memo[digest] for digest in digests], np.float64).reshape(-1, len(labels))
         return PoolScores(logprobs, prompt_tokens)
 
-    def stand_at(self, state: SearchState) -> None:
+    async def evaluate(self, candidates: Sequence[Candidate], intent: object = None) -> list[Evaluation]:
+        """See Ask."""
+        return await self._scorer_for(intent, candidates).evaluate(candidates)
+
+    async def predict(self, claims: Sequence[int], candidate: Candidate, intent: object = None) -> list[LogOdds]:
+        """See Ask."""
+        return await self._scorer_for(intent, [candidate]).predict(claims, candidate)
+
+    async def zero_shot(self) -> list[LogOdds]:
+        """See Ask."""
+        return await self._scorer.zero_shot()
+
+    def learn(self, record: Record) -> None:
+        """Count a decision that was journaled."""
+        if record["event"] == "step":
+            self._pace.learn(record["accepted"], record.get("U_proposed") is not None)
+
+    def _scorer_for(self, intent: object, candidates: Sequence[Candidate]) -> PoolScorer:
+        """What to ask about `candidates`: the model, or with an intent this memo, ready to ask along what follows."""
+        if not isinstance(intent, Intent):
+            return self._scorer
+        self._wanted, self._future = None, _nothing
+        if intent.state is not None:
+            self._stand_at(intent.state)
+        match intent:
+            case Predicting(state):
+                self._wanted = self._problem.costs.mean
+                self._future = lambda: self._predictions(state, self._pace.predictions)
+            case Rebuilding(_, after):
+                self._wanted = relaid_tokens(self._problem.costs, after.layout, after.layout.questions)
+                self._future = lambda: self._predictions_after(after, self._pace.predictions)
+            case Evaluating(state, claim, start):
+                self._evaluated.add(start.labels)
+                self._wanted = cost(self._problem, state, [candidate.labels for candidate in candidates])
+                self._future = lambda: self._around(state, claim, start)
+        return self._through
+
+    def _stand_at(self, state: SearchState) -> None:
         """Forget what was about other labels or another layout, but for what was asked ahead of this very change."""
         here = state.labels, state.layout
-        self._future = _nothing
         if self._at is not None and self._at[0] == here[0] and self._at[1] is here[1]:
             return
         kept = self._next.get(state.labels, [])
@@ -108,26 +154,6 @@ class Lookahead:
         self._evaluated.clear()
         self._next.clear()
         self._at = here
-
-    def before_prediction(self, state: SearchState) -> None:
-        """The search is about to predict a label in `state`."""
-        self._wanted = self._problem.costs.mean
-        self._future = lambda: self._predictions(state, self._pace.predictions)
-
-    def before_rebuild(self, after: SearchState) -> None:
-        """The search is about to score the layout of `after`."""
-        self._wanted = relaid_tokens(self._problem.costs, after.layout, after.layout.questions)
-        self._future = lambda: self._predictions_after(after, self._pace.predictions)
-
-    def before_evaluation(self, state: SearchState, claim: int, start: Candidate, batch: Sequence[Candidate]) -> None:
-        """The search is about to evaluate `batch` on account of `start`, its proposal of `claim` in `state`."""
-        self._evaluated.add(start.labels)
-        self._wanted = cost(self._problem, state, [candidate.labels for candidate in batch])
-        self._future = lambda: self._around(state, claim, start)
-
-    def learn(self, outcome: Outcome) -> None:
-        """Count a decision."""
-        self._pace.learn(outcome)
 
     def _around(self, state: SearchState, claim: int, start: Candidate) -> Expected:
         """What comes after an evaluation: predictions if it is accepted and if it is refused, and evaluations then."""

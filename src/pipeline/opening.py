@@ -10,8 +10,8 @@ from typing import Any, Final
 
 from core.llm_api.labels import TRUE_FALSE
 from core.llm_api.types import Prompt
-from src.icm.annealing import Stream, generator
 from src.icm.consistency import Overview
+from src.icm.problem import Stream, generator
 from src.pipeline.labelling import Labelling, Pool
 from src.pipeline.precondition import random_labels
 from src.results.text import counted

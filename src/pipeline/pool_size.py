@@ -13,7 +13,7 @@ from typing import Final
 
 import numpy as np
 
-from src.icm.annealing import Candidate, Stream, generator
+from src.icm.problem import Candidate, Stream, generator
 from src.pipeline.labelling import Labelling
 from src.pipeline.predictions import predict
 
@@ -52,7 +52,7 @@ async def measure(labelling: Labelling) -> Speed:
     before, started = await api.prefix_cache(), time.perf_counter()
     sent = api.stats.prompt_tokens
     for layout in (tree, tree.append(count - 1)):
-        await scorer.ask_all(layout.questions, Candidate(labels, layout))
+        await scorer.predict(layout.questions, Candidate(labels, layout))
     seconds = time.perf_counter() - started
     after = await api.prefix_cache()
     computed = api.stats.prompt_tokens - sent if before is None or after is None else (after - before).computed

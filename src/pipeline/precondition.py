@@ -7,11 +7,12 @@ from itertools import combinations
 
 import numpy as np
 
-from src.icm.annealing import Candidate, Problem, mirrored_labels, mirrors
+from src.icm.annealing import mirrored_labels, mirrors
 from src.icm.consistency import Label, Labels, all_labels
 from src.icm.label_names import Names
 from src.icm.objective import Evaluation
-from src.pipeline.search import PoolScorer
+from src.icm.problem import Candidate, Problem
+from src.pipeline.scoring import PoolScorer
 
 
 def random_labels(count: int, num_labels: int, rng: np.random.Generator) -> Labels:

@@ -10,7 +10,7 @@ from core.llm_api.llm import ModelAPI
 from src.icm.consistency import Label
 from src.icm.objective import LogOdds, accuracy, auc, calibration_offset, label_of, no_offset, num_labels_of
 from src.icm.prompts import PromptBook
-from src.pipeline.search import log_odds_of
+from src.pipeline.scoring import log_odds_of
 
 
 @dataclass(frozen=True, slots=True)

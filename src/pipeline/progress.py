@@ -13,9 +13,9 @@ from typing import Final, NoReturn, Protocol, TextIO
 
 from tqdm import tqdm
 
-from src.icm.annealing import Problem, SearchState, finished, wants_mirror, wants_rebuild
-from src.icm.journal import Record
 from src.icm.objective import accuracy
+from src.icm.problem import Problem
+from src.icm.searches.seam import Record, Standing
 from src.pipeline.labelling import Pool
 from src.results.messages import collapse_warning
 
@@ -29,7 +29,7 @@ class Progress(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
-    def update(self, state: SearchState, record: Record) -> None:
+    def update(self, state: Standing, record: Record) -> None:
         """Show where the search stands after one journal record."""
         ...
 
@@ -61,7 +61,7 @@ class Lines:
         self._out.flush()
 
 
-def bar_of(total: int, unit: str, quiet: bool, behind: str) -> tqdm[NoReturn]:
+def bar_of(total: int | None, unit: str, quiet: bool, behind: str) -> tqdm[NoReturn]:
     """A bar on standard error, or lines where that is no terminal. behind: tqdm's fields after the count."""
     terminal = sys.stderr.isatty()
     count = "{n_fmt}/{total_fmt} " + unit
@@ -81,25 +81,25 @@ def _interval() -> float:
     return ON_A_TERMINAL if sys.stderr.isatty() else ELSEWHERE
 
 
-def doing(problem: Problem, state: SearchState) -> str | None:
+def doing(problem: Problem, state: Standing) -> str | None:
     """What a search is about to ask where that takes long and no claim is labelled meanwhile; None: its next claim."""
-    if finished(problem, state):
-        return None
-    if wants_mirror(problem, state):
-        return f"asking all with {'every label flipped' if problem.num_labels == 2 else 'two labels swapped'}"
-    return "asking all in a new order" if wants_rebuild(problem, state) else None
+    return state.asks_next(problem)
 
 
 class SearchProgress:
-    """A tqdm bar over labelled claims (--stop labelled) or iterations (--stop K), fed journal records.
+    """A tqdm bar over labelled claims (--stop labelled) or iterations (--stop K, and searches that label all claims at
+    once), fed journal records.
 
     clock: monotonic seconds.
     """
 
     def __init__(self, pool: Pool, quiet: bool, clock: Callable[[], float] = time.monotonic) -> None:
         self._pool = pool
-        self._by_iteration = pool.problem.settings.stop == "K"
-        total = self._total = pool.problem.settings.K if self._by_iteration else pool.problem.size
+        settings, total = pool.problem.settings, None
+        self._by_iteration = settings.stop == "K" or settings.search != "annealing"
+        if settings.search == "annealing":
+            total = settings.K if self._by_iteration else pool.problem.size
+        self._total = total or 1
         self._first = 0
         # With a cap a question is as long at the end as at the beginning.
         self._growth = GROWTH if pool.problem.settings.context_cap is None else 1.0
@@ -121,7 +121,7 @@ class SearchProgress:
     ) -> None:
         self._bar.close()
 
-    def update(self, state: SearchState, record: Record) -> None:
+    def update(self, state: Standing, record: Record) -> None:
         """Show where the search stands after one journal record."""
         done = state.iteration if self._by_iteration else len(state.labelled)
         if not self._started:  # a resumed run's earlier part must not count as speed
@@ -230,6 +230,6 @@ class PartProgress:
     ) -> None:
         pass
 
-    def update(self, state: SearchState, record: Record) -> None:
+    def update(self, state: Standing, record: Record) -> None:
         """Show where the search stands after one journal record."""
         self._whole.show(self._part, len(state.labelled))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from src.icm.consistency import Label
+from src.results.run_record import PROPOSALS, changes_in
 
 WINDOW = 50  # iterations of a running share: short enough to show the freeze, long enough to be a share
 RECENT = 10  # journal lines behind a running mean of seconds and of the cache hit rate
@@ -51,13 +52,16 @@ def curves_of(records: Iterable[Mapping[str, Any]], gold: Sequence[Label]) -> Cu
     inconsistent: int | None = None
     for record in records:
         event, iteration = record["event"], int(record.get("iteration", 0))
-        if event == "start":
+        if event in ("start", "evaluation"):
             two = record.get("num_labels", 2) == 2
         if event == "rebuild":
             drawn.rebuilds.append(iteration)
         if event == "mirror":
             drawn.mirrors.append(iteration)
-        for key, value in (record.get("labels") or record.get("changes") or {}).items():
+        changes = changes_in(record)
+        if event == "evaluation" and changes:
+            labels, counts, agreeing, compared = {}, Counter(), 0, 0
+        for key, value in changes.items():
             claim, label = int(key), bool(value) if two else value
             known = gold[claim] if claim < len(gold) else None
             before = labels.get(claim)
@@ -68,7 +72,7 @@ def curves_of(records: Iterable[Mapping[str, Any]], gold: Sequence[Label]) -> Cu
                 agreeing += (label == known) - (before == known)
                 compared += before is None
             labels[claim] = label
-        if event == "step":
+        if event in PROPOSALS:
             changed.append(bool(record["accepted"]))
             inconsistent = record.get("inconsistent", inconsistent)
         if record.get("tokens_cached") is not None and record.get("tokens_computed") is not None:

@@ -78,6 +78,9 @@ def collapse(run: RunRecord) -> Finding:
 def frozen(run: RunRecord) -> Finding:
     """The search stopped taking in claims early: its random seeds were too good for U to leave them."""
     title = "A start that froze the search"
+    if run.search != "annealing":
+        text = f"{run.search.capitalize()} labels all claims at once: there is no start that could."
+        return Finding("frozen", title, Verdict.OK, text)
     steps = [record for record in run.journal if record["event"] == "step"]
     start = next((record for record in run.journal if record["event"] == "start"), None)
     if start is None or len(steps) < FROZEN_MIN_STEPS:

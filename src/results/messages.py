@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from src.icm.annealing import SearchSettings
 from src.icm.consistency import Label
 from src.icm.label_names import TRUE_FALSE_NAMES, Names
 from src.icm.objective import Evaluation, wilson_interval
+from src.icm.problem import SearchSettings
 from src.results.text import counted
 
 COLLAPSE_SHARE = 0.95

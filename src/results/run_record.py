@@ -19,6 +19,7 @@ from src.icm.objective import LogOdds, calibration_offset, margins_of, no_offset
 from src.icm.testbeds import TESTBEDS, Testbed, recorded_testbed
 
 SEARCHED = ("icm", "vote")  # `by` of a label that a search gave, or the majority of several
+PROPOSALS = ("step", "evaluation")  # events of a journal that may change labels and are counted as iterations
 IN_POOL = (*SEARCHED, "predicted")  # `by` of a label that belongs to a claim of the pool
 
 
@@ -190,6 +191,11 @@ class RunRecord:
         return str(self.engine.get("model") or self.settings.get("model") or "unknown model")
 
     @property
+    def search(self) -> str:
+        """What searched for the labels (src/icm/searches/)."""
+        return str(self.settings.get("search") or "annealing")
+
+    @property
     def testbed(self) -> str:
         return str(self.settings.get("testbed") or "unknown testbed")
 
@@ -199,9 +205,19 @@ def labels_over_time(journal: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[i
     labels: dict[int, int] = {}
     two = is_of_two(journal)
     for record in journal:
-        changes = record.get("labels") or record.get("changes") or {}
+        changes = changes_in(record)
+        if record["event"] == "evaluation" and changes:
+            labels.clear()
         labels |= {int(claim): bool(label) if two else label for claim, label in changes.items()}
         yield labels
+
+
+def changes_in(record: Mapping[str, Any]) -> Mapping[Any, Any]:
+    """The labels that a journal line gives to claims: those of a start, or of the best evaluation so far, are all
+    there are."""
+    if record["event"] == "evaluation" and not record.get("accepted"):
+        return {}
+    return record.get("labels") or record.get("changes") or {}
 
 
 def is_of_two(journal: Sequence[Mapping[str, Any]]) -> bool:

@@ -76,6 +76,7 @@ _NEEDED = {
     "step": {"iteration", "accepted"},
     "mirror": {"iteration", "accepted", "U_proposed"},
     "rebuild": {"iteration"},
+    "evaluation": {"iteration", "accepted", "labels", "scores"},
 }
 _line = TypeAdapter(JournalLine)
 _line_of_many = TypeAdapter(LineOfMany)

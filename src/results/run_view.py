@@ -14,7 +14,7 @@ from src.results.curves import curves_of
 from src.results.diagnosis import diagnose
 from src.results.findings import Finding, Verdict
 from src.results.prices import PriceFile, bill_of
-from src.results.run_record import LabelledClaim, RunRecord
+from src.results.run_record import PROPOSALS, LabelledClaim, RunRecord
 from src.results.tables import Confusion, ResultRow, confusion_of, results_of
 from src.results.text import duration, number, visible, whole
 
@@ -150,9 +150,9 @@ def _tiles(run: RunRecord) -> list[Tile]:
     journals = [part.journal for part in run.searches if part.journal]
     if journals:
         last = sum(journal[-1]["U"] for journal in journals) / len(journals)
-        steps = sum(record["event"] == "step" for journal in journals for record in journal)
+        steps = sum(record["event"] in PROPOSALS for journal in journals for record in journal)
         accepted = sum(
-            record.get("accepted", False) for journal in journals for record in journal if record["event"] == "step"
+            record.get("accepted", False) for journal in journals for record in journal if record["event"] in PROPOSALS
         )
         tiles.append(
             Tile("U(D)" if len(journals) == 1 else "U(D), mean of batches", f"{last:,.2f}", "higher is more coherent")
@@ -213,7 +213,7 @@ def _odds(log_odds: LogOdds | None) -> str:
 
 def _part_row(part: RunRecord) -> PartRow:
     icm = results_of(part)[0]
-    steps = sum(record["event"] == "step" for record in part.journal)
+    steps = sum(record["event"] in PROPOSALS for record in part.journal)
     cells = (
         str(sum(claim.searched for claim in part.claims)),
         number(part.journal[-1]["U"]) if part.journal else "–",

@@ -25,6 +25,8 @@ AT_ONCE = [
     "--prompts_per_request 8 / --no-use_vllm",
     "--lookahead 4 / --best_of 4",
     "--prior 0.9 / --calibrate none",
+    "--lookahead 4 / --search bootstrapping",
+    "--continue_from other / --search bootstrapping",
     "--is_complete / --check",
     "--metrics_port 9465 / --num_batches 2",
     "--metrics_port 9465 / --passes 3",
@@ -39,6 +41,23 @@ OF_THE_SEARCH = [
     "--num_seed 9 / --batch_size 8",
     "--initial_T 0.1 / --final_T 0.2",
     "--final_T 0.2 / --initial_T 0.1",
+]
+OF_ONE_SEARCH = [
+    "--num_seed 8 / --search bootstrapping",
+    "--K 50 / --search bootstrapping",
+    "--consistency_fix_K 5 / --search bootstrapping",
+    "--decay 0.9 / --search bootstrapping",
+    "--initial_T 5 / --search bootstrapping",
+    "--final_T 0.1 / --search bootstrapping",
+    "--scheduler exp / --search bootstrapping",
+    "--stop K / --search bootstrapping",
+    "--patience 10 / --search bootstrapping",
+    "--max_tail 8 / --search bootstrapping",
+    "--mirror / --search bootstrapping",
+    "--best_of 4 / --search bootstrapping",
+    "--local_gain / --search bootstrapping",
+    "--bootstrap_rounds 2 / --search annealing",
+    "--bootstrap_start zero-shot / --search annealing",
 ]
 LIKE_DEFAULTS = [
     "--num_seed 300",
@@ -65,6 +84,7 @@ TOGETHER = [
     "--use_vllm --prompts_per_request 8 --read_timeout 60",
     "--no-use_vllm --read_timeout 60",
     "--testbed truthfulQA --data_dir there",
+    "--search bootstrapping --bootstrap_rounds 2 --bootstrap_start zero-shot --layout upstream --seed 3",
     "--check --label_rest --lookahead 4 --metrics_port 9465",
     "--is_complete --label_rest",
     "--metrics_port 9465 --num_batches 1 --passes 1",
@@ -106,6 +126,17 @@ def test_two_settings_of_the_search_that_contradict_each_other_are_told(line: st
     # One parser's next command line is another matter.
     parser.parse_args([])
     assert parser.contradiction is None
+
+
+@pytest.mark.parametrize("line", OF_ONE_SEARCH)
+def test_a_setting_that_a_search_does_not_use_is_told(line: str) -> None:
+    parser = ICM.build_parser()
+    parser.parse_args(flags(line))
+    first, second = line.split(" / ")
+    assert f"{first} and {second} contradict each other: that search does not use it" == parser.contradiction
+    if "annealing" in second:  # the default
+        parser.parse_args(flags(first))
+        assert parser.contradiction is not None
 
 
 @pytest.mark.parametrize("line", LIKE_DEFAULTS)
@@ -151,7 +182,7 @@ def test_what_only_a_comparison_or_an_export_has(capsys: pytest.CaptureFixture[s
 
 
 def test_every_rule_is_tried_here() -> None:
-    tried = {tuple(re.findall(r"--(?:no-)?(\w+)", line)) for line in AT_ONCE + OF_THE_SEARCH}
+    tried = {tuple(re.findall(r"--(?:no-)?(\w+)", line)) for line in AT_ONCE + OF_THE_SEARCH + OF_ONE_SEARCH}
     elsewhere = {("chat_url", "chat_model"), ("restarts", "rows"), ("pairs", "format"), ("bos", "format")}
     assert {(rule.flag, rule.other) for rule in RULES} == tried | elsewhere
 

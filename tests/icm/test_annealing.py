@@ -14,10 +14,7 @@ from hypothesis import strategies as st
 
 from src.icm.annealing import (
     SIBLING_WEIGHT,
-    Candidate,
     Outcome,
-    Problem,
-    SearchSettings,
     SearchState,
     advance,
     decide,
@@ -32,6 +29,7 @@ from src.icm.annealing import (
 )
 from src.icm.consistency import Consistency, Constraint, Labels, Relation, all_labels
 from src.icm.objective import Evaluation, Objective
+from src.icm.problem import Candidate, Problem, SearchSettings
 
 
 def problem(size: int = 4, relation: Relation | None = None, **settings: Any) -> Problem:

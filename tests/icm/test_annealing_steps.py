@@ -11,25 +11,19 @@ import pytest
 
 from src.icm.annealing import (
     SIBLING_WEIGHT,
-    Candidate,
     Outcome,
-    Problem,
-    SearchSettings,
     SearchState,
-    Stream,
     advance,
     choose,
     cost,
     decide,
     decides_by_itself,
-    excess,
     explore,
+    extra_tokens,
     finished,
-    generator,
     local_evaluation,
     mirror,
     mirrored_labels,
-    part_seed,
     predicted_label,
     proposal,
     proposal_weights,
@@ -44,8 +38,16 @@ from src.icm.annealing import (
 from src.icm.capped_layout import CappedLayout
 from src.icm.consistency import Consistency, Constraint, Labels, Relation
 from src.icm.objective import Evaluation, Objective
-from src.icm.planner import TokenCosts, evaluation_tokens, excess_tokens, relaid_tokens
+from src.icm.planner import TokenCosts, evaluation_tokens, extra_tokens_of_tail, relaid_tokens
 from src.icm.prefix_tree import TreeLayout, UpstreamLayout
+from src.icm.problem import (
+    Candidate,
+    Problem,
+    SearchSettings,
+    Stream,
+    generator,
+    part_seed,
+)
 
 CONTRADICT = Constraint((0, 1), Relation.EXACTLY_ONE)
 
@@ -84,6 +86,7 @@ def test_parts_have_seeds_of_their_own_which_never_change() -> None:
 
 def test_settings_are_by_default_what_is_documented() -> None:
     assert asdict(SearchSettings()) == {
+        "search": "annealing",
         "seed": 27565976,
         "num_seed": 8,
         "K": 3000,
@@ -101,19 +104,21 @@ def test_settings_are_by_default_what_is_documented() -> None:
         "context_cap": None,
         "best_of": 1,
         "local_gain": False,
+        "bootstrap_rounds": 4,
+        "bootstrap_start": "random",
     }
     assert SIBLING_WEIGHT == 100
 
 
 def test_a_search_begins_with_nothing_counted() -> None:
     state = state_of(problem(), True)
-    counts = (state.accepted, state.unchanged, state.rebuilds, state.debt, state.stale)
+    counts = (state.accepted, state.unchanged, state.rebuilds, state.spent_on_tail, state.changes_since_asked)
     assert counts == (0, 0, 0, 0, 0)
     assert state.refused == frozenset()
     assert state.mirror_tried is False
     assert state_of(problem(), True, None, False).labelled == (0, 2)
     outcome = Outcome(0, 1.0, True, 10.0)
-    assert (outcome.tried, outcome.excess, outcome.accepted) == (0, 0, False)
+    assert (outcome.tried, outcome.spent_on_tail, outcome.accepted) == (0, 0, False)
     assert replace(outcome, labels=(True,)).accepted is True
 
 
@@ -168,10 +173,10 @@ def test_a_rebuilt_layout_is_of_what_is_labelled_now() -> None:
 
 def test_a_rebuild_pays_off_the_debt() -> None:
     p = problem(8)
-    state = state_of(p, True, False, rebuilds=4, debt=9, stale=2, unchanged=3)
+    state = state_of(p, True, False, rebuilds=4, spent_on_tail=9, changes_since_asked=2, unchanged=3)
     layout = p.new_layout((0, 1), 5)
     assert rebuild(state, layout, worth(3.0)) == replace(
-        state, layout=layout, evaluation=worth(3.0), rebuilds=5, debt=0, stale=0
+        state, layout=layout, evaluation=worth(3.0), rebuilds=5, spent_on_tail=0, changes_since_asked=0
     )
 
 
@@ -294,25 +299,45 @@ def test_a_loss_is_weighed_by_the_temperature_of_its_iteration() -> None:
 
 def test_a_refused_claim_is_remembered_with_what_it_cost() -> None:
     p = problem()
-    state = state_of(p, True, False, unchanged=7, refused=frozenset({3}), debt=5, iteration=2, stale=1, accepted=4)
-    expected = replace(state, iteration=3, unchanged=8, refused=frozenset({2, 3}), debt=16)
-    assert advance(p, state, Outcome(2, 1.0, True, 10.0, excess=11)) == expected
-    assert advance(p, state, Outcome(2, 1.0, True, 10.0, excess=11, labels=(True,) * 4)) == expected
-    assert advance(p, state, Outcome(2, 1.0, True, 10.0, excess=11, evaluation=worth(1.0))) == expected
+    state = state_of(
+        p,
+        True,
+        False,
+        unchanged=7,
+        refused=frozenset({3}),
+        spent_on_tail=5,
+        iteration=2,
+        changes_since_asked=1,
+        accepted=4,
+    )
+    expected = replace(state, iteration=3, unchanged=8, refused=frozenset({2, 3}), spent_on_tail=16)
+    assert advance(p, state, Outcome(2, 1.0, True, 10.0, spent_on_tail=11)) == expected
+    assert advance(p, state, Outcome(2, 1.0, True, 10.0, spent_on_tail=11, labels=(True,) * 4)) == expected
+    assert advance(p, state, Outcome(2, 1.0, True, 10.0, spent_on_tail=11, evaluation=worth(1.0))) == expected
 
 
 # What was tried says nothing of staleness: an evaluation that was known already was asked, too.
 @pytest.mark.parametrize(
-    ("tried", "pieced_together", "stale"), [(0, True, 3), (1, False, 0), (4, False, 0), (0, False, 0)]
+    ("tried", "pieced_together", "changes_since_asked"), [(0, True, 3), (1, False, 0), (4, False, 0), (0, False, 0)]
 )
-def test_an_accepted_change_ends_the_waiting(tried: int, pieced_together: bool, stale: int) -> None:
+def test_an_accepted_change_ends_the_waiting(tried: int, pieced_together: bool, changes_since_asked: int) -> None:
     p = problem()
-    state = state_of(p, True, False, unchanged=7, refused=frozenset({3}), debt=5, iteration=2, stale=2, accepted=4)
+    state = state_of(
+        p,
+        True,
+        False,
+        unchanged=7,
+        refused=frozenset({3}),
+        spent_on_tail=5,
+        iteration=2,
+        changes_since_asked=2,
+        accepted=4,
+    )
     labels: Labels = (True, False, True, None)
     outcome = Outcome(
         *(2, 1.0, True, 10.0),
         tried=tried,
-        excess=11,
+        spent_on_tail=11,
         labels=labels,
         evaluation=worth(2.0),
         pieced_together=pieced_together,
@@ -326,8 +351,8 @@ def test_an_accepted_change_ends_the_waiting(tried: int, pieced_together: bool, 
         accepted=5,
         unchanged=0,
         refused=frozenset(),
-        debt=16,
-        stale=stale,
+        spent_on_tail=16,
+        changes_since_asked=changes_since_asked,
     )
 
 
@@ -353,18 +378,18 @@ def test_cost_and_excess_are_of_what_is_relabelled() -> None:
     assert cost(p, state, [new]) == each
     assert cost(p, state, [tree]) == whole + each
     assert cost(p, state, [new, tail, tree]) == pytest.approx(whole + end + 3 * each)
-    more = excess_tokens(p.costs, state.layout, [0])
+    more = extra_tokens_of_tail(p.costs, state.layout, [0])
     assert more > 0
-    assert excess(p, state, [new]) == 0
-    assert excess(p, state, [tree, new, tree]) == 2 * more
-    assert excess(p, state, []) == cost(p, state, []) == 0
+    assert extra_tokens(p, state, [new]) == 0
+    assert extra_tokens(p, state, [tree, new, tree]) == 2 * more
+    assert extra_tokens(p, state, []) == cost(p, state, []) == 0
 
 
 def test_a_rebuild_is_wanted_when_the_debt_is_as_high_as_its_price() -> None:
     p, state = priced()
     assert wants_rebuild(p, state) is False
-    assert wants_rebuild(p, replace(state, debt=10_000)) is True
-    assert wants_rebuild(p, replace(state, debt=10_000, layout=p.new_layout(range(6)))) is False
+    assert wants_rebuild(p, replace(state, spent_on_tail=10_000)) is True
+    assert wants_rebuild(p, replace(state, spent_on_tail=10_000, layout=p.new_layout(range(6)))) is False
 
 
 @pytest.mark.parametrize("variant", [{"context_cap": 8}, {"local_gain": True}, {"context_cap": 8, "local_gain": True}])
@@ -375,7 +400,7 @@ def test_a_sampled_or_estimated_pool_is_asked_anew_when_it_has_doubled(variant: 
         assert wants_rebuild(p, state) is (len(state.layout.questions) >= 6)
         state = replace(state, layout=state.layout.append(claim))
     assert wants_rebuild(p, state) is True
-    assert wants_rebuild(p, replace(state_of(p, True, False, True), debt=10_000)) is False
+    assert wants_rebuild(p, replace(state_of(p, True, False, True), spent_on_tail=10_000)) is False
 
 
 def test_a_tail_is_never_longer_than_allowed() -> None:
@@ -387,12 +412,12 @@ def test_a_tail_is_never_longer_than_allowed() -> None:
 
 def test_estimates_are_asked_before_a_search_ends_or_tries_the_mirror() -> None:
     p = problem(2, patience=3, local_gain=True)
-    ended = state_of(p, True, False, unchanged=3, stale=1)
+    ended = state_of(p, True, False, unchanged=3, changes_since_asked=1)
     assert wants_rebuild(p, ended) is True
     assert finished(p, ended) is False
     assert wants_mirror(p, ended) is False
     assert wants_rebuild(p, replace(ended, unchanged=2)) is False
-    asked = replace(ended, stale=0)
+    asked = replace(ended, changes_since_asked=0)
     assert wants_rebuild(p, asked) is False
     assert wants_mirror(p, asked) is True
     assert finished(p, replace(asked, mirror_tried=True)) is True
@@ -417,7 +442,7 @@ def test_a_search_is_settled_after_k_iterations_or_when_every_claim_was_tried_in
 
 def test_the_mirror_flips_every_label_and_starts_the_waiting_anew() -> None:
     p = problem(4)
-    state = state_of(p, True, False, unchanged=9, refused=frozenset({2, 3}), debt=5, accepted=3, iteration=40)
+    state = state_of(p, True, False, unchanged=9, refused=frozenset({2, 3}), spent_on_tail=5, accepted=3, iteration=40)
     assert mirrored_labels((True, None, False)) == (False, None, True)
     assert mirror(state, None) == replace(state, mirror_tried=True)
     assert mirror(state, worth(4.0)) == replace(

@@ -9,10 +9,7 @@ import numpy as np
 import pytest
 
 from src.icm.annealing import (
-    Candidate,
     Outcome,
-    Problem,
-    SearchSettings,
     SearchState,
     advance,
     decide,
@@ -29,8 +26,16 @@ from src.icm.annealing import (
     wants_rebuild,
 )
 from src.icm.consistency import Consistency, Relation
-from src.icm.journal import JournalMismatch, mirror_record, rebuild_record, replay, start_record, step_record
+from src.icm.journal import (
+    mirror_record,
+    rebuild_record,
+    replay,
+    start_record,
+    step_record,
+)
 from src.icm.objective import Evaluation, Objective
+from src.icm.problem import Candidate, Problem, SearchSettings
+from src.icm.searches.seam import JournalMismatch
 
 
 def make_problem(**settings: Any) -> Problem:

@@ -15,11 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from src.icm.annealing import (
-    Candidate,
-    Problem,
-    SearchSettings,
     SearchState,
-    balanced_labels,
     choose,
     finished,
     mirror,
@@ -30,7 +26,7 @@ from src.icm.annealing import (
 )
 from src.icm.capped_layout import balanced_sample
 from src.icm.consistency import Consistency, Constraint, Labels, Relation
-from src.icm.journal import JournalMismatch, mirror_record, replay, start_record
+from src.icm.journal import mirror_record, replay, start_record
 from src.icm.objective import (
     Evaluation,
     LogOdds,
@@ -41,6 +37,8 @@ from src.icm.objective import (
     margins_of,
     sureness,
 )
+from src.icm.problem import Candidate, Problem, SearchSettings, balanced_labels
+from src.icm.searches.seam import JournalMismatch
 
 NONE = Consistency([])
 ANY = [Relation.AGREE, Relation.DIFFERENT]

@@ -13,11 +13,9 @@ from hypothesis import strategies as st
 
 from src.icm.annealing import (
     Outcome,
-    Problem,
-    SearchSettings,
     SearchState,
     advance,
-    excess,
+    extra_tokens,
     rebuild,
     rebuilt_layout,
     wants_rebuild,
@@ -29,7 +27,7 @@ from src.icm.planner import (
     budget,
     evaluation_tokens,
     evaluations_that_fit,
-    excess_tokens,
+    extra_tokens_of_tail,
     fits,
     fits_rebuilt,
     held_tokens,
@@ -37,6 +35,7 @@ from src.icm.planner import (
     tree_tokens,
 )
 from src.icm.prefix_tree import Layout, TreeLayout, UpstreamLayout, distinct_demonstrations
+from src.icm.problem import Problem, SearchSettings
 
 WORTH = Evaluation({}, 0.0, 0.0, 0, 0.0)
 sizes = st.lists(st.integers(5, 120), min_size=64, max_size=64).map(tuple)
@@ -124,8 +123,8 @@ def take_in(problem: Problem, state: SearchState, claim: int) -> SearchState:
 def try_flip(problem: Problem, state: SearchState, claim: int) -> SearchState:
     """A flip that was evaluated and refused."""
     labels = tuple(not label if i == claim else label for i, label in enumerate(state.labels))
-    paid = excess(problem, state, [labels])
-    return advance(problem, state, Outcome(claim, 1.0, True, 1.0, excess=paid))
+    paid = extra_tokens(problem, state, [labels])
+    return advance(problem, state, Outcome(claim, 1.0, True, 1.0, spent_on_tail=paid))
 
 
 def rebuilt(problem: Problem, state: SearchState) -> SearchState:
@@ -138,7 +137,7 @@ def test_without_a_capacity_and_without_flips_nothing_is_ever_rebuilt() -> None:
     for claim in range(8, 64):
         state = take_in(problem, state, claim)
         assert not wants_rebuild(problem, state)
-    assert state.debt == 0
+    assert state.spent_on_tail == 0
 
 
 @given(st.integers(3_000, 400_000), st.integers(2, 32))
@@ -167,26 +166,26 @@ def test_flips_behind_a_tail_run_up_a_debt_that_a_rebuild_clears() -> None:
         flips += 1
     assert flips > 1
     price = rebuilt_tokens(problem.costs, state.layout) + problem.costs.of_questions(state.layout.questions)
-    one = excess(problem, state, [tuple(not label if i == 0 else label for i, label in enumerate(state.labels))])
-    assert price <= state.debt < price + one  # bought as soon as the rent has reached the price
+    one = extra_tokens(problem, state, [tuple(not label if i == 0 else label for i, label in enumerate(state.labels))])
+    assert price <= state.spent_on_tail < price + one  # bought as soon as the rent has reached the price
     state = rebuilt(problem, state)
-    assert state.debt == 0
-    assert excess(problem, state, [(False,) * 64]) == 0  # no tail, no excess
+    assert state.spent_on_tail == 0
+    assert extra_tokens(problem, state, [(False,) * 64]) == 0  # no tail, no excess
 
 
 def test_a_flip_of_the_newest_claim_costs_no_more_than_in_a_tree() -> None:
     costs, layout = TokenCosts((40,) * 64, (37,) * 64), grown(32, 16)
-    assert excess_tokens(costs, layout, [layout.tail[-1]]) == 0
-    assert excess_tokens(costs, layout, []) == 0
-    in_tree = excess_tokens(costs, layout, layout.questions[:1])
-    assert in_tree >= excess_tokens(costs, layout, layout.tail[:1]) > 0
-    assert in_tree == excess_tokens(costs, layout, (layout.questions[0], layout.tail[0]))
+    assert extra_tokens_of_tail(costs, layout, [layout.tail[-1]]) == 0
+    assert extra_tokens_of_tail(costs, layout, []) == 0
+    in_tree = extra_tokens_of_tail(costs, layout, layout.questions[:1])
+    assert in_tree >= extra_tokens_of_tail(costs, layout, layout.tail[:1]) > 0
+    assert in_tree == extra_tokens_of_tail(costs, layout, (layout.questions[0], layout.tail[0]))
 
 
 def test_where_nothing_fits_every_evaluation_is_rent() -> None:
     costs, layout = TokenCosts((40,) * 64, (37,) * 64, 1_000), grown(32, 16)
     assert not fits_rebuilt(costs, layout)
-    assert excess_tokens(costs, layout, []) > 0
+    assert extra_tokens_of_tail(costs, layout, []) > 0
 
 
 def test_a_tail_bound_given_by_the_user_holds() -> None:
@@ -203,5 +202,5 @@ def test_upstreams_order_is_never_rebuilt() -> None:
     state = start(problem, 8)
     for claim in range(8, 40):
         state = try_flip(problem, take_in(problem, state, claim), 0)
-        assert state.debt == 0
+        assert state.spent_on_tail == 0
         assert not wants_rebuild(problem, state)

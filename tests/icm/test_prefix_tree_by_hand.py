@@ -53,7 +53,7 @@ def test_trees_of_one_and_of_none() -> None:
     assert (one.place(1), one.place(2), one.built_with, one.detours) == (0.0, 0.0, 1, 0)
     none = TreeLayout(groups_of(3))
     assert (none.questions, none.demonstrations, none.context(2)) == ((), (), ())
-    assert (none.place(2), none.built_with, none.detours, none.kin) == (0.0, 0, 0, 0.0)
+    assert (none.place(2), none.built_with, none.detours, none.mean_group_size) == (0.0, 0, 0, 0.0)
 
 
 def test_the_same_claims_and_seed_give_the_same_layout_for_good() -> None:
@@ -172,8 +172,8 @@ def test_detours_of_a_large_tree(pairs: list[tuple[int, int]], detours: int) -> 
 
 def test_kin_is_the_mean_size_of_a_group_that_is_one() -> None:
     groups = ("a", "a", "a", "b", "b", "c", "d", "a", "c")
-    assert TreeLayout(groups, ((0, 1), (2, 3)), (4, 5, 6)).kin == (3 * 3 + 2 * 2) / 7
-    assert TreeLayout(groups_of(8), EIGHT).kin == 0.0
+    assert TreeLayout(groups, ((0, 1), (2, 3)), (4, 5, 6)).mean_group_size == (3 * 3 + 2 * 2) / 7
+    assert TreeLayout(groups_of(8), EIGHT).mean_group_size == 0.0
 
 
 # The published order
@@ -183,7 +183,7 @@ def test_the_published_order_has_no_tree() -> None:
     layout = UpstreamLayout.build([5, 1, 3])
     assert layout.demonstrations == (1, 3, 5)
     assert (layout.tail, layout.anchors, layout.tail_length, layout.built_with) == ((), 0, 0, 3)
-    assert (layout.detours, layout.kin) == (0, 0.0)
+    assert (layout.detours, layout.mean_group_size) == (0, 0.0)
     assert [layout.place(claim) for claim in (0, 1, 3, 4, 9)] == [0.0, 0.0, 0.25, 0.5, 0.75]
 
 

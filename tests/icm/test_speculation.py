@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from src.icm.annealing import Outcome, Problem, SearchSettings, SearchState, proposal
+from src.icm.annealing import Outcome, SearchState, proposal
 from src.icm.consistency import Consistency
 from src.icm.objective import Evaluation, Objective
+from src.icm.problem import Problem, SearchSettings
 from src.icm.speculation import MOST, Pace, accepted
 
 WORTH = Evaluation({}, 0.0, 0.0, 0, 0.0)
@@ -22,7 +23,7 @@ AS_IT_WAS = Outcome(0, 1.0, True, 1.0)
 def pace_of(outcome: Outcome, times: int = 60, *, limit: int | None = None) -> Pace:
     pace = Pace(limit)
     for _ in range(times):
-        pace.learn(outcome)
+        pace.learn(outcome.accepted, outcome.proposed_utility is not None)
     return pace
 
 
@@ -76,7 +77,7 @@ def test_a_change_that_is_taken_for_granted_was_evaluated_as_a_whole() -> None:
     problem = Problem(("a", "b", "c"), Consistency([]), Objective(1.0), SearchSettings())
     state = SearchState(0, (True, None, None), problem.new_layout([0]), WORTH)
     after = accepted(problem, state, 1, proposal(state, 1, False))
-    assert (after.labels, after.stale) == ((True, False, None), 0)
+    assert (after.labels, after.changes_since_asked) == ((True, False, None), 0)
 
 
 @given(st.integers(0, 40), st.floats(0.001, 10), st.floats(1e-6, 1e-3), st.lists(st.integers(100, 50_000), max_size=20))

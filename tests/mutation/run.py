@@ -91,6 +91,7 @@ TARGETS = (
         "src/icm/annealing.py",
         ("tests/icm/test_annealing_steps.py", "tests/icm/test_annealing.py", "tests/icm/test_many_labels.py"),
     ),
+    Target("src/icm/problem.py", ("tests/icm/test_annealing_steps.py", "tests/icm/test_annealing.py")),
     # Of test_response_cache.py only what runs in one process: others would import the unharmed module.
     Target("core/llm_api/response_cache.py", ("tests/core/test_response_cache.py", "-k", "not processes")),
     Target("core/llm_api/labels.py", ("tests/core/test_labels.py",)),

@@ -10,7 +10,7 @@ import orjson
 import pytest
 
 from src.icm import testbeds
-from src.icm.annealing import Stream, generator
+from src.icm.problem import Stream, generator
 from src.icm.testbeds import TESTBEDS, BadInput, Claim, custom_testbed
 from src.pipeline.continuing import Continued, read_continued
 

@@ -10,8 +10,8 @@ import orjson
 import pytest
 
 from core.llm_api.types import EngineIdentity
-from src.icm.annealing import SearchSettings
 from src.icm.objective import Objective
+from src.icm.problem import SearchSettings
 from src.icm.testbeds import BadInput
 from src.pipeline.datafiles import load_testbed
 from src.pipeline.labelling import Labelling, Pool, prepare

@@ -20,14 +20,16 @@ from core.llm_api.types import (
     Prompt,
     Query,
 )
-from src.icm.annealing import Candidate, Problem, SearchSettings, SearchState, explore
+from src.icm.annealing import SearchState, explore
 from src.icm.consistency import Consistency, Relation
-from src.icm.journal import Record
 from src.icm.objective import Objective
 from src.icm.planner import TokenCosts
+from src.icm.problem import Candidate, Problem, SearchSettings
 from src.icm.prompts import PromptBook, in_shared_order
+from src.icm.searches.seam import Record
 from src.icm.speculation import Pace
-from src.pipeline.search import PoolScorer, search
+from src.pipeline.scoring import PoolScorer
+from src.pipeline.search import search
 from src.results.run_folder import RunFolder
 from tests.core.fake_server import FALSE, TRUE, hashed_log_odds, label_distribution
 from tests.core.two_labels import pair, two

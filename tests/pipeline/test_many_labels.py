@@ -17,10 +17,12 @@ from core.llm_api.llm import ModelAPI
 from src.experiments.summary import print_summary
 from src.experiments.watch import Watch
 from src.icm import testbeds
-from src.icm.annealing import SearchSettings, SearchState
+from src.icm.annealing import SearchState
 from src.icm.consistency import Relation
-from src.icm.journal import Record, replay
+from src.icm.journal import replay
 from src.icm.objective import Objective
+from src.icm.problem import SearchSettings
+from src.icm.searches.seam import Record
 from src.icm.speculation import Pace
 from src.icm.testbeds import BadInput, Claim, custom_testbed
 from src.pipeline.baselines import run_baseline

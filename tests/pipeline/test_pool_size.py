@@ -10,7 +10,7 @@ from core.llm_api.types import Prompt
 from src.experiments.ICM import build_parser
 from src.experiments.loading import pool_of
 from src.experiments.request import RunRequest
-from src.icm.annealing import Candidate, Stream, generator
+from src.icm.problem import Candidate, Stream, generator
 from src.pipeline.labelling import Labelling
 from src.pipeline.pool_size import ASKED, WORTH, Speed, choose_pool, measure, search_tokens
 from tests.core.fake_server import FakeVLLM

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from src.icm.annealing import Problem, SearchSettings, SearchState
+from src.icm.annealing import SearchState
 from src.icm.consistency import Consistency
 from src.icm.objective import Evaluation, Objective
+from src.icm.problem import Problem, SearchSettings
 from src.pipeline.progress import ELSEWHERE, GROWTH, PartsProgress, SearchProgress, doing
 
 

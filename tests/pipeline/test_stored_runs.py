@@ -17,9 +17,9 @@ import pytest
 
 from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.llm import ModelAPI
-from src.icm.annealing import SearchSettings
 from src.icm.journal import replay
 from src.icm.objective import Objective
+from src.icm.problem import SearchSettings
 from src.icm.testbeds import ConsistencyMode
 from src.pipeline.datafiles import load_testbed
 from src.pipeline.labelling import Labelling, prepare

@@ -25,7 +25,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 async def test_a_stopped_search_goes_on_as_if_it_had_not(variant: str, tmp_path: Path) -> None:
     problem = make_problem(**VARIANTS[variant])
     whole, records, _ = await run(problem, tmp_path / "whole", Pace(0))
-    assert whole.stale == 0
+    assert whole.changes_since_asked == 0
     for stop in (1, 3, len(records) // 2, len(records) - 1):
         folder = tmp_path / f"stopped-{stop}"
         with pytest.raises(Stopped):
@@ -42,7 +42,7 @@ async def test_a_stopped_search_goes_on_as_if_it_had_not(variant: str, tmp_path:
 async def test_a_journal_tells_what_was_pieced_together(variant: str, tmp_path: Path) -> None:
     problem = make_problem(**VARIANTS[variant])
     _, records, engine = await run(problem, tmp_path / "run", Pace(0))
-    assert any(state.stale for state in engine.states) == ("local_gain" in VARIANTS[variant])
+    assert any(state.changes_since_asked for state in engine.states) == ("local_gain" in VARIANTS[variant])
     for count, state in enumerate(engine.states, start=1):
         assert replay(problem, records[:count]) == state
 

@@ -16,7 +16,7 @@ from src.icm.prompts import PromptBook
 from src.pipeline.baselines.row_result import RowResult
 from src.pipeline.baselines.trial import HeldOut, Trial
 from src.pipeline.predictions import Prediction
-from src.pipeline.search import log_odds_of
+from src.pipeline.scoring import log_odds_of
 
 REQUEST: Final = "Complete the last line with one word, {labels}.\n\n{text}"
 PLAIN_ANSWER: Final = "\n\nAnswer:"

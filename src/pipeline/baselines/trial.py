@@ -10,21 +10,18 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 
 from core.llm_api.llm import ModelAPI
 from core.llm_api.types import EngineIdentity, ScoreStats
-from src.icm.annealing import Candidate, Problem, Stream, generator
 from src.icm.consistency import Labels
 from src.icm.objective import Evaluation, LogOdds
 from src.icm.prefix_tree import Layout
+from src.icm.problem import BootstrapStart, Candidate, Problem, Stream, generator
 from src.pipeline.baselines.row_result import Answer, Cost, RowResult
 from src.pipeline.labelling import Labelling
 from src.pipeline.predictions import Prediction, predict
-
-BootstrapStart = Literal["random", "zero-shot"]
 
 
 @dataclass(frozen=True, slots=True)

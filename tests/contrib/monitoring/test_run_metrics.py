@@ -27,8 +27,10 @@ from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.llm import ModelAPI
 from core.vllm_server import free_port
 from scripts.render_dashboard import DASHBOARD, Line, Panel, draw, read_panels, without_variables
-from src.icm.annealing import SearchState
+from src.icm.searches import search_named
+from src.icm.searches.seam import Standing
 from tests.core.fake_server import FakeVLLM
+from tests.icm.searches.answers import Lines, Model, make_problem
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 NAMES_OF_VLLM = Path(__file__).with_name("vllm-0.32-metric-names.txt")
@@ -97,7 +99,7 @@ def test_labels_are_counted_by_their_names(names: tuple[str, ...], expected: dic
     labels = [False, True, None, True, True, False]
     evaluation = SimpleNamespace(utility=1.0, num_labels=len(names))
     state = SimpleNamespace(evaluation=evaluation, labels=labels, labelled=range(5), iteration=1, accepted=1)
-    metrics.update(cast("SearchState", state), {"event": "start"})
+    metrics.update(cast("Standing", state), {"event": "start"})
     registry = CollectorRegistry()
     registry.register(metrics)
     found = samples(generate_latest(registry).decode())
@@ -162,3 +164,18 @@ async def test_a_port_that_is_taken_is_an_error_in_one_line(tmp_path: Path) -> N
         with pytest.raises(ConfigurationError, match="--metrics_port"):
             with published(server.port, api, "r", pool, lambda *_: None):
                 pass
+
+
+async def test_a_search_that_labels_all_claims_at_once_counts_its_rounds() -> None:
+    problem, journal = make_problem(bootstrap_rounds=3), Lines()
+    await search_named("bootstrapping").run(problem, Model(problem), journal)
+    metrics, registry = RunMetrics("mine", problem.size), CollectorRegistry()
+    registry.register(metrics)
+    for standing, record in zip(journal.standings, journal.written, strict=True):
+        metrics.update(standing, record | {"seconds": 0.5})
+    found = samples(generate_latest(registry).decode())
+    rounds = len(journal.written)
+    assert found["icm_run_iteration"] == found["icm_run_step_seconds_count"] == rounds > 1
+    assert found["icm_run_iterations_total accepted"] + found["icm_run_iterations_total rejected"] == rounds
+    assert found["icm_run_labelled"] == problem.size
+    assert found["icm_run_utility"] == max(record["U_proposed"] for record in journal.written)

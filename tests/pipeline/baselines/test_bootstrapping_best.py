@@ -10,8 +10,8 @@ import pytest
 
 from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.llm import ModelAPI
-from src.icm.annealing import SearchSettings
 from src.icm.objective import Objective
+from src.icm.problem import SearchSettings
 from src.pipeline.baselines import run_baseline
 from src.pipeline.baselines.bootstrapping import bootstrap
 from src.pipeline.baselines.trial import Options, Trial

@@ -12,8 +12,8 @@ import pytest
 from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.labels import TRUE_FALSE, LabelSpace
 from core.llm_api.llm import ModelAPI
-from src.icm.annealing import SearchSettings
 from src.icm.objective import Objective
+from src.icm.problem import SearchSettings
 from src.icm.testbeds import custom_testbed
 from src.pipeline.baselines import run_baseline
 from src.pipeline.baselines.chat import ask_chat

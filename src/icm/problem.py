@@ -1,0 +1,178 @@
+"""What a search is given: the pool's groups and constraints, the objective, the settings, and its random numbers.
+
+Random numbers come from generators seeded by (seed, purpose, index) alone, so that a search can stop, resume, or look
+ahead without changing a draw.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Literal
+
+import numpy as np
+
+from src.icm.capped_layout import CappedLayout
+from src.icm.consistency import Consistency, Labels
+from src.icm.objective import Objective
+from src.icm.planner import TokenCosts
+from src.icm.prefix_tree import Layout, TreeLayout, UpstreamLayout
+
+Scheduler = Literal["log", "log-upstream", "exp"]
+Stop = Literal["labelled", "K"]
+LayoutName = Literal["tree", "upstream"]
+BootstrapStart = Literal["random", "zero-shot"]
+
+
+class Stream(IntEnum):
+    """Independent streams of random numbers drawn from one seed."""
+
+    POOL = 0
+    SEEDS = 1
+    LAYOUT = 2
+    STEP = 3
+    PART = 4
+
+
+def generator(seed: int, stream: Stream, index: int = 0) -> np.random.Generator:
+    """The generator of one purpose (and one iteration) of a run."""
+    return np.random.default_rng([seed, stream, index])
+
+
+def part_seed(seed: int, batch: int, number: int) -> int:
+    """The seed of one of several searches that a run is made of: of a batch, and of its pass `number`."""
+    return int(np.random.SeedSequence([seed, Stream.PART, batch, number]).generate_state(1)[0])
+
+
+@dataclass(frozen=True, slots=True)
+class SearchSettings:
+    """The flags of the published code, and what it lacks. Temperatures are in units of U.
+
+    search: which one (src/icm/searches/). Its file says which of the others it uses.
+    decay: the paper's beta in scheduler "log", the base of the power in "exp", unused in "log-upstream".
+    patience: proposals in a row that change nothing before stop "labelled" ends (see `finished`).
+    anchors: claims that stand last in every prompt when a tree is built (see prefix_tree); 0 is cheapest.
+    max_tail: appended demonstrations after which the tree is built anew at the latest; None: the planner decides.
+    mirror: once the search has settled, try to swap two labels everywhere (see `wants_mirror`).
+    context_cap: demonstrations at most in every prompt (see capped_layout); None: all. Another objective.
+    best_of: claims whose labels an iteration predicts; only the surest change is evaluated (see `choose`).
+    local_gain: a new claim is accepted by its own term of U, the others' as they last were (see `decides_by_itself`).
+    bootstrap_rounds, bootstrap_start: of search "bootstrapping".
+    """
+
+    search: str = "annealing"
+    seed: int = 27565976
+    num_seed: int = 8
+    K: int = 3000
+    consistency_fix_K: int = 10
+    decay: float = 0.99
+    initial_T: float = 10.0
+    final_T: float = 0.01
+    scheduler: Scheduler = "log"
+    stop: Stop = "labelled"
+    patience: int = 30
+    layout: LayoutName = "tree"
+    anchors: int = 0
+    max_tail: int | None = None
+    mirror: bool = True
+    context_cap: int | None = None
+    best_of: int = 1
+    local_gain: bool = False
+    bootstrap_rounds: int = 4
+    bootstrap_start: BootstrapStart = "random"
+
+    def temperature(self, iteration: int, accepted: int) -> float:
+        """T of iteration n = 0, 1, ... after `accepted` accepted changes.
+
+        "log": max(T_min, T_0 / (1 + beta * ln(n + 1))), the paper's algorithm 1 with its n counted from 1.
+        "log-upstream": the published code's T_0 / (1 + 2 ln(1 + accepted)), which ignores --decay.
+        "exp": the published code's T_0 * decay ** accepted.
+        """
+        if self.scheduler == "log":
+            cooled = self.initial_T / (1 + self.decay * math.log(iteration + 1))
+        elif self.scheduler == "log-upstream":
+            cooled = self.initial_T / (1 + 2 * math.log(1 + accepted))
+        else:
+            cooled = self.initial_T * self.decay**accepted
+        return max(self.final_T, cooled)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What stays the same through a search: the pool's groups and constraints, the objective, the settings, and what
+    its claims cost on the server it began on. start_labels: what it starts with in place of random labels."""
+
+    groups: tuple[str, ...]
+    consistency: Consistency
+    objective: Objective
+    settings: SearchSettings
+    costs: TokenCosts = field(default_factory=TokenCosts)
+    start_labels: Labels | None = None
+
+    @property
+    def size(self) -> int:
+        return len(self.groups)
+
+    @property
+    def num_labels(self) -> int:
+        return self.objective.num_labels
+
+    @property
+    def starts_at_random(self) -> bool:
+        """Whether a search that changes none of its first labels ends with random ones."""
+        if self.settings.search == "bootstrapping":
+            return self.settings.bootstrap_start == "random"
+        return self.settings.search == "annealing" and self.start_labels is None
+
+    def new_layout(self, labelled: Sequence[int], rebuilds: int = 0, *, labels: Labels | None = None) -> Layout:
+        """A layout of `labelled`. labels: what a sample of demonstrations is balanced by, where there is a cap."""
+        rng = generator(self.settings.seed, Stream.LAYOUT, rebuilds)
+        cap, anchors = self.settings.context_cap, self.settings.anchors
+        if cap is not None:
+            return CappedLayout.build(labelled, labels, self.groups, rng, cap=cap, anchors=anchors)
+        if self.settings.layout == "upstream":
+            return UpstreamLayout.build(labelled)
+        return TreeLayout.build(labelled, self.groups, rng, anchors=self.settings.anchors)
+
+    def seed_labels(self) -> Labels:
+        """start_labels where there are any, else random ones, as many of each label, for num_seed claims; the rest
+        None.
+
+        The claims are the first of each group in the pool's order, then the second of each, and so on: random labels
+        of one group would contradict each other, and repairing them would pick the seeds by their score.
+        """
+        if self.start_labels is not None:
+            return self.start_labels
+        count = min(self.settings.num_seed, self.size)
+        drawn = balanced_labels(count, self.num_labels, generator(self.settings.seed, Stream.SEEDS))
+        seen: Counter[str] = Counter()
+        rank = []
+        for claim, group in enumerate(self.groups):
+            rank.append((seen[group], claim))
+            seen[group] += 1
+        seeds = dict(zip((claim for _, claim in sorted(rank)), drawn, strict=False))
+        return tuple(seeds.get(claim) for claim in range(self.size))
+
+
+def balanced_labels(count: int, num_labels: int, rng: np.random.Generator) -> list[int]:
+    """`count` labels in random order, as many of each as can be; which ones are over is random."""
+    share, over = divmod(count, num_labels)
+    if num_labels == 2:
+        odd = [bool(rng.random() < 0.5)] * over
+        drawn = rng.permutation(np.array([True] * share + [False] * share + odd, dtype=bool))
+    else:
+        rest = rng.permutation(num_labels)[:over]
+        drawn = rng.permutation(np.concatenate([np.repeat(np.arange(num_labels), share), rest]))
+    labels: list[int] = drawn.tolist()
+    return labels
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A labeling that wants evaluating, and the order in which its demonstrations stand."""
+
+    labels: Labels
+    layout: Layout

@@ -1,0 +1,28 @@
+"""Searches for labels, one file each, imported when the search is asked for by its name.
+
+Such a file has `run(problem, ask, journal)`, which asks a model and ends with the labels that it found, and `SETTINGS`,
+the settings that it uses and not every search does (`seam.Search`). To add one: a file like that, and a line here.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from src.icm.searches.seam import Search
+
+SEARCHES: Final[Mapping[str, str]] = {
+    "annealing": "one claim at a time is taken in, or its label changed, by simulated annealing (the paper's search)",
+    "bootstrapping": "all labels are predicted from those of the round before, and the best of all rounds are kept",
+}
+"""What each does, in one line."""
+
+
+def search_named(name: str) -> Search:
+    """The search of that name, which is a file of this folder. Raises KeyError for a name that is none."""
+    if name not in SEARCHES:
+        raise KeyError(f"there is no search {name!r}, only {', '.join(SEARCHES)}")
+    search: Search = importlib.import_module(f"{__name__}.{name}")
+    return search

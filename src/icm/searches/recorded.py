@@ -1,0 +1,141 @@
+"""Answers that a journal holds: an Ask in front of an Ask, for searches that are functions of their answers alone.
+
+Such a search starts from the beginning every time. What the journal's lines answer is not asked again; from there on
+every new answer is asked for and becomes a line. So it goes on where it was stopped, and a finished one is replayed
+without a model.
+
+Two events: "evaluation" (a labeling, and its leave-one-out log-odds as "scores") and "questions" (of some claims, after
+the labels "shown" or none, the log-odds as "answers"). `U_proposed` is that of the line's labeling, `accepted` whether
+it is the best so far, and `U` that of the best so far: in every journal U is where the search stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from src.icm.objective import Evaluation, LogOdds
+from src.icm.problem import Candidate, Problem
+from src.icm.searches.lines import labels_of, read_evaluation, read_labels, read_log_odds, scores_of
+from src.icm.searches.seam import Ask, Journal, JournalMismatch, Record, Standing
+
+
+class RecordedAsk:
+    """An Ask that answers from the journal first, then from `ask`.
+
+    standing: the best labeling evaluated so far: of those with most labels the one with the highest U, the first of
+    equals. iteration counts evaluations, accepted those that were better than the best before them.
+    """
+
+    def __init__(self, problem: Problem, ask: Ask, journal: Journal) -> None:
+        nothing = (None,) * problem.size
+        evaluation = problem.objective.evaluate(nothing, {}, problem.consistency)
+        self.standing = Standing(0, nothing, problem.new_layout(()), evaluation)
+        self._problem = problem
+        self._ask = ask
+        self._journal = journal
+        self._lines = list(enumerate(journal.records, start=1))[::-1]
+
+    async def evaluate(self, candidates: Sequence[Candidate], intent: object = None) -> list[Evaluation]:
+        """See Ask. Raises JournalMismatch where the journal's next line answers something else."""
+        found = [evaluation for each in candidates if (evaluation := self._recorded_evaluation(each)) is not None]
+        for candidate, evaluation in zip(candidates, found, strict=False):
+            self._stand(candidate, evaluation)
+        missing = candidates[len(found) :]
+        if not missing:
+            return found
+        asked = await self._ask.evaluate(missing, intent)
+        for candidate, evaluation in zip(missing, asked, strict=True):
+            accepted = self._stand(candidate, evaluation)
+            line = {"labels": labels_of(candidate.labels), "scores": scores_of(evaluation)}
+            worth = {"U_proposed": evaluation.utility, "accepted": accepted}
+            now = {
+                "predictability": self.standing.evaluation.predictability,
+                "inconsistent": self.standing.evaluation.inconsistent,
+                "labelled": len(self.standing.labelled),
+            }
+            await self._write("evaluation", line | worth | now)
+        return found + asked
+
+    async def predict(self, claims: Sequence[int], candidate: Candidate, intent: object = None) -> list[LogOdds]:
+        """See Ask. Raises JournalMismatch where the journal's next line answers something else."""
+        question = {"claims": list(claims), "shown": labels_of(candidate.labels)}
+        found = self._recorded_answers(question)
+        if found is None:
+            found = await self._ask.predict(claims, candidate, intent)
+            await self._write("questions", question | {"answers": found})
+        return found
+
+    async def zero_shot(self) -> list[LogOdds]:
+        """See Ask. Raises JournalMismatch where the journal's next line answers something else."""
+        question: Record = {"claims": list(range(self._problem.size)), "shown": {}}
+        found = self._recorded_answers(question)
+        if found is None:
+            found = await self._ask.zero_shot()
+            await self._write("questions", question | {"answers": found})
+        return found
+
+    def _stand(self, candidate: Candidate, evaluation: Evaluation) -> bool:
+        """Count an evaluation; whether it is the best so far."""
+        before = self.standing
+        first = before.iteration == 0
+        labelled = len(evaluation.log_odds), evaluation.utility
+        better = first or labelled > (len(before.labelled), before.evaluation.utility)
+        if better:
+            self.standing = replace(
+                before,
+                labels=candidate.labels,
+                layout=candidate.layout,
+                evaluation=evaluation,
+                accepted=before.accepted + (not first),
+            )
+        self.standing = replace(self.standing, iteration=before.iteration + 1)
+        return better
+
+    async def _write(self, event: str, line: Record) -> None:
+        count = self._problem.num_labels
+        record = {"event": event, "iteration": self.standing.iteration} | ({} if count == 2 else {"num_labels": count})
+        await self._journal.write(record | line | {"U": self.standing.evaluation.utility}, self.standing)
+
+    def _recorded_evaluation(self, candidate: Candidate) -> Evaluation | None:
+        """Its worth by the journal's next line; None where the journal has ended."""
+        line = self._next("evaluation")
+        if line is None:
+            return None
+        number, record = line
+        try:
+            same = read_labels(self._problem, record["labels"]) == {
+                claim: label for claim, label in enumerate(candidate.labels) if label is not None
+            }
+            # Log-odds stand in the order of the questions, which the layout makes.
+            if same and [int(claim) for claim in record["scores"]] == list(candidate.layout.questions):
+                return read_evaluation(self._problem, candidate.labels, record)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise JournalMismatch(f"line {number} cannot be read ({type(error).__name__}: {error})") from error
+        raise JournalMismatch(f"line {number} evaluates other labels than this search, or in another order")
+
+    def _recorded_answers(self, question: Record) -> list[LogOdds] | None:
+        """Log-odds by the journal's next line; None where the journal has ended."""
+        line = self._next("questions")
+        if line is None:
+            return None
+        number, record = line
+        try:
+            same = (record["claims"], record["shown"]) == (question["claims"], question["shown"])
+            if same and len(record["answers"]) == len(question["claims"]):
+                return [read_log_odds(value) for value in record["answers"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise JournalMismatch(f"line {number} cannot be read ({type(error).__name__}: {error})") from error
+        raise JournalMismatch(f"line {number} answers other questions than this search asks")
+
+    def _next(self, event: str) -> tuple[int, Mapping[str, Any]] | None:
+        """The journal's next line and its number."""
+        if not self._lines:
+            return None
+        number, record = self._lines.pop()
+        if record.get("num_labels", 2) != self._problem.num_labels:
+            raise JournalMismatch(f"line {number} is of other labels")
+        if record.get("event") != event:
+            raise JournalMismatch(f"line {number} is {record.get('event')!r}, where this search asks for {event!r}")
+        return number, record

@@ -1,0 +1,68 @@
+"""A pool's questions asked of a model: prompts laid out, answers made into log-odds and U."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from core.llm_api.labels import SpelledLabels
+from core.llm_api.types import PoolScores, Prompt
+from src.icm.objective import Evaluation, LogOdds
+from src.icm.problem import Candidate, Problem
+from src.icm.prompts import PromptBook
+
+
+class Scores(Protocol):
+    """What a pool is asked of: a ModelAPI, or what stands in front of one."""
+
+    async def score(self, prompts: Sequence[Prompt], labels: SpelledLabels) -> PoolScores:
+        """See ModelAPI.score."""
+        ...
+
+
+@dataclass(frozen=True)
+class PoolScorer:
+    """An Ask (src/icm/searches/seam.py) that asks for what is wanted now and nothing else, whatever the intent."""
+
+    api: Scores
+    book: PromptBook
+    labels: SpelledLabels
+    problem: Problem
+
+    def prompt(self, claim: int, candidate: Candidate) -> Prompt:
+        """The question about `claim` given every other labelled claim."""
+        layout = candidate.layout
+        return self.book.prompt(claim, layout.context(claim), candidate.labels, layout.place(claim))
+
+    async def evaluate(self, candidates: Sequence[Candidate], intent: object = None) -> list[Evaluation]:
+        """See Ask."""
+        prompts = [self.prompt(claim, candidate) for candidate in candidates for claim in candidate.layout.questions]
+        answers = iter(log_odds_of(await self.api.score(prompts, self.labels)))
+        return [
+            self.problem.objective.evaluate(
+                candidate.labels,
+                {claim: next(answers) for claim in candidate.layout.questions},
+                self.problem.consistency,
+            )
+            for candidate in candidates
+        ]
+
+    async def predict(self, claims: Sequence[int], candidate: Candidate, intent: object = None) -> list[LogOdds]:
+        """See Ask."""
+        scores = await self.api.score([self.prompt(claim, candidate) for claim in claims], self.labels)
+        return log_odds_of(scores)
+
+    async def zero_shot(self) -> list[LogOdds]:
+        """See Ask."""
+        size = self.problem.size
+        # All share the same prefix: every server computes it once and takes its part of the questions.
+        prompts = [self.book.prompt(claim, (), (), claim / size) for claim in range(size)]
+        return log_odds_of(await self.api.score(prompts, self.labels))
+
+
+def log_odds_of(scores: PoolScores) -> list[LogOdds]:
+    """What the objective takes of a model's answers, one entry a prompt (nats; see objective)."""
+    if scores.logprobs.shape[1] == 2:
+        return list(scores.log_odds)
+    return [tuple(row) for row in (scores.logprobs[:, 1:] - scores.logprobs[:, :1]).tolist()]

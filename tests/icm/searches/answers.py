@@ -1,0 +1,88 @@
+"""A model and a journal in memory, for searches that are asked nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import orjson
+
+from src.icm.consistency import Consistency, Relation
+from src.icm.objective import Evaluation, LogOdds, Objective
+from src.icm.problem import Candidate, Problem, SearchSettings
+from src.icm.searches.seam import Record, Standing
+
+
+class Stopped(Exception):
+    """The process was killed."""
+
+
+class Model:
+    """An Ask whose answer depends on the question alone: on the claim, and on the labels before it in their order.
+
+    asked: every question that it was asked, by its digest, in order. lean: added to every answer, nats.
+    """
+
+    def __init__(self, problem: Problem, lean: float = 0.0) -> None:
+        self.problem = problem
+        self.lean = lean
+        self.asked: list[str] = []
+
+    async def evaluate(self, candidates: Sequence[Candidate], intent: object = None) -> list[Evaluation]:
+        return [
+            self.problem.objective.evaluate(
+                each.labels,
+                {claim: self._answer(claim, each) for claim in each.layout.questions},
+                self.problem.consistency,
+            )
+            for each in candidates
+        ]
+
+    async def predict(self, claims: Sequence[int], candidate: Candidate, intent: object = None) -> list[LogOdds]:
+        return [self._answer(claim, candidate) for claim in claims]
+
+    async def zero_shot(self) -> list[LogOdds]:
+        size = self.problem.size
+        nothing = Candidate((None,) * size, self.problem.new_layout(()))
+        return [self._answer(claim, nothing) for claim in range(size)]
+
+    def _answer(self, claim: int, candidate: Candidate) -> LogOdds:
+        shown = [(other, candidate.labels[other]) for other in candidate.layout.context(claim)]
+        digest = hashlib.sha256(repr((claim, shown)).encode()).digest()
+        self.asked.append(digest.hex())
+        values = [byte / 64 - 2 for byte in digest[: self.problem.num_labels - 1]]
+        if len(values) == 1:
+            return values[0] + self.lean + (1.5 if claim % 3 else -1.5)
+        return tuple(
+            value + (2.0 if claim % self.problem.num_labels == at + 1 else 0.0) for at, value in enumerate(values)
+        )
+
+
+class Lines:
+    """A Journal that is read as a file would be. stop_after: lines after which the process is killed."""
+
+    def __init__(self, records: Sequence[Record] = (), stop_after: int | None = None) -> None:
+        self.records: list[Record] = [orjson.loads(orjson.dumps(record)) for record in records]
+        self.written: list[Record] = []
+        self.standings: list[Standing] = []
+        self._stop_after = stop_after
+
+    async def write(self, record: Record, standing: Standing) -> None:
+        self.written.append(record)
+        self.standings.append(standing)
+        if len(self.written) == self._stop_after:
+            raise Stopped
+
+    @property
+    def whole(self) -> list[Record]:
+        return [*self.records, *map(orjson.loads, map(orjson.dumps, self.written))]
+
+
+def make_problem(size: int = 12, num_labels: int = 2, calibration: Any = "none", **settings: Any) -> Problem:
+    """Claims in pairs of which exactly one is true, or, of more than two labels, which are not alike."""
+    groups = tuple(str(claim // 2) for claim in range(size))
+    relation = Relation.EXACTLY_ONE if num_labels == 2 else Relation.DIFFERENT
+    consistency = Consistency.of_groups(groups, lambda i, j: relation)
+    objective = Objective(10.0, calibration, num_labels=num_labels)
+    return Problem(groups, consistency, objective, SearchSettings(**({"seed": 5} | settings)))
