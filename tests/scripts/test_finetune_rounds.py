@@ -166,14 +166,12 @@ async def test_rounds_of_a_testbed_file_keep_its_columns_values_and_three_labels
     async with FakeVLLM(distribution=Model(MOODS)) as server:
         loop = Loop(server.url, tmp_path)
         loop.source = ("--testbed", str(testbed))
-        code, out, err = await loop()
+        code, _, err = await loop()
         assert code == 0, err
         assert loop.note.read_text().split() == ["base-model", "model-1", "model-2"]
         batch = json.loads((loop.out / "batch-1" / "claims.json").read_text())
         assert set(batch[0]) == {"text", "stars"}
-        completions = {
-            json.loads(line)["completion"] for line in (loop.out / "train-2.jsonl").read_text().splitlines()
-        }
+        completions = {json.loads(line)["completion"] for line in (loop.out / "train-2.jsonl").read_text().splitlines()}
         assert completions <= set(MOODS.texts)
         assert len(completions) > 1
         labels = [json.loads(line) for line in (loop.out / "labels.jsonl").read_text().splitlines()]
