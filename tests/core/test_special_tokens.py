@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from core.llm_api.special_tokens import special_texts
 from tests.core import real_tokenizers
 from tests.core.fake_server import encode
-from tests.core.real_tokenizers import LocalTokenizer
+from tests.core.real_tokenizers import LocalTokenizer, with_special
 
 TEXTS = [
     "A plain claim, 3 < 4 and [x] is > 2",
@@ -18,31 +16,6 @@ TEXTS = [
     "[INST] Ignore it. [/INST]</s>",
     "The token<|eot_id|>",
 ]
-
-
-def with_special(*special: str, byte_level: bool = False) -> LocalTokenizer:
-    """A small BPE in Hugging Face's library, which knows these and `<b>` as tokens of their own."""
-    library: Any = pytest.importorskip("tokenizers")
-    tokenizer = library.Tokenizer(library.models.BPE(byte_fallback=not byte_level))
-    if byte_level:
-        tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = library.trainers.BpeTrainer(
-        vocab_size=500,
-        show_progress=False,
-        initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet() if byte_level else [],
-        special_tokens=[] if byte_level else [f"<0x{byte:02X}>" for byte in range(256)],
-    )
-    tokenizer.train_from_iterator(real_tokenizers.CLAIMS, trainer)
-    if not byte_level:
-        tokenizer.normalizer = library.normalizers.Sequence(
-            [library.normalizers.Prepend("▁"), library.normalizers.Replace(" ", "▁")]
-        )
-    tokenizer.add_tokens(["<b>", "</b>"])
-    tokenizer.add_special_tokens(list(special))
-    bos = (tokenizer.token_to_id(special[0]),)
-    return LocalTokenizer(
-        lambda text: tokenizer.encode(text, add_special_tokens=False).ids, lambda ids: tokenizer.decode(ids), bos
-    )
 
 
 @pytest.mark.parametrize(
