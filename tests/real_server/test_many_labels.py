@@ -35,8 +35,8 @@ async def test_a_search_agrees_with_gold_at_least_as_often_as_calibrated_zero_sh
 ) -> None:
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "src.experiments.commands", "label", "--testbed", str(EXAMPLES / f"{example}.yaml")),
-        *("--model", vllm_server.model, "--batch_size", "12", "--alpha", "50", "--calibrate", "mean", "--seed", "1"),
-        *("--num_seed", "6", "--patience", "12", "--K", "60", "--lookahead", "0", "--quiet"),
+        *("--model", vllm_server.model, "--batch_size", "16", "--alpha", "50", "--calibrate", "mean", "--seed", "1"),
+        *("--num_seed", "4", "--initial_T", "30", "--K", "60", "--lookahead", "0", "--quiet"),
         *("--runs_dir", str(tmp_path), "--run", "t"),
         env={
             **os.environ,
@@ -70,7 +70,7 @@ async def test_an_evaluation_costs_the_blocks_that_no_beginning_shares(
     file = EXAMPLES / f"{example}.yaml"
     testbed, claims, _ = load_testbed_file(read_testbed(file), file, file.parent)
     size = 16
-    texts = [f"What kind is it? {claim.text}" for claim in claims[:size]]  # asked here alone: nothing of it is cached
+    texts = [f"Of what kind is this? {claim.text}" for claim in claims[:size]]  # asked here alone: nothing of it is cached
     async with ModelAPI(VLLMClient(vllm_server.url, vllm_server.model)) as api:
         book = await PromptBook.open(api, texts, space=testbed.space, separator=testbed.separator)
         assert len(book.labels.nodes) == nodes
