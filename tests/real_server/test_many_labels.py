@@ -70,7 +70,9 @@ async def test_an_evaluation_costs_the_blocks_that_no_beginning_shares(
     file = EXAMPLES / f"{example}.yaml"
     testbed, claims, _ = load_testbed_file(read_testbed(file), file, file.parent)
     size = 16
-    texts = [f"Of what kind is this? {claim.text}" for claim in claims[:size]]  # asked here alone: nothing of it is cached
+    texts = [
+        f"Of what kind is this? {claim.text}" for claim in claims[:size]
+    ]  # asked here alone: nothing of it is cached
     async with ModelAPI(VLLMClient(vllm_server.url, vllm_server.model)) as api:
         book = await PromptBook.open(api, texts, space=testbed.space, separator=testbed.separator)
         assert len(book.labels.nodes) == nodes
