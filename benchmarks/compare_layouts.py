@@ -4,10 +4,13 @@
         --model gemma-3-270m --size 32
 
 Scores the same claims with gold labels as demonstrations in several layouts and compares each with the published
-code's order: correlation, mean signed log-odds, accuracy, how often the sign differs. Random orders (another one for
-every question) are the yardstick: a layout is innocent if it differs from upstream's no more than they do. In "siblings
-together" a claim's sibling is the last demonstration before its question, which no layout of ours does. Each is asked
-cold, and costs computed tokens and seconds; give a new --cache, or none, to measure that.
+code's order: correlation, mean signed log-odds (of more than two labels the margin of the gold one), accuracy, how
+often the label differs. Random orders (another one for every question) are the yardstick: a layout is innocent if it
+differs from upstream's no more than they do. In "siblings together" a claim's sibling is the last demonstration before
+its question, which no layout of ours does. Each is asked cold, and costs computed tokens and seconds; give a new
+--cache, or none, to measure that.
+
+--testbed FILE takes claims of your own, with two labels or more (docs/testbeds.md).
 
 --distances asks something else: how far from its question must a claim's sibling stand, so that its label does not give
 the answer away? Random orders, the siblings moved to so many demonstrations before the question.
@@ -31,12 +34,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from core.llm_api.llm import open_model_api
 from core.llm_api.types import Segment
 from core.settings import Settings
-from src.icm.objective import Objective
+from src.experiments.arguments import testbed_named
+from src.icm.objective import Objective, all_margins
 from src.icm.prefix_tree import Layout, TreeLayout, UpstreamLayout
 from src.icm.problem import SearchSettings
-from src.icm.testbeds import TESTBEDS, BadInput
-from src.pipeline.datafiles import load_testbed
+from src.icm.testbeds import BadInput
+from src.pipeline.datafiles import load_testbed, load_testbed_file
 from src.pipeline.labelling import Labelling, Pool, prepare
+from src.pipeline.testbed_files import read_testbed, testbed_path
 
 Contexts = dict[int, Sequence[int]]
 
@@ -101,7 +106,10 @@ def layouts(pool: Pool, draws: int, distances: Sequence[int]) -> dict[str, list[
 
 async def measure(args: argparse.Namespace) -> dict[str, object]:
     """Score every layout; returns the table's numbers."""
-    testbed, claims, path = load_testbed(args.testbed, args.data_dir)
+    if (file := testbed_path(args.testbed)) is not None:
+        testbed, claims, path = load_testbed_file(read_testbed(file), file, args.data_dir)
+    else:
+        testbed, claims, path = load_testbed(args.testbed, args.data_dir)
     settings = SearchSettings(seed=args.seed)
     pool = prepare(
         testbed,
@@ -109,14 +117,14 @@ async def measure(args: argparse.Namespace) -> dict[str, object]:
         path,
         batch_size=args.size,
         consistency="gold-free",
-        objective=Objective(1.0),
+        objective=Objective(1.0, num_labels=len(testbed.space)),
         settings=settings,
     )
     pool = Pool(pool.testbed, pool.claims, (), pool.problem, pool.data_digest)
     gold = pool.gold
     if None in gold:
         raise BadInput("this comparison demonstrates gold labels, and some claims have none")
-    signs = np.array([1.0 if label else -1.0 for label in gold])
+    truth, numbers = np.array(gold, dtype=int), np.arange(len(gold))
     async with open_model_api(Settings.load({"cache_path": args.cache}), model=args.model) as api:
         labelling = await Labelling.open(pool, api)
         scores: dict[str, list[np.ndarray]] = {}
@@ -132,22 +140,26 @@ async def measure(args: argparse.Namespace) -> dict[str, object]:
                 before, started = await api.prefix_cache(), time.perf_counter()
                 answer = await api.score(prompts, labelling.tokens)
                 seconds, after = time.perf_counter() - started, await api.prefix_cache()
-                by_claim = dict(zip(contexts, answer.log_odds, strict=True))
-                scores.setdefault(name, []).append(np.array([by_claim[claim] for claim in range(len(gold))]))
+                by_claim = dict(zip(contexts, answer.logprobs, strict=True))
+                logprobs = np.stack([by_claim[claim] for claim in range(len(gold))])
+                scores.setdefault(name, []).append(logprobs[:, 1:] - logprobs[:, :1])
                 computed = (after - before).computed if after is not None and before is not None else 0
                 costs.setdefault(name, []).append((computed, round(seconds, 2)))
                 print(f"  scored: {name}", file=sys.stderr)
         engine = labelling.identity.describe()
     reference = scores["upstream's order"][0]
+    as_upstream = all_margins(reference).argmax(axis=1)
     rows = []
     for name, found in scores.items():
+        margins = [all_margins(log_odds) for log_odds in found]
+        predicted = [each.argmax(axis=1) for each in margins]
         rows.append(
             {
                 "layout": name,
-                "mean_signed": [round(float(np.mean(signs * s)), 3) for s in found],
-                "accuracy": [round(float(np.mean((s > 0) == (signs > 0))), 3) for s in found],
-                "correlation": [round(float(np.corrcoef(reference, s)[0, 1]), 3) for s in found],
-                "sign_differs": [round(float(np.mean((s > 0) != (reference > 0))), 3) for s in found],
+                "mean_signed": [round(float(np.mean(each[numbers, truth])), 3) for each in margins],
+                "accuracy": [round(float(np.mean(labels == truth)), 3) for labels in predicted],
+                "correlation": [round(float(np.corrcoef(reference.flat, s.flat)[0, 1]), 3) for s in found],
+                "sign_differs": [round(float(np.mean(labels != as_upstream)), 3) for labels in predicted],
                 "computed_tokens": [tokens for tokens, _ in costs[name]],
                 "seconds": [seconds for _, seconds in costs[name]],
             }
@@ -158,7 +170,7 @@ async def measure(args: argparse.Namespace) -> dict[str, object]:
 def main() -> int:
     """Print the table; with --json also write it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--testbed", default="truthfulQA-preference", choices=list(TESTBEDS))
+    parser.add_argument("--testbed", default="truthfulQA-preference", type=testbed_named, metavar="{NAME,FILE}")
     parser.add_argument("--data_dir", type=Path, default=Path("data"))
     parser.add_argument("--model", default="gemma-3-270m")
     parser.add_argument("--size", type=int, default=32, help="claims")
@@ -178,7 +190,7 @@ def main() -> int:
     assert isinstance(rows, list)
     print(f"{result['testbed']}, {result['claims']} claims, gold labels, {result['engine']}")
     print(
-        f"{'layout':<28}{'mean signed log-odds':<24}{'accuracy':<18}{'r with upstream':<18}{'sign differs':<18}"
+        f"{'layout':<28}{'mean signed log-odds':<24}{'accuracy':<18}{'r with upstream':<18}{'label differs':<18}"
         f"{'computed tokens':<24}seconds"
     )
     for row in rows:

@@ -36,13 +36,21 @@ from contrib.training import Trainer, axolotl_rows, beginning_token, read_extra,
 from core.errors import StorageFailed  # noqa: E402
 from core.files import write_atomically  # noqa: E402
 from core.vllm_server import ServerFailed, VLLMServer  # noqa: E402
-from src.experiments.arguments import Parser, add_reading_arguments  # noqa: E402
+from src.experiments.arguments import Parser, add_reading_arguments, testbed_named  # noqa: E402
 from src.experiments.loading import check_bad_rows  # noqa: E402
 from src.experiments.request import DataRequest  # noqa: E402
 from src.icm.consistency import Relation  # noqa: E402
 from src.icm.problem import Stream, generator  # noqa: E402
 from src.icm.testbeds import TESTBEDS, BadInput, sample_pool  # noqa: E402
-from src.pipeline.datafiles import claims_of, load_data_file, load_testbed, named_rows, read_rows  # noqa: E402
+from src.pipeline.datafiles import (  # noqa: E402
+    claims_of,
+    load_data_file,
+    load_testbed,
+    load_testbed_file,
+    named_rows,
+    read_rows,
+)
+from src.pipeline.testbed_files import read_testbed, testbed_path  # noqa: E402
 from src.results.exports import chosen_claims, plain_rows, training_rows  # noqa: E402
 from src.results.handover import write_jsonl  # noqa: E402
 from src.results.messages import agreement  # noqa: E402
@@ -58,9 +66,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=text[0], epilog=text[2], formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--testbed", choices=[name for name, testbed in TESTBEDS.items() if testbed.file])
-    source.add_argument("--data", type=Path, metavar="FILE", help="your own claims (docs/data.md)")
+    names = [name for name, testbed in TESTBEDS.items() if testbed.file]
+    parser.add_argument(
+        "--testbed", type=testbed_named, metavar="{NAME,FILE}", help=f"{', '.join(names)}, or mine.yaml, or mine.py"
+    )
+    parser.add_argument(
+        "--data", type=Path, metavar="FILE", help="your own claims (docs/data.md); with --testbed FILE those it is for"
+    )
     parser.add_argument("--data_dir", type=Path, default=ROOT / "data", help="where the testbeds' files lie")
     parser.add_argument("--model", required=True, help="the pretrained model: path or id")
     parser.add_argument("--batch_size", type=int, default=256, help="claims in a batch, whole groups (default: 256)")
@@ -85,7 +97,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit codes: 0 all rounds done, 1 a labelling or training command failed, 2 bad input, 130 interrupted."""
-    args = build_parser().parse_args(arguments)
+    parser = build_parser()
+    args = parser.parse_args(arguments)
+    if complaint := source_complaint(args):
+        parser.error(complaint)
     try:
         rounds = Rounds(args)
         rounds.run()
@@ -101,6 +116,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def source_complaint(args: argparse.Namespace) -> str | None:
+    """What is wrong with --testbed and --data together; None where they name one source of claims."""
+    if args.testbed is None:
+        return "name your claims: --testbed NAME, --testbed FILE or --data FILE" if args.data is None else None
+    if testbed_path(args.testbed) is not None:
+        return None
+    if args.data is not None:
+        return f"--data replaces the claims of a testbed file, and {args.testbed} is none"
+    return None if TESTBEDS[args.testbed].file else f"{args.testbed} has no file to split into batches"
+
+
 class CommandFailed(Exception):
     """A labelling or training command ended badly; the message names it."""
 
@@ -113,6 +139,7 @@ class Rounds:
 
     def __post_init__(self) -> None:
         self.out: Path = self.args.out.resolve()
+        self.testbed_file = testbed_path(self.args.testbed or "")
         parser = Parser(add_help=False, allow_abbrev=False)
         add_reading_arguments(parser)
         source = argparse.Namespace(data=self.args.data, testbed=self.args.testbed or "")
@@ -142,14 +169,20 @@ class Rounds:
         args = self.args
         if args.batch_size < 2 or (args.rounds is not None and args.rounds < 1):
             raise BadInput("--batch_size must be at least 2 and --rounds at least 1")
-        reading, bad = self.reads.reading(), list[str]()
-        if args.data is not None:
+        reading, bad, weaker_as = self.reads.reading(), list[str](), "consistency_relation"
+        if self.testbed_file is not None:
+            testbed = read_testbed(self.testbed_file)
+            testbed, claims, path = load_testbed_file(testbed, self.testbed_file, args.data_dir, args.data, bad.append)
+            # The testbed file says how batches are read, too: they keep its columns and its values.
+            rows, weaker_as = read_rows(path), testbed.reading.columns.get(weaker_as, weaker_as)
+        elif args.data is not None:
             testbed, claims, path = load_data_file(args.data, reading, bad.append)
+            rows = named_rows(path, reading)
         else:
             testbed, claims, path = load_testbed(args.testbed, args.data_dir, bad.append)
+            rows = named_rows(path, reading)
         check_bad_rows(self.reads, path, bad)
-        rows = named_rows(path, reading)
-        name = testbed.file or "claims.json"
+        name = "claims.json" if args.data is not None or self.testbed_file is not None else testbed.file
         files: list[Path] = []
         while claims and (args.rounds is None or len(files) < args.rounds):
             batch = sample_pool(claims, args.batch_size, generator(args.seed, Stream.POOL, len(files)))
@@ -160,7 +193,7 @@ class Rounds:
             weaker = {claim.of_row for claim in batch if claim.relation is Relation.AT_MOST_ONE}  # a row was left out
             for at, row in enumerate(sorted(taken)):
                 if row in weaker:
-                    fields[at] = fields[at] | {"consistency_relation": "at most one"}
+                    fields[at] = fields[at] | {weaker_as: "at most one"}
             content = orjson.dumps(fields, default=str, option=orjson.OPT_INDENT_2)
             if not file.exists():
                 write_atomically(file, content)
@@ -169,30 +202,34 @@ class Rounds:
                     f"{self.out}: was begun with other data, another --seed, or other groups (of a file without "
                     "consistency_id, -- --group_by none makes those of earlier versions); choose another --out"
                 )
-            claims_of(testbed, read_rows(file), file)
+            claims_of(testbed, read_rows(file), file, testbed.reading)
             files.append(file)
+        self.digest = testbed.digest
         return files
 
     def _same_plan(self) -> None:
         """What decides labels and models must not change between two starts in one folder."""
         names = ("model", "batch_size", "seed", "trainer", "train", "least", "flags")
         plan: dict[str, Any] = {name: getattr(self.args, name) for name in names}
+        if self.digest:  # of a testbed file's content
+            plan["testbed"] = self.digest
         path = self.out / "plan.json"
         if not path.exists():
             write_atomically(path, orjson.dumps(plan, option=orjson.OPT_INDENT_2))
             return
         known = orjson.loads(path.read_bytes())
-        changed = [name for name in names if known.get(name) != plan[name]]
+        changed = [name for name in (*names, "testbed") if known.get(name) != plan.get(name)]
         if changed:
             raise BadInput(f"{self.out}: was begun with another --{changed[0]}; use the same, or another --out")
 
     def _label(self, number: int, model: str) -> Any:
         file = self.batches[number - 1]
-        data = (
-            ["--data", str(file)]
-            if self.args.data is not None
-            else ["--testbed", self.args.testbed, "--data_dir", str(file.parent)]
-        )
+        if self.testbed_file is not None:
+            data = ["--testbed", str(self.testbed_file), "--data", str(file)]
+        elif self.args.data is not None:
+            data = ["--data", str(file)]
+        else:
+            data = ["--testbed", self.args.testbed, "--data_dir", str(file.parent)]
         more = [
             *data,
             *("--batch_size", str(self.args.batch_size), "--runs_dir", str(self.out / "runs")),

@@ -9,10 +9,11 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from core.llm_api.labels import SpelledLabels
 from core.llm_api.llm import ModelAPI
+from core.llm_api.special_tokens import special_texts
 from core.llm_api.tokens import pieces
 from core.llm_api.types import EngineIdentity, Segment
 from src.icm.consistency import Label, Overview
@@ -34,6 +35,9 @@ from src.results.rows import label_row
 from src.results.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
+
+SPECIAL_SHOWN: Final = 5
+"""Claims that are named for the special tokens in them."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +174,14 @@ class Labelling:
                 "model does not see it",
                 *(api.identity.model, len(book.unspelled), len(claims), claims[book.unspelled[0]].row),
             )
+        if special := await special_texts(api, texts, prefix=book.prefix.tokens or (), meant=testbed.template):
+            for at, text in list(special.items())[:SPECIAL_SHOWN]:
+                log.warning(
+                    "row %d contains the text of a special token of this tokenizer: %r; the model reads that token",
+                    *(claims[at].row, text),
+                )
+            if len(special) > SPECIAL_SHOWN:
+                log.warning("%d more claims contain one", len(special) - SPECIAL_SHOWN)
         return labelling
 
     async def token_record(self) -> dict[str, Any]:

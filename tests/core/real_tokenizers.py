@@ -125,6 +125,30 @@ def trained_bpe(manner: str) -> LocalTokenizer:
 
 
 @functools.cache
+def with_special(*special: str, byte_level: bool = False) -> LocalTokenizer:
+    """A small BPE in Hugging Face's library, which knows these and `<b>` as tokens of their own."""
+    library: Any = pytest.importorskip("tokenizers")
+    tokenizer = library.Tokenizer(library.models.BPE(byte_fallback=not byte_level))
+    if byte_level:
+        tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=500,
+        show_progress=False,
+        initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet() if byte_level else [],
+        special_tokens=[] if byte_level else [f"<0x{byte:02X}>" for byte in range(256)],
+    )
+    tokenizer.train_from_iterator(CLAIMS, trainer)
+    if not byte_level:
+        tokenizer.normalizer = library.normalizers.Sequence(
+            [library.normalizers.Prepend("▁"), library.normalizers.Replace(" ", "▁")]
+        )
+    tokenizer.add_tokens(["<b>", "</b>"])
+    tokenizer.add_special_tokens(list(special))
+    bos = (tokenizer.token_to_id(special[0]),)
+    return _hugging_face(tokenizer, bos)
+
+
+@functools.cache
 def mistral(file: str, *, eos: bool = False) -> LocalTokenizer:
     """A SentencePiece model of Mistral's; "tokenizer.model.v1" is that of Mistral v0.1."""
     return _sentencepiece((_folder("mistral_common") / "data" / file).read_bytes(), eos=eos)

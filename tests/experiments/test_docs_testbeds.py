@@ -43,14 +43,15 @@ def test_what_is_shown_of_a_testbed_is_what_is_printed(
     ("name", "labels", "gold", "last"),
     [
         ("yes-no", 2, [6, 6], "Statement: Fire needs water.\nIs it so?"),
-        ("sentiment", 3, [4, 4, 4], "Review: We will be back.\nThe review is"),
+        ("sentiment", 3, [20, 20, 20], "Review: We will be back.\nThe review is"),
         (
             "multiple-choice",
             4,
             [1, 2, 2, 1],
             "Question: Which of these can fly?\nA. a stone\nB. a whale\nC. a swallow\nD. a mole\nAnswer:",
         ),
-        ("fields", 3, [3, 3, 2], "Title: How towns grow\nShelf:"),
+        ("fields", 3, [16, 16, 16], "Title: How towns grow\nShelf:"),
+        ("questions", 4, [15, 15, 15, 15], "Question: When will the comet come back?\nIt asks for a"),
     ],
 )
 def test_examples_have_their_prompts_and_gold_labels(name: str, labels: int, gold: list[int], last: str) -> None:

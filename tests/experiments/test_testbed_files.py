@@ -15,6 +15,7 @@ import pytest
 
 from tests.core.fake_server import FakeVLLM, encode, label_distribution
 from tests.experiments.test_icm_cli import Command, signed_by_words
+from tests.pipeline.test_many_labels import MOODS, Model
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 EXAMPLES = REPOSITORY / "docs" / "examples"
@@ -246,7 +247,7 @@ async def test_show_prints_a_prompt_without_a_server(icm: Command, folder: Path)
 async def test_show_counts_groups_and_relations(icm: Command, folder: Path) -> None:
     code, out, _ = await show(icm, str(folder / "fields.yaml"))
     assert code == 0
-    assert "groups  5 groups of 1 to 2 claims, made by the column consistency_id; constraints: 3 x agree" in out
+    assert "groups  36 groups of 1 to 2 claims, made by the column consistency_id; constraints: 12 x agree" in out
     code, out, _ = await show(icm, "builtin")
     assert "128 groups of 2 claims, made by the column consistency_id; constraints: 128 x exactly one is true" in out
     code, _, err = await show(icm, "gsm8k", "--data_dir", str(folder))
@@ -264,14 +265,92 @@ async def test_show_with_a_model_has_its_tokens_and_what_fits(icm: Command, fold
     assert f"[' natural' {natural} ' science' {science}]" in tokens[0]
     assert "queries 4 a prompt" in out
     [fits] = [line for line in out.splitlines() if line.startswith("fits")]
-    assert re.fullmatch(r"fits +\d of 8 claims in one prompt of at most 60 tokens \(with all: \d+\)", fits)
+    assert re.fullmatch(r"fits +\d of 48 claims in one prompt of at most 60 tokens \(with all: \d+\)", fits)
     assert server.pools == [], "nothing is scored"
 
 
 async def test_show_wants_more_claims_than_demonstrations(icm: Command, folder: Path) -> None:
-    code, _, err = await show(icm, str(folder / "fields.yaml"), "--show", "8")
+    code, _, err = await show(icm, str(folder / "fields.yaml"), "--show", "48")
     assert code == 2
-    assert "has 8 claims; a prompt with 8 demonstrations takes one more" in err
+    assert "has 48 claims; a prompt with 48 demonstrations takes one more" in err
     code, _, err = await show(icm)
     assert code == 2
     assert "--list" in err
+
+
+@pytest.fixture
+async def moods() -> AsyncIterator[FakeVLLM]:
+    async with FakeVLLM(distribution=Model(MOODS), trees=True) as fake:
+        yield fake
+
+
+@pytest.fixture
+def three(moods: FakeVLLM, folder: Path, tmp_path: Path) -> Command:
+    """icm label on 24 claims of three labels, as many of each."""
+    written = "".join(f"A review of thing {at},{at % 3 + 1}\n" for at in range(24))
+    (folder / "sentiment.csv").write_text("text,stars\n" + written)
+    command = Command(moods.url, folder, tmp_path / "runs")
+    at = command.arguments.index("--data")
+    command.arguments[at : at + 2] = ["--testbed", str(folder / "sentiment.yaml")]
+    return command
+
+
+def labels_of(icm: Command, run: str) -> dict[int, dict[str, Any]]:
+    return {row["row"]: row for row in map(json.loads, icm.labels(run).splitlines())}
+
+
+async def test_batches_of_three_labels_are_the_same_however_many_run_at_once(three: Command) -> None:
+    batches = ("--num_batches", "all", "--batch_size", "8", "--num_seed", "3")
+    for at_once in ("1", "3"):
+        code, out, err = await three("--run", f"at-{at_once}", *batches, "--at_once", at_once)
+        assert code == 0, err
+        (three.runs / "responses.sqlite").unlink()
+    assert three.labels("at-1") == three.labels("at-3")
+    rows = labels_of(three, "at-1")
+    assert sorted(rows) == list(range(24))
+    result = run_json(three, "at-1")["result"]
+    by_search = [row["label"] for row in rows.values() if row["by"] == "icm"]
+    assert result["label_counts"] == {name: by_search.count(name) for name in MOODS.names}
+    assert result["icm"][1] + sum(n for _, n in result["predicted"].values()) == 24
+    assert f"{by_search.count('negative')} negative" in out
+    code, again, err = await three("--run", "at-3", *batches)  # is complete, and only shown
+    assert code == 0, err
+    assert again == out
+
+
+async def test_passes_of_three_labels_are_voted_on(three: Command) -> None:
+    code, out, err = await three("--run", "votes", "--passes", "3", "--batch_size", "12", "--num_seed", "3")
+    assert code == 0, err
+    passes = [labels_of(three, f"votes/batch-000-pass-{n}") for n in range(3)]
+    voted = labels_of(three, "votes")
+    assert len(voted) == 12
+    for at, row in voted.items():
+        given = [labels[at]["label"] for labels in passes]
+        assert row["by"] == "vote"
+        assert row["votes"] == 3
+        assert row["votes_of"] == {name: given.count(name) for name in MOODS.names}
+        assert row["label"] == max(given, key=given.count)  # where all differ, the first pass's
+        mean = {name: sum(labels[at]["logprobs"][name] for labels in passes) / 3 for name in MOODS.names}
+        assert row["logprobs"] == pytest.approx(mean)
+    result = run_json(three, "votes")["result"]
+    given = [row["label"] for row in voted.values()]
+    assert result["label_counts"] == {name: given.count(name) for name in MOODS.names}
+    agreeing = sum(row["label"] == row["gold"] for row in voted.values())
+    assert result["icm"] == [agreeing, 12]
+    assert ", ".join(f"{given.count(name)} {name}" for name in MOODS.names) in out
+    starts = [three.log(f"votes/batch-000-pass-{n}")[0]["labels"] for n in range(3)]
+    assert len({json.dumps(labels) for labels in starts}) > 1, "each pass has its own random labels"
+
+
+async def test_votes_of_three_labels_are_reported_and_exported(three: Command, folder: Path) -> None:
+    code, _, err = await three("--run", "votes", "--passes", "3", "--batch_size", "12", "--num_seed", "3")
+    assert code == 0, err
+    whole, first = str(three.runs / "votes"), str(three.runs / "votes" / "batch-000-pass-0")
+    output = folder / "out"
+    for words in (["report", whole], ["report", whole, first], ["export", whole, "--format", "sft"]):
+        three.arguments = [sys.executable, "-m", "src.experiments.commands", *words, "-o", str(output)]
+        three.environment["PYTHONPATH"] = str(REPOSITORY)
+        code, _, err = await three()
+        assert code == 0, err
+        assert any(name in output.read_text() for name in MOODS.names)
+        output.unlink()

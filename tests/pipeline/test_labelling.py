@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import orjson
@@ -15,7 +15,7 @@ from src.icm.problem import SearchSettings
 from src.icm.testbeds import BadInput
 from src.pipeline.datafiles import load_testbed
 from src.pipeline.labelling import Labelling, Pool, prepare
-from tests.core.real_tokenizers import LocalTokenizer, trained
+from tests.core.real_tokenizers import LocalTokenizer, trained, with_special
 
 
 @dataclass
@@ -69,6 +69,32 @@ async def test_the_record_of_tokens_shows_the_label_as_the_model_sees_it() -> No
 async def test_old_runs_go_on_only_where_they_asked_the_same(tokenizer: dict[str, bool], same: bool) -> None:
     labelling = await Labelling.open(pool(), Untouched.of(trained(**tokenizer)))
     assert await labelling.asks_as_before() is same
+
+
+async def test_claims_with_a_special_token_s_text_are_told_by_row(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = Untouched.of(with_special("<s>", "</s>"))
+    plain = pool()
+    await Labelling.open(plain, tokenizer)
+    assert caplog.text == ""
+    marked = tuple(
+        replace(claim, text=claim.text.replace("\n", "</s>\n", 1)) if at in (2, 5) else claim
+        for at, claim in enumerate(plain.claims)
+    )
+    labelling = await Labelling.open(replace(plain, claims=marked), tokenizer)
+    assert caplog.messages == [
+        f"row {plain.claims[at].row} contains the text of a special token of this tokenizer: '</s>'; the model reads "
+        "that token"
+        for at in (2, 5)
+    ]
+    assert [at for at, claim in enumerate(labelling.pool.claims) if "</s>" in claim.text] == [2, 5]  # asked as they are
+
+
+async def test_many_claims_with_special_tokens_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    plain = pool()
+    marked = tuple(replace(claim, text="</s>" + claim.text) for claim in plain.claims)
+    await Labelling.open(replace(plain, claims=marked), Untouched.of(with_special("<s>", "</s>")))
+    assert len(caplog.messages) == 6
+    assert caplog.messages[-1] == "11 more claims contain one"
 
 
 async def test_claims_that_the_tokenizer_cannot_spell_are_told(caplog: pytest.LogCaptureFixture) -> None:

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from scripts.finetune_rounds import Rounds, build_parser
+from scripts.finetune_rounds import Rounds, build_parser, main
 from src.pipeline.datafiles import load_data_file
 from tests.core.fake_server import FakeVLLM
+from tests.pipeline.test_many_labels import MOODS, Model
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "finetune_rounds.py"
@@ -52,6 +53,7 @@ class Loop:
         ]  # fmt: skip
         self.data = tmp_path / "claims.jsonl"
         self.data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self.source: tuple[str, ...] = ("--data", str(self.data))
         labeller = tmp_path / "labeller.py"
         labeller.write_text(LABELLER.format(script=str(ROOT / "src" / "experiments" / "ICM.py")))
         self.label = shlex.join([sys.executable, str(labeller), str(self.note), "{model}"])
@@ -59,7 +61,7 @@ class Loop:
 
     async def __call__(self, *more: str, train: str = COPY, flags: tuple[str, ...] = ()) -> tuple[int, str, str]:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, str(SCRIPT), "--data", str(self.data), "--model", str(self.model), "--batch_size", "8"),
+            *(sys.executable, str(SCRIPT), *self.source, "--model", str(self.model), "--batch_size", "8"),
             *("--train", train, "--label", self.label, "--out", str(self.out), *more),
             *("--", "--quiet", "--num_seed", "4", "--K", "12", *flags),
             env=self.environment,
@@ -151,3 +153,53 @@ async def test_bad_input_and_trainers_that_write_nothing(loop: Loop) -> None:
     assert (code, "--batch_size must be at least 2" in err) == (2, True)
     code, _, err = await loop("--out", str(loop.out / "new"), train="no-such-command {output}")
     assert (code, "no-such-command cannot be run" in err) == (1, True)
+
+
+async def test_rounds_of_a_testbed_file_keep_its_columns_values_and_three_labels(tmp_path: Path) -> None:
+    testbed = tmp_path / "moods.yaml"
+    testbed.write_text(
+        "data: reviews.csv\ncolumns: {choice: text, label: stars}\ntemplate: 'Review: {choice}\\nThe review is'\n"
+        "labels: [negative, neutral, positive]\nmap: {label: {1: negative, 2: neutral, 3: positive}}\ngroups: none\n"
+    )
+    written = "".join(f"A review of thing {at},{at % 3 + 1}\n" for at in range(24))
+    (tmp_path / "reviews.csv").write_text("text,stars\n" + written)
+    async with FakeVLLM(distribution=Model(MOODS)) as server:
+        loop = Loop(server.url, tmp_path)
+        loop.source = ("--testbed", str(testbed))
+        code, _, err = await loop()
+        assert code == 0, err
+        assert loop.note.read_text().split() == ["base-model", "model-1", "model-2"]
+        batch = json.loads((loop.out / "batch-1" / "claims.json").read_text())
+        assert set(batch[0]) == {"text", "stars"}
+        completions = {json.loads(line)["completion"] for line in (loop.out / "train-2.jsonl").read_text().splitlines()}
+        assert completions <= set(MOODS.texts)
+        assert len(completions) > 1
+        labels = [json.loads(line) for line in (loop.out / "labels.jsonl").read_text().splitlines()]
+        assert len({row["choice"] for row in labels}) == 24
+        assert {row["gold"] for row in labels} == set(MOODS.names)
+        assert {row["label"] for row in labels} <= set(MOODS.names)
+        # Another template is another experiment; a claim's file in place of the testbed's own is another one too.
+        testbed.write_text(testbed.read_text().replace("The review is", "It is"))
+        code, _, err = await loop()
+        assert (code, "begun with another --testbed" in err) == (2, True)
+        (tmp_path / "others.csv").write_text("text,stars\n" + written.replace("thing", "place"))
+        code, _, err = await loop("--data", str(tmp_path / "others.csv"))
+        assert (code, "begun with other data" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("source", "complaint"),
+    [
+        ((), "name your claims"),
+        (("--testbed", "nothing"), "or a file: mine.yaml"),
+        (("--testbed", "builtin"), "builtin has no file"),
+        (("--testbed", "gsm8k", "--data", "x.json"), "gsm8k is none"),
+    ],
+)
+def test_one_source_of_claims_is_named(
+    source: tuple[str, ...], complaint: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*source, "--model", "m", "--train", "t", "--out", str(tmp_path)])
+    assert ended.value.code == 2
+    assert complaint in capsys.readouterr().err
