@@ -425,9 +425,9 @@ def open_model_api(
 ) -> ModelAPI:
     """The ModelAPI that flags and settings ask for; not yet started.
 
-    direct runs vLLM in this process. Else the first of these that says something decides: use_vllm (the flag),
-    USE_VLLM, a configured VLLM_BASE_URL, a configured LLAMA_API_BASE. scores: see ModelAPI. Raises ConfigurationError
-    where none does.
+    direct runs vLLM in this process. Else use_vllm (the flag), or where it is None USE_VLLM, says whether it is a vLLM
+    server; where neither does, it is one if VLLM_BASE_URL is set. What is not vLLM is the first that is set of
+    LLAMA_SERVER_URL and LLAMA_API_BASE. scores: see ModelAPI. Raises ConfigurationError where nothing is set.
     """
     if direct and use_vllm is False:
         raise ConfigurationError("vLLM in this process was asked for and vLLM was ruled out.", hint="Drop one flag.")
@@ -440,10 +440,14 @@ def open_model_api(
 def _engine_of(settings: Settings, use_vllm: bool | None) -> str:
     """The name of the engine outside of this process that flag and settings ask for."""
     chosen = use_vllm if use_vllm is not None else settings.use_vllm
-    if chosen is None and not settings.vllm_configured and settings.llama_api_base is None:
+    if chosen or (chosen is None and settings.vllm_configured):
+        return "vllm"
+    if settings.llama_server_url is not None:
+        return "llama_server"
+    if chosen is None and settings.llama_api_base is None:
         raise ConfigurationError(
             "no model server is configured.",
-            hint="Set VLLM_BASE_URL (your own vLLM server) or LLAMA_API_BASE (an OpenAI-compatible API), in the "
-            "environment or in SECRETS.",
+            hint="Set VLLM_BASE_URL (your own vLLM server), LLAMA_SERVER_URL (llama.cpp's) or LLAMA_API_BASE (an "
+            "OpenAI-compatible API), in the environment or in SECRETS.",
         )
-    return "vllm" if chosen or (chosen is None and settings.vllm_configured) else "external"
+    return "external"

@@ -167,7 +167,11 @@ def read_tree_answer(body: bytes, token_ids: Sequence[int], prompts: Sequence[Pr
     try:
         parsed = orjson.loads(body)
         top = [
-            {key: _logprob(value, "of a tree") for key, value in zip(keys, row, strict=True) if value is not None}
+            {
+                key: checked_logprob(value, "of a tree")
+                for key, value in zip(keys, row, strict=True)
+                if value is not None
+            }
             for row in parsed["logprobs"]
         ]
         counted, cached = int(parsed["prompt_tokens"]), parsed["cached_tokens"]
@@ -278,7 +282,7 @@ def _listed(logprobs: dict[str, Any], name: str) -> dict[str, float]:
         if not isinstance(token, str):
             raise TypeError
         # Some servers write null for -inf.
-        logprob = -math.inf if value is None else _logprob(value, name)
+        logprob = -math.inf if value is None else checked_logprob(value, name)
         listed[token] = max(logprob, listed.get(token, -math.inf))
     return listed
 
@@ -290,13 +294,16 @@ def _cached(usage: object) -> int | None:
     return cached if isinstance(cached, int) and cached >= 0 else None
 
 
-def _logprob(value: object, name: str) -> float:
-    """Raises NotLogprobs for a number that is no log-probability, and TypeError for what is no number."""
+def checked_logprob(value: object, name: str, *, hint: str = LOGPROBS_MODE) -> float:
+    """The number, of an answer to the prompt of that name.
+
+    Raises NotLogprobs for a number that is no log-probability, and TypeError for what is no number.
+    """
     if not isinstance(value, float | int):
         raise TypeError
     if value > ROUNDING:
         message = f"prompt {name!r}: the answer lists {value:g} as a log-probability, which is above 0."
-        raise NotLogprobs(message, hint=LOGPROBS_MODE)
+        raise NotLogprobs(message, hint=hint)
     return float(value)
 
 

@@ -14,6 +14,7 @@ import orjson
 
 from core.errors import ConfigurationError, NotLogprobs, RequestRejected, TransientError
 from core.llm_api.http.completions import Answers, read_answers
+from core.llm_api.http.llama_card import OWNER as LLAMA_SERVER
 from core.llm_api.http.retry import RetryPolicy
 from core.llm_api.http.transport import HttpTransport, all_or_cancel
 from core.llm_api.types import Prompt
@@ -39,6 +40,9 @@ class VLLMQuestions:
         """What /v1/models says of the model. Raises ConfigurationError where the server does not have it."""
         listed = (await self._get_json("/v1/models", retry)).get("data")
         cards = [card for card in listed if isinstance(card, dict)] if isinstance(listed, list) else []
+        if any(card.get("owned_by") == LLAMA_SERVER for card in cards):
+            url = self._http.base_url
+            raise ConfigurationError(f"{url} is a llama-server, not vLLM.", hint=f"Set LLAMA_SERVER_URL={url} for it.")
         for card in cards:
             if card.get("id") == self._model:
                 return card
