@@ -13,7 +13,8 @@ import logging
 import math
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import Any, Final
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import SecretStr
 
@@ -29,9 +30,6 @@ from core.llm_api.http.one_by_one import score_each
 from core.llm_api.http.rate_limit import RateLimiter, Turns
 from core.llm_api.http.transport import HttpOptions, HttpTransport
 from core.llm_api.telemetry import RequestTelemetry
-from core.llm_api.text.continuation import COUNTING, GOES_ON, wrapping_seen
-from core.llm_api.text.generation import Embeddings, Generation, Piece, TextRequest
-from core.llm_api.text.http_text import HttpText
 from core.llm_api.tokens import CANARY_TEXT
 from core.llm_api.types import (
     Capabilities,
@@ -45,6 +43,10 @@ from core.llm_api.types import (
     sum_known,
 )
 from core.settings import MissingLabelPolicy, Settings
+
+if TYPE_CHECKING:
+    from core.llm_api.text.generation import Embeddings, Generation, Piece, TextRequest
+    from core.llm_api.text.http_text import HttpText
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +90,6 @@ class ExternalAPI:
         )
         self._model = model
         self._limiter = limiter or RateLimiter()
-        self._text = HttpText(self._http, model, prefix="", limiter=self._limiter)
         self._missing = missing_label
         self._check_continuation = check_continuation
         self._tops: tuple[int, ...] = (_TOP_CHOICES[0],)  # alternatives to ask for, the next where a label is missing
@@ -128,6 +129,9 @@ class ExternalAPI:
                 listed,
             )
         if self._check_continuation:
+            from core.llm_api.text.continuation import COUNTING, GOES_ON, wrapping_seen
+            from core.llm_api.text.generation import TextRequest
+
             seen = wrapping_seen(await self._text.generate(TextRequest("", GOES_ON, COUNTING)))
             if seen:
                 raise ConfigurationError(
@@ -173,6 +177,12 @@ class ExternalAPI:
     def telemetry(self) -> list[RequestTelemetry]:
         """What was counted about the requests to the server."""
         return [self._http.telemetry]
+
+    @cached_property
+    def _text(self) -> HttpText:
+        from core.llm_api.text.http_text import HttpText  # only those who write texts need that folder
+
+        return HttpText(self._http, self._model, prefix="", limiter=self._limiter)
 
     async def prefix_cache(self) -> PrefixCacheCounters | None:
         """None: hosted APIs do not show it."""

@@ -17,7 +17,8 @@ import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Final
 
 import orjson
 from pydantic import SecretStr
@@ -28,8 +29,6 @@ from core.llm_api.http.llama_card import digest_of_file, llama_card
 from core.llm_api.http.one_by_one import score_each
 from core.llm_api.http.transport import HttpOptions, HttpTransport, all_or_cancel
 from core.llm_api.telemetry import RequestTelemetry
-from core.llm_api.text.generation import Embeddings, Generation, Piece, TextRequest
-from core.llm_api.text.http_text import HttpText
 from core.llm_api.tokens import CANARY_TEXT, fingerprint
 from core.llm_api.types import (
     Capabilities,
@@ -44,6 +43,10 @@ from core.llm_api.types import (
 )
 from core.settings import MissingLabelPolicy, Settings
 
+if TYPE_CHECKING:
+    from core.llm_api.text.generation import Embeddings, Generation, Piece, TextRequest
+    from core.llm_api.text.http_text import HttpText
+
 START_HINT: Final = "Start one with: llama-server -m MODEL.gguf --alias NAME -np 1 -c 8192 -fa off"
 _LISTED: Final = (200, 2**20)
 """Alternatives that are asked for: enough for nearly every prompt, and more than any vocabulary has."""
@@ -57,7 +60,7 @@ _FIELDS: Final[Mapping[str, object]] = {
 
 @dataclass(frozen=True, slots=True)
 class _Listed:
-    """What follows one prompt: nats by token id. cached: how many of its tokens the slot held; None: it does not say."""
+    """What follows one prompt: nats by token id. cached: how many of its tokens the slot held, None if unknown."""
 
     logprobs: dict[int, float]
     cached: int | None
@@ -89,7 +92,6 @@ class LlamaServer:
         self._model = model
         self._revision = revision
         self._missing = missing_label
-        self._text = HttpText(self._http, model)
         self._slots = [asyncio.Lock()]
         self._known: EngineIdentity | None = None  # without its fingerprint
         self._checked = 0  # the transport's era in which the server was last seen to be the known one
@@ -154,6 +156,12 @@ class LlamaServer:
     def telemetry(self) -> list[RequestTelemetry]:
         """What was counted about the requests to the server."""
         return [self._http.telemetry]
+
+    @cached_property
+    def _text(self) -> HttpText:
+        from core.llm_api.text.http_text import HttpText  # only those who write texts need that folder
+
+        return HttpText(self._http, self._model)
 
     async def prefix_cache(self) -> PrefixCacheCounters | None:
         """None: each answer says how many of its tokens were cached (EngineAnswer.cached_tokens)."""

@@ -13,7 +13,8 @@ import time
 from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Final
 
 import orjson
 from pydantic import SecretStr
@@ -38,8 +39,6 @@ from core.llm_api.http.transport import HttpOptions, HttpTransport, all_or_settl
 from core.llm_api.http.vllm_metrics import kv_block_size, kv_cache_capacity, prefix_cache_counters
 from core.llm_api.http.vllm_questions import VLLMQuestions
 from core.llm_api.telemetry import RequestTelemetry
-from core.llm_api.text.generation import Embeddings, Generation, Piece, TextRequest
-from core.llm_api.text.http_text import HttpText
 from core.llm_api.tokens import fingerprint
 from core.llm_api.types import (
     Capabilities,
@@ -54,6 +53,10 @@ from core.llm_api.types import (
 )
 from core.settings import MissingLabelPolicy
 from icm_vllm.prompt_tree import FORMAT, MAX_PROMPTS_PER_REQUEST, PATH
+
+if TYPE_CHECKING:
+    from core.llm_api.text.generation import Embeddings, Generation, Piece, TextRequest
+    from core.llm_api.text.http_text import HttpText
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +116,6 @@ class VLLMClient:
             absent=START_HINT,
             alive=ALIVE,
         )
-        self._text = HttpText(self._http, model)
         self._questions = VLLMQuestions(self._http, model)
         self._canary = Canary(self._questions, base_url, model)
         self._check: IdentityCheck | None = None
@@ -280,6 +282,12 @@ class VLLMClient:
     def telemetry(self) -> list[RequestTelemetry]:
         """What was counted about the requests to the server."""
         return [self._http.telemetry]
+
+    @cached_property
+    def _text(self) -> HttpText:
+        from core.llm_api.text.http_text import HttpText  # only those who write texts need that folder
+
+        return HttpText(self._http, self._model)
 
     async def prefix_cache(self) -> PrefixCacheCounters | None:
         """Summed over the server's engines; None where it shows no metrics."""

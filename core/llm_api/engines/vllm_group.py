@@ -12,14 +12,13 @@ import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from core.errors import APIError, ConfigurationError, RetriesExhausted, ServerChanged, ServerUnreachable
 from core.llm_api.engines.vllm import START_HINT, VLLMClient
 from core.llm_api.http.retry import RetryPolicy
 from core.llm_api.http.transport import HttpOptions, all_or_cancel, all_or_settle
 from core.llm_api.telemetry import RequestTelemetry
-from core.llm_api.text.generation import Embeddings, Generation, Piece, TextRequest
 from core.llm_api.types import (
     Capabilities,
     EngineAnswer,
@@ -32,6 +31,9 @@ from core.llm_api.types import (
     sum_known,
 )
 from core.settings import Settings
+
+if TYPE_CHECKING:
+    from core.llm_api.text.generation import Embeddings, Generation, Piece, TextRequest
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
