@@ -13,7 +13,8 @@ from typing import Protocol
 
 from core.llm_api.engines.direct import DirectEngine
 from core.llm_api.http.completions import TOP_LOGPROBS, read_answers, read_generated, token_body, vllm_fields
-from core.llm_api.http.transport import HttpTransport, all_or_cancel
+from core.llm_api.http.gather import all_or_cancel
+from core.llm_api.http.transport import HttpTransport
 from core.llm_api.http.vllm_metrics import prefix_cache_counters
 from core.llm_api.types import PrefixCacheCounters, Prompt, Segment
 

@@ -25,8 +25,8 @@ from core.cpu import fast_type
 from core.errors import APIError, ConfigurationError, MissingLabel, RequestRejected
 from core.llm_api.http.completions import TOP_LOGPROBS, found_or_missing, keep_the_good, token_logprobs
 from core.llm_api.http.pool_tree import tree_of
+from core.llm_api.http.server_errors import MESSAGE_LIMIT
 from core.llm_api.http.together import by_tokens
-from core.llm_api.http.transport import MESSAGE_LIMIT
 from core.llm_api.in_process.options import DirectOptions, check_path, set_cpu_environment
 from core.llm_api.in_process.vllm_process import PROCESS, Loaded
 from core.llm_api.telemetry import RequestTelemetry
@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from core.llm_api.text.generation import Embeddings, Generation, Piece, TextRequest
 
 T = TypeVar("T")
+
+__all__ = ["DirectEngine", "DirectOptions", "open_engine"]
 
 # Below vLLM's logger, which shows such lines among its own.
 log = logging.getLogger(f"vllm.{__name__}")

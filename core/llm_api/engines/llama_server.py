@@ -25,9 +25,10 @@ from pydantic import SecretStr
 
 from core.errors import APIError, ConfigurationError, MissingLabel, ServerChanged, TransientError
 from core.llm_api.http.completions import checked_logprob, token_logprobs
+from core.llm_api.http.gather import all_or_cancel
 from core.llm_api.http.llama_card import digest_of_file, llama_card
 from core.llm_api.http.one_by_one import score_each
-from core.llm_api.http.transport import HttpOptions, HttpTransport, all_or_cancel
+from core.llm_api.http.transport import HttpOptions, HttpTransport
 from core.llm_api.telemetry import RequestTelemetry
 from core.llm_api.tokens import CANARY_TEXT, fingerprint
 from core.llm_api.types import (

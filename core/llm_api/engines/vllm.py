@@ -30,12 +30,13 @@ from core.llm_api.http.completions import (
     token_pieces,
     vllm_fields,
 )
+from core.llm_api.http.gather import all_or_settle
 from core.llm_api.http.halving import ask_in_halves, may_be_one_prompt
 from core.llm_api.http.identity_check import Canary, IdentityCheck
 from core.llm_api.http.pool_tree import tree_of
 from core.llm_api.http.retry import RetryPolicy
 from core.llm_api.http.together import by_tokens
-from core.llm_api.http.transport import HttpOptions, HttpTransport, all_or_settle
+from core.llm_api.http.transport import HttpOptions, HttpTransport
 from core.llm_api.http.vllm_metrics import kv_block_size, kv_cache_capacity, prefix_cache_counters
 from core.llm_api.http.vllm_questions import VLLMQuestions
 from core.llm_api.telemetry import RequestTelemetry

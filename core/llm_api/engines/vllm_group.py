@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from core.errors import APIError, ConfigurationError, RetriesExhausted, ServerChanged, ServerUnreachable
 from core.llm_api.engines.vllm import START_HINT, VLLMClient
+from core.llm_api.http.gather import all_or_cancel, all_or_settle
 from core.llm_api.http.retry import RetryPolicy
-from core.llm_api.http.transport import HttpOptions, all_or_cancel, all_or_settle
+from core.llm_api.http.transport import HttpOptions
 from core.llm_api.telemetry import RequestTelemetry
 from core.llm_api.types import (
     Capabilities,

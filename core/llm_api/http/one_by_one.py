@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 
 from core.errors import APIError, RequestRejected, RetriesExhausted, TransientError
-from core.llm_api.http.transport import all_or_settle
+from core.llm_api.http.gather import all_or_settle
 from core.llm_api.types import EngineAnswer, OnAnswer, Prompt, Query
 
 

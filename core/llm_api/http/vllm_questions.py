@@ -14,9 +14,10 @@ import orjson
 
 from core.errors import ConfigurationError, NotLogprobs, RequestRejected, TransientError
 from core.llm_api.http.completions import Answers, read_answers
+from core.llm_api.http.gather import all_or_cancel
 from core.llm_api.http.llama_card import OWNER as LLAMA_SERVER
 from core.llm_api.http.retry import RetryPolicy
-from core.llm_api.http.transport import HttpTransport, all_or_cancel
+from core.llm_api.http.transport import HttpTransport
 from core.llm_api.types import Prompt
 from icm_vllm.prompt_tree import MAX_PROMPTS_PER_REQUEST, PATH
 

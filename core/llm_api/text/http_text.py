@@ -18,7 +18,8 @@ import orjson
 from core.errors import APIError, ConfigurationError, RequestRejected, TransientError
 from core.llm_api.http.rate_limit import RateLimiter, Turns
 from core.llm_api.http.retry import RetryPolicy
-from core.llm_api.http.transport import HttpTransport, server_message
+from core.llm_api.http.server_errors import server_message
+from core.llm_api.http.transport import HttpTransport
 from core.llm_api.text.generation import Embeddings, Generation, Piece, TextRequest
 from core.llm_api.text.sse import EventTooLong, SSEParser
 

@@ -9,7 +9,7 @@ from contextlib import aclosing
 from typing import Final
 
 from core.errors import APIError, ConfigurationError
-from core.llm_api.http.transport import all_or_cancel
+from core.llm_api.http.gather import all_or_cancel
 from core.llm_api.telemetry import TextTelemetry, outcome_of
 from core.llm_api.text.generation import (
     GREEDY,

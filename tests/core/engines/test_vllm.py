@@ -22,7 +22,7 @@ from core.errors import (
     TransientError,
 )
 from core.llm_api.engines.vllm import VLLMClient
-from core.llm_api.http import transport
+from core.llm_api.http import gather
 from core.llm_api.http.completions import token_body, vllm_fields
 from core.llm_api.http.retry import RetryPolicy
 from core.llm_api.http.transport import HttpOptions
@@ -219,7 +219,7 @@ async def test_splitting_keeps_order_and_bounds_concurrency(server: FakeVLLM) ->
 
 
 async def test_the_first_failure_soon_ends_the_others(server: FakeVLLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transport, "SETTLE", 0.2)
+    monkeypatch.setattr(gather, "SETTLE", 0.2)
     engine = await started(server, prompts_per_request=1)
     server.latency = 5
     server.faults = [
