@@ -45,7 +45,7 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """See the folder's entries onto the disk: a new or renamed file is found after a power cut, too."""
+    """Write the folder's entries to the disk: a new or renamed file is found after a power cut, too."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

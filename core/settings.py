@@ -47,7 +47,7 @@ _QUOTED: Final = re.compile(r"""^(?:"([^"]*)"|'([^']*)')\s*(?:#.*)?$""")
 
 
 class Settings(BaseModel):
-    """Everything the model layer can be told. Times in seconds, sizes in tokens, prompts or requests."""
+    """Every setting of the model layer. Times in seconds, sizes in tokens, prompts or requests."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 

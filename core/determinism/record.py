@@ -54,9 +54,9 @@ class Record(BaseModel):
 
     def summary(self) -> dict[str, object]:
         """For a run's manifest."""
-        told: dict[str, object] = {"finished": self.finished, "quick": self.quick, "passed": self.passed}
+        summary: dict[str, object] = {"finished": self.finished, "quick": self.quick, "passed": self.passed}
         return {
-            **told,
+            **summary,
             "failed_rows": self.failed_rows,
             **({"not_reached": self.not_reached} if self.not_reached else {}),
         }

@@ -110,10 +110,10 @@ class ModelAPI:
 
         alone: nobody else asks meanwhile, so that the engine's counters tell what this one's questions cost.
         """
-        twin = copy(self)
-        twin.stats = ScoreStats()
-        twin._alone = alone
-        return twin
+        sharing = copy(self)
+        sharing.stats = ScoreStats()
+        sharing._alone = alone
+        return sharing
 
     @property
     def capabilities(self) -> Capabilities:
@@ -220,16 +220,16 @@ class ModelAPI:
         self.stats.cache_hits += len(answers)
         prompt_tokens = 0
         while missing := [key for key in wanted if key not in answers]:
-            twins = {key: self._in_flight[key] for key in missing if key in self._in_flight}
-            own = {key: wanted[key] for key in missing if key not in twins}
-            if own:
-                fresh, tokens = await self._ask(own)
+            awaited = {key: self._in_flight[key] for key in missing if key in self._in_flight}
+            unasked = {key: wanted[key] for key in missing if key not in awaited}
+            if unasked:
+                fresh, tokens = await self._ask(unasked)
                 answers.update(fresh)
                 prompt_tokens += tokens
-            if twins:
+            if awaited:
                 # asyncio.wait, because awaiting a future directly would cancel it for its owner when we are cancelled.
-                await asyncio.wait(twins.values())
-                theirs = {key: answer for key, future in twins.items() if (answer := future.result()) is not None}
+                await asyncio.wait(awaited.values())
+                theirs = {key: answer for key, future in awaited.items() if (answer := future.result()) is not None}
                 self.stats.in_flight_hits += len(theirs)
                 answers.update(theirs)
         found = [answers[key] for key in keys]
@@ -239,9 +239,9 @@ class ModelAPI:
     def _keys(self, queries: Sequence[Query]) -> list[bytes]:
         return _keys_by(cache_keys, self.identity, queries)
 
-    async def _ask(self, own: dict[bytes, Query]) -> tuple[dict[bytes, TokenLogprobs], int]:
+    async def _ask(self, unasked: dict[bytes, Query]) -> tuple[dict[bytes, TokenLogprobs], int]:
         """Send queries that nobody else has in flight: (answers, prompt tokens)."""
-        keys = list(own)
+        keys = list(unasked)
         loop = asyncio.get_running_loop()
         futures: dict[bytes, asyncio.Future[TokenLogprobs | None]] = {key: loop.create_future() for key in keys}
         self._in_flight.update(futures)
@@ -257,7 +257,7 @@ class ModelAPI:
                 futures[key].set_result(logprobs)
 
         try:
-            whole = await self._engine.score(list(own.values()), on_answer=settle)
+            whole = await self._engine.score(list(unasked.values()), on_answer=settle)
         except MissingLabel:
             self.stats.label_misses += 1
             raise

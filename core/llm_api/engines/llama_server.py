@@ -95,7 +95,7 @@ class LlamaServer:
         self._missing = missing_label
         self._slots = [asyncio.Lock()]
         self._known: EngineIdentity | None = None  # without its fingerprint
-        self._checked = 0  # the transport's era in which the server was last seen to be the known one
+        self._checked = 0  # the transport's epoch in which the server was last seen to be the known one
         self._checking = asyncio.Lock()
 
     async def connect(self) -> EngineIdentity:
@@ -104,12 +104,12 @@ class LlamaServer:
 
     async def start(self) -> EngineIdentity:
         """Find the model and how many slots there are, and ask the canary."""
-        era = self._http.era
+        epoch = self._http.epoch
         identity = await self._identify()
         [tokens] = await self.tokenize([CANARY_TEXT], special=True)
         canary = Prompt((Segment(CANARY_TEXT, tokens),), name="canary")
         listed, _ = await self._ask(canary, 0, {"n_probs": 20, "cache_prompt": False})
-        self._known, self._checked = identity, era
+        self._known, self._checked = identity, epoch
         named = {str(token): logprob for token, logprob in listed.logprobs.items()}
         return replace(identity, fingerprint=fingerprint(tokens, named))
 
@@ -206,21 +206,21 @@ class LlamaServer:
 
         async def attempt() -> tuple[_Listed, int]:
             body = b"".join((head, b',"prompt":', prompt.json, b"}"))
-            return _read(await self._http.send("POST", "/completion", body), prompt), self._http.era
+            return _read(await self._http.send("POST", "/completion", body), prompt), self._http.epoch
 
-        (listed, era), retries = await self._http.call(attempt)
+        (listed, epoch), retries = await self._http.call(attempt)
         if self._known is not None:
-            await self._check(era)
+            await self._check(epoch)
         return listed, retries
 
-    async def _check(self, era: int) -> None:
-        """Return once the server was seen to be the known one in `era` or later. Raises ServerChanged.
+    async def _check(self, epoch: int) -> None:
+        """Return once the server was seen to be the known one in `epoch` or later. Raises ServerChanged.
 
         Nothing is computed for it, because that would cost a slot its keys and values.
         """
         async with self._checking:
-            if era > self._checked:
-                began = self._http.era
+            if epoch > self._checked:
+                began = self._http.epoch
                 now = await self._identify()
                 if now != self._known:
                     raise ServerChanged(

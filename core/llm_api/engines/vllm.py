@@ -32,7 +32,7 @@ from core.llm_api.http.completions import (
 )
 from core.llm_api.http.gather import all_or_settle
 from core.llm_api.http.halving import ask_in_halves, may_be_one_prompt
-from core.llm_api.http.identity_check import Canary, IdentityCheck
+from core.llm_api.http.identity_check import Canary, Counting, IdentityCheck
 from core.llm_api.http.pool_tree import tree_of
 from core.llm_api.http.retry import RetryPolicy
 from core.llm_api.http.together import by_tokens
@@ -166,6 +166,11 @@ class VLLMClient:
         return self._fast_prefixes
 
     @property
+    def counting(self) -> Counting:
+        """How the server counts prompt tokens; known after start()."""
+        return self._canary.counting
+
+    @property
     def bytes_sent(self) -> int:
         """Bytes of request bodies sent so far; see HttpTransport."""
         return self._http.bytes_sent
@@ -177,7 +182,7 @@ class VLLMClient:
     async def start(self) -> EngineIdentity:
         """Find the model, ask the canary, and see whether labels can be asked for by id."""
         card = await self._questions.model_card()
-        era = self._http.era
+        epoch = self._http.epoch
         identity = await self._identify(card)
         canary = Canary(self._questions, self._http.base_url, self._model)
         await canary.meet()
@@ -199,7 +204,7 @@ class VLLMClient:
             config=self._config,
             fingerprint=fingerprint(canary.tokens, canary.answer),
         )
-        self._canary, self._check = canary, IdentityCheck(self._http, canary, identity, era)
+        self._canary, self._check = canary, IdentityCheck(self._http, canary, identity, epoch)
         return identity
 
     async def answers(self) -> bool:
@@ -320,7 +325,7 @@ class VLLMClient:
                     raise
                 size = self._body_size(batch, queries)
                 if len(queries) == 1:
-                    batch.failed.append(_alone(error, queries[0].prompt, size))
+                    batch.failed.append(_too_large(error, queries[0].prompt, size))
                     raise batch.failed[-1] from None
                 self._lower_body_limit(size)
             except APIError as error:
@@ -411,11 +416,11 @@ class VLLMClient:
             answers = await self._ask_tree(prompts, batch.token_ids) if self._sends_trees(batch.token_ids) else None
             if answers is None:
                 answers = await self._ask_whole(prompts, batch.fields)
-            return answers, self._http.era
+            return answers, self._http.epoch
 
         assert self._check is not None
-        (answers, era), retries = await self._http.call(attempt, retry=batch.retry)
-        await self._check.pass_answers_of(era, batch.retry)
+        (answers, epoch), retries = await self._http.call(attempt, retry=batch.retry)
+        await self._check.pass_answers_of(epoch, batch.retry)
         hint = NO_NUMBER
         if not self.exact_labels:
             version = self._check.known.version or "of unknown version"
@@ -448,7 +453,7 @@ class VLLMClient:
     async def _probe_trees(self) -> bool:
         """Whether the server has our extension, in our format and for our model (not for a LoRA adapter of it).
 
-        Also takes note of what else the extension says of the server.
+        Keeps what else the extension says of the server.
         """
         self._trees_again = None
         try:
@@ -500,7 +505,7 @@ def _failed(error: APIError, message: str, hint: str) -> APIError:
     return RetriesExhausted(message, hint=hint)
 
 
-def _alone(error: RequestRejected, prompt: Prompt, size: int) -> RequestRejected:
+def _too_large(error: RequestRejected, prompt: Prompt, size: int) -> RequestRejected:
     return RequestRejected(
         f"prompt {prompt.name!r} alone is a request of {size:,} bytes: {error.args[0]}",
         status=error.status,

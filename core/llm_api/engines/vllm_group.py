@@ -178,10 +178,10 @@ class VLLMGroup:
             raise ServerUnreachable(f"none of the servers {urls} can be asked: {reasons}", hint=START_HINT)
         first, identity = next(iter(found.items()))
         for member, other in found.items():
-            told = difference(other, identity)
-            if told:
+            unlike = difference(other, identity)
+            if unlike:
                 raise ConfigurationError(
-                    f"{member.client.base_url} is not like {first.client.base_url}: {told}.", hint=ALIKE_HINT
+                    f"{member.client.base_url} is not like {first.client.base_url}: {unlike}.", hint=ALIKE_HINT
                 )
         identity = self._identity = replace(
             identity,
@@ -344,14 +344,14 @@ class VLLMGroup:
         )
 
     async def _ask_one(self, batch: _Batch, member: _Member, share: list[int], *, alone: bool) -> None:
-        def heard(positions: Sequence[int], answer: EngineAnswer) -> None:
+        def keep(positions: Sequence[int], answer: EngineAnswer) -> None:
             batch.take([share[position] for position in positions], answer)
 
         queries = [batch.queries[position] for position in share]
         try:
             # Where others could answer, a server is soon given up; one that stands alone is waited for.
             retry = self._patience if alone else self._brief
-            await member.client.score(queries, on_answer=heard, retry=retry, search=alone)
+            await member.client.score(queries, on_answer=keep, retry=retry, search=alone)
         except LOST as error:
             if any(other is not member and other not in batch.failed for other in self._up):
                 batch.failed.add(member)
@@ -416,14 +416,14 @@ class VLLMGroup:
             if not await member.client.answers():
                 continue
             try:
-                told = difference(await self._greeting(member.client), identity)
+                reason = difference(await self._greeting(member.client), identity)
                 await member.read_counters()
             except APIError as error:
-                told = str(error)
-            member.up = not told
-            if told not in ("", said):
-                log.warning("%s answers, but stays out: %s", member.client.base_url, told)
-                said = told
+                reason = str(error)
+            member.up = not reason
+            if reason not in ("", said):
+                log.warning("%s answers, but stays out: %s", member.client.base_url, reason)
+                said = reason
         log.warning("%s is back and takes its part again", member.client.base_url)
 
     async def _stop_probes(self) -> None:

@@ -109,8 +109,8 @@ class HttpTransport:
 
     alive: a path that a live server answers at once, whatever it answers; "" asks for no sign of life.
     bytes_sent: bytes of all request bodies handed to the connection so far, retries included, headers not.
-    era: raised whenever the server may have been replaced since the last answer: an attempt failed, or a connection was
-    opened while no other stood. What holds for the server was found out in one era, and must be found out anew in the
+    epoch: raised whenever the server may have been replaced since the last answer: an attempt failed, or a connection was
+    opened while no other stood. What holds for the server was found out in one epoch, and must be found out anew in the
     next.
     """
 
@@ -128,12 +128,12 @@ class HttpTransport:
         self.contacted = False
         self.bytes_sent = 0
         self.telemetry = RequestTelemetry(base_url)
-        self.era = 0
+        self.epoch = 0
         self._alive = alive
         self._sockets: list[socket.socket] = []
         self._out: set[asyncio.Timeout] = set()
         self._silenced: set[asyncio.Timeout] = set()
-        self._heard = 0.0
+        self._last_sign = 0.0
         self._alarm: asyncio.TimerHandle | None = None
         self._probe: asyncio.Task[None] | None = None
         self._key = key
@@ -277,7 +277,7 @@ class HttpTransport:
             async with self._wait(url) as patience:
                 patience.reschedule(None)
                 chunk = await _chunk(response, self._options.read_timeout)
-                self._hear()
+                self._note_sign()
             if not chunk:
                 return
             size += len(chunk)
@@ -295,7 +295,7 @@ class HttpTransport:
                 with self._watched(patience):
                     yield patience
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            self.era += 1
+            self.epoch += 1
             if patience in self._silenced:
                 raise self._given_up() from None
             raise self._connection_error(error, url) from None
@@ -303,10 +303,10 @@ class HttpTransport:
     async def _content(self, response: aiohttp.ClientResponse, patience: asyncio.Timeout) -> bytes | None:
         """The whole body; None where it is longer than MAX_ANSWER."""
         self.contacted = True
-        self._hear()
+        self._note_sign()
         patience.reschedule(None)
         content = await _read(response, self._options.read_timeout)
-        self._hear()
+        self._note_sign()
         return content
 
     async def _request(
@@ -356,7 +356,7 @@ class HttpTransport:
                 made.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         self._sockets = [sock for sock in self._sockets if sock.fileno() != -1]
         if not self._sockets:
-            self.era += 1
+            self.epoch += 1
         self._sockets.append(made)
         return made
 
@@ -364,7 +364,7 @@ class HttpTransport:
     def _watched(self, patience: asyncio.Timeout) -> Iterator[None]:
         """Let `patience` end when the server is given up."""
         if not self._out:
-            self._hear()
+            self._note_sign()
             self._set_alarm()
         self._out.add(patience)
         try:
@@ -374,8 +374,8 @@ class HttpTransport:
             if not self._out and self._alarm is not None:
                 self._alarm.cancel()
 
-    def _hear(self) -> None:
-        self._heard = asyncio.get_running_loop().time()
+    def _note_sign(self) -> None:
+        self._last_sign = asyncio.get_running_loop().time()
 
     def _set_alarm(self) -> None:
         if self._alive:
@@ -383,13 +383,13 @@ class HttpTransport:
             self._alarm = loop.call_at(loop.time() + self._options.liveness_timeout / PROBES, self._look_for_life)
 
     def _look_for_life(self) -> None:
-        """While requests are out and nothing is heard, ask for a sign of life, one question at a time."""
+        """While requests are out and no sign of life comes, ask for a sign of life, one question at a time."""
         assert self._alarm is not None
         now, wait = asyncio.get_running_loop().time(), self._options.liveness_timeout / PROBES
         if now - self._alarm.when() > wait:  # this process stood still: what was sent to it may lie unread
-            self._hear()
+            self._note_sign()
         self._set_alarm()
-        if now - self._heard >= wait and (self._probe is None or self._probe.done()):
+        if now - self._last_sign >= wait and (self._probe is None or self._probe.done()):
             self._probe = asyncio.create_task(self._ask_for_life(), name=f"sign of life of {self.base_url}")
 
     async def _ask_for_life(self) -> None:
@@ -398,13 +398,13 @@ class HttpTransport:
         try:
             async with asyncio.timeout(limit / PROBES):
                 async with self._open().get(self.base_url + self._alive, allow_redirects=False):
-                    self._hear()
+                    self._note_sign()
         except (aiohttp.ClientError, TimeoutError, OSError):
-            if loop.time() - self._heard >= limit:
+            if loop.time() - self._last_sign >= limit:
                 self._silenced = set(self._out)
                 for patience in self._out:
                     patience.reschedule(loop.time())
-                self._hear()  # whoever asks next has all the time again
+                self._note_sign()  # whoever asks next has all the time again
 
     def _given_up(self) -> APIError:
         silent = self._options.liveness_timeout
@@ -414,7 +414,7 @@ class HttpTransport:
         )
 
     def _too_long(self, url: str) -> APIError:
-        self.era += 1
+        self.epoch += 1
         return TransientError(f"the answer of {url} is longer than {MAX_ANSWER / 2**20:.0f} MiB.")
 
     def _connection_error(self, error: Exception, url: str) -> APIError:
@@ -423,7 +423,7 @@ class HttpTransport:
 
     def _status_error(self, status: int, content: bytes, headers: Mapping[str, str], url: str) -> APIError:
         if status >= 500:  # what a server says that goes down or comes up, or what stands before it
-            self.era += 1
+            self.epoch += 1
         said = self._redact(server_message(content))
         return status_error(status, said, headers, url, key_name=self._key_name, has_key=self._key is not None)
 

@@ -202,20 +202,20 @@ async def test_a_new_era_begins_where_another_server_may_answer() -> None:
 
     async with serving(answer) as url, client(url) as http:
         await http.send("GET", "/x")
-        era = http.era
+        epoch = http.epoch
         await asyncio.gather(*(http.send("GET", "/x") for _ in range(5)))  # more connections, while one stands
-        assert http.era == era
+        assert http.epoch == epoch
         refuse = True
         with pytest.raises(TransientError):
             await http.send("GET", "/x")
-        assert http.era == era + 1
+        assert http.epoch == epoch + 1
         refuse = False
     async with serving(answer) as url, client(url) as http:
         await http.send("GET", "/last")
         await asyncio.sleep(0.05)
-        era = http.era
+        epoch = http.epoch
         await http.send("GET", "/x")
-        assert http.era == era + 1
+        assert http.epoch == epoch + 1
 
 
 async def test_no_redirect_is_followed_so_no_key_goes_elsewhere() -> None:
