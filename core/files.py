@@ -23,7 +23,9 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 
 def cannot_write(path: Path, error: OSError) -> StorageFailed:
     """What to tell a user whose disk refuses."""
-    return StorageFailed(f"{path}: cannot be written ({error.strerror or error}).", hint="See to the disk.")
+    return StorageFailed(
+        f"{path}: cannot be written ({error.strerror or error}).", hint="Is the disk full or read-only?"
+    )
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -297,8 +297,8 @@ def is_healthy(url: str, timeout: float = 5.0) -> bool:
 def end_group(process: subprocess.Popen[bytes], grace: float = GRACE) -> None:
     """End the process group that `process` leads: SIGTERM to the leader, SIGKILL to whatever is left of the group.
 
-    vLLM's front end ends its engine and workers itself, in a second, if it alone gets the signal; if all get it at once, they wait
-    for each other. The group gets `grace` seconds, but no more than 2 once its leader is gone.
+    vLLM's front end ends its engine and workers itself, in a second, if it alone gets the signal; if all get it at
+    once, they wait for each other. The group gets `grace` seconds, but no more than 2 once its leader is gone.
     """
     deadline = time.monotonic() + grace
     if process.poll() is None:

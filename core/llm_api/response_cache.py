@@ -100,7 +100,7 @@ def cache_keys(identity: EngineIdentity, tokens: NextTokens, prompt_digests: Seq
       which the engine states with `config`. A server without our extension does not: there such a change of a model's
       configuration, which the path did not show either when it was made in place, needs another MODEL_REVISION.
 
-    So the fingerprint stands beside what the user or the engine states: the user's revision, vLLM's version, kernels, type,
+    So the fingerprint stands beside what the user or the engine states: revision, vLLM's version, kernels, type,
     configuration. The kind stays, too: an engine in this process fingerprints other tokens than a server's client does.
     Without a fingerprint (an external API) the key is what it was: earlier_keys.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
 
@@ -181,6 +182,16 @@ def read_tree_answer(body: bytes, token_ids: Sequence[int], prompts: Sequence[Pr
         raise TransientError(f"asked about {len(prompts)} prompts and got {len(top)} answers.")
     _check_count(counted, prompts)
     return Answers(top, counted, cached if isinstance(cached, int) else None)
+
+
+@contextmanager
+def of_an_answer() -> Iterator[None]:
+    """Say of what is wrong with an answer that there was one."""
+    try:
+        yield
+    except TransientError as error:
+        error.status = 200
+        raise
 
 
 def found_or_missing(

@@ -109,8 +109,8 @@ class HttpTransport:
 
     alive: a path that a live server answers at once, whatever it answers; "" asks for no sign of life.
     bytes_sent: bytes of all request bodies handed to the connection so far, retries included, headers not.
-    epoch: raised whenever the server may have been replaced since the last answer: an attempt failed, or a connection was
-    opened while no other stood. What holds for the server was found out in one epoch, and must be found out anew in the
+    epoch: raised whenever the server may have been replaced since the last answer: an attempt failed, or a connection
+    was opened while no other stood. What is known of the server was found out in one epoch, and must be checked in the
     next.
     """
 

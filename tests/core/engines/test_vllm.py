@@ -635,7 +635,7 @@ async def test_an_extension_that_was_lost_is_found_again(caplog: pytest.LogCaptu
         server.trees = True
         await engine.score(LABELS.queries(prompts(2, length=4)))
         assert not engine.takes_trees  # not asked at every request
-        engine._trees_again = time.monotonic()  # a minute later
+        engine._extension.again = time.monotonic()  # a minute later
         await engine.score(LABELS.queries(prompts(2, length=5)))
         assert engine.takes_trees
         assert server.requests[-1] == PATH
