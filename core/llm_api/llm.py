@@ -83,7 +83,7 @@ class ModelAPI:
     async def start(self) -> EngineIdentity:
         """Connect and check the model. Raises an APIError that says what to do; everything is closed then.
 
-        A server that knows no such page (404) is none that can be used: ConfigurationError.
+        A server without the routes that are needed (404) cannot be used: ConfigurationError.
         """
         try:
             self._identity = await (self._engine.start() if self._scores else self._writer.engine.connect())

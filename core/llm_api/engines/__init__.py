@@ -24,7 +24,7 @@ ENGINES: Final[Mapping[str, str]] = {
 
 
 def open_engine(name: str, settings: Settings, model: str, options: object = None) -> Engine:
-    """The engine of that name, not yet started. Raises ConfigurationError for a name that is none."""
+    """The engine of that name, not yet started. Raises ConfigurationError for an unknown name."""
     if name not in ENGINES:
         raise ConfigurationError(f"there is no engine {name!r}.", hint=f"There are {', '.join(ENGINES)}.")
     engine: Engine = importlib.import_module(ENGINES[name]).open_engine(settings, model, options)

@@ -59,7 +59,7 @@ __all__ = ["DirectEngine", "DirectOptions", "open_engine"]
 log = logging.getLogger(f"vllm.{__name__}")
 
 _EXACT_ATTENTION: Final = {"backend": "FLASH_ATTN"}
-"""Of configs/vllm_config.yaml, section gpu, where its reason is."""
+"""From configs/vllm_config.yaml, section gpu, which gives the reason."""
 
 
 class DirectEngine:
@@ -191,7 +191,7 @@ class DirectEngine:
 
     async def models(self) -> list[str]:
         """The one model."""
-        await self._in_thread(lambda: None, exclusive=False)  # says whether it still runs
+        await self._in_thread(lambda: None, exclusive=False)  # raises where vLLM no longer runs
         return [self._model]
 
     @property
@@ -390,7 +390,7 @@ class DirectEngine:
         ]
 
     def _generate(self, inputs: Sequence[Mapping[str, object]], parameters: Mapping[str, object]) -> list[Any]:
-        """vLLM's own outputs, in order. Raises an APIError for whatever vLLM raises."""
+        """vLLM's outputs, in order. Raises an APIError for whatever vLLM raises."""
         try:
             outputs = self._llm.generate(list(inputs), self._vllm.SamplingParams(**parameters), use_tqdm=False)
         except Exception as error:

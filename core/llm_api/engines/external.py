@@ -99,7 +99,7 @@ class ExternalAPI:
         self._tokens, self._characters = 1, 4
 
     async def connect(self) -> EngineIdentity:
-        """See TextEngine.connect. Asks nothing: not every hosted API lists its models, and the first answer tells."""
+        """See TextEngine.connect. Asks nothing: not every hosted API lists its models, and the first answer shows whether it works."""
         return EngineIdentity(
             kind="openai-compatible", model=self._model, root=self._http.base_url, fingerprint=self._fingerprint
         )
@@ -279,7 +279,7 @@ class ExternalAPI:
 
 
 def open_engine(settings: Settings, model: str, _: object) -> ExternalAPI:
-    """The endpoint at LLAMA_API_BASE, under the user's rate limits. Raises ConfigurationError where there is none."""
+    """The endpoint at LLAMA_API_BASE, under the user's rate limits. Raises ConfigurationError where it is not set."""
     if settings.llama_api_base is None:
         raise ConfigurationError("vLLM is ruled out and LLAMA_API_BASE is not set.", hint="Set it, or allow vLLM.")
     return ExternalAPI(

@@ -164,7 +164,7 @@ class VLLMClient:
         return self._http.bytes_sent
 
     async def connect(self) -> EngineIdentity:
-        """See TextEngine.connect: GET /v1/models, and the version where the server tells it."""
+        """See TextEngine.connect: GET /v1/models, and the version where the server states it."""
         return await self._identify(await self._questions.model_card())
 
     async def start(self) -> EngineIdentity:
@@ -302,7 +302,7 @@ class VLLMClient:
         await self._http.aclose()
 
     async def _score_part(self, batch: _Batch, start: int, queries: Sequence[Query]) -> EngineAnswer:
-        """As one request, or as several where what stands before the server takes none of that size."""
+        """As one request, or as several where a proxy before the server refuses one of that size."""
         if len(queries) == 1 or self._fits(batch, queries):
             try:
                 return await self._score_or_search(batch, start, queries)

@@ -66,7 +66,7 @@ def server_for(place: float, count: int, up: Sequence[int]) -> int:
 def difference(identity: EngineIdentity, expected: EngineIdentity) -> str:
     """What sets one engine apart from another, for a user; "" where nothing does.
 
-    A server without our extension says neither in which type it computes nor how; its fingerprint tells.
+    A server without our extension does not state its type or configuration; the fingerprint shows them.
     """
     unlike = [f.name for f in fields(EngineIdentity) if getattr(identity, f.name) != getattr(expected, f.name)]
     for name in {"dtype", "config"}.intersection(unlike):

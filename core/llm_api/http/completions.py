@@ -23,7 +23,7 @@ PARSER_VERSION: Final = 1
 """Raise when the same answer would be read as other numbers; part of every cache key."""
 
 ROUNDING: Final = 1e-3
-"""Nats above 0 that a log-probability may come out as by rounding; one further above is none."""
+"""Nats above 0 that rounding may give a log-probability; a number further above is not one."""
 
 VLLM_MINUS_INFINITY: Final = -9999.0
 """vLLM writes log-probabilities of -inf, which JSON cannot hold, as this number."""
@@ -221,7 +221,7 @@ def found_or_missing(
 def keep_the_good(
     found: Sequence[TokenLogprobs | MissingLabel], answer: EngineAnswer, on_answer: OnAnswer | None, *, start: int = 0
 ) -> EngineAnswer:
-    """`answer`, which lacks its logprobs so far, with those `found`; `on_answer` hears of them at start + position.
+    """`answer`, which lacks its logprobs so far, with those `found`; calls `on_answer` with them, at start + position.
 
     Raises the first MissingLabel after that: what was answered beside it is paid for and kept.
     """
@@ -278,8 +278,8 @@ def _first_token(choice: dict[str, Any], name: str) -> dict[str, float]:
 def _listed(logprobs: dict[str, Any], name: str) -> dict[str, float]:
     """The first token's list, as completions have it or, from llama-server, as chats do.
 
-    A server that tells of no alternative lists the token that it chose. Of tokens that read alike the more probable one
-    counts: llama-server cuts bytes off that are no whole character.
+    A server without alternatives lists the token that it chose. Of tokens with equal texts the most probable counts:
+    llama-server drops bytes that are not a whole character.
     """
     if "content" in logprobs:
         first = logprobs["content"][0]

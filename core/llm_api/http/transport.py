@@ -107,7 +107,7 @@ class _PiecesPayload(aiohttp.Payload):
 class HttpTransport:
     """Requests to one server. `key_name` is the setting that holds the key, for hints; `absent` says how to get one.
 
-    alive: a path that a live server answers at once, whatever it answers; "" asks for no sign of life.
+    alive: a path that a live server answers at once, with any status; "" asks for no sign of life.
     bytes_sent: bytes of all request bodies handed to the connection so far, retries included, headers not.
     epoch: raised whenever the server may have been replaced since the last answer: an attempt failed, or a connection
     was opened while no other stood. What is known of the server was found out in one epoch, and must be checked in the

@@ -1,7 +1,7 @@
 """Small questions to one vLLM server: its model, version, metrics and extension, token ids, and what follows a prompt.
 
-Each is asked again as the transport's policy, or `retry`, says. A server's gateway may let only /v1 pass: what else
-there is to know is then done without, and texts are tokenized by having them completed (`return_token_ids`).
+Each is asked again as the transport's policy, or `retry`, says. A server's gateway may let only /v1 pass: the rest is then
+done without, and texts are tokenized by having them completed (`return_token_ids`).
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class VLLMQuestions:
     async def tokenize(
         self, texts: Sequence[str], *, special: bool, retry: RetryPolicy | None = None
     ) -> list[list[int]]:
-        """Token ids of each text. Raises ConfigurationError where the server tells them in no way."""
+        """Token ids of each text. Raises ConfigurationError where the server gives them in no way."""
         if self._tokenize_passes:
             try:
                 return await all_or_cancel(

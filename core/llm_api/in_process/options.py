@@ -16,11 +16,12 @@ _CPU_ENVIRONMENT: Final = {
     "TORCHDYNAMO_DISABLE": "1",
     "VLLM_NO_USAGE_STATS": "1",
 }
-"""Of configs/vllm_config.yaml, where each has its reason; what is set already stays. vLLM reads it when imported."""
+"""From configs/vllm_config.yaml, which gives the reasons; variables that are set already stay. vLLM reads them when
+it is imported."""
 
 OPENMP: Final = Path(sys.prefix) / "lib" / "libiomp5.so"
-"""Of the same section: LD_PRELOAD for the processes that vLLM starts, which sets it to another library otherwise. With
-that other one a core must stay free."""
+"""From the same section: LD_PRELOAD for the processes that vLLM starts. Otherwise vLLM sets another library, with
+which a core must stay free."""
 
 
 def set_cpu_environment(dtype: str) -> None:
