@@ -1,7 +1,7 @@
 """Small questions to one vLLM server: its model, version, metrics and extension, token ids, and what follows a prompt.
 
-Each is asked again as the transport's policy, or `retry`, says. A server's gateway may let only /v1 pass: the rest is then
-done without, and texts are tokenized by having them completed (`return_token_ids`).
+Each is asked again as the transport's policy, or `retry`, says. A server's gateway may pass only /v1 on: texts are then
+tokenized by having them completed (`return_token_ids`), and the other questions are skipped.
 """
 
 from __future__ import annotations
