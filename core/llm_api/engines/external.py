@@ -99,7 +99,7 @@ class ExternalAPI:
         self._tokens, self._characters = 1, 4
 
     async def connect(self) -> EngineIdentity:
-        """See TextEngine.connect. Asks nothing: not every hosted API lists its models, and the first answer says more."""
+        """See TextEngine.connect. Asks nothing: not every hosted API lists its models."""
         return EngineIdentity(
             kind="openai-compatible", model=self._model, root=self._http.base_url, fingerprint=self._fingerprint
         )

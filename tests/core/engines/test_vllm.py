@@ -137,7 +137,7 @@ async def test_kernels_and_their_type_are_part_of_who_answers() -> None:
 
 async def test_an_extension_of_another_format_or_model_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     async with FakeVLLM(trees=True) as server, AsyncExitStack() as closing:
-        monkeypatch.setattr("core.llm_api.engines.vllm.FORMAT", 2)
+        monkeypatch.setattr("core.llm_api.http.vllm_extension.FORMAT", 2)
         engine = await started(server)
         closing.push_async_callback(engine.aclose)
         assert not engine.takes_trees
