@@ -23,7 +23,9 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 
 def cannot_write(path: Path, error: OSError) -> StorageFailed:
     """What to tell a user whose disk refuses."""
-    return StorageFailed(f"{path}: cannot be written ({error.strerror or error}).", hint="See to the disk.")
+    return StorageFailed(
+        f"{path}: cannot be written ({error.strerror or error}).", hint="Is the disk full or read-only?"
+    )
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -45,7 +47,7 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """See the folder's entries onto the disk: a new or renamed file is found after a power cut, too."""
+    """Write the folder's entries to the disk: a new or renamed file is found after a power cut, too."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

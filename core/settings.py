@@ -3,7 +3,7 @@
     settings = Settings.load(overrides={"read_timeout": 60}, secrets_path=None, config_path=None)
 
 Sources, first one wins: overrides (the command line) > environment > SECRETS file > YAML config > defaults. A setting
-is named in lower case in overrides and YAML (`vllm_base_url`). In the environment and in SECRETS the seven names that
+is named in lower case in overrides and YAML (`vllm_base_url`). In the environment and in SECRETS the eight names that
 users know keep their upper-case form (`VLLM_BASE_URL`), and every other one is prefixed (`ICM_READ_TIMEOUT`), because a
 bare READ_TIMEOUT could belong to any program.
 
@@ -34,6 +34,7 @@ MissingLabelPolicy = Literal["error", "floor"]
 _BARE_NAMES: Final = (
     "vllm_base_url",
     "vllm_api_key",
+    "llama_server_url",
     "llama_api_base",
     "api_key",
     "use_vllm",
@@ -46,12 +47,13 @@ _QUOTED: Final = re.compile(r"""^(?:"([^"]*)"|'([^']*)')\s*(?:#.*)?$""")
 
 
 class Settings(BaseModel):
-    """Everything the model layer can be told. Times in seconds, sizes in tokens, prompts or requests."""
+    """Every setting of the model layer. Times in seconds, sizes in tokens, prompts or requests."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     vllm_base_url: tuple[str, ...] = ("http://localhost:8000",)
     vllm_api_key: SecretStr | None = None
+    llama_server_url: str | None = None
     llama_api_base: str | None = None
     api_key: SecretStr | None = None
     use_vllm: bool | None = None
@@ -125,6 +127,11 @@ class Settings(BaseModel):
         if len({url.lower() for url in urls}) != len(urls):
             raise ValueError("names a server twice")
         return urls
+
+    @field_validator("llama_server_url")
+    @classmethod
+    def _server_root(cls, value: str | None) -> str | None:
+        return None if value is None else _clean_url(value.strip()).removesuffix("/v1").rstrip("/")
 
     @field_validator("llama_api_base")
     @classmethod

@@ -60,5 +60,5 @@ START_FAILURES: Final = (
 
 
 def start_failure(log: str) -> StartFailure | None:
-    """The failure that a log tells of, the most exact one first; None where it tells of none."""
+    """The failure that a log tells of, the most exact one first; None where it shows none."""
     return next((failure for failure in START_FAILURES if failure.sign.lower() in log.lower()), None)

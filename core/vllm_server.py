@@ -186,14 +186,14 @@ class VLLMServer:
         assert self._process is not None
         progress = _Progress(self._out, self._usual)
         start = time.monotonic()
-        told = False
+        shown = False
         while True:
             seconds = time.monotonic() - start
             if self._process.poll() is not None:
                 progress.end()
                 raise self._failed(f"the vLLM server ended with exit code {self._process.returncode}")
-            if not told and (choice := _CHOICE.search(self._read_log(self._log_start, BEGINNING))):
-                told = True
+            if not shown and (choice := _CHOICE.search(self._read_log(self._log_start, BEGINNING))):
+                shown = True
                 progress.end(f"vLLM computes in {choice[1]}")
             if is_healthy(self.url):
                 progress.end(f"vLLM server is up at {self.url} after {seconds:.0f} s (log: {self.log})")
@@ -297,8 +297,8 @@ def is_healthy(url: str, timeout: float = 5.0) -> bool:
 def end_group(process: subprocess.Popen[bytes], grace: float = GRACE) -> None:
     """End the process group that `process` leads: SIGTERM to the leader, SIGKILL to whatever is left of the group.
 
-    vLLM's front end ends its engine and workers itself, in a second, if it alone is told to; told all at once they wait
-    for each other. The group gets `grace` seconds, but no more than 2 once its leader is gone.
+    vLLM's front end ends its engine and workers itself, in a second, if it alone gets the signal; if all get it at
+    once, they wait for each other. The group gets `grace` seconds, but no more than 2 once its leader is gone.
     """
     deadline = time.monotonic() + grace
     if process.poll() is None:

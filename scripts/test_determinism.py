@@ -75,7 +75,8 @@ async def server_engine(url: str, model: str | None, settings: Settings) -> Asyn
             model = next(iter(await HttpText(http, "").models()), "")
         client = VLLMClient(url, model, api_key=settings.vllm_api_key, options=options)
         try:
-            yield Engine(client, HttpAsker(http, model), await client.start())
+            identity = await client.start()
+            yield Engine(client, HttpAsker(http, model, client.counting), identity)
         finally:
             await client.aclose()
     finally:

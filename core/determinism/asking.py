@@ -13,7 +13,9 @@ from typing import Protocol
 
 from core.llm_api.engines.direct import DirectEngine
 from core.llm_api.http.completions import TOP_LOGPROBS, read_answers, read_generated, token_body, vllm_fields
-from core.llm_api.http.transport import HttpTransport, all_or_cancel
+from core.llm_api.http.gather import all_or_cancel
+from core.llm_api.http.identity_check import Counting
+from core.llm_api.http.transport import HttpTransport
 from core.llm_api.http.vllm_metrics import prefix_cache_counters
 from core.llm_api.types import PrefixCacheCounters, Prompt, Segment
 
@@ -69,9 +71,10 @@ class Asker(Protocol):
 
 
 class HttpAsker:
-    """Asks a vLLM server by /v1/completions. Does not close `http`."""
+    """Asks a vLLM server by /v1/completions. Does not close `http`. counting: how a gateway before it counts tokens."""
 
-    def __init__(self, http: HttpTransport, model: str) -> None:
+    def __init__(self, http: HttpTransport, model: str, counting: Counting | None = None) -> None:
+        self._counting = counting or Counting()
         self._http = http
         self._model = model
 
@@ -89,7 +92,8 @@ class HttpAsker:
             body = token_body({**fields, "cache_salt": request.salt}, prompts)
 
             async def attempt() -> list[Listed]:
-                top = read_answers(await self._http.send("POST", "/v1/completions", body), prompts).top
+                answer = await self._http.send("POST", "/v1/completions", body)
+                top = read_answers(answer, prompts, extra=self._counting.beyond(len(prompts))).top
                 return [{_token_id(name): value for name, value in listed.items()} for listed in top]
 
             async with slots:

@@ -1,7 +1,7 @@
 """The last check of an engine, kept beside the runs: what a search can say about the engine that it talks to.
 
 One JSON file an engine, named after everything that names it. The fingerprint, which changes with the kernels that
-answer, stands inside: an engine that answers its canary otherwise than when it was checked is told from one never
+answer, stands inside: an engine whose answer to the canary has changed since its check differs from one that was never
 checked, and a model whose folder was moved is found by its content.
 """
 
@@ -54,9 +54,9 @@ class Record(BaseModel):
 
     def summary(self) -> dict[str, object]:
         """For a run's manifest."""
-        told: dict[str, object] = {"finished": self.finished, "quick": self.quick, "passed": self.passed}
+        summary: dict[str, object] = {"finished": self.finished, "quick": self.quick, "passed": self.passed}
         return {
-            **told,
+            **summary,
             "failed_rows": self.failed_rows,
             **({"not_reached": self.not_reached} if self.not_reached else {}),
         }
@@ -72,7 +72,7 @@ def record_path(folder: Path, identity: EngineIdentity) -> Path:
 
 def read_record(folder: Path, identity: EngineIdentity) -> Record | None:
     """The last check of this engine, wherever its model lay and whatever it was called; else of the one that had its
-    name. None where there is none that this version can read."""
+    name. None where no such file exists, or this version cannot read it."""
     own = record_path(folder, identity)
     named = _read(own)
     if named is not None and _is_of(named, identity):

@@ -11,38 +11,18 @@ Texts, chats and embeddings (docs/generation.md) go straight to the engine: they
 from __future__ import annotations
 
 import asyncio
-import time
-import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import aclosing
 from copy import copy
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Self
 
-from core.errors import APIError, ConfigurationError, MissingLabel, RequestRejected
+from core.errors import ConfigurationError, MissingLabel, RequestRejected
 from core.llm_api.answer_store import AnswerStore
 from core.llm_api.engines import open_engine
-from core.llm_api.http.transport import all_or_cancel
 from core.llm_api.labels import TRUE_FALSE, LabelSpace, SpelledLabels
 from core.llm_api.response_cache import ResponseCache, cache_keys, earlier_keys
-from core.llm_api.telemetry import RequestTelemetry, TextTelemetry, outcome_of
-from core.llm_api.text.generation import (
-    GREEDY,
-    Embeddings,
-    End,
-    Failed,
-    Generation,
-    Message,
-    Metrics,
-    Piece,
-    SamplingOptions,
-    Started,
-    StreamEvent,
-    TextEngine,
-    TextRequest,
-    Token,
-)
-from core.llm_api.tokens import CANARY_TEXT, QUESTION, spell_labels
+from core.llm_api.telemetry import HasTelemetry, RequestTelemetry, TextTelemetry
+from core.llm_api.tokens import QUESTION, spell_labels
 from core.llm_api.types import (
     Capabilities,
     Engine,
@@ -61,8 +41,8 @@ from core.settings import Settings
 
 if TYPE_CHECKING:
     from core.llm_api.engines.direct import DirectOptions
-
-_ONE_TOKEN: Final = SamplingOptions(max_tokens=1)
+    from core.llm_api.text.generation import Embeddings, Generation, Message, SamplingOptions, StreamEvent
+    from core.llm_api.text.writer import TextWriter
 
 
 class ModelAPI:
@@ -103,10 +83,10 @@ class ModelAPI:
     async def start(self) -> EngineIdentity:
         """Connect and check the model. Raises an APIError that says what to do; everything is closed then.
 
-        A server that knows no such page (404) is none that can be used: ConfigurationError.
+        A server without the routes that are needed (404) cannot be used: ConfigurationError.
         """
         try:
-            self._identity = await (self._engine.start() if self._scores else self._text_engine.connect())
+            self._identity = await (self._engine.start() if self._scores else self._writer.engine.connect())
         except RequestRejected as error:
             await self.aclose()
             if error.status != 404:  # a key that is refused can be set, and the same command goes on
@@ -130,10 +110,10 @@ class ModelAPI:
 
         alone: nobody else asks meanwhile, so that the engine's counters tell what this one's questions cost.
         """
-        twin = copy(self)
-        twin.stats = ScoreStats()
-        twin._alone = alone
-        return twin
+        sharing = copy(self)
+        sharing.stats = ScoreStats()
+        sharing._alone = alone
+        return sharing
 
     @property
     def capabilities(self) -> Capabilities:
@@ -186,76 +166,46 @@ class ModelAPI:
         answers, prompt_tokens = await self._answers_to(labels.queries(prompts))
         return PoolScores(labels.logprobs(answers), prompt_tokens)
 
-    async def complete(self, prompts: Sequence[str], options: SamplingOptions = GREEDY) -> list[Generation]:
-        """The continuation of every prompt, in order; all at once, as far as the engine takes them.
+    async def complete(self, prompts: Sequence[str], options: SamplingOptions | None = None) -> list[Generation]:
+        """See TextWriter.complete."""
+        return await self._writer.complete(prompts, options)
 
-        All or none: the first APIError stops the rest.
-        """
-        return await all_or_cancel(self._write(self._request(options, prompt=prompt)) for prompt in prompts)
+    async def chat(self, messages: Sequence[Message], options: SamplingOptions | None = None) -> Generation:
+        """See TextWriter.chat."""
+        return await self._writer.chat(messages, options)
 
-    async def chat(self, messages: Sequence[Message], options: SamplingOptions = GREEDY) -> Generation:
-        """The next turn of a conversation. Raises ConfigurationError where the model has no chat template."""
-        return await self._write(self._request(options, messages))
-
-    def stream_complete(self, prompt: str, options: SamplingOptions = GREEDY) -> AsyncGenerator[StreamEvent, None]:
-        """The continuation of a prompt as it is written; see `stream_chat`."""
-        return self._stream(self._request(options, prompt=prompt))
+    def stream_complete(self, prompt: str, options: SamplingOptions | None = None) -> AsyncGenerator[StreamEvent, None]:
+        """See TextWriter.stream_complete."""
+        return self._writer.stream_complete(prompt, options)
 
     def stream_chat(
-        self, messages: Sequence[Message], options: SamplingOptions = GREEDY
+        self, messages: Sequence[Message], options: SamplingOptions | None = None
     ) -> AsyncGenerator[StreamEvent, None]:
-        """The next turn as it is written: Started, Tokens, Metrics, and then exactly one of End and Failed.
-
-        No APIError is raised out of a stream: it is the Failed event. Closing the generator (contextlib.aclosing), or
-        cancelling the task, closes the connection and stops the computation.
-        """
-        return self._stream(self._request(options, messages))
+        """See TextWriter.stream_chat."""
+        return self._writer.stream_chat(messages, options)
 
     async def embed(self, texts: Sequence[str]) -> Embeddings:
-        """One vector a text, float32, shape [number of texts, dimensions], as the engine gives them."""
-        return await self._text_engine.embed(texts)
+        """See TextWriter.embed."""
+        return await self._writer.embed(texts)
 
     async def models(self) -> list[str]:
-        """The names of the models that are served. Liveness: one attempt, nothing is computed."""
-        return await self._text_engine.models()
+        """See TextWriter.models."""
+        return await self._writer.models()
 
     async def ready(self) -> float:
-        """Readiness: have one token written. Returns the seconds it took; raises the APIError that it ends in.
-
-        Tries as patiently as any request: a probe puts it under asyncio.timeout.
-        """
-        started = time.perf_counter()
-        await self._text_engine.generate(self._request(_ONE_TOKEN, prompt=CANARY_TEXT))
-        return time.perf_counter() - started
+        """See TextWriter.ready."""
+        return await self._writer.ready()
 
     @property
     def requests(self) -> Sequence[RequestTelemetry]:
         """What was counted about the requests to each server."""
-        return self._engine.telemetry if isinstance(self._engine, TextEngine) else ()
+        return self._engine.telemetry if isinstance(self._engine, HasTelemetry) else ()
 
     @property
-    def _text_engine(self) -> TextEngine:
-        if isinstance(self._engine, TextEngine):
-            return self._engine
-        raise ConfigurationError(f"{type(self._engine).__name__} writes no texts.", hint="Use another engine.")
+    def _writer(self) -> TextWriter:
+        from core.llm_api.text.writer import TextWriter  # only those who write texts need that folder
 
-    def _request(
-        self, options: SamplingOptions, messages: Sequence[Message] | None = None, *, prompt: str = ""
-    ) -> TextRequest:
-        if messages is not None and not messages:
-            raise ValueError("a conversation needs at least one message")
-        if messages is None and not prompt:
-            raise ValueError("a prompt must not be empty")
-        return TextRequest(f"icm-{uuid.uuid4().hex}", options, prompt, tuple(messages or ()))
-
-    async def _write(self, request: TextRequest) -> Generation:
-        with self.texts.text() as count:
-            generation = await self._text_engine.generate(request)
-            count.prompt_tokens, count.completion_tokens = generation.prompt_tokens, generation.completion_tokens
-        return generation
-
-    def _stream(self, request: TextRequest) -> AsyncGenerator[StreamEvent, None]:
-        return _events(self._text_engine.stream(request), request.request_id, self.identity.model, self.texts)
+        return TextWriter(self._engine, self.texts, lambda: self.identity.model)
 
     async def _answers_to(self, queries: Sequence[Query]) -> tuple[list[TokenLogprobs], int]:
         """The answer to each query, in order, and the prompt tokens that were sent for them."""
@@ -270,16 +220,16 @@ class ModelAPI:
         self.stats.cache_hits += len(answers)
         prompt_tokens = 0
         while missing := [key for key in wanted if key not in answers]:
-            twins = {key: self._in_flight[key] for key in missing if key in self._in_flight}
-            own = {key: wanted[key] for key in missing if key not in twins}
-            if own:
-                fresh, tokens = await self._ask(own)
+            awaited = {key: self._in_flight[key] for key in missing if key in self._in_flight}
+            unasked = {key: wanted[key] for key in missing if key not in awaited}
+            if unasked:
+                fresh, tokens = await self._ask(unasked)
                 answers.update(fresh)
                 prompt_tokens += tokens
-            if twins:
+            if awaited:
                 # asyncio.wait, because awaiting a future directly would cancel it for its owner when we are cancelled.
-                await asyncio.wait(twins.values())
-                theirs = {key: answer for key, future in twins.items() if (answer := future.result()) is not None}
+                await asyncio.wait(awaited.values())
+                theirs = {key: answer for key, future in awaited.items() if (answer := future.result()) is not None}
                 self.stats.in_flight_hits += len(theirs)
                 answers.update(theirs)
         found = [answers[key] for key in keys]
@@ -289,9 +239,9 @@ class ModelAPI:
     def _keys(self, queries: Sequence[Query]) -> list[bytes]:
         return _keys_by(cache_keys, self.identity, queries)
 
-    async def _ask(self, own: dict[bytes, Query]) -> tuple[dict[bytes, TokenLogprobs], int]:
+    async def _ask(self, unasked: dict[bytes, Query]) -> tuple[dict[bytes, TokenLogprobs], int]:
         """Send queries that nobody else has in flight: (answers, prompt tokens)."""
-        keys = list(own)
+        keys = list(unasked)
         loop = asyncio.get_running_loop()
         futures: dict[bytes, asyncio.Future[TokenLogprobs | None]] = {key: loop.create_future() for key in keys}
         self._in_flight.update(futures)
@@ -307,7 +257,7 @@ class ModelAPI:
                 futures[key].set_result(logprobs)
 
         try:
-            whole = await self._engine.score(list(own.values()), on_answer=settle)
+            whole = await self._engine.score(list(unasked.values()), on_answer=settle)
         except MissingLabel:
             self.stats.label_misses += 1
             raise
@@ -379,41 +329,6 @@ def _keys_by(
     return keys
 
 
-async def _events(
-    pieces: AsyncGenerator[Piece, None], request_id: str, model: str, telemetry: TextTelemetry
-) -> AsyncGenerator[StreamEvent, None]:
-    """An engine's pieces as the events of ModelAPI.stream_chat, with the times at which they came."""
-    called = time.perf_counter()
-    first = latest = 0.0
-    index = 0
-    last = Piece()
-    failure: APIError | None = None
-    with telemetry.text() as count:
-        async with aclosing(pieces):
-            yield Started(request_id, model)
-            try:
-                async for last in pieces:
-                    if last.text:
-                        latest = time.perf_counter()
-                        if index == 0:
-                            first = latest
-                            telemetry.first_token.observe(first - called)
-                        yield Token(index, last.text)
-                        index += 1
-            except APIError as error:
-                failure, count.outcome = error, outcome_of(error)
-        tokens = last.completion_tokens or index
-        count.prompt_tokens, count.completion_tokens = last.prompt_tokens, tokens
-    yield Metrics(
-        seconds=time.perf_counter() - called,
-        time_to_first_token=first - called if index else None,
-        tokens_per_second=(tokens - 1) / (latest - first) if latest > first else None,
-        prompt_tokens=last.prompt_tokens,
-        completion_tokens=tokens,
-    )
-    yield End(last.finish_reason or "stop") if failure is None else Failed(failure)
-
-
 def open_model_api(
     settings: Settings,
     *,
@@ -425,9 +340,9 @@ def open_model_api(
 ) -> ModelAPI:
     """The ModelAPI that flags and settings ask for; not yet started.
 
-    direct runs vLLM in this process. Else the first of these that says something decides: use_vllm (the flag),
-    USE_VLLM, a configured VLLM_BASE_URL, a configured LLAMA_API_BASE. scores: see ModelAPI. Raises ConfigurationError
-    where none does.
+    direct runs vLLM in this process. Else use_vllm (the flag), or where it is None USE_VLLM, says whether it is a vLLM
+    server; where neither does, it is one if VLLM_BASE_URL is set. What is not vLLM is the first that is set of
+    LLAMA_SERVER_URL and LLAMA_API_BASE. scores: see ModelAPI. Raises ConfigurationError where nothing is set.
     """
     if direct and use_vllm is False:
         raise ConfigurationError("vLLM in this process was asked for and vLLM was ruled out.", hint="Drop one flag.")
@@ -440,10 +355,14 @@ def open_model_api(
 def _engine_of(settings: Settings, use_vllm: bool | None) -> str:
     """The name of the engine outside of this process that flag and settings ask for."""
     chosen = use_vllm if use_vllm is not None else settings.use_vllm
-    if chosen is None and not settings.vllm_configured and settings.llama_api_base is None:
+    if chosen or (chosen is None and settings.vllm_configured):
+        return "vllm"
+    if settings.llama_server_url is not None:
+        return "llama_server"
+    if chosen is None and settings.llama_api_base is None:
         raise ConfigurationError(
             "no model server is configured.",
-            hint="Set VLLM_BASE_URL (your own vLLM server) or LLAMA_API_BASE (an OpenAI-compatible API), in the "
-            "environment or in SECRETS.",
+            hint="Set VLLM_BASE_URL (your own vLLM server), LLAMA_SERVER_URL (llama.cpp's) or LLAMA_API_BASE (an "
+            "OpenAI-compatible API), in the environment or in SECRETS.",
         )
-    return "vllm" if chosen or (chosen is None and settings.vllm_configured) else "external"
+    return "external"

@@ -97,10 +97,10 @@ def cache_keys(identity: EngineIdentity, tokens: NextTokens, prompt_digests: Seq
     - Weights that the canary does not use are not seen: experts that it is not routed to, embeddings of other tokens.
       Whoever changes those alone states another MODEL_REVISION.
     - What shows in longer prompts alone is in the configuration: windows, scaled positions, and the KV cache's type,
-      which the engine tells with `config`. A server without our extension does not: there such a change of a model's
+      which the engine states with `config`. A server without our extension does not: there such a change of a model's
       configuration, which the path did not show either when it was made in place, needs another MODEL_REVISION.
 
-    So the fingerprint stands beside what is stated or told: the user's revision, vLLM's version, kernels, type,
+    So the fingerprint stands beside what the user or the engine states: revision, vLLM's version, kernels, type,
     configuration. The kind stays, too: an engine in this process fingerprints other tokens than a server's client does.
     Without a fingerprint (an external API) the key is what it was: earlier_keys.
 

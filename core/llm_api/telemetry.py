@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Protocol, runtime_checkable
 
 BOUNDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 900.0)
 """Upper bounds of the buckets, seconds, each inclusive; from a single label to a whole pool on a slow machine."""
@@ -77,6 +77,16 @@ class RequestTelemetry:
         if began is not None:
             self.in_flight -= 1
             self.latency.observe(time.perf_counter() - began)
+
+
+@runtime_checkable
+class HasTelemetry(Protocol):
+    """An engine that sends requests."""
+
+    @property
+    def telemetry(self) -> Sequence[RequestTelemetry]:
+        """What was counted about the requests to each server."""
+        ...
 
 
 @dataclass(slots=True)

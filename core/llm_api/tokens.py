@@ -1,4 +1,4 @@
-"""How a model's tokenizer spells a demonstration, and what tells one engine from another that goes by the same name.
+"""How a model's tokenizer spells a demonstration, and what sets engines of one name apart.
 
 A prompt is put together from pieces that are tokenized once: what stands before every text (BOS), questions,
 labels, separators. A tokenizer can make other tokens of a piece alone than of the same piece within a text: those in

@@ -1,4 +1,4 @@
-"""The words the model layer speaks: segments, prompts, queries and their answers, and the engine protocol.
+"""The types of the model layer: segments, prompts, queries and their answers, and the engine protocol.
 
 A prompt is a path of *segments*. A segment (the instruction, one claim's question, one label) is tokenized and
 serialized once and shared by every prompt that contains it, so laying out N prompts of N demonstrations costs
@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 
 class Segment:
-    """A piece of a prompt: its text and, where the engine speaks token ids, its tokens.
+    """A piece of a prompt: its text and, where the engine takes token ids, its tokens.
 
     Compared by identity of content; `json` is the comma-joined decimal form of the token ids, encoded once, from
     which request bodies and cache keys are joined.
@@ -35,7 +35,7 @@ class Segment:
         self.json: bytes = b"" if tokens is None else ",".join(map(str, tokens)).encode()
 
     def __len__(self) -> int:
-        """Number of tokens; 0 where the engine does not speak token ids."""
+        """Number of tokens; 0 where the engine does not take token ids."""
         return 0 if self.tokens is None else len(self.tokens)
 
     def __eq__(self, other: object) -> bool:
@@ -387,7 +387,7 @@ class Capabilities:
 
 @runtime_checkable
 class Engine(Protocol):
-    """What ModelAPI needs of an engine. Four exist: VLLMClient, VLLMGroup, DirectEngine, ExternalAPI (engines/)."""
+    """What ModelAPI needs of an engine. One file each in engines/."""
 
     @property
     def capabilities(self) -> Capabilities:
@@ -416,8 +416,8 @@ class Engine(Protocol):
     async def score(self, queries: Sequence[Query], *, on_answer: OnAnswer | None = None) -> EngineAnswer:
         """The log-probabilities that every query asks for, in order. All or none: any failure raises an APIError.
 
-        `on_answer` hears of every finished request before score returns, so that what was answered before a failure
-        is not lost.
+        `on_answer` is called for every finished request before score returns, so that what was answered before a
+        failure is not lost.
         """
         ...
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Final
 
 from core.errors import APIError
+from core.llm_api.local_model import LocalModel
 from core.llm_api.text.generation import Generation, Message, Metrics, SamplingOptions
-from core.llm_api.text.local_model import LocalModel
 from core.settings import REPO_ROOT
 
 TEMPLATE: Final = REPO_ROOT / "configs" / "chat_template.jinja"

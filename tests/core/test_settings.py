@@ -182,8 +182,8 @@ def test_frozen(load) -> None:
 def test_the_example_files_hold_every_key_and_only_defaults() -> None:
     example = read_secrets(REPO_ROOT / "SECRETS.example", required=True)
     assert set(example) == {
-        "VLLM_BASE_URL", "VLLM_API_KEY", "LLAMA_API_BASE", "API_KEY", "USE_VLLM", "MODEL_REVISION", "HF_TOKEN",
-        "ICM_SERVE_TOKEN",
+        "VLLM_BASE_URL", "VLLM_API_KEY", "LLAMA_SERVER_URL", "LLAMA_API_BASE", "API_KEY", "USE_VLLM",
+        "MODEL_REVISION", "HF_TOKEN", "ICM_SERVE_TOKEN",
     }  # fmt: skip
     config = (REPO_ROOT / "configs" / "client.yaml").read_text()
     for name in set(Settings.model_fields) - {"vllm_api_key", "api_key", "hf_token"}:

@@ -38,7 +38,7 @@ with _WATCH:
     from core.errors import APIError, ConfigurationError, MissingLabel
     from core.llm_api.http.completions import read_answers, read_tree_answer, token_key, token_logprobs
     from core.llm_api.http.retry import parse_retry_after
-    from core.llm_api.http.transport import server_message
+    from core.llm_api.http.server_errors import server_message
     from core.llm_api.http.vllm_metrics import kv_block_size, kv_cache_capacity, prefix_cache_counters
     from core.llm_api.text.http_text import _generation, _pieces, _vectors
     from core.llm_api.types import Prompt, Segment

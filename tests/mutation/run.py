@@ -97,7 +97,7 @@ TARGETS = (
     Target("core/llm_api/labels.py", ("tests/core/test_labels.py",)),
     Target(
         "core/llm_api/types.py",
-        ("tests/core/test_types.py", "tests/core/test_digests.py"),
+        ("tests/core/test_types.py",),
         only=("Segment", "Prompt", "NextTokens", "EngineIdentity"),
     ),
 )

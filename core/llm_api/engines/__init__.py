@@ -1,7 +1,7 @@
 """Engines, one file each, imported when the engine is asked for by its name.
 
 Such a file has `open_engine(settings, model, options)`, which gives an Engine that is not started yet; `options` is
-what only this engine understands, None for its own defaults. To add one: a file like that, and a line here.
+what only this engine understands, None for its defaults. To add one: a file like that, and a line here.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from core.settings import Settings
 ENGINES: Final[Mapping[str, str]] = {
     "vllm": "core.llm_api.engines.vllm_group",
     "direct": "core.llm_api.engines.direct",
+    "llama_server": "core.llm_api.engines.llama_server",
     "external": "core.llm_api.engines.external",
 }
-"""Module of each: servers of vLLM, vLLM in this process, an OpenAI-compatible API."""
+"""Module of each: servers of vLLM, vLLM in this process, llama.cpp's server, an OpenAI-compatible API."""
 
 
 def open_engine(name: str, settings: Settings, model: str, options: object = None) -> Engine:
-    """The engine of that name, not yet started. Raises ConfigurationError for a name that is none."""
+    """The engine of that name, not yet started. Raises ConfigurationError for an unknown name."""
     if name not in ENGINES:
         raise ConfigurationError(f"there is no engine {name!r}.", hint=f"There are {', '.join(ENGINES)}.")
     engine: Engine = importlib.import_module(ENGINES[name]).open_engine(settings, model, options)

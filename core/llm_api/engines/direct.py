@@ -13,26 +13,23 @@ import importlib
 import logging
 import os
 import sys
-import threading
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-import numpy as np
 from pydantic import SecretStr
 
-from core.cpu import KV_CACHE_SPACE, fast_type, kv_cache_gib
+from core.cpu import fast_type
 from core.errors import APIError, ConfigurationError, MissingLabel, RequestRejected
-from core.llm_api.engine_thread import EngineThread
 from core.llm_api.http.completions import TOP_LOGPROBS, found_or_missing, keep_the_good, token_logprobs
 from core.llm_api.http.pool_tree import tree_of
+from core.llm_api.http.server_errors import MESSAGE_LIMIT
 from core.llm_api.http.together import by_tokens
-from core.llm_api.http.transport import MESSAGE_LIMIT
+from core.llm_api.in_process.options import DirectOptions, check_path, set_cpu_environment
+from core.llm_api.in_process.vllm_process import PROCESS, Loaded
 from core.llm_api.telemetry import RequestTelemetry
-from core.llm_api.text.generation import Embeddings, Generation, Piece, TextRequest
 from core.llm_api.tokens import CANARY_TEXT, fingerprint
 from core.llm_api.types import (
     Capabilities,
@@ -50,143 +47,19 @@ from core.settings import MissingLabelPolicy, Settings
 from icm_vllm import pool_calls
 from icm_vllm.plugin import BATCH_INVARIANT, FAST_PREFIXES, config_digest, dtype_of, kernels
 
+if TYPE_CHECKING:
+    from core.llm_api.text.direct_text import DirectText
+    from core.llm_api.text.generation import Embeddings, Generation, Piece, TextRequest
+
 T = TypeVar("T")
+
+__all__ = ["DirectEngine", "DirectOptions", "open_engine"]
 
 # Below vLLM's logger, which shows such lines among its own.
 log = logging.getLogger(f"vllm.{__name__}")
 
 _EXACT_ATTENTION: Final = {"backend": "FLASH_ATTN"}
-"""Of configs/vllm_config.yaml, section gpu, where its reason is."""
-
-_CPU_ENVIRONMENT: Final = {
-    "TORCHDYNAMO_DISABLE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-}
-"""Of configs/vllm_config.yaml, where each has its reason; what is set already stays. vLLM reads it when imported."""
-
-_OPENMP: Final = Path(sys.prefix) / "lib" / "libiomp5.so"
-"""Of the same section: LD_PRELOAD for the processes that vLLM starts, which sets it to another library otherwise. With
-that other one a core must stay free."""
-
-
-def set_cpu_environment(dtype: str) -> None:
-    """For a vLLM on the CPU that this process is about to import, and that computes in `dtype`."""
-    for name, value in {**_CPU_ENVIRONMENT, KV_CACHE_SPACE: str(kv_cache_gib(dtype))}.items():
-        os.environ.setdefault(name, value)
-    if _OPENMP.is_file() and os.environ.setdefault("LD_PRELOAD", str(_OPENMP)) == str(_OPENMP):
-        os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
-
-
-@dataclass(frozen=True, slots=True)
-class DirectOptions:
-    """How vLLM is started; None leaves vLLM's own default. Names and meanings are those of `vllm.LLM`.
-
-    gpu_memory_utilization: share of the GPU's memory, 0 to 1. block_size: tokens a KV-cache block; on CPU a multiple of
-    32. cpu: vLLM must be one for the CPU, and gets the settings of the local server (configs/vllm_config.yaml) where
-    none are given here. deterministic: scores depend on their prompt alone, as with the launcher's --deterministic
-    (docs/determinism.md); what the environment says of batch invariance already wins. chat_template: a Jinja template
-    or the path of one, for models that have none. runner: "pooling" for embeddings in place of texts. extra: further
-    engine arguments.
-    """
-
-    dtype: str = "auto"
-    max_model_len: int | None = None
-    gpu_memory_utilization: float | None = None
-    tensor_parallel_size: int = 1
-    enforce_eager: bool = False
-    enable_prefix_caching: bool = True
-    block_size: int | None = None
-    trust_remote_code: bool = False
-    cpu: bool = False
-    deterministic: bool = True
-    chat_template: str | None = None
-    runner: str | None = None
-    extra: Mapping[str, object] = field(default_factory=dict)
-
-    @property
-    def chosen_dtype(self) -> str:
-        """`dtype`, in place of "auto" on a CPU the type that this one computes fast (core/cpu.py)."""
-        return fast_type().dtype if self.cpu and self.dtype == "auto" else self.dtype
-
-    def engine_arguments(self) -> dict[str, object]:
-        """Keyword arguments of vllm.LLM, less the model. disable_log_stats=False is what makes get_metrics work."""
-        optional = {
-            "max_model_len": self.max_model_len,
-            "gpu_memory_utilization": self.gpu_memory_utilization,
-            "block_size": self.block_size or (32 if self.cpu else None),
-            "runner": self.runner,
-            "disable_hybrid_kv_cache_manager": True if self.cpu else None,
-        }
-        return {
-            "dtype": self.chosen_dtype,
-            "tensor_parallel_size": self.tensor_parallel_size,
-            "enforce_eager": self.enforce_eager or self.cpu or (self.deterministic and self.tensor_parallel_size > 1),
-            "enable_prefix_caching": self.enable_prefix_caching,
-            "trust_remote_code": self.trust_remote_code,
-            "disable_log_stats": False,
-            **{name: value for name, value in optional.items() if value is not None},
-            **self.extra,
-        }
-
-
-@dataclass(eq=False, slots=True)
-class _Loaded:
-    """The vLLM of this process. asked: what it was started with; users: how many DirectEngines hold it; takes_pools:
-    whether its engine takes a pool in one call."""
-
-    asked: Mapping[str, object] = field(repr=False)  # may hold a key
-    thread: EngineThread = field(default_factory=EngineThread)
-    users: int = 0
-    vllm: Any = None
-    llm: Any = None
-    takes_pools: bool = False
-
-
-class _Process:
-    """Gives the one vLLM to whoever asks for it with the same settings, and stops it after the last one."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._loaded: _Loaded | None = None
-
-    def take(self, asked: Mapping[str, object]) -> _Loaded:
-        """Blocks while one is being stopped. Raises ConfigurationError where another one runs."""
-        with self._lock:
-            if self._loaded is None:
-                self._loaded = _Loaded(asked)
-            elif self._loaded.asked != asked:
-                there = self._loaded.asked
-                unlike = [name for name in {**there, **asked} if there.get(name) != asked.get(name)]
-                told = ", ".join(
-                    name if name == "hf_token" else f"{name} {there.get(name)!r}, not {asked.get(name)!r}"
-                    for name in unlike
-                )
-                raise ConfigurationError(
-                    f"this process already runs vLLM with {told}.",
-                    hint="One engine a process: close the first one, or start a server for one of them.",
-                )
-            self._loaded.users += 1
-            return self._loaded
-
-    def give_back(self, loaded: _Loaded) -> None:
-        """Blocks until vLLM has stopped, where this was the last one."""
-        with self._lock:
-            loaded.users -= 1
-            if loaded.users:
-                return
-            self._loaded = None
-            if loaded.llm is not None:
-                loaded.thread.call(functools.partial(_stop, loaded.llm), alone=True).result()
-            loaded.thread.stop()
-
-
-def _stop(llm: Any) -> None:
-    engine_core = getattr(getattr(llm, "llm_engine", None), "engine_core", None)
-    if engine_core is not None:
-        engine_core.shutdown()
-
-
-_PROCESS: Final = _Process()
+"""From configs/vllm_config.yaml, section gpu, which gives the reason."""
 
 
 class DirectEngine:
@@ -213,7 +86,7 @@ class DirectEngine:
         self._missing = missing_label
         self._exact: bool | None = None
         self._template: str | None = None
-        self._shared: _Loaded | None = None
+        self._shared: Loaded | None = None
 
     @property
     def exact_labels(self) -> bool:
@@ -232,11 +105,11 @@ class DirectEngine:
 
     async def tokenize(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
         """Token ids of each text, from the model's own tokenizer."""
-        return await self._in_thread(functools.partial(self._encode, texts, special), alone=False)
+        return await self._in_thread(functools.partial(self._encode, texts, special), exclusive=False)
 
     async def detokenize(self, tokens: Sequence[Sequence[int]]) -> list[str]:
         """See Engine.detokenize; by the model's own tokenizer."""
-        return await self._in_thread(functools.partial(self._decode, tokens), alone=False)
+        return await self._in_thread(functools.partial(self._decode, tokens), exclusive=False)
 
     async def tokenize_chat(self, messages: Sequence[str]) -> list[list[int]] | None:
         """See Engine.tokenize_chat; by the model's own tokenizer."""
@@ -283,26 +156,23 @@ class DirectEngine:
 
     async def prefix_cache(self) -> PrefixCacheCounters | None:
         """Summed over vLLM's engines; None where this vLLM does not count."""
-        return await self._in_thread(self._counters, alone=False)
+        return await self._in_thread(self._counters, exclusive=False)
 
     async def kv_cache_tokens(self) -> int | None:
         """Tokens the KV cache holds; None where this vLLM does not say."""
-        return await self._in_thread(self._capacity, alone=False)
+        return await self._in_thread(self._capacity, exclusive=False)
 
     async def kv_block_size(self) -> int | None:
         """Tokens of one KV-cache block; None where this vLLM does not say."""
-        return await self._in_thread(self._block_size, alone=False)
+        return await self._in_thread(self._block_size, exclusive=False)
 
     async def generate(self, request: TextRequest) -> Generation:
         """See TextEngine.generate. Texts that are asked for at the same time are written as one batch."""
-        last = Piece()
-        async for piece in self._write(request, "FINAL_ONLY"):
-            last = piece
-        return Generation(last.text, last.finish_reason or "stop", last.prompt_tokens, last.completion_tokens)
+        return await self._text.generate(request)
 
     def stream(self, request: TextRequest) -> AsyncGenerator[Piece, None]:
         """See TextEngine.stream."""
-        return self._write(request, "DELTA")
+        return self._text.stream(request)
 
     async def embed(self, texts: Sequence[str]) -> Embeddings:
         """See TextEngine.embed; needs DirectOptions(runner="pooling")."""
@@ -311,11 +181,17 @@ class DirectEngine:
                 f"{self._model!r} runs to write texts, not for embeddings.",
                 hint='Start it with DirectOptions(runner="pooling"), and ModelAPI with scores=False.',
             )
-        return await self._in_thread(functools.partial(self._embed, texts))
+        return await self._text.embed(texts)
+
+    @property
+    def _text(self) -> DirectText:
+        from core.llm_api.text.direct_text import DirectText  # only those who write texts need that folder
+
+        return DirectText(self._model, self._loaded, self._template, self._explained)
 
     async def models(self) -> list[str]:
         """The one model."""
-        await self._in_thread(lambda: None, alone=False)  # says whether it still runs
+        await self._in_thread(lambda: None, exclusive=False)  # raises where vLLM no longer runs
         return [self._model]
 
     @property
@@ -327,52 +203,24 @@ class DirectEngine:
         """Stop vLLM and its processes, if no other DirectEngine uses them; idempotent. Waits for running calls."""
         shared, self._shared = self._shared, None
         if shared is not None:
-            await asyncio.to_thread(_PROCESS.give_back, shared)
+            await asyncio.to_thread(PROCESS.give_back, shared)
 
     async def _begin(self, begin: Callable[[], EngineIdentity]) -> EngineIdentity:
         self._template = _template(self._options.chat_template)
         if self._shared is None:
-            self._shared = await asyncio.to_thread(_PROCESS.take, self._arguments())
+            self._shared = await asyncio.to_thread(PROCESS.take, self._arguments())
         try:
             return await self._in_thread(begin)
         except BaseException:  # also a cancelled start: nobody else may have to wait for this vLLM
             await self.aclose()
             raise
 
-    async def _in_thread(self, call: Callable[[], T], *, alone: bool = True) -> T:
-        """alone: not while texts are being written; whatever has vLLM generate must be."""
-        return await asyncio.wrap_future(self._loaded.thread.call(call, alone=alone))
-
-    async def _write(self, request: TextRequest, kind: str) -> AsyncGenerator[Piece, None]:
-        """Pieces of a text, as many as the kind of vLLM's outputs (RequestOutputKind) makes."""
-        loop = asyncio.get_running_loop()
-        outputs: asyncio.Queue[Any] = asyncio.Queue()
-        thread = self._loaded.thread
-
-        def heard(output: Any) -> None:
-            with suppress(RuntimeError):  # the event loop of whoever asked has ended
-                loop.call_soon_threadsafe(outputs.put_nowait, output)
-
-        thread.write(request.request_id, functools.partial(self._prepare, request, kind), heard)
-        finished = False
-        completion_tokens = 0
-        try:
-            while not finished:
-                output = await outputs.get()
-                if isinstance(output, Exception):
-                    finished = True
-                    raise self._explained(output)
-                finished = output.finished
-                (choice,) = output.outputs
-                completion_tokens += len(choice.token_ids)
-                prompt_tokens = len(output.prompt_token_ids or ())
-                yield Piece(choice.text, choice.finish_reason, prompt_tokens, completion_tokens)
-        finally:
-            if not finished:
-                thread.abort(request.request_id)
+    async def _in_thread(self, call: Callable[[], T], *, exclusive: bool = True) -> T:
+        """exclusive: not while texts are being written; whatever has vLLM generate must be."""
+        return await asyncio.wrap_future(self._loaded.thread.call(call, exclusive=exclusive))
 
     @property
-    def _loaded(self) -> _Loaded:
+    def _loaded(self) -> Loaded:
         if self._shared is None:
             raise RuntimeError("DirectEngine was not started")
         return self._shared
@@ -542,7 +390,7 @@ class DirectEngine:
         ]
 
     def _generate(self, inputs: Sequence[Mapping[str, object]], parameters: Mapping[str, object]) -> list[Any]:
-        """vLLM's own outputs, in order. Raises an APIError for whatever vLLM raises."""
+        """vLLM's outputs, in order. Raises an APIError for whatever vLLM raises."""
         try:
             outputs = self._llm.generate(list(inputs), self._vllm.SamplingParams(**parameters), use_tqdm=False)
         except Exception as error:
@@ -550,39 +398,6 @@ class DirectEngine:
         if len(outputs) != len(inputs):
             raise APIError(f"vLLM answered {len(outputs)} of {len(inputs)} prompts.")
         return list(outputs)
-
-    def _prepare(self, request: TextRequest, kind: str) -> tuple[dict[str, object], Any]:
-        kinds = importlib.import_module("vllm.sampling_params").RequestOutputKind
-        parameters = self._vllm.SamplingParams(**request.options.as_dict(), output_kind=kinds[kind])
-        if request.messages:
-            tokens = self._encode([self._render(request)], special=False)[0]
-        else:
-            tokens = self._encode([request.prompt], special=True)[0]
-        return {"prompt_token_ids": tokens}, parameters
-
-    def _render(self, request: TextRequest) -> str:
-        tokenizer = self._llm.get_tokenizer()
-        if self._template is None and not getattr(tokenizer, "chat_template", None):
-            raise ConfigurationError(
-                f"{self._model!r} has no chat template.",
-                hint="Pass one: DirectOptions(chat_template=FILE), configs/chat_template.jinja being a simple one; or "
-                "ask for a completion instead.",
-            )
-        turns = [{"role": turn.role, "content": turn.content} for turn in request.messages]
-        return str(
-            tokenizer.apply_chat_template(
-                turns, chat_template=self._template, add_generation_prompt=True, tokenize=False
-            )
-        )
-
-    def _embed(self, texts: Sequence[str]) -> Embeddings:
-        if not texts:
-            return np.zeros((0, 0), np.float32)
-        try:
-            outputs = self._llm.embed(list(texts), use_tqdm=False)
-        except Exception as error:
-            raise self._explained(error) from error
-        return np.array([output.outputs.embedding for output in outputs], dtype=np.float32)
 
     def _explained(self, error: Exception) -> APIError:
         if isinstance(error, APIError):
@@ -630,7 +445,8 @@ class DirectEngine:
 
 
 def open_engine(settings: Settings, model: str, options: object) -> DirectEngine:
-    """options: DirectOptions."""
+    """options: DirectOptions. Raises ConfigurationError for a path where no model is."""
+    check_path(model)
     assert options is None or isinstance(options, DirectOptions)
     return DirectEngine(
         model,

@@ -9,14 +9,13 @@ byte-level BPE's marks for a leading space.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import math
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import Any, Final
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Final
 
-import orjson
 from pydantic import SecretStr
 
 from core.errors import (
@@ -24,16 +23,13 @@ from core.errors import (
     ConfigurationError,
     MissingLabel,
     RequestRejected,
-    RetriesExhausted,
-    TransientError,
 )
 from core.llm_api.http.completions import PROMPT_END, Answers, read_answers, text_body, token_logprobs
+from core.llm_api.http.llama_card import digest_of_file, llama_card
+from core.llm_api.http.one_by_one import score_each
 from core.llm_api.http.rate_limit import RateLimiter, Turns
-from core.llm_api.http.transport import HttpOptions, HttpTransport, all_or_settle
+from core.llm_api.http.transport import HttpOptions, HttpTransport
 from core.llm_api.telemetry import RequestTelemetry
-from core.llm_api.text.continuation import COUNTING, GOES_ON, wrapping_seen
-from core.llm_api.text.generation import Embeddings, Generation, Piece, TextRequest
-from core.llm_api.text.http_text import HttpText
 from core.llm_api.tokens import CANARY_TEXT
 from core.llm_api.types import (
     Capabilities,
@@ -48,6 +44,10 @@ from core.llm_api.types import (
 )
 from core.settings import MissingLabelPolicy, Settings
 
+if TYPE_CHECKING:
+    from core.llm_api.text.generation import Embeddings, Generation, Piece, TextRequest
+    from core.llm_api.text.http_text import HttpText
+
 log = logging.getLogger(__name__)
 
 _SPACE_MARKS: Final = ("\u2581", "\u0120")  # SentencePiece's and byte-level BPE's leading space
@@ -58,8 +58,6 @@ _LLAMA_TOPS: Final = (200, 2**20)
 """Of llama-server: enough for nearly every prompt, and more than any vocabulary has, for where a label is not in it."""
 _LLAMA_FIELDS: Final = {"post_sampling_probs": False, "n_cache_reuse": 0}
 """Whatever the server was started with: the model's own probabilities, with no cached keys moved to other positions."""
-_LLAMA_META: Final = ("vocab_type", "n_vocab", "n_ctx_train", "n_embd", "n_params", "size")
-"""What tells its files apart: the vocabulary, the shape, and the bytes of the weights, which show their type."""
 _MODELS_PATIENCE: Final = 10.0
 """Seconds that GET /models may take."""
 _ONE_TOKEN: Final = f"{PROMPT_END} Where a model is asked in text, each label must be one of its tokens."
@@ -92,7 +90,6 @@ class ExternalAPI:
         )
         self._model = model
         self._limiter = limiter or RateLimiter()
-        self._text = HttpText(self._http, model, prefix="", limiter=self._limiter)
         self._missing = missing_label
         self._check_continuation = check_continuation
         self._tops: tuple[int, ...] = (_TOP_CHOICES[0],)  # alternatives to ask for, the next where a label is missing
@@ -102,7 +99,7 @@ class ExternalAPI:
         self._tokens, self._characters = 1, 4
 
     async def connect(self) -> EngineIdentity:
-        """See TextEngine.connect. Asks nothing: not every hosted API lists its models, and the first answer tells."""
+        """See TextEngine.connect. Asks nothing: not every hosted API lists its models."""
         return EngineIdentity(
             kind="openai-compatible", model=self._model, root=self._http.base_url, fingerprint=self._fingerprint
         )
@@ -118,7 +115,7 @@ class ExternalAPI:
         card = await self._llama_card()
         if card is not None:
             self._tops, self._more_fields = _LLAMA_TOPS, _LLAMA_FIELDS
-            self._fingerprint = _fingerprint(card)
+            self._fingerprint = digest_of_file(card)
         elif listed < _LEAST:
             raise self._unfit(
                 f"lists the log-probability of {listed} token where {self._tops[0]} were asked for: "
@@ -132,6 +129,9 @@ class ExternalAPI:
                 listed,
             )
         if self._check_continuation:
+            from core.llm_api.text.continuation import COUNTING, GOES_ON, wrapping_seen
+            from core.llm_api.text.generation import TextRequest
+
             seen = wrapping_seen(await self._text.generate(TextRequest("", GOES_ON, COUNTING)))
             if seen:
                 raise ConfigurationError(
@@ -154,24 +154,8 @@ class ExternalAPI:
         return None
 
     async def score(self, queries: Sequence[Query], *, on_answer: OnAnswer | None = None) -> EngineAnswer:
-        """See Engine.score. One request a query, in the queries' order.
-
-        Where one fails, nothing new is sent, and what is on its way has some seconds to arrive: it is paid for.
-        """
-        failed: list[APIError] = []
-
-        async def one(position: int, query: Query) -> EngineAnswer:
-            try:
-                answer = await self._score_one(query, failed)
-            except APIError as error:
-                failed.append(_of_prompt(error, query.prompt))
-                raise failed[-1] from error.__cause__
-            if on_answer is not None:
-                on_answer([position], answer)
-            return answer
-
-        parts = await all_or_settle(one(position, query) for position, query in enumerate(queries))
-        return EngineAnswer.joined(parts)
+        """See Engine.score and score_each."""
+        return await score_each(queries, self._score_one, on_answer)
 
     async def generate(self, request: TextRequest) -> Generation:
         """See TextEngine.generate."""
@@ -193,6 +177,12 @@ class ExternalAPI:
     def telemetry(self) -> list[RequestTelemetry]:
         """What was counted about the requests to the server."""
         return [self._http.telemetry]
+
+    @cached_property
+    def _text(self) -> HttpText:
+        from core.llm_api.text.http_text import HttpText  # only those who write texts need that folder
+
+        return HttpText(self._http, self._model, prefix="", limiter=self._limiter)
 
     async def prefix_cache(self) -> PrefixCacheCounters | None:
         """None: hosted APIs do not show it."""
@@ -275,31 +265,21 @@ class ExternalAPI:
         raise self._unfit(f"gives no logprobs for completions, or fewer than {_TOP_CHOICES[-1]}: {refused}")
 
     async def _llama_card(self) -> dict[str, Any] | None:
-        """How a llama-server describes the model that it serves; None for another server.
-
-        It answers under whatever name it is asked by, so that the name is looked at here.
-        """
+        """See llama_card; None also where the endpoint does not list its models."""
         try:
             async with asyncio.timeout(_MODELS_PATIENCE):
-                cards = orjson.loads(await self._http.send("GET", "/models"))["data"]
-            llamas = [card for card in cards if card.get("owned_by") == "llamacpp"]
-            served = {str(name): card for card in llamas for name in (card["id"], *(card.get("aliases") or ()))}
-        except (APIError, TimeoutError, orjson.JSONDecodeError, LookupError, TypeError, AttributeError):
-            return None  # not every API lists its models
-        if served and self._model not in served:
-            names = ", ".join(map(repr, served))
-            raise ConfigurationError(
-                f"the llama-server at {self._http.base_url} serves {names}, not {self._model!r}.",
-                hint="Give its name as --model, or start it with --alias.",
-            )
-        return served.get(self._model)
+                return await llama_card(self._http, "/models", self._model)
+        except ConfigurationError:
+            raise
+        except (APIError, TimeoutError):
+            return None
 
     def _unfit(self, lacks: str) -> APIError:
         return ConfigurationError(f"{self._model!r} at {self._http.base_url} {lacks}", hint=_FIT_HINT)
 
 
 def open_engine(settings: Settings, model: str, _: object) -> ExternalAPI:
-    """The endpoint at LLAMA_API_BASE, under the user's rate limits. Raises ConfigurationError where there is none."""
+    """The endpoint at LLAMA_API_BASE, under the user's rate limits. Raises ConfigurationError where it is not set."""
     if settings.llama_api_base is None:
         raise ConfigurationError("vLLM is ruled out and LLAMA_API_BASE is not set.", hint="Set it, or allow vLLM.")
     return ExternalAPI(
@@ -311,34 +291,6 @@ def open_engine(settings: Settings, model: str, _: object) -> ExternalAPI:
         check_continuation=settings.check_continuation,
         options=HttpOptions.of(settings),
     )
-
-
-def _fingerprint(card: Mapping[str, Any]) -> str:
-    """SHA-256 of what llama-server tells of its GGUF file, less what depends on how it was started."""
-    meta = card.get("meta")
-    told = [meta.get(key) if isinstance(meta, dict) else None for key in _LLAMA_META]
-    return hashlib.sha256(orjson.dumps(told)).hexdigest()
-
-
-def _of_prompt(error: APIError, prompt: Prompt) -> APIError:
-    """The error, with the prompt's name where it may be about that prompt and does not say so yet."""
-    if repr(prompt.name) in error.args[0]:
-        return error
-    match error:
-        case RequestRejected(status=413):
-            size = len(prompt.text.encode())
-            return RequestRejected(
-                f"prompt {prompt.name!r}, {size:,} bytes: {error.args[0]}",
-                status=413,
-                hint="Raise what the server, or a proxy before it, takes (nginx: client_max_body_size), or show fewer "
-                "claims at a time (--context_cap).",
-            )
-        case RequestRejected(status=400 | 422):
-            return RequestRejected(f"prompt {prompt.name!r}: {error.args[0]}", status=error.status, hint=error.hint)
-        case RetriesExhausted(__cause__=TransientError()):
-            return RetriesExhausted(f"prompt {prompt.name!r}: {error.args[0]}", hint=error.hint)
-        case _:
-            return error
 
 
 def _by_plain_text(top: Mapping[str, float]) -> dict[str, float]:

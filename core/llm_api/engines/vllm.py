@@ -9,37 +9,34 @@ our launcher also takes a pool as a tree of segments (icm_vllm), which start() f
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Final
 
-import orjson
 from pydantic import SecretStr
 
-from core.errors import APIError, RequestRejected, RetriesExhausted, TransientError
+from core.errors import APIError, RequestRejected, RetriesExhausted
 from core.llm_api.http.completions import (
     Answers,
     found_or_missing,
     keep_the_good,
+    of_an_answer,
     read_answers,
-    read_tree_answer,
     token_key,
     token_pieces,
     vllm_fields,
 )
+from core.llm_api.http.gather import all_or_settle
 from core.llm_api.http.halving import ask_in_halves, may_be_one_prompt
-from core.llm_api.http.identity_check import Canary, IdentityCheck
-from core.llm_api.http.pool_tree import tree_of
+from core.llm_api.http.identity_check import Canary, Counting, IdentityCheck
 from core.llm_api.http.retry import RetryPolicy
 from core.llm_api.http.together import by_tokens
-from core.llm_api.http.transport import HttpOptions, HttpTransport, all_or_settle
+from core.llm_api.http.transport import HttpOptions, HttpTransport
+from core.llm_api.http.vllm_extension import VLLMExtension, tree_body
 from core.llm_api.http.vllm_metrics import kv_block_size, kv_cache_capacity, prefix_cache_counters
 from core.llm_api.http.vllm_questions import VLLMQuestions
 from core.llm_api.telemetry import RequestTelemetry
-from core.llm_api.text.generation import Embeddings, Generation, Piece, TextRequest
-from core.llm_api.text.http_text import HttpText
 from core.llm_api.tokens import fingerprint
 from core.llm_api.types import (
     Capabilities,
@@ -53,14 +50,16 @@ from core.llm_api.types import (
     TokenLogprobs,
 )
 from core.settings import MissingLabelPolicy
-from icm_vllm.prompt_tree import FORMAT, MAX_PROMPTS_PER_REQUEST, PATH
+from icm_vllm.prompt_tree import MAX_PROMPTS_PER_REQUEST
+
+if TYPE_CHECKING:
+    from core.llm_api.text.generation import Embeddings, Generation, Piece, TextRequest
+    from core.llm_api.text.http_text import HttpText
 
 log = logging.getLogger(__name__)
 
 START_HINT: Final = "Start one with: scripts/launch_vllm_server.sh local"
 ALIVE: Final = "/health"
-TREES_AGAIN: Final = 60.0
-"""Seconds until a server that lost our extension, or could not say whether it has it, is asked about it again."""
 EXACT_SINCE: Final = "vLLM 0.26 and newer list labels whatever their rank."
 NO_NUMBER: Final = "It came out as -inf or NaN: check the model's dtype."
 HALVES_ATTEMPTS: Final = 2
@@ -113,7 +112,6 @@ class VLLMClient:
             absent=START_HINT,
             alive=ALIVE,
         )
-        self._text = HttpText(self._http, model)
         self._questions = VLLMQuestions(self._http, model)
         self._canary = Canary(self._questions, base_url, model)
         self._check: IdentityCheck | None = None
@@ -123,14 +121,7 @@ class VLLMClient:
         self._body_limit: int | None = None  # bytes; larger requests of several prompts are not sent
         self._missing = missing_label
         self._retry = (options or HttpOptions()).retry
-        self._use_extension = use_extension
-        self._takes_trees = False
-        self._tree_labels = 0  # tokens that a tree's request may ask for, where the server says so; two always
-        self._trees_again: float | None = None  # when to ask about it again, monotonic seconds; None: no need
-        self._fast_prefixes = False
-        self._kernels = ""
-        self._dtype = ""
-        self._config = ""
+        self._extension = VLLMExtension(self._http, self._questions, model, used=use_extension)
 
     @property
     def base_url(self) -> str:
@@ -155,12 +146,17 @@ class VLLMClient:
     @property
     def takes_trees(self) -> bool:
         """Whether pools travel as trees of segments: the server runs our extension, and exact_labels holds."""
-        return self._takes_trees and self.exact_labels
+        return self._extension.takes_trees and self.exact_labels
 
     @property
     def fast_prefixes(self) -> bool:
         """Whether the server says that it does work on shared prefixes once (icm_vllm)."""
-        return self._fast_prefixes
+        return self._extension.fast_prefixes
+
+    @property
+    def counting(self) -> Counting:
+        """How the server counts prompt tokens; known after start()."""
+        return self._canary.counting
 
     @property
     def bytes_sent(self) -> int:
@@ -168,13 +164,13 @@ class VLLMClient:
         return self._http.bytes_sent
 
     async def connect(self) -> EngineIdentity:
-        """See TextEngine.connect: GET /v1/models, and the version where the server tells it."""
+        """See TextEngine.connect: GET /v1/models, and the version where the server states it."""
         return await self._identify(await self._questions.model_card())
 
     async def start(self) -> EngineIdentity:
         """Find the model, ask the canary, and see whether labels can be asked for by id."""
         card = await self._questions.model_card()
-        era = self._http.era
+        epoch = self._http.epoch
         identity = await self._identify(card)
         canary = Canary(self._questions, self._http.base_url, self._model)
         await canary.meet()
@@ -187,16 +183,15 @@ class VLLMClient:
                 canary.top,
                 EXACT_SINCE,
             )
-        takes_trees = await self._probe_trees()
-        self._takes_trees = takes_trees and self._use_extension
+        await self._extension.probe()
         identity = replace(
             identity,
-            determinism=self._kernels,
-            dtype=self._dtype,
-            config=self._config,
+            determinism=self._extension.kernels,
+            dtype=self._extension.dtype,
+            config=self._extension.config,
             fingerprint=fingerprint(canary.tokens, canary.answer),
         )
-        self._canary, self._check = canary, IdentityCheck(self._http, canary, identity, era)
+        self._canary, self._check = canary, IdentityCheck(self._http, canary, identity, epoch)
         return identity
 
     async def answers(self) -> bool:
@@ -281,6 +276,12 @@ class VLLMClient:
         """What was counted about the requests to the server."""
         return [self._http.telemetry]
 
+    @cached_property
+    def _text(self) -> HttpText:
+        from core.llm_api.text.http_text import HttpText  # only those who write texts need that folder
+
+        return HttpText(self._http, self._model)
+
     async def prefix_cache(self) -> PrefixCacheCounters | None:
         """Summed over the server's engines; None where it shows no metrics."""
         text = await self._questions.metrics()
@@ -301,7 +302,7 @@ class VLLMClient:
         await self._http.aclose()
 
     async def _score_part(self, batch: _Batch, start: int, queries: Sequence[Query]) -> EngineAnswer:
-        """As one request, or as several where what stands before the server takes none of that size."""
+        """As one request, or as several where a proxy before the server refuses one of that size."""
         if len(queries) == 1 or self._fits(batch, queries):
             try:
                 return await self._score_or_search(batch, start, queries)
@@ -311,7 +312,7 @@ class VLLMClient:
                     raise
                 size = self._body_size(batch, queries)
                 if len(queries) == 1:
-                    batch.failed.append(_alone(error, queries[0].prompt, size))
+                    batch.failed.append(_too_large(error, queries[0].prompt, size))
                     raise batch.failed[-1] from None
                 self._lower_body_limit(size)
             except APIError as error:
@@ -328,12 +329,11 @@ class VLLMClient:
         """Bytes; a tree's request is made for it, and dropped again."""
         prompts = _prompts(queries)
         if self._sends_trees(batch.token_ids):
-            return len(_tree_body(prompts, batch.token_ids))
+            return len(tree_body(prompts, batch.token_ids))
         return len(token_pieces(batch.fields, prompts))
 
     def _sends_trees(self, token_ids: Sequence[int]) -> bool:
-        """Of prompts that are asked for these tokens; our extension took two alone before it said how many it takes."""
-        return self.takes_trees and (len(token_ids) == 2 or len(token_ids) <= self._tree_labels)
+        return self.exact_labels and self._extension.takes(token_ids)
 
     def _lower_body_limit(self, refused: int) -> None:
         """For good: what was refused once is not tried with every pool.
@@ -398,15 +398,17 @@ class VLLMClient:
             if batch.failed:
                 raise batch.failed[0]
             # The body is made in the slot, so that of many waiting requests only those in flight hold (a piece of) one.
-            await self._look_for_trees()
-            answers = await self._ask_tree(prompts, batch.token_ids) if self._sends_trees(batch.token_ids) else None
+            await self._extension.look_again()
+            answers = (
+                await self._extension.ask(prompts, batch.token_ids) if self._sends_trees(batch.token_ids) else None
+            )
             if answers is None:
                 answers = await self._ask_whole(prompts, batch.fields)
-            return answers, self._http.era
+            return answers, self._http.epoch
 
         assert self._check is not None
-        (answers, era), retries = await self._http.call(attempt, retry=batch.retry)
-        await self._check.pass_answers_of(era, batch.retry)
+        (answers, epoch), retries = await self._http.call(attempt, retry=batch.retry)
+        await self._check.pass_answers_of(epoch, batch.retry)
         hint = NO_NUMBER
         if not self.exact_labels:
             version = self._check.known.version or "of unknown version"
@@ -422,7 +424,7 @@ class VLLMClient:
 
     async def _ask_whole(self, prompts: Sequence[Prompt], fields: dict[str, object]) -> Answers:
         said = await self._http.send("POST", "/v1/completions", token_pieces(fields, prompts))
-        with _of_an_answer():
+        with of_an_answer():
             return read_answers(said, prompts, extra=self._canary.counting.beyond(len(prompts)))
 
     async def _identify(self, card: dict[str, Any]) -> EngineIdentity:
@@ -436,53 +438,6 @@ class VLLMClient:
             max_model_len=length if isinstance(length, int) else None,
         )
 
-    async def _probe_trees(self) -> bool:
-        """Whether the server has our extension, in our format and for our model (not for a LoRA adapter of it).
-
-        Also takes note of what else the extension says of the server.
-        """
-        self._trees_again = None
-        try:
-            said = await self._questions.extension()
-        except RequestRejected:
-            return False
-        except APIError:
-            self._trees_again = time.monotonic() + TREES_AGAIN
-            return False
-        self._fast_prefixes = said.get("fast_prefixes") is True
-        self._kernels = str(said.get("kernels", ""))
-        self._dtype = str(said.get("dtype", ""))
-        self._config = str(said.get("config", ""))
-        most = said.get("max_labels")
-        self._tree_labels = most if isinstance(most, int) else 0
-        models = said.get("models")
-        return said.get("format") == FORMAT and isinstance(models, list) and self._model in models
-
-    async def _look_for_trees(self) -> None:
-        """Whether the extension that was lost is back."""
-        if self._trees_again is not None and time.monotonic() >= self._trees_again:
-            self._trees_again = time.monotonic() + TREES_AGAIN  # others need not ask meanwhile
-            again = self._trees_again
-            self._takes_trees = await self._probe_trees() and self._use_extension
-            if self._takes_trees:
-                log.warning("%s takes pools as trees again", self._http.base_url)
-            else:
-                self._trees_again = again
-
-    async def _ask_tree(self, prompts: Sequence[Prompt], token_ids: Sequence[int]) -> Answers | None:
-        """None where the server has lost its extension, which a restart by other means can do."""
-        try:
-            said = await self._http.send("POST", PATH, _tree_body(prompts, token_ids))
-            with _of_an_answer():
-                return read_tree_answer(said, token_ids, prompts)
-        except RequestRejected as error:
-            if error.status not in (404, 405):
-                raise
-        log.warning("%s no longer takes pools as trees; sending whole prompts", self._http.base_url)
-        self._takes_trees = False
-        self._trees_again = time.monotonic() + TREES_AGAIN
-        return None
-
 
 def _failed(error: APIError, message: str, hint: str) -> APIError:
     """The same in other words. Another server is asked about what may be the fault of this one (RetriesExhausted)."""
@@ -491,22 +446,12 @@ def _failed(error: APIError, message: str, hint: str) -> APIError:
     return RetriesExhausted(message, hint=hint)
 
 
-def _alone(error: RequestRejected, prompt: Prompt, size: int) -> RequestRejected:
+def _too_large(error: RequestRejected, prompt: Prompt, size: int) -> RequestRejected:
     return RequestRejected(
         f"prompt {prompt.name!r} alone is a request of {size:,} bytes: {error.args[0]}",
         status=error.status,
         hint=f"{error.hint} Or use a smaller pool.",
     )
-
-
-@contextmanager
-def _of_an_answer() -> Iterator[None]:
-    """Say of what is wrong with an answer that there was one."""
-    try:
-        yield
-    except TransientError as error:
-        error.status = 200
-        raise
 
 
 def _prompts(queries: Sequence[Query]) -> list[Prompt]:
@@ -515,7 +460,3 @@ def _prompts(queries: Sequence[Query]) -> list[Prompt]:
 
 def _token_keys(tokens: NextTokens) -> list[str]:
     return list(map(token_key, tokens.ids))
-
-
-def _tree_body(prompts: Sequence[Prompt], token_ids: Sequence[int]) -> bytes:
-    return orjson.dumps({"labels": token_ids, "tree": tree_of(prompts)})

@@ -12,14 +12,14 @@ import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from core.errors import APIError, ConfigurationError, RetriesExhausted, ServerChanged, ServerUnreachable
 from core.llm_api.engines.vllm import START_HINT, VLLMClient
+from core.llm_api.http.gather import all_or_cancel, all_or_settle
 from core.llm_api.http.retry import RetryPolicy
-from core.llm_api.http.transport import HttpOptions, all_or_cancel, all_or_settle
+from core.llm_api.http.transport import HttpOptions
 from core.llm_api.telemetry import RequestTelemetry
-from core.llm_api.text.generation import Embeddings, Generation, Piece, TextRequest
 from core.llm_api.types import (
     Capabilities,
     EngineAnswer,
@@ -32,6 +32,9 @@ from core.llm_api.types import (
     sum_known,
 )
 from core.settings import Settings
+
+if TYPE_CHECKING:
+    from core.llm_api.text.generation import Embeddings, Generation, Piece, TextRequest
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -63,7 +66,7 @@ def server_for(place: float, count: int, up: Sequence[int]) -> int:
 def difference(identity: EngineIdentity, expected: EngineIdentity) -> str:
     """What sets one engine apart from another, for a user; "" where nothing does.
 
-    A server without our extension says neither in which type it computes nor how; its fingerprint tells.
+    A server without our extension does not state its type or configuration; the fingerprint shows them.
     """
     unlike = [f.name for f in fields(EngineIdentity) if getattr(identity, f.name) != getattr(expected, f.name)]
     for name in {"dtype", "config"}.intersection(unlike):
@@ -175,10 +178,10 @@ class VLLMGroup:
             raise ServerUnreachable(f"none of the servers {urls} can be asked: {reasons}", hint=START_HINT)
         first, identity = next(iter(found.items()))
         for member, other in found.items():
-            told = difference(other, identity)
-            if told:
+            unlike = difference(other, identity)
+            if unlike:
                 raise ConfigurationError(
-                    f"{member.client.base_url} is not like {first.client.base_url}: {told}.", hint=ALIKE_HINT
+                    f"{member.client.base_url} is not like {first.client.base_url}: {unlike}.", hint=ALIKE_HINT
                 )
         identity = self._identity = replace(
             identity,
@@ -341,14 +344,14 @@ class VLLMGroup:
         )
 
     async def _ask_one(self, batch: _Batch, member: _Member, share: list[int], *, alone: bool) -> None:
-        def heard(positions: Sequence[int], answer: EngineAnswer) -> None:
+        def keep(positions: Sequence[int], answer: EngineAnswer) -> None:
             batch.take([share[position] for position in positions], answer)
 
         queries = [batch.queries[position] for position in share]
         try:
             # Where others could answer, a server is soon given up; one that stands alone is waited for.
             retry = self._patience if alone else self._brief
-            await member.client.score(queries, on_answer=heard, retry=retry, search=alone)
+            await member.client.score(queries, on_answer=keep, retry=retry, search=alone)
         except LOST as error:
             if any(other is not member and other not in batch.failed for other in self._up):
                 batch.failed.add(member)
@@ -413,14 +416,14 @@ class VLLMGroup:
             if not await member.client.answers():
                 continue
             try:
-                told = difference(await self._greeting(member.client), identity)
+                reason = difference(await self._greeting(member.client), identity)
                 await member.read_counters()
             except APIError as error:
-                told = str(error)
-            member.up = not told
-            if told not in ("", said):
-                log.warning("%s answers, but stays out: %s", member.client.base_url, told)
-                said = told
+                reason = str(error)
+            member.up = not reason
+            if reason not in ("", said):
+                log.warning("%s answers, but stays out: %s", member.client.base_url, reason)
+                said = reason
         log.warning("%s is back and takes its part again", member.client.base_url)
 
     async def _stop_probes(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
 
@@ -22,7 +23,7 @@ PARSER_VERSION: Final = 1
 """Raise when the same answer would be read as other numbers; part of every cache key."""
 
 ROUNDING: Final = 1e-3
-"""Nats above 0 that a log-probability may come out as by rounding; one further above is none."""
+"""Nats above 0 that rounding may give a log-probability; a number further above is not one."""
 
 VLLM_MINUS_INFINITY: Final = -9999.0
 """vLLM writes log-probabilities of -inf, which JSON cannot hold, as this number."""
@@ -167,7 +168,11 @@ def read_tree_answer(body: bytes, token_ids: Sequence[int], prompts: Sequence[Pr
     try:
         parsed = orjson.loads(body)
         top = [
-            {key: _logprob(value, "of a tree") for key, value in zip(keys, row, strict=True) if value is not None}
+            {
+                key: checked_logprob(value, "of a tree")
+                for key, value in zip(keys, row, strict=True)
+                if value is not None
+            }
             for row in parsed["logprobs"]
         ]
         counted, cached = int(parsed["prompt_tokens"]), parsed["cached_tokens"]
@@ -177,6 +182,16 @@ def read_tree_answer(body: bytes, token_ids: Sequence[int], prompts: Sequence[Pr
         raise TransientError(f"asked about {len(prompts)} prompts and got {len(top)} answers.")
     _check_count(counted, prompts)
     return Answers(top, counted, cached if isinstance(cached, int) else None)
+
+
+@contextmanager
+def of_an_answer() -> Iterator[None]:
+    """Say of what is wrong with an answer that there was one."""
+    try:
+        yield
+    except TransientError as error:
+        error.status = 200
+        raise
 
 
 def found_or_missing(
@@ -206,7 +221,7 @@ def found_or_missing(
 def keep_the_good(
     found: Sequence[TokenLogprobs | MissingLabel], answer: EngineAnswer, on_answer: OnAnswer | None, *, start: int = 0
 ) -> EngineAnswer:
-    """`answer`, which lacks its logprobs so far, with those `found`; `on_answer` hears of them at start + position.
+    """`answer`, which lacks its logprobs so far, with those `found`; calls `on_answer` with them, at start + position.
 
     Raises the first MissingLabel after that: what was answered beside it is paid for and kept.
     """
@@ -263,8 +278,8 @@ def _first_token(choice: dict[str, Any], name: str) -> dict[str, float]:
 def _listed(logprobs: dict[str, Any], name: str) -> dict[str, float]:
     """The first token's list, as completions have it or, from llama-server, as chats do.
 
-    A server that tells of no alternative lists the token that it chose. Of tokens that read alike the more probable one
-    counts: llama-server cuts bytes off that are no whole character.
+    A server without alternatives lists the token that it chose. Of tokens with equal texts the most probable counts:
+    llama-server drops bytes that are not a whole character.
     """
     if "content" in logprobs:
         first = logprobs["content"][0]
@@ -278,7 +293,7 @@ def _listed(logprobs: dict[str, Any], name: str) -> dict[str, float]:
         if not isinstance(token, str):
             raise TypeError
         # Some servers write null for -inf.
-        logprob = -math.inf if value is None else _logprob(value, name)
+        logprob = -math.inf if value is None else checked_logprob(value, name)
         listed[token] = max(logprob, listed.get(token, -math.inf))
     return listed
 
@@ -290,13 +305,16 @@ def _cached(usage: object) -> int | None:
     return cached if isinstance(cached, int) and cached >= 0 else None
 
 
-def _logprob(value: object, name: str) -> float:
-    """Raises NotLogprobs for a number that is no log-probability, and TypeError for what is no number."""
+def checked_logprob(value: object, name: str, *, hint: str = LOGPROBS_MODE) -> float:
+    """The number, of an answer to the prompt of that name.
+
+    Raises NotLogprobs for a number that is no log-probability, and TypeError for what is no number.
+    """
     if not isinstance(value, float | int):
         raise TypeError
     if value > ROUNDING:
         message = f"prompt {name!r}: the answer lists {value:g} as a log-probability, which is above 0."
-        raise NotLogprobs(message, hint=LOGPROBS_MODE)
+        raise NotLogprobs(message, hint=hint)
     return float(value)
 
 

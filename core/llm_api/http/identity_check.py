@@ -185,27 +185,27 @@ class Canary:
 
 
 class IdentityCheck:
-    """Sees that the server is still the one of start().
+    """Checks that the server is still the one of start().
 
-    known: what was found out then, in transport era `era`.
+    known: what was found out then, in transport epoch `epoch`.
     """
 
-    def __init__(self, http: HttpTransport, canary: Canary, known: EngineIdentity, era: int) -> None:
+    def __init__(self, http: HttpTransport, canary: Canary, known: EngineIdentity, epoch: int) -> None:
         self._http = http
         self._canary = canary
         self.known = known
-        self._passed = era  # a check that began in this era was passed
+        self._passed = epoch  # a check that began in this epoch was passed
         self._checking = asyncio.Lock()
 
-    async def pass_answers_of(self, era: int, retry: RetryPolicy | None = None) -> None:
-        """Return once a check is passed that began in `era`, in which an answer came, or later.
+    async def pass_answers_of(self, epoch: int, retry: RetryPolicy | None = None) -> None:
+        """Return once a check is passed that began in `epoch`, in which an answer came, or later.
 
         Answers wait for this: those of other weights or kernels must not mix with what is known. One check serves all
         that came before it began. Raises ServerChanged.
         """
         async with self._checking:
-            if era > self._passed:
-                began = self._http.era
+            if epoch > self._passed:
+                began = self._http.epoch
                 await self._check(retry)
                 self._passed = began
 
@@ -234,9 +234,9 @@ class IdentityCheck:
             if known_to_differ(str(said.get("config", "")), known.config):
                 changed.append("another configuration of the model")
         if changed:
-            told = ", ".join(changed)
             raise ServerChanged(
-                f"the server at {self._http.base_url} is not the one asked at first: {told}.", hint=BACK_HINT
+                f"the server at {self._http.base_url} is not the one asked at first: {', '.join(changed)}.",
+                hint=BACK_HINT,
             )
 
     async def _extension(self) -> dict[str, Any]:

@@ -14,42 +14,32 @@ import contextlib
 import io
 import logging
 import socket
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 import aiohttp
-import orjson
 from pydantic import SecretStr
 
 from core.errors import (
     APIError,
-    ConfigurationError,
-    RateLimited,
-    RequestRejected,
-    ServerUnreachable,
     TransientError,
 )
-from core.llm_api.http.retry import RetryPolicy, parse_retry_after, with_retries
+from core.llm_api.http.retry import RetryPolicy, with_retries
+from core.llm_api.http.server_errors import connection_error, server_message, status_error
 from core.llm_api.telemetry import RequestTelemetry, outcome_of
 from core.settings import Settings
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-MESSAGE_LIMIT: Final = 300
-"""Characters of a server's own error message that we pass on."""
 KEEPALIVE: Final = 4.0
 """Seconds an idle connection is kept. vLLM (uvicorn) closes its end after 5 s; reusing one then resets the request."""
 MAX_ANSWER: Final = 64 * 2**20
 """Bytes of an answer that are read at most: 1,024 prompts with 20 alternatives each are 3 MB."""
 LOOK: Final = 1.0
 """Seconds between looks at whether a connection whose answer has begun still stands."""
-SETTLE: Final = 10.0
-"""Seconds that requests in flight have to end by themselves when another one of their batch has failed for good."""
 PROBES: Final = 6
 """Signs of life asked for until a silent server is given up."""
 KEEPALIVE_IDLE, KEEPALIVE_INTERVAL, KEEPALIVE_COUNT = 15, 5, 4
@@ -117,10 +107,10 @@ class _PiecesPayload(aiohttp.Payload):
 class HttpTransport:
     """Requests to one server. `key_name` is the setting that holds the key, for hints; `absent` says how to get one.
 
-    alive: a path that a live server answers at once, whatever it answers; "" asks for no sign of life.
+    alive: a path that a live server answers at once, with any status; "" asks for no sign of life.
     bytes_sent: bytes of all request bodies handed to the connection so far, retries included, headers not.
-    era: raised whenever the server may have been replaced since the last answer: an attempt failed, or a connection was
-    opened while no other stood. What holds for the server was found out in one era, and must be found out anew in the
+    epoch: raised whenever the server may have been replaced since the last answer: an attempt failed, or a connection
+    was opened while no other stood. What is known of the server was found out in one epoch, and must be checked in the
     next.
     """
 
@@ -138,12 +128,12 @@ class HttpTransport:
         self.contacted = False
         self.bytes_sent = 0
         self.telemetry = RequestTelemetry(base_url)
-        self.era = 0
+        self.epoch = 0
         self._alive = alive
         self._sockets: list[socket.socket] = []
         self._out: set[asyncio.Timeout] = set()
         self._silenced: set[asyncio.Timeout] = set()
-        self._heard = 0.0
+        self._last_sign = 0.0
         self._alarm: asyncio.TimerHandle | None = None
         self._probe: asyncio.Task[None] | None = None
         self._key = key
@@ -287,7 +277,7 @@ class HttpTransport:
             async with self._wait(url) as patience:
                 patience.reschedule(None)
                 chunk = await _chunk(response, self._options.read_timeout)
-                self._hear()
+                self._note_sign()
             if not chunk:
                 return
             size += len(chunk)
@@ -305,7 +295,7 @@ class HttpTransport:
                 with self._watched(patience):
                     yield patience
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            self.era += 1
+            self.epoch += 1
             if patience in self._silenced:
                 raise self._given_up() from None
             raise self._connection_error(error, url) from None
@@ -313,10 +303,10 @@ class HttpTransport:
     async def _content(self, response: aiohttp.ClientResponse, patience: asyncio.Timeout) -> bytes | None:
         """The whole body; None where it is longer than MAX_ANSWER."""
         self.contacted = True
-        self._hear()
+        self._note_sign()
         patience.reschedule(None)
         content = await _read(response, self._options.read_timeout)
-        self._hear()
+        self._note_sign()
         return content
 
     async def _request(
@@ -366,7 +356,7 @@ class HttpTransport:
                 made.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         self._sockets = [sock for sock in self._sockets if sock.fileno() != -1]
         if not self._sockets:
-            self.era += 1
+            self.epoch += 1
         self._sockets.append(made)
         return made
 
@@ -374,7 +364,7 @@ class HttpTransport:
     def _watched(self, patience: asyncio.Timeout) -> Iterator[None]:
         """Let `patience` end when the server is given up."""
         if not self._out:
-            self._hear()
+            self._note_sign()
             self._set_alarm()
         self._out.add(patience)
         try:
@@ -384,8 +374,8 @@ class HttpTransport:
             if not self._out and self._alarm is not None:
                 self._alarm.cancel()
 
-    def _hear(self) -> None:
-        self._heard = asyncio.get_running_loop().time()
+    def _note_sign(self) -> None:
+        self._last_sign = asyncio.get_running_loop().time()
 
     def _set_alarm(self) -> None:
         if self._alive:
@@ -393,13 +383,13 @@ class HttpTransport:
             self._alarm = loop.call_at(loop.time() + self._options.liveness_timeout / PROBES, self._look_for_life)
 
     def _look_for_life(self) -> None:
-        """While requests are out and nothing is heard, ask for a sign of life, one question at a time."""
+        """While requests are out and no sign of life comes, ask for a sign of life, one question at a time."""
         assert self._alarm is not None
         now, wait = asyncio.get_running_loop().time(), self._options.liveness_timeout / PROBES
         if now - self._alarm.when() > wait:  # this process stood still: what was sent to it may lie unread
-            self._hear()
+            self._note_sign()
         self._set_alarm()
-        if now - self._heard >= wait and (self._probe is None or self._probe.done()):
+        if now - self._last_sign >= wait and (self._probe is None or self._probe.done()):
             self._probe = asyncio.create_task(self._ask_for_life(), name=f"sign of life of {self.base_url}")
 
     async def _ask_for_life(self) -> None:
@@ -408,13 +398,13 @@ class HttpTransport:
         try:
             async with asyncio.timeout(limit / PROBES):
                 async with self._open().get(self.base_url + self._alive, allow_redirects=False):
-                    self._hear()
+                    self._note_sign()
         except (aiohttp.ClientError, TimeoutError, OSError):
-            if loop.time() - self._heard >= limit:
+            if loop.time() - self._last_sign >= limit:
                 self._silenced = set(self._out)
                 for patience in self._out:
                     patience.reschedule(loop.time())
-                self._hear()  # whoever asks next has all the time again
+                self._note_sign()  # whoever asks next has all the time again
 
     def _given_up(self) -> APIError:
         silent = self._options.liveness_timeout
@@ -424,74 +414,23 @@ class HttpTransport:
         )
 
     def _too_long(self, url: str) -> APIError:
-        self.era += 1
+        self.epoch += 1
         return TransientError(f"the answer of {url} is longer than {MAX_ANSWER / 2**20:.0f} MiB.")
 
     def _connection_error(self, error: Exception, url: str) -> APIError:
-        name = type(error).__name__
-        match error:
-            case aiohttp.InvalidURL():
-                return ConfigurationError(f"{url} is not a valid URL.")
-            case aiohttp.ClientConnectorCertificateError() | aiohttp.ClientConnectorSSLError():
-                return ConfigurationError(f"no trusted TLS connection to {self.base_url} ({name}).")
-            case aiohttp.ClientConnectorError() | aiohttp.ConnectionTimeoutError():
-                return ServerUnreachable(f"no server answers at {self.base_url} ({name}).", hint=self._absent)
-            case TimeoutError():
-                silent = self._options.read_timeout
-                return TransientError(f"{url} sent nothing for {silent:g} s.", hint="Raise read_timeout if it is slow.")
-            case _:
-                return TransientError(f"the connection to {url} broke ({name}).")
+        silence = self._options.read_timeout
+        return connection_error(error, url, self.base_url, absent=self._absent, silence=silence)
 
     def _status_error(self, status: int, content: bytes, headers: Mapping[str, str], url: str) -> APIError:
         if status >= 500:  # what a server says that goes down or comes up, or what stands before it
-            self.era += 1
+            self.epoch += 1
         said = self._redact(server_message(content))
-        message = f"HTTP {status} from {url}" + (f": {said}" if said else "")
-        # A date is one of the server's clock, which need not be ours.
-        wait = parse_retry_after(headers.get("Retry-After"), now=_date(headers.get("Date")))
-        if status == 429:
-            return RateLimited(message, retry_after=wait)
-        if status in (408, 425) or (status >= 500 and status not in (501, 505)):
-            return TransientError(message, retry_after=wait, status=status)
-        return RequestRejected(message.rstrip(".") + ".", status=status, hint=self._hint(status))
-
-    def _hint(self, status: int) -> str:
-        match status:
-            case 401 | 403 if self._key is None:
-                return f"Set {self._key_name} in SECRETS or the environment."
-            case 401 | 403:
-                return f"Check {self._key_name} in SECRETS or the environment."
-            case 400 | 422:
-                return "Check the prompt's length against the model's, and the request against the server's version."
-            case 404:
-                return "Check the URL, the model's name, and what the server is for: one that embeds writes no texts."
-            case 413:
-                return "Raise the limit of what stands before the server (nginx: client_max_body_size)."
-            case _ if 300 <= status < 400:
-                return "Redirects are not followed; use the final URL."
-            case _:
-                return ""
+        return status_error(status, said, headers, url, key_name=self._key_name, has_key=self._key is not None)
 
     def _redact(self, text: str) -> str:
         """Servers like to repeat the key that they refuse."""
         key = self._key.get_secret_value() if self._key is not None else ""
         return text.replace(key, "***") if key else text
-
-
-def server_message(content: bytes) -> str:
-    """What the body of an error says, on one line, at most MESSAGE_LIMIT characters; "" where it says nothing."""
-    try:
-        parsed = orjson.loads(content)
-    except orjson.JSONDecodeError:
-        parsed = None
-    if isinstance(parsed, dict):
-        inner = parsed.get("error", parsed)
-        found = inner.get("message") or inner.get("detail") if isinstance(inner, dict) else inner
-        text = found if isinstance(found, str) else orjson.dumps(found).decode() if found else ""
-    else:
-        text = content.decode(errors="replace")
-    text = " ".join(text.split())
-    return text if len(text) <= MESSAGE_LIMIT else text[:MESSAGE_LIMIT] + "..."
 
 
 async def _read(response: aiohttp.ClientResponse, silence: float) -> bytes | None:
@@ -523,46 +462,3 @@ async def _chunk(response: aiohttp.ClientResponse, silence: float) -> bytes:
                 raise
             if response.connection is None or response.connection.transport is None:
                 raise aiohttp.ClientPayloadError from None
-
-
-def _date(value: str | None) -> datetime | None:
-    """An HTTP date; None where there is none or it cannot be read."""
-    try:
-        date = parsedate_to_datetime(value or "")
-    except (ValueError, TypeError, IndexError):
-        return None
-    return date if date.tzinfo else date.replace(tzinfo=UTC)
-
-
-async def all_or_cancel(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Run calls at once, started in order: their results in order. The first failure cancels the rest and is raised."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(call) for call in calls]
-    except BaseExceptionGroup as failures:
-        first = failures.exceptions[0]
-        # `from None` would wipe the cause that RetriesExhausted carries.
-        raise first from first.__cause__
-    return [task.result() for task in tasks]
-
-
-async def all_or_settle(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """The same, but what is on its way when one fails has SETTLE seconds to arrive: it may have been computed already.
-
-    Cancelled at once where the caller is.
-    """
-    tasks = [asyncio.create_task(call) for call in calls]
-    if not tasks:
-        return []
-    try:
-        _, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-        if pending:
-            await asyncio.wait(pending, timeout=SETTLE)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-    failures = [error for task in tasks if not task.cancelled() and (error := task.exception()) is not None]
-    if failures:
-        raise failures[0] from failures[0].__cause__
-    return [task.result() for task in tasks]

@@ -50,7 +50,7 @@ def kv_cache_capacity(text: str) -> int | None:
 def kv_block_size(text: str) -> int | None:
     """Tokens of one KV-cache block, or None where the server does not say. Cached prefixes end on block borders.
 
-    Where attention works in larger blocks than it is told (Gemma 3 makes 32 of 16), newer servers state both.
+    Where attention works in larger blocks than were asked for (Gemma 3 makes 32 of 16), newer servers state both.
     """
     sizes = []
     for name, labels, _ in _samples(text):

@@ -1,7 +1,7 @@
 """Small questions to one vLLM server: its model, version, metrics and extension, token ids, and what follows a prompt.
 
-Each is asked again as the transport's policy, or `retry`, says. A server's gateway may let only /v1 pass: what else
-there is to know is then done without, and texts are tokenized by having them completed (`return_token_ids`).
+Each is asked again as the transport's policy, or `retry`, says. A server's gateway may pass only /v1 on: texts are then
+tokenized by having them completed (`return_token_ids`), and the other questions are skipped.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import orjson
 
 from core.errors import ConfigurationError, NotLogprobs, RequestRejected, TransientError
 from core.llm_api.http.completions import Answers, read_answers
+from core.llm_api.http.gather import all_or_cancel
+from core.llm_api.http.llama_card import OWNER as LLAMA_SERVER
 from core.llm_api.http.retry import RetryPolicy
-from core.llm_api.http.transport import HttpTransport, all_or_cancel
+from core.llm_api.http.transport import HttpTransport
 from core.llm_api.types import Prompt
 from icm_vllm.prompt_tree import MAX_PROMPTS_PER_REQUEST, PATH
 
@@ -39,6 +41,9 @@ class VLLMQuestions:
         """What /v1/models says of the model. Raises ConfigurationError where the server does not have it."""
         listed = (await self._get_json("/v1/models", retry)).get("data")
         cards = [card for card in listed if isinstance(card, dict)] if isinstance(listed, list) else []
+        if any(card.get("owned_by") == LLAMA_SERVER for card in cards):
+            url = self._http.base_url
+            raise ConfigurationError(f"{url} is a llama-server, not vLLM.", hint=f"Set LLAMA_SERVER_URL={url} for it.")
         for card in cards:
             if card.get("id") == self._model:
                 return card
@@ -69,7 +74,7 @@ class VLLMQuestions:
     async def tokenize(
         self, texts: Sequence[str], *, special: bool, retry: RetryPolicy | None = None
     ) -> list[list[int]]:
-        """Token ids of each text. Raises ConfigurationError where the server tells them in no way."""
+        """Token ids of each text. Raises ConfigurationError where the server gives them in no way."""
         if self._tokenize_passes:
             try:
                 return await all_or_cancel(

@@ -1,4 +1,4 @@
-"""The words of text generation: what is asked, what comes back whole, and what comes back as a stream of events.
+"""The types of text generation: what is asked, what comes back whole, and what comes back as a stream of events.
 
     async with open_model_api(Settings.load(), model="gemma-3-270m", scores=False) as api:
         answer = await api.chat([Message("user", "Name a river.")], SamplingOptions(max_tokens=20))
@@ -209,7 +209,7 @@ class Piece:
 
 @runtime_checkable
 class TextEngine(Protocol):
-    """What ModelAPI needs of an engine that writes text. Each of the four engines of types.Engine is one, too."""
+    """What ModelAPI needs of an engine that writes text. Each engine in engines/ is one, too."""
 
     async def connect(self) -> EngineIdentity:
         """Find the model without asking it anything; for those who want text alone, in place of Engine.start.

@@ -18,7 +18,8 @@ import orjson
 from core.errors import APIError, ConfigurationError, RequestRejected, TransientError
 from core.llm_api.http.rate_limit import RateLimiter, Turns
 from core.llm_api.http.retry import RetryPolicy
-from core.llm_api.http.transport import HttpTransport, server_message
+from core.llm_api.http.server_errors import server_message
+from core.llm_api.http.transport import HttpTransport
 from core.llm_api.text.generation import Embeddings, Generation, Piece, TextRequest
 from core.llm_api.text.sse import EventTooLong, SSEParser
 
@@ -128,7 +129,7 @@ class HttpText:
 
 
 def _tokens_in(text: str) -> int:
-    """About so many; the limiter is told the real count afterwards."""
+    """An estimate; the limiter learns the real count afterwards."""
     return len(text) // CHARACTERS_PER_TOKEN + 1
 
 
@@ -149,7 +150,7 @@ async def _pieces(chunks: AsyncGenerator[bytes, None], silence: float) -> AsyncG
     what cannot be read, and what its error event says.
     """
     loop = asyncio.get_running_loop()
-    heard = loop.time()
+    last_event = loop.time()
     parser = SSEParser()
     finish_reason: str | None = None
     counts = (0, 0)
@@ -171,8 +172,8 @@ async def _pieces(chunks: AsyncGenerator[bytes, None], silence: float) -> AsyncG
             if piece.text:
                 yield Piece(piece.text)
         if events:
-            heard = loop.time()
-        elif loop.time() - heard >= silence:
+            last_event = loop.time()
+        elif loop.time() - last_event >= silence:
             raise TransientError(
                 f"the stream held no event for {silence:g} s.", hint="Raise read_timeout if the model is slow."
             )
@@ -204,8 +205,8 @@ def _text(value: object) -> str:
     return value or ""
 
 
-def _stream_error(told: object, data: bytes) -> APIError:
-    code = told.get("code") if isinstance(told, dict) else None
+def _stream_error(said: object, data: bytes) -> APIError:
+    code = said.get("code") if isinstance(said, dict) else None
     message = f"the server ended the stream: {server_message(data)}"
     if isinstance(code, int) and 400 <= code < 500:
         return RequestRejected(message, status=code)

@@ -15,10 +15,12 @@ from pydantic import SecretStr
 
 from core.cpu import KV_CACHE_SPACE, FastType, kv_cache_gib
 from core.errors import APIError, ConfigurationError, MissingLabel, RequestRejected
-from core.llm_api.engines import direct
+from core.llm_api.engines import open_engine
 from core.llm_api.engines.direct import DirectEngine, DirectOptions
+from core.llm_api.in_process import options
 from core.llm_api.labels import LabelSpace, SpelledLabels
 from core.llm_api.types import Engine, EngineAnswer, PrefixCacheCounters, Prompt, Segment
+from core.settings import Settings
 from tests.conftest import stand_in_platform
 from tests.core.fake_server import BOS, FALSE, TRUE, encode, hashed_log_odds, label_distribution
 from tests.core.two_labels import log_odds, two
@@ -292,7 +294,7 @@ async def test_another_token_is_not_told(vllm: ModuleType) -> None:
 def test_cpu_mode_takes_the_local_servers_settings_where_none_are_given(
     monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
-    monkeypatch.setattr(direct, "fast_type", lambda: FastType(dtype, "a test says so"))
+    monkeypatch.setattr(options, "fast_type", lambda: FastType(dtype, "a test says so"))
     arguments = DirectOptions(cpu=True, max_model_len=64).engine_arguments()
     assert arguments["dtype"] == dtype
     assert DirectOptions(cpu=True, dtype="float16").engine_arguments()["dtype"] == "float16"
@@ -308,21 +310,21 @@ def test_all_cores_are_used_only_with_the_library_whose_threads_sleep(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, preloaded: str | None
 ) -> None:
     openmp = tmp_path / "libiomp5.so"
-    monkeypatch.setattr(direct, "_OPENMP", openmp)
+    monkeypatch.setattr(options, "OPENMP", openmp)
     monkeypatch.setattr(os, "environ", {} if preloaded is None else {"LD_PRELOAD": preloaded})
-    direct.set_cpu_environment("bfloat16")
+    options.set_cpu_environment("bfloat16")
     assert "VLLM_CPU_NUM_OF_RESERVED_CPU" not in os.environ, "there is no such library"
     openmp.touch()
-    direct.set_cpu_environment("bfloat16")
+    options.set_cpu_environment("bfloat16")
     assert os.environ["LD_PRELOAD"] == (preloaded or str(openmp))
     assert os.environ.get("VLLM_CPU_NUM_OF_RESERVED_CPU") == ("0" if preloaded is None else None)
 
 
 def test_the_memory_of_the_kv_cache_follows_the_type(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(direct, "kv_cache_gib", partial(kv_cache_gib, memory=64 << 30))
+    monkeypatch.setattr(options, "kv_cache_gib", partial(kv_cache_gib, memory=64 << 30))
     for given, dtype, gib in (({}, "bfloat16", "2"), ({}, "float32", "4"), ({KV_CACHE_SPACE: "7"}, "float32", "7")):
         monkeypatch.setattr(os, "environ", dict(given))
-        direct.set_cpu_environment(dtype)
+        options.set_cpu_environment(dtype)
         assert os.environ[KV_CACHE_SPACE] == gib
 
 
@@ -386,3 +388,17 @@ async def test_scores_are_exact_as_the_launchers_are_unless_told_otherwise(
         assert all(f"{name}={value}" in identity.determinism for name, value in variables.items())
     finally:
         await engine.aclose()
+
+
+def test_a_path_where_no_model_is_is_refused_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    (tmp_path / "models" / "gemma").mkdir(parents=True)
+    for missing in ("models/gema", "./gemma", str(tmp_path / "gemma"), "a/b/c"):
+        with pytest.raises(ConfigurationError, match="there is no model at"):
+            open_engine("direct", Settings(), missing)
+    with pytest.raises(ConfigurationError, match="models/ holds gemma"):
+        open_engine("direct", Settings(), "models/gema")
+    (tmp_path / "hub" / "models--models--gema").mkdir(parents=True)
+    for left_to_vllm in ("models/gema", "models/gemma", "owner/name", "gpt2"):
+        assert isinstance(open_engine("direct", Settings(), left_to_vllm), DirectEngine)

@@ -19,7 +19,11 @@ from tests.core.fake_server import TRUE, FakeVLLM
 from tests.core.two_labels import two
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-SETTINGS = Settings(vllm_base_url=("http://127.0.0.1:9",), llama_api_base="http://127.0.0.1:9/v1")
+SETTINGS = Settings(
+    vllm_base_url=("http://127.0.0.1:9",),
+    llama_server_url="http://127.0.0.1:9",
+    llama_api_base="http://127.0.0.1:9/v1",
+)
 
 
 @pytest.mark.parametrize(
@@ -27,6 +31,7 @@ SETTINGS = Settings(vllm_base_url=("http://127.0.0.1:9",), llama_api_base="http:
     [
         ("vllm", "VLLMClient", Capabilities()),
         ("direct", "DirectEngine", Capabilities()),
+        ("llama_server", "LlamaServer", Capabilities(checkable=False)),
         ("external", "ExternalAPI", Capabilities(billed=True, checkable=False)),
     ],
 )
@@ -46,7 +51,7 @@ async def test_several_servers_are_one_engine() -> None:
 
 
 def test_a_name_that_is_none_is_refused_with_those_that_are() -> None:
-    with pytest.raises(ConfigurationError, match=r"no engine 'sglang'.*vllm, direct, external"):
+    with pytest.raises(ConfigurationError, match=r"no engine 'sglang'.*vllm, direct, llama_server, external"):
         open_engine("sglang", SETTINGS, "m")
 
 

@@ -17,7 +17,7 @@ from core.errors import (
 )
 from core.llm_api.engines import external
 from core.llm_api.engines.external import ExternalAPI
-from core.llm_api.http import transport
+from core.llm_api.http import gather
 from core.llm_api.http.completions import text_body
 from core.llm_api.http.rate_limit import RateLimiter
 from core.llm_api.http.retry import RetryPolicy
@@ -203,7 +203,7 @@ async def test_what_arrived_beside_a_failure_is_not_paid_for_again(server: FakeV
 async def test_what_never_arrives_is_not_waited_for_without_end(
     server: FakeVLLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transport, "SETTLE", 0.1)
+    monkeypatch.setattr(gather, "SETTLE", 0.1)
     engine = api(server)
     await engine.start()
     server.faults = [Fault(status=400, only=lambda b: "number 1 " in b["prompt"]), Fault(delay=30, times=None)]

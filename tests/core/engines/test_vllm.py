@@ -22,7 +22,7 @@ from core.errors import (
     TransientError,
 )
 from core.llm_api.engines.vllm import VLLMClient
-from core.llm_api.http import transport
+from core.llm_api.http import gather
 from core.llm_api.http.completions import token_body, vllm_fields
 from core.llm_api.http.retry import RetryPolicy
 from core.llm_api.http.transport import HttpOptions
@@ -137,7 +137,7 @@ async def test_kernels_and_their_type_are_part_of_who_answers() -> None:
 
 async def test_an_extension_of_another_format_or_model_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     async with FakeVLLM(trees=True) as server, AsyncExitStack() as closing:
-        monkeypatch.setattr("core.llm_api.engines.vllm.FORMAT", 2)
+        monkeypatch.setattr("core.llm_api.http.vllm_extension.FORMAT", 2)
         engine = await started(server)
         closing.push_async_callback(engine.aclose)
         assert not engine.takes_trees
@@ -219,7 +219,7 @@ async def test_splitting_keeps_order_and_bounds_concurrency(server: FakeVLLM) ->
 
 
 async def test_the_first_failure_soon_ends_the_others(server: FakeVLLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transport, "SETTLE", 0.2)
+    monkeypatch.setattr(gather, "SETTLE", 0.2)
     engine = await started(server, prompts_per_request=1)
     server.latency = 5
     server.faults = [
@@ -581,10 +581,10 @@ async def test_a_server_that_comes_back_as_another_is_not_believed(
 async def test_a_server_that_comes_back_in_another_type_is_not_believed() -> None:
     async with FakeVLLM(trees=True, dtype="bfloat16") as server:
         engine = await started(server)
-        engine._http.era += 1
+        engine._http.epoch += 1
         assert len((await engine.score(LABELS.queries(prompts(2)))).logprobs) == 2
         server.dtype = "float32"
-        engine._http.era += 1
+        engine._http.epoch += 1
         with pytest.raises(ServerChanged, match="dtype 'float32', not 'bfloat16'"):
             await engine.score(LABELS.queries(prompts(2, length=5)))
         await engine.aclose()
@@ -596,7 +596,7 @@ async def test_a_server_that_comes_back_with_another_configuration_of_its_model_
         assert engine._check is not None
         assert engine._check.known.config == "one"
         server.config = "another"
-        engine._http.era += 1
+        engine._http.epoch += 1
         with pytest.raises(ServerChanged, match="another configuration of the model"):
             await engine.score(LABELS.queries(prompts(2)))
         await engine.aclose()
@@ -621,7 +621,7 @@ async def test_a_server_that_comes_back_as_it_was_is_believed_and_asked_once_who
 async def test_kernels_may_differ_a_little_between_two_askings(server: FakeVLLM) -> None:
     engine = await started(server)
     server.log_odds = lambda tokens: hashed_log_odds(tokens) + 0.1
-    engine._http.era += 1
+    engine._http.epoch += 1
     await engine.score(LABELS.queries(prompts(1)))
     await engine.aclose()
 
@@ -635,7 +635,7 @@ async def test_an_extension_that_was_lost_is_found_again(caplog: pytest.LogCaptu
         server.trees = True
         await engine.score(LABELS.queries(prompts(2, length=4)))
         assert not engine.takes_trees  # not asked at every request
-        engine._trees_again = time.monotonic()  # a minute later
+        engine._extension.again = time.monotonic()  # a minute later
         await engine.score(LABELS.queries(prompts(2, length=5)))
         assert engine.takes_trees
         assert server.requests[-1] == PATH
@@ -704,7 +704,7 @@ async def test_without_tokenize_texts_are_tokenized_by_completing_them(caplog: p
         assert await engine.tokenize([]) == []
         assert await spell_labels(engine) == two(TRUE, FALSE)
         assert odds(await engine.score(LABELS.queries(prompts(4)))) == expected(prompts(4))
-        engine._http.era += 1
+        engine._http.epoch += 1
         assert odds(await engine.score(LABELS.queries(prompts(4, length=5)))) == expected(prompts(4, length=5))
         assert caplog.text.count("passes no /tokenize on (HTTP 404)") == 1
         assert server.requests.count("/tokenize") == 1
@@ -732,7 +732,7 @@ async def test_a_gateway_that_counts_a_token_more_or_less_is_believed(
         answer = await engine.score(LABELS.queries(prompts(5)))
         assert (odds(answer), answer.retries, answer.prompt_tokens) == (expected(prompts(5)), 0, 5 * 4)
         assert caplog.text.count("taken for its way of counting") == 1
-        engine._http.era += 1
+        engine._http.epoch += 1
         assert odds(await engine.score(LABELS.queries(prompts(3, length=5)))) == expected(prompts(3, length=5))
         server.faults = [Fault(patch=lambda answer: answer["usage"].update(prompt_tokens=5 * 4 + 7))]
         assert (await engine.score(LABELS.queries(prompts(5, length=6)))).retries == 1, "an answer to other prompts"
@@ -786,7 +786,7 @@ async def test_logits_in_place_of_logprobs_are_named(above: float, support: str)
 async def test_a_server_that_comes_back_with_logits_is_not_believed(server: FakeVLLM) -> None:
     engine = await started(server)
     server.logits = 20.0
-    engine._http.era += 1
+    engine._http.epoch += 1
     with pytest.raises((ServerChanged, RetriesExhausted), match="above 0"):
         await engine.score(LABELS.queries(prompts(2)))
     await engine.aclose()

@@ -22,10 +22,10 @@ async def test_one_check_serves_all_answers_that_came_before_it_began(server: Fa
     check, http = client._check, client._http
     assert check is not None
     began = server.requests.count("/version")
-    await check.pass_answers_of(http.era)
+    await check.pass_answers_of(http.epoch)
     assert server.requests.count("/version") == began, "no other server can have answered"
-    http.era += 3
-    await asyncio.gather(*(check.pass_answers_of(http.era - before) for before in (0, 1, 2, 0)))
+    http.epoch += 3
+    await asyncio.gather(*(check.pass_answers_of(http.epoch - before) for before in (0, 1, 2, 0)))
     assert server.requests.count("/version") == began + 1
     await client.aclose()
 
@@ -36,19 +36,19 @@ async def test_an_answer_that_comes_while_a_check_lasts_waits_for_another_one(se
     check, http = client._check, client._http
     assert check is not None
     began = server.requests.count("/version")
-    http.era += 1
+    http.epoch += 1
     server.latency = 0.2
-    first = asyncio.create_task(check.pass_answers_of(http.era))
+    first = asyncio.create_task(check.pass_answers_of(http.epoch))
     while server.requests.count("/version") == began:
         await asyncio.sleep(0.01)
-    http.era += 1  # what the check has asked so far was another server's to answer, perhaps
-    await asyncio.gather(first, check.pass_answers_of(http.era))
+    http.epoch += 1  # what the check has asked so far was another server's to answer, perhaps
+    await asyncio.gather(first, check.pass_answers_of(http.epoch))
     assert server.requests.count("/version") == began + 2
     server.version = "0.99"
-    http.era += 1
+    http.epoch += 1
     for _ in range(2):  # a check that was not passed is not passed later
         with pytest.raises(ServerChanged, match=r"version '0\.99'"):
-            await check.pass_answers_of(http.era)
+            await check.pass_answers_of(http.epoch)
     await client.aclose()
 
 

@@ -13,7 +13,7 @@ from email.utils import format_datetime
 
 import pytest
 
-from core.errors import APIError, RateLimited, RequestRejected, ServerUnreachable, TransientError
+from core.errors import RateLimited, RequestRejected, ServerUnreachable, TransientError
 from core.llm_api.http import transport
 from core.llm_api.http.completions import token_pieces
 from core.llm_api.http.retry import RetryPolicy
@@ -202,20 +202,20 @@ async def test_a_new_era_begins_where_another_server_may_answer() -> None:
 
     async with serving(answer) as url, client(url) as http:
         await http.send("GET", "/x")
-        era = http.era
+        epoch = http.epoch
         await asyncio.gather(*(http.send("GET", "/x") for _ in range(5)))  # more connections, while one stands
-        assert http.era == era
+        assert http.epoch == epoch
         refuse = True
         with pytest.raises(TransientError):
             await http.send("GET", "/x")
-        assert http.era == era + 1
+        assert http.epoch == epoch + 1
         refuse = False
     async with serving(answer) as url, client(url) as http:
         await http.send("GET", "/last")
         await asyncio.sleep(0.05)
-        era = http.era
+        epoch = http.epoch
         await http.send("GET", "/x")
-        assert http.era == era + 1
+        assert http.epoch == epoch + 1
 
 
 async def test_no_redirect_is_followed_so_no_key_goes_elsewhere() -> None:
@@ -267,34 +267,6 @@ async def test_a_name_that_cannot_be_resolved_in_mid_run_is_tried_again(monkeypa
             failures = 3
             _, retries = await http.call(lambda: http.send("GET", "/x"))
             assert retries == 3
-
-
-async def test_one_failure_lets_what_is_on_its_way_arrive_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transport, "SETTLE", 0.3)
-    done = []
-
-    async def call(name: str, seconds: float) -> str:
-        await asyncio.sleep(seconds)
-        if name == "bad":
-            raise TransientError("bad")
-        done.append(name)
-        return name
-
-    with pytest.raises(APIError, match="bad"):
-        await transport.all_or_settle([call("soon", 0.1), call("bad", 0.05), call("late", 30)])
-    assert done == ["soon"]
-    assert await transport.all_or_settle([call("a", 0.02), call("b", 0.0)]) == ["a", "b"]
-    assert await transport.all_or_settle([]) == []
-
-
-async def test_whoever_is_cancelled_does_not_wait_for_the_others() -> None:
-    calls = asyncio.create_task(transport.all_or_settle([asyncio.sleep(30), asyncio.sleep(30)]))
-    await asyncio.sleep(0.01)
-    calls.cancel()
-    began = time.monotonic()
-    with pytest.raises(asyncio.CancelledError):
-        await calls
-    assert time.monotonic() - began < 1
 
 
 # A server that takes its time

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from core.llm_api.engine_thread import EngineThread
+from core.llm_api.in_process.engine_thread import EngineThread
 
 
 class SteppedEngine:
@@ -80,7 +80,7 @@ def test_a_call_that_must_be_alone_waits_for_texts_and_later_texts_wait_for_it(t
     first = written(thread, "a", 30)
     first.get(timeout=5)
     running: list[int] = []
-    alone = thread.call(lambda: running.append(len(thread.engine.left)), alone=True)
+    alone = thread.call(lambda: running.append(len(thread.engine.left)), exclusive=True)
     second = written(thread, "b", 3)
     beside = thread.call(lambda: len(thread.engine.left))
     assert beside.result(5) == 1, "other calls come in between"
@@ -99,19 +99,19 @@ def test_an_aborted_text_is_taken_from_the_engine_and_not_heard_of_again(thread:
     assert thread.engine.aborted == ["a"]
     while not outputs.empty():
         outputs.get()
-    thread.call(lambda: None, alone=True).result(5)
+    thread.call(lambda: None, exclusive=True).result(5)
     assert outputs.empty()
 
 
 def test_a_text_that_waits_can_be_aborted_before_it_begins(thread: EngineThread) -> None:
     started = threading.Event()
     hold = threading.Event()
-    thread.call(lambda: (started.set(), hold.wait(5)), alone=True)
+    thread.call(lambda: (started.set(), hold.wait(5)), exclusive=True)
     started.wait(5)
     outputs = written(thread, "a", 5)
     thread.abort("a")
     hold.set()
-    thread.call(lambda: None, alone=True).result(5)
+    thread.call(lambda: None, exclusive=True).result(5)
     assert outputs.empty()
     assert thread.engine.aborted == []
 
@@ -132,7 +132,7 @@ def test_stopping_fails_what_is_left(thread: EngineThread) -> None:
     made.engine = SteppedEngine()
     outputs = written(made, "a", 10**6)
     outputs.get(timeout=5)
-    call = made.call(lambda: None, alone=True)
+    call = made.call(lambda: None, exclusive=True)
     made.stop()
     with pytest.raises(RuntimeError, match="closed"):
         call.result(5)

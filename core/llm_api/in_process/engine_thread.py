@@ -2,7 +2,7 @@
 
 vllm.LLM works for one caller at a time, and its `generate` takes in the outputs of every request it finds. So all that
 touches it happens here: calls, one by one, and texts, which are written together, a step for all at a time.
-A call that must be alone waits for the texts before it, and texts that come later wait for the call.
+An exclusive call waits for the texts before it, and texts that come later wait for the call.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Sink: TypeAlias = Callable[[Any], None]
 class _Call:
     run: Callable[[], Any]
     result: Future[Any]
-    alone: bool
+    exclusive: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +56,10 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, name="vllm", daemon=True)
         self._thread.start()
 
-    def call(self, run: Callable[[], T], *, alone: bool = False) -> Future[T]:
-        """Have `run` called in the thread; alone: not while texts are being written."""
+    def call(self, run: Callable[[], T], *, exclusive: bool = False) -> Future[T]:
+        """Have `run` called in the thread; exclusive: not while texts are being written."""
         result: Future[T] = Future()
-        self._jobs.put(_Call(run, result, alone))
+        self._jobs.put(_Call(run, result, exclusive))
         return result
 
     def write(self, key: str, prepare: Callable[[], tuple[Mapping[str, Any], Any]], sink: Sink) -> None:
@@ -97,7 +97,7 @@ class EngineThread:
             match job:
                 case _Abort():
                     self._abort(job.key)
-                case _Call(alone=False):
+                case _Call(exclusive=False):
                     self._begin(job)
                 case _Stop():
                     self._fail(RuntimeError("the engine was closed"))

@@ -17,8 +17,8 @@ import pytest
 from core.errors import APIError, ConfigurationError, RequestRejected
 from core.llm_api.engines.direct import DirectEngine, DirectOptions
 from core.llm_api.llm import ModelAPI
+from core.llm_api.local_model import LocalModel
 from core.llm_api.text.generation import End, Failed, Message, Metrics, SamplingOptions, TextEngine, Token
-from core.llm_api.text.local_model import LocalModel
 from tests.conftest import stand_in_platform
 
 QUESTION = [Message("user", "Name a river")]

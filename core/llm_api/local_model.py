@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from core.llm_api.engines.direct import DirectEngine, DirectOptions
-from core.llm_api.http.transport import all_or_cancel
+from core.llm_api.http.gather import all_or_cancel
 from core.llm_api.llm import ModelAPI
 from core.llm_api.text.generation import Embeddings, Generation, Message, SamplingOptions, StreamEvent
 
