@@ -182,6 +182,35 @@ def add_choice_of_search(parser: argparse.ArgumentParser) -> None:
         default=defaults.bootstrap_start,
         help="with --search bootstrapping: the labels that the first round shows",
     )
+    search.add_argument(
+        "--ascent_starts",
+        type=at_least(1),
+        default=defaults.ascent_starts,
+        metavar="S",
+        help="with --search ascent: labelings that it starts with, the model's own labels and random ones",
+    )
+    search.add_argument(
+        "--ascent_sweeps",
+        type=at_least(1),
+        default=defaults.ascent_sweeps,
+        metavar="S",
+        help="with --search ascent: sweeps over the pool of the start that goes on; the other starts are halved each",
+    )
+    search.add_argument(
+        "--ascent_questions",
+        type=at_least(1),
+        default=defaults.ascent_questions,
+        metavar="Q",
+        help="with --search ascent: questions for each claim of the pool at most",
+    )
+    search.add_argument(
+        "--ascent_error",
+        type=chance,
+        default=defaults.ascent_error,
+        metavar="P",
+        help="with --search ascent: probability that a better labeling is refused on a part of its questions; "
+        "0: refuse on all of them only",
+    )
 
 
 class _AddedUp(argparse.Action):
@@ -299,6 +328,14 @@ def share(text: str) -> float:
     value = float(text)
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"must be a share above 0 and below 1, not {text}")
+    return value
+
+
+def chance(text: str) -> float:
+    """A number from 0 on and below a half."""
+    value = float(text)
+    if not 0 <= value < 0.5:
+        raise argparse.ArgumentTypeError(f"must be a probability from 0 on and below 0.5, not {text}")
     return value
 
 

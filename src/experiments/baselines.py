@@ -27,7 +27,13 @@ import orjson
 
 from core.llm_api.llm import ModelAPI
 from core.llm_api.types import EngineIdentity
-from src.experiments.arguments import Parser, add_search_arguments, at_least, command_parser, lookahead_of
+from src.experiments.arguments import (
+    Parser,
+    add_search_arguments,
+    at_least,
+    command_parser,
+    lookahead_of,
+)
 from src.experiments.baseline_table import TableFolder, row_documents, table_text
 from src.experiments.contradictions import refuse
 from src.experiments.loading import check_bad_rows, load_claims, pool_of
@@ -81,6 +87,7 @@ def build_parser() -> Parser:
     """The search's flags, and those of the comparison."""
     parser = command_parser("icm baselines", __doc__)
     add_search_arguments(parser)
+    add_choice_of_search(parser)
     defaults, on_request = Options(), [row for row, baseline in BASELINES.items() if baseline.on_request]
     compare = parser.add_argument_group("comparison")
     compare.add_argument(

@@ -18,7 +18,10 @@ from src.icm.problem import SearchSettings
 from src.icm.testbeds import BadInput
 from src.pipeline.labelling import Pool
 
-VARIANTS = ("search", "context_cap", "best_of", "local_gain", "bootstrap_rounds", "bootstrap_start")
+VARIANTS = (
+    *("search", "context_cap", "best_of", "local_gain", "bootstrap_rounds", "bootstrap_start"),
+    *("ascent_starts", "ascent_sweeps", "ascent_questions", "ascent_error"),
+)
 
 
 def settings_of(request: RunRequest, pool: Pool) -> dict[str, Any]:

@@ -61,6 +61,7 @@ class SearchSettings:
     best_of: claims whose labels an iteration predicts; only the surest change is evaluated (see `choose`).
     local_gain: a new claim is accepted by its own term of U, the others' as they last were (see `decides_by_itself`).
     bootstrap_rounds, bootstrap_start: of search "bootstrapping".
+    ascent_starts, ascent_sweeps, ascent_questions (a claim), ascent_error: of search "ascent".
     """
 
     search: str = "annealing"
@@ -83,6 +84,10 @@ class SearchSettings:
     local_gain: bool = False
     bootstrap_rounds: int = 4
     bootstrap_start: BootstrapStart = "random"
+    ascent_starts: int = 4
+    ascent_sweeps: int = 3
+    ascent_questions: int = 12
+    ascent_error: float = 0.02
 
     def temperature(self, iteration: int, accepted: int) -> float:
         """T of iteration n = 0, 1, ... after `accepted` accepted changes.

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 SEARCHES: Final[Mapping[str, str]] = {
     "annealing": "one claim at a time is taken in, or its label changed, by simulated annealing (the paper's search)",
+    "ascent": "all claims are labelled from several starts, in blocks; what raises U of the whole pool is kept",
     "bootstrapping": "all labels are predicted from those of the round before, and the best of all rounds are kept",
 }
 """What each does, in one line."""

@@ -15,7 +15,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from src.icm.consistency import Labels
 from src.icm.objective import Evaluation, LogOdds
+from src.icm.prefix_tree import Layout
 from src.icm.problem import Candidate, Problem
 from src.icm.searches.lines import labels_of, read_evaluation, read_labels, read_log_odds, scores_of
 from src.icm.searches.seam import Ask, Journal, JournalMismatch, Record, Standing
@@ -25,13 +27,19 @@ class RecordedAsk:
     """An Ask that answers from the journal first, then from `ask`.
 
     standing: the best labeling evaluated so far: of those with most labels the one with the highest U, the first of
-    equals. iteration counts evaluations, accepted those that were better than the best before them.
+    equals. iteration counts evaluations, accepted those that were better than the best before them. questions: how many
+    were needed so far, those that the journal answered included.
+
+    A question that was answered is not asked again, nor counted: the same claim after the same labels in one layout.
     """
 
     def __init__(self, problem: Problem, ask: Ask, journal: Journal) -> None:
         nothing = (None,) * problem.size
         evaluation = problem.objective.evaluate(nothing, {}, problem.consistency)
         self.standing = Standing(0, nothing, problem.new_layout(()), evaluation)
+        self.questions = 0
+        self._answers: dict[tuple[int, Labels], LogOdds] = {}
+        self._answered_in: Layout | None = None
         self._problem = problem
         self._ask = ask
         self._journal = journal
@@ -41,12 +49,14 @@ class RecordedAsk:
         """See Ask. Raises JournalMismatch where the journal's next line answers something else."""
         found = [evaluation for each in candidates if (evaluation := self._recorded_evaluation(each)) is not None]
         for candidate, evaluation in zip(candidates, found, strict=False):
+            self._keep(candidate, evaluation.log_odds)
             self._stand(candidate, evaluation)
         missing = candidates[len(found) :]
         if not missing:
             return found
-        asked = await self._ask.evaluate(missing, intent)
+        asked = await self._evaluations(missing, intent)
         for candidate, evaluation in zip(missing, asked, strict=True):
+            self._keep(candidate, evaluation.log_odds)
             accepted = self._stand(candidate, evaluation)
             line = {"labels": labels_of(candidate.labels), "scores": scores_of(evaluation)}
             worth = {"U_proposed": evaluation.utility, "accepted": accepted}
@@ -60,12 +70,17 @@ class RecordedAsk:
 
     async def predict(self, claims: Sequence[int], candidate: Candidate, intent: object = None) -> list[LogOdds]:
         """See Ask. Raises JournalMismatch where the journal's next line answers something else."""
-        question = {"claims": list(claims), "shown": labels_of(candidate.labels)}
-        found = self._recorded_answers(question)
-        if found is None:
-            found = await self._ask.predict(claims, candidate, intent)
-            await self._write("questions", question | {"answers": found})
-        return found
+        known = self._known(candidate)
+        missing = [claim for claim in claims if claim not in known]
+        if missing:
+            question = {"claims": missing, "shown": labels_of(candidate.labels)}
+            answers = self._recorded_answers(question)
+            if answers is None:
+                answers = await self._ask.predict(missing, candidate, intent)
+                await self._write("questions", question | {"answers": answers})
+            known |= dict(zip(missing, answers, strict=True))
+            self._keep(candidate, known)
+        return [known[claim] for claim in claims]
 
     async def zero_shot(self) -> list[LogOdds]:
         """See Ask. Raises JournalMismatch where the journal's next line answers something else."""
@@ -74,7 +89,40 @@ class RecordedAsk:
         if found is None:
             found = await self._ask.zero_shot()
             await self._write("questions", question | {"answers": found})
+        self.questions += len(found)
         return found
+
+    async def _evaluations(self, candidates: Sequence[Candidate], intent: object) -> list[Evaluation]:
+        """The worth of each, asked in one batch where no answer is known."""
+        if not any(self._known(candidate) for candidate in candidates):
+            return await self._ask.evaluate(candidates, intent)
+        found = []
+        for candidate in candidates:
+            claims, answers = candidate.layout.questions, self._known(candidate)
+            missing = [claim for claim in claims if claim not in answers]
+            if missing:
+                answers |= dict(zip(missing, await self._ask.predict(missing, candidate, intent), strict=True))
+            # Log-odds stand in the order of the questions, as those of an evaluation that was asked whole.
+            ordered = {claim: answers[claim] for claim in claims}
+            self._keep(candidate, ordered)
+            found.append(self._problem.objective.evaluate(candidate.labels, ordered, self._problem.consistency))
+        return found
+
+    def _known(self, candidate: Candidate) -> dict[int, LogOdds]:
+        """Answers of labelled claims after these labels in this layout, by claim."""
+        if candidate.layout is not self._answered_in:
+            return {}
+        keys = {claim: (claim, _without(candidate.labels, claim)) for claim in candidate.layout.questions}
+        return {claim: self._answers[key] for claim, key in keys.items() if key in self._answers}
+
+    def _keep(self, candidate: Candidate, log_odds: Mapping[int, LogOdds]) -> None:
+        """Remember answers, and count those that are new."""
+        if candidate.layout is not self._answered_in:
+            self._answered_in = candidate.layout
+            self._answers.clear()
+        before = len(self._answers)
+        self._answers |= {(claim, _without(candidate.labels, claim)): value for claim, value in log_odds.items()}
+        self.questions += len(self._answers) - before
 
     def _stand(self, candidate: Candidate, evaluation: Evaluation) -> bool:
         """Count an evaluation; whether it is the best so far."""
@@ -139,3 +187,8 @@ class RecordedAsk:
         if record.get("event") != event:
             raise JournalMismatch(f"line {number} is {record.get('event')!r}, where this search asks for {event!r}")
         return number, record
+
+
+def _without(labels: Labels, claim: int) -> Labels:
+    """The labels that a question about `claim` is asked after."""
+    return (*labels[:claim], None, *labels[claim + 1 :])

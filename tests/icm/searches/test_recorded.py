@@ -46,7 +46,13 @@ async def test_a_batch_that_was_half_journaled_is_asked_for_its_other_half() -> 
     model = Model(problem)
     found = await RecordedAsk(problem, model, Lines(killed.written)).evaluate(wanted)
     assert found == await Model(problem).evaluate(wanted)
-    assert len(model.asked) == 3 * SIZE
+    before = Model(problem)
+    await before.evaluate(wanted[:2])
+    assert len(model.asked) == len(set(model.asked))
+    assert set(model.asked).isdisjoint(before.asked)
+    everything = Model(problem)
+    await everything.evaluate(wanted)
+    assert set(model.asked) == set(everything.asked) - set(before.asked)
 
 
 async def test_it_stands_at_the_best_labeling_of_most_claims() -> None:

@@ -1,0 +1,234 @@
+"""Ascent: labels of the whole pool, improved block by block from several starts; the best start climbs on in U.
+
+Every start labels all claims: one as the model does without demonstrations (against the mean of its log-odds), the
+others at random. Where the search goes on from another run's labels, these take the place of the first.
+
+1. *Sweeps.* The pool's questions stand in four blocks, as its layout orders them: in a tree each is a subtree. A sweep
+   asks one block after the other and gives the pool the likeliest consistent labels before the next block is asked
+   (Consistency.nearest). Bootstrapping changes all labels at once, and two claims that follow each other can then swap
+   labels for ever; a block sees what the one before it has become. Such block-wise best responses are iterated
+   conditional modes (Besag 1986), in blocks.
+2. *Halving.* After each sweep the better half of the starts goes on, by U of the answers at hand (a block's answers are
+   a little older than the labels of the next: an estimate that costs nothing), until one is left, and that one until a
+   sweep changes nothing or `ascent_sweeps` were made. If the first start's first sweep already changes nothing, the
+   labels that the model gives by itself predict each other, and no other start is tried.
+3. *Climbing.* U of these labels is evaluated. Then groups of claims whose labels are not the likeliest take those that
+   are, the ones that gain most first: half of such groups at once; half as many again where U did not rise, half as
+   many more where it did. Only what raises U of the whole pool is kept.
+4. *Mirrors.* Two labels swapped everywhere is a second basin (annealing.mirrors); it is entered where U is higher.
+
+A change is judged block by block: where the answers so far say that U falls, with a probability of error of at most
+`ascent_error` by a normal approximation for a sample without replacement (the test of Korattikara, Chen and Welling
+2014, "Austerity in MCMC land", equation 4), the remaining blocks are not asked. A change is only ever *accepted* on all
+N answers, so U is exact; with error 0 refusals are too.
+
+All evaluations are in one layout. At most `ascent_questions` x N questions are asked, rounded up to what was begun.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from math import ceil, sqrt
+from statistics import NormalDist
+from typing import Final
+
+import numpy as np
+
+from src.icm.annealing import mirrors
+from src.icm.consistency import Labels
+from src.icm.objective import Evaluation, LogOdds, calibration_offset, margins_of
+from src.icm.prefix_tree import Layout
+from src.icm.problem import Candidate, Problem, Stream, generator
+from src.icm.searches.recorded import RecordedAsk
+from src.icm.searches.seam import Ask, Found, Journal
+
+SETTINGS: Final = (
+    *("ascent_starts", "ascent_sweeps", "ascent_questions", "ascent_error"),
+    *("mirror", "continue_from"),
+)
+BLOCKS: Final = 4
+HELD: Final = 1e3
+"""Margin, nats, in favour of the label of a claim that was not asked about yet: it changes for a constraint only."""
+LEAST_SAMPLE: Final = 12
+"""Answers before a change is refused on a part of them: the test takes their mean to be normally distributed."""
+MOST_STUCK: Final = 3
+"""Single groups refused in a row before climbing ends."""
+
+Answers = Mapping[int, LogOdds]
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """One start and what became of it. answers: the last log-odds of each claim that was asked, nats. fixed: whether
+    the last sweep changed nothing, so that the answers are those of these very labels."""
+
+    labels: Labels
+    answers: Answers = field(default_factory=dict)
+    fixed: bool = False
+
+
+async def run(problem: Problem, ask: Ask, journal: Journal) -> Found:
+    """Label the whole pool. Raises JournalMismatch where the journal is not one of this search."""
+    asked = RecordedAsk(problem, ask, journal)
+    first = await _first_labels(problem, asked)
+    layout = problem.new_layout(range(problem.size), labels=first)
+    climb = Climb(problem, asked, layout)
+    best = await _best_start(climb, first)
+    [evaluation] = await asked.evaluate([Candidate(best.labels, layout)])
+    labels, evaluation = await climb.up(best.labels, evaluation)
+    if problem.settings.mirror:
+        for turned in mirrors(labels, problem.num_labels):
+            if problem.num_labels > 2 and not climb.may_ask:
+                break  # of K labels there are K (K - 1) / 2
+            higher = await climb.judge(turned, labels, evaluation)
+            if higher is not None and higher.utility > evaluation.utility:
+                labels, evaluation = await climb.up(turned, higher)
+    return asked.standing
+
+
+async def _first_labels(problem: Problem, ask: Ask) -> Labels:
+    """The model's own labels, against the mean of its log-odds; where the search goes on from another one's, those."""
+    answers = await ask.zero_shot()
+    offset = calibration_offset(answers, "mean", problem.objective.prior, problem.num_labels)
+    margins = [list(margins_of(each, offset)) for each in answers]
+    for claim, label in enumerate(problem.start_labels or ()):
+        if label is not None:
+            margins[claim] = [HELD if other == label else -HELD for other in range(problem.num_labels)]
+    return problem.consistency.nearest(margins)
+
+
+def random_labels(problem: Problem, number: int) -> Labels:
+    """Consistent labels of start `number`: those of margins drawn at random."""
+    rng = generator(problem.settings.seed, Stream.SEEDS, number + 2)  # 0 to 2 draw other labels
+    margins = rng.standard_normal((problem.size, problem.num_labels))
+    return problem.consistency.nearest([tuple(each) for each in margins.tolist()])
+
+
+async def _best_start(climb: Climb, first: Labels) -> Chain:
+    """The start that is left when all others were dropped, swept until nothing changes."""
+    problem = climb.problem
+    settings = problem.settings
+    chains = [await climb.sweep(Chain(first))]
+    if not chains[0].fixed:
+        chains += [await climb.sweep(Chain(random_labels(problem, at + 1))) for at in range(settings.ascent_starts - 1)]
+    for _ in range(settings.ascent_sweeps - 1):
+        chains = sorted(chains, key=climb.estimate, reverse=True)[: ceil(len(chains) / 2)]
+        chains = [chain if chain.fixed else await climb.sweep(chain) for chain in chains]
+    return max(chains, key=climb.estimate)
+
+
+class Climb:
+    """Steps of one search in one layout."""
+
+    def __init__(self, problem: Problem, asked: RecordedAsk, layout: Layout) -> None:
+        self.problem = problem
+        self._asked = asked
+        self._layout = layout
+        order = layout.questions
+        count = min(BLOCKS, len(order))
+        cuts = [len(order) * at // count for at in range(count + 1)]
+        self._blocks = [order[start:end] for start, end in pairwise(cuts)]
+        members: dict[str, list[int]] = defaultdict(list)
+        for claim, group in enumerate(problem.groups):
+            members[group].append(claim)
+        self._groups = list(members.values())
+
+    @property
+    def may_ask(self) -> bool:
+        """Whether the search may begin another evaluation."""
+        return self._asked.questions < self.problem.settings.ascent_questions * self.problem.size
+
+    def estimate(self, chain: Chain) -> float:
+        """U of a chain's labels by its last answers, which are exact where it is fixed."""
+        return self.problem.objective.evaluate(chain.labels, chain.answers, self.problem.consistency).utility
+
+    async def sweep(self, chain: Chain) -> Chain:
+        """Every block asked once, the labels of the pool chosen anew after each."""
+        labels, answers = chain.labels, dict(chain.answers)
+        for block in self._blocks:
+            found = await self._asked.predict(block, Candidate(labels, self._layout))
+            answers |= dict(zip(block, found, strict=True))
+            labels = self._likeliest(labels, answers)
+        return replace(chain, labels=labels, answers=answers, fixed=labels == chain.labels)
+
+    def _likeliest(self, labels: Labels, answers: Answers) -> Labels:
+        """The likeliest consistent labels; claims without an answer keep theirs where they can."""
+        offset = self.problem.objective.offset(list(answers.values()))
+        every = range(self.problem.num_labels)
+        return self.problem.consistency.nearest(
+            [
+                margins_of(answers[claim], offset)
+                if claim in answers
+                else tuple(HELD if label == other else -HELD for other in every)
+                for claim, label in enumerate(labels)
+            ]
+        )
+
+    async def up(self, labels: Labels, evaluation: Evaluation) -> tuple[Labels, Evaluation]:
+        """Change groups towards their likeliest labels while U rises."""
+        share, stuck = 0.5, set[int]()
+        while self.may_ask and len(stuck) < MOST_STUCK:
+            gains, target = self._gains(labels, evaluation)
+            order = sorted((group for group in gains if group not in stuck), key=lambda group: -gains[group])
+            if not order:
+                break
+            count = max(1, ceil(share * len(order)))
+            changes = {claim: target[claim] for group in order[:count] for claim in self._groups[group]}
+            changed = tuple(changes.get(claim, label) for claim, label in enumerate(labels))
+            higher = await self.judge(changed, labels, evaluation)
+            if higher is not None and higher.utility > evaluation.utility:
+                labels, evaluation = changed, higher
+                share, stuck = min(1.0, 1.5 * share), set()
+            elif count == 1:
+                stuck.add(order[0])
+            else:
+                share = (count // 2) / len(order)
+        return labels, evaluation
+
+    def _gains(self, labels: Labels, evaluation: Evaluation) -> tuple[dict[int, float], Labels]:
+        """What each group's margins would gain by its likeliest labels (nats), where these are others; and these."""
+        target = self._likeliest(labels, evaluation.log_odds)
+        gains: dict[int, float] = {}
+        for group, claims in enumerate(self._groups):
+            for claim in claims:
+                before, after = _known(labels[claim]), _known(target[claim])
+                if before != after:
+                    margins = margins_of(evaluation.log_odds[claim], evaluation.offset)
+                    gains[group] = gains.get(group, 0.0) + margins[after] - margins[before]
+        return gains, target
+
+    async def judge(self, changed: Labels, labels: Labels, evaluation: Evaluation) -> Evaluation | None:
+        """The worth of `changed`; None where a part of its questions already says that U is lower than that of `labels`
+        (`evaluation`)."""
+        candidate = Candidate(changed, self._layout)
+        error = self.problem.settings.ascent_error
+        answers: dict[int, LogOdds] = {}
+        for block in self._blocks[:-1] if error else ():
+            answers |= dict(zip(block, await self._asked.predict(block, candidate), strict=True))
+            if len(answers) >= LEAST_SAMPLE and self._falls(changed, labels, answers, evaluation, error):
+                return None
+        [worth] = await self._asked.evaluate([candidate])
+        return worth
+
+    def _falls(self, changed: Labels, labels: Labels, answers: Answers, evaluation: Evaluation, error: float) -> bool:
+        """Whether U of `changed` is lower than that of `labels` by the claims in `answers`, but for `error`."""
+        before = {claim: evaluation.log_odds[claim] for claim in answers}
+        gained = np.array(self._margins(changed, answers)) - np.array(self._margins(labels, before))
+        count, size = len(gained), self.problem.size
+        alpha, consistency = self.problem.objective.alpha, self.problem.consistency
+        gain = alpha * gained.mean() - (consistency.count(changed) - evaluation.inconsistent)
+        deviation = alpha * gained.std(ddof=1) / sqrt(count) * sqrt(1 - (count - 1) / (size - 1))
+        return bool(gain < -NormalDist().inv_cdf(1 - error) * deviation)
+
+    def _margins(self, labels: Labels, answers: Answers) -> list[float]:
+        """Of the labels of the claims in `answers`, against the offset of these answers (nats)."""
+        offset = self.problem.objective.offset(list(answers.values()))
+        return [margins_of(value, offset)[_known(labels[claim])] for claim, value in answers.items()]
+
+
+def _known(label: int | None) -> int:
+    assert label is not None
+    return label
