@@ -29,6 +29,7 @@ from core.llm_api.llm import ModelAPI
 from core.llm_api.types import EngineIdentity
 from src.experiments.arguments import (
     Parser,
+    add_choice_of_search,
     add_search_arguments,
     at_least,
     command_parser,
