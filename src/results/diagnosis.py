@@ -251,6 +251,8 @@ def _mirror_in_words(run: RunRecord) -> str:
     two = run.num_labels == 2
     tried, done = ("All labels flipped", "flipped") if two else ("The best swap of two labels", "swapped")
     text, before = "The mirror was not tried.", 0.0
+    if run.search == "ascent" and run.settings.get("mirror"):
+        text = "The mirror of what was found was judged, and U decided."
     for record in run.journal:
         if record["event"] == "mirror":
             end = f"and they were {done}." if record["accepted"] else "so they were not."
