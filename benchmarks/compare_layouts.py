@@ -40,7 +40,7 @@ from src.icm.prefix_tree import Layout, TreeLayout, UpstreamLayout
 from src.icm.problem import SearchSettings
 from src.icm.testbeds import BadInput
 from src.pipeline.datafiles import load_testbed, load_testbed_file
-from src.pipeline.labelling import Labelling, Pool, prepare
+from src.pipeline.labelling import Labelling, Pool, prepare_batches
 from src.pipeline.testbed_files import read_testbed, testbed_path
 
 Contexts = dict[int, Sequence[int]]
@@ -111,7 +111,7 @@ async def measure(args: argparse.Namespace) -> dict[str, object]:
     else:
         testbed, claims, path = load_testbed(args.testbed, args.data_dir)
     settings = SearchSettings(seed=args.seed)
-    pool = prepare(
+    [pool] = prepare_batches(
         testbed,
         claims,
         path,
@@ -138,7 +138,7 @@ async def measure(args: argparse.Namespace) -> dict[str, object]:
                     for position, (claim, context) in enumerate(contexts.items())
                 ]
                 before, started = await api.prefix_cache(), time.perf_counter()
-                answer = await api.score(prompts, labelling.tokens)
+                answer = await api.score(prompts, labelling.book.labels)
                 seconds, after = time.perf_counter() - started, await api.prefix_cache()
                 by_claim = dict(zip(contexts, answer.logprobs, strict=True))
                 logprobs = np.stack([by_claim[claim] for claim in range(len(gold))])

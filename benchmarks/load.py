@@ -251,9 +251,7 @@ class Run:
         groups = tuple(map(str, range(case.claims)))
         self._layout = TreeLayout.build(range(case.claims), groups, rng)
         self._api = api.share(alone=False)
-        self._scorer = PoolScorer(
-            self._api, book, LABELS, Problem(groups, Consistency(()), Objective(1.0), SearchSettings())
-        )
+        self._scorer = PoolScorer(self._api, book, Problem(groups, Consistency(()), Objective(1.0), SearchSettings()))
         self._rng = rng
         self._expected: Callable[[Prompt], float] = (
             digest_log_odds if case.route == "process" else lambda prompt: quick_log_odds(prompt.token_ids)

@@ -32,7 +32,7 @@ from core.settings import Settings
 from src.icm.objective import Objective
 from src.icm.problem import SearchSettings
 from src.pipeline.datafiles import load_testbed
-from src.pipeline.labelling import Labelling, prepare
+from src.pipeline.labelling import Labelling, prepare_batches
 from src.results.run_folder import RunFolder
 from tests.core.fake_server import FakeVLLM, hashed_log_odds
 
@@ -69,7 +69,7 @@ async def one(args: argparse.Namespace, name: str, lookahead: int | None) -> tup
     """One search: its costs, and its decisions."""
     settings = SearchSettings(**({"seed": args.seed} | SEARCHES[name]))
     testbed, claims, path = load_testbed("builtin", Path())
-    pool = prepare(
+    [pool] = prepare_batches(
         testbed,
         claims,
         path,

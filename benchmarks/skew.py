@@ -32,7 +32,7 @@ from src.icm.objective import LogOdds, Objective, calibration_offset
 from src.icm.problem import Candidate, SearchSettings
 from src.icm.testbeds import Claim
 from src.pipeline.datafiles import load_testbed
-from src.pipeline.labelling import Labelling, Pool, prepare
+from src.pipeline.labelling import Labelling, Pool, prepare_batches
 from src.results.run_folder import RunFolder
 
 ALPHA: Final = 50.0
@@ -111,7 +111,7 @@ def skewed(claims: Sequence[Claim], size: int, trues: int, draw: int) -> list[Cl
 def pool_of(size: int, trues: int, draw: int, objective: Objective) -> Pool:
     """One pool of the built-in claims."""
     testbed, claims, path = load_testbed("builtin", Path())
-    return prepare(
+    [pool] = prepare_batches(
         testbed,
         skewed(claims, size, trues, draw),
         path,
@@ -120,6 +120,7 @@ def pool_of(size: int, trues: int, draw: int, objective: Objective) -> Pool:
         objective=objective,
         settings=SearchSettings(seed=draw),
     )
+    return pool
 
 
 @dataclass(frozen=True, slots=True)

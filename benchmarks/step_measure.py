@@ -25,14 +25,13 @@ from benchmarks.step_report import CaseResult, Repetition
 from core.llm_api.engines.direct import DirectEngine
 from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.engines.vllm_group import VLLMGroup
-from core.llm_api.labels import SpelledLabels
 from core.llm_api.llm import ModelAPI
 from core.llm_api.tokens import Spelling
 from src.icm.consistency import Consistency, Labels
 from src.icm.objective import Objective
 from src.icm.prefix_tree import Layout, TreeLayout
 from src.icm.problem import Candidate, Problem, SearchSettings
-from src.icm.prompts import PromptBook
+from src.icm.prompts import SEPARATOR, PromptBook
 from src.pipeline.scoring import PoolScorer
 
 HttpEngine = VLLMClient | VLLMGroup
@@ -49,7 +48,6 @@ class Claims:
 
     book: PromptBook
     labels: tuple[bool, ...]
-    tokens: SpelledLabels
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -66,9 +64,7 @@ class Claims:
 
     def scorer(self, api: ModelAPI) -> PoolScorer:
         """What the search asks a model with."""
-        return PoolScorer(
-            api, self.book, self.tokens, Problem(self.groups, Consistency(()), Objective(1.0), SearchSettings())
-        )
+        return PoolScorer(api, self.book, Problem(self.groups, Consistency(()), Objective(1.0), SearchSettings()))
 
     def describe(self, entry: CaseResult) -> None:
         """Write the lengths of demonstrations and questions into `entry`."""
@@ -121,7 +117,7 @@ class Backend:
             engine=engine,
             single=single,
             single_engine=single_engine,
-            spelling=await PromptBook.spelling(engine),
+            spelling=await Spelling.of(engine, separator=SEPARATOR),
             kv_cache_tokens=await api.kv_cache_tokens(),
             block_tokens=await engine.kv_block_size(),
             claim_tokens=claim_tokens,
@@ -135,7 +131,7 @@ class Backend:
         words = np.random.default_rng([self.salt, next(self.draws)])
         drawn = texts(count, self.claim_tokens, lengths=lengths, words=words)
         book = await PromptBook.open(self.api, drawn, self.spelling)
-        return Claims(book, tuple((lengths.random(count) < 0.5).tolist()), book.labels)
+        return Claims(book, tuple((lengths.random(count) < 0.5).tolist()))
 
     async def warm_up(self) -> None:
         """Ask a few claims, one by one too: connections, and whatever an engine compiles at its first request."""

@@ -9,7 +9,7 @@ from typing import Self
 from contrib.serving.messages import ClaimScore, ScoreAnswer, ScoreComparisons, ScoreSingles
 from core.llm_api.llm import ModelAPI
 from core.llm_api.tokens import Spelling
-from src.icm.prompts import PromptBook
+from src.icm.prompts import SEPARATOR, PromptBook
 from src.icm.testbeds import TESTBEDS, BadInput
 
 
@@ -27,7 +27,7 @@ class Scorer:
     @classmethod
     async def open(cls, api: ModelAPI) -> Self:
         """Ask the model's tokenizer once. Raises an APIError."""
-        return cls(api, await PromptBook.spelling(api))
+        return cls(api, await Spelling.of(api, separator=SEPARATOR))
 
     async def score(self, request: ScoreSingles | ScoreComparisons) -> ScoreAnswer:
         """log P(True) - log P(False), nats, of every claim after all demonstrations, in the order they are given.

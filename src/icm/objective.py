@@ -60,7 +60,7 @@ class Objective:
     prior: float | None = None
     num_labels: int = 2
 
-    def offset(self, scores: Sequence[LogOdds]) -> LogOdds:
+    def offset(self, scores: Sequence[LogOdds] | npt.NDArray[np.float64]) -> LogOdds:
         """What to subtract from these log-odds (nats) before they say a label."""
         return calibration_offset(scores, self.calibration, self.prior, self.num_labels)
 
@@ -75,12 +75,11 @@ class Objective:
         if not labelled:
             return Evaluation({}, self.offset([]), 0.0, inconsistent, -float(inconsistent))
         scores = np.array([log_odds[i] for i in labelled], dtype=np.float64)
+        offset = self.offset(scores)
         if self.num_labels == 2:
-            offset = self.offset(scores.tolist())
             signs = np.array([1.0 if labels[i] else -1.0 for i in labelled])
             predictability = float(np.mean(signs * (scores - offset)))
         else:
-            offset = calibration_offset(scores, self.calibration, None, self.num_labels)
             given = np.array([labels[i] for i in labelled])
             predictability = float(np.mean(all_margins(scores - offset)[np.arange(len(given)), given]))
         return Evaluation(

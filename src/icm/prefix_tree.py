@@ -22,7 +22,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
-from typing import Final, Protocol
+from typing import ClassVar, Final, Protocol
 
 import numpy as np
 
@@ -40,55 +40,44 @@ class Layout(Protocol):
     @property
     def questions(self) -> tuple[int, ...]:
         """The labelled claims, in the order in which a prefix cache is best asked about them."""
-        ...
 
     @property
     def demonstrations(self) -> Context:
         """All labelled claims in the order in which a claim that is not of the pool sees them."""
-        ...
 
     @property
     def tail(self) -> Context:
         """The last of `questions`: those that stand behind the shared tree, anchors first, newest last."""
-        ...
 
     @property
     def anchors(self) -> int:
         """How many of the tail stood there when the layout was built."""
-        ...
 
     @property
     def tail_length(self) -> int:
         """How many demonstrations were appended since the layout was built."""
-        ...
 
     @property
     def built_with(self) -> int:
         """How many claims were labelled when the layout was built."""
-        ...
 
     @property
     def detours(self) -> int:
         """Demonstrations that a prefix cache holds besides the tree and the tail's copies, because questions with a
         sibling in the tail (or near the end of what they share) see others than the rest does from there on."""
-        ...
 
     @property
     def mean_group_size(self) -> float:
         """The mean size of a laid-out claim's group, 0 for one without siblings: detours that one anchor makes."""
-        ...
 
     def context(self, claim: int) -> Context:
         """The other labelled claims in the order in which a question about `claim` (labelled or not) sees them."""
-        ...
 
     def place(self, claim: int) -> float:
         """Where a question about `claim` stands among the prefixes, 0 <= place < 1; see Prompt.place."""
-        ...
 
     def append(self, claim: int) -> Layout:
         """The layout with one more labelled claim."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -96,6 +85,11 @@ class UpstreamLayout:
     """The published code's order: labelled claims as they stand in the pool, whole groups together."""
 
     labelled: tuple[int, ...]
+    tail: ClassVar[Context] = ()
+    anchors: ClassVar[int] = 0
+    tail_length: ClassVar[int] = 0
+    detours: ClassVar[int] = 0
+    mean_group_size: ClassVar[float] = 0.0
 
     @classmethod
     def build(cls, labelled: Iterable[int]) -> UpstreamLayout:
@@ -110,28 +104,8 @@ class UpstreamLayout:
         return self.labelled
 
     @property
-    def tail(self) -> Context:
-        return ()
-
-    @property
-    def anchors(self) -> int:
-        return 0
-
-    @property
-    def tail_length(self) -> int:
-        return 0
-
-    @property
     def built_with(self) -> int:
         return len(self.labelled)
-
-    @property
-    def detours(self) -> int:
-        return 0
-
-    @property
-    def mean_group_size(self) -> float:
-        return 0.0
 
     def context(self, claim: int) -> Context:
         return tuple(other for other in self.labelled if other != claim)
@@ -333,8 +307,3 @@ def reversed_bits(number: int) -> float:
         value += width * (number % 2)
         number, width = number // 2, width / 2
     return value
-
-
-def distinct_demonstrations(contexts: Iterable[Context]) -> int:
-    """Demonstrations an unlimited prefix cache computes for these contexts: the edges of their trie."""
-    return len({context[: end + 1] for context in contexts for end in range(len(context))})

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from core.llm_api.labels import TRUE_FALSE, LabelSpace, SpelledLabels
-from core.llm_api.tokens import QUESTION, Spelling, Tokenizer
+from core.llm_api.tokens import Spelling, Tokenizer
 from core.llm_api.types import Prompt, Segment
 from src.icm.consistency import Label
 
@@ -34,18 +34,6 @@ class PromptBook:
     unspelled: tuple[int, ...] = ()
 
     @classmethod
-    async def spelling(
-        cls,
-        api: Tokenizer,
-        question: str = QUESTION,
-        *,
-        space: LabelSpace = TRUE_FALSE,
-        separator: str = SEPARATOR,
-    ) -> Spelling:
-        """How the model behind `api` spells demonstrations of questions like this one. Raises ConfigurationError."""
-        return await Spelling.of(api, question, space=space, separator=separator)
-
-    @classmethod
     async def open(
         cls,
         api: Tokenizer,
@@ -60,7 +48,7 @@ class PromptBook:
         spelling: where it is known already; then its labels and separator are used, whatever `space` and `separator`
         say. Raises ConfigurationError where the tokenizer cannot spell a demonstration.
         """
-        spelling = spelling or await cls.spelling(api, *texts[:1], space=space, separator=separator)
+        spelling = spelling or await Spelling.of(api, *texts[:1], space=space, separator=separator)
         tokens = await spelling.questions(api, texts)
         book = cls.build(
             [text + spelling.ending for text in texts],

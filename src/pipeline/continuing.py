@@ -121,7 +121,7 @@ def read_continued(name: str, runs_dir: Path, testbed: Testbed, claims: Sequence
     run = read_run(folder)
     _check(run, testbed, path)
     known = run.pool
-    texts = [_text(testbed, claim) for claim in known]
+    texts = [testbed.text(claim.fields) for claim in known]
     if not any(claim.searched for claim in known):
         raise BadInput(f"--continue_from {name}: {folder} holds no labels yet")
     found = _matched(known, texts, claims)
@@ -166,10 +166,6 @@ def _check(run: RunRecord, testbed: Testbed, path: Path) -> None:
             f"--continue_from {run.name}: its claims were put as {before.template!r}, those of {path} are put as "
             f"{testbed.template!r}: labels of other questions"
         )
-
-
-def _text(testbed: Testbed, claim: LabelledClaim) -> str:
-    return testbed.text(claim.fields)
 
 
 def _matched(known: Sequence[LabelledClaim], texts: Sequence[str], claims: Sequence[Claim]) -> dict[int, int]:

@@ -135,8 +135,6 @@ def _read_text(path: Path, packed: bool) -> str:
         if content.startswith((b"\xff\xfe", b"\xfe\xff")):
             raise BadInput(f"{path}: is UTF-16 text, not UTF-8; save it as UTF-8")
         text = content.decode("utf-8-sig")
-    except FileNotFoundError:
-        raise BadInput(f"{path}: not found") from None
     except UnicodeDecodeError as error:
         line = 1 + error.object.count(b"\n", 0, error.start)
         raise BadInput(f"{path}:{line}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from None

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from core.llm_api.labels import SpelledLabels
 from core.llm_api.llm import ModelAPI
 from core.llm_api.special_tokens import special_texts
 from core.llm_api.tokens import pieces
@@ -77,37 +76,13 @@ class Pool:
         return self.problem.consistency.overview(self.problem.groups, self.grouped_by)
 
 
-def prepare(
-    testbed: Testbed,
-    claims: list[Claim],
-    path: Path,
-    *,
-    batch_size: int,
-    consistency: ConsistencyMode,
-    objective: Objective,
-    settings: SearchSettings,
-) -> Pool:
-    """One pool: see prepare_batches."""
-    [pool] = prepare_batches(
-        testbed,
-        claims,
-        path,
-        batch_size=batch_size,
-        count=1,
-        consistency=consistency,
-        objective=objective,
-        settings=settings,
-    )
-    return pool
-
-
 def prepare_batches(
     testbed: Testbed,
     claims: list[Claim],
     path: Path,
     *,
     batch_size: int,
-    count: int | None,
+    count: int | None = 1,
     consistency: ConsistencyMode,
     objective: Objective,
     settings: SearchSettings,
@@ -157,7 +132,6 @@ class Labelling:
     api: ModelAPI
     identity: EngineIdentity
     book: PromptBook
-    tokens: SpelledLabels
 
     @classmethod
     async def open(cls, pool: Pool, api: ModelAPI) -> Labelling:
@@ -166,7 +140,7 @@ class Labelling:
         testbed = pool.testbed
         texts = [claim.text for claim in claims]
         book = await PromptBook.open(api, texts, space=testbed.space, separator=testbed.separator)
-        labelling = cls(pool, api, api.identity, book, book.labels)
+        labelling = cls(pool, api, api.identity, book)
         labelling._check_context()
         if book.unspelled:
             log.warning(
@@ -195,7 +169,7 @@ class Labelling:
                 "demonstration": self.book.demonstrations[shortest][True],
                 "separator": self.book.separator,
             }.items()
-        } | {"labels": self.tokens.record()}
+        } | {"labels": self.book.labels.record()}
 
     async def asks_as_before(self) -> bool:
         """Whether versions that kept no token_record asked the same: they put prompts together from pieces alone."""
@@ -245,7 +219,7 @@ class Labelling:
         return replace(self, pool=replace(self.pool, problem=replace(self.pool.problem, costs=costs)))
 
     def scorer(self) -> PoolScorer:
-        return PoolScorer(self.api, self.book, self.tokens, self.pool.problem)
+        return PoolScorer(self.api, self.book, self.pool.problem)
 
     async def search(self, folder: RunFolder, on_record: OnRecord, lookahead: int | None = None) -> Found:
         return await search(self.api, self.scorer(), folder, on_record, Pace(lookahead))
@@ -260,7 +234,7 @@ class Labelling:
 
     async def zero_shot(self) -> Prediction:
         """Every claim of the pool asked without demonstrations."""
-        return await predict(self.api, self.book, self.tokens, range(len(self.pool.claims)))
+        return await predict(self.api, self.book, range(len(self.pool.claims)))
 
     async def predict_unlabelled(self, state: Standing) -> Prediction:
         """The pool's claims that the search did not take in, each as its next proposal would predict it."""
@@ -270,7 +244,7 @@ class Labelling:
             self.book.prompt(claim, state.layout.context(claim), state.labels, position / len(left))
             for position, claim in enumerate(left)
         ]
-        scores = await self.api.score(prompts, self.tokens)
+        scores = await self.api.score(prompts, self.book.labels)
         return Prediction(dict(zip(left, log_odds_of(scores), strict=True)), state.evaluation.offset)
 
     async def label_rest(self, state: Standing) -> Prediction:
@@ -282,7 +256,6 @@ class Labelling:
         predicted = await predict(
             self.api,
             self.book,
-            self.tokens,
             range(size, size + len(self.pool.rest)),
             demonstrations=state.layout.demonstrations,
             labels=state.labels,

@@ -74,7 +74,7 @@ def prompt_lines(labelling: Labelling, prompt: Prompt, *, whole: bool) -> list[s
     Where it is not wanted whole it is shortened to its first and last demonstration and the question.
     """
     _, *demonstrations, question = (segment.text for segment in prompt.segments)
-    labels = labelling.tokens
+    labels = labelling.book.labels
     texts = labels.texts[::-1] if labels.space == TRUE_FALSE else labels.texts  # True stands first
     return shown_prompt(demonstrations, question, texts, whole=whole)
 

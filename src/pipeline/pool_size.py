@@ -48,7 +48,7 @@ async def measure(labelling: Labelling) -> Speed:
     count = min(ASKED, problem.size)
     labels = tuple((generator(problem.settings.seed, Stream.SEEDS, 2).random(problem.size) < 0.5).tolist())
     tree = problem.new_layout(range(count - 1), UNUSED)
-    await predict(api, labelling.book, labelling.tokens, [0])
+    await predict(api, labelling.book, [0])
     before, started = await api.prefix_cache(), time.perf_counter()
     sent = api.stats.prompt_tokens
     for layout in (tree, tree.append(count - 1)):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from core.llm_api.labels import SpelledLabels
 from core.llm_api.llm import ModelAPI
 from src.icm.consistency import Label
 from src.icm.objective import LogOdds, accuracy, auc, calibration_offset, label_of, no_offset, num_labels_of
@@ -52,7 +51,6 @@ class Prediction:
 async def predict(
     api: ModelAPI,
     book: PromptBook,
-    tokens: SpelledLabels,
     claims: Sequence[int],
     *,
     demonstrations: Sequence[int] = (),
@@ -64,5 +62,5 @@ async def predict(
     """
     # All share the same prefix: every server computes it once and takes its part of the questions.
     prompts = [book.prompt(claim, demonstrations, labels, at / len(claims)) for at, claim in enumerate(claims)]
-    scores = await api.score(prompts, tokens)
-    return Prediction(dict(zip(claims, log_odds_of(scores), strict=True)), no_offset(len(tokens)))
+    scores = await api.score(prompts, book.labels)
+    return Prediction(dict(zip(claims, log_odds_of(scores), strict=True)), no_offset(len(book.labels)))

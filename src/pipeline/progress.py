@@ -8,13 +8,11 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import Final, NoReturn, Protocol, TextIO
 
 from tqdm import tqdm
 
 from src.icm.objective import accuracy
-from src.icm.problem import Problem
 from src.icm.searches.seam import Record, Standing
 from src.pipeline.labelling import Pool
 from src.results.messages import collapse_warning
@@ -25,13 +23,10 @@ class Progress(Protocol):
 
     def __enter__(self) -> Progress: ...
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, *error: object) -> None: ...
 
     def update(self, state: Standing, record: Record) -> None:
         """Show where the search stands after one journal record."""
-        ...
 
 
 GROWTH: Final = 2.5
@@ -81,11 +76,6 @@ def _interval() -> float:
     return ON_A_TERMINAL if sys.stderr.isatty() else ELSEWHERE
 
 
-def doing(problem: Problem, state: Standing) -> str | None:
-    """What a search is about to ask where that takes long and no claim is labelled meanwhile; None: its next claim."""
-    return state.asks_next(problem)
-
-
 class SearchProgress:
     """A tqdm bar over labelled claims (--stop labelled) or iterations (--stop K, and searches that label all claims at
     once), fed journal records.
@@ -116,9 +106,7 @@ class SearchProgress:
     def __enter__(self) -> SearchProgress:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._bar.close()
 
     def update(self, state: Standing, record: Record) -> None:
@@ -142,7 +130,7 @@ class SearchProgress:
             shown["accuracy"] = f"{agreeing / compared:.2f}"
         if self._computed:
             shown["hits"] = f"{self._cached / (self._cached + self._computed):.2f}"
-        now = doing(self._pool.problem, state)
+        now = state.asks_next(self._pool.problem)
         if now:
             shown["now"] = now
         self._bar.set_postfix(shown, refresh=False)
@@ -154,13 +142,10 @@ class SearchProgress:
         if shown_now:
             self._shown = self._clock()
         objective = self._pool.problem.objective
-        warning = (
-            None
-            if self._warned
-            else collapse_warning(
-                state.labels, objective.prior, self._pool.names, calibrated=objective.calibration != "none"
-            )
-        )
+        if self._warned:
+            return
+        calibrated = objective.calibration != "none"
+        warning = collapse_warning(state.labels, objective.prior, self._pool.names, calibrated=calibrated)
         if warning:
             self._warned = True
             self._bar.write(f"warning: {warning}", file=sys.stderr)
@@ -186,9 +171,7 @@ class PartsProgress:
     def __enter__(self) -> PartsProgress:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._bar.close()
 
     def of(self, part: str) -> PartProgress:
@@ -225,9 +208,7 @@ class PartProgress:
     def __enter__(self) -> PartProgress:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         pass
 
     def update(self, state: Standing, record: Record) -> None:

@@ -18,7 +18,6 @@ class Scores(Protocol):
 
     async def score(self, prompts: Sequence[Prompt], labels: SpelledLabels) -> PoolScores:
         """See ModelAPI.score."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,6 @@ class PoolScorer:
 
     api: Scores
     book: PromptBook
-    labels: SpelledLabels
     problem: Problem
 
     def prompt(self, claim: int, candidate: Candidate) -> Prompt:
@@ -38,7 +36,7 @@ class PoolScorer:
     async def evaluate(self, candidates: Sequence[Candidate], intent: object = None) -> list[Evaluation]:
         """See Ask."""
         prompts = [self.prompt(claim, candidate) for candidate in candidates for claim in candidate.layout.questions]
-        answers = iter(log_odds_of(await self.api.score(prompts, self.labels)))
+        answers = iter(log_odds_of(await self.api.score(prompts, self.book.labels)))
         return [
             self.problem.objective.evaluate(
                 candidate.labels,
@@ -50,7 +48,7 @@ class PoolScorer:
 
     async def predict(self, claims: Sequence[int], candidate: Candidate, intent: object = None) -> list[LogOdds]:
         """See Ask."""
-        scores = await self.api.score([self.prompt(claim, candidate) for claim in claims], self.labels)
+        scores = await self.api.score([self.prompt(claim, candidate) for claim in claims], self.book.labels)
         return log_odds_of(scores)
 
     async def zero_shot(self) -> list[LogOdds]:
@@ -58,7 +56,7 @@ class PoolScorer:
         size = self.problem.size
         # All share the same prefix: every server computes it once and takes its part of the questions.
         prompts = [self.book.prompt(claim, (), (), claim / size) for claim in range(size)]
-        return log_odds_of(await self.api.score(prompts, self.labels))
+        return log_odds_of(await self.api.score(prompts, self.book.labels))
 
 
 def log_odds_of(scores: PoolScores) -> list[LogOdds]:

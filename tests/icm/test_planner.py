@@ -34,8 +34,9 @@ from src.icm.planner import (
     rebuilt_tokens,
     tree_tokens,
 )
-from src.icm.prefix_tree import Layout, TreeLayout, UpstreamLayout, distinct_demonstrations
+from src.icm.prefix_tree import Layout, TreeLayout, UpstreamLayout
 from src.icm.problem import Problem, SearchSettings
+from tests.icm.tries import distinct_demonstrations
 
 WORTH = Evaluation({}, 0.0, 0.0, 0, 0.0)
 sizes = st.lists(st.integers(5, 120), min_size=64, max_size=64).map(tuple)

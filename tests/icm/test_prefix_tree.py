@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from src.icm.prefix_tree import SIBLING_DISTANCE, Node, TreeLayout, UpstreamLayout, distinct_demonstrations
+from src.icm.prefix_tree import SIBLING_DISTANCE, Node, TreeLayout, UpstreamLayout
+from tests.icm.tries import distinct_demonstrations
 
 
 def random_groups(size: int, seed: int) -> list[str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from src.icm.prefix_tree import SIBLING_DISTANCE, Node, TreeLayout, UpstreamLayout, distinct_demonstrations
+from src.icm.prefix_tree import SIBLING_DISTANCE, Node, TreeLayout, UpstreamLayout
+from tests.icm.tries import distinct_demonstrations
 
 EIGHT: Node = (((0, 1), (2, 3)), ((4, 5), (6, 7)))
 

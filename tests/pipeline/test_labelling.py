@@ -14,7 +14,7 @@ from src.icm.objective import Objective
 from src.icm.problem import SearchSettings
 from src.icm.testbeds import BadInput
 from src.pipeline.datafiles import load_testbed
-from src.pipeline.labelling import Labelling, Pool, prepare
+from src.pipeline.labelling import Labelling, Pool, prepare_batches
 from tests.core.real_tokenizers import LocalTokenizer, trained, with_special
 
 
@@ -35,7 +35,7 @@ class Untouched(LocalTokenizer):
 
 def pool(size: int = 16, **settings: int) -> Pool:
     testbed, claims, path = load_testbed("builtin", Path())
-    return prepare(
+    [pool] = prepare_batches(
         testbed,
         claims,
         path,
@@ -44,6 +44,7 @@ def pool(size: int = 16, **settings: int) -> Pool:
         objective=Objective(1.0),
         settings=SearchSettings(**settings),
     )
+    return pool
 
 
 async def test_the_record_of_tokens_shows_the_label_as_the_model_sees_it() -> None:
@@ -51,8 +52,8 @@ async def test_the_record_of_tokens_shows_the_label_as_the_model_sees_it() -> No
     labelling = await Labelling.open(pool(), Untouched.of(tokenizer))
     record = orjson.loads(orjson.dumps(await labelling.token_record()))
     assert record["prefix"] == [[tokenizer.bos[0], ""]]  # SentencePiece's own has no text
-    assert labelling.tokens.tokens is not None
-    (false,), (true,) = labelling.tokens.tokens
+    assert labelling.book.labels.tokens is not None
+    (false,), (true,) = labelling.book.labels.tokens
     assert record["labels"] == {" True": true, " False": false}
     text = "".join(piece for _, piece in record["demonstration"])
     assert text.startswith("Review: ")

@@ -138,7 +138,7 @@ async def run(
 
     async with ModelAPI(engine, cache=None if cache is None else ResponseCache(cache)) as api:
         with RunFolder(folder) as run_folder:
-            scorer = PoolScorer(api, book, LABELS, problem)
+            scorer = PoolScorer(api, book, problem)
             state = await search(api, scorer, run_folder, on_record, pace)
             return state, run_folder.read_log(), engine
 

@@ -28,7 +28,7 @@ from src.icm.testbeds import BadInput, Claim, custom_testbed
 from src.pipeline.baselines import run_baseline
 from src.pipeline.baselines.trial import Options, Trial
 from src.pipeline.continuing import read_continued
-from src.pipeline.labelling import Labelling, Pool, prepare, result_record
+from src.pipeline.labelling import Labelling, Pool, prepare_batches, result_record
 from src.pipeline.search import search
 from src.results.diagnosis import diagnose
 from src.results.exports import plain_rows, preference_pairs, training_rows
@@ -96,7 +96,7 @@ def alike(first: Claim, second: Claim) -> Relation | None:
 
 def pool_of(space: LabelSpace, *, pairs: bool = True, size: int = 18, calibrate: Any = "mean", **settings: Any) -> Pool:
     testbed, claims = claims_of(space, pairs=pairs)
-    return prepare(
+    [pool] = prepare_batches(
         testbed,
         claims,
         Path(__file__),
@@ -105,6 +105,7 @@ def pool_of(space: LabelSpace, *, pairs: bool = True, size: int = 18, calibrate:
         objective=Objective(30.0, calibrate),
         settings=SearchSettings(**{"seed": 3, "num_seed": 6, "patience": 12, "K": 120, "max_tail": 6} | settings),
     )
+    return pool
 
 
 class Stopped(Exception):
@@ -354,8 +355,8 @@ def test_what_only_true_and_false_can_have_is_refused_in_one_line(tmp_path: Path
     path = tmp_path / "claims"
     path.touch()
     with pytest.raises(BadInput, match=r"^--prior is the share of one of two labels, and \S* has 3: negative, neutral"):
-        prepare(testbed, claims, path, **settings | {"objective": Objective(30.0, "mean", 0.8)})
+        prepare_batches(testbed, claims, path, **settings | {"objective": Objective(30.0, "mean", 0.8)})
     one = replace(testbed, gold_free=lambda first, second: Relation.EXACTLY_ONE)
     with pytest.raises(BadInput, match=r"^\S*: has claims of which exactly one is true, and 3 labels") as refusal:
-        prepare(one, claims, path, **settings)
+        prepare_batches(one, claims, path, **settings)
     assert "\n" not in str(refusal.value)

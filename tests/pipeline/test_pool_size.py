@@ -75,7 +75,7 @@ async def test_a_run_finds_hardly_anything_cached_of_what_was_timed() -> None:
 
 async def computed_by(api: ModelAPI, prompts: list[Prompt], labelling: Labelling) -> int:
     before = await api.prefix_cache()
-    await api.score(prompts, labelling.tokens)
+    await api.score(prompts, labelling.book.labels)
     after = await api.prefix_cache()
     assert before is not None
     assert after is not None

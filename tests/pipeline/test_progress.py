@@ -13,7 +13,7 @@ from src.icm.annealing import SearchState
 from src.icm.consistency import Consistency
 from src.icm.objective import Evaluation, Objective
 from src.icm.problem import Problem, SearchSettings
-from src.pipeline.progress import ELSEWHERE, GROWTH, PartsProgress, SearchProgress, doing
+from src.pipeline.progress import ELSEWHERE, GROWTH, PartsProgress, SearchProgress
 
 
 def pool(size: int, **settings: Any) -> Any:
@@ -135,7 +135,7 @@ def test_what_takes_long_without_a_label_is_told_when_it_begins(
         layout = pool(size).problem.new_layout(range(6))
         changes["layout"] = layout.append(6).append(7)
     at = state(size, size, **changes)
-    assert doing(pool(size, **settings).problem, at) == told
+    assert at.asks_next(pool(size, **settings).problem) == told
     with SearchProgress(pool(size, **settings), quiet=False, clock=lambda: 0.0) as progress:
         progress.update(at, {})
         said = capsys.readouterr().err

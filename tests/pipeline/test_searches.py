@@ -16,7 +16,7 @@ from src.icm.problem import SearchSettings
 from src.icm.searches.seam import Found, Record, Standing
 from src.icm.testbeds import BadInput
 from src.pipeline.datafiles import load_testbed
-from src.pipeline.labelling import Labelling, prepare
+from src.pipeline.labelling import Labelling, prepare_batches
 from src.results.run_folder import RunFolder
 from tests.core.fake_server import FakeVLLM, hashed_log_odds
 
@@ -45,7 +45,7 @@ class Stopped(Exception):
 async def label(folder: Path, server: FakeVLLM, stop_after: int | None = None, **settings: Any) -> Found:
     """Labels of 16 built-in claims. stop_after: lines of the journal after which it is killed."""
     testbed, claims, path = load_testbed("builtin", Path())
-    pool = prepare(
+    [pool] = prepare_batches(
         testbed,
         claims[:16],
         path,

@@ -22,7 +22,7 @@ from src.icm.objective import Objective
 from src.icm.problem import SearchSettings
 from src.icm.testbeds import ConsistencyMode
 from src.pipeline.datafiles import load_testbed
-from src.pipeline.labelling import Labelling, prepare
+from src.pipeline.labelling import Labelling, prepare_batches
 from src.results.rows import pool_rows
 from src.results.run_folder import RunFolder
 from tests.core.fake_server import FakeVLLM, hashed_log_odds
@@ -66,7 +66,7 @@ async def stored_files(folder: Path, **settings: Any) -> tuple[bytes, bytes, byt
     consistency: ConsistencyMode = settings.pop("consistency", "gold-free")
     objective = settings.pop("objective", Objective(30.0))
     testbed, claims, path = load_testbed("builtin", Path())
-    pool = prepare(
+    [pool] = prepare_batches(
         testbed,
         claims[:24],
         path,

@@ -15,7 +15,7 @@ from src.icm.objective import no_offset
 from src.icm.prompts import PromptBook
 from src.pipeline.baselines.row_result import RowResult
 from src.pipeline.baselines.trial import HeldOut, Trial
-from src.pipeline.predictions import Prediction
+from src.pipeline.predictions import Prediction, predict
 from src.pipeline.scoring import log_odds_of
 
 REQUEST: Final = "Complete the last line with one word, {labels}.\n\n{text}"
@@ -62,13 +62,10 @@ async def ask_chat(api: ModelAPI, texts: Sequence[str], space: LabelSpace = TRUE
                 f"{api.identity.model} is asked in text, and a chat template needs its tokens.",
                 hint="Serve the chat model with vLLM, and name it with --chat_url.",
             )
-        labels = book.labels
-        prompts = [book.prompt(claim, (), (), claim / len(messages)) for claim in range(len(messages))]
-    else:
-        labels = await api.spell_labels(answers, after="")
-        prompts = [
-            Prompt((Segment(message, ids),), name=f"claim {position}", place=position / len(messages))
-            for position, (message, ids) in enumerate(zip(messages, tokens, strict=True))
-        ]
-    scores = await api.score(prompts, labels)
-    return ChatAnswers(Prediction(dict(enumerate(log_odds_of(scores))), no_offset(len(space))), tokens is not None)
+        return ChatAnswers(await predict(api, book, range(len(messages))), template=False)
+    prompts = [
+        Prompt((Segment(message, ids),), name=f"claim {position}", place=position / len(messages))
+        for position, (message, ids) in enumerate(zip(messages, tokens, strict=True))
+    ]
+    scores = await api.score(prompts, await api.spell_labels(answers, after=""))
+    return ChatAnswers(Prediction(dict(enumerate(log_odds_of(scores))), no_offset(len(space))), template=True)

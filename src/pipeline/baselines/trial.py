@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -19,6 +19,7 @@ from src.icm.consistency import Labels
 from src.icm.objective import Evaluation, LogOdds
 from src.icm.prefix_tree import Layout
 from src.icm.problem import BootstrapStart, Candidate, Problem, Stream, generator
+from src.icm.searches.seam import Standing
 from src.pipeline.baselines.row_result import Answer, Cost, RowResult
 from src.pipeline.labelling import Labelling
 from src.pipeline.predictions import Prediction, predict
@@ -125,7 +126,7 @@ class Trial:
     async def zero_shot(self, claims: Sequence[int]) -> Prediction:
         """Those claims without demonstrations."""
         labelling = self.labelling
-        return await predict(labelling.api, labelling.book, labelling.tokens, claims)
+        return await predict(labelling.api, labelling.book, claims)
 
     async def evaluate(self, labels: Labels) -> Evaluation:
         """U of the labels, and every claim's log-odds given the labels of all others."""
@@ -139,17 +140,9 @@ class Trial:
 
     async def held_out_after(self, labels: Labels) -> HeldOut:
         """Held-out claims after the whole pool with these labels, against the offset of the pool's own answers."""
-        labelling = self.labelling
         evaluation = await self.evaluate(labels)
-        predicted = await predict(
-            labelling.api,
-            labelling.book,
-            labelling.tokens,
-            self.held_out_claims,
-            demonstrations=self.layout.demonstrations,
-            labels=labels,
-        )
-        return HeldOut(replace(predicted, offset=evaluation.offset), evaluation.utility)
+        predicted = await self.labelling.label_rest(Standing(0, labels, self.layout, evaluation))
+        return HeldOut(predicted, evaluation.utility)
 
     def result(self, pool: Prediction, held_out: HeldOut, cost: Cost) -> RowResult:
         """The row. cost: of labelling the pool."""

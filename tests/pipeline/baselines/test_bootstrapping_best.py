@@ -16,7 +16,7 @@ from src.pipeline.baselines import run_baseline
 from src.pipeline.baselines.bootstrapping import bootstrap
 from src.pipeline.baselines.trial import Options, Trial
 from src.pipeline.datafiles import load_testbed
-from src.pipeline.labelling import Labelling, prepare
+from src.pipeline.labelling import Labelling, prepare_batches
 from tests.core.fake_server import FakeVLLM, hashed_log_odds
 
 SIZE, ROUNDS, RESTARTS = 12, 2, 6
@@ -26,7 +26,7 @@ SIZE, ROUNDS, RESTARTS = 12, 2, 6
 async def trial() -> AsyncIterator[Trial]:
     """A model whose answers change with every demonstration: every start ends elsewhere."""
     testbed, claims, path = load_testbed("builtin", Path())
-    pool = prepare(
+    [pool] = prepare_batches(
         testbed,
         claims[:24],
         path,

@@ -18,7 +18,7 @@ from src.icm.testbeds import custom_testbed
 from src.pipeline.baselines import run_baseline
 from src.pipeline.baselines.chat import ask_chat
 from src.pipeline.baselines.trial import ChatModel, Trial
-from src.pipeline.labelling import Labelling, prepare
+from src.pipeline.labelling import Labelling, prepare_batches
 from tests.core.fake_server import FakeVLLM, encode
 
 YES_NO = LabelSpace(("no", "yes"), (" no", " yes"))
@@ -54,7 +54,7 @@ async def test_the_row_has_every_label_and_costs_what_the_chat_model_was_asked_o
     claims = [
         replace(testbed.claim({"question": f"thing {row}", "choice": "seen"}, row), gold=row % 3) for row in range(10)
     ]
-    pool = prepare(
+    [pool] = prepare_batches(
         testbed,
         claims,
         Path(__file__),
