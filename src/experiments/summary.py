@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from src.icm.label_names import confusion_lines, told_counts
+from src.icm.label_names import confusion_lines, describe_counts
 from src.results.messages import agreement, calibration_told
 from src.results.run_folder import RunFolder
 from src.results.run_reader import read_run
@@ -21,7 +21,7 @@ def say_shown_again(document: Mapping[str, Any]) -> None:
 
 def _counts(result: Mapping[str, Any]) -> str:
     if "label_counts" in result:
-        return told_counts(result)
+        return describe_counts(result)
     return f"{result['true_labels']} of {result['labelled']} True"
 
 

@@ -26,7 +26,7 @@ from src.experiments.resumable import run_resumable
 from src.icm.prompts import PromptBook
 from src.icm.testbeds import DEFINITIONS, BadInput, Claim, Testbed
 from src.pipeline.datafiles import load_testbed, load_testbed_file
-from src.pipeline.opening import constraints_told, groups_told, prompt_head, shown_prompt
+from src.pipeline.opening import describe_constraints, describe_groups, prompt_head, shown_prompt
 from src.pipeline.testbed_files import read_testbed, testbed_path
 
 DEMONSTRATIONS: Final = 3
@@ -122,7 +122,7 @@ def _summary(testbed: Testbed, claims: Sequence[Claim], path: Path) -> list[str]
     return [
         f"testbed {testbed.name}",
         f"data    {path}: {len(claims)} claims ({gold})",
-        f"groups  {groups_told(seen, len(claims))}; constraints: {constraints_told(seen)}",
+        f"groups  {describe_groups(seen, len(claims))}; constraints: {describe_constraints(seen)}",
         f"labels  {labels}; {testbed.separator!r} between demonstrations",
     ]
 

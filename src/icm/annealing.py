@@ -1,8 +1,8 @@
 """Annealing as a state machine: state + random numbers + scores -> proposals and the next state.
 
 Algorithm 1 of Wen et al. 2025 with its consistency repair (algorithm 2). Nothing here asks a model: `propose` names a
-claim, `explore` yields labelings it wants evaluated, `advance` applies an outcome, live or read back from a journal.
-Random numbers of iteration n come from a generator seeded by (seed, n) alone. `searches/annealing.py` drives it.
+claim, `explore` yields labelings to evaluate, `advance` applies an outcome, live or read back from a journal. Random
+numbers of iteration n come from a generator seeded by (seed, n) only. `searches/annealing.py` drives it.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ from src.icm.prefix_tree import Layout
 from src.icm.problem import Candidate, Problem, Stream, generator
 from src.icm.searches.seam import Standing
 
-SIBLING_WEIGHT = 100  # of an unlabelled claim whose group has a labelled member, against 1 (published code)
+SIBLING_WEIGHT = 100  # of an unlabelled claim whose group has a labelled member; others have 1 (published code)
 
 
 @dataclass(frozen=True, slots=True)
 class SearchState(Standing):
-    """Where annealing stands. `unchanged` counts proposals in a row that changed nothing, `refused` the claims they
-    were about. `spent_on_tail`: extra tokens computed on account of the tail since the last rebuild (see planner).
-    `changes_since_asked`: changes accepted since all log-odds were last asked; above 0 with local_gain only."""
+    """The state of annealing. unchanged: proposals in a row that changed nothing. refused: their claims.
+
+    spent_on_tail: extra tokens computed because of the tail since the last rebuild (see planner). changes_since_asked:
+    changes accepted since all log-odds were last asked; above 0 with local_gain only.
+    """
 
     unchanged: int = 0
     refused: frozenset[int] = frozenset()
@@ -51,7 +53,7 @@ class Outcome:
 
     labels, evaluation: the accepted labeling and its worth; None where nothing changed.
     proposed_utility: U of the best labeling tried, None where the predicted label was the current one.
-    spent_on_tail: extra tokens that trying them cost on account of the tail (see `extra_tokens`).
+    spent_on_tail: extra tokens that trying them cost because of the tail (see `extra_tokens`).
     pieced_together: whether log-odds of the evaluation are those of an earlier one (see `local_evaluation`).
     """
 
@@ -75,7 +77,7 @@ class Outcome:
 def proposal_weights(labels: Labels, groups: Sequence[str], refused: frozenset[int] = frozenset()) -> np.ndarray:
     """Sampling weights, shape [N]: SIBLING_WEIGHT for unlabelled claims with a labelled group member, else 1.
 
-    A claim refused since the last change weighs 1 again, so that the others have their turn.
+    A claim refused since the last change weighs 1, so that the others have their turn.
     """
     started = {group for group, label in zip(groups, labels, strict=True) if label is not None}
     return np.array(
@@ -104,7 +106,7 @@ def proposals(problem: Problem, state: SearchState) -> tuple[int, ...]:
 
 
 def choose(problem: Problem, state: SearchState, log_odds: Mapping[int, LogOdds]) -> int:
-    """Of the proposed claims, the one whose predicted label differs from its own and is the surest; else the first.
+    """The proposed claim with the surest prediction of those that change a label; the first where none does.
 
     log_odds: of each proposed claim, in the order proposed, nats.
     """
@@ -140,7 +142,7 @@ def predicted_label(problem: Problem, state: SearchState, log_odds: LogOdds) -> 
 
 
 def proposal(state: SearchState, claim: int, label: int) -> Candidate:
-    """The labeling to evaluate when `claim` is to have `label`: a new claim's demonstration stands last."""
+    """The labeling to evaluate if `claim` is given `label`: a new claim's demonstration is the last one."""
     layout = state.layout if state.labels[claim] is not None else state.layout.append(claim)
     return Candidate(flipped(state.labels, {claim: label}), layout)
 
@@ -155,9 +157,9 @@ def explore(
 ) -> Generator[list[Candidate], list[Evaluation], tuple[Candidate, Evaluation, int]]:
     """Repair the inconsistencies of `start`: yields labelings to evaluate, is sent their worth, returns the best.
 
-    Every round takes a broken constraint of the best labeling so far and tries every assignment of its claims that
-    it allows; it stops when nothing is broken, every broken constraint was tried, or after
-    consistency_fix_K rounds. `known` evaluations are not asked again. Also returns how many were asked.
+    Every round takes a broken constraint of the best labeling so far and tries every assignment that it allows. The
+    repair ends when nothing is broken, when every broken constraint was tried, or after consistency_fix_K rounds.
+    `known` evaluations are not asked again. Also returns how many were asked.
     """
     rng = np.random.default_rng([problem.settings.seed, Stream.STEP, iteration, 1])
     worth = dict(known or {})
@@ -225,7 +227,7 @@ def extra_tokens(problem: Problem, state: SearchState, labelings: Iterable[Label
 
 
 def cost(problem: Problem, state: SearchState, labelings: Iterable[Labels]) -> float:
-    """Tokens that evaluating `labelings` makes a prefix-caching server compute, about."""
+    """About how many tokens a prefix-caching server computes to evaluate `labelings`."""
     return sum(
         relaid_tokens(problem.costs, state.layout, _relabelled(state, labels))
         + evaluation_tokens(problem.costs, state.layout)
@@ -238,10 +240,10 @@ def _relabelled(state: SearchState, labels: Labels) -> list[int]:
 
 
 def wants_rebuild(problem: Problem, state: SearchState) -> bool:
-    """Whether the tail has grown past what it is worth keeping (see planner), or past `max_tail`.
+    """Whether the tail costs more than a rebuild (see planner), or is as long as `max_tail`.
 
-    Where an evaluation is of a sample, or was pieced together, the pool is laid out and asked anew whenever it has
-    doubled, and pieced-together log-odds also before a search ends or tries the mirror.
+    With context_cap or local_gain the layout is rebuilt whenever the number of labelled claims has doubled. With
+    local_gain, pieced-together log-odds are also asked anew before the search ends or tries the mirror.
     """
     settings = problem.settings
     if state.changes_since_asked and settled(problem, state):
@@ -284,37 +286,38 @@ def wants_mirror(problem: Problem, state: SearchState) -> bool:
 
     A model that learns from its context predicts consistently permuted labels nearly as well as the right ones, so the
     search has a second basin, or K! of them, and changes of single labels cannot leave one. Not in the paper; decided
-    by U alone. Of two labels once a run: swapped again they would be what they were. Of more, every time the search
-    settles, until no swap is better.
+    by U alone. With two labels it is tried once a run, since a second swap undoes the first. With more labels it is
+    tried every time the search settles, until no swap is better.
     """
     wanted = problem.settings.mirror and not state.mirror_tried and bool(state.labelled)
     return wanted and not state.changes_since_asked and settled(problem, state)
 
 
 def mirrors(labels: Labels, num_labels: int) -> tuple[Labels, ...]:
-    """The labelings that come of swapping two labels everywhere, K (K - 1) / 2 of them: of two labels the one with
-    every label flipped.
+    """The K (K - 1) / 2 labelings that swap two labels everywhere; with two labels the one with every label flipped.
 
-    Swaps make every permutation, where the K - 1 cyclic shifts make only each other; and to take two labels for each
-    other is what a model is likeliest to do.
+    Repeated swaps reach every permutation, which cyclic shifts do not, and a model most likely confuses two labels.
     """
     return tuple(swapped(labels, one, other) for one, other in combinations(all_labels(num_labels), 2))
 
 
 def swapped(labels: Labels, one: int, other: int) -> Labels:
-    """`labels` with `one` in place of `other` and the other way round."""
+    """`labels` with `one` and `other` in each other's place."""
     turned = {one: other, other: one}
     return tuple(None if label is None else turned.get(label, label) for label in labels)
 
 
 def mirrored_labels(labels: Labels) -> Labels:
-    """Every one of two labels flipped."""
+    """`labels`, of two, with every one flipped."""
     return swapped(labels, False, True)
 
 
 def mirror(state: SearchState, evaluation: Evaluation | None, labels: Labels | None = None) -> SearchState:
-    """The state after its mirrors were tried. evaluation: of the one that is taken, None where none is better. labels:
-    which one that is; of two labels there is one only."""
+    """The state after its mirrors were tried.
+
+    evaluation, labels: of the accepted one; evaluation is None where none was better, and labels can be left out where
+    there are two labels and so one mirror.
+    """
     if evaluation is None:
         return replace(state, mirror_tried=True)
     return replace(
@@ -328,5 +331,5 @@ def mirror(state: SearchState, evaluation: Evaluation | None, labels: Labels | N
 
 
 def finished(problem: Problem, state: SearchState) -> bool:
-    """Settled on log-odds that were all asked, and the mirror tried where it is wanted."""
+    """Whether it has settled, with log-odds that were all asked of one labeling and the mirror tried if wanted."""
     return settled(problem, state) and not state.changes_since_asked and not wants_mirror(problem, state)

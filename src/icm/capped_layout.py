@@ -1,6 +1,6 @@
 """At most C demonstrations for every question (`--context_cap`): a sample of the labelled claims, the same for all.
 
-The sample stands in a tree like a whole pool would. Claims outside it are asked after the whole sample, so an
+The sample is laid out as a tree, as a whole pool would be. Claims outside it are asked after the whole sample, so an
 evaluation costs a tree of C claims and N questions however large the pool is. It is another objective than the paper's:
 a label is predicted from C others, not from all.
 """
@@ -22,7 +22,7 @@ from src.icm.prefix_tree import Context, TreeLayout, reversed_bits
 class CappedLayout:
     """A tree over the sample, and the labelled claims that are only asked about.
 
-    cap: demonstrations at most. built_with: labelled claims when the sample was drawn.
+    cap: the most demonstrations. built_with: how many claims were labelled when the sample was drawn.
     """
 
     shown: TreeLayout
@@ -41,7 +41,7 @@ class CappedLayout:
         cap: int,
         anchors: int = 0,
     ) -> CappedLayout:
-        """A random sample with as many of each label, as far as there are (labels None: any claims)."""
+        """A random sample with equally many of each label, as far as there are (labels None: any claims)."""
         sample = set(balanced_sample(labelled, labels, cap, rng))
         shown = TreeLayout.build(sample, groups, rng, anchors=anchors)
         return cls(shown, tuple(claim for claim in labelled if claim not in sample), cap, len(labelled))
@@ -95,7 +95,7 @@ class CappedLayout:
 def balanced_sample(
     claims: Iterable[int], labels: Sequence[Label] | None, count: int, rng: np.random.Generator
 ) -> list[int]:
-    """`count` claims (or all): one of each label in turn, from a random order, then whatever is left."""
+    """`count` claims (or all) in random order: one of each label in turn, as long as there are any."""
     order: list[int] = rng.permutation(np.array(sorted(claims), dtype=np.int64)).tolist()
     if labels is None:
         return order[:count]

@@ -1,4 +1,4 @@
-"""How a user says that a data file is to be read: which column is which (--columns), what its values mean (--map)."""
+"""How a user's data file is read: which column is which (--columns), and what its values mean (--map)."""
 
 from __future__ import annotations
 
@@ -13,23 +13,22 @@ from src.icm.values import BadInput, is_missing, listed, shown
 GroupedBy = Literal["consistency_id", "question", "none"]
 
 OURS: Final = ("question", "choice", "choice_2", "answer", "label", "consistency_id", "consistency_relation")
-"""Every column that is read. Others are carried along unread."""
-
-
+"""Every column that is read. A testbed's template can show others."""
 OPTIONAL: Final = OURS[2:]
-"""Those that a claim can be without, so that nothing is missed where a name is nearly right."""
+"""Those that a claim can do without: no error shows that one of them is misspelled."""
 LABELS_OF_A_RUN: Final = frozenset(("label", "gold", "by"))
-"""Columns by which labels.jsonl and its exports are known."""
+"""Columns by which labels.jsonl and its exports are recognized."""
 LIKE_GOLD: Final = frozenset(("gold", "correct", "truth", "target", "labels", "label"))
-"""Words of a column's name by which it looks like gold labels."""
+"""Words in the name of a column that probably holds gold labels."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a user says of a file. columns: our name to the file's. values: by our column, a value (folded) to ours.
+    """How to read a file. columns: the file's name of a column by ours. values: by our column, our value by the file's
+    (folded).
 
-    group_by: what makes rows one group; None: consistency_id where the file has it, else question. in_file: whether a
-    testbed file says it, and not flags; complaints name the one or the other.
+    group_by: what makes rows one group; None: consistency_id where the file has it, else question. in_file: whether
+    this comes from a testbed file, and not from flags; error messages name the one or the other.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -38,16 +37,16 @@ class Reading:
     in_file: bool = False
 
     def says(self, name: str, what: str = "") -> str:
-        """How a complaint names what is said here. name: columns, map or group_by."""
+        """How an error message names a setting. name: columns, map or group_by; what: its value."""
         if self.in_file:
             return f"{'groups' if name == 'group_by' else name}: {what.replace('=', ': ')}".removesuffix(": ")
         return f"--{name} {what}".rstrip()
 
     def names(self, columns: Sequence[str]) -> dict[str, str]:
-        """What each of a row's columns is called from here on; one whose place another column takes is left out.
+        """Our name of each of a row's columns, without those that another column replaces.
 
-        Case and space around a name do not count. Of a file that a run's labels were written to, `gold` is the gold
-        label, and `label`, what the run found, is not read. Raises BadInput where two columns are one by that.
+        Case and space around a name do not count. In a file of a run's labels, `gold` is the gold label, and `label`,
+        what the run found, is not read. Raises BadInput where two columns have the same name.
         """
         named: dict[str, str] = {}
         given = self.columns
@@ -70,11 +69,11 @@ class Reading:
         return named
 
     def finds_labels_of_a_run(self, columns: Iterable[str]) -> bool:
-        """Whether these are columns of a run's labels, and nothing is said of which of them is the gold label."""
+        """Whether these are columns of a run's labels, and --columns does not name the gold label."""
         return "label" not in self.columns and {fold(name) for name in columns} >= LABELS_OF_A_RUN
 
     def row(self, fields: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-        """A row under our names, its values as ours. names: of its columns, from `names`."""
+        """A row with our names and values. names: what `names` gives for its columns."""
         renamed = {ours: fields[theirs] for theirs, ours in names.items()}
         for column, meanings in self.values.items():
             value = renamed.get(column)
@@ -83,7 +82,7 @@ class Reading:
         return renamed
 
     def check(self, columns: Sequence[str]) -> None:
-        """Raises BadInput where --columns or --map names a column that no row has. columns: of all rows, the file's."""
+        """Raises BadInput where --columns or --map names a column that no row has. columns: those of all rows."""
         folded = {fold(name) for name in columns}
         for ours, theirs in self.columns.items():
             if fold(theirs) not in folded:
@@ -100,7 +99,7 @@ def fold(name: str) -> str:
 
 
 def as_written(value: object) -> str:
-    """A value as --map names it: without case, space around it, or the .0 of a whole number."""
+    """A value as --map names it: in lower case, without space around it or the .0 of a whole number."""
     text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
     return text.strip().casefold()
 
@@ -138,16 +137,16 @@ def parse_values(texts: Iterable[str]) -> dict[str, dict[str, str]]:
 
 
 def nearest(name: str, columns: Iterable[str]) -> str:
-    """The end of a complaint about a column that is not there."""
+    """The end of an error message about a name that does not exist: the most similar one, or all there are."""
     found = list(columns)
     close = get_close_matches(name, found, n=1, cutoff=0.6)
     return f"; did you mean {shown(close[0])}?" if close else f"; there are: {listed(found)}"
 
 
 def near_misses(columns: Sequence[str], read: Collection[str], has_gold: bool) -> dict[str, str]:
-    """Columns that are not read and look like one that is not there: its name, by theirs.
+    """Columns that are not read and look like one that is missing: its name, by theirs.
 
-    columns: under our names. read: what is read of them. has_gold: whether gold labels were found, wherever they stand.
+    columns: with our names. read: those that are read. has_gold: whether gold labels were found in any column.
     """
     missing = [name for name in OPTIONAL if name not in columns and not (has_gold and name == "label")]
     found: dict[str, str] = {}

@@ -1,7 +1,7 @@
 """Which claims constrain each other, and which labelings break a constraint. I(D) of Wen et al. 2025.
 
-A constraint holds between claims of one group (`consistency_id`). Where it comes from is the testbed's business
-(testbeds/); here it is one of four relations, between two claims or more, each a set of allowed assignments.
+A constraint holds between two or more claims of one group (`consistency_id`); the testbed says which there are. It is
+one of four relations, each a set of allowed assignments of labels.
 
 A label is the index of one of K labels. Of two labels it is a bool: index 1 is True.
 """
@@ -22,15 +22,15 @@ Labels = tuple[Label, ...]
 Margins = float | Sequence[float]
 
 MOST_ASSIGNMENTS: Final = 4096
-"""Labels of claims that constrain each other are chosen by trying all of them, where there are no more."""
+"""Up to this number of assignments, `nearest` tries them all."""
 MOST_REPAIRS: Final = 120
 """Assignments that one repair may have to evaluate."""
 
 
 class Relation(Enum):
-    """What the labels of two claims, or of more, may be together.
+    """Which labels two or more claims may have together.
 
-    AGREE and DIFFERENT (no two alike) are of any labels, the other two of True and False.
+    AGREE and DIFFERENT hold between any labels, the other two only between True and False.
     """
 
     AGREE = "agree"
@@ -40,19 +40,19 @@ class Relation(Enum):
 
     @property
     def of_true(self) -> bool:
-        """Whether it says something of the label True, and so holds between two labels only."""
+        """Whether it is about the label True, so that the labels must be True and False."""
         return self in (Relation.AT_MOST_ONE, Relation.EXACTLY_ONE)
 
     def inconsistencies(self, labels: Sequence[Label]) -> int:
-        """What `labels` add to I(D): every pair that cannot be, and 1 where one must be true and all are False.
+        """What `labels` add to I(D): 1 for every forbidden pair, and 1 where one must be true and all are False.
 
-        A claim without a label contradicts none, and may still be the true one.
+        A claim without a label breaks nothing: it may still become the true one.
         """
         exactly = self is Relation.EXACTLY_ONE
         if exactly or self is Relation.AT_MOST_ONE:
             trues = sum(label is True for label in labels)
             return trues * (trues - 1) // 2 + (exactly and all(label is False for label in labels))
-        if len(labels) == 2:  # nearly always
+        if len(labels) == 2:  # the usual case, made fast
             first, second = labels
             if first is None or second is None:
                 return 0
@@ -62,7 +62,7 @@ class Relation(Enum):
         return alike if self is Relation.DIFFERENT else len(known) * (len(known) - 1) // 2 - alike
 
     def assignments(self, size: int, num_labels: int = 2) -> tuple[tuple[int, ...], ...]:
-        """Every labeling of `size` claims that the relation allows, the last label's first."""
+        """Every labeling of `size` claims that the relation allows, those with the last label first."""
         if self is Relation.AGREE:
             return tuple((label,) * size for label in reversed(all_labels(num_labels)))
         if self is Relation.DIFFERENT:
@@ -88,7 +88,7 @@ class Constraint:
         return self.relation.inconsistencies([labels[claim] for claim in self.claims])
 
     def repairs(self, labels: Sequence[Label], num_labels: int = 2) -> Iterator[dict[int, int]]:
-        """Every assignment of its labelled claims that the constraint allows, (False, False) included where it does."""
+        """Every assignment of its labelled claims that the constraint allows."""
         known = [claim for claim in self.claims if labels[claim] is not None]
         relation = self.relation
         if relation is Relation.EXACTLY_ONE and len(known) < len(self.claims):
@@ -101,7 +101,7 @@ class Overview:
     """The groups and constraints of a pool, to be shown.
 
     groups: how many; smallest, median, largest: claims in one. constraints: how many of each relation (its value).
-    grouped_by: the column that made the groups, "none" where every row is one by itself.
+    grouped_by: the column that made the groups, "none" where every row is a group.
     """
 
     groups: int
@@ -128,8 +128,8 @@ class Consistency:
         """The constraints of N claims by their groups.
 
         relation(i, j): of every pair i < j of pool positions that share a group. together (length N): claims of a group
-        that have the same entry here constrain each other as one set, by the relation that the entry ends in; pairs
-        within such a set get no relation of their own.
+        with the same entry are one constraint, of the relation that the entry ends in; `relation` is not called for
+        pairs among them.
         """
         together = together or [None] * len(groups)
         members: dict[str, list[int]] = defaultdict(list)
@@ -150,13 +150,14 @@ class Consistency:
         return cls(found)
 
     def complaint(self, num_labels: int) -> str | None:
-        """Why a pool of `num_labels` labels cannot have these constraints, in one line that goes on from the pool's
-        name; None where it can."""
-        for claims, relation in ((each.claims, each.relation) for each in self.constraints):
+        """Why these constraints are impossible with `num_labels` labels, as the end of a line that begins with the
+        pool's name; None where they are possible."""
+        for constraint in self.constraints:
+            claims, relation = constraint.claims, constraint.relation
             if relation.of_true and num_labels > 2:
                 return (
-                    f"has claims of which {relation.value}, and {num_labels} labels: of more than two labels can be "
-                    f'said "{Relation.AGREE.value}" and "{Relation.DIFFERENT.value}"'
+                    f"has claims of which {relation.value}, and {num_labels} labels: more than two labels can only be "
+                    f'constrained by "{Relation.AGREE.value}" and "{Relation.DIFFERENT.value}"'
                 )
             if relation is Relation.DIFFERENT and not 0 < perm(num_labels, len(claims)) <= MOST_REPAIRS:
                 why = "labels" if len(claims) > num_labels else "labels, which is too many ways to try"
@@ -169,7 +170,7 @@ class Consistency:
         return {relation.value: counts[relation] for relation in Relation if counts[relation]}
 
     def overview(self, groups: Sequence[str], grouped_by: str) -> Overview:
-        """What there is to tell of a pool: its groups (one name a claim; not empty) and constraints."""
+        """The groups (one name a claim, at least one claim) and constraints of a pool."""
         sizes = Counter(groups).values()
         return Overview(len(sizes), min(sizes), median(sizes), max(sizes), self.counts_by_relation(), grouped_by)
 
@@ -182,13 +183,13 @@ class Consistency:
         return sum(c.inconsistencies(labels) for c in self.constraints)
 
     def nearest(self, margins: Sequence[Margins]) -> Labels:
-        """Labels of the largest margins that break no constraint, losing as little as possible; shape [N].
+        """The labels, shape [N], that break no constraint at the smallest loss of margin.
 
-        margins: nats, shape [N, K]; of two labels True's alone, shape [N], for False's is its opposite. What is lost is
-        the margin of the likeliest label less that of the label that it gets. Claims that constrain each other are
-        decided together: exactly where that is at most MOST_ASSIGNMENTS to try, else the surest first, each with its
-        likeliest label unless a decided neighbour forbids it (which can leave a constraint broken where no neighbour's
-        label was possible).
+        margins: nats, shape [N, K]; with two labels that of True is enough, shape [N]. A claim loses the margin of its
+        likeliest label less that of the label it gets. Claims that constrain each other, directly or through others,
+        are decided together. Where that is at most MOST_ASSIGNMENTS assignments, all are tried. Where it is more, the
+        claims are taken one by one, the surest first, and each gets the label that breaks the fewest constraints with
+        those before it, the likeliest of equals; some constraint can stay broken.
         """
         neighbours: dict[int, list[Constraint]] = defaultdict(list)
         for constraint in self.constraints:
@@ -197,7 +198,7 @@ class Consistency:
         gains = [_gains(each) for each in margins]
         labels = [likeliest(each) for each in gains]
         for members in _components(neighbours):
-            held = {id(c): c for member in members for c in neighbours[member]}.values()
+            held = list({id(c): c for member in members for c in neighbours[member]}.values())
             if not any(c.inconsistencies(labels) for c in held):
                 continue
             few = len(gains[members[0]]) ** len(members) <= MOST_ASSIGNMENTS
@@ -208,7 +209,7 @@ class Consistency:
 
 
 def likeliest(gains: Sequence[float]) -> int:
-    """The label with the largest of these, shape [K]; the first of equals."""
+    """The label with the largest of `gains`, shape [K]; the first of equals."""
     best = max(range(len(gains)), key=gains.__getitem__)
     return bool(best) if len(gains) == 2 else best
 
@@ -234,11 +235,10 @@ def _components(neighbours: Mapping[int, Sequence[Constraint]]) -> Iterator[list
 
 
 def _decide_exactly(
-    members: Sequence[int], held: Iterable[Constraint], gains: Sequence[Sequence[float]]
+    members: Sequence[int], constraints: Sequence[Constraint], gains: Sequence[Sequence[float]]
 ) -> dict[int, int]:
     best: tuple[int, float] | None = None
     chosen: dict[int, int] = {}
-    constraints = list(held)
     for values in product(reversed(all_labels(len(gains[members[0]]))), repeat=len(members)):
         labels = dict(zip(members, values, strict=True))
         broken = sum(c.relation.inconsistencies([labels[claim] for claim in c.claims]) for c in constraints)
@@ -249,10 +249,9 @@ def _decide_exactly(
 
 
 def _decide_surest_first(
-    members: Sequence[int], held: Iterable[Constraint], gains: Sequence[Sequence[float]]
+    members: Sequence[int], constraints: Sequence[Constraint], gains: Sequence[Sequence[float]]
 ) -> dict[int, int]:
     labels: dict[int, int] = {}
-    constraints = list(held)
     for member in sorted(members, key=lambda m: -max(gains[m])):
 
         def broken(value: int, member: int = member) -> int:

@@ -2,11 +2,10 @@
 
 Four events: "start" (the repaired seeds), "step" (an iteration), "rebuild" (the same labels scored in a new layout),
 "mirror" (two labels swapped everywhere, when the search has settled). Replaying folds them through `annealing.advance`,
-so a resumed search stands exactly where the last complete line left it.
+so a resumed search has exactly the state of the last complete line.
 
-Of two labels a label is written as true or false, and a claim's log-odds as a number. Of more a label is its index,
-log-odds are a list of K - 1 numbers, the start says which "format" this is, and a step's "label_counts" (by index)
-stand in place of "true_labels".
+Labels and log-odds are written as in searches/lines.py. With more than two labels the start has a "format", and a step
+has "label_counts" (by index) in place of "true_labels".
 """
 
 from __future__ import annotations
@@ -116,7 +115,7 @@ def _apply(problem: Problem, state: SearchState | None, record: Mapping[str, Any
     event = record["event"]
     if event == "start":
         if record.get("num_labels", 2) != problem.num_labels or record.get("format", FORMAT) != FORMAT:
-            raise JournalMismatch("it is one of other labels, or of a format that this version does not know")
+            raise JournalMismatch("it is of other labels, or of a format that this version does not know")
         seeds = flipped((None,) * problem.size, read_labels(problem, record["labels"]))
         # Laid out before the seeds were repaired.
         layout = problem.new_layout(
@@ -137,7 +136,7 @@ def _apply(problem: Problem, state: SearchState | None, record: Mapping[str, Any
         found = mirrors(state.labels, problem.num_labels)
         labels = found[0] if len(found) == 1 else flipped(state.labels, read_labels(problem, record["changes"]))
         if labels not in found:
-            raise JournalMismatch(f"its mirror at iteration {state.iteration} is no swap of two labels")
+            raise JournalMismatch(f"its mirror at iteration {state.iteration} does not swap two labels")
         return mirror(state, read_evaluation(problem, labels, record), labels)
     if event != "step":
         raise JournalMismatch(f"it has an event {event!r} that this version does not know")

@@ -1,4 +1,4 @@
-"""How labels stand in a run's files: True and False as true and false with one number for the log-odds, others by name.
+"""How a run's files write labels: True and False as true and false, with one number for log-odds; others by name.
 
 Names are those of a label space, in its order. Log-odds are as in objective.py.
 """
@@ -18,14 +18,15 @@ Names = tuple[str, ...]
 
 
 def names_of(settings: Mapping[str, Any]) -> Names:
-    """The labels' names by a run's settings, which tell them unless they are True and False."""
+    """The names of a run's labels, from its settings; without any there they are False and True."""
     found = settings.get("labels")
-    told = isinstance(found, list) and len(found) > 1 and all(isinstance(name, str) for name in found)
-    return tuple(found) if told and found else TRUE_FALSE_NAMES
+    if isinstance(found, list) and len(found) > 1 and all(isinstance(name, str) for name in found):
+        return tuple(found)
+    return TRUE_FALSE_NAMES
 
 
 def written_label(label: Label, names: Names) -> bool | str | None:
-    """true or false; the name of any other label."""
+    """true or false, the name of any other label, None for none."""
     if label is None:
         return None
     return bool(label) if names == TRUE_FALSE_NAMES else names[label]
@@ -41,7 +42,7 @@ def read_label(value: object, names: Names) -> Label:
 
 
 def written_odds(log_odds: LogOdds | None, names: Names, key: str = "log_odds") -> dict[str, Any]:
-    """{key: number} of True and False. Of others log P of each label, by its name: key "logprobs" for "log_odds"."""
+    """{key: nats} of True and False; of other labels log P by name, under "logprobs" where key is "log_odds"."""
     if names == TRUE_FALSE_NAMES:
         return {key: log_odds}
     key = "logprobs" if key == "log_odds" else key
@@ -49,7 +50,7 @@ def written_odds(log_odds: LogOdds | None, names: Names, key: str = "log_odds") 
 
 
 def read_odds(row: Mapping[str, Any], names: Names, key: str = "log_odds") -> LogOdds | None:
-    """What `written_odds` wrote, to rounding; None where that is not there, or damaged."""
+    """What `written_odds` wrote, up to rounding; None where it is missing or damaged."""
     if names == TRUE_FALSE_NAMES:
         return _number(row.get(key))
     found = row.get("logprobs" if key == "log_odds" else key)
@@ -64,7 +65,7 @@ def read_odds(row: Mapping[str, Any], names: Names, key: str = "log_odds") -> Lo
 
 
 def logprobs(log_odds: LogOdds) -> list[float]:
-    """log P(label) in nats, shape [K], as shares of what the labels have together."""
+    """log P(label) in nats, shape [K], normalized over the labels."""
     z = np.array([0.0, *(log_odds if isinstance(log_odds, tuple) else (log_odds,))])
     shares: list[float] = (z - np.logaddexp.reduce(z)).tolist()
     return shares
@@ -79,18 +80,18 @@ def counts_of(labels: Iterable[Label], names: Names) -> dict[str, Any]:
 
 
 def balance_of(names: Names) -> str:
-    """What curves.Curves.balance is a share of, in words."""
+    """What the curve `balance` shows, in words."""
     return f"share of {names[1]} labels" if len(names) == 2 else "share of the commonest label"
 
 
-def told_counts(counts: Mapping[str, Any]) -> str:
-    """The same in words: "12 True", or "9 red, 11 green, 10 blue"."""
+def describe_counts(counts: Mapping[str, Any]) -> str:
+    """What `counts_of` gives, in words: "12 True", or "9 red, 11 green, 10 blue"."""
     by_name = counts.get("label_counts") or {"True": counts["true_labels"]}
     return ", ".join(f"{count} {name}" for name, count in by_name.items())
 
 
 def confusion(pairs: Iterable[tuple[Label, Label]], num_labels: int) -> list[list[int]]:
-    """How many claims have which label (column) and which gold label (row), shape [K, K]; both must be known."""
+    """How many claims have which gold label (row) and which label (column), shape [K, K], where both are known."""
     table = [[0] * num_labels for _ in range(num_labels)]
     for label, gold in pairs:
         if label is not None and gold is not None:
@@ -99,7 +100,7 @@ def confusion(pairs: Iterable[tuple[Label, Label]], num_labels: int) -> list[lis
 
 
 def confusion_lines(table: Sequence[Sequence[int]], names: Names) -> list[str]:
-    """The table for a terminal, a line a gold label."""
+    """The table for a terminal: a heading, and a line for each gold label."""
     width = max(len(name) for name in (*names, "gold")) + 2
     widths = [max(len(name), *(len(str(row[at])) for row in table)) for at, name in enumerate(names)]
     rows = [("gold", names), *((name, tuple(map(str, row))) for name, row in zip(names, table, strict=True))]

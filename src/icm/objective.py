@@ -1,4 +1,4 @@
-"""U(D) = alpha * mutual predictability - I(D), and what is reported beside it. Wen et al. 2025, equation 3.
+"""U(D) = alpha * mutual predictability - I(D), and what is reported with it. Wen et al. 2025, equation 3.
 
 The paper writes mutual predictability as a sum of log P(y_i | x_i, D without i); like its published code this uses
 the mean over the pool of the labels' margins, so that alpha means the same for every pool size.
@@ -21,12 +21,12 @@ from src.icm.consistency import Consistency, Label, likeliest
 
 Calibration = Literal["none", "mean"]
 LogOdds = float | tuple[float, ...]
-"""Of one claim: a float of two labels, K - 1 floats of more."""
+"""Of one claim, nats: a float where there are two labels, K - 1 floats where there are more."""
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """One labeling's worth.
+    """What a labeling is worth.
 
     log_odds: raw leave-one-out z_i in nats by pool position, for exactly the labelled claims.
     offset: what was subtracted from each before taking its margin (see `calibration_offset`), nats.
@@ -99,10 +99,10 @@ def calibration_offset(
 ) -> LogOdds:
     """The offset (nats) that all of `scores` are taken to share; 0 without calibration, or without a score.
 
-    "mean": their mean, which splits claims by halves, or into K equal parts, where the labels are. With a known share
-    of True claims, `prior`: their (1 - prior)-quantile (linear between neighbours), above which that share of them
-    lies. A quantile asks nothing of the scores' scale, which is not a probability's (docs/algorithm.md compares it with
-    what does).
+    "mean": their mean, which is right where all labels are equally frequent. With a known share of True claims,
+    `prior`: their (1 - prior)-quantile (linear between neighbours), above which that share of them lies. A quantile
+    does not depend on the scale of the scores, which are no probabilities (docs/algorithm.md compares it with methods
+    that do).
     """
     nothing = calibration == "none" or not len(scores)
     if num_labels > 2:
@@ -115,12 +115,12 @@ def calibration_offset(
 
 
 def num_labels_of(log_odds: LogOdds) -> int:
-    """K, as log-odds or an offset tell it."""
+    """K, from one claim's log-odds or from an offset."""
     return len(log_odds) + 1 if isinstance(log_odds, tuple) else 2
 
 
 def no_offset(num_labels: int) -> LogOdds:
-    """The offset where nothing is calibrated."""
+    """The offset without calibration: 0 of two labels, K - 1 zeros of more."""
     return calibration_offset([], "none", None, num_labels)
 
 

@@ -2,13 +2,13 @@
 
 A rebuild costs a cold tree. A long tail costs nothing while labels are only appended: every question computes one
 demonstration and itself, however long the tail is. Two things make it expensive. The server must *hold* a copy of the
-tail for every question, and its KV cache is finite. And a changed label of a claim that already stands in the contexts
-makes the server compute all that stands behind it, those copies included, where a rebuilt tree would share them.
+tail for every question, and its KV cache is finite. And a changed label of a claim that is already in the prompts
+makes the server compute everything after it, those copies included, where a rebuilt tree would share them.
 
 So there are two reasons to rebuild (`pays_to_rebuild`): what must be held would no longer fit and would after a
 rebuild, or the extra tokens spent on the tail since the last rebuild have reached the price of a rebuild.
 The second is the ski-rental rule (Karlin et al. 1988, Competitive snoopy caching): rent until the rent paid equals the
-price, then buy. Whatever comes, that pays at most twice what the best choice in hindsight pays.
+price, then buy. That pays at most twice what the best choice in hindsight would.
 
 Everything is a pure function of the layout, those tokens and the run's fixed costs, so that a search that is replayed
 or resumed rebuilds where it did before: layouts decide scores. All amounts are tokens and averages: a balanced tree is
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from src.icm.prefix_tree import SIBLING_DISTANCE, Layout
 
 KV_SHARE = 0.8  # of the server's KV cache that one run may plan with
-EVALUATIONS_HELD = 2  # beside the tree and the tails: while one is computed, LRU still holds the one before
+EVALUATIONS_HELD = 2  # besides the tree and the tails: an LRU cache still holds the one before
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ def tree_tokens(claims: int, tokens: float) -> float:
 def tail_tokens(layout: Layout, tokens: float) -> float:
     """All copies of a tail (or a tail's end) of T tokens: (n + t/2) * T.
 
-    Each of the n questions of the tree has its own, and the t questions of the tail leave the common one halfway.
+    Each of the n questions of the tree has one; the t questions of the tail share another up to halfway, on average.
     """
     return (len(layout.questions) - len(layout.tail) / 2) * tokens
 
@@ -120,7 +120,7 @@ def fits_rebuilt(costs: TokenCosts, layout: Layout) -> bool:
 
 
 def evaluations_that_fit(costs: TokenCosts, layout: Layout) -> float:
-    """How many evaluations of appended claims the server holds beside the layout; infinite without a capacity."""
+    """How many evaluations of appended claims the server holds besides the layout; infinite without a capacity."""
     if costs.capacity is None:
         return math.inf
     return max(0.0, (budget(costs) - held_tokens(costs, layout)) // evaluation_tokens(costs, layout))
@@ -129,8 +129,8 @@ def evaluations_that_fit(costs: TokenCosts, layout: Layout) -> float:
 def relaid_tokens(costs: TokenCosts, layout: Layout, changed: Iterable[int]) -> float:
     """Demonstrations that evaluating `changed` labels of laid-out claims makes the server compute again.
 
-    A change in the tree: about the whole tree and all tails. In the tail: all copies of what stands from it on. Without
-    a change nothing, unless the layout does not fit: then LRU has dropped it all, and every evaluation is a cold one.
+    After a change in the tree: about the whole tree and all tails. In the tail: all copies of the tail from there on.
+    Without a change: nothing, unless the layout does not fit; an LRU cache has then dropped all of it.
     """
     touched = set(changed)
     if touched - set(layout.tail) or not fits(costs, layout):
@@ -140,7 +140,7 @@ def relaid_tokens(costs: TokenCosts, layout: Layout, changed: Iterable[int]) -> 
 
 
 def extra_tokens_of_tail(costs: TokenCosts, layout: Layout, changed: Iterable[int]) -> int:
-    """What relaid_tokens exceeds a rebuilt layout's by, in which any change computes about the whole tree."""
+    """By how much relaid_tokens exceeds a rebuilt layout's, in which any change computes about the whole tree."""
     if not layout.tail_length:
         return 0
     relaid = relaid_tokens(costs, layout, changed)

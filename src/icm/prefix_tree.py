@@ -1,17 +1,17 @@
-"""In which order the demonstrations of each leave-one-out prompt stand, so that a prefix cache computes little.
+"""The order of the demonstrations in each leave-one-out prompt, such that a prefix cache computes little.
 
 `TreeLayout` halves the pool again and again. A question about one half sees the other half's demonstrations first,
-then those of the quarter beside its own, and so on down; prompts asked depth first share every edge of that binary
-tree, N * log2(N) demonstrations instead of N * N / 2. Labels added since the tree was built stand in a *tail* after
+then those of the neighbouring quarter, and so on down; prompts asked depth first share every edge of that binary
+tree, N * log2(N) demonstrations instead of N * N / 2. Labels added since the tree was built are in a *tail* after
 it, so that adding one costs each prompt one demonstration and its question. `UpstreamLayout` is the published code's
 order: the pool's, with the asked claim left out.
 
 The demonstrations nearest to a question can weigh most, and in a tree they differ from question to question, so that a
-search could label neighbours in the tree for each other's sake. A few claims, the *anchors*, may stand in the tail from
-the start: the same last demonstrations for every question, at the price of computing them for each (docs/lab-log.md).
+search could fit the labels of neighbours in the tree to each other. A few claims, the *anchors*, may be in the tail
+from the start: the same last demonstrations for every question, computed once for each (docs/lab-log.md).
 
-A claim's siblings (same group, often the opposite answer) must not stand next to its question, or their labels give
-the answer away: members of a group part at the root, and siblings in the tail move up by SIBLING_DISTANCE.
+A claim's siblings (same group, often the opposite answer) must not be next to its question, or their labels give the
+answer away: a group is divided at the root, and siblings in the tail move up by SIBLING_DISTANCE.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from typing import ClassVar, Final, Protocol
 import numpy as np
 
 SIBLING_DISTANCE: Final = 16
-"""Demonstrations that an appended sibling is moved up by. What a sibling right before the question does is gone from 4
-to 8 demonstrations on (docs/lab-log.md); each more may be computed again for each claim with a sibling in the tail."""
+"""By how many demonstrations an appended sibling is moved up. The effect that it has right before the question is gone
+after 4 to 8 (docs/lab-log.md); every one more may be computed again for each claim with a sibling in the tail."""
 
 Node = int | tuple["Node", "Node"]
 Context = tuple[int, ...]
@@ -39,7 +39,7 @@ class Layout(Protocol):
 
     @property
     def questions(self) -> tuple[int, ...]:
-        """The labelled claims, in the order in which a prefix cache is best asked about them."""
+        """The labelled claims, in the order of questions that suits a prefix cache best."""
 
     @property
     def demonstrations(self) -> Context:
@@ -47,11 +47,11 @@ class Layout(Protocol):
 
     @property
     def tail(self) -> Context:
-        """The last of `questions`: those that stand behind the shared tree, anchors first, newest last."""
+        """The last of `questions`: those after the shared tree, anchors first, newest last."""
 
     @property
     def anchors(self) -> int:
-        """How many of the tail stood there when the layout was built."""
+        """How many claims of the tail were in it when the layout was built."""
 
     @property
     def tail_length(self) -> int:
@@ -64,17 +64,17 @@ class Layout(Protocol):
     @property
     def detours(self) -> int:
         """Demonstrations that a prefix cache holds besides the tree and the tail's copies, because questions with a
-        sibling in the tail (or near the end of what they share) see others than the rest does from there on."""
+        sibling in the tail (or near the end of the shared part) see another order from there on."""
 
     @property
     def mean_group_size(self) -> float:
-        """The mean size of a laid-out claim's group, 0 for one without siblings: detours that one anchor makes."""
+        """The mean size of a laid-out claim's group, 0 for one without siblings: the detours of one anchor."""
 
     def context(self, claim: int) -> Context:
         """The other labelled claims in the order in which a question about `claim` (labelled or not) sees them."""
 
     def place(self, claim: int) -> float:
-        """Where a question about `claim` stands among the prefixes, 0 <= place < 1; see Prompt.place."""
+        """The place of a question about `claim` among the prefixes, 0 <= place < 1; see Prompt.place."""
 
     def append(self, claim: int) -> Layout:
         """The layout with one more labelled claim."""
@@ -82,7 +82,7 @@ class Layout(Protocol):
 
 @dataclass(frozen=True)
 class UpstreamLayout:
-    """The published code's order: labelled claims as they stand in the pool, whole groups together."""
+    """The published code's order: labelled claims in the pool's order, whole groups together."""
 
     labelled: tuple[int, ...]
     tail: ClassVar[Context] = ()
@@ -111,7 +111,7 @@ class UpstreamLayout:
         return tuple(other for other in self.labelled if other != claim)
 
     def place(self, claim: int) -> float:
-        """Where `claim` stands, or would stand, in the pool's order: all before it is the prefix it shares."""
+        """The place of `claim`, labelled or not, in the pool's order: the claims before it are the shared prefix."""
         return bisect_left(self.labelled, claim) / (len(self.labelled) + 1)
 
     def append(self, claim: int) -> UpstreamLayout:
@@ -123,7 +123,7 @@ class TreeLayout:
     """A binary tree over the claims labelled when it was built, and a tail of those labelled since.
 
     groups: the group of every claim of the pool (length N). Groups, not labels: a layout stays as labels flip.
-    anchors: how many claims of the tail stood there when the tree was built.
+    anchors: how many claims of the tail were in it when the tree was built.
     """
 
     groups: tuple[str, ...]
@@ -135,9 +135,9 @@ class TreeLayout:
     def build(
         cls, labelled: Iterable[int], groups: Sequence[str], rng: np.random.Generator, *, anchors: int = 0
     ) -> TreeLayout:
-        """A tree over `labelled` in a random order drawn from `rng`, members of a group parted at the root.
+        """A tree over `labelled` in a random order drawn from `rng`, every group divided at the root.
 
-        anchors: how many claims (at most half of them) stand in the tail from the start, so that the demonstrations
+        anchors: how many claims (at most half of them) are in the tail from the start, so that the demonstrations
         nearest to the question, which weigh most, are the same for every question.
         """
         order = rng.permutation(np.array(sorted(labelled), dtype=np.int64)).tolist()
@@ -162,7 +162,7 @@ class TreeLayout:
             first_of.setdefault(self.groups[claim], place)
         total = 0
         for claim, path in self._paths.items():
-            # The tail is a question's own copy anyway; a sibling that comes early moves up into what is shared.
+            # Every question has its copy of the tail anyway; only an early sibling moves up into the shared part.
             moved = SIBLING_DISTANCE - first_of.get(self.groups[claim], SIBLING_DISTANCE)
             total += min(max(0, moved), sum(map(len, path[1:])))
         for place, claim in enumerate(self.tail):
@@ -194,7 +194,7 @@ class TreeLayout:
         for other in self.tail:
             if other == claim:
                 continue
-            # A sibling is moved up once, when it comes: its place stays as others are appended, and so does the cache.
+            # A sibling is moved up once. Its place stays as others are appended, and what is cached stays valid.
             near = self._are_siblings(claim, other)
             context.insert(max(len(first_edge), len(context) - SIBLING_DISTANCE) if near else len(context), other)
         return self._part_from_siblings(claim, tuple(context))
@@ -203,7 +203,7 @@ class TreeLayout:
         """The tree halves [0, 1) at every node: half, a quarter, an eighth of [0, 1) is exactly a subtree.
 
         Claims of the tail see the whole tree first and belong to no subtree: they are spread evenly, in a sequence that
-        stays even as it grows. Unlabelled claims share one prefix and all stand at 0. No labelled claim's place changes
+        stays even as it grows. Unlabelled claims share one prefix and are all at 0. No labelled claim's place changes
         as others are appended.
         """
         if claim in self._places:
@@ -222,7 +222,7 @@ class TreeLayout:
 
     @cached_property
     def _places(self) -> dict[int, float]:
-        """Where each claim's own part of [0, 1) begins."""
+        """Where each claim's part of [0, 1) begins."""
         return dict(_intervals(self.root, 0.0, 1.0)) if self.root is not None else {}
 
     @cached_property
@@ -301,7 +301,7 @@ def _intervals(node: Node, start: float, width: float) -> Iterable[tuple[int, fl
 
 
 def reversed_bits(number: int) -> float:
-    """The van der Corput sequence in base 2: 0, 1/2, 1/4, 3/4, 1/8, ... Every beginning of it is spread evenly."""
+    """The van der Corput sequence in base 2: 0, 1/2, 1/4, 3/4, 1/8, ... Its first n numbers are spread evenly."""
     value, width = 0.0, 0.5
     while number:
         value += width * (number % 2)

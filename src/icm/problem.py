@@ -43,7 +43,7 @@ def generator(seed: int, stream: Stream, index: int = 0) -> np.random.Generator:
 
 
 def part_seed(seed: int, batch: int, number: int) -> int:
-    """The seed of one of several searches that a run is made of: of a batch, and of its pass `number`."""
+    """The seed of one search of a run of several: of a batch, in pass `number`."""
     return int(np.random.SeedSequence([seed, Stream.PART, batch, number]).generate_state(1)[0])
 
 
@@ -163,7 +163,7 @@ class Problem:
 
 
 def balanced_labels(count: int, num_labels: int, rng: np.random.Generator) -> list[int]:
-    """`count` labels in random order, as many of each as can be; which ones are over is random."""
+    """`count` labels in random order, equally many of each; which labels get one more is random."""
     share, over = divmod(count, num_labels)
     if num_labels == 2:
         odd = [bool(rng.random() < 0.5)] * over
@@ -177,7 +177,7 @@ def balanced_labels(count: int, num_labels: int, rng: np.random.Generator) -> li
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A labeling that wants evaluating, and the order in which its demonstrations stand."""
+    """A labeling to evaluate, and the order of its demonstrations."""
 
     labels: Labels
     layout: Layout

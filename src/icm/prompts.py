@@ -1,8 +1,8 @@
 """From claims to prompts: every claim is tokenized once, every prompt is a path of ready segments.
 
 A question ends right before the label; a demonstration is question + label + separator. A question's tokens are
-cut out of those of its whole demonstration (core/llm_api/tokens.py), and stay the same whatever stands before it; where
-a tokenizer would join a separator with the question after it, the prompt has the two apart.
+cut out of those of its whole demonstration (core/llm_api/tokens.py) and do not depend on what comes before: where a
+tokenizer would join a separator with the next question, the prompt keeps them apart.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ SEPARATOR = "\n\n"
 
 @dataclass(frozen=True)
 class PromptBook:
-    """All segments of a pool: the model's own prefix (BOS), N questions, K demonstrations of each.
+    """All segments of a pool: the model's prefix (BOS), N questions, K demonstrations of each.
 
-    demonstrations: shape [N, K], by claim and label. labels: as the model spells them. unspelled: texts with something
-    that the tokenizer has no token for.
+    demonstrations: shape [N, K], by claim and label. labels: as the model spells them. unspelled: positions of texts
+    with something in them that the tokenizer has no token for.
     """
 
     prefix: Segment
@@ -43,10 +43,10 @@ class PromptBook:
         space: LabelSpace = TRUE_FALSE,
         separator: str = SEPARATOR,
     ) -> PromptBook:
-        """The book of N question texts for the model behind `api`, with as many requests for tokens and a few more.
+        """The book of N question texts, tokenized for the model behind `api`.
 
-        spelling: where it is known already; then its labels and separator are used, whatever `space` and `separator`
-        say. Raises ConfigurationError where the tokenizer cannot spell a demonstration.
+        spelling: how that model spells demonstrations, where it is known already; `space` and `separator` are then not
+        used. Raises ConfigurationError where the tokenizer cannot spell a demonstration.
         """
         spelling = spelling or await Spelling.of(api, *texts[:1], space=space, separator=separator)
         tokens = await spelling.questions(api, texts)
@@ -95,16 +95,16 @@ class PromptBook:
         return Prompt((self.prefix, *shown, self.questions[claim]), name=f"claim {claim}", place=place)
 
     def longest_prompt(self, size: int, cap: int | None = None) -> int:
-        """Tokens of the longest query once the first `size` claims are labelled, however they are, whichever claim of
-        the book is asked; 0 for an engine asked in text.
+        """Tokens of the longest query about any claim of the book, after the first `size` claims with any labels; 0 for
+        an engine asked in text.
 
-        cap: demonstrations at most in a prompt, whichever they are; None: all.
+        cap: the most demonstrations in a prompt, None for all.
         """
         sizes = self._sizes(size)
         shown = size if cap is None else min(cap, size)
         longest = sorted(range(size), key=lambda claim: -sizes[claim])
         total = sum(sizes[claim] for claim in longest[:shown])
-        # Without its own demonstration a claim sees the next one in its place, where there is one more.
+        # A claim does not see its own demonstration but, where there is one more, the next one.
         after = sizes[longest[shown]] if shown < size else 0
         missing = dict.fromkeys(longest[:shown])
         lengths = (
@@ -118,12 +118,12 @@ class PromptBook:
         return self._that_fit(max_tokens, self._sizes(size))
 
     def cap_that_fits(self, max_tokens: int, size: int) -> int:
-        """How many demonstrations fit into `max_tokens` before any question, whichever of the first `size` they are."""
+        """How many demonstrations of the first `size` claims, even the longest, fit before a question."""
         sizes = sorted(self._sizes(size), reverse=True)
         return self._that_fit(max_tokens, sizes) - 1
 
     def _sizes(self, size: int) -> list[int]:
-        """Tokens of a demonstration of each of the first `size` claims, whatever its label."""
+        """Tokens of a demonstration of each of the first `size` claims, with its longest label."""
         return [max(map(len, by_label)) for by_label in self.demonstrations[:size]]
 
     def _that_fit(self, max_tokens: int, sizes: Sequence[int]) -> int:
@@ -137,11 +137,10 @@ class PromptBook:
 
 
 def in_shared_order(prompts: Iterable[Prompt]) -> list[Prompt]:
-    """Prompts in the order of what is sent, so that those with a common prefix stand together, however they came about.
+    """Prompts sorted by their content, so that those with a common prefix are neighbours.
 
-    That is a depth-first walk of their trie: an engine that takes prompts in order computes every shared prefix once
-    while it is at hand, also where its KV cache holds little more than one prompt, and labelings that differ in their
-    last demonstration are asked question by question.
+    That is a depth-first walk of their trie: an engine that takes prompts in order computes every shared prefix once,
+    even where its KV cache holds little more than one prompt.
     """
     return sorted(prompts, key=lambda prompt: prompt.content)
 

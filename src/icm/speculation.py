@@ -1,8 +1,8 @@
 """What a search will probably ask next, and how far ahead it pays to ask. No model, no file.
 
-The chain is sequential, but its random numbers are drawn from (seed, n) alone. So from any state the next proposals are
-known for as long as nothing changes, and for the change that is being evaluated also those after it. Whoever asks them
-early changes no decision: the walk comes to the same questions later and finds them answered, or never comes to them.
+The chain is sequential, but its random numbers depend on (seed, n) only. So from any state the next proposals are known
+for as long as nothing changes, and for the change that is being evaluated also those after it. Asking early changes no
+decision: the search later finds its questions answered, or never asks them.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from src.icm.objective import LogOdds
 from src.icm.problem import Candidate, Problem
 
 MOST = 16  # questions or evaluations ahead, unless a number was given
-LOOK = 8  # proposals that are looked through for each question or evaluation wanted: many need none
+LOOK = 8  # proposals to look at for each question or evaluation wanted: many proposals need none
 WEIGHT = 0.1  # of the latest proposal in the running rates
-BATCHES = 32  # latest whose seconds are fitted
-ENOUGH = 6  # of them before the fit is used
+BATCHES = 32  # how many of the latest batches are fitted
+ENOUGH = 6  # batches before the fit is used
 
 
 @dataclass(frozen=True, slots=True)
 class Intent:
-    """Where annealing stands when it asks, None before its first labels are repaired. Of this one alone nothing
-    follows that could be asked along."""
+    """The state in which annealing asks, None until its first labels are repaired. This class alone, without one of
+    the kinds below, means that nothing is known of what comes next."""
 
     state: SearchState | None
 
@@ -85,7 +85,7 @@ def unchanged(problem: Problem, state: SearchState, claim: int) -> SearchState:
 
 
 def accepted(problem: Problem, state: SearchState, claim: int, start: Candidate) -> SearchState:
-    """The state after `start`, a proposal of `claim`, is accepted without a repair; its evaluation is still the old."""
+    """The state after `start`, a proposal of `claim`, is accepted without a repair, with the evaluation before it."""
     outcome = Outcome(claim, 0.0, False, 0.0, labels=start.labels, evaluation=state.evaluation)
     return advance(problem, state, outcome)
 
@@ -106,7 +106,7 @@ def next_evaluations(
 ) -> Iterator[tuple[SearchState, int, list[Candidate]]]:
     """The evaluations of the next `iterations` if nothing changes: the state that will ask, its claim, its first batch.
 
-    log_odds: those predicted of a claim, in nats, where they are known; the first unknown one ends the list.
+    log_odds: those predicted of a claim, nats, None where they are not known; the first such claim ends the list.
     """
     for later, claim in islice(if_nothing_changes(problem, state), max(0, iterations)):
         known = state.evaluation.log_odds.get(claim)
@@ -161,7 +161,7 @@ class Pace:
 
         The first evaluation is used, and each next one if all before it were refused: with the refusal rate r, n of
         them bring 1 + r + ... + r^(n-1) = (1 - r^n) / (1 - r) decisions for L + s * (tokens + ahead[:n-1]) seconds.
-        The n that is best per second, less the one. 0 until L and s are known.
+        Returns the n with most decisions a second, less the first evaluation. 0 until L and s are known.
         """
         fit = self._seconds()
         if fit is None:
@@ -185,7 +185,7 @@ class Pace:
         return fit is None or (1 - self.refusal_rate) * fit[0] >= fit[1] * tokens
 
     def _seconds(self) -> tuple[float, float] | None:
-        """(L, s) of the least-squares fit seconds = L + s * tokens; None where the batches do not tell."""
+        """(L, s) of the least-squares fit seconds = L + s * tokens; None for too few batches, or no such line."""
         if len(self._batches) < ENOUGH:
             return None
         tokens, seconds = np.array(self._batches, dtype=np.float64).T

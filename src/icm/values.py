@@ -1,6 +1,6 @@
 """What a cell of a data file says: nothing, a text, a gold label, a relation, or the options of a question.
 
-Values come as the readers give them (JSON, CSV, Arrow); every complaint is a BadInput that names the column.
+Values come as the readers give them (JSON, CSV, Arrow); every error is a BadInput that names the column.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from core.llm_api.labels import TRUE_FALSE, LabelSpace
 from src.icm.consistency import Label, Relation
 
 NO_ID: Final = frozenset(("nan", "<na>", "none", "null"))
-"""What becomes of a missing value where a table is turned into text; as a group's name it would join strangers."""
+"""Missing values of a table that was turned into text. As a group's name one would join unrelated claims."""
 NO_LABEL: Final = NO_ID | {"na", "n/a"}
 
 SHOWN_COLUMNS: Final = 20
+"""How many columns an error message lists."""
 
 RELATIONS: Final[Mapping[str, Relation | None]] = {
     "exactly one": Relation.EXACTLY_ONE,
@@ -39,8 +40,8 @@ class BadLabel(BadInput):
     """
 
     def __init__(self, value: object, names: Sequence[str] = ()) -> None:
-        told = f"none of {', '.join(names)}" if names else "neither 0/1 nor true/false"
-        super().__init__(f"has the label {shown(value)}, which is {told}")
+        expected = f"none of {', '.join(names)}" if names else "neither 0/1 nor true/false"
+        super().__init__(f"has the label {shown(value)}, which is {expected}")
         self.value = value
 
 
@@ -53,13 +54,13 @@ class Option:
 
 
 def shown(value: object) -> str:
-    """A value as a complaint shows it, in one short line."""
+    """A value as an error message shows it: at most 60 characters, in one line."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def listed(names: Sequence[str]) -> str:
-    """The names of columns as a complaint lists them."""
+    """The names of columns as an error message lists them."""
     more = ["..."] if len(names) > SHOWN_COLUMNS else []
     return ", ".join([*map(shown, names[:SHOWN_COLUMNS]), *more]) or "none"
 
@@ -92,9 +93,9 @@ def group_of(value: object) -> str | None:
 
 
 def parse_label(value: object, space: LabelSpace = TRUE_FALSE) -> Label:
-    """A gold label, or None where it is missing. Raises BadLabel for what is none.
+    """A gold label, or None where it is missing. Raises BadLabel for anything else.
 
-    Of True and False 0/1 or true/false in any case; of other labels its name, but for case and space around it.
+    True and False are written 0/1 or true/false, other labels by name. Case and spaces around it do not count.
     """
     if is_missing(value):
         return None
@@ -127,7 +128,7 @@ def options_of(choice: object, label: object) -> tuple[Option, ...] | None:
     """The options that `choice` lists: ["Yes", "No"], or {"text": [...], "label": ["A", "B"]}; None for one text.
 
     label: which one is right, as its index (from 0; -1 for unknown), its letter, its name or its text, or a list with
-    0/1 for each. Raises BadInput where that is not told clearly.
+    0/1 for each. Raises BadInput where that is unclear.
     """
     names: Sequence[str] = ()
     if isinstance(choice, dict):
@@ -143,7 +144,7 @@ def options_of(choice: object, label: object) -> tuple[Option, ...] | None:
         raise BadInput("has an option in choice with nothing in it")
     options = [text_of("choice", text) for text in choice]
     if len(options) < 2:
-        raise BadInput(f"lists {len(options)} option{'s' * (not options)} in choice; one of several can be true")
+        raise BadInput(f"lists {len(options)} option{'s' * (not options)} in choice; there must be two or more")
     twice = [text for text in options if options.count(text) > 1]
     if twice:
         raise BadInput(f"lists the option {shown(twice[0])} twice")
@@ -152,7 +153,7 @@ def options_of(choice: object, label: object) -> tuple[Option, ...] | None:
 
 
 def _gold(label: Any, options: Sequence[str], names: Sequence[str], by_number: bool) -> list[bool | None]:
-    """by_number: a number can only be an index, since no option is one."""
+    """Whether each option is right. by_number: `label` is a number and no option is, so it can only be an index."""
     if isinstance(label, list):
         if len(label) != len(options):
             raise BadInput(f"has {len(label)} labels for its {len(options)} options")
@@ -160,23 +161,23 @@ def _gold(label: Any, options: Sequence[str], names: Sequence[str], by_number: b
         return [None if gold is None else bool(gold) for gold in given]
     if is_missing(label) or (str(label).strip().lower() in NO_LABEL and str(label) not in options):
         return [None] * len(options)
-    told = str(int(label)) if isinstance(label, float) and label.is_integer() else str(label).strip()
-    found = {at for at, name in enumerate(names) if name == told}
+    named = str(int(label)) if isinstance(label, float) and label.is_integer() else str(label).strip()
+    found = {at for at, name in enumerate(names) if name == named}
     if not found:
-        if told == "-1":  # how data sets on the Hugging Face hub hide the answers of a test set
+        if named == "-1":  # how data sets on the Hugging Face hub hide the answers of a test set
             return [None] * len(options)
-        found = {at for at, text in enumerate(options) if text.strip() == told and not by_number}
-        found |= {at for at in range(len(options)) if str(at) == told}
-        if len(told) == 1 and told.isascii() and told.isalpha() and ord(told.upper()) - ord("A") < len(options):
-            found.add(ord(told.upper()) - ord("A"))
+        found = {at for at, text in enumerate(options) if text.strip() == named and not by_number}
+        found |= {at for at in range(len(options)) if str(at) == named}
+        if len(named) == 1 and named.isascii() and named.isalpha() and ord(named.upper()) - ord("A") < len(options):
+            found.add(ord(named.upper()) - ord("A"))
     if not found:
         raise BadInput(
-            f"has the label {shown(label)}, which names none of its {len(options)} options: say it by an index from 0 "
-            f"to {len(options) - 1}, a letter from A or the option's text, or what it means by --map label=THEIRS:INDEX"
+            f"has the label {shown(label)}, which names none of its {len(options)} options: write an index from 0 "
+            f"to {len(options) - 1}, a letter from A or the option's text, or map it with --map label=THEIRS:INDEX"
         )
     if len(found) > 1:
         readings = " or ".join(f"option {at}, {shown(options[at])}" for at in sorted(found))
         raise BadInput(
-            f"has the label {shown(label)}, which could be {readings}: say it by a letter, as by --map label=0:A,1:B"
+            f"has the label {shown(label)}, which could be {readings}: write a letter, as with --map label=0:A,1:B"
         )
     return [at in found for at in range(len(options))]

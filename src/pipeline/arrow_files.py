@@ -1,6 +1,6 @@
 """Parquet and Arrow files, and data sets that the `datasets` library saved, read by pyarrow (the extra `arrow`).
 
-Labels that a Hugging Face schema numbers (ClassLabel) come out as their names: what 0 means is in the schema alone.
+Labels that a Hugging Face schema numbers (ClassLabel) are read as their names: only the schema says what 0 means.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def is_saved_dataset(folder: Path) -> bool:
 
 
 def splits_of(folder: Path) -> list[Path]:
-    """The data sets in a folder that holds several (a DatasetDict); none where it holds none or one."""
+    """The data sets in a folder that holds several (a DatasetDict); empty for any other folder."""
     return sorted(file.parent for file in folder.glob(f"*/{STATE}")) if (folder / SPLITS).is_file() else []
 
 
@@ -92,7 +92,7 @@ def saved_rows(folder: Path) -> Records:
 
 
 def _rows(table: pyarrow.Table) -> Records:
-    """The rows of a table. Raises ArrowInvalid where its buffers are not as its schema says; they are read blindly."""
+    """The rows of a table. Raises ArrowInvalid for buffers that do not fit its schema, which reading does not check."""
     table.validate(full=True)
     rows: Records = table.to_pylist()
     for column, known in _label_names(table.schema.metadata).items():
@@ -123,4 +123,4 @@ def _needs_pyarrow(path: Path) -> None:
 
 
 def _unreadable(path: Path, kind: str, error: Exception) -> BadInput:
-    return BadInput(f"{path}: is no whole {kind} file ({' '.join(str(error).split())[:200]})")
+    return BadInput(f"{path}: is a damaged {kind} file ({' '.join(str(error).split())[:200]})")

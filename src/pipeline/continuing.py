@@ -17,14 +17,14 @@ import numpy as np
 import orjson
 
 from src.icm.consistency import Label, Labels
-from src.icm.label_names import Names, counts_of, told_counts
+from src.icm.label_names import Names, counts_of, describe_counts
 from src.icm.testbeds import BadInput, Claim, Testbed, split_pools
 from src.results.run_reader import read_run
 from src.results.run_record import LabelledClaim, RunRecord
 from src.results.text import counted
 
 NAMED: Final = 3
-"""Claims that are gone which are named; the others are counted."""
+"""How many of the claims that are gone are named; the others are counted."""
 SHOWN: Final = 60
 """Characters of such a claim."""
 
@@ -79,12 +79,12 @@ class Continued:
 
     def notes(self, *, file: str, model: str, pool: int, outside: int) -> list[str]:
         """What a user should know before it starts, one line each. pool: its claims; outside: those left out of it."""
-        told = self.summary()
-        new, unlabelled = pool - len(self.labels), len(self.labels) - told["labels"]
-        beside = f"{counted(new, 'new claim') if new else 'no new claim'} of {file} in the pool with them"
+        found = self.summary()
+        new, unlabelled = pool - len(self.labels), len(self.labels) - found["labels"]
+        others = f"{counted(new, 'new claim') if new else 'no new claim'} of {file} in the pool with them"
         lines = [
-            f"starts with {counted(told['labels'], 'label')} of {self.run} ({told_counts(told)}) in place of random "
-            f"ones; {beside}"
+            f"starts with {counted(found['labels'], 'label')} of {self.run} ({describe_counts(found)}) in place of "
+            f"random ones; {others}"
         ]
         if unlabelled:
             begin = "begins" if unlabelled == 1 else "begin"
@@ -114,8 +114,8 @@ class Continued:
 def read_continued(name: str, runs_dir: Path, testbed: Testbed, claims: Sequence[Claim], path: Path) -> Continued:
     """What the run `name` (in runs_dir, or a path) gives to the claims of `path`. It may be finished or not.
 
-    Raises BadInput where there is no such run, where it holds no label, none of its claims is in the file, or they were
-    put to the model in other words.
+    Raises BadInput where there is no such run, where it holds no label, where none of its claims is in the file, or
+    where the model was asked in other words.
     """
     folder = _folder(name, runs_dir)
     run = read_run(folder)
@@ -163,8 +163,8 @@ def _check(run: RunRecord, testbed: Testbed, path: Path) -> None:
         )
     if before.template != testbed.template:
         raise BadInput(
-            f"--continue_from {run.name}: its claims were put as {before.template!r}, those of {path} are put as "
-            f"{testbed.template!r}: labels of other questions"
+            f"--continue_from {run.name}: its claims were asked as {before.template!r}, those of {path} are asked as "
+            f"{testbed.template!r}: its labels answer other questions"
         )
 
 
@@ -187,7 +187,7 @@ def _matched(known: Sequence[LabelledClaim], texts: Sequence[str], claims: Seque
 
 
 def _was_regrouped(before: LabelledClaim, now: Claim) -> bool:
-    """A group that is named after its row, for want of a consistency_id, changes with the row and says nothing."""
+    """Whether it is in another group. A name after the row, without a consistency_id, does not count: it changes."""
     unnamed = before.group == f"row {before.row}" and now.group == f"row {now.row}"
     return before.group != now.group and not unnamed
 

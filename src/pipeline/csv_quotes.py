@@ -1,4 +1,4 @@
-"""Quotes of a CSV file that are missing: where one opens that never closes, and which rows one has swallowed.
+"""Missing quotes in a CSV file: where a quote opens that never closes, and which rows became part of a cell.
 
 A cell whose closing quote is missing goes on to the next quote in the file, which may close it as if all were well.
 """
@@ -28,11 +28,11 @@ def last_opened(lines: Sequence[str], separator: str, spaced: bool) -> int:
 def swallowed_rows(
     records: Collection[tuple[int, Sequence[str]]], columns: int, separator: str, spaced: bool
 ) -> dict[int, str]:
-    """Why a record is several rows in truth, by its line. records: each with its line and cells.
+    """Records that are really several rows: an error message by line. records: each with its line and cells.
 
-    Two things must hold of a cell with line breaks, since texts have commas too: every line of the record divides into
-    exactly as many cells as the header has, and of the cells that the text would be divided into, those of some column
-    are all values which that column has in other rows, as labels and short answers are.
+    A text with line breaks can have commas too, so two things must hold. Every line of the record divides into exactly
+    as many cells as the header has. And of the cells that the text divides into, all those of some column are values
+    that the column has in other rows, as labels and short answers are.
     """
     suspects: dict[int, tuple[int, list[tuple[int, str]]]] = {}
     for line, cells in records:
@@ -66,7 +66,7 @@ def swallowed_rows(
 
 
 def _inner_cells(lines: Sequence[str], at: int, columns: int, separator: str, spaced: bool) -> list[tuple[int, str]]:
-    """The cells, each with its column, that a text in column `at` has swallowed; none where its lines are no rows."""
+    """The cells, each with its column, that a text in column `at` divides into; none where its lines are no rows."""
     found: list[tuple[int, str]] = []
     for number, line in enumerate(lines):
         first, last = (at if number == 0 else 0), (at if number == len(lines) - 1 else columns - 1)

@@ -17,12 +17,13 @@ from src.pipeline.datafiles import load_testbed
 SEED: Final = 0
 """Of the demonstrations: what is asked is always the same, so that two checks of an engine can be compared."""
 OTHER_TOKENS: Final = 18
-"""Tokens compared beside the two labels; vLLM lists at most 20 by default."""
+"""Tokens compared besides the two labels; vLLM lists at most 20 by default."""
 
 
 @dataclass(frozen=True, slots=True)
 class Amount:
-    """prompts: how many are compared. demonstrations: in each. long, short: strangers; long_tokens: all long ones."""
+    """How much is asked. prompts: how many are compared. demonstrations: in each. long, short: how many unrelated
+    prompts of each kind are asked with them. long_tokens: of all long ones together."""
 
     prompts: int
     demonstrations: int
@@ -47,8 +48,8 @@ async def material_for(engine: Engine, amount: Amount, *, context: int | None, b
     shared = rng.sample(range(len(claims)), amount.demonstrations // 2)
     prompts = []
     for claim in asked:
-        own = rng.sample(range(len(claims)), amount.demonstrations - len(shared))
-        demonstrations = [other for other in (*shared, *own) if other != claim]
+        drawn = rng.sample(range(len(claims)), amount.demonstrations - len(shared))
+        demonstrations = [other for other in (*shared, *drawn) if other != claim]
         prompts.append(tuple(book.prompt(claim, demonstrations, marks).token_ids))
     longest = max(map(len, prompts))
     room = (context or 2 * longest) - 1

@@ -1,7 +1,7 @@
-"""Files of every kind that is read, as rows that know their line: JSON, JSON lines, CSV, and through pyarrow Parquet
-and data sets that the `datasets` library saved.
+"""Data files as rows with their lines: JSON, JSON lines, CSV, and through pyarrow Parquet and data sets that the
+`datasets` library saved.
 
-Every complaint is a BadInput of one line that names the file and, where there is one, the line.
+Every error is a BadInput of one line that names the file and, where there is one, the line.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PANDAS_NAN: Final = frozenset(("nan", "NaN", "<NA>"))
 class Row:
     """One record of a data file and the line it starts on (1-based; of a file without lines, its number).
 
-    bad: why nothing can be made of it, where the reader sees that already; without fields, where it cannot tell them.
+    bad: why it is unusable, where the reader finds that; it has no fields where even its columns could not be read.
     written: the label as the file has it, where --map gave it another value.
     """
 
@@ -55,7 +55,7 @@ class Row:
 
 
 def read_rows(path: Path, also: Iterable[str] = ()) -> list[Row]:
-    """All records of a file (KINDS), in order. also: columns by which a CSV's separator is known, besides our own."""
+    """All records of a file (KINDS), in order. also: columns that show which separator a CSV has, besides OURS."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     packed = suffixes[-1:] == [".gz"]
     kind = (suffixes[-2:-1] if packed else suffixes[-1:]) or [""]
@@ -77,7 +77,7 @@ def read_rows(path: Path, also: Iterable[str] = ()) -> list[Row]:
 
 
 def is_csv(path: Path) -> bool:
-    """Whether a file holds nothing but texts in its cells."""
+    """Whether a file is CSV or TSV, so that all its cells are texts."""
     return path.name.lower().removesuffix(".gz").endswith((".csv", ".tsv"))
 
 
@@ -150,21 +150,21 @@ def _unpacked(path: Path) -> bytes:
         with gzip.open(_sized(path)) as file:
             content = file.read(MAX_BYTES + 1)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise BadInput(f"{path}: is no whole gzip file ({error})") from None
+        raise BadInput(f"{path}: is a damaged gzip file ({error})") from None
     if len(content) > MAX_BYTES:
         raise BadInput(f"{path}: holds more than {MAX_BYTES / 1e6:.0f} MB, and such files are not read")
     return content
 
 
 def _json_rows(path: Path, text: str) -> Iterator[Row]:
-    # Decoded element by element, so that a row's complaint can name its line.
+    # Decoded element by element, so that a row's error message can name its line.
     decoder = json.JSONDecoder(object_pairs_hook=_object)
     start = _skip_space(text, 0)
     if text.startswith("{", start) and _holds_more(text, start):
         yield from _jsonl_rows(path, text)  # JSON lines under another name
         return
     if not text.startswith("[", start):
-        raise BadInput(f"{path}:1: is not a JSON list of rows{_told_of(text)}")
+        raise BadInput(f"{path}:1: is not a JSON list of rows{_advice_on(text)}")
     position, counted, line = _skip_space(text, start + 1), 0, 1
     while not text.startswith("]", position):
         line += text.count("\n", counted, position)
@@ -193,15 +193,15 @@ def _holds_more(text: str, start: int) -> bool:
     return text.startswith("{", _skip_space(text, end))
 
 
-def _told_of(text: str) -> str:
-    """What to do about a file that is one JSON object."""
+def _advice_on(text: str) -> str:
+    """The end of an error message about a file that is one JSON object: what to do about it."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError):
         return ""
     lists = [name for name, value in content.items() if isinstance(value, list)] if isinstance(content, dict) else []
     if lists:
-        return f"; save what is under {lists[0]!r} as a file of its own"
+        return f"; save the list under {lists[0]!r} as a file"
     by_column = isinstance(content, dict) and any(isinstance(value, dict) for value in content.values())
     return "; pandas writes one with to_json(orient='records')" if by_column else ""
 
@@ -221,7 +221,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice in one object")
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is twice in one object")
     return fields
 
 
@@ -265,10 +265,10 @@ def _csv_rows(path: Path, text: str, known: set[str]) -> Iterator[Row]:
 
 
 def _csv_dialect(text: str, known: Collection[str]) -> tuple[str, bool]:
-    """(separator, whether a space follows it), by the header alone.
+    """(separator, whether a space follows it), from the header only.
 
-    The separator is the one by which most of the columns `known` stand in the header. csv.Sniffer counts characters of
-    the cells too, where commas belong to sentences.
+    The separator is the one that gives the header most of the `known` columns. csv.Sniffer also counts the commas of
+    sentences in the cells.
     """
     headers = {}
     for separator in SEPARATORS:

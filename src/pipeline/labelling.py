@@ -36,16 +36,15 @@ from src.results.run_folder import RunFolder
 log = logging.getLogger(__name__)
 
 SPECIAL_SHOWN: Final = 5
-"""Claims that are named for the special tokens in them."""
+"""How many claims with special tokens in them are named; the others are counted."""
 
 
 @dataclass(frozen=True)
 class Pool:
     """What a run labels, known before any model is asked.
 
-    rest: other claims of the file, labelled after the search. left_out: how many more there are that are not labelled.
-    bad_rows: of every row of the file that could not be used, why.
-    continued: the run whose labels it starts with.
+    rest: other claims of the file, labelled after the search. left_out: how many more are not labelled at all.
+    bad_rows: why each unusable row of the file is left out. continued: the run whose labels it starts with.
     """
 
     testbed: Testbed
@@ -68,11 +67,11 @@ class Pool:
 
     @property
     def grouped_by(self) -> str:
-        """The column that made the groups: consistency_id or question; "none" where every row is one by itself."""
+        """The column that made the groups: consistency_id or question; "none" where every row is a group."""
         return self.testbed.grouped_by
 
     def overview(self) -> Overview:
-        """Groups and constraints, to be shown."""
+        """Its groups and constraints."""
         return self.problem.consistency.overview(self.problem.groups, self.grouped_by)
 
 
@@ -172,15 +171,15 @@ class Labelling:
         } | {"labels": self.book.labels.record()}
 
     async def asks_as_before(self) -> bool:
-        """Whether versions that kept no token_record asked the same: they put prompts together from pieces alone."""
+        """Whether versions without a token_record asked the same: they tokenized each part of a prompt by itself."""
         question = self.book.questions[0]
-        pieces_alone = await self.api.tokenize([question.text, "x"])
+        by_itself = await self.api.tokenize([question.text, "x"])
         special_too = await self.api.tokenize(["x"], special=True)
-        if pieces_alone is None or special_too is None:
+        if by_itself is None or special_too is None:
             return True
-        [alone, plain], [special] = pieces_alone, special_too
-        before = tuple(special[: len(special) - len(plain)])
-        return (tuple(alone), before) == (question.tokens, self.book.prefix.tokens)
+        [tokens, plain], [special] = by_itself, special_too
+        prefix = tuple(special[: len(special) - len(plain)])
+        return (tuple(tokens), prefix) == (question.tokens, self.book.prefix.tokens)
 
     async def _pieces(self, tokens: Sequence[int]) -> list[tuple[int, str | None]]:
         texts = await pieces(self.api, tokens)
@@ -206,9 +205,9 @@ class Labelling:
         )
 
     def planned_for(self, kv_capacity: int | None) -> Labelling:
-        """The same, its rebuilds planned for an engine whose KV cache holds `kv_capacity` tokens.
+        """The same with rebuilds planned for an engine whose KV cache holds `kv_capacity` tokens.
 
-        The capacity is the one the run began with, also on another server later: rebuilds decide scores.
+        A run keeps the capacity that it began with, also on another server: when the tree is rebuilt decides scores.
         """
         size = len(self.pool.claims)
         costs = TokenCosts(
@@ -237,7 +236,7 @@ class Labelling:
         return await predict(self.api, self.book, range(len(self.pool.claims)))
 
     async def predict_unlabelled(self, state: Standing) -> Prediction:
-        """The pool's claims that the search did not take in, each as its next proposal would predict it."""
+        """The pool's claims that the search left without a label, each as its next proposal would predict it."""
         left = [claim for claim, label in enumerate(state.labels) if label is None]
         # One batch of questions after nearly the same demonstrations: every server takes its part of them.
         prompts = [
@@ -250,7 +249,7 @@ class Labelling:
     async def label_rest(self, state: Standing) -> Prediction:
         """The claims outside the pool, asked after the pool's labels as demonstrations (many-shot).
 
-        The demonstrations stand as the pool's own questions see them, so the pool's calibration offset holds for them.
+        The demonstrations are in the order that the pool's questions see, so the pool's calibration offset applies.
         """
         size = len(self.pool.claims)
         predicted = await predict(
@@ -269,15 +268,15 @@ class Labelling:
 
         predictions: labels that the search did not give, by what gave them (the rows' `by`).
         """
-        alone, names = zero_shot.log_odds, self.pool.names
+        first, names = zero_shot.log_odds, self.pool.names
         rows = {
-            claim: label_row(self.pool.claims[claim], state.labels[claim], log_odds, "icm", alone.get(claim), names)
+            claim: label_row(self.pool.claims[claim], state.labels[claim], log_odds, "icm", first.get(claim), names)
             for claim, log_odds in state.evaluation.log_odds.items()
         }
         claims = (*self.pool.claims, *self.pool.rest)
         for by, prediction in predictions.items():
             for claim, label in prediction.labels.items():
-                rows[claim] = label_row(claims[claim], label, prediction.log_odds[claim], by, alone.get(claim), names)
+                rows[claim] = label_row(claims[claim], label, prediction.log_odds[claim], by, first.get(claim), names)
         return [rows[claim] for claim in sorted(rows)]
 
 

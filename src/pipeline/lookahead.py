@@ -39,13 +39,13 @@ from src.icm.speculation import (
 )
 from src.pipeline.scoring import PoolScorer
 
-Expected = tuple[list[Prompt], float]  # what to ask along, and the tokens it should make an engine compute
+Expected = tuple[list[Prompt], float]  # prompts to add to a batch, and about how many tokens they cost
 
 
 class Lookahead:
     """An Ask: the answers of one search state, and what to ask along with the next batch.
 
-    scorer: what asks `api`. asked, used: prompts asked ahead so far, and how many of them the search came to need.
+    scorer: what asks `api`. asked, used: prompts asked ahead so far, and how many of them the search then needed.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Lookahead:
     ) -> None:
         self.asked = self.used = 0
         self._scorer = scorer
-        self._through = replace(scorer, api=self)
+        self._from_memo = replace(scorer, api=self)
         self._api = api
         self._problem = scorer.problem
         self._make_prompt = scorer.prompt
@@ -64,7 +64,7 @@ class Lookahead:
         self._unused: set[str] = set()
         self._evaluated: set[Labels] = set()  # labelings whose first batch is in the memo, or about to be
         self._next: dict[Labels, list[str]] = {}  # digests that will still be of use once these are the labels
-        self._wanted: float | None = None  # tokens that the next batch should cost without what is asked ahead
+        self._wanted: float | None = None  # tokens of the next batch without what is asked ahead
         self._future: Callable[[], Expected] = _nothing
 
     async def score(self, prompts: Sequence[Prompt], labels: SpelledLabels) -> PoolScores:
@@ -77,7 +77,7 @@ class Lookahead:
             tokens = (self._wanted or 0.0) * len(missing) / len(prompts)
             known = self._wanted is not None
             ahead: list[Prompt] = []
-            # Nothing is sent for the sake of speculation alone, so a run that is repeated asks nothing new.
+            # Speculation alone sends no batch, so that a repeated run asks nothing new.
             if not await self._api.are_cached(wanted, labels):
                 ahead, more = self._future()
                 tokens += more
@@ -90,7 +90,7 @@ class Lookahead:
             except (MissingLabel, RequestRejected, ConfigurationError):
                 if not early:
                     raise
-                # A question that the search may never come to must not stop it: then this one does, or nothing.
+                # A question that the search may never ask must not stop it: only what is needed now may.
                 early, batch, known = {}, in_shared_order(wanted), False
                 scores = await self._api.score(batch, labels)
             prompt_tokens = scores.prompt_tokens
@@ -100,9 +100,9 @@ class Lookahead:
             if prompt_tokens and known:
                 self._pace.measure(tokens, self._clock() - started)
         digests = [prompt.digest for prompt in prompts]
-        came_to_need = self._unused.intersection(digests)
-        self.used += len(came_to_need)
-        self._unused -= came_to_need
+        needed = self._unused.intersection(digests)
+        self.used += len(needed)
+        self._unused -= needed
         logprobs = np.array([self._memo[digest] for digest in digests], np.float64).reshape(-1, len(labels))
         return PoolScores(logprobs, prompt_tokens)
 
@@ -124,12 +124,12 @@ class Lookahead:
             self._pace.learn(record["accepted"], record.get("U_proposed") is not None)
 
     def _scorer_for(self, intent: object, candidates: Sequence[Candidate]) -> PoolScorer:
-        """What to ask about `candidates`: the model, or with an intent this memo, ready to ask along what follows."""
+        """What answers questions about `candidates`: the model, or with an intent this memo, which asks ahead."""
         if not isinstance(intent, Intent):
             return self._scorer
         self._wanted, self._future = None, _nothing
         if intent.state is not None:
-            self._stand_at(intent.state)
+            self._move_to(intent.state)
         match intent:
             case Predicting(state):
                 self._wanted = self._problem.costs.mean
@@ -141,10 +141,10 @@ class Lookahead:
                 self._evaluated.add(start.labels)
                 self._wanted = cost(self._problem, state, [candidate.labels for candidate in candidates])
                 self._future = lambda: self._around(state, claim, start)
-        return self._through
+        return self._from_memo
 
-    def _stand_at(self, state: SearchState) -> None:
-        """Forget what was about other labels or another layout, but for what was asked ahead of this very change."""
+    def _move_to(self, state: SearchState) -> None:
+        """Forget the answers for other labels or another layout, except those asked ahead for this change."""
         here = state.labels, state.layout
         if self._at is not None and self._at[0] == here[0] and self._at[1] is here[1]:
             return
@@ -156,7 +156,7 @@ class Lookahead:
         self._at = here
 
     def _around(self, state: SearchState, claim: int, start: Candidate) -> Expected:
-        """What comes after an evaluation: predictions if it is accepted and if it is refused, and evaluations then."""
+        """What comes after an evaluation: predictions if it is accepted, predictions and evaluations if refused."""
         count = self._pace.predictions
         if not count:
             return _nothing()

@@ -1,5 +1,5 @@
 """What a run says before it asks anything: its claims, groups and constraints, the engine's type, the labels' tokens,
-and one whole prompt of the pool. Wrong input shows here, or nowhere. Text only; the command lines print it.
+and one whole prompt of the pool, in which wrong input shows. Text only; the command lines print it.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from src.pipeline.precondition import random_labels
 from src.results.text import counted
 
 FEW: Final = 3
-"""Demonstrations of a prompt that are all shown."""
+"""Up to this number, all demonstrations of a prompt are shown."""
 PIECE: Final = 600
-"""Characters of a demonstration or question that is shown uncut."""
+"""Up to this number of characters, a demonstration or question is shown uncut."""
 ENDING: Final = 40
 """Characters of a question's last line that are shown before its label."""
 PIECES: Final = 4
@@ -36,9 +36,10 @@ def opening(
     """
     pools = pools or [labelling.pool]
     seen = [pool.overview() for pool in pools]
+    groups = describe_groups(seen, sum(len(pool.claims) for pool in pools))
     return [
         f"data    {_claims(pools, name, batch_size)}",
-        f"groups  {groups_told(seen, sum(len(pool.claims) for pool in pools))}; constraints: {constraints_told(seen)}",
+        f"groups  {groups}; constraints: {describe_constraints(seen)}",
         f"model   {_engine(labelling)}",
         f"labels  {_labels(tokens)}",
     ]
@@ -57,25 +58,25 @@ def example_prompt(labelling: Labelling) -> Prompt:
 
 
 def prompt_head(row: int, demonstrations: int, labels: str) -> str:
-    """What a prompt that is shown is made of. labels: which ones its demonstrations have."""
+    """The heading of a prompt. labels: which ones its demonstrations have, in words."""
     return f"prompt  row {row} after {counted(demonstrations, 'demonstration')} with {labels}"
 
 
 def prompt_line(labelling: Labelling, prompt: Prompt, where: str) -> str:
-    """What `prompt` is, and where the whole of it stands."""
+    """The heading of `prompt`, its size, and where to find the whole of it."""
     claim = labelling.pool.claims[int(prompt.name.rpartition(" ")[2])]
     size = f"{prompt.num_tokens:,} tokens" if prompt.num_tokens else f"{len(prompt.text):,} characters"
     return f"{prompt_head(claim.row, len(prompt.segments) - 2, 'random labels')}, {size}; {where}"
 
 
 def prompt_lines(labelling: Labelling, prompt: Prompt, *, whole: bool) -> list[str]:
-    """The prompt, each line behind a bar, and in brackets at its end the labels that the model chooses between.
+    """The prompt, each line after a bar, and in brackets at its end the labels that the model chooses between.
 
-    Where it is not wanted whole it is shortened to its first and last demonstration and the question.
+    Unless `whole`, it is shortened to its first and last demonstration and the question.
     """
     _, *demonstrations, question = (segment.text for segment in prompt.segments)
     labels = labelling.book.labels
-    texts = labels.texts[::-1] if labels.space == TRUE_FALSE else labels.texts  # True stands first
+    texts = labels.texts[::-1] if labels.space == TRUE_FALSE else labels.texts  # True comes first
     return shown_prompt(demonstrations, question, texts, whole=whole)
 
 
@@ -95,7 +96,7 @@ def shown_prompt(demonstrations: Sequence[str], question: str, labels: Sequence[
 def _claims(pools: Sequence[Pool], name: str, batch_size: int) -> str:
     searched = sum(len(pool.claims) for pool in pools)
     first = pools[0]
-    # Of several batches each has the claims that are in none of them.
+    # `rest` of every batch are the claims that are in no batch.
     outside = len(first.rest) + first.left_out
     batches = f" in {len(pools)} batches" if len(pools) > 1 else ""
     bad = len(first.bad_rows)
@@ -107,19 +108,19 @@ def _claims(pools: Sequence[Pool], name: str, batch_size: int) -> str:
     return f"{name}: all {searched} claims{batches}{more}{unusable}"
 
 
-def groups_told(seen: Sequence[Overview], claims: int) -> str:
+def describe_groups(seen: Sequence[Overview], claims: int) -> str:
     """How many groups of how many claims, and what made them. claims: how many there are in all."""
     groups = sum(each.groups for each in seen)
     smallest, largest = min(each.smallest for each in seen), max(each.largest for each in seen)
     column = seen[0].grouped_by
     if largest == 1:
-        told = f"none, each of the {claims} claims stands by itself"
-        return told if column == "none" else f"{told} (by the column {column})"
+        none = f"none, each of the {claims} claims stands by itself"
+        return none if column == "none" else f"{none} (by the column {column})"
     sizes = f"{largest}" if smallest == largest else f"{smallest} to {largest}"
     return f"{counted(groups, 'group')} of {sizes} claims, made by the column {column}"
 
 
-def constraints_told(seen: Sequence[Overview]) -> str:
+def describe_constraints(seen: Sequence[Overview]) -> str:
     """How many constraints there are of each kind."""
     counts = Counter[str]()
     for each in seen:
@@ -130,7 +131,7 @@ def constraints_told(seen: Sequence[Overview]) -> str:
 def _engine(labelling: Labelling) -> str:
     identity = labelling.identity
     version = f" {identity.version}" if identity.version else ""
-    return f"{identity.model} on {identity.kind}{version}, computes in {identity.dtype or 'a type it does not tell'}"
+    return f"{identity.model} on {identity.kind}{version}, computes in {identity.dtype or 'an unknown type'}"
 
 
 def _labels(record: Mapping[str, Any]) -> str:
@@ -142,12 +143,12 @@ def _labels(record: Mapping[str, Any]) -> str:
         ending = last_line[-ENDING:] + record["separator"]
         return f"{labels}, asked in text; a demonstration ends in {ending!r}"
     end = demonstration[-(PIECES + 1 + len(record["separator"])) :]
-    return f"{labels}; a prompt begins with {_told(record['prefix'])}; a demonstration ends in {_told(end)}"
+    return f"{labels}; a prompt begins with {_spelled(record['prefix'])}; a demonstration ends in {_spelled(end)}"
 
 
-def _told(tokens: Sequence[tuple[int, str | None]]) -> str:
+def _spelled(tokens: Sequence[tuple[int, str | None]]) -> str:
     shown = " ".join(f"{token}" if text is None else f"{text!r} {token}" for token, text in tokens)
-    return shown or "no token of its own"
+    return shown or "no special token"
 
 
 def _cut(text: str) -> str:

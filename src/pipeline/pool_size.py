@@ -1,7 +1,7 @@
 """How large a pool this machine can label in a given time, from the speed of a few questions.
 
 How many tokens a search computes is nearly known in advance; how fast a machine computes them is not: two cores with
-AMX do four times as many a second as two with AVX2. So a few of the run's own questions are timed.
+AMX do four times as many a second as two with AVX2. So a few of the run's questions are timed.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from src.pipeline.predictions import predict
 ASKED: Final = 16
 """Claims of the tree that is timed."""
 UNUSED: Final = 1_000_000
-"""A rebuild number that no run reaches. With a layout of the run's own, its prompts would later be found cached."""
-WORTH: Final = {16: 600.0, 32: 1700.0, 64: 8300.0}
+"""A rebuild number that no run reaches: in a layout of the run, its prompts would later be found cached."""
+COST_OF_SEARCH: Final = {16: 600.0, 32: 1700.0, 64: 8300.0}
 """Tokens that a whole search over so many claims computes, as multiples of the mean length of a claim's demonstration
 and question together. From searches of the built-in claims (docs/lab-log.md, 2026-11-27)."""
 
@@ -62,12 +62,12 @@ async def measure(labelling: Labelling) -> Speed:
 def search_tokens(claims: int, mean: float) -> float:
     """Tokens that a search over a pool computes. mean: of a claim's demonstration and question together.
 
-    Between the sizes of WORTH, and outside them, as a power of the pool's size.
+    Between the sizes of COST_OF_SEARCH, and outside them, as a power of the pool's size.
     """
-    sizes, worth = (np.log(np.array(list(values), dtype=np.float64)) for values in (WORTH.keys(), WORTH.values()))
+    sizes, costs = np.log(np.array(list(COST_OF_SEARCH.items()), dtype=np.float64)).T
     at = min(max(int(np.searchsorted(sizes, np.log(claims))), 1), len(sizes) - 1)
-    growth = (worth[at] - worth[at - 1]) / (sizes[at] - sizes[at - 1])
-    return mean * float(np.exp(worth[at] + growth * (np.log(claims) - sizes[at])))
+    growth = (costs[at] - costs[at - 1]) / (sizes[at] - sizes[at - 1])
+    return mean * float(np.exp(costs[at] + growth * (np.log(claims) - sizes[at])))
 
 
 def choose_pool(speed: Speed, mean: float, asked_later: int, seconds: float, pools: Sequence[int]) -> tuple[int, float]:
@@ -78,7 +78,7 @@ def choose_pool(speed: Speed, mean: float, asked_later: int, seconds: float, poo
     """
     found = []
     for size in pools:
-        # Beside the search the pool is asked zero-shot, and the others after its labels.
+        # Besides the search, the pool is asked zero-shot, and the other claims after its labels.
         asked_once = size + (pools[0] - size + asked_later if asked_later else 0)
         found.append((size, (search_tokens(size, mean) + asked_once * mean) / speed.tokens_a_second))
     return next(((size, needed) for size, needed in found if needed <= seconds), found[-1])

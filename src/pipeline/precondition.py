@@ -1,4 +1,4 @@
-"""The precondition of ICM: do a pool's gold labels have a higher U than the labels that they must be told from?"""
+"""The precondition of ICM: do a pool's gold labels have a higher U than other labelings?"""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from src.pipeline.scoring import PoolScorer
 
 
 def random_labels(count: int, num_labels: int, rng: np.random.Generator) -> Labels:
-    """`count` labels, each drawn by itself."""
+    """`count` labels, drawn independently."""
     drawn = rng.random(count) < 0.5 if num_labels == 2 else rng.integers(num_labels, size=count)
     return tuple(drawn.tolist())
 
 
 def reference_labelings(gold: Sequence[Label], rng: np.random.Generator, names: Names) -> dict[str, Labels]:
-    """What U must be able to tell apart: gold, gold with two labels swapped, each label alone, random.
+    """The labelings to compare, by name: gold, gold with two labels swapped, one label for all, random.
 
     names: of the labels. All of them label the same claims: those whose gold label is known, or every claim where none
     is known.
@@ -46,7 +46,7 @@ def reference_labelings(gold: Sequence[Label], rng: np.random.Generator, names: 
         name: tuple(label if gold[i] is not None else None for i, label in enumerate(labels))
         for name, labels in labelings.items()
     }
-    # Gold that is constant is no rival of its own.
+    # Where gold has one label only, the same labeling is not compared with it.
     return {name: labels for name, labels in shown.items() if name == "gold" or labels != shown["gold"]}
 
 

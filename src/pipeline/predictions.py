@@ -1,4 +1,4 @@
-"""Labels of claims by a model's answers: what a Prediction holds, and the questions that share their demonstrations."""
+"""Labels of claims from a model's answers, and questions that share their demonstrations."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Prediction:
     given: dict[int, int] | None = None
 
     def calibrated(self, prior: float | None = None) -> Prediction:
-        """The same scores against their own mean (batch calibration), or against a known share of True claims."""
+        """The same scores against their mean (batch calibration), or against a known share of True claims."""
         scores, num_labels = list(self.log_odds.values()), num_labels_of(self.offset)
         return replace(self, offset=calibration_offset(scores, "mean", prior, num_labels))
 

@@ -30,17 +30,15 @@ class Progress(Protocol):
 
 
 GROWTH: Final = 2.5
-"""A search that has labelled a share x of its pool has taken some x ** GROWTH of its time: each claim costs more than
+"""A search that has labelled a share x of its pool has taken about x ** GROWTH of its time: each claim costs more than
 the one before it. From searches over 16, 32 and 64 built-in claims (docs/lab-log.md, 2026-11-27)."""
-
-
 ON_A_TERMINAL: Final = 0.5
 ELSEWHERE: Final = 15.0
-"""Seconds between two looks at a search."""
+"""Seconds between two updates of what is shown."""
 
 
 class Lines:
-    """Where a bar is written that nobody watches: every state of it is one line, none of them twice."""
+    """The file of a bar without a terminal: every state of the bar becomes one line, none is repeated."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
@@ -57,7 +55,7 @@ class Lines:
 
 
 def bar_of(total: int | None, unit: str, quiet: bool, behind: str) -> tqdm[NoReturn]:
-    """A bar on standard error, or lines where that is no terminal. behind: tqdm's fields after the count."""
+    """A bar on standard error, or lines where that is not a terminal. behind: tqdm's fields after the count."""
     terminal = sys.stderr.isatty()
     count = "{n_fmt}/{total_fmt} " + unit
     return tqdm(
@@ -93,7 +91,7 @@ class SearchProgress:
         self._first = 0
         # With a cap a question is as long at the end as at the beginning.
         self._growth = GROWTH if pool.problem.settings.context_cap is None else 1.0
-        # tqdm takes all claims to cost the same; the time left stands behind the bar instead.
+        # tqdm assumes that all claims cost the same, so `left` is shown in place of its time left.
         behind = " [{elapsed}<{remaining}, {rate_fmt}{postfix}]" if self._by_iteration else " [{elapsed}{postfix}]"
         self._bar = bar_of(total, "steps" if self._by_iteration else "claims", quiet, behind)
         self._interval = _interval()
@@ -135,7 +133,7 @@ class SearchProgress:
             shown["now"] = now
         self._bar.set_postfix(shown, refresh=False)
         shown_now = self._bar.update(done - self._bar.n)
-        # update() shows nothing while the count stands still
+        # update() shows nothing while the count is the same
         if not shown_now and (now or self._clock() - self._shown >= self._interval):
             self._bar.refresh()
             shown_now = True

@@ -14,7 +14,7 @@ from src.icm.prompts import PromptBook
 
 
 class Scores(Protocol):
-    """What a pool is asked of: a ModelAPI, or what stands in front of one."""
+    """What answers a pool's questions: a ModelAPI, or a memo in front of one."""
 
     async def score(self, prompts: Sequence[Prompt], labels: SpelledLabels) -> PoolScores:
         """See ModelAPI.score."""
@@ -22,7 +22,7 @@ class Scores(Protocol):
 
 @dataclass(frozen=True)
 class PoolScorer:
-    """An Ask (src/icm/searches/seam.py) that asks for what is wanted now and nothing else, whatever the intent."""
+    """An Ask (src/icm/searches/seam.py) that ignores the intent: it asks what is needed now and nothing else."""
 
     api: Scores
     book: PromptBook
@@ -60,7 +60,7 @@ class PoolScorer:
 
 
 def log_odds_of(scores: PoolScores) -> list[LogOdds]:
-    """What the objective takes of a model's answers, one entry a prompt (nats; see objective)."""
+    """The log-odds of a model's answers, nats, one entry a prompt (see objective)."""
     if scores.logprobs.shape[1] == 2:
         return list(scores.log_odds)
     return [tuple(row) for row in (scores.logprobs[:, 1:] - scores.logprobs[:, :1]).tolist()]

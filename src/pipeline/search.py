@@ -1,6 +1,6 @@
-"""A search against a real model: what it asks and writes, and that a stopped one goes on.
+"""A search with a model to ask and its journal in a run's folder; a stopped search goes on where its journal ends.
 
-Which search it is, the problem's settings say (src/icm/searches/).
+The problem's settings say which search it is (src/icm/searches/).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ OnRecord = Callable[[Standing, Record], None]
 
 
 class Meter:
-    """What an iteration cost: seconds, tokens sent, and tokens computed and cached where the engine tells.
+    """What an iteration cost: seconds, tokens sent, and tokens computed and cached where the engine says.
 
     Questions asked ahead count for the iteration that asked them, `ahead_used` for the one that came to need them.
     """
@@ -59,7 +59,7 @@ class Meter:
             if cost["tokens_sent"]:
                 cost["tokens_cached"] = stats["cached_tokens"] - self._stats["cached_tokens"]
                 cost["tokens_computed"] = cost["tokens_sent"] - cost["tokens_cached"]
-                self._cache = None  # the counters were not read along: stale from here on
+                self._cache = None  # the counters were not read here, so the next difference would be too large
         else:
             now_cached = await self._api.prefix_cache()
             if now_cached is not None and self._cache is not None:
@@ -74,8 +74,8 @@ class Meter:
 
 
 class RunJournal:
-    """A search's Journal in a run's folder: each line with what it cost since the one before, on the disk before the
-    search goes on. on_record: called with every new line."""
+    """A search's Journal in a run's folder: each line, with its cost since the one before, is on disk before the search
+    goes on. on_record: called with every new line."""
 
     def __init__(self, folder: RunFolder, meter: Meter, ahead: Lookahead, on_record: OnRecord) -> None:
         self.records: Sequence[Record] = folder.read_log()

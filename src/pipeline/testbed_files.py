@@ -1,4 +1,4 @@
-"""Testbeds that are files of a user's: YAML, or Python where YAML cannot say it."""
+"""Testbeds that are a user's files: YAML, or Python for what YAML cannot say."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def testbed_path(name: str) -> Path | None:
 def read_testbed(path: Path) -> Testbed:
     """The testbed of a file, named after it. Raises BadInput in one line that names the file and the key.
 
-    A .py file is RUN: it can do whatever any program can. It defines TESTBED, a Testbed with rules of its own.
+    A .py file is RUN: it can do anything that a program can. It defines TESTBED, a Testbed, which can have new rules.
     """
     try:
         content = path.read_bytes()
@@ -36,7 +36,7 @@ def read_testbed(path: Path) -> Testbed:
     if path.suffix == ".py":
         digest = hashlib.sha256(content).hexdigest()
         testbed = _run(path)
-        # What such a file leaves out is found out from the data, as in YAML.
+        # The default of grouped_by depends on the data, as in YAML.
         group_by = None if testbed.grouped_by == "consistency_id" else testbed.grouped_by
         reading = replace(testbed.reading, group_by=testbed.reading.group_by or group_by, in_file=True)
         return replace(testbed, name=name, digest=digest, reading=reading)

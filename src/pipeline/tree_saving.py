@@ -1,4 +1,4 @@
-"""What the prefix tree saves on a server: a small pool asked cold, beside what whole blocks of its cache allow.
+"""What the prefix tree saves on a server, by a small pool asked cold, and what whole blocks of its cache would allow.
 
 The pool's claims are random words, so that no server has seen them.
 """
@@ -29,10 +29,10 @@ ENOUGH: Final = 0.9
 
 @dataclass(frozen=True, slots=True)
 class Saving:
-    """Tokens. asked: of all prompts; saved: found in the cache, by the server's own counters.
+    """Tokens. asked: of all prompts; saved: found in the cache, by the server's counters.
 
-    block: of the server's cache, None where it does not say; possible: found if it kept every block of that size, and
-    at_best: of SMALLEST_BLOCK.
+    block: of the server's cache, None where it does not say; possible: found if it kept every block of that size;
+    at_best: found if it kept every block of SMALLEST_BLOCK.
     """
 
     asked: int
@@ -80,7 +80,7 @@ async def tree_saving(
 async def cold_pool(
     client: VLLMClient, labels: SpelledLabels, words: Sequence[str], seed: int, context: int | None = None
 ) -> list[Prompt]:
-    """One leave-one-out question a claim, in the order of a tree: as long as a search's, and without any sense."""
+    """One leave-one-out question a claim, in the order of a tree, of random words."""
     rng = random.Random(seed)
     texts = [" ".join(rng.choices(words, k=WORDS_EACH)) for _ in range(CLAIMS)]
     room = None if context is None else (context - 1) // CLAIMS - 1

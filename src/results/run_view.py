@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from src.icm.consistency import Label
-from src.icm.label_names import balance_of, counts_of, told_counts
+from src.icm.label_names import balance_of, counts_of, describe_counts
 from src.icm.objective import LogOdds
 from src.results.charts import Chart, calibration_chart, contrast_chart, curve_charts, margin_chart
 from src.results.costs import Bill, usage_of
@@ -144,7 +144,7 @@ def _tiles(run: RunRecord) -> list[Tile]:
             )
         )
     labelled = sum(claim.searched for claim in run.claims)
-    counts = told_counts(counts_of((claim.label for claim in run.claims if claim.searched), run.names))
+    counts = describe_counts(counts_of((claim.label for claim in run.claims if claim.searched), run.names))
     if run.pool:
         tiles.append(Tile("labelled by the search", whole(labelled), f"of {len(run.pool)} in the pool; {counts}"))
     journals = [part.journal for part in run.searches if part.journal]

@@ -35,7 +35,7 @@ def test_claims_groups_and_relations_are_those_of_before(name: str) -> None:
              for mode in modes}  # fmt: skip
     assert found == before["constraints"]
     assert list(testbed.columns) == before["columns"]
-    assert list(testbed.partly) == before["partly"]
+    assert list(testbed.may_be_empty) == before["partly"]
     assert (testbed.file, testbed.grouped_by) == (before["file"], before["grouped_by"])
     assert testbed.upstream_leaks is before["leaks"]
     assert testbed.digest == "", "settings of runs name no file"

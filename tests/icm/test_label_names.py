@@ -15,11 +15,11 @@ from src.icm.label_names import (
     confusion,
     confusion_lines,
     counts_of,
+    describe_counts,
     logprobs,
     names_of,
     read_label,
     read_odds,
-    told_counts,
     written_label,
     written_odds,
 )
@@ -71,8 +71,8 @@ def test_counts_and_the_confusion_table() -> None:
     assert counts_of([True, None, False, True], TRUE_FALSE_NAMES) == {"true_labels": 2}
     counts = counts_of([2, None, 0, 2], MOODS)
     assert counts == {"label_counts": {"negative": 1, "neutral": 0, "positive": 2}}
-    assert told_counts(counts) == "1 negative, 0 neutral, 2 positive"
-    assert told_counts({"true_labels": 2}) == "2 True"
+    assert describe_counts(counts) == "1 negative, 0 neutral, 2 positive"
+    assert describe_counts({"true_labels": 2}) == "2 True"
     table = confusion([(2, 0), (2, 2), (None, 1), (1, None), (0, 0), (2, 2)], 3)
     assert table == [[1, 0, 1], [0, 0, 0], [0, 0, 2]]
     assert confusion_lines(table, MOODS) == [

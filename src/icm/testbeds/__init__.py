@@ -1,7 +1,7 @@
 """Testbeds: how a row becomes a claim, which labels there are, and which claims of a group constrain each other.
 
-Each of the built-in ones is a file in this folder (NAME.yaml), read with the package as its code is; their templates
-are those of the published code (Wen et al. 2025, appendix). A file of a user's is one more such file.
+The built-in ones are files in this folder (NAME.yaml). Those of the paper's data sets have the templates of the
+published code (Wen et al. 2025, appendix). A user's testbed is a file of the same kind.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ def custom_testbed(row: Mapping[str, Any], grouped_by: GroupedBy = "consistency_
 
 
 def recorded_testbed(name: str, record: Mapping[str, Any], compares: bool) -> Testbed:
-    """The testbed that a run's claims were asked by, as far as their texts and labels go.
+    """The testbed of a run on disk. Only its template and labels are sure to be the run's, not its constraints.
 
-    record: what the run says of a testbed file (Testbed.record), empty where it had none. compares: whether its claims
-    are comparisons. Raises BadInput where the record is none.
+    record: what Testbed.record gave for a testbed file, empty for other data. compares: whether the run's claims are
+    comparisons. Raises BadInput for a damaged record.
     """
     if record:
         return Testbed.of_record(record)

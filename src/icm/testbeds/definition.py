@@ -1,6 +1,6 @@
-"""A testbed file: from its text to a Testbed. Every complaint is one line that names the key.
+"""From the text of a testbed file to a Testbed. Every error message is one line that names the key.
 
-Everything in such a file is text: `no` is the word no, and 1 the digit, so label words need no quotes.
+All values are read as text: `no` is the word no and 1 the digit, so label words need no quotes.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ class Definition(BaseModel):
         relations = self.relations or ("by_columns" if len(space) == 2 else "identical_agree")
         if len(space) > 2 and relations not in OF_ANY_LABELS:
             raise BadInput(
-                f"relations: {relations} says which claim is true, and there are {len(space)} labels; of so many there "
-                f"can be said: {', '.join(OF_ANY_LABELS)}"
+                f"relations: {relations} says which claim is true, and there are {len(space)} labels; with more "
+                f"than two, use one of {', '.join(OF_ANY_LABELS)}"
             )
         compared = "choice_2" in columns
         return Testbed(
@@ -99,7 +99,7 @@ class Definition(BaseModel):
             strip_newlines=self.strip_newlines,
             grouped_by=self.groups or "consistency_id",
             relation=SETS.get(relations),
-            partly=tuple(self.may_be_empty),
+            may_be_empty=tuple(self.may_be_empty),
             space=space,
             separator=self.separator,
             reading=Reading(
@@ -112,7 +112,7 @@ class Definition(BaseModel):
         )
 
     def _meanings(self, column: str, given: dict[str, str], space: LabelSpace) -> dict[str, str]:
-        """Their values, folded, to ours; those of a label must be labels."""
+        """Our values by the file's (folded). Raises BadInput for a value given twice, and for an unknown label."""
         meanings: dict[str, str] = {}
         for theirs, ours in given.items():
             if as_written(theirs) in meanings:
@@ -124,7 +124,7 @@ class Definition(BaseModel):
 
 
 class _Texts(yaml.SafeLoader):
-    """YAML in which every scalar is a text, and no key stands twice."""
+    """YAML in which every scalar is text, and a repeated key is an error."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -142,7 +142,7 @@ _Texts.yaml_implicit_resolvers = {}
 
 
 def parse_definition(text: str) -> Definition:
-    """The file's content, checked but for what only the whole of it shows. Raises BadInput in one line."""
+    """The keys of a file, each checked for itself; Definition.testbed checks them together. Raises BadInput."""
     try:
         content = yaml.load(text, Loader=_Texts)  # noqa: S506  (a SafeLoader)
     except yaml.YAMLError as error:
@@ -152,7 +152,7 @@ def parse_definition(text: str) -> Definition:
     try:
         return Definition.model_validate(content)
     except ValidationError as error:
-        raise BadInput(_complaint(error)) from None
+        raise BadInput(_message(error)) from None
 
 
 def parse_testbed(text: str, name: str) -> Testbed:
@@ -160,13 +160,13 @@ def parse_testbed(text: str, name: str) -> Testbed:
     return parse_definition(text).testbed(name)
 
 
-def _complaint(error: ValidationError) -> str:
+def _message(error: ValidationError) -> str:
     first = error.errors()[0]
     place = [str(part) for part in first["loc"]]
     if first["type"] == "extra_forbidden":
         return f"there is no key {place[-1]!r}{nearest(place[-1], Definition.model_fields)}"
     if first["type"] == "missing":
-        return f'{place[0]}: is missing; it is what a claim is put as, as in template: "Review: {{choice}}\\nPositive:"'
+        return f'{place[0]}: is missing; it is how a claim is asked, as in template: "Review: {{choice}}\\nPositive:"'
     if first["type"] == "literal_error":
         expected = first["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
         return f"{place[0]}: {shown(first['input'])} is none of {expected}"

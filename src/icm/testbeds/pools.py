@@ -1,4 +1,4 @@
-"""Groups of claims, and pools that are drawn of whole groups."""
+"""Groups of claims, and pools of whole groups."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from src.icm.values import BadInput, shown
 
 
 def grouped_by_question(claims: Sequence[Claim]) -> list[Claim]:
-    """The claims, those with the same question (but for space around it) in one group, named after its first row."""
+    """The claims, those with the same question (spaces around it ignored) in one group, named after its first row."""
     groups: dict[str, str] = {}
     return [replace(claim, group=groups.setdefault(claim.question.strip(), claim.group)) for claim in claims]
 
 
 def check_relations(claims: Sequence[Claim]) -> None:
-    """Raises BadInput where a group's rows disagree on what holds for it, or one claim of several can't be true."""
+    """Raises BadInput where rows of a group state different relations, or exactly one of its claims cannot be true."""
     groups: dict[str, list[Claim]] = defaultdict(list)
     for claim in claims:
         if claim.option is None:
@@ -31,10 +31,10 @@ def check_relations(claims: Sequence[Claim]) -> None:
         first = members[0]
         for claim in members[1:]:
             if claim.relation is not first.relation:
-                told = ["none" if each.relation is None else each.relation.value for each in (first, claim)]
+                stated = ["none" if each.relation is None else each.relation.value for each in (first, claim)]
                 raise BadInput(
                     f"rows {first.of_row} and {claim.of_row} are of one group ({shown(first.group)}), and their "
-                    f"consistency_relation differs: {told[0]}, {told[1]}"
+                    f"consistency_relation differs: {stated[0]}, {stated[1]}"
                 )
         if first.relation is Relation.EXACTLY_ONE:
             seen: dict[str, Claim] = {}
@@ -42,16 +42,16 @@ def check_relations(claims: Sequence[Claim]) -> None:
                 if (other := seen.setdefault(claim.text, claim)) is not claim:
                     raise BadInput(
                         f"rows {other.of_row} and {claim.of_row} are the same claim, and exactly one of their "
-                        f"group ({shown(first.group)}) is to be true"
+                        f"group ({shown(first.group)}) must be true"
                     )
             if len(members) == 1:
-                raise BadInput(f"row {first.of_row} is alone in its group, of which exactly one is to be true")
+                raise BadInput(f"row {first.of_row} is the only one of its group, of which exactly one must be true")
 
 
 def sample_pool(claims: Sequence[Claim], batch_size: int, rng: np.random.Generator) -> list[Claim]:
-    """At most batch_size claims, whole groups of any size, in random order of groups.
+    """At most batch_size claims: whole groups in random order, without those that no longer fit.
 
-    A group that would overflow is passed over for a smaller one. Raises BadInput where not one group fits.
+    Raises BadInput where not one group fits.
     """
     return split_pools(claims, batch_size, 1, rng)[0]
 
@@ -73,11 +73,11 @@ def split_pools(
         groups[claim.group].append(claim)
     keys = list(groups)
     sizes = [len(members) for members in groups.values()]
-    made = "; rows with the same question are one group, unless --group_by none" if grouped_by == "question" else ""
+    hint = "; rows with the same question are one group, unless --group_by none" if grouped_by == "question" else ""
     if min(sizes) > batch_size:
-        raise BadInput(f"--batch_size {batch_size} is smaller than the smallest group of claims ({min(sizes)}){made}")
+        raise BadInput(f"--batch_size {batch_size} is smaller than the smallest group of claims ({min(sizes)}){hint}")
     if count is None and max(sizes) > batch_size:
-        raise BadInput(f"--batch_size {batch_size} is smaller than the largest group of claims ({max(sizes)}){made}")
+        raise BadInput(f"--batch_size {batch_size} is smaller than the largest group of claims ({max(sizes)}){hint}")
     pools: list[list[Claim]] = [[] for _ in range(count or math.ceil(len(claims) / batch_size))]
     for index in rng.permutation(len(keys)):
         members = groups[keys[index]]

@@ -1,7 +1,7 @@
-"""Which relation two claims of one group are in, by the names that a testbed file knows.
+"""The relations between claims of one group, by the names that a testbed file uses.
 
-A rule looks at two claims and says how their labels constrain each other. Those of the published keys look at gold
-labels, which leak that way; all others only at what the claims say.
+A rule takes two claims and says how their labels constrain each other. The leaking_* rules of the published code read
+gold labels; all others read only what the claims say.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ RelationRule = Callable[["Claim", "Claim"], Relation | None]
 
 
 def identical_agree(first: Claim, second: Claim) -> Relation | None:
-    """The same claim twice has one truth; nothing else is known."""
+    """Two copies of one claim have the same label. Nothing is known of two different claims."""
     same = (first.question, first.choice, first.choice_2) == (second.question, second.choice, second.choice_2)
     return Relation.AGREE if same and first.shown == second.shown else None
 
@@ -31,7 +31,7 @@ def compare_two(first: Claim, second: Claim) -> Relation | None:
 
 
 def same_answer(first: Claim, second: Claim) -> Relation | None:
-    """Solutions that end in different answers cannot both be right; those with one answer stand or fall together.
+    """Solutions with different answers cannot both be right; those with the same answer have the same label.
 
     Of a solution without an answer nothing is known.
     """
@@ -41,14 +41,14 @@ def same_answer(first: Claim, second: Claim) -> Relation | None:
 
 
 def by_columns(first: Claim, second: Claim) -> Relation | None:
-    """For data files of users: comparisons where there is a choice_2, answers where there are answers."""
+    """For users' data files: compare_two where both claims have a choice_2, else same_answer."""
     if first.choice_2 is not None and second.choice_2 is not None:
         return compare_two(first, second)
     return same_answer(first, second)
 
 
 def leaking_keys(first: Claim, second: Claim) -> Relation | None:
-    """Published TruthfulQA keys: 'A' if gold is true else 'B'. Gold is always consistent with them; they leak it."""
+    """Published TruthfulQA keys: 'A' if gold is true else 'B'. Gold never breaks them, so they leak it."""
     return Relation.AGREE if first.gold == second.gold else Relation.AT_MOST_ONE
 
 
@@ -78,7 +78,7 @@ SETS: Final[Mapping[str, Relation]] = {
 }
 """What it can say there of a whole group."""
 OF_ANY_LABELS: Final = ("identical_agree", "agree", "different", "none")
-"""Those that hold between labels of any number; all others say which claim is true."""
+"""Those for any number of labels; all others say which claim is true."""
 PUBLISHED: Final[Mapping[str, RelationRule]] = {
     "leaking_keys": leaking_keys,
     "leaking_comparison": leaking_comparison,

@@ -1,4 +1,4 @@
-"""Claims, and what a testbed is: how a row becomes a claim, its labels, and which claims constrain each other.
+"""Claims and testbeds: how a row becomes a claim, which labels there are, and which claims constrain each other.
 
 A template ends right before the label. Constraints come in three kinds (`--consistency`): "gold-free" uses only what
 the claims say, "upstream" reproduces the published keys, which are made from gold labels and leak them, "none" has no
@@ -26,7 +26,7 @@ ConsistencyMode = Literal["gold-free", "upstream", "none"]
 TEXTS: Final = ("question", "choice", "choice_2", "answer")
 """Columns whose texts make a claim."""
 JUDGED: Final = ("question", "choice", "choice_2")
-"""Those that a claim is shown by, wherever it is shown."""
+"""Those that reports show of a claim."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +36,8 @@ class Claim:
     text: the question, ending right before the label. group: claims of one group may constrain each other.
     gold: the label to report agreement with; never seen by the search. row: its number among the file's claims. of_row:
     the index of its row in the file, the same number unless rows before it list several options. option: its place
-    where it is one of several. relation: what holds for its whole group, or for the options of its row. shown: what
-    else its template shows, by placeholder.
+    among the options of its row, None where the row is one claim. relation: what must hold in its whole group, or
+    between the options of its row. shown: what else its template shows, by placeholder.
     """
 
     text: str
@@ -56,14 +56,14 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Testbed:
-    """A data file's template, its labels and its constraints. Raises BadInput for what cannot be meant.
+    """A data file's template, its labels and its constraints. Raises BadInput where these contradict each other.
 
     template: a claim's text with its columns in {braces}, an item of a list as {choice[0]}; {{ and }} are braces.
     columns: what every row must have. gold_free, upstream: the relation of two claims of one group, or None. relation:
-    what holds for all claims of a group together, as a consistency_relation column can say of a row. grouped_by: what
-    makes rows one group. partly: columns that the file must have, in which rows may have nothing. space: the labels;
-    gold labels are their names. separator: what stands between demonstrations. file: where the data is. reading: how it
-    is read. digest: SHA-256 of a file that says all this, "" where it ships with the package or comes from --data.
+    what must hold between all claims of a group, unless a row's consistency_relation says otherwise. grouped_by: what
+    makes rows one group. may_be_empty: columns that the file must have, but not every row a value in. space: the
+    labels; gold labels are their names. separator: the text between demonstrations. file: where the data is. reading:
+    how it is read. digest: SHA-256 of the testbed file, "" for a built-in testbed and for --data.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Testbed:
     strip_newlines: bool = False
     grouped_by: GroupedBy = "consistency_id"
     relation: Relation | None = None
-    partly: tuple[str, ...] = ()
+    may_be_empty: tuple[str, ...] = ()
     space: LabelSpace = TRUE_FALSE
     separator: str = SEPARATOR
     reading: Reading = field(default_factory=Reading)
@@ -92,21 +92,21 @@ class Testbed:
             raise BadInput("template: shows {label}, the gold label, which no model may see")
         spaced = [text for text in self.space.texts if text[0].isspace()]
         if spaced and self.template[-1].isspace():
-            raise BadInput(f"template: ends in {self.template[-1]!r}, and the label {spaced[0]!r} brings its own space")
+            raise BadInput(f"template: ends in {self.template[-1]!r}, and the label {spaced[0]!r} begins with a space")
         if not self.separator:
             raise BadInput("separator: is empty; demonstrations would run into each other")
         if self.relation is not None and self.relation.of_true and len(self.space) > 2:
-            raise BadInput(f"relations: {self.relation.value}, of {len(self.space)} labels; that is said of two")
+            raise BadInput(f"relations: {self.relation.value}: needs two labels, and there are {len(self.space)}")
 
     def claims(self, row: Mapping[str, Any], index: int, first: int) -> list[Claim]:
         """The claims of row `index` of a file, numbered from `first`: one, or one for each option that `choice` lists.
 
-        Exactly one of the options is true unless the row's consistency_relation says otherwise. Their gold stands in
-        `label`, or else in `answer`. Raises BadInput as `claim` does.
+        Exactly one of the options is true unless the row's consistency_relation says otherwise. Gold is read from
+        `label`, or else from `answer`. Raises BadInput as `claim` does.
         """
-        told = row.get("label") if not is_missing(row.get("label")) else row.get("answer")
+        stated_gold = row.get("label") if not is_missing(row.get("label")) else row.get("answer")
         lettered = any(name is not None and name.startswith("choice[") for _, name in pieces(self.template))
-        options = None if lettered else options_of(row.get("choice"), None if len(self.space) > 2 else told)
+        options = None if lettered else options_of(row.get("choice"), None if len(self.space) > 2 else stated_gold)
         if options is None:
             return [replace(self.claim(row, index), row=first)]
         if len(self.space) > 2:
@@ -155,7 +155,7 @@ class Testbed:
         relation = self.relation if is_missing(stated) else parse_relation(stated)
         if relation is not None and relation.of_true and len(self.space) > 2:
             raise BadInput(
-                f"has the consistency_relation {stated!r}, which is said of two labels; there are {len(self.space)}"
+                f"has the consistency_relation {stated!r}, which needs two labels; there are {len(self.space)}"
             )
         group = group_of(row.get("consistency_id")) if self.grouped_by == "consistency_id" else None
         return Claim(
@@ -200,7 +200,7 @@ class Testbed:
         return [item_of(name) for name in names if column_of(name) == column]
 
     def record(self) -> dict[str, Any]:
-        """What a run keeps of a testbed file, so that its claims can be put in the same words later."""
+        """What a run keeps of a testbed file, so that its claims can be asked in the same words later."""
         return {
             "name": self.name,
             "template": self.template,
@@ -213,7 +213,7 @@ class Testbed:
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> Testbed:
-        """The testbed of a `record`, which knows no constraints. Raises BadInput where it is none."""
+        """The testbed that gave `record`, without constraints. Raises BadInput for a damaged record."""
         try:
             return cls(
                 name=record["name"],
@@ -228,17 +228,17 @@ class Testbed:
                 digest=record["sha256"],
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise BadInput(f"testbed: is not what a run keeps of its testbed ({error})") from None
+            raise BadInput(f"testbed: the run's record of it is damaged ({error})") from None
 
     def text(self, fields: Mapping[str, str]) -> str:
-        """The question that a claim of these fields (by placeholder) is put as, without its label."""
+        """The question about a claim with these fields (by placeholder), without its label."""
         shown = {k: v.replace("\n", "") if self.strip_newlines and k != "question" else v for k, v in fields.items()}
         return "".join(literal + ("" if name is None else shown[name]) for literal, name in pieces(self.template))
 
     def imitates(self, claim: Claim) -> bool:
-        """Whether a field of the claim holds the template's own opening, or its ending, at the start of a line.
+        """Whether a line within a field of the claim begins as the template does, or as its last line does.
 
-        Such a claim can close its own demonstration and go on as another one, with a label of its author's choice.
+        Such a claim can end its demonstration early and add another one, with a label that its author chose.
         """
         first, *_ = (literal for literal, _ in pieces(self.template))
         opening = first.strip()
@@ -272,7 +272,7 @@ class Testbed:
 
 @lru_cache
 def pieces(template: str) -> tuple[tuple[str, str | None], ...]:
-    """The template as texts, each with the placeholder after it; the last one has none. Raises BadInput."""
+    """The template as texts, each with the placeholder after it, None after the last. Raises BadInput."""
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
@@ -297,7 +297,7 @@ def pieces(template: str) -> tuple[tuple[str, str | None], ...]:
 
 
 def column_of(placeholder: str) -> str:
-    """The column that a placeholder shows, or an item of which it shows."""
+    """The column of a placeholder, which shows the whole of it or an item of a list."""
     return placeholder.partition("[")[0] if placeholder.endswith("]") else placeholder
 
 
@@ -316,5 +316,5 @@ def label_space(labels: Sequence[tuple[str, str]]) -> LabelSpace:
         if bad is not None:
             raise BadInput(f"labels: the {kind} {bad!r} is {'there twice' if bad.strip() else 'blank'}")
     if len({name.strip().casefold() for name in names}) < len(names):
-        raise BadInput("labels: two of them differ in case or space only, and gold labels are told by their names")
+        raise BadInput("labels: two of them differ in case or space only, and gold labels are read without either")
     return LabelSpace(names, texts)

@@ -1,4 +1,4 @@
-"""What ICM must beat, one file each: a file labels the pool its own way, then held-out claims from those labels.
+"""What ICM must beat, one file each: a way to label the pool, and then held-out claims from those labels.
 
 Such a file has `async run(trial: Trial) -> RowResult` (trial.py says what a trial offers) and is imported when its row
 is asked for. To add a baseline: a file like that, and a line here.

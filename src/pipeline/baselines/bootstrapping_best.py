@@ -14,8 +14,8 @@ from src.pipeline.baselines.trial import Trial
 async def run(trial: Trial) -> RowResult:
     """Each start is bootstrapped as in bootstrap-consistent, so that no broken constraint decides which one is kept.
 
-    Every start has random labels, whatever `options.start` is: from zero-shot labels all would end alike. The first
-    has those of bootstrap-consistent. U is of all labels of the pool in the layout that all rows share; of equal ones
+    `options.start` does not count: every start has random labels, since from zero-shot labels all would end alike. The
+    first has those of bootstrap-consistent. U is that of the pool's labels in the layout that all rows share; of equals
     the first is kept. Costs `restarts` times (rounds + 1) questions a claim.
     """
     spending = trial.spending()

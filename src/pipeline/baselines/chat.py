@@ -1,5 +1,5 @@
-"""Zero-shot answers of a chat model: one user turn a claim, in the model's own template, the label where its answer
-begins."""
+"""Zero-shot answers of a chat model: one user turn a claim, in the model's chat template; the label is the beginning of
+its answer."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ChatAnswers:
 
 
 async def run(trial: Trial) -> RowResult:
-    """Its cost is what the chat model was asked."""
+    """The cost is that of the questions to the chat model."""
     assert trial.chat is not None, "the row zero-shot-chat needs a chat model"
     pool = trial.labelling.pool
     async with trial.chat.open() as api:
@@ -48,7 +48,7 @@ async def run(trial: Trial) -> RowResult:
 async def ask_chat(api: ModelAPI, texts: Sequence[str], space: LabelSpace = TRUE_FALSE) -> ChatAnswers:
     """log-odds (nats) of the label as the beginning of the answer to each text, by position.
 
-    With a template the labels are put as an answer begins with them, without the space that they have in plain text.
+    With a template the labels are without the space that they begin with in plain text, as an answer begins.
     Raises ConfigurationError for an engine that is asked in text: a template is applied where its tokens are known.
     """
     answers = LabelSpace(space.names, tuple(text.strip() for text in space.texts))

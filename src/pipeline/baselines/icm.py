@@ -8,7 +8,7 @@ from src.pipeline.predictions import Prediction
 
 
 async def run(trial: Trial) -> RowResult:
-    """Its cost is the search's own count."""
+    """The cost is what the search counted."""
     assert trial.search is not None, "the row icm needs a search"
     found = await trial.search()
     labels = trial.in_order(found.labels)

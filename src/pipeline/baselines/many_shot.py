@@ -9,7 +9,7 @@ from src.pipeline.baselines.trial import Trial
 
 
 async def run(trial: Trial) -> RowResult:
-    """The pool's own answers leave one out: the given labels themselves would say nothing."""
+    """The pool is predicted leave-one-out: the given labels themselves would say nothing."""
     gold = tuple(trial.labelling.pool.gold)
     labels = {
         "many-shot-gold": gold,
@@ -23,7 +23,7 @@ async def run(trial: Trial) -> RowResult:
 
 
 def next_labels(labels: Labels, num_labels: int) -> Labels:
-    """Every label's next one, the last one's being the first: none is what it was. Of two labels: each flipped."""
+    """Every label changed: to the next one, the last to the first. Of two labels that is each flipped."""
     if num_labels == 2:
         return mirrored_labels(labels)
     return tuple(None if label is None else (label + 1) % num_labels for label in labels)

@@ -27,8 +27,7 @@ from src.pipeline.predictions import Prediction, predict
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What can be chosen. rounds: of bootstrapping. start: labels that its first round shows. restarts: of
-    bootstrap-best."""
+    """rounds: of bootstrapping. start: the labels that its first round shows. restarts: of bootstrap-best."""
 
     rounds: int = 4
     start: BootstrapStart = "random"
@@ -77,7 +76,7 @@ class Spending:
 
 @dataclass(frozen=True)
 class Trial:
-    """One row to be made. search: runs the search of this pool, for the row icm. chat: for zero-shot-chat."""
+    """What one row is made from. search: runs the search of this pool, for the row icm. chat: for zero-shot-chat."""
 
     row: str
     labelling: Labelling
@@ -106,7 +105,7 @@ class Trial:
         return self.problem.new_layout(self.pool_claims)
 
     def random_labels(self, restart: int = 0) -> Labels:
-        """As many of each label, shuffled by the pool's seed; other ones for every restart."""
+        """Equally many of each label, shuffled by the pool's seed and `restart`."""
         rng = generator(self.problem.settings.seed, Stream.SEEDS, 2 + restart)
         size, num_labels = len(self.pool_claims), self.problem.num_labels
         if num_labels == 2:
@@ -139,7 +138,7 @@ class Trial:
         return Prediction(dict(evaluation.log_odds), evaluation.offset)
 
     async def held_out_after(self, labels: Labels) -> HeldOut:
-        """Held-out claims after the whole pool with these labels, against the offset of the pool's own answers."""
+        """Held-out claims after the whole pool with these labels, against the offset of the pool's answers."""
         evaluation = await self.evaluate(labels)
         predicted = await self.labelling.label_rest(Standing(0, labels, self.layout, evaluation))
         return HeldOut(predicted, evaluation.utility)
