@@ -221,7 +221,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is twice in one object")
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} appears twice in one object")
     return fields
 
 

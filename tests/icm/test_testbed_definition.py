@@ -126,7 +126,7 @@ def test_what_a_run_keeps_of_a_file_gives_the_same_texts_and_labels() -> None:
     again = testbeds.recorded_testbed("gsm8k", testbed.record(), compares=False)
     assert (again.template, again.space, again.separator) == (testbed.template, testbed.space, testbed.separator)
     assert again.text({"choice": "a\nb"}) == "Review: ab\nThe review is"
-    with pytest.raises(BadInput, match="is not what a run keeps"):
+    with pytest.raises(BadInput, match="testbed: the run's record of it is damaged"):
         testbeds.recorded_testbed("gsm8k", {"template": "{choice}"}, compares=False)
 
 
@@ -198,7 +198,7 @@ def test_files_that_cannot_be_meant_are_refused_in_one_line(text: str, complaint
 def test_of_three_labels_none_is_true() -> None:
     testbed = parse_testbed(SENTIMENT, "mine")
     row = {"choice": "c", "consistency_relation": "exactly one"}
-    with pytest.raises(BadInput, match="is said of two labels; there are 3"):
+    with pytest.raises(BadInput, match="which needs two labels; there are 3"):
         testbed.claim(row, 0)
     with pytest.raises(BadInput, match="the template shows them"):
         testbed.claims({"choice": ["a", "b", "c"]}, 0, 0)

@@ -169,7 +169,7 @@ def test_a_comparison_and_a_named_testbed_are_matched_by_their_own_words(tmp_pat
     claims = claims_of(row("a", choice_2="of no prompt"), row("b"), testbed=builtin)
     write_run(tmp_path, claims, [True, False], testbed="builtin")
     assert continued(tmp_path, claims, builtin).labels == {0: True, 1: False}
-    with pytest.raises(BadInput, match=r"were put as 'Review: .*labels of other questions"):
+    with pytest.raises(BadInput, match=r"were asked as 'Review: .*its labels answer other questions"):
         continued(tmp_path, claims_of(row("a"), row("b")))
 
 

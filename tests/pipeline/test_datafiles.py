@@ -344,7 +344,7 @@ def test_damaged_arrow_files_are_refused_in_one_line(tmp_path: Path, name: str) 
     (tmp_path / name).write_bytes(b"PAR1 this is none PAR1")
     with pytest.raises(BadInput) as caught:
         load_data_file(tmp_path / name)
-    assert str(caught.value).startswith(f"{tmp_path / name}: is no whole ")
+    assert str(caught.value).startswith(f"{tmp_path / name}: is a damaged ")
     assert "\n" not in str(caught.value)
 
 
@@ -360,16 +360,16 @@ def test_damaged_arrow_files_are_refused_in_one_line(tmp_path: Path, name: str) 
         (
             "d.jsonl",
             b'{"question": "q", "choice": "a", "choice": "b"}',
-            "d.jsonl:1: is not valid JSON ('choice' stands",
+            "d.jsonl:1: is not valid JSON ('choice' appears",
         ),
-        ("d.json", b'[{"choice": "a", "choice": "b"}]', "d.json:1: is not valid JSON ('choice' stands twice"),
-        ("d.json", b'{"data": [{"question": "q"}]}', "is not a JSON list of rows; save what is under 'data'"),
+        ("d.json", b'[{"choice": "a", "choice": "b"}]', "d.json:1: is not valid JSON ('choice' appears twice"),
+        ("d.json", b'{"data": [{"question": "q"}]}', "is not a JSON list of rows; save the list under 'data'"),
         ("d.json", b'{"question": {"0": "q"}}', "is not a JSON list of rows; pandas writes one with to_json(orient="),
         ("d.jsonl", b'{"a": 1}\n{"a"', "d.jsonl:2: is not valid JSON"),
         ("d.jsonl", b'{"question": "q", "choice": "a"}\n{"a"', "d.jsonl:2: is not valid JSON"),
         ("d.json", b'{"question": "q"}\n{"question"}', "d.json:2: is not valid JSON"),
-        ("d.csv.gz", b"question", "is no whole gzip file"),
-        ("d.csv.gz", gzip.compress(b"question,choice\nq,a\n" * 99, mtime=0)[:-20], "is no whole gzip file"),
+        ("d.csv.gz", b"question", "is a damaged gzip file"),
+        ("d.csv.gz", gzip.compress(b"question,choice\nq,a\n" * 99, mtime=0)[:-20], "is a damaged gzip file"),
         ("d.xlsx", b"PK", "is a spreadsheet; save the sheet as CSV UTF-8"),
         ("d.csv.zip", b"PK", "is packed; unpack it first"),
         ("d.pkl", b"", "may hold code, and is not opened"),
@@ -465,7 +465,7 @@ CUT_OFF = [{"question": "p", "choice": "a", "choice_2": "b"}, {"question": "q", 
     ("name", "text", "complaint"),
     [
         ("d.jsonl", '{}\n{"question": "q"\n{}\n', "2: is not valid JSON (Expecting ',' delimiter)"),
-        ("d.json", '{}\n{"a": 1, "a": 2}\n{}\n', "2: is not valid JSON ('a' stands twice in one object)"),
+        ("d.json", '{}\n{"a": 1, "a": 2}\n{}\n', "2: is not valid JSON ('a' appears twice in one object)"),
         ("d.jsonl", "{}\n7\n{}\n", "2: holds a int, not a row with named columns"),
         ("d.json", "[{},\n7,\n{}]", "2: holds a int, not a row with named columns"),
         ("d.csv", "question,choice,choice_2\np,a,b\nq,b,c,d\nq,b,c\n",
@@ -823,7 +823,7 @@ def test_a_row_that_cannot_be_told_may_have_been_the_true_one_of_every_group(tmp
         (["q,a,g,exactly one", "q,b,g,agree"], "rows 0 and 1 are of one group ('g'), and their consistency_relation"),
         (["q,a,g,exactly one", "q,b,g,"], "differs: exactly one is true, none"),
         (["q,a,g,exactly one", "q,a,g,exactly one"], "rows 0 and 1 are the same claim, and exactly one"),
-        (["q,a,g,exactly one", "q,a,h,"], "row 0 is alone in its group, of which exactly one is to be true"),
+        (["q,a,g,exactly one", "q,a,h,"], "row 0 is the only one of its group, of which exactly one must be true"),
     ],
 )
 def test_relations_that_cannot_hold_are_refused(tmp_path: Path, rows: list[str], complaint: str) -> None:

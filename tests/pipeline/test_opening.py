@@ -135,7 +135,7 @@ async def test_a_gateway_that_turns_no_tokens_into_text_has_their_numbers_shown(
 async def test_a_server_that_does_not_tell_its_type_is_said_not_to(opened: Open, server: FakeVLLM) -> None:
     server.dtype = ""
     async with opened("--testbed", "builtin", "--batch_size", "16") as labelling:
-        assert opening(labelling, await labelling.token_record(), "builtin", 16)[2].endswith("a type it does not tell")
+        assert opening(labelling, await labelling.token_record(), "builtin", 16)[2].endswith("an unknown type")
 
 
 @pytest.mark.parametrize("layout", [[], ["--layout", "upstream"]])
