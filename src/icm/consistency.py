@@ -83,8 +83,8 @@ class Constraint:
     claims: tuple[int, ...]
     relation: Relation
 
-    def inconsistencies(self, labels: Sequence[Label]) -> int:
-        """What the labels of a pool (length N, None: unlabelled) add to I(D) here."""
+    def inconsistencies(self, labels: Sequence[Label] | Mapping[int, Label]) -> int:
+        """What the labels of a pool (by position, None: unlabelled) add to I(D) here."""
         return self.relation.inconsistencies([labels[claim] for claim in self.claims])
 
     def repairs(self, labels: Sequence[Label], num_labels: int = 2) -> Iterator[dict[int, int]]:
@@ -237,15 +237,12 @@ def _components(neighbours: Mapping[int, Sequence[Constraint]]) -> Iterator[list
 def _decide_exactly(
     members: Sequence[int], constraints: Sequence[Constraint], gains: Sequence[Sequence[float]]
 ) -> dict[int, int]:
-    best: tuple[int, float] | None = None
-    chosen: dict[int, int] = {}
-    for values in product(reversed(all_labels(len(gains[members[0]]))), repeat=len(members)):
-        labels = dict(zip(members, values, strict=True))
-        broken = sum(c.relation.inconsistencies([labels[claim] for claim in c.claims]) for c in constraints)
-        gain = sum(gains[member][label] for member, label in labels.items())
-        if best is None or (-broken, gain) > best:
-            best, chosen = (-broken, gain), labels
-    return chosen
+    def worth(labels: dict[int, int]) -> tuple[int, float]:
+        broken = sum(c.inconsistencies(labels) for c in constraints)
+        return -broken, sum(gains[member][label] for member, label in labels.items())
+
+    assignments = product(reversed(all_labels(len(gains[members[0]]))), repeat=len(members))
+    return max((dict(zip(members, labels, strict=True)) for labels in assignments), key=worth)
 
 
 def _decide_surest_first(
@@ -255,12 +252,8 @@ def _decide_surest_first(
     for member in sorted(members, key=lambda m: -max(gains[m])):
 
         def broken(value: int, member: int = member) -> int:
-            known = labels | {member: value}
-            return sum(
-                c.relation.inconsistencies([known.get(claim) for claim in c.claims])
-                for c in constraints
-                if member in c.claims
-            )
+            known = dict.fromkeys(members) | labels | {member: value}
+            return sum(c.inconsistencies(known) for c in constraints if member in c.claims)
 
         # Labels from the likeliest on; min keeps the first of equals.
         first = likeliest(gains[member])

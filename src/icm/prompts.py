@@ -72,15 +72,12 @@ class PromptBook:
         separator: str = SEPARATOR,
     ) -> PromptBook:
         """Segments of N question texts. `tokens`: token ids of each text, None for an engine asked in text."""
-        after = Segment(separator, None if tokens is None else separator_tokens)
-        questions = []
-        demonstrations = []
-        for position, text in enumerate(texts):
-            ids = None if tokens is None else tokens[position]
-            questions.append(Segment(text, ids))
-            demonstrations.append(_demonstrations(text, ids, labels, after))
         prefix = Segment("", None if tokens is None else prefix_tokens)
-        return cls(prefix, tuple(questions), tuple(demonstrations), labels, after)
+        after = Segment(separator, None if tokens is None else separator_tokens)
+        ids: Sequence[Sequence[int] | None] = [None] * len(texts) if tokens is None else tokens
+        questions = tuple(map(Segment, texts, ids))
+        demonstrations = tuple(_demonstrations(*each, labels, after) for each in zip(texts, ids, strict=True))
+        return cls(prefix, questions, demonstrations, labels, after)
 
     def prompt(self, claim: int, context: Sequence[int], labels: Sequence[Label], place: float = 0.0) -> Prompt:
         """The question about `claim` after the demonstrations `context`, each with its label in `labels`.

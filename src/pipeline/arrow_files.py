@@ -6,7 +6,8 @@ Labels that a Hugging Face schema numbers (ClassLabel) are read as their names: 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,42 +18,34 @@ if TYPE_CHECKING:
 
 STATE: Final = "state.json"
 SPLITS: Final = "dataset_dict.json"
+MAGIC: Final = b"ARROW1"
+"""How an Arrow file with an index begins."""
 Records = list[dict[str, Any]]
 
 
 def parquet_rows(path: Path, most_bytes: int) -> Records:
     """The rows of a Parquet file. most_bytes: the largest size, unpacked, that is read."""
-    _needs_pyarrow(path)
-    import pyarrow
-    from pyarrow import parquet
+    with _readable(path, "Parquet"):
+        from pyarrow import parquet
 
-    try:
         with parquet.ParquetFile(path) as file:
             groups = range(file.metadata.num_row_groups)
             size = sum(file.metadata.row_group(at).total_byte_size for at in groups)
             if size > most_bytes:
                 raise BadInput(f"{path}: {size / 1e6:.0f} MB unpacked; over {most_bytes / 1e6:.0f} MB are not read")
             return _rows(file.read())
-    except (pyarrow.ArrowException, OSError, ValueError, ArithmeticError) as error:
-        raise _unreadable(path, "Parquet", error) from None
 
 
 def arrow_rows(path: Path, most_bytes: int) -> Records:
     """The rows of an Arrow file, as a stream (how `datasets` keeps them) or with an index (Feather)."""
-    _needs_pyarrow(path)
-    import pyarrow
-    from pyarrow import ipc
+    with _readable(path, "Arrow"):
+        import pyarrow
+        from pyarrow import ipc
 
-    try:
         with pyarrow.OSFile(str(path)) as file:
-            return _rows(ipc.open_stream(file).read_all())
-    except (pyarrow.ArrowException, OSError, ValueError, ArithmeticError):
-        pass
-    try:
-        with pyarrow.OSFile(str(path)) as file:
-            return _rows(ipc.open_file(file).read_all())
-    except (pyarrow.ArrowException, OSError, ValueError, ArithmeticError) as error:
-        raise _unreadable(path, "Arrow", error) from None
+            indexed = file.read(len(MAGIC)) == MAGIC
+            file.seek(0)
+            return _rows((ipc.open_file(file) if indexed else ipc.open_stream(file)).read_all())
 
 
 READERS: Final[Mapping[str, Callable[[Path, int], Records]]] = {
@@ -115,12 +108,14 @@ def _label_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]
         return {}
 
 
-def _needs_pyarrow(path: Path) -> None:
+@contextmanager
+def _readable(path: Path, kind: str) -> Iterator[None]:
+    """Raises BadInput where pyarrow is missing, and for its errors within the block."""
     try:
-        import pyarrow  # noqa: F401
+        import pyarrow
     except ImportError:
         raise BadInput(f"{path}: Parquet and Arrow files need pyarrow: pip install 'icm-elicitation[arrow]'") from None
-
-
-def _unreadable(path: Path, kind: str, error: Exception) -> BadInput:
-    return BadInput(f"{path}: is a damaged {kind} file ({' '.join(str(error).split())[:200]})")
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError, ValueError, ArithmeticError) as error:
+        raise BadInput(f"{path}: is a damaged {kind} file ({' '.join(str(error).split())[:200]})") from None

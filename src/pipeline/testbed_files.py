@@ -7,6 +7,7 @@ import re
 import runpy
 from dataclasses import replace
 from pathlib import Path
+from traceback import extract_tb
 from typing import Final
 
 from src.icm.testbeds import BadInput, Testbed
@@ -52,11 +53,8 @@ def _run(path: Path) -> Testbed:
     except SyntaxError as error:
         raise BadInput(f"{path}:{error.lineno}: is not Python ({error.msg})") from None
     except Exception as error:  # noqa: BLE001  (whatever a user's code raises)
-        trace = error.__traceback__
-        line = 0
-        while trace is not None:
-            line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == str(path) else line
-            trace = trace.tb_next
+        frames = reversed(extract_tb(error.__traceback__))
+        line = next((frame.lineno for frame in frames if frame.filename == str(path)), 0)
         raise BadInput(f"{path}:{line}: {type(error).__name__}: {' '.join(str(error).split())}") from None
     if not isinstance(testbed, Testbed):
         raise BadInput(f"{path}: defines no TESTBED = Testbed(...); from src.icm.testbeds import Testbed")

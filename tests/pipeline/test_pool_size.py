@@ -29,7 +29,9 @@ def test_the_largest_pool_that_ends_in_time_is_taken(rate: int, pool: int) -> No
 
 
 def test_a_larger_pool_takes_longer_and_so_do_longer_claims_and_more_of_them() -> None:
-    assert [search_tokens(size, MEAN) for size in COST_OF_SEARCH] == pytest.approx([MEAN * worth for worth in COST_OF_SEARCH.values()])
+    assert [search_tokens(size, MEAN) for size in COST_OF_SEARCH] == pytest.approx(
+        [MEAN * worth for worth in COST_OF_SEARCH.values()]
+    )
     needed = [search_tokens(size, MEAN) for size in (1, 2, 10, 16, 17, 20, 32, 50, 64, 65, 100)]
     assert needed == sorted(needed)
     assert needed[-1] < 4 * search_tokens(64, MEAN)

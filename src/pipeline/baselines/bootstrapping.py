@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from src.icm.consistency import Labels
-from src.icm.objective import margins_of
+from src.icm.searches.bootstrapping import likeliest_consistent
 from src.pipeline.baselines.row_result import RowResult
 from src.pipeline.baselines.trial import Trial
 from src.pipeline.predictions import Prediction
@@ -35,9 +35,8 @@ async def bootstrap(trial: Trial, labels: Labels, *, consistent: bool) -> Predic
     for _ in range(trial.options.rounds):
         found = await trial.leave_one_out(labels)
         if consistent:
-            margins = [margins_of(found.log_odds[claim], found.offset) for claim in trial.pool_claims]
-            nearest = enumerate(trial.problem.consistency.nearest(margins))
-            found = replace(found, given={claim: label for claim, label in nearest if label is not None})
+            nearest = likeliest_consistent(trial.problem, [found.log_odds[claim] for claim in trial.pool_claims])
+            found = replace(found, given={at: label for at, label in enumerate(nearest) if label is not None})
         labels = trial.in_order(found.labels)
     return found
 
