@@ -47,8 +47,8 @@ class Continued:
     regrouped: int
 
     def pool(self, claims: Sequence[Claim], batch_size: int, rng: np.random.Generator) -> list[int]:
-        """Positions in the file's claims: the groups of those that were labelled, whole, whatever batch_size is; then
-        other groups as in any pool, as many as there is room for."""
+        """Positions in the file's claims: first the whole groups of those that were labelled, even beyond batch_size;
+        then other groups, drawn as for any pool, as long as there is room."""
         members: dict[str, list[int]] = defaultdict(list)
         for at, claim in enumerate(claims):
             members[claim.group].append(at)
