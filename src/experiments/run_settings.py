@@ -69,8 +69,8 @@ def _settings_of_reading(reading: Reading, pool: Pool) -> dict[str, Any]:
             f"{column}={','.join(f'{theirs}:{ours}' for theirs, ours in sorted(meanings.items()))}"
             for column, meanings in sorted(reading.values.items())
         )
-    if pool.grouped_by == "question":
-        found["group_by"] = pool.grouped_by
+    if pool.testbed.grouped_by == "question":
+        found["group_by"] = pool.testbed.grouped_by
     return found
 
 

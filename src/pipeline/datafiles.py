@@ -17,16 +17,8 @@ from typing import Any
 
 from src.icm.columns import Reading
 from src.icm.consistency import Relation
-from src.icm.testbeds import (
-    TESTBEDS,
-    BadInput,
-    Claim,
-    GroupedBy,
-    Testbed,
-    check_relations,
-    custom_testbed,
-    grouped_by_question,
-)
+from src.icm.testbeds import TESTBEDS, BadInput, Claim, GroupedBy, Testbed, custom_testbed
+from src.icm.testbeds.pools import check_relations, grouped_by_question
 from src.icm.values import BadLabel, is_missing, listed, shown
 from src.pipeline.data_warnings import (
     check_may_be_empty,

@@ -65,14 +65,9 @@ class Pool:
         """Of the labels, in their order."""
         return self.testbed.space.names
 
-    @property
-    def grouped_by(self) -> str:
-        """The column that made the groups: consistency_id or question; "none" where every row is a group."""
-        return self.testbed.grouped_by
-
     def overview(self) -> Overview:
         """Its groups and constraints."""
-        return self.problem.consistency.overview(self.problem.groups, self.grouped_by)
+        return self.problem.consistency.overview(self.problem.groups, self.testbed.grouped_by)
 
 
 def prepare_batches(

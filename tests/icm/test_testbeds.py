@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from src.icm.consistency import Relation
-from src.icm.testbeds import TESTBEDS, BadInput, Claim, custom_testbed, parse_label, sample_pool, split_pools
+from src.icm.testbeds import TESTBEDS, BadInput, Claim, custom_testbed, sample_pool, split_pools
+from src.icm.values import parse_label
 
 ROW = {"question": "Q?", "choice": "c", "label": 1, "consistency_id": 0}
 

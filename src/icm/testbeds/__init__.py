@@ -13,10 +13,7 @@ from typing import Any, Final
 
 from src.icm.columns import GroupedBy as GroupedBy
 from src.icm.columns import Reading
-from src.icm.testbeds.definition import Definition as Definition
-from src.icm.testbeds.definition import parse_definition
-from src.icm.testbeds.pools import check_relations as check_relations
-from src.icm.testbeds.pools import grouped_by_question as grouped_by_question
+from src.icm.testbeds.definition import Definition, parse_definition
 from src.icm.testbeds.pools import sample_pool as sample_pool
 from src.icm.testbeds.pools import split_pools as split_pools
 from src.icm.testbeds.rules import by_columns, leaking_comparison, leaking_keys
@@ -25,7 +22,6 @@ from src.icm.testbeds.testbed import ConsistencyMode as ConsistencyMode
 from src.icm.testbeds.testbed import Testbed as Testbed
 from src.icm.values import BadInput as BadInput
 from src.icm.values import is_missing
-from src.icm.values import parse_label as parse_label
 
 NAMES: Final = ("builtin", "truthfulQA", "truthfulQA-preference", "gsm8k", "alpaca")
 """In the order in which they are shown."""
