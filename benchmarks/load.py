@@ -250,7 +250,7 @@ class Run:
         book = PromptBook.build(names, LABELS, tokens=ids, prefix_tokens=(BOS,), separator_tokens=(10,))
         groups = tuple(map(str, range(case.claims)))
         self._layout = TreeLayout.build(range(case.claims), groups, rng)
-        self._api = api.share(alone=False)
+        self._api = api.share(exclusive=False)
         self._scorer = PoolScorer(
             self._api, book, LABELS, Problem(groups, Consistency(()), Objective(1.0), SearchSettings())
         )

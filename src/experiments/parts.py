@@ -132,7 +132,7 @@ async def _label_all(
         async with turns:
             document = await read_or_label(
                 request,
-                api.share(alone=request.parts.at_once == 1),
+                api.share(exclusive=request.parts.at_once == 1),
                 pool,
                 RunFolder(folder.path / part.name),
                 of_part,

@@ -2,9 +2,9 @@
 
     LLAMA_SERVER_URL=http://localhost:8080 python src/experiments/ICM.py --model my-model --testbed builtin
 
-A slot holds the keys and values of the last prompt that it answered, and of the next prompt only what comes after their
-common beginning is computed. So a slot is sent its prompts one after the other, in the tree's order, and always those
-of the same part of [0, 1) (Prompt.place).
+A slot holds the keys and values of the last prompt that it answered, and computes of the next one only what follows
+their common beginning. So each slot gets the prompts of one part of [0, 1) (Prompt.place), always the same part, one
+after the other in the tree's order.
 
 Facts about llama-server that this file relies on, checked with xllamacpp 2026.10: /completion takes a prompt of token
 ids and adds none to it; with post_sampling_probs false it lists the model's own log-probabilities, over the whole
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 START_HINT: Final = "Start one with: llama-server -m MODEL.gguf --alias NAME -np 1 -c 8192 -fa off"
 _LISTED: Final = (200, 2**20)
-"""Alternatives that are asked for: enough for nearly every prompt, and more than any vocabulary has."""
+"""Alternatives to ask for: enough for nearly every prompt, then more than any vocabulary has."""
 _FIELDS: Final[Mapping[str, object]] = {
     "n_predict": 1,
     "temperature": 0,
@@ -189,7 +189,7 @@ class LlamaServer:
     async def _labels(
         self, query: Query, slot: int, top: int, missing: MissingLabelPolicy, asked: list[tuple[_Listed, int]]
     ) -> EngineAnswer:
-        """asked: what was listed so far for this query, and retries; this asking is added."""
+        """asked: the lists so far for this query, each with its retries; this one is appended."""
         asked.append(await self._ask(query.prompt, slot, {"n_probs": top, "cache_prompt": True}))
         listed = asked[-1][0].logprobs
         return EngineAnswer(
@@ -201,7 +201,7 @@ class LlamaServer:
         )
 
     async def _ask(self, prompt: Prompt, slot: int, fields: Mapping[str, object]) -> tuple[_Listed, int]:
-        """What follows a prompt, and retries. Believed only from the server that was there at start."""
+        """What follows a prompt, and retries. The answer counts only if the server is still the one of start()."""
         head = orjson.dumps({**_FIELDS, **fields, "id_slot": slot})[:-1]
 
         async def attempt() -> tuple[_Listed, int]:
@@ -216,7 +216,7 @@ class LlamaServer:
     async def _check(self, epoch: int) -> None:
         """Return once the server was seen to be the known one in `epoch` or later. Raises ServerChanged.
 
-        Nothing is computed for it, because that would cost a slot its keys and values.
+        No prompt is asked for this check: it would overwrite the keys and values of a slot.
         """
         async with self._checking:
             if epoch > self._checked:
@@ -279,7 +279,7 @@ class LlamaServer:
 
 
 def _read(body: bytes, prompt: Prompt) -> _Listed:
-    """Raises TransientError for what is malformed, and ConfigurationError for an answer without what scores need."""
+    """Raises TransientError for a malformed answer, and ConfigurationError for one without log-probabilities."""
     try:
         answer = orjson.loads(body)
         counted, first = answer["tokens_evaluated"], answer.get("completion_probabilities")

@@ -799,7 +799,7 @@ async def test_an_old_server_that_lacks_a_label_is_told_from_a_prompt_that_ends_
         server.drop = {TRUE}
         with pytest.raises(MissingLabel) as caught:
             await engine.score(LABELS.queries(prompts(2)))
-        assert "This server (vLLM 0.19.1) lists its top 20 alone; vLLM 0.26 and newer" in caught.value.hint
+        assert "This server (vLLM 0.19.1) lists only its top 20; vLLM 0.26 and newer" in caught.value.hint
         assert "missing_label to floor" in caught.value.hint
         await engine.aclose()
 
