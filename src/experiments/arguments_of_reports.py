@@ -1,4 +1,4 @@
-"""What the command lines that read runs share: how they explain themselves, complain, and name runs."""
+"""What the command lines that read runs share: their parser and how runs are named."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ def parser_of(program: str, docstring: str | None) -> argparse.ArgumentParser:
 
 
 def run_folders(parser: argparse.ArgumentParser, least: int = 1) -> None:
-    """Add the positional RUN RUN ... . least: how many there must be, told in the help only."""
+    """Add the positional RUN RUN ... . least: how many there must be; only the help says so."""
     what = "folders of runs, as in runs/NAME" if least == 1 else f"at least {least} folders of runs"
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=what)

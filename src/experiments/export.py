@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _export(args: argparse.Namespace, run: RunRecord, path: Path) -> str:
-    """Write it and say what was written. Raises BadInput where there is nothing to write."""
+    """Write the labels; returns one line on what was written. Raises BadInput where there is nothing to write."""
     claims = chosen_claims(run, args.only, args.least)
     if not claims:
         raise BadInput(
