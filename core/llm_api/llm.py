@@ -203,7 +203,7 @@ class ModelAPI:
 
     @property
     def _writer(self) -> TextWriter:
-        from core.llm_api.text.writer import TextWriter  # only those who write texts need that folder
+        from core.llm_api.text.writer import TextWriter  # not imported where nobody asks for texts
 
         return TextWriter(self._engine, self.texts, lambda: self.identity.model)
 

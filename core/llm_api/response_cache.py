@@ -76,13 +76,8 @@ class CacheState:
     faults: tuple[str, ...]
 
 
-def cache_key(identity: EngineIdentity, tokens: NextTokens, prompt_digest: str) -> bytes:
-    """SHA-256, 32 bytes, of the canonical JSON of all that determines an answer. See cache_keys."""
-    return cache_keys(identity, tokens, [prompt_digest])[0]
-
-
 def cache_keys(identity: EngineIdentity, tokens: NextTokens, prompt_digests: Sequence[str]) -> list[bytes]:
-    """The key of each prompt asked for `tokens`. What they share is encoded and hashed once.
+    """SHA-256, 32 bytes, of the canonical JSON of all that determines each prompt's answer to a query for `tokens`.
 
     An engine with a fingerprint is identified by content, not by the path or name of its model. Can other weights have
     the same fingerprint? It holds the log-probabilities of some six tokens, or twenty, after the canary to 1e-4 nat.

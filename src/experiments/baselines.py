@@ -18,7 +18,7 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, get_args
@@ -41,7 +41,7 @@ from src.experiments.loading import check_bad_rows, load_claims, pool_of
 from src.experiments.request import OutputRequest, RunRequest
 from src.experiments.resumable import run_resumable
 from src.experiments.run_settings import as_begun, run_name, settings_of
-from src.experiments.same_run import check_same_engine, check_same_run, identity_record
+from src.experiments.same_run import check_same_engine, check_same_run
 from src.experiments.single_run import model_api_of, print_opening, read_or_label
 from src.experiments.summary import say_shown_again
 from src.icm.problem import BootstrapStart, Stream, generator
@@ -173,7 +173,7 @@ async def _run(request: ComparisonRequest) -> int:
         seeds = sorted(set(request.seeds))
     with lock:
         async with model_api_of(run) as api:
-            engine = identity_record(api.identity)
+            engine = asdict(api.identity)
             if known is not None:
                 check_same_engine(lock, known["engine"], api.identity)
                 engine = known["engine"]
@@ -264,7 +264,7 @@ def _chat_model(request: ComparisonRequest, document: dict[str, Any]) -> ChatMod
     server = {} if request.chat_url is None else {"vllm_base_url": request.chat_url}
 
     def on_asked(identity: EngineIdentity, template: bool) -> None:
-        document["chat"] = {"engine": identity_record(identity), "template": template}
+        document["chat"] = {"engine": asdict(identity), "template": template}
         if not template:
             print(f"warning: {request.chat_model} has no chat template: it is asked in plain text", file=sys.stderr)
 

@@ -6,7 +6,7 @@ import logging
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict
 from typing import Any
 
 import orjson
@@ -82,7 +82,7 @@ def may_be_renamed(known: Mapping[str, Any]) -> bool:
 def check_same_engine(folder: RunFolder, known: Mapping[str, Any], identity: EngineIdentity) -> None:
     """Raises BadInput where scores of two engines would mix in one run: where the version differs, the type or the
     model's configuration (if both are known), or the model. Its path and name may differ if it answers alike."""
-    now = identity_record(identity)
+    now = asdict(identity)
     names = [name for name in ("model", "root") if known.get(name) != now[name]]
     moved = bool(names) and identity.has_content_of(known)
     changed = [] if moved else names
@@ -125,8 +125,3 @@ def _ids(recorded: Any) -> Any:
 
 def _short(value: object) -> object:
     return value[:12] if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else value
-
-
-def identity_record(identity: EngineIdentity) -> dict[str, Any]:
-    """The engine's identity for run.json."""
-    return {field.name: getattr(identity, field.name) for field in fields(identity)}

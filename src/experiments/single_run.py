@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from typing import Any
 
 from core.determinism.record import manifest_entry, read_record
@@ -19,7 +20,6 @@ from src.experiments.same_run import (
     check_same_engine,
     check_same_run,
     check_same_tokens,
-    identity_record,
     may_be_renamed,
 )
 from src.icm.searches.seam import Standing
@@ -209,7 +209,7 @@ async def beginning(
     return {
         "settings": settings,
         "flags": request.recorded_flags(),
-        "engine": identity_record(api.identity),
+        "engine": asdict(api.identity),
         "determinism": determinism_of(request, api),
         "kv_capacity": None if capacity is None else capacity // cache_share,
         "environment": environment(),

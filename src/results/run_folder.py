@@ -39,32 +39,12 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.run_path, self.claims_path = path / "run.json", path / "claims.jsonl"
+        self.log_path, self.labels_path = path / "log.jsonl", path / "labels.jsonl"
+        self.prompt_path, self.curves_path = path / "prompt.txt", path / "curves.png"
+        self._lock_path = path / ".lock"
         self._lock: IO[bytes] | None = None
         self._log: FileIO | None = None
-
-    @property
-    def log_path(self) -> Path:
-        return self.path / "log.jsonl"
-
-    @property
-    def labels_path(self) -> Path:
-        return self.path / "labels.jsonl"
-
-    @property
-    def curves_path(self) -> Path:
-        return self.path / "curves.png"
-
-    @property
-    def claims_path(self) -> Path:
-        return self.path / "claims.jsonl"
-
-    @property
-    def prompt_path(self) -> Path:
-        return self.path / "prompt.txt"
-
-    @property
-    def run_path(self) -> Path:
-        return self.path / "run.json"
 
     def __enter__(self) -> RunFolder:
         try:
@@ -87,10 +67,6 @@ class RunFolder:
     ) -> None:
         self._remove_unbegun()
         self._close()
-
-    @property
-    def _lock_path(self) -> Path:
-        return self.path / ".lock"
 
     def _is_there(self, lock: IO[bytes]) -> bool:
         try:

@@ -185,7 +185,7 @@ class DirectEngine:
 
     @property
     def _text(self) -> DirectText:
-        from core.llm_api.text.direct_text import DirectText  # only those who write texts need that folder
+        from core.llm_api.text.direct_text import DirectText  # not imported where nobody asks for texts
 
         return DirectText(self._model, self._loaded, self._template, self._explained)
 

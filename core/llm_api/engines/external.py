@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
@@ -23,12 +23,12 @@ from core.errors import (
     MissingLabel,
     RequestRejected,
 )
+from core.llm_api.engines.http_texts import HttpTexts
 from core.llm_api.http.completions import PROMPT_END, Answers, read_answers, text_body, token_logprobs
 from core.llm_api.http.llama_card import digest_of_file, llama_card
 from core.llm_api.http.one_by_one import score_each
 from core.llm_api.http.rate_limit import RateLimiter, Turns
 from core.llm_api.http.transport import HttpOptions, HttpTransport
-from core.llm_api.telemetry import RequestTelemetry
 from core.llm_api.tokens import CANARY_TEXT
 from core.llm_api.types import (
     Capabilities,
@@ -44,7 +44,6 @@ from core.llm_api.types import (
 from core.settings import MissingLabelPolicy, Settings
 
 if TYPE_CHECKING:
-    from core.llm_api.text.generation import Embeddings, Generation, Piece, TextRequest
     from core.llm_api.text.http_text import HttpText
 
 log = logging.getLogger(__name__)
@@ -65,7 +64,7 @@ _FIT_HINT: Final = (
 )
 
 
-class ExternalAPI:
+class ExternalAPI(HttpTexts):
     """An Engine over a hosted API. `api_base` is what /completions is appended to, usually ending in /v1.
 
     check_continuation: refuse an endpoint that does not go on with the text that it is sent (continuation.py).
@@ -156,30 +155,9 @@ class ExternalAPI:
         """See Engine.score and score_each."""
         return await score_each(queries, self._score_one, on_answer)
 
-    async def generate(self, request: TextRequest) -> Generation:
-        """See TextEngine.generate."""
-        return await self._text.generate(request)
-
-    def stream(self, request: TextRequest) -> AsyncGenerator[Piece, None]:
-        """See TextEngine.stream."""
-        return self._text.stream(request)
-
-    async def embed(self, texts: Sequence[str]) -> Embeddings:
-        """See TextEngine.embed."""
-        return await self._text.embed(texts)
-
-    async def models(self) -> list[str]:
-        """See TextEngine.models."""
-        return await self._text.models()
-
-    @property
-    def telemetry(self) -> list[RequestTelemetry]:
-        """What was counted about the requests to the server."""
-        return [self._http.telemetry]
-
     @cached_property
     def _text(self) -> HttpText:
-        from core.llm_api.text.http_text import HttpText  # only those who write texts need that folder
+        from core.llm_api.text.http_text import HttpText  # not imported where nobody asks for texts
 
         return HttpText(self._http, self._model, prefix="", limiter=self._limiter)
 
@@ -190,10 +168,6 @@ class ExternalAPI:
     async def kv_cache_tokens(self) -> int | None:
         """None: hosted APIs do not show it."""
         return None
-
-    async def aclose(self) -> None:
-        """Close the connections; idempotent."""
-        await self._http.aclose()
 
     async def _score_one(self, query: Query, failed: Sequence[APIError]) -> EngineAnswer:
         asked: list[tuple[Answers, int]] = []

@@ -14,22 +14,21 @@ vocabulary, by token id; n_probs may be as large as the vocabulary; id_slot wait
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import orjson
 from pydantic import SecretStr
 
 from core.errors import APIError, ConfigurationError, MissingLabel, ServerChanged, TransientError
+from core.llm_api.engines.http_texts import HttpTexts
 from core.llm_api.http.completions import checked_logprob, token_logprobs
 from core.llm_api.http.gather import all_or_cancel
 from core.llm_api.http.llama_card import digest_of_file, llama_card
 from core.llm_api.http.one_by_one import score_each
 from core.llm_api.http.transport import HttpOptions, HttpTransport
-from core.llm_api.telemetry import RequestTelemetry
 from core.llm_api.tokens import CANARY_TEXT, fingerprint
 from core.llm_api.types import (
     Capabilities,
@@ -43,10 +42,6 @@ from core.llm_api.types import (
     sum_known,
 )
 from core.settings import MissingLabelPolicy, Settings
-
-if TYPE_CHECKING:
-    from core.llm_api.text.generation import Embeddings, Generation, Piece, TextRequest
-    from core.llm_api.text.http_text import HttpText
 
 START_HINT: Final = "Start one with: llama-server -m MODEL.gguf --alias NAME -np 1 -c 8192 -fa off"
 _LISTED: Final = (200, 2**20)
@@ -67,7 +62,7 @@ class _Listed:
     cached: int | None
 
 
-class LlamaServer:
+class LlamaServer(HttpTexts):
     """An Engine and a TextEngine over HTTP. `base_url` without /v1; `model` as the server names it."""
 
     capabilities: Final = Capabilities(checkable=False)
@@ -137,33 +132,6 @@ class LlamaServer:
         """See Engine.score and score_each. A slot's queries wait for each other, in their order."""
         return await score_each(queries, self._score_one, on_answer)
 
-    async def generate(self, request: TextRequest) -> Generation:
-        """See TextEngine.generate."""
-        return await self._text.generate(request)
-
-    def stream(self, request: TextRequest) -> AsyncGenerator[Piece, None]:
-        """See TextEngine.stream."""
-        return self._text.stream(request)
-
-    async def embed(self, texts: Sequence[str]) -> Embeddings:
-        """See TextEngine.embed; needs a server that was started with --embeddings."""
-        return await self._text.embed(texts)
-
-    async def models(self) -> list[str]:
-        """See TextEngine.models."""
-        return await self._text.models()
-
-    @property
-    def telemetry(self) -> list[RequestTelemetry]:
-        """What was counted about the requests to the server."""
-        return [self._http.telemetry]
-
-    @cached_property
-    def _text(self) -> HttpText:
-        from core.llm_api.text.http_text import HttpText  # only those who write texts need that folder
-
-        return HttpText(self._http, self._model)
-
     async def prefix_cache(self) -> PrefixCacheCounters | None:
         """None: each answer says how many of its tokens were cached (EngineAnswer.cached_tokens)."""
         return None
@@ -171,10 +139,6 @@ class LlamaServer:
     async def kv_cache_tokens(self) -> int | None:
         """None: a slot keeps one prompt, whatever its size, and a tree needs no more."""
         return None
-
-    async def aclose(self) -> None:
-        """Close the connections, which stops what is still being computed; idempotent."""
-        await self._http.aclose()
 
     async def _score_one(self, query: Query, failed: Sequence[APIError]) -> EngineAnswer:
         slot = min(int(query.prompt.place * len(self._slots)), len(self._slots) - 1)

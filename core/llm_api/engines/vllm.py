@@ -9,14 +9,14 @@ our launcher also takes a pool as a tree of segments (icm_vllm), which start() f
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from pydantic import SecretStr
 
 from core.errors import APIError, RequestRejected, RetriesExhausted
+from core.llm_api.engines.http_texts import HttpTexts
 from core.llm_api.http.completions import (
     Answers,
     found_or_missing,
@@ -36,7 +36,6 @@ from core.llm_api.http.transport import HttpOptions, HttpTransport
 from core.llm_api.http.vllm_extension import VLLMExtension, tree_body
 from core.llm_api.http.vllm_metrics import kv_block_size, kv_cache_capacity, prefix_cache_counters
 from core.llm_api.http.vllm_questions import VLLMQuestions
-from core.llm_api.telemetry import RequestTelemetry
 from core.llm_api.tokens import fingerprint
 from core.llm_api.types import (
     Capabilities,
@@ -51,10 +50,6 @@ from core.llm_api.types import (
 )
 from core.settings import MissingLabelPolicy
 from icm_vllm.prompt_tree import MAX_PROMPTS_PER_REQUEST
-
-if TYPE_CHECKING:
-    from core.llm_api.text.generation import Embeddings, Generation, Piece, TextRequest
-    from core.llm_api.text.http_text import HttpText
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +78,7 @@ class _Batch:
         return searched and may_be_one_prompt(error) and error not in self.failed
 
 
-class VLLMClient:
+class VLLMClient(HttpTexts):
     """An Engine over HTTP. `base_url` without /v1; `model` as the server names it; `revision` as the user states it.
 
     prompts_per_request: None sends a pool as one request (or as few as vLLM's limit allows). use_extension: whether to
@@ -255,33 +250,6 @@ class VLLMClient:
         )
         return replace(whole, logprobs=[answers[position] for position in range(len(queries))])
 
-    async def generate(self, request: TextRequest, *, retry: RetryPolicy | None = None) -> Generation:
-        """See TextEngine.generate. retry: in place of the options' policy."""
-        return await self._text.generate(request, retry=retry)
-
-    def stream(self, request: TextRequest, *, retry: RetryPolicy | None = None) -> AsyncGenerator[Piece, None]:
-        """See TextEngine.stream. retry: in place of the options' policy."""
-        return self._text.stream(request, retry=retry)
-
-    async def embed(self, texts: Sequence[str]) -> Embeddings:
-        """See TextEngine.embed."""
-        return await self._text.embed(texts)
-
-    async def models(self) -> list[str]:
-        """See TextEngine.models."""
-        return await self._text.models()
-
-    @property
-    def telemetry(self) -> list[RequestTelemetry]:
-        """What was counted about the requests to the server."""
-        return [self._http.telemetry]
-
-    @cached_property
-    def _text(self) -> HttpText:
-        from core.llm_api.text.http_text import HttpText  # only those who write texts need that folder
-
-        return HttpText(self._http, self._model)
-
     async def prefix_cache(self) -> PrefixCacheCounters | None:
         """Summed over the server's engines; None where it shows no metrics."""
         text = await self._questions.metrics()
@@ -296,10 +264,6 @@ class VLLMClient:
         """See vllm_metrics.kv_block_size."""
         text = await self._questions.metrics()
         return None if text is None else kv_block_size(text)
-
-    async def aclose(self) -> None:
-        """Close the connections, which aborts what is still being computed; idempotent."""
-        await self._http.aclose()
 
     async def _score_part(self, batch: _Batch, start: int, queries: Sequence[Query]) -> EngineAnswer:
         """Score as one request, or as several where a proxy before the server refuses one of that size."""
