@@ -3,7 +3,7 @@
     with VLLMServer(model="gemma-3-270m", log=Path("runs/vllm.log")) as server:
         ...  # server.url, server.model
 
-The server gets a process group of its own. The group is stopped (SIGTERM, then SIGKILL after 10 s) when the block ends:
+The server gets its own process group. The group is stopped (SIGTERM, then SIGKILL after 10 s) when the block ends:
 normally, by an exception, by Ctrl-C, by SIGTERM or SIGHUP. Where this process is killed (SIGKILL, out of
 memory), a guardian process sees its pipe close and stops the group instead.
 """

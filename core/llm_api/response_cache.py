@@ -1,9 +1,9 @@
 """Answers kept across runs, keyed by everything that determines them: SQLite, safe for several processes at once.
 
 A key is the SHA-256 of who was asked (EngineIdentity), what (the prompt's digest) and for which tokens; no run name, no
-iteration, so an edited template or a restarted server with other weights can never read a stale score. A model is known
-by its content, not by where its folder lies (cache_keys). A row carries a checksum; a row that fails it is a miss,
-counted, and answered anew.
+iteration, so an edited template or a restarted server with other weights can never read an outdated score. A model is
+known by its content, not by where its folder lies (cache_keys). A row carries a checksum; a row that fails it is a
+miss, counted, and answered anew.
 """
 
 from __future__ import annotations

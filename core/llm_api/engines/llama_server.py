@@ -28,6 +28,7 @@ from core.llm_api.http.completions import checked_logprob, token_logprobs
 from core.llm_api.http.gather import all_or_cancel
 from core.llm_api.http.llama_card import digest_of_file, llama_card
 from core.llm_api.http.one_by_one import score_each
+from core.llm_api.http.server_errors import malformed_is_transient
 from core.llm_api.http.transport import HttpOptions, HttpTransport
 from core.llm_api.tokens import CANARY_TEXT, fingerprint
 from core.llm_api.types import (
@@ -119,7 +120,7 @@ class LlamaServer(HttpTexts):
         return await all_or_cancel(self._string("/detokenize", {"tokens": list(ids)}, "content") for ids in tokens)
 
     async def tokenize_chat(self, messages: Sequence[str]) -> list[list[int]]:
-        """See Engine.tokenize_chat. A model without a template of its own gets llama.cpp's (ChatML)."""
+        """See Engine.tokenize_chat. A model without a template gets llama.cpp's (ChatML)."""
 
         async def one(text: str) -> list[int]:
             turns = {"messages": [{"role": "user", "content": text}]}
@@ -244,7 +245,7 @@ class LlamaServer(HttpTexts):
 
 def _read(body: bytes, prompt: Prompt) -> _Listed:
     """Raises TransientError for a malformed answer, and ConfigurationError for one without log-probabilities."""
-    try:
+    with malformed_is_transient():
         answer = orjson.loads(body)
         counted, first = answer["tokens_evaluated"], answer.get("completion_probabilities")
         if not first or "top_logprobs" not in first[0]:
@@ -255,8 +256,6 @@ def _read(body: bytes, prompt: Prompt) -> _Listed:
             int(each["id"]): checked_logprob(each["logprob"], prompt.name, hint="") for each in first[0]["top_logprobs"]
         }
         cached = (answer.get("timings") or {}).get("cache_n")
-    except (orjson.JSONDecodeError, LookupError, TypeError, ValueError, AttributeError) as error:
-        raise TransientError(f"the answer is truncated or malformed ({type(error).__name__}).") from None
     if counted != prompt.num_tokens or answer.get("truncated"):
         raise TransientError(
             f"prompt {prompt.name!r}: the answer is to {counted} prompt tokens, and {prompt.num_tokens} were sent."

@@ -331,23 +331,23 @@ class VLLMGroup:
             server = server_for(batch.queries[position].prompt.place, len(self._members), able)
             shares.setdefault(server, []).append(position)
         await all_or_settle(
-            self._ask_one(batch, self._members[server], share, alone=len(able) == 1) for server, share in shares.items()
+            self._ask_one(batch, self._members[server], share, last=len(able) == 1) for server, share in shares.items()
         )
 
-    async def _ask_one(self, batch: _Batch, member: _Member, share: list[int], *, alone: bool) -> None:
+    async def _ask_one(self, batch: _Batch, member: _Member, share: list[int], *, last: bool) -> None:
         def keep(positions: Sequence[int], answer: EngineAnswer) -> None:
             batch.take([share[position] for position in positions], answer)
 
         queries = [batch.queries[position] for position in share]
         try:
             # While others could answer, a server is soon given up; the last one is waited for.
-            retry = self._patience if alone else self._brief
-            await member.client.score(queries, on_answer=keep, retry=retry, search=alone)
+            retry = self._patience if last else self._brief
+            await member.client.score(queries, on_answer=keep, retry=retry, search=last)
         except LOST as error:
             if any(other is not member and other not in batch.failed for other in self._up):
                 batch.failed.add(member)
                 self._drop(member, error)
-            elif alone:
+            elif last:
                 raise
             # Else the others dropped out meanwhile: this one is asked again, now as the last.
             await self._ask(batch, [position for position in share if position not in batch.answers], error)

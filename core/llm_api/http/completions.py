@@ -1,6 +1,6 @@
 """The /v1/completions body and what its answer means; shared by both HTTP engines.
 
-Bodies are joined from bytes that the prompts already hold, and answers are read with orjson alone: a pool of 256
+Bodies are joined from bytes that the prompts already hold, and answers are read by orjson: a pool of 256
 prompts is 18 MB of JSON, and the client must not be the slow part of a step.
 """
 
@@ -15,6 +15,7 @@ from typing import Any, Final, TypeVar
 import orjson
 
 from core.errors import ConfigurationError, MissingLabel, NotLogprobs, TransientError
+from core.llm_api.http.server_errors import malformed_is_transient
 from core.llm_api.http.transport import Pieces
 from core.llm_api.types import EngineAnswer, NextTokens, OnAnswer, Prompt, Query, TokenLogprobs
 from core.settings import MissingLabelPolicy
@@ -124,12 +125,10 @@ def read_answers(body: bytes, prompts: Sequence[Prompt], *, extra: int | None = 
     Raises TransientError for a body that is truncated or malformed, has other choices than were asked for or answers
     another request, and ConfigurationError where the server returns no logprobs.
     """
-    try:
+    with malformed_is_transient():
         parsed = orjson.loads(body)
         choices = sorted(parsed["choices"], key=lambda choice: int(choice["index"]))
         indexes = [choice["index"] for choice in choices]
-    except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise TransientError(f"the answer is truncated or malformed ({type(error).__name__}).") from None
     if indexes != list(range(len(prompts))):
         raise TransientError(f"asked for {len(prompts)} choices, one a prompt, and got {len(indexes)} or other ones.")
     top = [_first_token(choice, prompt.name) for choice, prompt in zip(choices, prompts, strict=True)]
@@ -147,7 +146,7 @@ def read_generated(body: bytes, count: int) -> list[tuple[list[str], list[float]
 
     Raises TransientError for a body that is truncated, malformed or holds other choices than were asked for.
     """
-    try:
+    with malformed_is_transient():
         choices = sorted(orjson.loads(body)["choices"], key=lambda choice: int(choice["index"]))
         if [choice["index"] for choice in choices] != list(range(count)):
             raise TransientError(f"asked for {count} choices, one a prompt, and got {len(choices)} or other ones.")
@@ -155,8 +154,6 @@ def read_generated(body: bytes, count: int) -> list[tuple[list[str], list[float]
             (list(choice["logprobs"]["tokens"]), [float(value) for value in choice["logprobs"]["token_logprobs"]])
             for choice in choices
         ]
-    except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise TransientError(f"the answer is truncated or malformed ({type(error).__name__}).") from None
 
 
 def read_tree_answer(body: bytes, token_ids: Sequence[int], prompts: Sequence[Prompt]) -> Answers:
@@ -165,7 +162,7 @@ def read_tree_answer(body: bytes, token_ids: Sequence[int], prompts: Sequence[Pr
     Raises TransientError for a body that is truncated, malformed, answers another number of prompts or another request.
     """
     keys = list(map(token_key, token_ids))
-    try:
+    with malformed_is_transient():
         parsed = orjson.loads(body)
         top = [
             {
@@ -176,8 +173,6 @@ def read_tree_answer(body: bytes, token_ids: Sequence[int], prompts: Sequence[Pr
             for row in parsed["logprobs"]
         ]
         counted, cached = int(parsed["prompt_tokens"]), parsed["cached_tokens"]
-    except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise TransientError(f"the answer is truncated or malformed ({type(error).__name__}).") from None
     if len(top) != len(prompts):
         raise TransientError(f"asked about {len(prompts)} prompts and got {len(top)} answers.")
     _check_count(counted, prompts)

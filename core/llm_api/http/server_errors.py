@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Final
@@ -48,6 +49,15 @@ def connection_error(error: Exception, url: str, server: str, *, absent: str, si
             return TransientError(f"{url} sent nothing for {silence:g} s.", hint="Raise read_timeout if it is slow.")
         case _:
             return TransientError(f"the connection to {url} broke ({name}).")
+
+
+@contextmanager
+def malformed_is_transient() -> Iterator[None]:
+    """Around reading the body of an answer. Raises TransientError where it is truncated or malformed."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:  # orjson.JSONDecodeError is a ValueError
+        raise TransientError(f"the answer is truncated or malformed ({type(error).__name__}).") from None
 
 
 def server_message(content: bytes) -> str:

@@ -17,6 +17,7 @@ from core.llm_api.http.completions import Answers, read_answers
 from core.llm_api.http.gather import all_or_cancel
 from core.llm_api.http.llama_card import OWNER as LLAMA_SERVER
 from core.llm_api.http.retry import RetryPolicy
+from core.llm_api.http.server_errors import malformed_is_transient
 from core.llm_api.http.transport import HttpTransport
 from core.llm_api.types import Prompt
 from icm_vllm.prompt_tree import MAX_PROMPTS_PER_REQUEST, PATH
@@ -182,11 +183,9 @@ class VLLMQuestions:
 
         async def attempt() -> list[list[int]]:
             answer = _json_object(await self._http.send("POST", path, body), path)
-            try:
+            with malformed_is_transient():
                 choices = sorted(answer["choices"], key=lambda choice: int(choice["index"]))
                 indexes = [choice["index"] for choice in choices]
-            except (KeyError, TypeError, ValueError) as error:
-                raise TransientError(f"the answer is truncated or malformed ({type(error).__name__}).") from None
             if indexes != list(range(len(texts))):
                 raise TransientError(f"asked for {len(texts)} choices, one a text, and got {len(indexes)}.")
             return [self._prompt_ids(choice) for choice in choices]

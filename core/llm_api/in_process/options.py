@@ -38,7 +38,7 @@ class DirectOptions:
 
     gpu_memory_utilization: share of the GPU's memory, 0 to 1. block_size: tokens a KV-cache block; on CPU a multiple of
     32. cpu: vLLM must be one for the CPU, and gets the settings of the local server (configs/vllm_config.yaml) where
-    none are given here. deterministic: scores depend on their prompt alone, as with the launcher's --deterministic
+    none are given here. deterministic: scores depend only on their prompt, as with the launcher's --deterministic
     (docs/determinism.md), unless the environment already sets batch invariance. chat_template: a Jinja template
     or the path of one, for models that have none. runner: "pooling" for embeddings in place of texts. extra: further
     engine arguments.

@@ -13,7 +13,7 @@ from core.llm_api.text.generation import Generation, SamplingOptions
 
 COUNTING: Final = "1 2 3 4 5"
 GOES_ON: Final = SamplingOptions(max_tokens=4)
-"""Enough for the 6 where the blank before it is a token of its own."""
+"""Enough for the 6 where the blank before it is a separate token."""
 ADDED: Final = 3
 """Tokens that a prompt may have beyond one a character: BOS, SentencePiece's leading blank, one of a wrong count."""
 

@@ -18,7 +18,7 @@ import orjson
 from core.errors import APIError, ConfigurationError, RequestRejected, TransientError
 from core.llm_api.http.rate_limit import RateLimiter, Turns
 from core.llm_api.http.retry import RetryPolicy
-from core.llm_api.http.server_errors import server_message
+from core.llm_api.http.server_errors import malformed_is_transient, server_message
 from core.llm_api.http.transport import HttpTransport
 from core.llm_api.text.generation import Embeddings, Generation, Piece, TextRequest
 from core.llm_api.text.sse import EventTooLong, SSEParser
@@ -214,7 +214,7 @@ def _stream_error(said: object, data: bytes) -> APIError:
 
 
 def _generation(body: bytes) -> Generation:
-    try:
+    with malformed_is_transient():
         answer = orjson.loads(body)
         (choice,) = answer["choices"]
         text = choice["message"]["content"] if "message" in choice else choice["text"]
@@ -225,17 +225,13 @@ def _generation(body: bytes) -> Generation:
             int(usage.get("prompt_tokens") or 0),
             int(usage.get("completion_tokens") or 0),
         )
-    except (orjson.JSONDecodeError, LookupError, TypeError, ValueError, AttributeError) as error:
-        raise TransientError(f"the answer is truncated or malformed ({type(error).__name__}).") from None
 
 
 def _vectors(body: bytes, count: int) -> Embeddings:
-    try:
+    with malformed_is_transient():
         rows: list[Any] = sorted(orjson.loads(body)["data"], key=lambda row: int(row["index"]))
         with np.errstate(over="ignore"):
             vectors = np.array([row["embedding"] for row in rows], dtype=np.float32)
-    except (orjson.JSONDecodeError, LookupError, TypeError, ValueError) as error:
-        raise TransientError(f"the answer is truncated or malformed ({type(error).__name__}).") from None
     if vectors.ndim != 2 or len(vectors) != count:
         raise TransientError(f"asked for {count} vectors and got an array of shape {vectors.shape}.")
     if not np.isfinite(vectors).all():
