@@ -77,7 +77,7 @@ async def test_a_check_ends_in_time_and_names_what_it_did_not_reach(
         assert record.not_reached[0] == "alone, again"
         assert record.not_reached[-1] == "as a search asks"
         lines = capsys.readouterr().out.splitlines()
-        assert lines[0].startswith("Determinism check: the same prompts are asked alone and in every kind of company")
+        assert lines[0].startswith("Determinism check: each row asks the same prompts in another way")
         assert f"not reached in the time given: {', '.join(record.not_reached)}" in lines
         args.seconds = None  # without a limit everything is asked again
         record = await run(args, Report(quiet=True))

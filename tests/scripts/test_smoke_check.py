@@ -59,7 +59,7 @@ async def test_a_good_server_passes_every_check(checks_of: Examination) -> None:
     ("server", "found"),
     [
         (FakeVLLM(), "whole prompts"),
-        (FakeVLLM(trees=True), "trees of segments; shared prefixes are worked on again"),
+        (FakeVLLM(trees=True), "trees of segments; work on shared prefixes is repeated"),
         (FakeVLLM(trees=True, fast_prefixes=True), "trees of segments"),
     ],
 )
