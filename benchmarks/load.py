@@ -61,13 +61,13 @@ from core.llm_api.types import (
     Query,
     TokenLogprobs,
 )
+from fakes.vllm_server import BOS, FALSE, TRUE, FakeVLLM, label_distribution
 from src.icm.consistency import Consistency
 from src.icm.objective import LogOdds, Objective
 from src.icm.prefix_tree import TreeLayout
 from src.icm.problem import Candidate, Problem, SearchSettings
 from src.icm.prompts import PromptBook
 from src.pipeline.scoring import PoolScorer
-from tests.core.fake_server import BOS, FALSE, TRUE, FakeVLLM, label_distribution
 
 PEAK: Final = 600.0
 """MB of resident memory that no case may exceed, the interpreter and everything imported included."""

@@ -29,12 +29,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from core.llm_api.llm import open_model_api
 from core.settings import Settings
+from fakes.vllm_server import FakeVLLM, hashed_log_odds
 from src.icm.objective import Objective
 from src.icm.problem import SearchSettings
 from src.pipeline.datafiles import load_testbed
 from src.pipeline.labelling import Labelling, prepare_batches
 from src.results.run_folder import RunFolder
-from tests.core.fake_server import FakeVLLM, hashed_log_odds
 
 COST = ("asked", "from_cache", "asked_ahead", "ahead_used", "tokens_sent", "tokens_cached", "tokens_computed")
 NOT_DECISIONS = {*COST, "floored", "seconds"}

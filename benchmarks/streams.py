@@ -28,7 +28,7 @@ from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.http.transport import HttpOptions
 from core.llm_api.llm import ModelAPI
 from core.llm_api.text.generation import End, SamplingOptions, Token
-from tests.core.fake_text import FakeTextServer, Manner, written
+from fakes.text_server import FakeTextServer, Manner, written
 
 
 async def serve(client: Connection, delay: float) -> None:

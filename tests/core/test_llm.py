@@ -26,7 +26,7 @@ from core.llm_api.types import (
     Segment,
 )
 from core.settings import Settings
-from tests.core.fake_server import FALSE, TRUE, FakeVLLM, Fault, hashed_log_odds
+from fakes.vllm_server import FALSE, TRUE, FakeVLLM, Fault, hashed_log_odds
 from tests.core.old_cache import old_cache
 from tests.core.two_labels import pair, two
 

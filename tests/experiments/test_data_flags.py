@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from fakes.vllm_server import FakeVLLM
 from src.experiments.ICM import build_parser
 from src.experiments.request import DataRequest
 from src.icm.values import BadInput
-from tests.core.fake_server import FakeVLLM
 from tests.experiments.test_baselines import Table
 from tests.experiments.test_icm_cli import Command, signed_by_words
 

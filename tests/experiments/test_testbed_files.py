@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.core.fake_server import FakeVLLM, encode, label_distribution
+from fakes.vllm_server import FakeVLLM, encode, label_distribution
 from tests.experiments.test_icm_cli import Command, signed_by_words
 from tests.pipeline.test_many_labels import MOODS, Model
 

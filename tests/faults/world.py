@@ -35,8 +35,8 @@ from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.llm import ModelAPI
 from core.llm_api.response_cache import cache_keys
 from core.llm_api.types import EngineIdentity, Prompt, Segment
+from fakes.vllm_server import FALSE, TRUE, FakeVLLM, label_distribution
 from src.experiments.ICM import main
-from tests.core.fake_server import FALSE, TRUE, FakeVLLM, label_distribution
 from tests.core.two_labels import two
 from tests.faults.proxy import FaultProxy
 

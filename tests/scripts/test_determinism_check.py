@@ -17,10 +17,10 @@ from core.determinism.bits import Compared
 from core.determinism.matrix import Matrix, Row, Size
 from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.http.transport import HttpOptions, HttpTransport
+from fakes.vllm_server import FakeVLLM, hashed_log_odds
 from scripts.test_determinism import LESS, QUICK, Report, build_parser, fitting, run
 from src.pipeline.determinism_material import Amount, material_for
 from tests.conftest import RunningServer
-from tests.core.fake_server import FakeVLLM, hashed_log_odds
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "test_determinism.py"
 

@@ -28,8 +28,8 @@ from core.llm_api.http.retry import RetryPolicy
 from core.llm_api.http.transport import HttpOptions
 from core.llm_api.tokens import CANARY_TEXT, spell_labels
 from core.llm_api.types import Engine, EngineAnswer, Prompt, Segment
+from fakes.vllm_server import BOS, FALSE, TRUE, FakeVLLM, Fault, hashed_log_odds
 from icm_vllm.prompt_tree import PATH
-from tests.core.fake_server import BOS, FALSE, TRUE, FakeVLLM, Fault, hashed_log_odds
 from tests.core.two_labels import log_odds, two
 
 KEY = "sk-planted-0123456789"
