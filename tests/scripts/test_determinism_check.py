@@ -157,7 +157,7 @@ def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["--block_size", "32"], "--block_size is for --direct"),
         (["--start", "local", "--max_model_len", "512"], "--max_model_len is for --direct"),
         (["--start", "local", "--no-deterministic"], "for --start give --option=--no-deterministic"),
-        (["--direct", "here", "--model", "m"], "--model names what a server serves"),
+        (["--direct", "here", "--model", "m"], "--model is for a server"),
     ],
 )
 def test_what_cannot_be_checked_is_an_error_in_one_line(arguments: list[str], told: str) -> None:
