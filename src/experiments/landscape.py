@@ -30,7 +30,7 @@ from typing import Any, Final
 import orjson
 
 from core.files import write_atomically
-from src.experiments.arguments import Parser, add_search_arguments, at_least, command_parser
+from src.experiments.arguments import AddedUp, Parser, add_search_arguments, at_least, command_parser
 from src.experiments.contradictions import refuse
 from src.experiments.loading import pool_of, warn_of_leaks
 from src.experiments.request import OutputRequest, RunRequest
@@ -88,9 +88,16 @@ def build_parser() -> Parser:
     group.add_argument(
         "--found",
         type=Path,
-        action="append",
+        nargs="+",
+        action=AddedUp,
         metavar="RUN",
-        help="also the labels of this run, of the same pool: a folder, or its name under --runs_dir; may be repeated",
+        help="also the labels of these runs of the same pool: folders, or names under --runs_dir",
+    )
+    group.add_argument(
+        "--seed",
+        type=at_least(0),
+        default=SearchSettings().seed,
+        help="of the pool (as in icm label) and the labelings",
     )
     group.add_argument("--run", metavar="NAME", help="folder under --runs_dir (default: made from the settings)")
     group.add_argument("--runs_dir", type=Path, default=OutputRequest().runs_dir, help="where runs and scores are kept")

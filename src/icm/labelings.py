@@ -26,7 +26,7 @@ DEGREES: Final = (0.05, 0.10, 0.15, 0.20, 0.30, 0.40, 0.50)
 """Shares of gold's labels that are changed."""
 ROUNDS: Final = 4
 """Rounds of bootstrapping in a chain; each one's labels are a labeling."""
-FEWEST: Final = 20
+FEWEST: Final = 30
 
 
 @dataclass(frozen=True, slots=True)

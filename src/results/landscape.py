@@ -22,8 +22,8 @@ from src.results.findings import Verdict
 from src.results.statistics import rank_correlation, rank_correlation_interval
 
 LEADS: Final = 0.5
-"""U leads to truth where the whole interval of the rank correlation is above this, and the labels of the highest U
-agree with gold at least so far:"""
+"""U leads to truth where the rank correlation is at least this (what Cohen 1988 calls a large one), its interval lies
+above 0, and the labels of the highest U agree with gold at least so far:"""
 NEAR: Final = 0.9
 LEAST_KNOWN: Final = 10
 """Gold labels that are needed (or all of the pool's) for labelings to be held against gold."""
@@ -49,7 +49,7 @@ class Landscape:
     @cached_property
     def distinct(self) -> tuple[Evaluated, ...]:
         """The first of each labeling that is there several times."""
-        return tuple({each.labeling.labels: each for each in reversed(self.evaluated)}.values())[::-1]
+        return _distinct(self.evaluated)
 
     @cached_property
     def highest(self) -> Evaluated:
@@ -80,8 +80,8 @@ class Landscape:
     def without_gold(self) -> tuple[Evaluated, ...]:
         """Labelings for which gold was not needed: what a search could come by."""
         of_gold = {each.labeling.name for each in self.evaluated if each.labeling.kind in ("gold", "corrupted gold")}
-        return tuple(
-            each for each in self.distinct if each.labeling.name not in of_gold and each.labeling.of not in of_gold
+        return _distinct(
+            [each for each in self.evaluated if each.labeling.name not in of_gold and each.labeling.of not in of_gold]
         )
 
     @cached_property
@@ -135,10 +135,11 @@ class Landscape:
         """OK: U leads to truth; WATCH: part of the way; PROBLEM: it does not; UNKNOWN: gold is not known."""
         if not self.has_gold:
             return Verdict.UNKNOWN
-        low, top = (self.interval or (0.0, 0.0))[0], self.agreement(self.highest)
-        if low > LEADS and top >= NEAR:
-            return Verdict.OK
-        return Verdict.WATCH if low > 0 and top >= self.halfway else Verdict.PROBLEM
+        correlated = (self.interval or (0.0, 0.0))[0] > 0
+        top = self.agreement(self.highest)
+        if top >= NEAR:
+            return Verdict.OK if correlated and (self.correlation or 0.0) >= LEADS else Verdict.WATCH
+        return Verdict.WATCH if correlated and top >= self.halfway else Verdict.PROBLEM
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +176,10 @@ def compare_objectives(landscape: Landscape, *, constraints: bool = True) -> lis
             )
         )
     return found
+
+
+def _distinct(evaluated: Sequence[Evaluated]) -> tuple[Evaluated, ...]:
+    return tuple({each.labeling.labels: each for each in reversed(evaluated)}.values())[::-1]
 
 
 def _at_highest(value: dict[Labels, float], shares: dict[Labels, float]) -> float:

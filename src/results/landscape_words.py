@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from src.icm.labelings import Evaluated
 from src.results.findings import Verdict
 from src.results.landscape import LEADS, NEAR, NEARLY_HIGHEST, Landscape
@@ -19,20 +21,19 @@ def verdict_sentence(landscape: Landscape) -> str:
             f"the highest U agree with gold on {top:.0%} of the claims. A search that finds a higher U finds better "
             "labels."
         )
+    if verdict is Verdict.WATCH and top < NEAR:
+        return (
+            "U leads part of the way to truth here: labelings with a higher U tend to agree more with gold, but those "
+            f"with the highest agree with it on {top:.0%} of the claims only. Expect a search to find labels that are "
+            "better than chance, and look at some by hand."
+        )
     if verdict is Verdict.WATCH:
         return (
-            f"U leads part of the way to truth here: labelings with a higher U tend to agree more with gold, but "
-            f"{_reservation(landscape)}. Expect a search to find labels that are better than chance, and "
-            "look at some by hand."
+            f"U leads part of the way to truth here: the labels with the highest U agree with gold on {top:.0%} of the "
+            "claims, but elsewhere a higher U does not mean much more of it. A search can end at labels of a lower U "
+            "that are wrong, such as mirrored ones: run it with several seeds and keep the labels of the highest U."
         )
     return f"U does not lead to truth for this model and data: {_failure(landscape)}"
-
-
-def _reservation(landscape: Landscape) -> str:
-    top = landscape.agreement(landscape.highest)
-    if top < NEAR:
-        return f"those with the highest U agree with it on {top:.0%} of the claims only"
-    return "the two do not go together closely"
 
 
 def _failure(landscape: Landscape) -> str:
@@ -56,12 +57,11 @@ def _without_gold(landscape: Landscape) -> str:
     rivals = landscape.nearly_highest
     far = [each for each in rivals if landscape.agreement(each) < NEAR]
     if far:
-        least = min(landscape.agreement(each) for each in far)
+        agree = "agrees" if len(far) == 1 else "agree"
         return begin + (
-            f"There are several: {counted(len(far), 'labeling')} with nearly the highest U "
-            f"{'agrees' if len(far) == 1 else 'agree'} with the highest one on {least:.0%} to "
-            f"{max(landscape.agreement(each) for each in far):.0%} of the claims, and U alone does not say which is "
-            "true. Label some claims by hand before a search."
+            f"There are several: {counted(len(far), 'labeling')} with nearly the highest U {agree} with the highest "
+            f"one on {_span([landscape.agreement(each) for each in far])} of the claims, and U alone does not say "
+            "which is true. Label some claims by hand before a search."
         )
     near = f"all {len(rivals)} others that come near it say nearly the same" if rivals else "no other labeling is near"
     return begin + (
@@ -89,10 +89,10 @@ def words(landscape: Landscape) -> list[str]:
         lines.append(line + ("." if of_gold is None else f"; that of gold has {of_gold.utility:.2f}."))
     if landscape.has_gold:
         lines.append(
-            f"Thresholds: U leads to truth where the interval of the rank correlation lies above {LEADS:g} and the "
-            f"labels with the highest U agree with gold on at least {NEAR:.0%}; part of the way where it lies "
-            f"above 0 and they agree on at least {landscape.halfway:.0%} (halfway between the commonest label for all "
-            "claims and every label right); else it does not."
+            f"Thresholds: U leads to truth where the labels with the highest U agree with gold on at least {NEAR:.0%}, "
+            f"the rank correlation is at least {LEADS:g} and its interval above 0; part of the way where only the first "
+            f"holds, or where they agree on at least {landscape.halfway:.0%} (halfway between the commonest label for "
+            "all claims and every label right) and the interval is above 0; else it does not."
         )
     else:
         lines.append(
@@ -125,10 +125,13 @@ def _above_gold_line(landscape: Landscape, gold: Evaluated) -> str:
     above = landscape.above_gold
     if not above:
         return f"U of gold is {gold.utility:.2f}; no labeling has a higher one."
-    shares = [landscape.agreement(each) for each in above]
     have, agree = ("has", "agrees") if len(above) == 1 else ("have", "agree")
-    span = f"{min(shares):.0%}" if min(shares) == max(shares) else f"{min(shares):.0%} to {max(shares):.0%}"
     return (
         f"U of gold is {gold.utility:.2f}; {counted(len(above), 'labeling')} {have} a higher one and {agree} with gold "
-        f"on {span}."
+        f"on {_span([landscape.agreement(each) for each in above])}."
     )
+
+
+def _span(shares: Sequence[float]) -> str:
+    lowest, highest = f"{min(shares):.0%}", f"{max(shares):.0%}"
+    return lowest if lowest == highest else f"{lowest} to {highest}"
