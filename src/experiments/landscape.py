@@ -49,14 +49,13 @@ from src.pipeline.landscape import Answers, evaluated, survey
 from src.pipeline.progress import bar_of
 from src.results.landscape import Landscape
 from src.results.landscape_folder import LandscapeFolder, labeling_records, read_labelings, read_odds
-from src.results.landscape_view import chart_of, grids_of
+from src.results.landscape_view import grids_of, write_picture
 from src.results.landscape_words import verdict_sentence, words
 from src.results.messages import calibration_told
 from src.results.page import render_landscape
 from src.results.run_folder import RunFolder, environment
 from src.results.run_reader import read_run
 from src.results.side_by_side import as_text
-from src.results.style import write_png
 
 LABELINGS: Final = 100
 OF_U: Final = ("seed", "layout", "anchors", "context_cap")
@@ -170,7 +169,7 @@ async def _survey(
     gold = whole(pool.gold) is not None
     plan = Plan.of(request.labelings, gold=gold)
     most = plan.most(len(pool.names), gold=gold, found=len(found))
-    _say_how_much(pool, most, len(answers.of))
+    _say_how_much(pool, most, answers)
 
     def write(labelings: Sequence[Evaluated], finished: str | None) -> None:
         records = labeling_records(labelings, pool.names)
@@ -190,11 +189,12 @@ async def _survey(
     return _landscape(pool, landscape)
 
 
-def _say_how_much(pool: Pool, most: int, known: int) -> None:
-    size = len(pool.claims)
+def _say_how_much(pool: Pool, most: int, answers: Answers) -> None:
+    size, known = len(pool.claims), len(answers.of)
+    questions = (most - known + (answers.zero_shot is None)) * size
     before = f"; {known} labelings are known from before" if known else ""
     print(
-        f"asking about at most {most} labelings of {size} claims: {(most - known) * size + size:,} questions, each "
+        f"asking about at most {most} labelings of {size} claims: {questions:,} questions, each "
         f"after up to {size - 1} demonstrations{before}",
         file=sys.stderr,
         flush=True,
@@ -211,7 +211,7 @@ def _draw(folder: LandscapeFolder, landscape: Landscape, settings: Mapping[str, 
         f"{settings['testbed']}, {len(landscape.gold)} claims, {settings['model']}, alpha {settings['alpha']:g}, "
         f"calibration {calibration_told(settings)}"
     )
-    write_png(chart_of(landscape).figure, folder.picture_path, subject)
+    write_picture(landscape, folder.picture_path, subject)
     write_atomically(folder.page_path, render_landscape(landscape, subject).encode("utf-8", "replace"))
 
 

@@ -3,31 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import median
 from typing import Final
 
+from src.icm.consistency import Labels
 from src.icm.labelings import Evaluated, counts_by_kind
 from src.icm.objectives import OBJECTIVES
 from src.results.charts import Chart, Point, scatter
 from src.results.landscape import Compared, Landscape, compare_objectives
 from src.results.side_by_side import Grid
-from src.results.text import number, visible
+from src.results.style import write_png
+from src.results.text import number, one_line
 
 MOST_MARKS: Final = 4
 """Points with their names beside them."""
+LONGEST_MARK: Final = 24
+"""Characters of a run's name beside its point."""
+PICTURE_INCHES: Final = (8.0, 4.8)
 
 
 def chart_of(landscape: Landscape) -> Chart:
     """U against agreement, coloured by kind; gold and what searches found stand out."""
     dots: dict[str, list[Point]] = {}
-    marks: dict[str, Point] = {}
+    marked: dict[Labels, list[Evaluated]] = {}
     for each in landscape.evaluated:
-        labeling = each.labeling
-        point = Point(landscape.agreement(each), each.utility, _title(landscape, each))
-        if labeling.kind in ("gold", "found") and len(marks) < MOST_MARKS:
-            marks[visible(labeling.name if labeling.kind == "gold" else "found")] = point
+        labels, kind = each.labeling.labels, each.labeling.kind
+        if kind in ("gold", "found") and (labels in marked or len(marked) < MOST_MARKS):
+            marked.setdefault(labels, []).append(each)
         else:
-            dots.setdefault(labeling.kind, []).append(point)
+            dots.setdefault(kind, []).append(_point(landscape, each))
+    several = sum(each.labeling.kind == "found" for each in landscape.evaluated) > 1
+    marks = {
+        ", ".join(
+            one_line(each.labeling.name, LONGEST_MARK) if several else each.labeling.kind for each in same
+        ): _point(landscape, same[-1])
+        for same in marked.values()
+    }
     return scatter(
         "U and truth" if landscape.has_gold else "U and its highest labeling",
         dots,
@@ -36,6 +48,13 @@ def chart_of(landscape: Landscape) -> Chart:
         f"U of {len(landscape.evaluated)} labelings of one pool over their agreement with {landscape.against}.",
         marks,
     )
+
+
+def write_picture(landscape: Landscape, path: Path, title: str) -> None:
+    """The same chart, larger, as a PNG. Raises OSError."""
+    figure = chart_of(landscape).figure
+    figure.set_size_inches(*PICTURE_INCHES)
+    write_png(figure, path, title)
 
 
 def grids_of(landscape: Landscape) -> list[Grid]:
@@ -98,5 +117,6 @@ def _span(values: Sequence[str]) -> str:
     return lowest if lowest == highest else f"{lowest} to {highest}"
 
 
-def _title(landscape: Landscape, each: Evaluated) -> str:
-    return f"{each.labeling.name}: U {each.utility:.2f}, agreement {landscape.agreement(each):.2f}"
+def _point(landscape: Landscape, each: Evaluated) -> Point:
+    share = landscape.agreement(each)
+    return Point(share, each.utility, f"{each.labeling.name}: U {each.utility:.2f}, agreement {share:.2f}")

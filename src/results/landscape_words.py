@@ -17,7 +17,7 @@ def verdict_sentence(landscape: Landscape) -> str:
     top, verdict = landscape.agreement(landscape.highest), landscape.verdict
     if verdict is Verdict.OK:
         return (
-            f"U leads to truth here: the higher the U of a labeling, the more it agrees with gold, and the labels with "
+            f"U leads to truth here: labelings with a higher U agree more with gold, and the labels with "
             f"the highest U agree with gold on {top:.0%} of the claims. A search that finds a higher U finds better "
             "labels."
         )
@@ -89,10 +89,10 @@ def words(landscape: Landscape) -> list[str]:
         lines.append(line + ("." if of_gold is None else f"; that of gold has {of_gold.utility:.2f}."))
     if landscape.has_gold:
         lines.append(
-            f"Thresholds: U leads to truth where the labels with the highest U agree with gold on at least {NEAR:.0%}, "
-            f"the rank correlation is at least {LEADS:g} and its interval above 0; part of the way where only the first "
-            f"holds, or where they agree on at least {landscape.halfway:.0%} (halfway between the commonest label for "
-            "all claims and every label right) and the interval is above 0; else it does not."
+            f"Thresholds: U leads to truth where the labels with the highest U agree with gold on at least {NEAR:.0%} "
+            f"of the claims, the rank correlation is at least {LEADS:g} and its interval above 0; part of the way "
+            f"where only the first holds, or where they agree on at least {landscape.halfway:.0%} (halfway between the "
+            "commonest label for all claims and every label right) and the interval is above 0; else it does not."
         )
     else:
         lines.append(

@@ -16,11 +16,10 @@ from src.icm.testbeds import BadInput
 from src.results.findings import Verdict
 from src.results.landscape import Landscape, compare_objectives
 from src.results.landscape_folder import LandscapeFolder, labeling_records, read_labelings
-from src.results.landscape_view import chart_of, grids_of
+from src.results.landscape_view import chart_of, grids_of, write_picture
 from src.results.landscape_words import verdict_sentence, words
 from src.results.page import render_landscape
 from src.results.side_by_side import as_text
-from src.results.style import write_png
 
 GOLD: Labels = tuple(n % 2 == 0 for n in range(20))
 NAMES = ("False", "True")
@@ -193,8 +192,19 @@ def test_the_picture_and_the_page_show_it(tmp_path: Path) -> None:
         "gold: U 20.00",
     ):
         assert wanted in page, wanted
-    write_png(chart_of(found).figure, tmp_path / "a.png", "builtin")
+    write_picture(found, tmp_path / "a.png", "builtin, 20 claims")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_gold_and_found_stand_out_in_the_picture() -> None:
+    same, other = labelled("run-1", "found", GOLD, 20.0), labelled("run-2", "found", flipped(2, 5), 18.0)
+
+    def names(*found: Evaluated) -> set[str]:
+        return {text.get_text() for text in chart_of(landscape(uphill, GOLD, *found)).figure.axes[0].texts}
+
+    assert names(same) == {"gold, found"}
+    assert names(other) == {"gold", "found"}
+    assert names(same, other) == {"gold, run-1", "run-2"}
 
 
 def test_the_tables_say_what_there_is() -> None:
