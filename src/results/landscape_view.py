@@ -20,7 +20,8 @@ MOST_MARKS: Final = 4
 """Points with their names beside them."""
 LONGEST_MARK: Final = 24
 """Characters of a run's name beside its point."""
-PICTURE_INCHES: Final = (8.0, 4.8)
+INCHES: Final = (8.0, 4.8)
+"""Of the chart, which stands alone on its page."""
 
 
 def chart_of(landscape: Landscape) -> Chart:
@@ -40,7 +41,7 @@ def chart_of(landscape: Landscape) -> Chart:
         ): _point(landscape, same[-1])
         for same in marked.values()
     }
-    return scatter(
+    chart = scatter(
         "U and truth" if landscape.has_gold else "U and its highest labeling",
         dots,
         "agreement with gold" if landscape.has_gold else "agreement with the highest U",
@@ -48,13 +49,14 @@ def chart_of(landscape: Landscape) -> Chart:
         f"U of {len(landscape.evaluated)} labelings of one pool over their agreement with {landscape.against}.",
         marks,
     )
+    chart.figure.set_size_inches(*INCHES)
+    chart.figure.subplots_adjust(left=0.09, bottom=0.13, right=0.98, top=0.97)
+    return chart
 
 
 def write_picture(landscape: Landscape, path: Path, title: str) -> None:
-    """The same chart, larger, as a PNG. Raises OSError."""
-    figure = chart_of(landscape).figure
-    figure.set_size_inches(*PICTURE_INCHES)
-    write_png(figure, path, title)
+    """The same chart as a PNG. Raises OSError."""
+    write_png(chart_of(landscape).figure, path, title)
 
 
 def grids_of(landscape: Landscape) -> list[Grid]:
