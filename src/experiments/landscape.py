@@ -1,16 +1,16 @@
 """Does U lead to truth for this model and data? U against agreement with gold for about a hundred labelings.
 
     icm landscape --testbed builtin --model gemma-3-270m --batch_size 32 --alpha 50 --calibrate mean
-    icm landscape --data claims.csv --model NAME --found runs/A --found runs/B
+    icm landscape --data claims.csv --model NAME --found runs/A runs/B
 
 Run it before a search: a search finds labels of a high U, and here it shows whether those are true ones. The labelings
 are gold, gold with 5 to 50% of its labels changed, random ones, one label for all, zero-shot, bootstrapped, mirrored
 ones, and what searches found (--found). U is of the whole pool: every claim is asked after all others. Without gold
 labels the page says how many peaks U has.
 
-Results go to runs/NAME: landscape.html, landscape.png and landscape.json. A stopped command goes on where it was. Takes
-the flags of icm label, so that its command line can be used again; of the search's flags the seed, the objective
-(--alpha, --calibrate, --prior) and the order of demonstrations count here, and no annealing is done.
+Results go to runs/NAME: landscape.html, landscape.png and landscape.json. A stopped command goes on where it was.
+The flags of data, model and search are those of icm label; of the search's, only the objective (--alpha, --calibrate,
+--prior), the seed and the order of demonstrations count here: nothing is annealed. docs/landscape.md explains the page.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from src.pipeline.labelling import Labelling, Pool
 from src.pipeline.landscape import Answers, evaluated, survey
 from src.pipeline.progress import bar_of
 from src.results.landscape import Landscape
-from src.results.landscape_folder import LandscapeFolder, labeling_records, read_labelings, read_odds
+from src.results.landscape_folder import LandscapeFolder, labeling_records, read_odds
 from src.results.landscape_view import grids_of, write_picture
 from src.results.landscape_words import verdict_sentence, words
 from src.results.messages import calibration_told
@@ -126,7 +126,7 @@ async def _run(request: LandscapeRequest) -> int:
         refuse(run.contradiction)
     else:
         check_same_run(lock, known["settings"], settings)
-        before = read_labelings(known, pool.names)
+        before = folder.labelings(known, pool.names)
         answers.of.update({labeling.labels: odds for labeling, odds in before})
         if known["zero_shot"] is not None:
             answers.zero_shot = read_odds(known["zero_shot"])
@@ -223,7 +223,7 @@ def _tell(folder: LandscapeFolder, landscape: Landscape) -> None:
 
 
 def _found(request: LandscapeRequest, pool: Pool) -> dict[str, Labels]:
-    """The labels of --found runs, by their names. Raises BadInput for a run of another pool."""
+    """The labels of --found runs, by what they are called here. Raises BadInput for a run of another pool."""
     found: dict[str, Labels] = {}
     for given in request.found:
         path = given if given.is_dir() else request.run.output.runs_dir / given
@@ -238,7 +238,8 @@ def _found(request: LandscapeRequest, pool: Pool) -> dict[str, Labels]:
                 f"{path}: has no label for {missing} of the pool's {len(labels)} claims. A run of the same pool has "
                 "the same --seed and --batch_size, and is finished"
             )
-        found[run.name] = labels
+        name = f"run {run.name}"
+        found[name if name not in found else f"run {path}"] = labels
     return found
 
 

@@ -54,7 +54,7 @@ async def survey(
 ) -> list[Evaluated]:
     """Every labeling of the plan with its U. answers: those known from before; new ones are added to it.
 
-    found: labelings of searches, by the names of their runs. Gold is one of the labelings where all of it is known.
+    found: labelings of searches, by name. Gold is one of the labelings where all of it is known.
     """
     problem, names = labelling.pool.problem, labelling.pool.names
     size, num_labels = problem.size, problem.num_labels

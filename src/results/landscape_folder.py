@@ -17,6 +17,7 @@ from src.icm.labelings import Evaluated, Labeling, Odds
 from src.icm.testbeds import BadInput
 
 FORMAT: Final = 1
+PARTS: Final = {"settings", "engine", "environment", "started", "finished", "claims", "zero_shot", "labelings"}
 
 
 class LandscapeFolder:
@@ -35,12 +36,23 @@ class LandscapeFolder:
         except FileNotFoundError:
             return None
         except (OSError, orjson.JSONDecodeError):
-            raise BadInput(
-                f"{self.document_path}: cannot be read; move {self.path} away, or choose another --run"
-            ) from None
+            raise self._damaged() from None
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise BadInput(f"{self.document_path}: was written by another version; choose another --run")
+        if not document.keys() >= PARTS:
+            raise self._damaged()
         return document
+
+    def _damaged(self) -> BadInput:
+        return BadInput(f"{self.document_path}: cannot be read; move {self.path} away, or choose another --run")
+
+    def labelings(self, document: Mapping[str, Any], names: Names) -> list[tuple[Labeling, Odds]]:
+        """Every labeling of landscape.json with the log-odds of every claim. Raises BadInput where one is damaged."""
+        try:
+            found = [_labeling(record, names) for record in document["labelings"]]
+        except (KeyError, TypeError, ValueError):
+            raise self._damaged() from None
+        return found
 
     def write(self, document: Mapping[str, Any]) -> None:
         """Replace landscape.json. Raises StorageFailed."""
@@ -64,18 +76,15 @@ def labeling_records(evaluated: Sequence[Evaluated], names: Names) -> list[dict[
     ]
 
 
-def read_labelings(document: Mapping[str, Any], names: Names) -> list[tuple[Labeling, Odds]]:
-    """Every labeling of landscape.json with the log-odds of every claim. Raises BadInput where one is damaged."""
-    found = []
-    for record in document["labelings"]:
-        labels = tuple(read_label(value, names) for value in record["labels"])
-        if None in labels or len(labels) != len(record["log_odds"]):
-            raise BadInput(f"landscape.json: the labeling {record['name']!r} is damaged; choose another --run")
-        labeling = Labeling(record["name"], record["kind"], labels, record.get("of"))
-        found.append((labeling, read_odds(record["log_odds"])))
-    return found
-
-
 def read_odds(values: Sequence[Any]) -> Odds:
     """Log-odds as they were before they were written."""
     return tuple(tuple(value) if isinstance(value, list) else float(value) for value in values)
+
+
+def _labeling(record: Mapping[str, Any], names: Names) -> tuple[Labeling, Odds]:
+    """Raises ValueError where a label is none of `names`."""
+    labels = tuple(read_label(value, names) for value in record["labels"])
+    odds = read_odds(record["log_odds"])
+    if None in labels or len(labels) != len(odds):
+        raise ValueError
+    return Labeling(record["name"], record["kind"], labels, record.get("of")), odds

@@ -76,6 +76,12 @@ def words(landscape: Landscape) -> list[str]:
     gold = landscape.gold_labeling
     if gold is not None:
         lines.append(_above_gold_line(landscape, gold))
+    elif landscape.has_gold:
+        known = sum(label is not None for label in landscape.gold)
+        lines.append(
+            f"Gold is known of {known} of the {len(landscape.gold)} claims: agreement is that on those, and U "
+            "of gold is not known."
+        )
     if landscape.has_gold and landscape.without_gold:
         best = max(landscape.without_gold, key=lambda each: each.utility)
         lines.append(

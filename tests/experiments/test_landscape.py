@@ -179,7 +179,7 @@ async def test_what_a_search_found_stands_out_and_can_be_added_later(icm: Landsc
     rows = [json.loads(line) for line in (icm.runs / "searched" / "labels.jsonl").read_text().splitlines()]
     labels = {row["row"]: row["label"] for row in rows}
     assert found["labels"] == [labels[claim["row"]] for claim in icm.document()["claims"]]
-    assert found["name"] == "searched"
+    assert found["name"] == "run searched"
     asked = len(server.completions)
     assert (await icm(*flags))[0] == 0  # it stays there
     assert len(server.completions) == asked

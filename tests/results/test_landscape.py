@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from src.icm.objective import Evaluation
 from src.icm.testbeds import BadInput
 from src.results.findings import Verdict
 from src.results.landscape import Landscape, compare_objectives
-from src.results.landscape_folder import LandscapeFolder, labeling_records, read_labelings
+from src.results.landscape_folder import PARTS, LandscapeFolder, labeling_records
 from src.results.landscape_view import chart_of, grids_of, write_picture
 from src.results.landscape_words import verdict_sentence, words
 from src.results.page import render_landscape
@@ -140,6 +141,8 @@ def test_without_gold_one_peak_or_several() -> None:
 def test_some_gold_labels_are_enough_to_compare_with() -> None:
     some = tuple(label if at < 10 else None for at, label in enumerate(GOLD))
     assert landscape(uphill, some).has_gold
+    part = Landscape(landscape(uphill).evaluated[1:], some, 1.0, NAMES)  # gold is no labeling then
+    assert "Gold is known of 10 of the 20 claims" in "\n".join(words(part))
     assert not landscape(uphill, (*some[:9], *(None,) * 11)).has_gold
 
 
@@ -224,13 +227,31 @@ def test_the_file_gives_the_labelings_back(names: tuple[str, ...], tmp_path: Pat
     each = Evaluated(Labeling("a", "mirrored", labels, "b"), Evaluation(odds, 0.0, 0.0, 0, 0.0))
     folder = LandscapeFolder(tmp_path)
     assert folder.read() is None
-    folder.write({"labelings": labeling_records([each], names)})
+    folder.write(dict.fromkeys(PARTS) | {"labelings": labeling_records([each], names)})
     document = folder.read()
     assert document is not None
-    assert read_labelings(document, names) == [(each.labeling, tuple(odds.values()))]
-    document["labelings"][0]["labels"][0] = "something else"
-    with pytest.raises(BadInput, match="'a' is damaged"):
-        read_labelings(document, names)
+    assert folder.labelings(document, names) == [(each.labeling, tuple(odds.values()))]
+
+
+def test_a_damaged_file_is_one_line(tmp_path: Path) -> None:
+    folder = LandscapeFolder(tmp_path)
+    whole: dict[str, Any] = dict.fromkeys(PARTS) | {
+        "labelings": labeling_records([labelled("a", "random", GOLD, 1.0)], NAMES)
+    }
+    for damaged in (
+        [whole["labelings"][0] | {"labels": ["something else"] * 20}],
+        [whole["labelings"][0] | {"log_odds": [1.0]}],
+        [{"name": "a"}],
+        None,
+    ):
+        with pytest.raises(BadInput, match=r"landscape.json: cannot be read"):
+            folder.labelings(whole | {"labelings": damaged}, NAMES)
+    folder.write({"labelings": []})
+    with pytest.raises(BadInput, match="cannot be read"):
+        folder.read()
     folder.document_path.write_text("{")
     with pytest.raises(BadInput, match="cannot be read"):
+        folder.read()
+    folder.document_path.write_text("{}")
+    with pytest.raises(BadInput, match="another version"):
         folder.read()
