@@ -187,10 +187,15 @@ async def test_what_a_search_found_stands_out_and_can_be_added_later(icm: Landsc
     assert code == 2
     assert "nowhere" in err
     assert len(err.strip().splitlines()) == 1
-    code, _, err = await icm("--labelings", "30", "--batch_size", "12", "--seed", "4", "--found", "searched", "--quiet")
-    assert code in (0, 2)  # a smaller pool lies within the searched one
-    code, _, err = await icm("--testbed", "builtin", "--found", "searched", "--quiet")
+    others = Landscape(server.url, icm.runs, "--testbed", "builtin")
+    code, _, err = await others(*flags, "--found", "searched")
     assert code == 2
+    assert "labels other data than builtin" in err
+    part = ("--search", "bootstrapping", "--run", "part", "--quiet", "--batch_size", "8")
+    assert (await icm(*part, command="label"))[0] == 0
+    code, _, err = await icm(*flags, "--found", "part")
+    assert code == 2
+    assert "part: has no label for 8 of the pool's 16 claims" in err
 
 
 async def test_without_gold_it_says_what_cannot_be_concluded(server: FakeVLLM, tmp_path: Path) -> None:
