@@ -31,7 +31,7 @@ def verdict_sentence(landscape: Landscape) -> str:
         return (
             f"U leads part of the way to truth here: the labels with the highest U agree with gold on {top:.0%} of the "
             "claims, but elsewhere a higher U does not mean much more of it. A search can end at labels of a lower U "
-            "that are wrong, such as mirrored ones: run it with several seeds and keep the labels of the highest U."
+            "that are wrong, such as mirrored ones; one from several starts (--search ascent) is surer."
         )
     return f"U does not lead to truth for this model and data: {_failure(landscape)}"
 

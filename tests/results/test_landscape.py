@@ -88,7 +88,7 @@ def test_a_peak_at_gold_and_one_at_its_mirror_are_part_of_the_way() -> None:
     found = landscape(lambda changed: abs(changed - 10.0) - (0.5 if changed > 10 else 0.0))
     assert found.verdict is Verdict.WATCH
     assert found.highest.labeling.name == "gold"
-    assert "run it with several seeds and keep the labels of the highest U" in verdict_sentence(found)
+    assert "one from several starts (--search ascent) is surer" in verdict_sentence(found)
 
 
 def test_u_that_knows_nothing_of_gold_does_not_lead_there() -> None:
