@@ -213,7 +213,7 @@ def add_choice_of_search(parser: argparse.ArgumentParser) -> None:
     )
 
 
-class _AddedUp(argparse.Action):
+class AddedUp(argparse.Action):
     """A flag that is given twice keeps both values."""
 
     def __call__(
@@ -231,14 +231,14 @@ def add_reading_arguments(data: Arguments) -> None:
     """Add the flags that say how a data file is read."""
     data.add_argument(
         "--columns",
-        action=_AddedUp,
+        action=AddedUp,
         metavar="OURS=THEIRS,...",
         help="of --data: which of its columns is which, as in question=prompt,choice=answer",
     )
     data.add_argument(
         "--map",
         nargs="+",
-        action=_AddedUp,
+        action=AddedUp,
         metavar="COLUMN=THEIRS:OURS,...",
         help="of --data: what its values mean, as in label=yes:true,no:false",
     )

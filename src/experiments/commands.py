@@ -9,6 +9,7 @@ from typing import Final
 
 COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "label": ("src.experiments.ICM", "label a data set: the search, its baselines, labels and curves"),
+    "landscape": ("src.experiments.landscape", "see whether U leads to truth for this model and data, before a search"),
     "baselines": ("src.experiments.baselines", "hold ICM against zero-shot, many-shot and bootstrapping"),
     "run": ("src.experiments.run_experiment", "run an experiment that a file describes (experiments/*.yaml)"),
     "testbed": ("src.experiments.testbed", "show what a testbed asks: a whole prompt, its tokens, groups, relations"),

@@ -35,6 +35,7 @@ class Stream(IntEnum):
     LAYOUT = 2
     STEP = 3
     PART = 4
+    LABELINGS = 5
 
 
 def generator(seed: int, stream: Stream, index: int = 0) -> np.random.Generator:

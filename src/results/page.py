@@ -17,6 +17,9 @@ from src.icm.testbeds import BadInput
 from src.results.charts import Chart
 from src.results.findings import Finding, Verdict
 from src.results.flips import flips
+from src.results.landscape import Landscape
+from src.results.landscape_view import chart_of, grids_of
+from src.results.landscape_words import verdict_sentence, words
 from src.results.prices import PriceFile
 from src.results.run_reader import BaselineTable
 from src.results.run_record import RunRecord
@@ -58,6 +61,21 @@ def render_comparison(
         charts=charts,
         across=across,
         tables=tables,
+    )
+
+
+def render_landscape(landscape: Landscape, subject: str) -> str:
+    """The page of `icm landscape`. subject: of which claims and model, in words."""
+    return _render(
+        "landscape.html.j2",
+        title=visible(f"Landscape of U: {subject}"),
+        heading="Does U lead to truth?",
+        subheading=subject,
+        verdict=landscape.verdict,
+        sentence=verdict_sentence(landscape),
+        words=words(landscape),
+        chart=chart_of(landscape),
+        grids=grids_of(landscape),
     )
 
 

@@ -1,4 +1,5 @@
-"""Statistics of a comparison: intervals over distinct claims, exact McNemar, a paired bootstrap over groups.
+"""How sure a comparison is: intervals over distinct claims, exact McNemar, a paired bootstrap over groups; and how two
+measures order the same things.
 
 A claim that is tested under several seeds is one claim: intervals count distinct claims, and the bootstrap draws whole
 groups (a question with all its answers, under all seeds), because their errors are correlated.
@@ -14,10 +15,12 @@ from statistics import fmean, stdev
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from src.icm.objective import wilson_interval
 
 RESAMPLES: Final = 10_000
+RANK_RESAMPLES: Final = 2_000
 Key = tuple[int, int]  # seed, claim
 
 
@@ -118,3 +121,32 @@ def paired_difference(first: Sequence[Judged], second: Sequence[Judged], seed: i
         min(1.0, max(p, 1 / RESAMPLES)),
         {seed: mcnemar_exact(*both) for seed, both in sorted(split.items())},
     )
+
+
+def ranks(values: Sequence[float]) -> npt.NDArray[np.float64]:
+    """The rank of each value, from 1; equal values share the mean of their ranks."""
+    _, place, counts = np.unique(np.asarray(values, dtype=np.float64), return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    found: npt.NDArray[np.float64] = (last - (counts - 1) / 2)[place]
+    return found
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Spearman's: Pearson's correlation of the ranks; None where one of the two does not vary."""
+    a, b = (found - found.mean() for found in (ranks(first), ranks(second)))
+    size = float(np.sqrt((a @ a) * (b @ b)))
+    return float(a @ b) / size if size > 0 else None
+
+
+def rank_correlation_interval(
+    first: Sequence[float], second: Sequence[float], seed: int = 0
+) -> tuple[float, float] | None:
+    """95% percentile interval of rank_correlation over RANK_RESAMPLES draws of the pairs with replacement; None where
+    the correlation is. seed: of the draws."""
+    x, y, rng = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64), np.random.default_rng(seed)
+    draws = rng.integers(len(x), size=(RANK_RESAMPLES, len(x)))
+    found = [value for drawn in draws if (value := rank_correlation(x[drawn], y[drawn])) is not None]
+    if rank_correlation(first, second) is None or not found:
+        return None
+    low, high = np.quantile(found, [0.025, 0.975])
+    return float(low), float(high)

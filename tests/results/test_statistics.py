@@ -5,12 +5,22 @@ from __future__ import annotations
 from itertools import product
 from math import comb
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from src.icm.objective import wilson_interval
-from src.results.statistics import RESAMPLES, Judged, mcnemar_exact, paired_difference, share_right
+from src.results.statistics import (
+    RESAMPLES,
+    Judged,
+    mcnemar_exact,
+    paired_difference,
+    rank_correlation,
+    rank_correlation_interval,
+    ranks,
+    share_right,
+)
 
 
 def judged(seed: int, rights: list[bool], groups: int | None = None) -> list[Judged]:
@@ -78,3 +88,32 @@ def test_claims_of_a_group_are_drawn_together() -> None:
     assert grouped is not None
     width = [high - low for low, high in (alone.interval, grouped.interval)]
     assert width[1] > 1.2 * width[0]
+
+
+def test_equal_values_share_the_mean_of_their_ranks() -> None:
+    assert ranks([30.0, 10.0, 20.0, 20.0, 20.0]).tolist() == [5, 1, 3, 3, 3]
+
+
+def test_rank_correlation_by_hand() -> None:
+    # Ranks 1 2 3 4 5 against 2 1 4 3 5: differences 1, 1, 1, 1, 0; 1 - 6 * 4 / (5 * 24) = 0.8.
+    assert rank_correlation([1, 10, 100, 1000, 10_000], [0.2, 0.1, 0.4, 0.3, 0.5]) == pytest.approx(0.8)
+    assert rank_correlation([1, 2, 3], [9, 5, 1]) == pytest.approx(-1.0)
+    # With ties: ranks 1.5 1.5 3 against 1 2 3: covariance 1.5, variances 1.5 and 2.
+    assert rank_correlation([0, 0, 7], [1, 2, 3]) == pytest.approx(1.5 / (1.5 * 2) ** 0.5)
+
+
+def test_no_rank_correlation_where_one_does_not_vary() -> None:
+    assert rank_correlation([1, 1, 1], [1, 2, 3]) is None
+    assert rank_correlation_interval([1, 1, 1], [1, 2, 3]) is None
+
+
+def test_the_interval_of_a_rank_correlation_holds_it_and_narrows_with_more_pairs() -> None:
+    rng = np.random.default_rng(4)
+    x = rng.normal(size=400)
+    y = x + rng.normal(size=400)
+    widths = []
+    for size in (25, 400):
+        low, high = rank_correlation_interval(x[:size].tolist(), y[:size].tolist()) or (0.0, 0.0)
+        assert low < (rank_correlation(x[:size].tolist(), y[:size].tolist()) or 0.0) < high
+        widths.append(high - low)
+    assert widths[1] < widths[0] / 2
