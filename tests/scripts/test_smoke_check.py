@@ -130,7 +130,7 @@ async def test_the_log_of_a_server_that_does_not_come_up_says_why(
     log.write_text(f"INFO loading\nERROR {said}\nTraceback ...\n")
     code, checks = await checks_of("http://127.0.0.1:9", log=log)
     assert code == 2
-    assert "log tells of" in checks["reachable"].found
+    assert "log shows" in checks["reachable"].found
     assert todo in checks["reachable"].todo
 
 
