@@ -1,1 +1,1 @@
-"""Measurements: what a pool scoring costs, and what the search finds. Each is a command of its own."""
+"""Measurements: what scoring a pool costs, and what the search finds. Each file is a command."""

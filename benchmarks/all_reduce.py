@@ -3,8 +3,8 @@
     python benchmarks/all_reduce.py --json all-reduce.json
 
 Milliseconds (median) of one sum of (tokens, hidden) numbers in bfloat16 over all GPUs of the machine, and whether rows
-keep their bits when they are summed among more rows. Each way runs in processes of its own: NCCL reads its environment
-once. Two GPUs add in one order only, so that NCCL is exact there, too.
+keep their bits when they are summed among more rows. Each way runs in new processes: NCCL reads its environment once.
+Two GPUs can add in one order only, so NCCL is exact there, too.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if str(Path(__file__).resolve().parents[1]) not in sys.path:
 
 from benchmarks.step_machine import commit, hardware
 
-HELD: Final = {
+LIMITED: Final = {
     "NCCL_MIN_NCHANNELS": "1",
     "NCCL_MAX_NCHANNELS": "1",
     "NCCL_PROTO": "Simple",
@@ -34,15 +34,15 @@ HELD: Final = {
     "NCCL_NTHREADS": "1",
     "NCCL_COLLNET_ENABLE": "0",
 }
-"""What vLLM 0.26 asks of NCCL for sums in one order (its override_envs_for_invariance)."""
+"""The settings with which vLLM 0.26 makes NCCL add in one order (its override_envs_for_invariance)."""
 
 OURS: Final = "copies, added in order"
 TWO_STEPS: Final = "copies, added in order, in two steps"
-WAYS: Final[dict[str, dict[str, str]]] = {"NCCL": {}, "NCCL, held to one channel": HELD, OURS: {}, TWO_STEPS: {}}
+WAYS: Final[dict[str, dict[str, str]]] = {"NCCL": {}, "NCCL, held to one channel": LIMITED, OURS: {}, TWO_STEPS: {}}
 
 
 def adder(way: str) -> Callable[[Any], Any]:
-    """What sums a tensor over all processes, into a new one."""
+    """A function that sums a tensor over all processes, into a new one."""
     import torch
 
     from icm_vllm.batch_invariant.collectives import all_reduce
@@ -58,7 +58,7 @@ def adder(way: str) -> Callable[[Any], Any]:
 
 
 def measure(rank: int, count: int, folder: str, way: str, args: argparse.Namespace) -> None:
-    """One GPU's part; the first writes what was found into folder/WAY.json."""
+    """One GPU's part; the first GPU writes the result to folder/WAY.json."""
     import torch
 
     torch.cuda.set_device(rank)

@@ -1,12 +1,12 @@
-"""On which of its settings the attention of a row depends: the experiment that chooses them for exact scores.
+"""Whether the attention of a row depends on the batch, by FlashAttention's settings: to choose those for exact scores.
 
     python benchmarks/attention_rows.py --json benchmarks/results/attention-rows.json       # some minutes
 
 Needs one NVIDIA GPU (compute capability 9 for FlashAttention 3) and vLLM 0.26 or newer. The last tokens of a sequence
 are computed again with all before them read from the paged KV cache: 1, 2, 15, 16, 17, 64, half or all of them at a
 time, alone and in a batch of others. Every value must have the bits it had when the whole sequence was computed in one
-call. Settings: FlashAttention's version, the number of splits, the longest query it is told of (as it is; 2; just above
-FlashAttention 3's small tile, as icm_vllm/exact.py does; a constant), pack_gqa, and scheduler metadata; for
+call. Settings: FlashAttention's version, the number of splits, the longest query it is given (the real one; 2; just
+above FlashAttention 3's small tile, as icm_vllm/exact.py does; a constant), pack_gqa, and scheduler metadata; for
 head sizes 64 and 128, 4 and 8 query heads a key head, with and without a sliding window.
 """
 
@@ -42,7 +42,7 @@ DEVICE: Final = "cuda"
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """How FlashAttention is called. longest: what it is told of the longest query (real, 2, floor or constant)."""
+    """How FlashAttention is called. longest: the longest query that it is given (real, 2, floor or constant)."""
 
     version: int
     splits: int = 1
@@ -67,7 +67,7 @@ OLDER: Final = tuple(Setting(2, splits, longest) for splits in (0, 1) for longes
 minutes (vLLM 0.26)."""
 
 PACKED: Final = tuple(Setting(3, 1, longest, pack=pack) for longest in ("real", "floor") for pack in (True, False))
-"""Called past vLLM's interface, so asked last: should one of them read out of bounds, the GPU answers nothing more."""
+"""Called without vLLM's interface, and last: if one reads out of bounds, the GPU can no longer be used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +217,7 @@ class Cache:
 
 
 def compare(cache: Cache, setting: Setting) -> dict[str, dict[int, tuple[int, float]]]:
-    """Per company (alone, batch first, batch last) and number of tokens: elements that differ, largest difference."""
+    """By what is beside it (nothing, a batch after or before it) and tokens: differing elements, largest gap."""
     whole = cache.attend(setting, [(0, LENGTH)])[0]
     others = [(number + 1, count) for number, (_, count) in enumerate(OTHERS)]
     short = [(which, 1) for which, _ in others]
@@ -237,7 +237,7 @@ def compare(cache: Cache, setting: Setting) -> dict[str, dict[int, tuple[int, fl
 
 
 class Report:
-    """Measures, prints as it goes, and keeps what was found; failures are kept too, and do not stop the rest."""
+    """Measures, prints and keeps results; failures are kept, too, and do not stop the rest."""
 
     def __init__(self, vllm: str, path: Path | None, seconds: float) -> None:
         self.failures: list[str] = []
@@ -281,12 +281,12 @@ class Report:
             print(f"  {setting.name}: {detail}", flush=True)
 
     def exact_everywhere(self, setting: str) -> bool:
-        """Whether a setting was measured, and exact wherever it was."""
+        """Whether a setting was measured, and exact in every measurement."""
         found = [result["exact"] for result in self._results if result["setting"] == setting]
         return bool(found) and all(found)
 
     def write(self) -> None:
-        """Everything so far, as JSON."""
+        """Write everything so far as JSON."""
         if self._path is None:
             return
         record = {
@@ -315,7 +315,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code 0, whatever was found; 2 without a GPU or vLLM."""
+    """Exit code 0, whatever the results; 2 without a GPU or vLLM."""
     options = build_parser().parse_args(arguments)
     if not torch.cuda.is_available():
         print("benchmarks/attention_rows.py needs an NVIDIA GPU, and there is none here", file=sys.stderr)

@@ -5,7 +5,7 @@
 Needs one NVIDIA GPU, PyTorch and Triton; vLLM is compared where it can be imported. Four parts: tiles (do all tiles
 give the same bits?), rows (does a row keep its bits over M and position? ours, cuBLAS, cuBLAS in blocks of rows of one
 fixed size, vLLM), errors (against float64), speed (milliseconds with the weights coming from memory, not from the L2
-cache; ratios to cuBLAS measured side by side). Then norms and softmax. What fails is printed, and the rest goes on.
+cache; ratios to cuBLAS measured side by side). Then norms and softmax. Failures are printed and do not stop the rest.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ SHAPES: Final = ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096), (4096
 """(K, N) of the linear layers of an 8B model: qkv, output, gate and up, down, vocabulary."""
 
 ROWS: Final = (1, 16, 64, 256, 1024, 2048, 8192)
-VOCABULARY_ROWS: Final = 2048  # no step asks for more logits; 8,192 x 128,256 of them would fill memory for nothing
+VOCABULARY_ROWS: Final = 2048  # no step asks for more logits, and 8,192 x 128,256 of them would fill memory
 CHUNKS: Final = (64, 256)
-CACHE: Final = 200 << 20  # bytes of weights to walk through, so that none is still in the L2 cache when it comes again
+CACHE: Final = 200 << 20  # bytes of weights to alternate between, so that none is still in the L2 cache
 
 
 def gpu() -> torch.device:
-    """The GPU at hand."""
+    """The current GPU."""
     return torch.device("cuda", torch.cuda.current_device())
 
 
 def candidates() -> dict[str, Any]:
-    """Tiles to compare: those that the library chooses from, and others that could take their place."""
+    """Tiles to compare: those that the library chooses from, and others that could replace them."""
     from icm_vllm.batch_invariant.tiles import HOPPER, Tile, capability_of, tiles
 
     device = gpu()
@@ -76,7 +76,7 @@ def candidates() -> dict[str, Any]:
 
 
 def compile_one(name: str) -> int:
-    """Compile and run one candidate; in a process of its own, since a compiler that aborts takes its process along."""
+    """Compile and run one candidate; in a new process, which a compiler that aborts takes down with it."""
     from icm_vllm.batch_invariant import product
 
     device = gpu()
@@ -106,7 +106,7 @@ def compile_all(names: list[str]) -> list[str]:
 
 
 class Measurements:
-    """What was found, part by part; failures are kept and do not stop the rest."""
+    """Results, part by part; failures are kept and do not stop the rest."""
 
     def __init__(self, seconds: float) -> None:
         self.parts: dict[str, list[dict[str, Any]]] = {}
@@ -134,11 +134,13 @@ class Measurements:
 
 def vllm_module() -> Any:
     """vLLM's batch-invariant module, or None."""
+    from icm_vllm.patches import BATCH_INVARIANT_MODES
+
     reason = ""
-    for name in ("vllm.model_executor.determinism.batch_invariant", "vllm.model_executor.layers.batch_invariant"):
+    for name in BATCH_INVARIANT_MODES:
         try:
             return importlib.import_module(name)
-        except Exception as error:  # noqa: BLE001  a vLLM that is there but broken is as good as none
+        except Exception as error:  # noqa: BLE001  a broken vLLM counts as none
             reason = f"{type(error).__name__}: {error}"
     print(f"vLLM's kernels are left out: {reason}", flush=True)
     return None
@@ -203,7 +205,7 @@ def tiles_agree(found: Measurements, names: list[str]) -> set[str]:
 
 
 def rows_keep_bits(found: Measurements, ways: dict[str, Callable[..., torch.Tensor]]) -> None:
-    """Rows of one large product, asked again among fewer, and at other places."""
+    """Rows of one large product, computed again among fewer rows, and at other places."""
     device = gpu()
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         shapes = SHAPES[:4] if dtype == torch.bfloat16 else ((4096, 4096),)
@@ -350,7 +352,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write everything that was measured here")
     parser.add_argument("--seconds", type=float, default=165.0, help="start no further speed after this long")
-    parser.add_argument("--no_sweep", action="store_true", help="measure the chosen tiles alone")
+    parser.add_argument("--no_sweep", action="store_true", help="measure only the chosen tiles")
     parser.add_argument("--compile", help=argparse.SUPPRESS)
     return parser
 

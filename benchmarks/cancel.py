@@ -2,8 +2,8 @@
 
     python benchmarks/cancel.py --server http://127.0.0.1:8000 --model gemma-3-270m --count 100
 
-Every stream is begun, left after a few tokens in one of three ways (closed, task cancelled, left by an exception), and
-watched at /metrics (vllm:num_requests_running and _waiting) until the server has nothing to do. Nobody else may use the
+Every stream is begun and left after a few tokens in one of three ways (closed, task cancelled, left by an exception);
+/metrics (vllm:num_requests_running and _waiting) then shows when the server has nothing to do. Nobody else may use the
 server. Exit code 1 if a slot took longer than --limit.
 """
 

@@ -4,11 +4,11 @@
     python benchmarks/chat_turn.py --model gemma-3-270m --only http --server http://127.0.0.1:8000
     python benchmarks/chat_turn.py --only stand-in --turns 200   # a server that answers at once: HTTP and client
 
-Three figures. "added": seconds of a turn at the client less the seconds that the server itself counts for that very
-request (vllm:e2e_request_latency_seconds), so that noise of the machine falls on both; it holds HTTP, JSON, chat
-template and event loop, and their absence is what the engine in process has. "client_cpu": CPU seconds of the client's
-process, which do not depend on what else the machine does. And both turns' medians, side by side; on the CPU the two
-cannot run at once, so these have the machine's noise in them.
+Three figures. "added": seconds of a turn at the client less the seconds that the server counts for the same request
+(vllm:e2e_request_latency_seconds), so that the machine's noise affects both; it consists of HTTP, JSON, chat template
+and event loop, which the engine in process does without. "client_cpu": CPU seconds of the client's process, which do
+not depend on what else the machine does. And both turns' medians; on a CPU the two cannot run at once, so these include
+the machine's noise.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ TOKENS: Final = 50
 
 
 async def _turns(api: ModelAPI, turns: int, stream: bool, http: HttpTransport | None) -> dict[str, object]:
-    """Seconds of each turn, and where a server tells, what was added to its own seconds. Three turns warm up."""
+    """Seconds of each turn and, where the server counts its seconds, how many were added. Three turns warm up."""
     options = SamplingOptions(max_tokens=TOKENS, frequency_penalty=0.5)
     seconds: list[float] = []
     added: list[float] = []
@@ -64,9 +64,9 @@ async def _turns(api: ModelAPI, turns: int, stream: bool, http: HttpTransport | 
         tokens.append(answer.completion_tokens)
         if before is not None and after is not None and after[1] == before[1] + 1:
             added.append(took - (after[0] - before[0]))
-        told = f", added {_ms(added[-1])}" if added else ""
+        extra = f", added {_ms(added[-1])}" if added else ""
         print(
-            f"{'streamed' if stream else 'whole'} turn {number + 1}: {_ms(took)} ms{told}", file=sys.stderr, flush=True
+            f"{'streamed' if stream else 'whole'} turn {number + 1}: {_ms(took)} ms{extra}", file=sys.stderr, flush=True
         )
     result: dict[str, object] = {
         "turns": turns,

@@ -5,15 +5,15 @@
 
 Scores the same claims with gold labels as demonstrations in several layouts and compares each with the published
 code's order: correlation, mean signed log-odds (of more than two labels the margin of the gold one), accuracy, how
-often the label differs. Random orders (another one for every question) are the yardstick: a layout is innocent if it
+often the label differs. Random orders (another one for every question) are the measure: a layout does no harm if it
 differs from upstream's no more than they do. In "siblings together" a claim's sibling is the last demonstration before
-its question, which no layout of ours does. Each is asked cold, and costs computed tokens and seconds; give a new
---cache, or none, to measure that.
+its question, which no layout of ours does. Computed tokens and seconds of each are shown, too; give a new --cache, or
+none, to measure them.
 
 --testbed FILE takes claims of your own, with two labels or more (docs/testbeds.md).
 
---distances asks something else: how far from its question must a claim's sibling stand, so that its label does not give
-the answer away? Random orders, the siblings moved to so many demonstrations before the question.
+--distances measures something else: how far from its question must a claim's sibling be, so that its label does not
+give the answer away? Random orders, with the siblings moved to this many demonstrations before the question.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ Contexts = dict[int, Sequence[int]]
 
 
 def siblings_together(size: int) -> Callable[[int], Sequence[int]]:
-    """A tree that halves the pool as it stands, groups side by side: the sibling is the last demonstration."""
+    """A tree that halves the pool in its order, groups side by side: the sibling is the last demonstration."""
 
     def context(claim: int) -> Sequence[int]:
         low, high, path = 0, size, []

@@ -1,11 +1,11 @@
-"""Do rows of vLLM's CPU kernels depend on what is computed beside them? As they are, and in the shapes of cpu_exact.
+"""Do rows of vLLM's CPU kernels depend on what is computed beside them? As in vLLM, and in the shapes of cpu_exact.
 
     python benchmarks/cpu_rows.py                     # some minutes; `make setup-local` first
     OMP_NUM_THREADS=7 python benchmarks/cpu_rows.py   # as many threads as you like
 
-Matrix products: rows of a large product against the same rows in products of other sizes and other orders; and what
-blocks of rows cost. Attention: the last tokens of a sequence computed again behind a paged cache, alone and in batches,
-against the whole sequence in one call; whole requests, and the pieces that icm_vllm/cpu_exact.py makes.
+Matrix products: rows of a large product against the same rows in products of other sizes and orders, and the cost of
+blocks of rows. Attention: the last tokens of a sequence, computed again with the others in a paged cache, alone and in
+batches, against the whole sequence in one call; as whole requests, and in the pieces of icm_vllm/cpu_exact.py.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _milliseconds(way: Callable[..., Any], x: Any, repeats: int = 7) -> float:
 
 
 def attention(torch: Any, ops: Any, instruction_sets: Sequence[str]) -> None:
-    """Differing rows of attention, of all that were compared."""
+    """Differing rows of attention, among all that were compared."""
     print(
         f"\n{'heads':>14} {'window':>7} {'instructions':>13} {'rows':>8} {'whole: differ':>14} {'pieces: differ':>15}"
     )
@@ -114,7 +114,7 @@ def attend(
     window: int,
     exact: bool,
 ) -> list[Any]:
-    """The asked rows of every sequence of the batch, in one call. exact: in pieces; else as vLLM asks."""
+    """The asked rows of every sequence of the batch, in one call. exact: in pieces; else as vLLM does."""
     query_heads, key_heads, size = heads
     counts = [-(-len(keys) // BLOCK) for _, keys, _, _ in batch]
     cache = torch.randn(sum(counts) + 1, key_heads, BLOCK, 2 * size).bfloat16().view(-1, key_heads, 2 * BLOCK, size)

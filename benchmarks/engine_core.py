@@ -1,10 +1,10 @@
-"""What vLLM's engine core spends on the blocks of a cached pool: as it is, with our extension where prompts come one by
-one, and where the pool comes as a tree (docs/serving.md), side by side.
+"""What vLLM's engine core spends on the blocks of a cached pool: without our extension, with it for single prompts, and
+with it for the pool as a tree (docs/serving.md), side by side.
 
     python benchmarks/engine_core.py --size 256 --block_size 16
 
-No model and no GPU: vLLM's own request, hashes, block lookup, allocation and release, for the prompts of a tree that is
-cached. This is work for every token of every prompt, so it grows with N * N where the model's grows with N. Needs vLLM.
+No model and no GPU: vLLM's requests, hashes, block lookup, allocation and release, for the prompts of a cached tree.
+This is work for every token of every prompt, so it grows with N * N where the model's grows with N. Needs vLLM.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def tree_of_claims(size: int, claim_tokens: int) -> PromptTree:
 
 
 class EngineCore:
-    """vLLM's block management for one group of full attention, asked as its scheduler does."""
+    """vLLM's block management for one group of full attention, called as by its scheduler."""
 
     def __init__(self, block_size: int, tokens: int) -> None:
         import torch
@@ -77,7 +77,7 @@ class EngineCore:
         self._requests = 0
 
     def pool(self, prompts: Iterable[tuple[list[int], int]], hasher: Callable[..., Any]) -> dict[str, float]:
-        """Seconds of each of STEPS, summed over a pool. prompts: token ids of each, and how many are as in the last."""
+        """Seconds of each of STEPS, summed over a pool. prompts: token ids, and how many are shared with the last."""
         from vllm.sampling_params import SamplingParams
         from vllm.v1.request import Request
 
@@ -127,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"engine_core: needs vLLM ({error}): run `make setup-local`", file=sys.stderr)
         return 2
     tree = tree_of_claims(args.size, args.claim_tokens)
-    # By JSON and back, as they come one by one: no two prompts have an object in common.
+    # Through JSON and back, as single prompts come: no two prompts share an object.
     single = [(json.loads(json.dumps(ids)), 0) for ids, _ in tree.prompts()]
     tokens = sum(tree.lengths())
     core = EngineCore(args.block_size, max(100_000, 3 * tokens // max(1, args.size // 16)))
@@ -139,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "as a tree": (PathHasher(core.hasher, args.block_size), remembering),
     }
     for hasher, _ in ways.values():
-        core.pool(tree.prompts(), hasher)  # fills the cache, and what a hasher remembers
+        core.pool(tree.prompts(), hasher)  # fills the cache and the hasher's memory
     measured: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
     for _ in range(args.repeats):
         for name, (hasher, lookup) in ways.items():

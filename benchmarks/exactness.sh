@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything about exact kernels and attention that only a GPU can answer, in about ten minutes on one GPU.
+# All checks of exact kernels and attention that need a GPU, in about ten minutes on one GPU.
 #
 #   benchmarks/exactness.sh [OUT_DIR]        # PYTHON=python3; OUT_DIR: benchmarks/results
 #

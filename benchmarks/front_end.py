@@ -1,9 +1,9 @@
-"""How a pool best travels to one server: the same cached questions, sent in different ways, side by side in one run.
+"""How a pool is best sent to one server: the same cached questions, sent in different ways, side by side in one run.
 
     python benchmarks/front_end.py --server http://127.0.0.1:8000 --model llama-8b --size 256
 
-Everything asked is in the prefix cache, so what is measured is everything but the model: JSON, validation,
-detokenizers, block hashes, scheduling. To compare settings of the server (--prefix-caching-hash-algo,
+Everything asked is in the prefix cache, so everything but the model is measured: JSON, validation, detokenizers, block
+hashes, scheduling. To compare settings of the server (--prefix-caching-hash-algo,
 --api-server-count, the Rust front end), run it once for each.
 """
 
@@ -68,7 +68,7 @@ async def measure(args: argparse.Namespace) -> dict[str, object]:
         candidate = claims.candidate(layout)
         async with progress.doing("filling the cache"):
             await claims.scorer(first.api).evaluate([candidate])
-        # Round after round, so that a disturbance of the machine meets all ways alike.
+        # Round after round, so that disturbances of the machine affect all ways alike.
         for index in range(args.repeats):
             for name, backend in backends.items():
                 scorer = claims.scorer(backend.api)

@@ -4,8 +4,9 @@
     python benchmarks/gpu_time.py --model FOLDER                          # exact, as servers are launched
     python benchmarks/gpu_time.py --model FOLDER --no_deterministic
 
-Needs one NVIDIA GPU and vLLM. Weights are random (--load-format dummy), so a shape is enough. Prompts begin with ever
-more of one text, as those of a tree do. Prints the seconds of three pools, then the kernels by their time in a fourth.
+Needs one NVIDIA GPU and vLLM. Weights are random (--load-format dummy), so a shape is enough. Each prompt begins with
+more of one text than the one before, as in a tree. Prints the seconds of three pools, then the kernels by their time in
+a fourth.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--no_deterministic", action="store_true", help="vLLM's own kernels")
     parser.add_argument("--prompts", type=int, default=40, help="of a pool (default: 40)")
     parser.add_argument("--shared", type=int, default=8000, help="tokens that they share, in parts (default: 8000)")
-    parser.add_argument("--own", type=int, default=200, help="tokens that each has for itself (default: 200)")
+    parser.add_argument("--own", type=int, default=200, help="tokens of each that it does not share (default: 200)")
     parser.add_argument("--rows", type=int, default=45, help="of the table (default: 45)")
     args = parser.parse_args(arguments)
     import torch
@@ -73,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         llm.generate(prompts, one_token, use_tqdm=False)
         return time.perf_counter() - began
 
-    ask(0)  # what is compiled on first use
+    ask(0)  # compiles what is compiled on first use
     print("seconds", *(f"{ask(seed):.3f}" for seed in (1, 2, 3)), flush=True)
     kinds = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=kinds) as profile:

@@ -4,12 +4,12 @@
     python benchmarks/load.py --parts throughput --repeats 7         # one part
     python benchmarks/load.py --quick                                # some seconds: counts and bounds, no times
 
-Every run has a pool of its own and evaluates it again and again, as a search does, with other labels every time: no
-two prompts are alike, so the response cache never answers. All runs share one ModelAPI; every case is a process.
+Every run has its own pool and evaluates it again and again, as a search does, with other labels every time: no two
+prompts are alike, so the response cache never answers. All runs share one ModelAPI; every case is a process.
 
   memory      the tests' stand-in for vLLM, in another process; resident memory of the client over time. In trees, as
               our servers take pools, and as whole prompts, as a plain vLLM takes them
-  throughput  an engine in this process that answers at once: what is left is the client. With and without its cache
+  throughput  an engine in this process that answers at once, so only the client is measured. With and without its cache
   slow        a server that takes seconds for every answer, and one that stops reading requests: everything is asked,
               next to nothing is answered, for --seconds
 
@@ -42,7 +42,7 @@ from aiohttp import web
 if str(Path(__file__).resolve().parents[1]) not in sys.path:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.own_process import serve_until_told, stand_in, start_deaf
+from benchmarks.own_process import serve_until_stopped, stand_in, start_without_ctrl_c
 from benchmarks.step_machine import commit, hardware
 from benchmarks.step_measure import Progress
 from core.llm_api.engines.vllm import VLLMClient
@@ -61,18 +61,18 @@ from core.llm_api.types import (
     Query,
     TokenLogprobs,
 )
+from fakes.vllm_server import BOS, FALSE, TRUE, FakeVLLM, label_distribution
 from src.icm.consistency import Consistency
 from src.icm.objective import LogOdds, Objective
 from src.icm.prefix_tree import TreeLayout
 from src.icm.problem import Candidate, Problem, SearchSettings
 from src.icm.prompts import PromptBook
 from src.pipeline.scoring import PoolScorer
-from tests.core.fake_server import BOS, FALSE, TRUE, FakeVLLM, label_distribution
 
 PEAK: Final = 600.0
 """MB of resident memory that no case may exceed, the interpreter and everything imported included."""
 RATE: Final = 20_000
-"""Scores a second that the client alone should manage."""
+"""Scores a second that the client should manage with an engine that costs nothing."""
 FLAT: Final = 20.0
 """MB by which memory may grow over a million scores, by the slope over the second half."""
 QUICK_GROWTH: Final = 60.0
@@ -80,7 +80,7 @@ QUICK_GROWTH: Final = 60.0
 EVERY: Final = 0.1
 """Seconds between looks at the memory."""
 LONG: Final = 500_000
-"""Scores from which a case shows whether memory grows; below, the slope is of warming up."""
+"""Scores from which a case shows whether memory grows; with fewer, the slope is that of warming up."""
 FEW: Final = 20
 """Looks that a slope needs."""
 SLOW: Final = 5.0
@@ -92,8 +92,8 @@ MB: Final = 1e6
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What is measured. route: tree, whole (prompts) or process (no server). scores: how many; 0: for so many
-    seconds.
+    """What is measured. route: tree, whole (prompts) or process (no server). scores: how many; 0: as many as are
+    answered in for_seconds.
 
     stand_in: prompt, slow or stalled. claims: of each run's pool; tokens: of each claim.
     """
@@ -120,8 +120,8 @@ class Memory:
     looks: list[tuple[int, float, int]] = field(default_factory=list)
 
     def summary(self) -> dict[str, float | None]:
-        """Megabytes, the least of them from when a fifth of the time was over; slopes: least squares over the second
-        half, None where that has fewer than FEW looks."""
+        """Megabytes, the least of them after the first fifth of the time; slopes: least squares over the second half,
+        None where that has fewer than FEW looks."""
         later = self.looks[len(self.looks) // 5 :]
         half = np.array(self.looks[len(self.looks) // 2 :], dtype=float)
         few = len(half) < FEW
@@ -151,15 +151,15 @@ def resident() -> int:
 
 
 def quick_log_odds(tokens: Sequence[int]) -> float:
-    """Between -4 and 4 nats, from every token and its place, at the price of one hash."""
+    """Between -4 and 4 nats, from every token and its place, at the cost of one hash."""
     return (hash(tuple(tokens)) & 0xFFFFFFFF) / 2**32 * 8 - 4
 
 
 class LoadServer(FakeVLLM):
-    """Keeps nothing of what it is asked, for it is asked a million times, and counts no prefix cache.
+    """Keeps nothing of its requests, of which there are a million, and does not count a prefix cache.
 
     manner: prompt, slow (SLOW seconds an answer) or stalled (reads no request's body). The first two questions, which
-    a client asks to know the server, are always answered.
+    are those of a client's start, are always answered.
     """
 
     def __init__(self, manner: str, trees: bool) -> None:
@@ -191,9 +191,9 @@ class LoadServer(FakeVLLM):
         pass
 
 
-async def _serve(told: Connection, manner: str, trees: bool) -> None:
+async def _serve(client: Connection, manner: str, trees: bool) -> None:
     async with LoadServer(manner, trees) as server:
-        await serve_until_told(told, server.port, lambda: server.max_in_flight)
+        await serve_until_stopped(client, server.port, lambda: server.max_in_flight)
 
 
 class AtOnce:
@@ -208,7 +208,7 @@ class AtOnce:
         return None
 
     async def detokenize(self, tokens: Sequence[Sequence[int]]) -> list[str] | None:
-        """None: nobody reads these."""
+        """None: not needed here."""
         return None
 
     async def tokenize_chat(self, messages: Sequence[str]) -> list[list[int]] | None:
@@ -250,7 +250,7 @@ class Run:
         book = PromptBook.build(names, LABELS, tokens=ids, prefix_tokens=(BOS,), separator_tokens=(10,))
         groups = tuple(map(str, range(case.claims)))
         self._layout = TreeLayout.build(range(case.claims), groups, rng)
-        self._api = api.share(alone=False)
+        self._api = api.share(exclusive=False)
         self._scorer = PoolScorer(self._api, book, Problem(groups, Consistency(()), Objective(1.0), SearchSettings()))
         self._rng = rng
         self._expected: Callable[[Prompt], float] = (
@@ -258,7 +258,7 @@ class Run:
         )
 
     async def evaluate(self) -> bool:
-        """Evaluate the pool as a search does; whether a claim drawn at random has the answer to its prompt."""
+        """Evaluate the pool as a search does; returns whether a claim drawn at random got the answer to its prompt."""
         candidate = self._candidate()
         [evaluation] = await self._scorer.evaluate([candidate])
         claim = int(self._rng.integers(len(candidate.labels)))
@@ -270,7 +270,7 @@ class Run:
         return [self._scorer.prompt(claim, candidate) for claim in self._layout.questions]
 
     async def score(self, prompts: Sequence[Prompt]) -> bool:
-        """Ask prompts that are laid out; as `evaluate`."""
+        """As `evaluate`, for prompts that are laid out already."""
         scores = await self._api.score(prompts, LABELS)
         at = int(self._rng.integers(len(prompts)))
         return self._is_right(prompts[at], scores.log_odds[at])
@@ -285,7 +285,7 @@ class Run:
 
 @dataclass
 class Work:
-    """What was done. asking: seconds of wall and of this process's CPU without laying prompts out; None: with it."""
+    """Work done. asking: wall and CPU seconds of this process without laying out prompts; None: including it."""
 
     answered: int = 0
     wrong: int = 0
@@ -341,7 +341,7 @@ async def _measure(case: Case, engine: Engine, cache: ResponseCache | None) -> d
 
 
 async def _ask_at_will(case: Case, runs: Sequence[Run], work: Work) -> None:
-    """Every run evaluates its pool, and again, until the scores of all are enough; without a number, for ever."""
+    """Every run evaluates its pool again and again, until there are case.scores together; for ever if that is 0."""
     rounds = iter(range(-(-case.scores // case.claims))) if case.scores else itertools.count()
 
     async def go(run: Run) -> None:
@@ -355,7 +355,7 @@ async def _ask_at_will(case: Case, runs: Sequence[Run], work: Work) -> None:
 
 
 async def _ask_in_turns(case: Case, runs: Sequence[Run], work: Work) -> None:
-    """All runs lay out their prompts, which does not count, and ask them at once, which does."""
+    """All runs lay out their prompts, which is not timed, and ask them at once, which is."""
     wall = cpu = 0.0
     while work.answered < case.scores:
         laid_out = [run.prompts() for run in runs]
@@ -365,14 +365,14 @@ async def _ask_in_turns(case: Case, runs: Sequence[Run], work: Work) -> None:
         work.wrong += right.count(False)
         work.answered += case.runs * case.claims
         work.asking = wall, cpu
-        await asyncio.sleep(0)  # for the look at the memory
+        await asyncio.sleep(0)  # lets `look` run
 
 
 # The command line
 
 
 def cases(args: argparse.Namespace) -> list[Case]:
-    """What the flags ask for. Small pools for the count, large ones, whose bodies are 1.2 GB a round, for the size."""
+    """The cases of the flags. Small pools give many scores; the bodies of large ones are 1.2 GB a round."""
     runs, many = args.runs, args.scores
 
     def case(name: str, route: str, scores: int, pool: Sequence[int], times: int = 1) -> Case:
@@ -408,7 +408,7 @@ def cases(args: argparse.Namespace) -> list[Case]:
 
 
 def broken_bounds(row: Mapping[str, Any], *, quick: bool) -> list[str]:
-    """What a case did not keep. Times are never looked at here."""
+    """The bounds that a case broke. Times are not checked here."""
     grown = row["peak_mb"] - row["first_mb"]
     slots = HttpOptions().max_concurrent_requests
     found = [
@@ -423,11 +423,11 @@ def broken_bounds(row: Mapping[str, Any], *, quick: bool) -> list[str]:
             f"memory grows by {row['slope_mb_a_million_scores']} MB a million scores",
         ),
     ]
-    return [said for is_broken, said in found if is_broken]
+    return [message for is_broken, message in found if is_broken]
 
 
 def too_slow(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Prints best and median of equal throughput cases; what stays below RATE at its best."""
+    """Prints best and median of equal throughput cases; returns those whose best is below RATE."""
     slow = []
     alike: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -445,18 +445,18 @@ def too_slow(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return slow
 
 
-def _case_process(told: Connection, case: Case) -> None:
+def _case_process(parent: Connection, case: Case) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as by Ctrl-C: the cache's folder is removed
     with suppress(KeyboardInterrupt):
-        told.send(asyncio.run(measure(case)))
+        parent.send(asyncio.run(measure(case)))
 
 
 def _in_a_process(case: Case) -> dict[str, Any]:
-    """`measure` in a fresh process, whose memory is its own. Raises EOFError where that ends without a word."""
+    """`measure` in a new process, so that its memory is measured. Raises EOFError where that ends without a result."""
     spawn = multiprocessing.get_context("spawn")
     here, there = spawn.Pipe(duplex=False)
     child = spawn.Process(target=_case_process, args=(there, case))
-    start_deaf(child)
+    start_without_ctrl_c(child)
     there.close()
     try:
         result: dict[str, Any] = here.recv()
@@ -509,10 +509,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for case in cases(args):
             row = asyncio.run(measure(case)) if args.quick else _in_a_process(case)
             rows.append(row)
-            broken += [f"{case}: {said}" for said in broken_bounds(row, quick=args.quick)]
+            broken += [f"{case}: {bound}" for bound in broken_bounds(row, quick=args.quick)]
             numbers = f"{row['answered']:>10}{row['scores_a_second']:>10}{row['scores_a_cpu_second']:>9}"
-            slope_told = "-" if row["slope_mb_a_million_scores"] is None else row["slope_mb_a_million_scores"]
-            memory = f"{row['first_mb']:>10}{row['peak_mb']:>8}{slope_told:>8}"
+            slope_shown = "-" if row["slope_mb_a_million_scores"] is None else row["slope_mb_a_million_scores"]
+            memory = f"{row['first_mb']:>10}{row['peak_mb']:>8}{slope_shown:>8}"
             print(f"{case!s:<44}{numbers}{memory}", flush=True)
             if args.json is not None:
                 result = {"commit": commit(), "machine": hardware(), "rows": kept + rows}
@@ -524,8 +524,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("error: the process of a case ended without a result", file=sys.stderr)
         return 2
     slow = too_slow(rows)
-    for said in (broken := broken + ([] if args.quick else slow)):
-        print(f"not kept: {said}", file=sys.stderr)
+    for bound in (broken := broken + ([] if args.quick else slow)):
+        print(f"not kept: {bound}", file=sys.stderr)
     return 1 if broken else 0
 
 

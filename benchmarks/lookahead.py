@@ -1,12 +1,12 @@
-"""What asking ahead saves: batches, questions asked and wasted, seconds, against a simulated server.
+"""What asking ahead saves: batches, questions asked and unused, seconds, against a simulated server.
 
     python benchmarks/lookahead.py
 
 Runs the same searches with every --lookahead, one after the other and several times over, against the tests' fake
 server in this process. A request takes --overhead seconds and --per_token seconds for each token that is not in the
-server's prefix cache, so seconds say what a real engine of that speed would gain; ratios are to lookahead 0. Three
-searches: "early" accepts every proposal, "late" refuses nearly all, "whole" is the first 160
-proposals with the command line's defaults. Journals are compared: they must not differ but for costs.
+server's prefix cache, so seconds show what a real engine of that speed would gain; ratios are to lookahead 0. Three
+searches: "early" accepts every proposal, "late" refuses nearly all, "whole" is the first 160 proposals with the command
+line's defaults. Journals are compared: they may only differ in costs.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from core.llm_api.llm import open_model_api
 from core.settings import Settings
+from fakes.vllm_server import FakeVLLM, hashed_log_odds
 from src.icm.objective import Objective
 from src.icm.problem import SearchSettings
 from src.pipeline.datafiles import load_testbed
 from src.pipeline.labelling import Labelling, prepare_batches
 from src.results.run_folder import RunFolder
-from tests.core.fake_server import FakeVLLM, hashed_log_odds
 
 COST = ("asked", "from_cache", "asked_ahead", "ahead_used", "tokens_sent", "tokens_cached", "tokens_computed")
 NOT_DECISIONS = {*COST, "floored", "seconds"}
@@ -46,7 +46,7 @@ SEARCHES: dict[str, dict[str, Any]] = {
 
 
 class TimedServer(FakeVLLM):
-    """A request takes its overhead and the time of the tokens it computes; its own work is not added."""
+    """A request takes its overhead and the time of the tokens it computes, which includes this server's work."""
 
     overhead = 0.0
     per_token = 0.0
@@ -54,14 +54,14 @@ class TimedServer(FakeVLLM):
     async def _answer(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         started, computed = time.perf_counter(), self.queries - self.hits
         response = await super()._answer(request, body)
-        self.completions.clear()  # or they would fill the memory
+        self.completions.clear()  # otherwise they would fill memory
         due = self.overhead + self.per_token * (self.queries - self.hits - computed)
         await asyncio.sleep(max(0.0, started + due - time.perf_counter()))
         return response
 
 
 def by_claim_and_context(tokens: Sequence[int]) -> float:
-    """Mostly what the claim itself says, partly the whole context."""
+    """Log-odds that depend mostly on the claim, partly on the whole context."""
     return (2.0 if sum(tokens[-12:]) % 3 else -2.0) + 0.5 * hashed_log_odds(tokens)
 
 

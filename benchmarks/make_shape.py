@@ -3,12 +3,12 @@
     python benchmarks/make_shape.py 8B /tmp/llama-8b
     scripts/launch_vllm_server.sh /tmp/llama-8b --load-format dummy --served-model-name llama-8b
 
-How long arithmetic takes does not depend on the weights, so a shape with random weights measures speed as the real
-model would. Its answers mean nothing. The tokenizer takes one token a word, so that a claim of 40 words has 40 tokens;
-it knows the words of the built-in claims as well.
+The time of arithmetic does not depend on the weights, so random weights of the same shape are as fast as the real
+model. The answers mean nothing. The tokenizer has one token a word, so that a claim of 40 words has 40 tokens; it also
+has the words of the built-in claims.
 
-vLLM's dummy weights are too small to show how rounding differs. --weights writes random ones as a model is initialized
-with (normal, standard deviation 0.02; PyTorch and transformers needed), for scripts/test_determinism.py.
+vLLM's dummy weights are too small to show differences in rounding. --weights writes random weights like those of a new
+model (normal, standard deviation 0.02; needs PyTorch and transformers), for scripts/test_determinism.py.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if str(Path(__file__).resolve().parents[1]) not in sys.path:
 
 from src.pipeline.datafiles import load_testbed
 
-# What a byte-level pre-tokenizer splits text into: words, numbers and marks, each with the blank before it, and blanks.
+# The pieces of a byte-level pre-tokenizer: words, numbers and marks, each with the blank before it, and blanks.
 _PIECE: Final = re.compile(r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?\d+| ?[^\s\w]+|\s+(?!\S)|\s+")
 
 LABELS: Final = (" True", " False")
@@ -50,7 +50,7 @@ LLAMA: Final[dict[str, Any]] = {
 }
 
 SHAPES: Final[dict[str, dict[str, Any]]] = {
-    # Next to no arithmetic: what is measured is everything around the model. For a CPU.
+    # Next to no arithmetic, to measure everything around the model. For a CPU.
     "tiny": {
         "hidden_size": 64,
         "intermediate_size": 128,
@@ -143,7 +143,8 @@ def _as_bytes(piece: str) -> str:
 def make_shape(name: str, folder: Path, layers: int | None = None) -> Path:
     """Write config.json and the tokenizer of the shape `name` into `folder`, which is made where it is missing.
 
-    layers: that many in place of its own. With half of them two GPUs hold and compute, each, what four do of the whole.
+    layers: this many in place of the shape's. With half of them each of two GPUs has as much as each of four has of
+    all.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = {

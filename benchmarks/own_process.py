@@ -1,4 +1,4 @@
-"""A stand-in server in a process of its own, so that what is measured is the client's alone."""
+"""A stand-in server in another process, so that only the client is measured."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from typing import Any
 Stop = Callable[[], int]
 
 
-async def serve_until_told(told: Connection, port: int, most: Callable[[], int]) -> None:
-    """For the server's process: tell the port, wait for the client's stop, and tell the most that went on at once."""
-    told.send(port)
-    await asyncio.to_thread(told.recv)
-    told.send(most())
+async def serve_until_stopped(client: Connection, port: int, most: Callable[[], int]) -> None:
+    """In the server's process: send the port, wait for the client's stop, and send most()."""
+    client.send(port)
+    await asyncio.to_thread(client.recv)
+    client.send(most())
 
 
 @contextmanager
 def stand_in(serve: Callable[..., Coroutine[Any, Any, None]], *arguments: object) -> Iterator[tuple[str, Stop]]:
-    """serve(told, *arguments) in a process of its own: its URL, and what stops it and returns what `most` said.
+    """serve(client, *arguments) in another process: its URL, and a function that stops it and returns its most().
 
-    serve: a function of a module, which ends with serve_until_told.
+    serve: a function of a module, which ends with serve_until_stopped.
     """
     spawn = multiprocessing.get_context("spawn")
     here, there = spawn.Pipe()
     server = spawn.Process(target=_run, args=(serve, there, *arguments), daemon=True)
-    start_deaf(server)
+    start_without_ctrl_c(server)
     there.close()
 
     def stop() -> int:
@@ -45,13 +45,13 @@ def stand_in(serve: Callable[..., Coroutine[Any, Any, None]], *arguments: object
         server.kill()
 
 
-def _run(serve: Callable[..., Coroutine[Any, Any, None]], told: Connection, *arguments: object) -> None:
+def _run(serve: Callable[..., Coroutine[Any, Any, None]], client: Connection, *arguments: object) -> None:
     with suppress(EOFError):  # the client ended, or was killed
-        asyncio.run(serve(told, *arguments))
+        asyncio.run(serve(client, *arguments))
 
 
-def start_deaf(process: BaseProcess) -> None:
-    """Start a process that Ctrl-C does not reach: it would die of it while it still imports, with a traceback."""
+def start_without_ctrl_c(process: BaseProcess) -> None:
+    """Start a process that ignores Ctrl-C, which would end it with a traceback while it imports."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         process.start()

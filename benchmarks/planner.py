@@ -58,7 +58,7 @@ class Cache:
             self.ask(claim, layout.context(claim), labels)
 
     def ask(self, claim: int, context: Sequence[int], labels: Labels) -> None:
-        """One prompt: what stands behind the first missing demonstration is computed."""
+        """One prompt: everything from the first missing demonstration on is computed."""
         key, found = 0, True
         prefix = []
         for other in context:
@@ -70,7 +70,7 @@ class Cache:
                 self._tokens += tokens - self._held.pop(key, 0)
                 self._held[key] = tokens
             prefix.append(key)
-        for key in reversed(prefix):  # an engine gives up a prompt's end before its beginning
+        for key in reversed(prefix):  # an engine evicts a prompt's end before its beginning
             self._held.move_to_end(key)
         self.computed += self._costs.questions[claim]
         while self._costs.capacity is not None and self._tokens > self._costs.capacity:
@@ -79,7 +79,7 @@ class Cache:
 
 @dataclass(frozen=True)
 class Scenario:
-    """What a search does, whichever layout it stands in."""
+    """What a search does, in any layout."""
 
     size: int
     seeds: int
@@ -112,7 +112,7 @@ def walk(scenario: Scenario, max_tail: int | None) -> tuple[int, int]:
     if scenario.capacity is not None:
         held = scenario.capacity * (tree_tokens(len(sizes), sum(sizes)) + sum(problem.costs.questions))
         problem = replace(problem, costs=replace(problem.costs, capacity=int(held)))
-    if max_tail is not None:  # a constant knows nothing of capacity or tokens spent
+    if max_tail is not None:  # a constant does not depend on capacity or tokens spent
         planned = problem
         problem = replace(problem, costs=replace(problem.costs, capacity=None))
         cache = Cache(planned.costs)
@@ -134,8 +134,8 @@ def walk(scenario: Scenario, max_tail: int | None) -> tuple[int, int]:
         if not flip:
             cache.ask(claim, state.layout.context(claim), state.labels)
         cache.evaluate(start.labels, start.layout)
-        owed = 0 if max_tail is not None else extra_tokens(problem, state, [start.labels])
-        outcome = Outcome(claim, 0.0, True, 1.0, spent_on_tail=owed)
+        spent = 0 if max_tail is not None else extra_tokens(problem, state, [start.labels])
+        outcome = Outcome(claim, 0.0, True, 1.0, spent_on_tail=spent)
         if taken:
             labels = flipped(state.labels, {claim: bool(start.labels[claim])})
             outcome = replace(outcome, labels=labels, evaluation=WORTH)

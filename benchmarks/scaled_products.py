@@ -3,9 +3,9 @@
     python benchmarks/scaled_products.py --json benchmarks/results/scaled-products.json       # two minutes
 
 Needs one NVIDIA GPU of compute capability 9 and vLLM. The shapes are those of 405B on four GPUs. Milliseconds (median)
-with the weights coming from memory; in how many places a row has other bits among fewer rows; the largest error against
-float64, as a part of the largest exact result. Each way runs in a process of its own: vLLM reads its mode once. --sweep
-also times tiles that the library does not choose from.
+with the weights coming from memory; how many rows have other bits among fewer rows; the largest error against float64,
+relative to the largest exact result. Each way runs in a new process: vLLM reads its mode once. --sweep also times tiles
+that the library does not choose from.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ WAYS: Final[dict[str, dict[str, str]]] = {
     "Cutlass, batch-invariant": {"VLLM_BATCH_INVARIANT": "1"},
     OURS: {"VLLM_BATCH_INVARIANT": "0"},
 }
-CACHE: Final = 200 << 20  # bytes of weights to walk through, so that none is still in the L2 cache when it comes again
+CACHE: Final = 200 << 20  # bytes of weights to alternate between, so that none is still in the L2 cache
 
 
 def multiplier(way: str) -> Callable[..., Any]:
-    """What computes (a, b, scale_a, scale_b) -> c in bfloat16."""
+    """A function (a, b, scale_a, scale_b) -> c in bfloat16."""
     import torch
 
     if way == OURS:
@@ -56,7 +56,7 @@ def multiplier(way: str) -> Callable[..., Any]:
 
 
 def inputs(rows: int, k: int, n: int, copies: int = 1) -> tuple[Any, list[Any], Any, Any]:
-    """a, `copies` of b, and the scales: numbers as a model's, scaled to the range of fp8."""
+    """a, `copies` of b, and the scales: numbers like a model's, scaled to the range of fp8."""
     import torch
 
     torch.manual_seed(0)
@@ -149,7 +149,7 @@ def tiles(repeats: int, sweep: bool) -> list[dict[str, Any]]:
                     return scaled_product(x, weights[0], scale, scale_b, tile=tile)
 
                 row[f"milliseconds_{rows}"] = round(milliseconds(call, max(5, repeats // 3)), 4)
-        except Exception as error:  # noqa: BLE001 - a tile that does not fit this GPU; the others are measured all the same
+        except Exception as error:  # noqa: BLE001 - a tile that does not fit this GPU must not stop the others
             row["failed"] = f"{type(error).__name__}: {str(error)[:200]}"
             torch.cuda.synchronize()
         print(json.dumps(row), file=sys.stderr, flush=True)

@@ -1,11 +1,11 @@
-"""What calibration does where most claims have the same truth, and what knowing the share does (`--prior`).
+"""What calibration does where most claims have the same gold label, and what knowing the share does (`--prior`).
 
     python scripts/with_server.py -- python benchmarks/skew.py --model gemma-3-270m
     python scripts/with_server.py -- python benchmarks/skew.py --model gemma-3-270m --draws 1 --true 62 --search
 
-Pools of the built-in claims, one of each pair (so that nothing constrains them), so many of which are True. The same
-answers, zero-shot and leave-one-out with gold labels as demonstrations, are compared with five offsets: none, the
-mean, and three that know the share p of True claims. --search labels each pool by ICM with the product's three.
+Pools of the built-in claims, one of each pair (so that there are no constraints), with a given number of True ones. The
+same answers, zero-shot and leave-one-out with gold labels as demonstrations, are compared with five offsets: none, the
+mean, and three that use the share p of True claims. --search labels each pool by ICM with the three of icm label.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ OFFSETS: Final[dict[str, Callable[[Sequence[float], float], float]]] = {
 
 
 def skewed(claims: Sequence[Claim], size: int, trues: int, draw: int) -> list[Claim]:
-    """`size` claims, each of another pair, `trues` of them True, each a group of its own, in random order."""
+    """`size` claims, each of another pair and each its own group, `trues` of them True, in random order."""
     pairs: dict[str, dict[bool, Claim]] = {}
     for claim in claims:
         pairs.setdefault(claim.group, {})[claim.gold is True] = claim
@@ -149,7 +149,7 @@ async def answers(api: ModelAPI, size: int, trues: int, draw: int) -> dict[str, 
 
 
 async def searched(api: ModelAPI, size: int, trues: int, draw: int, objective: Objective) -> tuple[Right, float, float]:
-    """ICM's labels of the whole pool, those that the search did not give included; U; seconds."""
+    """ICM's labels of the whole pool, also those that the search did not give; U; seconds."""
     pool = pool_of(size, trues, draw, objective)
     labelling = (await Labelling.open(pool, api)).planned_for(await api.kv_cache_tokens())
     started = time.perf_counter()
@@ -207,7 +207,7 @@ def main() -> int:
     parser.add_argument("--true", type=int, nargs="+", default=[32, 51, 61, 62], help="how many of them are True")
     parser.add_argument("--draws", type=int, default=5, help="pools of each share")
     parser.add_argument("--search", action="store_true", help="label each pool by ICM")
-    parser.add_argument("--only", nargs="*", choices=("none", "mean", "prior"), help="these searches alone")
+    parser.add_argument("--only", nargs="*", choices=("none", "mean", "prior"), help="only these searches")
     parser.add_argument("--cache", type=Path, default=None, help="response cache to use and fill")
     parser.add_argument("--json", type=Path, default=None)
     args = parser.parse_args()

@@ -50,7 +50,7 @@ class BadOptions(Exception):
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options; what follows -- is not theirs."""
+    """The options, without those after --."""
     made = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage="step.py [options] [-- ...]"
     )
@@ -58,10 +58,10 @@ def parser() -> argparse.ArgumentParser:
     where.add_argument(
         "--server",
         metavar="URL",
-        help="a vLLM server that runs, or several, with commas; their counters must be yours alone",
+        help="a running vLLM server, or several, with commas; nobody else may use them",
     )
     where.add_argument(
-        "--start", metavar="SIZE", help="start scripts/launch_vllm_server.sh: a size of its, or a folder"
+        "--start", metavar="SIZE", help="start scripts/launch_vllm_server.sh: one of its sizes, or a folder"
     )
     where.add_argument("--direct", metavar="FOLDER", help="vLLM in this process")
     where.add_argument("--plot_only", metavar="FILE", type=Path, help="table and PNG of an earlier --json")
@@ -89,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
         "--route",
         choices=("plain", "auto"),
         default="auto",
-        help="how all but (a) travel: auto as trees of segments to servers that take them, plain as whole prompts",
+        help="how all but (a) are sent: auto as trees of segments to servers that take them, plain as whole prompts",
     )
     made.add_argument("--quick", action="store_true", help="N = 16 and 32, once; checks token counts, never times")
     made.add_argument("--seed", type=int, default=0, help="of lengths, labels and trees; words are new in every call")
@@ -173,7 +173,7 @@ async def measure(args: argparse.Namespace, report: Report, budget: Budget, serv
 
 @asynccontextmanager
 async def opened(args: argparse.Namespace, salt: int, progress: Progress) -> AsyncIterator[Backend]:
-    """The engine that was asked for, started and never cached on our side."""
+    """The requested engine, started, without a response cache."""
     async with AsyncExitStack() as stack:
         single_engine: HttpEngine | None = None
         single: ModelAPI | None = None
@@ -186,7 +186,7 @@ async def opened(args: argparse.Namespace, salt: int, progress: Progress) -> Asy
             singly = settings.model_copy(update={"prompts_per_request": 1})
             single_engine = vllm_engine(singly, args.model, use_extension=False)
             single = await stack.enter_async_context(ModelAPI(single_engine))
-        async with progress.doing("starting vLLM" if args.direct else "asking the server who it is"):
+        async with progress.doing("starting vLLM" if args.direct else "asking the server for its model"):
             api = await stack.enter_async_context(ModelAPI(engine))
         yield await Backend.open(
             engine, api, single_engine, single, claim_tokens=args.claim_tokens, seed=args.seed, salt=salt
@@ -238,7 +238,7 @@ def _earlier(path: Path) -> Report:
 
 def _measured(args: argparse.Namespace, report: Report, server_options: list[str]) -> int:
     """Fill `report`; the exit code."""
-    budget = Budget(args.budget)  # from here on: starting vLLM is part of it
+    budget = Budget(args.budget)  # includes starting vLLM
     try:
         if args.start:
             with tempfile.TemporaryDirectory() as folder, _server(args, server_options, Path(folder)) as server:

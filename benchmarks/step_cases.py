@@ -1,7 +1,7 @@
-"""The cases of a search step, measured one after another: see docs/benchmarks.md for what each is.
+"""The cases of a search step, measured one after another: docs/benchmarks.md says what each is.
 
 Cheap cases come first, at every size; then the slow ones (upstream's order, a and b) in rounds of one repetition of
-every size, so that a budget that runs out takes repetitions before it takes sizes.
+every size, so that a budget that runs out costs repetitions before it costs sizes.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from src.icm.problem import Candidate
 
 SLOW: Final = ("b", "a")
 POWER: Final = {"a": 2.2, "b": 2.2}
-"""How a case's seconds grow with N, for guesses; 1.4 for the others."""
+"""The exponents with which a case's seconds grow with N, for guesses; 1.4 for the others."""
 
 
 @dataclass
 class Grown:
-    """A tree with a tail, everything that its layout asks in the cache, and the next claim to append."""
+    """A tree with a tail, whose prompts are all in the prefix cache, and the next claim to append."""
 
     claims: Claims
     layout: TreeLayout
@@ -157,7 +157,7 @@ class Cases:
                 self._report.case("d", size).not_measured = self._report.case("d0", size).not_measured
 
     async def _prepared(self, entry: CaseResult, size: int, count: int) -> Grown | None:
-        """A tree of `size` of `count` claims, asked once, untimed. None, and said in `entry`, where it cannot be."""
+        """A tree of `size` of `count` claims, asked once, untimed. None, and why in `entry`, where that fails."""
         backend, budget = self._backend, self._budget
         entry.not_measured = budget.refuses("prepare", size, 1.4)
         if entry.not_measured:
@@ -192,7 +192,7 @@ class Cases:
         return measured
 
     async def _alternatives(self, grown: Grown) -> Repetition:
-        """A fresh claim appended as True and as False, in one batch; the tree itself stays as it is."""
+        """A new claim appended as True and as False, in one batch; the tree is not changed."""
         scorer = grown.claims.scorer(self._backend.api)
         labels = grown.claims.labelling(grown.layout.questions)
         claim, grown.next = grown.next, grown.next + 1
@@ -205,7 +205,7 @@ class Cases:
         return await self._backend.measure(evaluate)
 
     async def _repeat(self, case: str, size: int, once: Callable[[], Awaitable[Repetition]], times: int) -> bool:
-        """Repeat while the budget allows; whether any was measured. Saves what there is."""
+        """Repeat while the budget allows, and save; returns whether any repetition was measured."""
         entry, budget, done = self._report.case(case, size), self._budget, 0
         for _ in range(times):
             count = len(entry.repetitions)

@@ -1,4 +1,4 @@
-"""What a benchmark ran on: hardware, versions, commit. No host names, no folders of the machine."""
+"""What a benchmark ran on: hardware, versions, commit. No host names, no paths of the machine."""
 
 from __future__ import annotations
 

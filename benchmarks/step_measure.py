@@ -1,7 +1,8 @@
 """One measurement: synthetic claims, the engine they are asked of, and what one piece of work costs the client.
 
-Claims are of random words, each its own group, with random labels. How many words a claim has follows from the seed;
-which ones is new with every call of the benchmark (`salt`), so that nothing of an earlier call is in a server's cache.
+Claims are of random words, each its own group, with random labels. The number of words of a claim follows from the
+seed; the words are new with every call of the benchmark (`salt`), so that nothing of an earlier call is in a server's
+cache.
 """
 
 from __future__ import annotations
@@ -59,11 +60,11 @@ class Claims:
         return tuple(label if claim in known else None for claim, label in enumerate(self.labels))
 
     def candidate(self, layout: Layout) -> Candidate:
-        """Everything in `layout`, labelled."""
+        """All claims in `layout` with their labels."""
         return Candidate(self.labelling(layout.questions), layout)
 
     def scorer(self, api: ModelAPI) -> PoolScorer:
-        """What the search asks a model with."""
+        """The scorer with which a search asks a model."""
         return PoolScorer(api, self.book, Problem(self.groups, Consistency(()), Objective(1.0), SearchSettings()))
 
     def describe(self, entry: CaseResult) -> None:
@@ -84,7 +85,7 @@ def texts(count: int, tokens: int, *, lengths: np.random.Generator, words: np.ra
 class Backend:
     """An engine, ready to be asked. single: the same server, one request a prompt; None in process.
 
-    salt, seed: see the module. spelling: what the model's tokenizer makes of claims in demonstrations.
+    salt, seed: see the module. spelling: how the model's tokenizer spells demonstrations.
     """
 
     api: ModelAPI
@@ -126,7 +127,7 @@ class Backend:
         )
 
     async def claims(self, count: int, *purpose: int) -> Claims:
-        """Claims that nobody has asked about. The same `purpose` has the same lengths and labels in every call."""
+        """New claims. The same `purpose` has the same lengths and labels in every call."""
         lengths = np.random.default_rng([self.seed, count, *purpose])
         words = np.random.default_rng([self.salt, next(self.draws)])
         drawn = texts(count, self.claim_tokens, lengths=lengths, words=words)
@@ -134,14 +135,14 @@ class Backend:
         return Claims(book, tuple((lengths.random(count) < 0.5).tolist()))
 
     async def warm_up(self) -> None:
-        """Ask a few claims, one by one too: connections, and whatever an engine compiles at its first request."""
+        """Ask a few claims, also one by one, for connections and for what an engine compiles at its first request."""
         for api in filter(None, (self.api, self.single)):
             claims = await self.claims(WARM_UP, 0)
             layout = TreeLayout.build(range(WARM_UP), claims.groups, np.random.default_rng(self.seed))
             await claims.scorer(api).evaluate([claims.candidate(layout)])
 
     async def measure(self, work: Callable[[], Awaitable[object]], *, single: bool = False) -> Repetition:
-        """What `work` costs. Counters are read, and memory is tidied, outside the time that counts."""
+        """The cost of `work`. Counters are read, and memory is freed, outside the measured time."""
         api, engine = (self.single, self.single_engine) if single else (self.api, self.engine)
         assert api is not None
         before, stats = await self.api.prefix_cache(), api.stats.as_dict()
@@ -168,9 +169,9 @@ class Backend:
 
 
 def reset_peak_memory() -> bool:
-    """Make the kernel forget this process's high-water mark; whether it did. Linux only."""
+    """Reset this process's peak of resident memory; returns whether that worked. Linux only."""
     with contextlib.suppress(OSError, AttributeError):
-        # What earlier work freed goes back first, or its memory would be counted again.
+        # Memory that earlier work freed is given back first, or it would be counted again.
         ctypes.CDLL(None).malloc_trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")
@@ -180,7 +181,7 @@ def reset_peak_memory() -> bool:
 
 
 def peak_memory() -> int | None:
-    """Bytes of resident memory at the highest since reset_peak_memory."""
+    """The peak of resident memory since reset_peak_memory, bytes."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -200,7 +201,7 @@ class Progress:
 
     @contextlib.asynccontextmanager
     async def doing(self, what: str) -> AsyncIterator[None]:
-        """Show `what` and for how long it has been going on."""
+        """Show `what` and how long it has taken so far."""
         ticker = asyncio.create_task(self._tick(what))
         try:
             yield
@@ -221,7 +222,7 @@ class Progress:
 
 
 class Budget:
-    """Wall seconds that are left, and a guess at what one more repetition takes, from smaller sizes measured before."""
+    """The wall seconds left, and a guess at the seconds of one more repetition, from smaller sizes measured before."""
 
     def __init__(self, seconds: float | None) -> None:
         self._end = None if seconds is None else time.monotonic() + seconds
@@ -233,7 +234,7 @@ class Budget:
         return float("inf") if self._end is None else self._end - time.monotonic()
 
     def took(self, kind: str, size: int, seconds: float) -> None:
-        """Remember what a repetition took, everything around it included."""
+        """Remember the seconds of a repetition, with everything around it."""
         self._taken[kind] = (size, seconds)
 
     def guess(self, kind: str, size: int, power: float) -> float:

@@ -31,7 +31,7 @@ SHOWN: Final = ("a", "b", "c", "d", "e", "f")
 
 @dataclass(frozen=True)
 class _Curve:
-    """The last point of a curve, where its label stands."""
+    """The last point of a curve, where its label is."""
 
     x: float
     y: float
@@ -49,7 +49,7 @@ def draw(report: Report, path: Path) -> None:
     figure.suptitle(report.title or _default_title(report), parse_math=False, fontsize=12)
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=10)
-    figure.canvas.draw()  # only now it is known where on the page the curves end
+    figure.canvas.draw()  # only now it is known where the curves end on the page
     for axis, ends in curves.items():
         _label(axis, ends)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def _panel(
             below = [y - min(v) for y, v in zip(ys, every, strict=True)]
             above = [max(v) - y for y, v in zip(ys, every, strict=True)]
             axis.errorbar(xs, ys, yerr=[below, above], fmt="none", ecolor=colour, capsize=3, alpha=0.6)
-        # What a full cache leaves to compute depends on the lengths modulo the block, and does not grow as a power.
+        # With a full cache, computed tokens depend on the lengths modulo the block, and do not grow as a power.
         p = None if case == "e" and not whiskers else growth(report, case, value)
         ends.append(_Curve(xs[-1], ys[-1], case if p is None else f"{case}  N^{p:.2f}", colour))
     axis.set_xscale("log")
@@ -96,7 +96,7 @@ def _panel(
 
 
 def _label(axis: Any, curves: list[_Curve]) -> None:
-    """Write each curve's name at its end, moved up where it would stand on another's."""
+    """Write each curve's name at its end, moved up where it would overlap another one."""
     pixels_a_point = axis.figure.dpi / 72
     lowest = float("-inf")
     for curve in sorted(curves, key=lambda c: c.y):

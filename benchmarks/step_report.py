@@ -1,7 +1,7 @@
-"""What benchmarks/step.py has measured: its JSON, and the numbers made from it. Nothing here asks a model.
+"""The results of benchmarks/step.py: its JSON, and the numbers made from it. Nothing here asks a model.
 
-Sizes are labelled claims (N), times seconds, tokens prompt tokens, memory and requests bytes. None: the engine or the
-operating system does not say.
+Sizes are labelled claims (N), times seconds, tokens prompt tokens, memory and requests bytes. None: unknown to the
+engine or the operating system.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Check:
 
 @dataclass
 class Report:
-    """Everything of one call of step.py, as its JSON holds it."""
+    """Everything that one call of step.py measured, as in its JSON."""
 
     title: str = ""
     notes: list[str] = field(default_factory=list)
@@ -134,7 +134,7 @@ _JSON: Final = TypeAdapter(Report)
 
 
 def write_json(report: Report, path: Path) -> None:
-    """Write atomically, so that whoever interrupts keeps the last whole file."""
+    """Write atomically, so that an interrupt leaves the last whole file."""
     write_atomically(path, _JSON.dump_json(report, indent=1) + b"\n")
 
 
@@ -163,7 +163,7 @@ def middle(entry: CaseResult, value: Callable[[Repetition], float | None]) -> fl
 
 
 def per_unit(entry: CaseResult) -> float | None:
-    """Computed tokens over prompts * (demonstration + question): 1 is the least that an appended label can cost."""
+    """Computed tokens / (prompts * (demonstration + question)): an appended label costs at least 1."""
     unit = entry.demonstration_tokens + entry.question_tokens
     return middle(entry, lambda r: None if r.computed_tokens is None else r.computed_tokens / (r.prompts * unit))
 
@@ -184,7 +184,7 @@ def fixed_rebuilds(first: int, until: int, every: int) -> list[int]:
 
 
 def planned_rebuilds(first: int, until: int, costs: TokenCosts) -> list[int]:
-    """Sizes at which the search's own planner rebuilds the tree of a run that only appends. At `until` it ends."""
+    """Sizes at which the search's planner rebuilds the tree of a run that only appends, until it has `until` labels."""
     groups, rng = [str(claim) for claim in range(until)], np.random.default_rng(0)
     sizes = []
     layout = TreeLayout.build(range(first), groups, rng)
@@ -199,8 +199,8 @@ def planned_rebuilds(first: int, until: int, costs: TokenCosts) -> list[int]:
 def interpolate(sizes: Sequence[float], values: Sequence[float], at: Iterable[float]) -> list[float]:
     """Values between measured sizes: straight lines in log-log, continued beyond both ends along the fit of all.
 
-    Straight lines in log-log, because chords of a quadratic would lie above it and overstate what grows faster. Values
-    that are not positive are taken as straight lines over log size instead; those of equal sizes are averaged.
+    In log-log, because chords of a quadratic would lie above it and overstate what grows faster. Values that are not
+    positive are interpolated over log size instead; those of equal sizes are averaged.
     """
     wanted = np.log(np.asarray([float(x) for x in at], dtype=np.float64))
     distinct = sorted(set(sizes))
@@ -219,7 +219,7 @@ def interpolate(sizes: Sequence[float], values: Sequence[float], at: Iterable[fl
 
 @dataclass(frozen=True)
 class RunTotal:
-    """What one finished run costs. measured_to: the largest size that was sampled; beyond it costs are extrapolated."""
+    """The cost of a whole run. measured_to: the largest size that was sampled; beyond it costs are extrapolated."""
 
     seconds: float
     cpu_seconds: float
@@ -246,7 +246,7 @@ def run_total(run: RunResult, layout: str) -> RunTotal | None:
     rebuilds = run.rebuilds if layout == "tree" else []
 
     def known(value: Callable[[Repetition], float | None]) -> tuple[float, float] | None:
-        """(everything, of it rebuilds), None where the engine does not say."""
+        """(everything, of that rebuilds); None if unknown."""
         every = [[value(step) for step in sample.steps] for sample in samples]
         built = [value(sample.built) for sample in samples]
         per_step = [[v for v in values if v is not None] for values in every]

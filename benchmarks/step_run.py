@@ -1,10 +1,10 @@
-"""A whole run, from the seed labels to N, sampled: what its steps and rebuilds cost at some sizes, for integration.
+"""A whole run, from the seed labels to N, sampled: the cost of its steps and rebuilds at some sizes, for integration.
 
-Assumed: every proposal is of an unlabelled claim and accepted at once, and nothing is repaired, so a step is the new
-claim's question and one evaluation of the pool with it. The tree is as many appends old as a run's would be at that
-size. Upstream's order comes as one batched request too, so that only the order differs; its cache is as warm as in a
-run, since the step before was asked just before, and the new label stands at a random place of the pool's order: one
-place in each of as many equal parts as there are steps, so that few steps give a fair mean.
+Assumed: every proposal is an unlabelled claim and accepted at once, and nothing is repaired, so a step is the new
+claim's question and one evaluation of the pool with it. The tree has the tail that it would have in a run at that size.
+Upstream's order is sent as one batched request, too, so that only the order differs; its cache is as in a run, since
+the step before was just asked, and the new label is at a random place of the pool's order: one place in each of as many
+equal parts as there are steps, so that few steps give a fair mean.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class RunSimulation:
                 self.save()
 
     async def _planned(self, until: int) -> list[int]:
-        """When the search's planner would rebuild, for claims as they are drawn here and the server's KV cache."""
+        """When the search's planner would rebuild, for claims as drawn here and the server's KV cache."""
         book = (await self.backend.claims(until, 1, until)).book
         demonstrations = tuple(len(true) for _, true in book.demonstrations)
         questions = tuple(map(len, book.questions))

@@ -37,7 +37,7 @@ def tables(report: Report) -> str:
 
 
 def heading(report: Report) -> str:
-    """What was measured on what."""
+    """What was measured, and on which engine and machine."""
     engine, machine = report.engine, report.hardware
     gpus = machine.get("gpus") or []
     shown = f"{len(gpus)} x {gpus[0]}" if gpus else "no GPU seen"
@@ -90,7 +90,7 @@ def growth_table(report: Report) -> str:
         seconds = growth(report, case, lambda r: r.seconds)
         if seconds is None:
             continue
-        # What a full cache leaves depends on the lengths modulo the block, and does not grow as a power.
+        # With a full cache, computed tokens depend on the lengths modulo the block, and do not grow as a power.
         computed = None if case == "e" else growth(report, case, lambda r: r.computed_tokens)
         lines.append(f"      {_name(case):<30}{seconds:>13.2f}{'-' if computed is None else f'{computed:.2f}':>22}")
     return "\n".join(lines) if len(lines) > 1 else ""

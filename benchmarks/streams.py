@@ -1,9 +1,9 @@
-"""Do many streams at once lose, double or misplace a token? The client against a server in a process of its own.
+"""Do many streams at once lose, double or misplace a token? The client against a server in another process.
 
     python benchmarks/streams.py --streams 10000 --at_once 200 --tokens 20
 
-The server is the tests' stand-in for vLLM: every token that it writes says whose it is and which one, and its events
-are cut at random places. Exit code 1 if any stream is not what was sent.
+The server is the tests' stand-in for vLLM: every token names its stream and its number, and events are cut at random
+places. Exit code 1 if any stream is not what was sent.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from pathlib import Path
 if str(Path(__file__).resolve().parents[1]) not in sys.path:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.own_process import serve_until_told, stand_in
+from benchmarks.own_process import serve_until_stopped, stand_in
 from benchmarks.step_machine import hardware
 from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.http.transport import HttpOptions
 from core.llm_api.llm import ModelAPI
 from core.llm_api.text.generation import End, SamplingOptions, Token
-from tests.core.fake_text import FakeTextServer, Manner, written
+from fakes.text_server import FakeTextServer, Manner, written
 
 
-async def serve(told: Connection, delay: float) -> None:
-    """The tests' stand-in for vLLM; tells the most streams that it had at once."""
+async def serve(client: Connection, delay: float) -> None:
+    """The tests' stand-in for vLLM; at its end it sends the most streams that it had at once."""
     rng = random.Random(7)
 
     def cut(event: bytes) -> list[bytes]:
@@ -40,7 +40,7 @@ async def serve(told: Connection, delay: float) -> None:
         return [event[:at], event[at:]] if rng.random() < 0.1 else [event]
 
     async with FakeTextServer(manner=Manner(cut=cut, delay=delay)) as server:
-        await serve_until_told(told, server.port, lambda: server.max_streaming)
+        await serve_until_stopped(client, server.port, lambda: server.max_streaming)
 
 
 async def measure(url: str, streams: int, at_once: int, tokens: int) -> dict[str, object]:

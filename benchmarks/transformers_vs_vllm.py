@@ -3,11 +3,11 @@
     python benchmarks/transformers_vs_vllm.py --model gemma-3-270m --at_once 1 8 32 --json result.json
     python benchmarks/transformers_vs_vllm.py --model MODEL --gpu --at_once 16 64 256 --requests 256 --no_deterministic
 
-Requests come as people send them: prompts of different lengths, answers that may end at different lengths. transformers
-fills a batch, pads it, and gives the whole batch back when its longest answer is done; vLLM takes every request as it
-comes. On a GPU vLLM records CUDA graphs, in process and over HTTP (the launcher's default is not to, for scores need
-none). Each engine runs in a process of its own, one after the other, so that memory is its own: the largest sum of its
-processes' resident memory (PSS), and on a GPU what the GPU holds. vLLM reserves memory for its cache at start.
+Requests are like those of people: prompts and answers of different lengths. transformers fills a batch, pads it, and
+returns the whole batch when its longest answer is done; vLLM takes every request as it comes. On a GPU vLLM records
+CUDA graphs, in process and over HTTP (the launcher does not by default, because scores do not need them). Each engine
+runs in a separate process, one after the other, so that its memory can be measured: the largest sum of its processes'
+resident memory (PSS), and on a GPU the memory in use. vLLM reserves memory for its cache at start.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class StaticBatches:
         self._model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).to(self._device).eval()
 
     def run(self, work: Sequence[tuple[str, int]], at_once: int) -> tuple[list[float], int]:
-        """(seconds from the start of its batch to the end of it, of each request; tokens that were asked for)."""
+        """(seconds of each request, which are those of its batch; tokens that were asked for)."""
         latencies: list[float] = []
         for start in range(0, len(work), at_once):
             batch = work[start : start + at_once]
@@ -112,7 +112,7 @@ class Stopwatch:
         self._cpu = sum(map(_cpu_seconds, _family(os.getpid())))
 
     def row(self, latencies: list[float], tokens: int) -> dict[str, float]:
-        """What is reported of one engine at one number of requests at once, timed from the start of this watch."""
+        """The results of one engine at one number of requests at once, timed from the start of this watch."""
         seconds = time.perf_counter() - self._began
         return row(latencies, tokens, seconds, sum(map(_cpu_seconds, _family(os.getpid()))) - self._cpu)
 
@@ -132,8 +132,8 @@ def row(latencies: list[float], tokens: int, seconds: float, cpu: float) -> dict
 
 
 class Memory:
-    """Watches the largest memory of a process and all below it, in MiB, and of the GPU. From outside: looking takes
-    tens of milliseconds on a large machine, for which an engine in the same process would wait."""
+    """Watches the peak memory of a process and all below it, in MiB, and of the GPU. From another process, because a
+    look takes tens of milliseconds on a large machine, for which an engine in the same process would wait."""
 
     def __init__(self, pid: int, gpu: bool) -> None:
         self.peak = self.gpu_peak = 0.0
@@ -200,7 +200,7 @@ def measure(engine: str, args: argparse.Namespace) -> dict[str, dict[str, float]
     rows: dict[str, dict[str, float]] = {}
 
     async def ask(api: ModelAPI) -> None:
-        await through_api(api, work[:2], 2)  # what is compiled or loaded on first use
+        await through_api(api, work[:2], 2)  # compiles and loads what is needed at first use
         for at_once in args.at_once:
             watch = Stopwatch()
             rows[str(at_once)] = watch.row(*await through_api(api, work, at_once))
@@ -252,7 +252,7 @@ def ratios(engines: dict[str, Any], of: str = "requests_a_second") -> dict[str, 
 
 
 def result(engines: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """What is written of the engines that were measured so far."""
+    """The results of the engines that were measured so far, for the JSON."""
     return {
         "model": Path(args.model).name if Path(args.model).is_dir() else args.model,
         "requests": args.requests,
@@ -267,7 +267,7 @@ def result(engines: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; exit code 1 if an engine failed, the others' numbers being written all the same."""
+    """Command line; exit code 1 if an engine failed; the others' numbers are still written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="gemma-3-270m", help="a folder in models/, a path or a Hugging Face id")
     parser.add_argument("--gpu", action="store_true", help="on one GPU, in place of the CPU")
@@ -302,7 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         engines[engine] = {"at_once": json.loads(found[-1].removeprefix("RESULT ")), **peaks}
         text = json.dumps(result(engines, args), indent=1)
-        if args.json is not None:  # each time, for the next engine may take long, or fail
+        if args.json is not None:  # each time, because the next engine may take long, or fail
             args.json.write_text(text + "\n")
     print(text)
     return 0 if len(engines) == len(args.engines) else 1

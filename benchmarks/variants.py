@@ -1,11 +1,11 @@
-"""What the cheaper searches cost and what they lose: agreement with gold, questions, tokens and seconds of each.
+"""What the cheaper searches cost and lose: agreement with gold, questions, tokens and seconds of each.
 
     python scripts/with_server.py -- python benchmarks/variants.py --seeds 1 2 3 -- \
         --testbed builtin --model gemma-3-270m --batch_size 32 --alpha 50 --calibrate mean
 
-What stands behind -- goes to ICM.py. Every variant and seed is a run of its own, kept and resumed; each variant has a
-response cache of its own, so that none profits from what another asked. Agreement counts all labels of the pool, those
-of claims that the search did not take in included. Ratios are to the exact search of the same seeds.
+Options after -- go to ICM.py. Every variant and seed is a separate run, kept and resumed; each variant has a separate
+response cache, so that none gains from what another asked. Agreement counts all labels of the pool, also those of
+claims that the search did not take in. Ratios are to the exact search of the same seeds.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     icm = given[cut + 1 :]
     args = ICM.build_parser().parse_args(icm)
     table: dict[str, list[dict[str, float]]] = {name: [] for name in options.variants}
-    for seed in options.seeds:  # seed by seed, so that what is there of an unfinished table can be compared
+    for seed in options.seeds:  # seed by seed, so that an unfinished table can be compared
         for name in options.variants:
             runs = args.runs_dir / "variants" / name.replace(" ", "-").replace(",", "")
             run = f"{args.testbed}-N{args.batch_size}-seed{seed}"
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _line(name: str, rows: Sequence[dict[str, float]], base: Sequence[dict[str, float]] | None) -> str:
     agreeing, compared = (sum(row[key] for row in rows) for key in ("agreeing", "compared"))
     low, high = wilson_interval(agreeing, int(compared))
-    told = f"{agreeing / compared:.3f} ({low:.3f} to {high:.3f})" if compared else "-"
+    share = f"{agreeing / compared:.3f} ({low:.3f} to {high:.3f})" if compared else "-"
     asked, sent, seconds, iterations = (
         sum(row[key] for row in rows) for key in ("asked", "tokens_sent", "seconds", "iterations")
     )
@@ -97,7 +97,7 @@ def _line(name: str, rows: Sequence[dict[str, float]], base: Sequence[dict[str, 
         ]
         shown = f"{ratios[0]:>11.2f}{ratios[1]:>12.2f}{ratios[2]:>9.2f}"
     utility = sum(row["U"] for row in rows) / len(rows)
-    return f"{name:<26}{told:<30}{iterations:>10.0f}{shown}{utility:>9.1f}"
+    return f"{name:<26}{share:<30}{iterations:>10.0f}{shown}{utility:>9.1f}"
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ _BELOW_BFLOAT16: Final = {
 
 @dataclass(frozen=True, slots=True)
 class FastType:
-    """A type by its name in vLLM and PyTorch, and why it is the one, as the end of a sentence."""
+    """A type by its name in vLLM and PyTorch, and why it was chosen, as the end of a sentence."""
 
     dtype: str
     why: str
@@ -51,7 +51,7 @@ class FastType:
 def fast_type(environ: Mapping[str, str] = os.environ, cpuinfo: Path = CPUINFO) -> FastType:
     """The floating-point type that this CPU computes fast: bfloat16 where it has instructions for it, else float32.
 
-    environ: variables that limit which instructions are used count, so that another CPU can be imitated.
+    environ: variables that limit which instructions are used are obeyed, so that another CPU can be imitated.
     """
     for variable, values in _BELOW_BFLOAT16.items():
         value = environ.get(variable, "")

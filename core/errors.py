@@ -7,7 +7,7 @@
       RateLimited               429, with the wait the server asked for
       TransientError            may go away: 408, 5xx, reset, timeout, truncated or malformed body
         NotLogprobs             numbers above 0 where log-probabilities were asked for
-      ServerChanged             another model or version answers than the one that was asked at first
+      ServerChanged             another model or version answers than at the start
       StorageFailed             a disk that is full, read-only or broken, or a file that another process holds
       MissingLabel              the answer lacks a label token; names the prompt
       RetriesExhausted          attempts or deadline used up; its __cause__ is the last error
@@ -57,7 +57,7 @@ class RateLimited(APIError):
 class TransientError(APIError):
     """May go away by itself. `retry_after`: seconds the server asked us to wait, or None.
 
-    status: of the answer that was wrong, by its status or by what it held; None where no answer came.
+    status: HTTP status of the answer, 200 where only its content was wrong; None where no answer came.
     """
 
     def __init__(
@@ -73,11 +73,11 @@ class NotLogprobs(TransientError):
 
 
 class ServerChanged(APIError):
-    """Where one engine answered, another one does now: its scores would not be those of the first."""
+    """Another model or version answers than at the start, and its scores cannot be mixed with the first one's."""
 
 
 class StorageFailed(APIError):
-    """What was found out cannot be kept: disk full, read-only, broken, or held by another process."""
+    """Results cannot be written or read: disk full, read-only, broken, or held by another process."""
 
 
 class MissingLabel(APIError):

@@ -12,7 +12,7 @@ from core.errors import StorageFailed
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Write to a temporary file beside `path`, flush it to the disk, and rename it into place.
 
-    Raises StorageFailed where that cannot be done; what was at `path` is then still there, whole.
+    Raises StorageFailed where that cannot be done; the old file is then still there, whole.
     """
     data = content.encode() if isinstance(content, str) else content
     try:
@@ -22,7 +22,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 
 
 def cannot_write(path: Path, error: OSError) -> StorageFailed:
-    """What to tell a user whose disk refuses."""
+    """The error for a file that cannot be written."""
     return StorageFailed(
         f"{path}: cannot be written ({error.strerror or error}).", hint="Is the disk full or read-only?"
     )
@@ -47,7 +47,7 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Write the folder's entries to the disk: a new or renamed file is found after a power cut, too."""
+    """Write the folder's entries to the disk, so that a new or renamed file is found after a power cut."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

@@ -136,7 +136,7 @@ class Settings(BaseModel):
     @field_validator("llama_api_base")
     @classmethod
     def _api_root(cls, value: str | None) -> str | None:
-        """The URL that /completions is appended to. A bare host gets /v1; any other path is taken as it stands."""
+        """The URL that /completions is appended to. A bare host gets /v1; any other path is kept."""
         if value is None:
             return None
         url = _clean_url(value.strip())
@@ -225,7 +225,7 @@ def _read_yaml(path: Path, *, required: bool) -> dict[str, object]:
             raise ConfigurationError(f"{path}: unknown setting {name!r}.", hint="configs/client.yaml lists them all.")
         if name in _SECRET_NAMES and content[name] is not None:
             raise ConfigurationError(
-                f"{path}: {name} does not belong into a configuration file.",
+                f"{path}: {name} does not belong in a configuration file.",
                 hint=f"Put {name.upper()} into SECRETS or the environment.",
             )
     return content

@@ -1,4 +1,4 @@
-"""Why a vLLM server did not come up, from its log: what its own messages mean and what to do about each."""
+"""Why a vLLM server did not start, from its log: what its messages mean and what to do about each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Final
 
 @dataclass(frozen=True, slots=True)
 class StartFailure:
-    """sign: words of vLLM, PyTorch or the system that tell it. what: what happened; todo: what to do about it."""
+    """sign: words of vLLM, PyTorch or the system that show it. what: what happened; todo: what to do about it."""
 
     sign: str
     what: str
@@ -60,5 +60,5 @@ START_FAILURES: Final = (
 
 
 def start_failure(log: str) -> StartFailure | None:
-    """The failure that a log tells of, the most exact one first; None where it shows none."""
+    """The failure that a log shows, the most specific one first; None where it shows none."""
     return next((failure for failure in START_FAILURES if failure.sign.lower() in log.lower()), None)

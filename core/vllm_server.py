@@ -1,11 +1,11 @@
-"""A vLLM server on this machine for as long as a `with` block lasts, and not a moment longer.
+"""A vLLM server on this machine for as long as a `with` block lasts.
 
     with VLLMServer(model="gemma-3-270m", log=Path("runs/vllm.log")) as server:
         ...  # server.url, server.model
 
-The server gets a process group of its own. The group is stopped (SIGTERM, then SIGKILL after 10 s) when the block ends:
-normally, by an exception, by Ctrl-C, by SIGTERM or SIGHUP. Where this process dies without a word (SIGKILL, out of
-memory), a guardian that waits on a pipe sees the pipe close and stops the group instead.
+The server gets its own process group. The group is stopped (SIGTERM, then SIGKILL after 10 s) when the block ends:
+normally, by an exception, by Ctrl-C, by SIGTERM or SIGHUP. Where this process is killed (SIGKILL, out of
+memory), a guardian process sees its pipe close and stops the group instead.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ GRACE: Final = 10.0
 """Seconds between SIGTERM and SIGKILL."""
 POLL: Final = 0.25
 BEGINNING: Final = 4096
-"""Bytes of a log in which the launcher says what it chose."""
+"""Bytes at the start of a log in which the launcher says what it chose."""
 
 # Reads one line from standard input; at the end of file without one, its parent is gone and it stops the group.
 # POSIX sh takes a process group only in the form `kill -s NAME -- -GROUP`.
@@ -53,7 +53,7 @@ _STAGES: Final = (
     ("Initializing a V1 LLM engine", "starting its engine"),
     ("Resolved architecture", "reading the model's files"),
 )
-"""What the log says, the latest first, and what the server is then at, in words that a newcomer knows."""
+"""Words of the log, those that come last first, and what the server is doing then, in words for a newcomer."""
 _UP_AFTER: Final = "vLLM server was up after {:.0f} s"
 """Our own line in the server's log: how long the next start may take."""
 _TIMES: Final = re.compile(_UP_AFTER.replace("{:.0f}", r"(\d+)"))
@@ -74,7 +74,7 @@ _HINTS: Final = (
 
 
 class ServerFailed(Exception):
-    """The server did not come up; the message holds its last log lines and what to do."""
+    """The server did not start; the message holds its last log lines and what to do."""
 
 
 class VLLMServer:
@@ -131,7 +131,7 @@ class VLLMServer:
         try:
             self._start()
             self._wait_until_up()
-        except BaseException:  # also KeyboardInterrupt: whatever it was, the server must not outlive it
+        except BaseException:  # also KeyboardInterrupt: the server must not outlive the block
             self.stop()
             raise
         return self
@@ -207,7 +207,7 @@ class VLLMServer:
             time.sleep(POLL)
 
     def _stage(self) -> str:
-        """What the log says that this server is at."""
+        """What this server is doing, by its log."""
         text = self._read_log(self._log_start)
         return next((words for sign, words in _STAGES if sign in text), "loading vLLM")
 
@@ -227,7 +227,7 @@ class VLLMServer:
         lines = self._last_lines(12)
         text = "\n".join(self._last_lines(200))
         hint = next((hint for sign, hint in _HINTS if sign in text), f"The whole log is in {self.log}")
-        # vLLM's own last words say no more than that the engine failed, whose process said why long before.
+        # vLLM's last lines only say that the engine failed; its process said why long before.
         causes = [found for found in _CAUSE.findall(text) if "See root cause above" not in found]
         if causes and not any(causes[0] in line for line in lines):
             lines = [causes[0], "...", *lines]
@@ -258,7 +258,7 @@ class _Progress:
         self._next = 0.0
 
     def show(self, seconds: float, stage: str) -> None:
-        """Seconds since the server's start, and what it is at."""
+        """Show the seconds since the server's start and what it is doing."""
         line = f"starting the vLLM server: {seconds:3.0f} s{self._usual}, {stage}"
         if self._terminal:
             self._out.write(f"\r\033[K{line[:100]}")

@@ -1,9 +1,9 @@
 """vLLM's block hashes, computed once for a prefix that successive requests share.
 
 A prefix cache finds blocks by a hash chained over the whole prefix, so vLLM hashes every token of every prompt, cached
-or not: 168,000 hashes for a pool of 256 prompts of 10,500 tokens. Prompts of a tree asked depth first begin as the one
-before them did; comparing two lists of numbers is far faster than hashing them, and gives the same hashes. Where a pool
-comes as a tree (pools.py), what prompts share is known without comparing.
+or not: 168,000 hashes for a pool of 256 prompts of 10,500 tokens. A prompt of a tree, depth first, begins like the one
+before it; comparing two lists of numbers is far faster than hashing them, and gives the same hashes. Where a pool comes
+as a tree (pools.py), shared prefixes are known without comparing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 Hasher = Callable[[Any], list[Any]]
 
 REMEMBERED_TOKENS: Final = 1 << 20
-"""Of how many tokens an engine keeps the block hashes, some 50 bytes a token."""
+"""Tokens whose block hashes an engine keeps; some 50 bytes a token."""
 
 
 class RememberingHasher:
@@ -35,13 +35,14 @@ class RememberingHasher:
     def __init__(self, hasher: Hasher, block_size: int) -> None:
         self.hasher = hasher
         self.block_size = block_size
-        # One attribute, read and written whole: vLLM calls a hasher from the thread that receives requests and from the
-        # one that schedules them.
+        # A single attribute, read and replaced at once: vLLM calls a hasher from the thread that receives requests and
+        # from the one that schedules them.
         self._last: tuple[list[int], list[Any]] = [], []
 
     def __call__(self, request: Any) -> list[Any]:
         """Hashes of the full blocks that have none yet."""
-        # A hash also covers images, adapters and salts; requests with such are left to vLLM, as are continued ones.
+        # A hash also covers images, adapters and salts; requests that have these are left to vLLM, as are continued
+        # ones.
         if request.block_hashes or request.mm_features or request.lora_request or request.cache_salt:
             return self.hasher(request)
         if getattr(request, "prompt_embeds", None) is not None:
@@ -57,12 +58,12 @@ class RememberingHasher:
 
 
 class PathHasher:
-    """A vLLM request block hasher for the prompts of trees. Two things spare it vLLM's own work, some 10 us a block:
-    a prompt begins with the hashes that it shares with the one before, and one pool is much like the next, so that
-    hashes are remembered by what they are made of, the hash of the block before and the block's token ids.
+    """A vLLM request block hasher for the prompts of trees. vLLM's hashing, some 10 us a block, is avoided in two ways:
+    a prompt takes over the hashes that it shares with the one before, and because one pool is much like the next,
+    hashes are remembered by what determines them, the hash of the block before and the block's token ids.
 
     shared: how many tokens the next new request has in common with the last one.
-    fresh: how many tokens of the last one no prompt before it can have left in the cache.
+    fresh: how many tokens of the last one cannot be in the cache from prompts before it.
     """
 
     def __init__(self, own: Hasher, block_size: int) -> None:
@@ -93,7 +94,7 @@ class PathHasher:
         return list(hashes)
 
     def _parts(self, tokens: list[int], hashes: list[Any], block: int) -> tuple[Any, ...]:
-        """What the hash of a block is made of, for prompts without images, adapters and salts."""
+        """What determines the hash of a block, for prompts without images, adapters and salts."""
         start = block * self._block_size
         return (hashes[block - 1] if block else None, *tokens[start : start + self._block_size])
 

@@ -1,8 +1,8 @@
-"""vLLM's search for cached blocks, begun where the request before left the common prefix.
+"""vLLM's search for cached blocks, begun where a request leaves the prefix shared with the one before.
 
 For every prompt vLLM looks up every block from the first on, until one is missing: 168,000 lookups for a pool of 256
 prompts of 10,500 tokens that are all cached. The blocks found for the request before are found again by comparing two
-lists; whether each of them still holds what it held is checked, since a block may have been evicted in between.
+lists; each of them is checked for its content, since it may have been evicted in between.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 KNOWN: Final = {"drop_eagle_block", "alignment_tokens", "dcp_world_size", "pcp_world_size"}
-"""Arguments whose meaning is taken into account; with any other, vLLM's own lookup is asked."""
+"""Arguments that are understood; with any other, vLLM's own lookup is used."""
 
 
 class RememberingLookup:

@@ -1,4 +1,4 @@
-"""vLLM on a CPU, made batch-invariant: a row of an answer is computed the same way, whatever is computed beside it.
+"""vLLM on a CPU, made batch-invariant: a row is computed in the same way whatever is computed beside it.
 
 vLLM's own VLLM_BATCH_INVARIANT works on GPUs only. On a CPU two places choose how to add up by the size of the batch:
 
@@ -8,8 +8,8 @@ vLLM's own VLLM_BATCH_INVARIANT works on GPUs only. On a CPU two places choose h
   threads. Here a request becomes pieces of its sequence that begin at fixed positions (0, C, 2 C, ...), each with
   exactly C queries, zeros where a query is not asked for, and keys are never shared among threads.
 
-What is left (norms, rotary embedding, activations, softmax over the vocabulary) treats each row alone. Checked on
-vLLM 0.32 with AMX and AVX-512: docs/determinism.md has the measurements and the cost.
+Everything else (norms, rotary embedding, activations, softmax over the vocabulary) treats each row separately. Checked
+on vLLM 0.32 with AMX and AVX-512: docs/determinism.md has the measurements and the cost.
 """
 
 from __future__ import annotations

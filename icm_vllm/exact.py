@@ -1,17 +1,19 @@
-"""vLLM with scores that are a function of the prompt alone: what its batch-invariant mode leaves open, closed.
+"""vLLM with scores that depend only on the prompt: closes the gaps of its batch-invariant mode.
 
-Asked for by ICM_BATCH_INVARIANT=1 beside vLLM's own VLLM_BATCH_INVARIANT=1, whose other settings (one attention split,
-no cascade attention) are needed and stay. Five things are replaced, in every process of vLLM:
+Switched on by ICM_BATCH_INVARIANT=1 beside vLLM's own VLLM_BATCH_INVARIANT=1, whose other settings (one attention
+split, no cascade attention) are needed and stay. Five things are replaced, in every process of vLLM:
 
 - Linear layers: vLLM's Triton product by ours, which chooses among tiles that give the same bits (faster).
 - RMS norms. vLLM 0.26 adds the residual with a kernel that gives a row 1024 threads below 256 tokens in a step and 256
-  from there on (csrc/layernorm_kernels.cu, max_block_size), in its batch-invariant mode too. That is another order of
-  the sum: a prompt whose uncached part is short gets other bits when it is alone. Ours looks at the row alone.
-- FlashAttention is told of at least as many query tokens as take its usual path. Both versions choose by the longest
-  query of a step: FlashAttention 2 lays out steps of one token each differently; FlashAttention 3 halves its tile when
-  the query tokens that share a key head are 64 or fewer, which at head size 64 also changes the block of keys that it
-  adds up at a time (192 instead of 128), and it drops the causal mask for single tokens. The number is an upper bound
-  for both, so that a larger one costs nothing that was measured. ICM_BATCH_INVARIANT_ATTENTION=0 leaves it as it is.
+  from there on (csrc/layernorm_kernels.cu, max_block_size), in its batch-invariant mode too. That changes the
+  order of the sum: a prompt whose uncached part is short gets other bits when it is asked by itself. Ours depends only
+  on the row.
+- FlashAttention gets a number of query tokens that is large enough for its usual path. Both versions choose by the
+  longest query of a step: FlashAttention 2 lays out steps of one token each differently; FlashAttention 3 halves its
+  tile when the query tokens that share a key head are 64 or fewer, which at head size 64 also changes the block of keys
+  that it adds up at a time (192 instead of 128), and it drops the causal mask for single tokens. The number is an upper
+  bound for both, so that a larger one costs nothing that was measured. ICM_BATCH_INVARIANT_ATTENTION=0 leaves it as it
+  is.
 - The sums over the GPUs of a tensor-parallel layer, by icm_vllm/batch_invariant/collectives.py: NCCL then only copies,
   and is freed of the limits that vLLM puts on it (one channel of one thread). ICM_BATCH_INVARIANT_ALL_REDUCE=0 leaves
   both as they are. Reduce-scatter, which some models with experts use, stays NCCL's. CUDA graphs are refused: it was
@@ -20,11 +22,11 @@ no cascade attention) are needed and stay. Five things are replaced, in every pr
   icm_vllm/batch_invariant/scaled.py, which chooses among tiles (faster). ICM_BATCH_INVARIANT_FP8=0 leaves them as they
   are, and so do tiles that should differ. Scales of blocks (DeepSeek's format) stay vLLM's.
 
-What is compiled (CUDA graphs) is kept on disk under a name of its own.
+Compiled code (for CUDA graphs) is cached on disk under a separate name.
 
-Measured with vLLM 0.26.0 on H200s: docs/determinism.md. Sliding windows are left, which FlashAttention 3 has no exact
-way to compute; a server that has them says so. vLLM 0.32.0 has what is replaced here, too; a version that lacks it is
-refused.
+Measured with vLLM 0.26.0 on H200s: docs/determinism.md. Sliding windows are not covered, because FlashAttention 3 has
+no exact way to compute them; a server with such a model warns. vLLM 0.32.0 has everything that is replaced here, too; a
+version that lacks any of it is refused.
 """
 
 from __future__ import annotations
@@ -49,33 +51,33 @@ from icm_vllm.patches import BATCH_INVARIANT_MODES
 from icm_vllm.plugin import ALL_REDUCE, ATTENTION, BATCH_INVARIANT, FP8
 from icm_vllm.query_length import least_query_length
 
-# Below vLLM's logger, which is the one that its workers show.
+# A child of vLLM's logger, the only one that its workers show.
 log = logging.getLogger(f"vllm.{__name__}")
 
 VLLM: Final = "VLLM_BATCH_INVARIANT"
 """vLLM's own environment variable for its mode."""
 
 LIMITS: Final = ("NCCL_MIN_NCHANNELS", "NCCL_MAX_NCHANNELS", "NCCL_PROTO", "NCCL_ALGO", "NCCL_NTHREADS")
-"""Environment variables by which vLLM's mode makes NCCL add in one order. Without sums they only make it slow."""
+"""Environment variables by which vLLM's mode makes NCCL add in one order; they slow down copies, too."""
 
 IMPORTERS: Final = (
     "vllm.model_executor.layers.linear",
     "vllm.model_executor.layers.vocab_parallel_embedding",
     "vllm.model_executor.layers.layernorm",
 )
-"""Modules that hold names of the above from the moment they are imported."""
+"""Modules that import functions replaced here by name."""
 
 
 _fp8_is_ours = False
-"""Whether ours compute the products of the fp8 model that this process has loaded."""
+"""Whether our kernels compute the products of the fp8 model in this process."""
 
 
 def install() -> None:
-    """Have the above replaced when a worker of this process switches vLLM's mode on; does nothing the second time.
+    """Replace the above when a worker of this process switches vLLM's mode on; does nothing the second time.
 
-    Not before: vLLM's attention module looks at the configuration when it is imported, and only a worker has one.
-    Raises RuntimeError without VLLM_BATCH_INVARIANT=1, and later in the worker if vLLM lacks what should be replaced: a
-    server that was asked for exact scores must not start without them.
+    Not earlier: vLLM's attention module reads the configuration when it is imported, and only a worker has one. Raises
+    RuntimeError without VLLM_BATCH_INVARIANT=1, and later in the worker if vLLM lacks what should be replaced: a server
+    that was asked for exact scores must not start without them.
     """
     if os.environ.get(VLLM) != "1":
         raise RuntimeError(f"ICM_BATCH_INVARIANT=1 also needs {VLLM}=1: the kernels are only a part of an exact server")
@@ -90,7 +92,7 @@ def install() -> None:
     def enable() -> None:
         bmm = torch.bmm
         own()
-        # vLLM puts its function in the place of torch.bmm itself, which no override would reach.
+        # vLLM replaces torch.bmm itself, which an override of the operator would not reach.
         torch.bmm = bmm
         enable_batch_invariant_mode()
         if torch.cuda.is_available():
@@ -105,7 +107,7 @@ def install() -> None:
             if os.environ.get(ALL_REDUCE) != "0":
                 _replace_all_reduce()
                 replaced.append("sums over GPUs")
-                _put_back(asked)  # no communicator is there yet: workers switch the mode on before they meet
+                _put_back(asked)  # in time: workers switch the mode on before they make communicators
             if os.environ.get(FP8) != "0":
                 _replace_scaled_products()
                 replaced.append("fp8 products")
@@ -164,7 +166,7 @@ def _replace_norms(source: ModuleType) -> None:
         return torch.ops.icm.add_rms_norm(x, residual, weight, eps)
 
     _replace_name(source, "rms_norm_batch_invariant", norm)
-    # The classes as well: forward_native is what compiled models run, and Gemma's norm asks nobody.
+    # The classes as well: compiled models run forward_native, and Gemma's norm does not call the function.
     plain, gemma = layernorm.RMSNorm, layernorm.GemmaRMSNorm
     own_forward = plain.forward_native
     if own_forward.__module__ == __name__:
@@ -211,7 +213,7 @@ def _replace_scaled_products() -> None:
 
     @functools.cache
     def ours() -> bool:
-        """Whether our tiles agree here. Not looked at without an fp8 model: compiling them takes seconds."""
+        """Whether our tiles agree here. Only called for an fp8 model: compiling the tiles takes seconds."""
         differing = [what for what, count in tiles_agree(_device()) if count]
         if differing:
             log.warning("tiles differ on this GPU, vLLM's own compute fp8: %s", "; ".join(differing[:4]))
@@ -244,9 +246,9 @@ def _replace_scaled_products() -> None:
 
 
 def _name_what_is_compiled() -> None:
-    """vLLM files compiled models under its environment variables, among other things; have ours be one of them."""
+    """vLLM keys its cache of compiled models with its environment variables, among others: add ours to them."""
     envs: Any = importlib.import_module("vllm.envs")
-    # fp8 is settled when the layers are made, which is before anything is compiled.
+    # _fp8_is_ours is set when the layers are made, before anything is compiled.
     envs.environment_variables[BATCH_INVARIANT] = lambda: f"{TAG},fp8={_fp8_is_ours}"
 
 

@@ -2,11 +2,11 @@
 
     python -m vllm.entrypoints.openai.api_server ... --middleware icm_vllm.label_logprobs.LabelLogprobs
 
-/v1/completions spends most of a pool on what ICM does not need: parsing N whole prompts, and starting a detokenizer for
-each, which reads the whole prompt again. This route hands the tree to the engine as it is (pools.py), or, to an engine
-that does not take one, the same token ids and sampling parameters prompt by prompt. It is a middleware only because
-that is vLLM's way to load a class into its API server (`--middleware`, vLLM's docs on the command line); the route
-itself lies behind vLLM's own, its --api-key included.
+/v1/completions spends most of its time on what ICM does not need: parsing N whole prompts, and starting a detokenizer
+for each, which reads the whole prompt again. This route hands the tree to the engine as it is (pools.py), or, to an
+engine that does not take one, the same token ids and sampling parameters prompt by prompt. It is a middleware only
+because that is how vLLM loads a class into its API server (`--middleware`); vLLM's --api-key guards the route like any
+other.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class LabelLogprobs:
         self._app = app
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """One request, or the server's start."""
+        """Add the route at the server's start; pass everything on."""
         if scope["type"] == "lifespan":
             scope["app"].router.add_route(PATH, _describe, methods=["GET"])
             scope["app"].router.add_route(PATH, _answer, methods=["POST"])
@@ -44,8 +44,8 @@ class LabelLogprobs:
 
 
 async def _describe(request: Any) -> Any:
-    """Which format this route speaks, for which models and how many labels; which kernels answer, in which type, how
-    configured; whether shared prefixes are worked on once."""
+    """The format of this route, its models, the most labels, whether shared prefixes are computed once, and the
+    kernels, type and configuration of the engine."""
     models = [path.name for path in request.app.state.openai_serving_models.base_model_paths]
     config = getattr(request.app.state.engine_client, "vllm_config", None)
     return _json(
@@ -78,13 +78,13 @@ async def _answer(request: Any) -> Any:
             await asyncio.wait((scoring, leaving), return_when=asyncio.FIRST_COMPLETED)
         finally:
             leaving.cancel()
-            scoring.cancel()  # does nothing to a finished one; else aborts every prompt that is still in the engine
+            scoring.cancel()  # aborts the prompts that are still in the engine, if any
         if not scoring.done():
             return _json(499, {"error": {"message": "the client left"}})
         logprobs, cached = scoring.result()
     except pool_calls.Stopped as error:
         return _json(503, {"error": {"message": str(error)}})
-    except ValueError as error:  # vLLM's own for a refused prompt, too
+    except ValueError as error:  # also vLLM's, for a prompt that it refuses
         return _json(400, {"error": {"message": str(error)}})
     content = [[_finite(value) for value in row] for row in logprobs]
     return _json(200, {"logprobs": content, "prompt_tokens": sum(lengths), "cached_tokens": cached})
@@ -117,7 +117,7 @@ async def _pool(
 
 
 _ENDING: Final[set[asyncio.Task[object]]] = set()
-"""Calls that nobody waits for; asyncio itself would forget them."""
+"""Calls that nobody waits for; asyncio keeps no reference to them."""
 
 
 def _ended(task: asyncio.Task[object]) -> None:
@@ -129,7 +129,7 @@ def _ended(task: asyncio.Task[object]) -> None:
 async def _one_by_one(
     engine: Any, name: str, tree: PromptTree, labels: Sequence[int]
 ) -> tuple[Sequence[Sequence[float]], int | None]:
-    """As _pool, by vLLM's way for single prompts."""
+    """As _pool, with a vLLM request for each prompt."""
     from vllm.sampling_params import RequestOutputKind
 
     parameters = pools.label_parameters(

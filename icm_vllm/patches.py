@@ -2,8 +2,8 @@
 
     python -m icm_vllm.patches        # which of them the vLLM of this environment has
 
-vLLM's internals are no public interface. A new version is looked at here first: what it lacks is either left as it is
-(the server starts and is slower) or refused (a server that was asked for exact scores must not start without them).
+vLLM's internals are not a public interface, so a new version is checked here first. If it lacks a name, the server
+starts and is slower, or refuses to start where exact scores need that name.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ Device = Literal["any", "cpu", "gpu"]
 class Patch:
     """One name that is replaced.
 
-    target: MODULE:NAME.NAME; several where it lies elsewhere in other versions. by: our module. device: where it is
-    replaced. required: whether a server that asks for it is refused without this name; else it is left as it is.
+    targets: MODULE:NAME.NAME; several where versions differ. by: our module. device: where it is replaced. required:
+    whether a server refuses to start without this name.
     """
 
     targets: tuple[str, ...]
@@ -47,7 +47,7 @@ class Patch:
         return tuple(target.partition(":")[0] for target in self.targets)
 
     def missing(self) -> str:
-        """Why this vLLM does not have it; empty where it does."""
+        """Why this vLLM lacks the name; "" where it has it."""
         reasons = [_missing(target) for target in self.targets]
         return "" if "" in reasons else reasons[-1]
 

@@ -1,6 +1,6 @@
-"""What vLLM runs in each of its processes where this package is installed (entry point group vllm.general_plugins).
+"""The plugin that vLLM runs in each of its processes (entry point group vllm.general_plugins).
 
-Changes nothing unless the environment asks for it, as our launcher does: installing the package must not alter the
+It changes nothing unless the environment asks for it, as our launcher does: installing this package must not change
 other vLLM servers of the same Python.
 """
 
@@ -16,7 +16,7 @@ FAST_PREFIXES: Final = "ICM_FAST_PREFIXES"
 """Environment variable: "1" makes the engine reuse its work on prefixes that successive prompts share."""
 
 BATCH_INVARIANT: Final = "ICM_BATCH_INVARIANT"
-"""Environment variable: "1" makes every score a function of its prompt alone; on GPUs beside VLLM_BATCH_INVARIANT=1
+"""Environment variable: "1" makes every score depend only on its prompt; on GPUs needs VLLM_BATCH_INVARIANT=1, too
 (docs/determinism.md)."""
 
 QUICK_START: Final = "ICM_QUICK_START"
@@ -25,14 +25,13 @@ QUICK_START: Final = "ICM_QUICK_START"
 ATTENTION: Final = "ICM_BATCH_INVARIANT_ATTENTION"
 ALL_REDUCE: Final = "ICM_BATCH_INVARIANT_ALL_REDUCE"
 FP8: Final = "ICM_BATCH_INVARIANT_FP8"
-"""Environment variables: "0" leaves vLLM's attention, its sums over GPUs, or its products of fp8 models, as they are
-(exact.py)."""
+"""Environment variables: "0" keeps vLLM's attention, its sums over GPUs, or its products of fp8 models (exact.py)."""
 
 _CHOOSE_KERNELS: Final = ("VLLM_BATCH_INVARIANT", "VLLM_ATTENTION_BACKEND", BATCH_INVARIANT, ATTENTION, ALL_REDUCE, FP8)
 
 
 def register() -> None:
-    """Called by vLLM, possibly several times a process."""
+    """Called by vLLM, possibly several times in a process."""
     if os.environ.get(FAST_PREFIXES) == "1":
         from icm_vllm import block_hashes, block_lookup, pools, uncached_tokens
 
@@ -61,9 +60,9 @@ def _on_cpu() -> bool:
 
 
 def kernels(attention: Any = None) -> str:
-    """What chooses this process's kernels, as `NAME=VALUE,...`: part of an engine's identity.
+    """The settings that choose this process's kernels, as `NAME=VALUE,...`: part of an engine's identity.
 
-    attention: vLLM's attention_config, whose backend and version are added where they were chosen.
+    attention: vLLM's attention_config; its backend and version are added where they are set.
     """
     chosen = {name: os.environ.get(name) for name in _CHOOSE_KERNELS}
     for name in ("backend", "flash_attn_version"):
@@ -78,27 +77,27 @@ def dtype_of(model: Any) -> str:
 
 
 def config_digest(config: Any) -> str:
-    """SHA-256 of what a short prompt does not show of an engine: its model's configuration as vLLM uses it (windows,
-    scaled positions, --hf-overrides), and the type of its KV cache. From its vllm_config; empty where it does not say.
+    """SHA-256 of what the answer to a short prompt does not show: the model's configuration as vLLM uses it (windows,
+    scaled positions, --hf-overrides), and the type of the KV cache. From a vllm_config; empty where it does not say.
 
-    Left out is what says nothing of answers, or is told elsewhere: where the model lay, who wrote the file, the type.
+    Left out is what does not affect answers or is recorded elsewhere: the model's path, the file's version, the type.
     """
     model = getattr(getattr(config, "model_config", None), "hf_config", None)
     if model is None:
         return ""
     cache = getattr(getattr(config, "cache_config", None), "cache_dtype", "auto")
-    told = json.dumps(
-        [_telling(model.to_dict()), str(cache)], sort_keys=True, default=lambda value: type(value).__name__
+    content = json.dumps(
+        [_relevant(model.to_dict()), str(cache)], sort_keys=True, default=lambda value: type(value).__name__
     )
-    return hashlib.sha256(told.encode()).hexdigest()
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _telling(value: Any) -> Any:
+def _relevant(value: Any) -> Any:
     if isinstance(value, dict):
-        silent = ("transformers_version", "dtype", "torch_dtype")
+        left_out = ("transformers_version", "dtype", "torch_dtype")
         return {
-            str(key): _telling(part)
+            str(key): _relevant(part)
             for key, part in value.items()
-            if str(key) not in silent and not str(key).startswith("_")
+            if str(key) not in left_out and not str(key).startswith("_")
         }
-    return [_telling(part) for part in value] if isinstance(value, list | tuple) else value
+    return [_relevant(part) for part in value] if isinstance(value, list | tuple) else value

@@ -1,7 +1,7 @@
-"""Asking vLLM's engine for a pool in one call, with what its front end checks before and counts after a request.
+"""Asking vLLM's engine for a pool in one call, with the checks and counts that its front end makes for a request.
 
-By the API server (label_logprobs.py) and in process (core/llm_api/engines/direct.py); the engine's side is `pools.py`.
-Not for data parallel engines, of which a call reaches every one.
+Used by the API server (label_logprobs.py) and in process (core/llm_api/engines/direct.py); the engine's side is
+`pools.py`. Not for data-parallel engines, where a call would reach every engine.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from icm_vllm.prompt_tree import PromptTree
 log = logging.getLogger(__name__)
 
 ALIVE_S: Final = 1.0
-"""Seconds between looks at whether the engine still lives; vLLM leaves calls to a dead one waiting."""
+"""Seconds between checks that the engine is alive; in vLLM a call to a dead engine waits for ever."""
 
 
 class Stopped(Exception):
-    """The engine ended a prompt without an answer: it is being paused or stopped."""
+    """The engine ended a prompt without an answer, because it is paused or stopped."""
 
 
 @dataclass(frozen=True, slots=True)
 class PoolAnswer:
-    """What an engine answers to a pool. logprobs: of each prompt, one a label, nats. times: seconds from
-    the pool's arrival to a prompt's begin and end, in the order in which they ended."""
+    """An engine's answer to a pool. logprobs: for each prompt one a label, nats. times: for each prompt the seconds
+    from the pool's arrival to its begin and end, in the order in which they ended."""
 
     logprobs: list[list[float]]
     tokens: Tokens
@@ -45,7 +45,7 @@ class PoolAnswer:
 
 
 def check(tree: PromptTree, labels: Sequence[int], model_config: Any) -> list[int]:
-    """Tokens of each prompt. Raises ValueError for what vLLM's API server would have refused in each of them."""
+    """The number of tokens of each prompt. Raises ValueError for prompts that vLLM's API server would refuse."""
     if model_config.runner_type != "generate":
         raise ValueError("this server embeds, and has no log-probabilities of labels")
     lengths, limit = tree.lengths(), model_config.max_model_len
@@ -58,14 +58,14 @@ def check(tree: PromptTree, labels: Sequence[int], model_config: Any) -> list[in
 
 
 def arguments(name: str, tree: PromptTree, labels: Sequence[int]) -> tuple[object, ...]:
-    """Of a SCORE call."""
+    """The arguments of a SCORE call."""
     return name, tree.segments, tree.parents, tree.pieces, tree.ends, list(labels)
 
 
 def usable(vllm_config: Any) -> bool:
-    """Whether an engine of this configuration takes pools; its processes have the plugin as this one has.
+    """Whether an engine of this configuration takes pools; assumes that its processes have the plugin if this one has.
 
-    One with limits on what may be queued (vLLM 0.32) gets prompts one by one, for it is asked before each.
+    An engine with limits on its queue (vLLM 0.32) gets prompts one by one, because each has to pass them.
     """
     limits = ("max_num_queued_reqs", "max_num_queued_tokens")
     if any(getattr(vllm_config.scheduler_config, limit, None) is not None for limit in limits):
@@ -74,7 +74,7 @@ def usable(vllm_config: Any) -> bool:
 
 
 def record(engine: Any) -> None:
-    """Take in the statistics of the steps of a pool, which vLLM's LLMEngine only does beside outputs of its own."""
+    """Record the statistics of a pool's steps, which vLLM's LLMEngine only does together with its own outputs."""
     client = engine.engine_core
     while not client.outputs_queue.empty():
         stats = client.get_output().scheduler_stats
@@ -83,7 +83,7 @@ def record(engine: Any) -> None:
 
 
 def call(client: Any, name: str, tree: PromptTree, labels: Sequence[int]) -> PoolAnswer:
-    """Score a pool by vLLM's synchronous client (SyncMPClient). Raises what vLLM raises for a dead engine."""
+    """Score a pool through vLLM's synchronous client (SyncMPClient). Raises vLLM's error for a dead engine."""
     result: Future[Any] = Future()
 
     def ask() -> None:
@@ -101,14 +101,14 @@ def call(client: Any, name: str, tree: PromptTree, labels: Sequence[int]) -> Poo
 
 
 def count(engine: Any, answer: PoolAnswer) -> None:
-    """Add a pool to the /metrics of an API server (AsyncLLM), which counts tokens and times of the requests it made
-    itself; the rest, such as hits of the prefix cache, the engine counts for every request.
+    """Add a pool's tokens and times to the /metrics of an API server (AsyncLLM), which only counts requests that it
+    made itself; everything else, such as hits of the prefix cache, is counted by the engine.
 
-    Of a pool that was cancelled nothing is added.
+    Nothing is added for a pool that was cancelled.
     """
     try:
         _count(engine.logger_manager, answer)
-    except (ImportError, AttributeError, TypeError) as error:  # another vLLM; the answer is none the worse
+    except (ImportError, AttributeError, TypeError) as error:  # another version; the answer is still right
         _warn_uncounted(str(error))
 
 

@@ -1,13 +1,13 @@
 """A pool of prompts that vLLM's engine takes as one tree and answers as one list: the engine's side.
 
-Asked one by one, N prompts of N demonstrations cost vLLM's processes work for every token of every prompt: the API
-server checks and encodes them, the engine decodes them, and both keep books on N requests. Here the tree goes to the
-engine as it came, in one call; the engine makes the requests itself, a step's worth at a time, so that prompts share
-the very objects of their common tokens and steps are full, and hands back the label logprobs together.
+N single prompts of N demonstrations cost vLLM's processes work for every token of every prompt: the API server checks
+and encodes them, the engine decodes them, and both keep state for N requests. Here the tree goes to the engine in one
+call; the engine makes the requests itself, enough for a step at a time, so that prompts share the objects of their
+common tokens and steps are full, and returns all label logprobs together.
 
-The requests are vLLM's own in every other respect: its scheduler, prefix cache, kernels and statistics. The way in is
-vLLM's for calls that an API server makes to an engine ("utility" calls, vllm/v1/engine/core.py), whose result may be a
-Future. Who calls: `pool_calls.py`.
+In every other respect they are requests of vLLM: with its scheduler, prefix cache, kernels and statistics. The call is
+one of those that vLLM's API server makes to an engine ("utility" calls, vllm/v1/engine/core.py), whose result may be a
+Future. `pool_calls.py` makes it.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ class _Pool:
     failure: str = ""
 
     def key(self, number: int) -> str:
-        """Of a prompt's request."""
+        """The id of a prompt's request."""
         return f"{self.name}-{number}"
 
 
 class Pools:
-    """The pools that one vllm.v1.engine.core.EngineCore is computing. All of it runs in the engine's own thread."""
+    """The pools that one vllm.v1.engine.core.EngineCore is computing. Everything runs in the engine's thread."""
 
     def __init__(self, core: Any) -> None:
         self._core = core
@@ -73,7 +73,7 @@ class Pools:
         known = isinstance(hasher, RememberingHasher)
         self._hasher = PathHasher(hasher.hasher, hasher.block_size) if known else hasher
         scheduler, manager = core.scheduler, core.scheduler.kv_cache_manager
-        # All are found before any is replaced: another vLLM is left as it is.
+        # All are looked up before any is replaced, so that a vLLM that lacks one is left unchanged.
         update, estimate = scheduler.update_from_output, manager.estimate_cached_tokens
         after_step, send_aborts = core.post_step, core._send_abort_outputs
         scheduler.update_from_output = self._without_ours(update)
@@ -82,7 +82,7 @@ class Pools:
         core._send_abort_outputs = self._and_ours(send_aborts)
 
     def score(self, name: str, tree: PromptTree, labels: Sequence[int]) -> Future[dict[str, object]]:
-        """Begin with a pool. The result, when its last prompt is answered, is for PoolAnswer.read."""
+        """Begin a pool. PoolAnswer.read reads the result, which is set when the last prompt is answered."""
         size = len(tree.ends)
         pool = _Pool(name, labels, label_parameters(labels), enumerate(tree.prompts()), size, [None] * size)
         self._waiting.append(pool)
@@ -91,15 +91,15 @@ class Pools:
         return pool.future
 
     def cancel(self, name: str) -> None:
-        """Take a pool's prompts out of the engine; nothing happens if it has ended."""
+        """Abort a pool's prompts; does nothing if it has ended."""
         for pool in self._begun():
             if pool.name == name:
                 self._fail(pool, "the pool was cancelled")
-        self._feed()  # there may be no step to do it after
+        self._feed()  # there may be no further step that would do it
         self._answer()
 
     def _begun(self) -> set[_Pool]:
-        """Those that have not ended."""
+        """The pools that have not ended."""
         return {*self._waiting, *(pool for pool, _ in self._asked.values())}
 
     def _feed(self) -> None:
@@ -119,12 +119,12 @@ class Pools:
                 self._waiting.popleft()
 
     def _ask(self, pool: _Pool, number: int, tokens: list[int], shared: int) -> int:
-        """Give one prompt to the scheduler; how many of its tokens must be computed, for all that is known here."""
+        """Give one prompt to the scheduler; returns an estimate of how many of its tokens must be computed."""
         from vllm.v1.request import Request
 
         if isinstance(self._hasher, PathHasher):
             self._hasher.shared = shared
-        # As vLLM makes it of one that arrives (preprocess_add_request), images and grammars apart.
+        # As vLLM makes it for a request that arrives (preprocess_add_request), without images and grammars.
         request = Request(
             request_id=pool.key(number),
             prompt_token_ids=tokens,
@@ -159,8 +159,8 @@ class Pools:
         return update_from_output
 
     def _then_answer(self, own: Callable[..., Any]) -> Callable[..., Any]:
-        # After the step has sent its statistics, so that whoever has the answer finds it counted in them. vLLM calls it
-        # after every step that it starts or ends, and waits for other work only if it has no requests then.
+        # After the step has sent its statistics, so that they include the pool when its answer arrives. vLLM calls this
+        # after every step that it starts or ends, and then waits for work only if it has no requests.
         @functools.wraps(own)
         def post_step(*args: Any, **arguments: Any) -> Any:
             result = own(*args, **arguments)
@@ -171,7 +171,7 @@ class Pools:
         return post_step
 
     def _for_others(self, own: Callable[[Any], int]) -> Callable[[Any], int]:
-        # A statistic that vLLM walks over all blocks of a request for; nobody is told it of a pool.
+        # A statistic for which vLLM walks over all blocks of a request; it is not reported for a pool.
         @functools.wraps(own)
         def estimate_cached_tokens(request: Any) -> int:
             return 0 if request.request_id in self._asked else own(request)
@@ -181,7 +181,7 @@ class Pools:
     def _and_ours(self, own: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(own)
         def _send_abort_outputs(aborted: Any) -> Any:
-            # vLLM has ended all requests; what waits here would wait for a step that may never come.
+            # vLLM has ended all requests; pools here would wait for a step that may never come.
             for pool in self._begun():
                 self._fail(pool, "the engine was paused or stopped")
             self._answer()
@@ -190,14 +190,14 @@ class Pools:
         return _send_abort_outputs
 
     def _take(self, output: Any) -> bool:
-        """Whether this EngineCoreOutput is of a pool; then it is noted."""
+        """Record an EngineCoreOutput of a pool; returns whether it was one."""
         place = self._asked.pop(output.request_id, None)
         if place is None:
             return False
         pool, number = place
         listed = output.new_logprobs
-        # Of one position: the token that greedy decoding took, then the labels; then zeros, where others in the step
-        # asked for more.
+        # One position: the token of greedy decoding, then the labels, then zeros where other requests in the step asked
+        # for more tokens.
         width = 1 + len(pool.labels)
         ids, values = ((), ()) if listed is None else (listed.logprob_token_ids[0], listed.logprobs[0])
         logprobs = {int(token): float(value) for token, value in zip(ids[:width], values[:width], strict=True)}
@@ -231,7 +231,7 @@ class Pools:
 
 
 def label_parameters(labels: Sequence[int], **more: Any) -> Any:
-    """vLLM's SamplingParams for the logprobs of the labels after a prompt, and nothing else. more: of its fields."""
+    """vLLM's SamplingParams for only the logprobs of the labels after a prompt. more: further fields."""
     from vllm.sampling_params import SamplingParams
 
     return SamplingParams(

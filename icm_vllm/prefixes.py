@@ -1,4 +1,4 @@
-"""How far two lists agree, which is what the other modules save work by."""
+"""The length of the common prefix of two lists, by which the other modules avoid work."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ STRIDE: Final = 256
 
 
 def common_prefix(a: Sequence[T], b: Sequence[T]) -> int:
-    """How many items two lists share from their start on. Compares slices, which runs in C."""
+    """How many items two lists have in common at their start. Compares slices, which is done in C."""
     end = min(len(a), len(b))
     for start in range(0, end, STRIDE):
         stop = min(start + STRIDE, end)

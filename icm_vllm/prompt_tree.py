@@ -1,10 +1,9 @@
 """A pool of prompts as a tree of shared segments: O(N) bytes instead of the O(N^2) of N whole prompts.
 
-N leave-one-out prompts name the same N demonstrations again and again; as lists of token ids they are 18 MB of JSON
-at N = 256, and a server spends longer on reading them than on the tokens that are new. Here every segment is sent once,
-and a prompt is a path: node i continues node parents[i] (-1: the start) by segments[pieces[i]]; each prompt ends at a
-node.
-Both ends speak this format: the client makes the tree (core/llm_api/http/pool_tree.py), the server reads it.
+N leave-one-out prompts repeat the same N demonstrations; as lists of token ids they are 18 MB of JSON at N = 256, and a
+server spends longer on reading them than on computing new tokens. Here every segment is sent once, and a prompt is a
+path: node i continues node parents[i] (-1: the start) with segments[pieces[i]]; each prompt ends at a node. The client
+makes the tree (core/llm_api/http/pool_tree.py), the server reads it.
 """
 
 from __future__ import annotations
@@ -18,17 +17,17 @@ PATH: Final = "/v1/label_logprobs"
 """Where a server with our extension takes a PromptTree. Under /v1, so that vLLM's --api-key guards it."""
 
 FORMAT: Final = 1
-"""Raise when the request or the answer changes; the client uses the extension only where it speaks this format.
+"""Raise when the request or the answer changes; a client only uses an extension of the same format.
 
-Of servers that take other numbers of labels than two, which were all there were at first, the description says how many
-(`max_labels`): old and new clients and servers understand each other about two.
+The first servers took exactly two labels; newer ones state their maximum (`max_labels`). So all clients and servers of
+this format can exchange two labels.
 """
 
 MAX_LABELS: Final = 20
-"""Different tokens that a request may ask for; vLLM's default --max-logprobs, which holds for them in process."""
+"""The most different tokens that a request may ask for: vLLM's default --max-logprobs."""
 
 MAX_PROMPTS_PER_REQUEST: Final = 1024
-"""vLLM's own limit for a list of prompts in one /v1/completions request; a tree keeps to it, too."""
+"""vLLM's limit for the prompts of one /v1/completions request; it also applies to a tree."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +65,9 @@ class PromptTree:
         return [until[end] for end in self.ends]
 
     def prompts(self) -> Iterator[tuple[list[int], int]]:
-        """Token ids of each prompt, and how many of the first it has in common with the prompt before it in the tree.
+        """Token ids of each prompt, and how many of them, from the first on, it shares with the prompt before it.
 
-        Prompts hold the very objects of their segments' ids, so what they have in common takes no memory twice.
+        Prompts hold the same int objects as their segments, so what they share is in memory once.
         """
         until, depth = self._until(), [0] * len(self.parents)
         for node, parent in enumerate(self.parents):

@@ -1,4 +1,4 @@
-"""A vLLM server on a CPU that is up in little more than half the time: what one text model does not need is left out.
+"""A faster start of a vLLM server on a CPU, in little more than half the time, without what a text model does not need.
 
 Of 45 s and more that a start took on two cores (vLLM 0.32, Gemma 3 270M), some 17 went into importing vLLM a second and
 a third time, and 12 into reading the tokenizer again, twice, and copying it. Three things change:
@@ -7,14 +7,14 @@ a third time, and 12 into reading the tokenizer again, twice, and copying it. Th
   a new interpreter, which imports vLLM again. A fork has imported it already; used as a library, vLLM forks by default
   (VLLM_WORKER_MULTIPROC_METHOD). It wants new interpreters on a CPU because LD_PRELOAD and OpenMP's environment
   variables count when a process begins. Our launcher preloads Intel's OpenMP library into the first process, and that
-  library starts anew in a fork, reading its environment again. GNU's does neither, so nothing is forked with that one.
-  A fork also inherits what its parent has open, the server's port among it, so it ends when its parent does.
-- The tokenizer is read before the fork, once for all, and copied for one thread in place of two; a second thread that
-  needs it at the same time makes its copy then.
+  library starts anew in a fork and reads its environment again. GNU's does not, so with that one nothing is forked. A
+  fork also inherits its parent's open files, such as the server's port, so it is ended with its parent.
+- The tokenizer is read once, before the fork, and copied for one thread in place of two; a second thread that needs it
+  at the same time makes its own copy.
 - The chat template is looked for at the first chat turn, not before: a base model has none, and looking reads the
   tokenizer again.
 
-All this saves time and nothing else: where a vLLM lacks what is replaced, it starts as it always does.
+This only saves time: a vLLM that lacks what is replaced starts as usual.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import signal
 from collections.abc import Callable
 from typing import Any, Final
 
-# Below vLLM's logger, which is the one that its processes show.
+# A child of vLLM's logger, the only one that its processes show.
 log = logging.getLogger(f"vllm.{__name__}")
 
 INTEL: Final = "libiomp"
@@ -49,12 +49,12 @@ def install() -> None:
 
 
 def _replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
-    """Put make(what stands there) in the place of owner.name, once."""
+    """Replace owner.name by make(owner.name), once."""
     own = getattr(owner, name)
     if not getattr(own, "quick_start", False):
         ours: Any = functools.wraps(own)(make(own))
         ours.quick_start = True
-        setattr(owner, name, staticmethod(ours) if inspect.ismethod(own) else ours)  # a class's method has it bound
+        setattr(owner, name, staticmethod(ours) if inspect.ismethod(own) else ours)  # a class method is bound already
 
 
 def _fork() -> None:
@@ -67,7 +67,7 @@ def _fork() -> None:
 
     def settling(settle: Any) -> Any:
         def settled(config: Any) -> None:
-            settle(config)  # sets the variable itself, as the last one before processes are started
+            settle(config)  # sets METHOD, and is the last to do so before processes are started
             os.environ[METHOD] = "fork"
             _end_with_parent()
             if config.model_config is not None:
@@ -80,7 +80,7 @@ def _fork() -> None:
 
 @functools.cache
 def _end_with_parent() -> None:
-    """Have the forks of this process, and theirs, be sent SIGTERM when their parent ends, however it does."""
+    """Make every fork of this process, and their forks, get SIGTERM when its parent ends for any reason."""
     prctl = ctypes.CDLL(None).prctl
     os.register_at_fork(after_in_child=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM))
 

@@ -1,9 +1,8 @@
 """Only the token ids that will be computed go to the GPU.
 
-vLLM's GPU worker copies every token id of every new request to the GPU: a list of Python numbers is extended, made a
-tensor, sent and taken down again. What lies before the first token to compute is read by nothing, unless the request
-asks for penalties or the like; its keys and values are in the cache. Of a pool whose tree is cached that is 2.7 million
-ids, and was 30% of the engine's time (docs/lab-log.md).
+vLLM's GPU worker copies every token id of every new request to the GPU. Nothing reads the ids before the first token to
+compute, whose keys and values are in the cache, unless the request asks for penalties or the like. For a pool whose
+tree is cached these are 2.7 million ids, and copying them was 30% of the engine's time (docs/lab-log.md).
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 class UncachedWrites:
-    """vLLM's StagedWriteTensor of token ids, of which known rows are written from some place on."""
+    """vLLM's StagedWriteTensor of token ids, which leaves out the beginnings of known rows."""
 
     def __init__(self, tensor: Any, skipped: dict[int, int]) -> None:
         """skipped: how many leading ids not to write, by the id() of the list that is written."""
@@ -37,8 +36,8 @@ class UncachedWrites:
 def skipped_tokens(requests: Iterable[Any]) -> dict[int, int]:
     """How many ids of each vllm.v1.core.sched.output.NewRequestData nothing will read, by the id() of its list.
 
-    Requests are left out that look back at their prompt: penalties, bad words, prompt logprobs, images, thinking
-    budgets; and those of which nothing is cached.
+    Left out are requests that need their whole prompt (penalties, bad words, prompt logprobs, images, thinking budgets)
+    and those of which nothing is cached.
     """
     found = {}
     for request in requests:
@@ -59,7 +58,7 @@ def skipped_tokens(requests: Iterable[Any]) -> dict[int, int]:
 
 
 def install() -> None:
-    """Make the GPU worker of this process copy so; does nothing the second time, or where the worker is another."""
+    """Make the GPU worker of this process do so; does nothing the second time, or for another vLLM."""
     try:
         runner: Any = importlib.import_module("vllm.v1.worker.gpu.model_runner").GPUModelRunner
         own = runner.add_requests
@@ -72,7 +71,7 @@ def install() -> None:
     @functools.wraps(own)
     def add_requests(self: Any, scheduler_output: Any) -> Any:
         config = self.vllm_config
-        # These may read whole prompts; and where a cache is transferred, its tokens are computed again if that fails.
+        # These may read whole prompts; and where transferring a cache fails, its tokens are computed again.
         if config.speculative_config or config.kv_transfer_config or config.model_config.logits_processors:
             return own(self, scheduler_output)
         states = self.req_states

@@ -4,9 +4,9 @@
 #   scripts/as_avx2.sh make icm ARGS="--runs_dir /tmp/avx2"
 #   scripts/as_avx2.sh make test
 #
-# Every library is kept from newer instructions: oneDNN, PyTorch's own kernels, MKL, OpenBLAS (numpy), and vLLM, which
-# takes its AVX2 build. So the type is float32, results have the bits of such a CPU, and tests see what they see there.
-# Not imitated: its clock, memory, caches and number of cores, so that times here are no forecast of times there.
+# No library uses newer instructions: oneDNN, PyTorch's own kernels, MKL, OpenBLAS (numpy), and vLLM, which takes its AVX2
+# build. So the type is float32, and results have the bits of such a CPU. Its clock, memory, caches and number of cores
+# are not imitated, so times here do not predict times there.
 set -euo pipefail
 
 usage() { sed -n '2,/^set /{/^set /d; s/^# \{0,1\}//; p}' "$0"; }
@@ -15,7 +15,7 @@ usage() { sed -n '2,/^set /{/^set /d; s/^# \{0,1\}//; p}' "$0"; }
 
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 export ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 OPENBLAS_CORETYPE=Haswell
-# PyTorch 2.13 takes code for wider vectors out of a cache that both share, and computes wrong numbers with it.
+# With a shared cache PyTorch 2.13 would use code for wider vectors, and compute wrong numbers.
 export TORCHINDUCTOR_CACHE_DIR="${TMPDIR:-/tmp}/torchinductor_avx2_$(id -u)"
 export PYTHONPATH="$here/avx2${PYTHONPATH:+:$PYTHONPATH}"
 exec "$@"

@@ -4,10 +4,10 @@
     python scripts/claims_from_choices.py mine.jsonl --question stem --choices options --answer key -o claims.jsonl
     python scripts/claims_from_choices.py --made additions --count 200 -o claims.jsonl
 
-For data sets whose own columns are not a question and a list of options, which `--data` reads by itself (docs/data.md):
-ARC, HellaSwag, PIQA, WinoGrande and TruthfulQA's multiple choice, in files of every kind that --data takes. The right
-choice becomes the gold label, which is only ever used to report agreement. --made needs no file: sums, right and wrong
-by a few, or pairs of numbers of which one is larger.
+For data sets whose columns are not a question and a list of options, which `--data` reads by itself (docs/data.md):
+ARC, HellaSwag, PIQA, WinoGrande and TruthfulQA's multiple choice, in any file that --data takes. The right choice
+becomes the gold label, which is only used to report agreement. --made needs no file: it makes sums, right and wrong by
+a few, or pairs of numbers of which one is larger.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from src.results.handover import write_jsonl
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A question and its choices. right: for each choice, whether it is right; None where nobody says."""
+    """A question and its choices. right: for each choice, whether it is right; None if unknown."""
 
     question: str
     choices: list[str]
@@ -91,7 +91,7 @@ MADE = {"additions": additions, "larger": larger}
 
 
 def own_form(question: str, choices: str, answer: str | None) -> Form:
-    """Fields by name; the answer is told as `--data` takes it (docs/data.md)."""
+    """The form with these field names; the answer is given as `--data` takes it (docs/data.md)."""
 
     def form(row: Mapping[str, Any]) -> Item:
         options = options_of(row[choices], None if answer is None else row[answer])
@@ -149,8 +149,8 @@ def _items(args: argparse.Namespace) -> list[Item]:
     named = [name for name in ("file", "form", "question", "choices", "answer") if getattr(args, name) is not None]
     if args.made:
         if named:
-            told = ", ".join(name if name == "file" else f"--{name}" for name in named)
-            raise BadInput(f"--made makes claims, and {told} would read some: leave one out")
+            given = ", ".join(name if name == "file" else f"--{name}" for name in named)
+            raise BadInput(f"--made makes claims, and {given} would read some: leave one out")
         if not 1 <= args.count <= 1_000_000:
             raise BadInput(f"--count must be between 1 and 1,000,000, not {args.count}")
         rng = np.random.default_rng(args.seed)
@@ -174,7 +174,7 @@ def _items(args: argparse.Namespace) -> list[Item]:
 
 
 def _one_of(count: int, index: object) -> list[bool | None]:
-    """Whether each of `count` choices is right, from the index of the one that is; all None where it is not told."""
+    """Whether each of `count` choices is right, from the index of the right one; all None where that is not given."""
     if index in (None, "", -1, "-1"):
         return [None] * count
     which = int(str(index))

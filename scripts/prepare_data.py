@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Fetch the public data sets and write them in the shape the testbeds read.
+"""Fetch the public data sets and write them as the testbeds read them.
 
     python scripts/prepare_data.py                         # into data/
     python scripts/prepare_data.py --from ~/Downloads      # from files fetched by hand
@@ -58,7 +58,7 @@ GSM8K: Final = Source(
 
 
 class DataError(Exception):
-    """A data set cannot be had or read; the message says what to do."""
+    """A data set cannot be fetched or read; the message says what to do."""
 
 
 # ---- TruthfulQA

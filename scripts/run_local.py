@@ -4,10 +4,10 @@
     python scripts/run_local.py [--model gemma-3-270m] [--minutes 5] [ICM_OPTION ...]      # e.g. --seed 2
 
 Makes the model if it is missing, starts a vLLM server for the time of the run, times a few questions to see how large a
-pool this machine labels in the given minutes (64 claims, 32 or 16; --batch_size decides it otherwise), has a new kind
-of server checked for scores that repeat to the last bit, and calls src/experiments/ICM.py against it; options not known
-here go there. A run that is complete is only shown: no server is started. Ctrl-C stops the server too, and the same
-command resumes the run, with the pool that it has. The exit code is ICM.py's; 2 if the server did not come up.
+pool this machine labels in the given minutes (64 claims, 32 or 16, unless --batch_size is given), checks once whether
+the server's scores repeat to the last bit, and calls src/experiments/ICM.py, which gets all options not known here. A
+run that is complete is only shown: no server is started. Ctrl-C stops the server too, and the same
+command resumes the run, with the pool that it has. The exit code is ICM.py's; 2 if the server did not start.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ SIZES: Final = (64, 32, 16)
 """Pools to choose among (--batch_size), the largest first."""
 MINUTES: Final = 5.0
 CHECK_SECONDS: Final = 40.0
-"""What the check of determinism may take of them."""
+"""Seconds for the determinism check."""
 END_SECONDS: Final = 10.0
-"""Curves, summary, and stopping the server."""
+"""Seconds for curves, summary, and stopping the server."""
 
 
 def icm_command(model: str, given: Sequence[str], size: int = SIZES[0]) -> list[str]:
-    """ICM.py on all built-in claims, unless `given` names other data: `size` by search, the rest from their labels."""
+    """ICM.py on the built-in claims, unless `given` names other data: `size` by search, the rest from their labels."""
     names = _names(given)
     testbed = [] if names & {"--testbed", "--data"} else ["--testbed", "builtin"]
     if testbed and not names & {"--num_batches", "--passes"}:  # those label whole batches by themselves
@@ -77,10 +77,10 @@ def _names(given: Sequence[str]) -> set[str]:
 
 
 def begun_size(model: str, given: Sequence[str]) -> int | None:
-    """The pool of the run that these options began earlier, on however fast a machine; None: there is none."""
+    """The --batch_size of a run that these options began earlier; None where there is none."""
     for size in SIZES:
         try:
-            with contextlib.redirect_stderr(io.StringIO()):  # ICM.py will say it
+            with contextlib.redirect_stderr(io.StringIO()):  # ICM.py prints the same error later
                 request = _request(model, given, size)
             settings = settings_of(request, pool_of(request))
             known = RunFolder(request.output.runs_dir / run_name(request, settings)).read_run()
@@ -92,10 +92,11 @@ def begun_size(model: str, given: Sequence[str]) -> int | None:
 
 
 async def fitting_size(model: str, given: Sequence[str], url: str, deadline: float) -> int:
-    """The --batch_size whose pool this machine labels until `deadline` (monotonic seconds), as a few questions tell.
+    """The --batch_size whose pool this machine labels until `deadline` (monotonic seconds), from the time of a few
+    questions; prints how many claims that are and how long it takes.
 
-    Says how many claims that are and how long it takes. Raises BadInput, also where not even the smallest pool fits the
-    model's context, and an APIError where the server does not answer.
+    Raises BadInput, also where even the smallest pool does not fit the model's context, and an APIError where the
+    server does not answer.
     """
     key = Settings.load({"vllm_base_url": url}).vllm_api_key
     async with ModelAPI(VLLMClient(url, model, api_key=key)) as api:
@@ -122,10 +123,8 @@ async def fitting_size(model: str, given: Sequence[str], url: str, deadline: flo
 
 
 async def _largest_that_fits(model: str, given: Sequence[str], api: ModelAPI) -> tuple[Labelling, dict[int, int]]:
-    """The largest pool of SIZES whose prompts fit the model's context, tokenized.
-
-    And the --batch_size of each pool to choose from, by how many claims it has, the largest first: a small data set may
-    have the same pool for several.
+    """The largest pool of SIZES whose prompts fit the model's context, tokenized; and the --batch_size of each pool to
+    choose from, by its number of claims, the largest first: a small data set may have the same pool for several.
     """
     for at, size in enumerate(SIZES):
         try:
@@ -143,7 +142,7 @@ async def _largest_that_fits(model: str, given: Sequence[str], api: ModelAPI) ->
 
 
 def _request(model: str, given: Sequence[str], size: int) -> RunRequest:
-    """What ICM.py makes of its command line. Raises SystemExit where it cannot be right."""
+    """ICM.py's request for its command line. Raises SystemExit where that is wrong."""
     return RunRequest.of(build_parser().parse_args(icm_command(model, given, size)[2:]))
 
 
@@ -154,10 +153,10 @@ def _minutes(seconds: float) -> str:
 def run_icm(command: Sequence[str], url: str, again: Sequence[str] = ()) -> int:
     """Run ICM.py against `url` to its end and return its exit code, passing on Ctrl-C and SIGTERM.
 
-    again: the command that starts the server anew and goes on, which a job that is stopped shows in place of its own.
+    again: the command that also starts the server; a job that is stopped shows it as the way to go on.
 
-    It is put into a process group of its own, because a terminal's Ctrl-C would otherwise reach it twice: it takes the
-    first one for "save and end", the second for "end now".
+    ICM.py gets its own process group, because a terminal's Ctrl-C would otherwise reach it twice: the first one means
+    "save and end", the second "end now".
     """
     environment = {**os.environ, "VLLM_BASE_URL": url, "USE_VLLM": "true"}
     if again:
@@ -170,7 +169,7 @@ def run_icm(command: Sequence[str], url: str, again: Sequence[str] = ()) -> int:
             except KeyboardInterrupt:
                 process.send_signal(signal.SIGINT)
     finally:
-        if process.poll() is None:  # SIGTERM or SIGHUP told us to end
+        if process.poll() is None:  # after SIGTERM or SIGHUP
             process.terminate()
             try:
                 process.wait(30)
@@ -185,9 +184,9 @@ def again_by(script: str, arguments: Sequence[str] | None) -> list[str]:
 
 
 def check_once(url: str, runs_dir: Path) -> None:
-    """Let test_determinism.py look at this server in short, unless it passed before; what it finds, ICM.py repeats.
+    """Check this server with test_determinism.py, in short, unless it passed before; ICM.py repeats what it finds.
 
-    runs_dir: where ICM.py looks for it.
+    runs_dir: where ICM.py looks for the result.
     """
     short = ["--quick", "--prompts", "4", "--seconds", str(CHECK_SECONDS), "--unless_passed"]
     command = [sys.executable, str(DETERMINISM), "--url", url, "--runs_dir", str(runs_dir), *short]
@@ -205,11 +204,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         type=_positive,
         metavar="M",
         help="take the largest pool of 64, 32 or 16 claims that this machine labels in some M minutes, the server's "
-        f"start included (default: {MINUTES:g}); for a new run alone",
+        f"start included (default: {MINUTES:g}); only for a new run",
     )
     parser.add_argument("--server_log", type=Path, default=REPO_ROOT / "runs" / "vllm_server.log")
     options, rest = parser.parse_known_args(arguments)
-    # Batches of a whole data set, or a pool that was asked for, take the time that they take.
+    # With batches of a whole data set, or a given pool, there is no size to choose.
     free = not _names(rest) & {"--batch_size", "--num_batches", "--passes"}
     size = begun_size(options.model, rest) if free else None
     command = icm_command(options.model, rest, size or SIZES[0])

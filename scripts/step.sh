@@ -2,7 +2,7 @@
 # Run one set-up step with a line of progress instead of its output; show the output if it fails.
 #
 #   scripts/step.sh "installing vLLM" pip install ...
-#   scripts/step.sh --may-fail "looking here first" pip install ...      # its output is no news if it fails
+#   scripts/step.sh --may-fail "looking here first" pip install ...      # does not show the output if it fails
 #
 # On a terminal the seconds count up in place, elsewhere a line appears at the start and at the end.
 set -euo pipefail

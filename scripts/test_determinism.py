@@ -3,7 +3,7 @@
 
     python scripts/test_determinism.py --quick                 # the server that VLLM_BASE_URL names, in a minute
     python scripts/test_determinism.py --url http://host:8000  # the whole matrix: minutes, 256 prompts
-    python scripts/test_determinism.py --start local           # a server of its own, restarted halfway
+    python scripts/test_determinism.py --start local           # a server started for the check, restarted halfway
     python scripts/test_determinism.py --direct models/gemma-3-270m --cpu --quick     # vLLM in this process, no server
 
 The reference is each prompt asked alone, nothing cached. The result is kept under --runs_dir, where ICM.py finds it.
@@ -52,13 +52,13 @@ QUICK: Final = (
 )
 WHOLE: Final = (Amount(prompts=256, demonstrations=24, long_tokens=24_000), Size())
 LESS: Final = ((8, 100, 3000, 10), (4, 100, 3000, 10), (4, 40, 1500, 10), (2, 20, 800, 10), (2, 20, 800, 5))
-"""Prompts, repeats of one, tokens of long strangers, and demonstrations in a prompt that --quick makes do with where it
-gets --seconds."""
+"""What --quick is reduced to with --seconds: prompts, repeats of one, tokens of the long strangers, demonstrations in a
+prompt."""
 
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """Somebody to check: as a search asks it, and with control over what prompts share."""
+    """The engine to check: as a search asks it, and with control over what prompts share."""
 
     engine: VLLMClient | DirectEngine
     asker: Asker
@@ -94,11 +94,11 @@ async def direct_engine(model: str, options: DirectOptions) -> AsyncIterator[Eng
         await engine.aclose()
 
 
-_TOLD: Final = ("model", "kind", "version", "dtype", "determinism", "fingerprint")
+_SHOWN: Final = ("model", "kind", "version", "dtype", "determinism", "fingerprint")
 
 
 class Report:
-    """Prints rows as they come, under them how long the others will take, and at the end what they mean."""
+    """Prints rows as they come, below them the time left, and at the end the verdict."""
 
     def __init__(self, quiet: bool) -> None:
         self.rows: list[Row] = []
@@ -108,7 +108,7 @@ class Report:
         self._names: Sequence[str] = ()
 
     def begin(self, names: Sequence[str]) -> None:
-        """The heading. names: of the rows to come."""
+        """Print the heading. names: of the rows to come."""
         self.close()
         self._names = names
         self._bar = tqdm(
@@ -121,15 +121,15 @@ class Report:
             mininterval=0.5,
         )
         self.say(
-            "Determinism check: the same prompts are asked alone and in every kind of company, a row each. 0 of them "
-            "should differ from what they are alone:"
+            "Determinism check: each row asks the same prompts in another way, beside others or partly cached. 0 of "
+            "them should differ from when each is asked alone:"
         )
         self.say(
             f"{'':<44} {'differ':>9} {'largest, nats':>13} {'labels':>7} {'U moves':>8} {'decisions':>9} {'cached':>7}"
         )
 
     def add(self, row: Row) -> None:
-        """One more row."""
+        """Print one more row."""
         self.rows.append(row)
         self.say(row_line(row))
         self._names = self._names[1:]
@@ -137,11 +137,11 @@ class Report:
         self._bar.update()
 
     def close(self) -> None:
-        """Take the line of the time left away; idempotent."""
+        """Remove the line with the time left; idempotent."""
         self._bar.close()
 
     def end(self, record: Record) -> None:
-        """The verdict."""
+        """Print the verdict."""
         self.close()
         if not self.rows:
             self.say(
@@ -159,12 +159,12 @@ class Report:
         self.say(f"{verdict}; {seconds:.0f} s")
         if record.not_reached:
             self.say(f"not reached in the time given: {', '.join(record.not_reached)}")
-        self.say(" ".join(str(record.engine[name]) for name in _TOLD if record.engine.get(name)))
+        self.say(" ".join(str(record.engine[name]) for name in _SHOWN if record.engine.get(name)))
         if failed:
             self.say("What a difference means and what to do about it: docs/determinism.md")
 
     def say(self, line: str) -> None:
-        """One line, above that of the time left."""
+        """Print a line above the one with the time left."""
         if not self._quiet:
             self._bar.write(line, file=sys.stdout)
             sys.stdout.flush()
@@ -182,10 +182,10 @@ def row_line(row: Row) -> str:
 
 
 async def check(engine: Engine, args: argparse.Namespace, report: Report, earlier: list[Listed] | None) -> Record:
-    """Run the matrix on one engine and keep the result. earlier: see Matrix.rows; None looks for the last check's."""
+    """Run the matrix on one engine and keep the result. earlier: see Matrix.rows; None: those of the last check."""
     folder = args.runs_dir / "determinism"
     last = read_record(folder, engine.identity)
-    # A check that was cut short would be again.
+    # With --seconds a new check would be cut short again.
     if args.unless_passed and last is not None and not needs_check(last, engine.identity, whole=args.seconds is None):
         return last
     amount, size = QUICK if args.quick else WHOLE
@@ -230,9 +230,9 @@ async def check(engine: Engine, args: argparse.Namespace, report: Report, earlie
 
 
 def fitting(amount: Amount, size: Size, prompt_seconds: float, seconds: float) -> tuple[Amount, Size]:
-    """As much of a quick check as ends in time, at best all of it; at least the last of LESS, even if that does not.
+    """As much of a quick check as fits into `seconds`; at least the last of LESS, even if that does not fit.
 
-    prompt_seconds: what one prompt takes alone and cold.
+    prompt_seconds: for one prompt asked by itself, nothing cached.
     """
     for prompts, repeats, long_tokens, demonstrations in LESS:
         if prompts_worth(amount, size) * prompt_seconds <= seconds:
@@ -248,7 +248,7 @@ def fitting(amount: Amount, size: Size, prompt_seconds: float, seconds: float) -
 
 
 def prompts_worth(amount: Amount, size: Size) -> float:
-    """How many prompts, alone and cold, take as long as a quick check. Fitted to checks of 2, 4 and 12 prompts."""
+    """How many prompts, each by itself, nothing cached, take as long as a quick check. Fitted to 2, 4, 12 prompts."""
     return 24 * amount.prompts + amount.long_tokens / 100 + 0.3 * size.repeats + 35
 
 
@@ -268,14 +268,14 @@ async def run(args: argparse.Namespace, report: Report) -> Record:
     if args.start is None:
         async with server_engine(settings.vllm_base_url[0], args.model, settings) as engine:
             return await check(engine, args, report, None)
-    record = await _check_own(args, settings, report, None)
-    return record if args.quick else await _check_own(args, settings, report, record.references)
+    record = await _check_started(args, settings, report, None)
+    return record if args.quick else await _check_started(args, settings, report, record.references)
 
 
-async def _check_own(
+async def _check_started(
     args: argparse.Namespace, settings: Settings, report: Report, earlier: list[Listed] | None
 ) -> Record:
-    """Check a server started for it, and stop it."""
+    """Start a server, check it, and stop it."""
     log = args.runs_dir / "determinism" / "vllm.log"
     with VLLMServer(log=log, size=args.start, options=tuple(args.option)) as server:
         async with server_engine(server.url, args.model, settings) as engine:
@@ -323,7 +323,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _of_direct(args: argparse.Namespace) -> str:
-    """The first flag that only an engine in this process heeds; "" where none was given."""
+    """The first given flag that only concerns an engine in this process; "" where there is none."""
     given = {
         "--cpu": args.cpu,
         "--block_size": args.block_size is not None,
@@ -354,7 +354,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {flag} is for --direct{instead}", file=sys.stderr)
         return 2
     if args.model is not None and args.direct is not None:
-        print("error: --model names what a server serves; --direct says it itself", file=sys.stderr)
+        print("error: --model is for a server; --direct names its model itself", file=sys.stderr)
         return 2
     only_json = args.json is not None and str(args.json) == "-"
     report = Report(quiet=only_json)

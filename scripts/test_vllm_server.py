@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Smoke check of vLLM servers: can ICM's questions be asked of them, exactly and cheaply?
+"""Smoke check of vLLM servers: do they answer ICM's questions exactly and cheaply?
 
     python scripts/test_vllm_server.py                              # the servers that VLLM_BASE_URL or SECRETS names
     python scripts/test_vllm_server.py --url http://host:8000 --model meta-llama/Llama-3.1-8B --wait 600
-    python scripts/test_vllm_server.py --wait 600 --log vllm.log    # what its log says, if it does not come up
+    python scripts/test_vllm_server.py --wait 600 --log vllm.log    # what its log says, if it does not start
 
-One line a check, and for one that fails what to do; of several servers each is checked, and then whether they are
-alike. Exit code 0: all passed; 1: a check failed; 2: nothing answers at one of the URLs, or the arguments are wrong.
+One line a check, and what to do where one fails; of several servers each is checked, and then whether they are alike.
+Exit code 0: all passed; 1: a check failed; 2: nothing answers at one of the URLs, or the arguments are wrong.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ NO_LOGPROBS: Final = (
 )
 CACHING_OFF: Final = "start the server with --enable-prefix-caching and --block-size 16"
 BRANCHES_LOST: Final = (
-    "a prompt is found again, and a part of one is not: start the server with --disable-hybrid-kv-cache-manager, as "
+    "a whole prompt is found again, but not a part of one: start the server with --disable-hybrid-kv-cache-manager, as "
     "scripts/launch_vllm_server.sh local does where a model mixes windows with full attention (Gemma 3); of several "
     "data-parallel engines each has a cache of its own: start single servers"
 )
 LARGE_BLOCKS: Final = (
-    "its blocks are large, and not even all of them are found again: a model of attention alone can be started with "
-    "--block-size 16 and --disable-hybrid-kv-cache-manager; one with layers that keep a state cannot"
+    "its blocks are large, and not even all of them are found again: a model with only attention layers can be started "
+    "with --block-size 16 and --disable-hybrid-kv-cache-manager; one with layers that keep a state cannot"
 )
 LOG_TAIL: Final = 100_000
-"""Bytes of a log's end that are searched for a reason."""
+"""Bytes at a log's end that are searched for why the start failed."""
 WORDS: Final = [
     "north",
     "river",
@@ -92,7 +92,7 @@ class Check:
 
 
 class Waiting:
-    """The wait for a server: until when, its log if we were given one, and a line on standard error that shows it."""
+    """The wait for a server: its deadline, its log if one was given, and its line on standard error."""
 
     EVERY: Final = 15.0  # seconds between lines where there is no terminal
 
@@ -109,11 +109,11 @@ class Waiting:
         return time.monotonic() >= self._deadline
 
     def failure(self) -> StartFailure | None:
-        """What the log says of a start that failed: since we began to wait, or once that is over, at its end."""
+        """A failed start in the log: in what was written since the wait began or, once the time is up, in its end."""
         return start_failure(self._tail(from_the_start=not self.over))
 
     def show(self, url: str, reason: str) -> None:
-        """Where the wait stands; on a terminal one line that changes."""
+        """Show the state of the wait; on a terminal one line that changes."""
         now = time.monotonic()
         lines = self._tail(from_the_start=True).strip().splitlines()
         line = f"waiting for {url}: {now - self._start:3.0f} s  {lines[-1].strip() if lines else reason}"
@@ -125,13 +125,13 @@ class Waiting:
         sys.stderr.flush()
 
     def end(self) -> None:
-        """Take the changing line away."""
+        """Remove the changing line."""
         if sys.stderr.isatty():
             sys.stderr.write("\r\033[K")
             sys.stderr.flush()
 
     def _tail(self, *, from_the_start: bool) -> str:
-        """Of the log: what was written since the wait began, or its last part whenever written."""
+        """The end of the log; from_the_start: only what was written since the wait began."""
         if self._log is None:
             return ""
         start = self._log_start if from_the_start else 0
@@ -153,9 +153,9 @@ def _size(log: Path | None) -> int:
 async def examine(
     settings: Settings, model: str | None, wait: float, report: Callable[[Check], None], log: Path | None = None
 ) -> int:
-    """Check every server, and several for being alike, telling `report` of each check; returns the exit code.
+    """Check every server, and whether several are alike; calls `report` with each check; returns the exit code.
 
-    wait: seconds that the servers together may take to come up. log: of a server that is being started.
+    wait: seconds that the servers together may take to start. log: of a server that is being started.
     """
     waiting = Waiting(wait, log)
     codes: list[int] = []
@@ -177,8 +177,8 @@ async def examine(
 def _compare(identities: Mapping[str, EngineIdentity], report: Callable[[Check], None]) -> int:
     """One group of servers answers as one engine only if all are alike; returns the exit code."""
     first, *others = identities
-    told = [(url, difference(identities[url], identities[first])) for url in others]
-    found = "; ".join(f"{url} is not like {first}: {what}" for url, what in told if what)
+    differences = [(url, difference(identities[url], identities[first])) for url in others]
+    found = "; ".join(f"{url} is not like {first}: {what}" for url, what in differences if what)
     report(Check("servers alike", not found, found or f"{len(identities)} servers, one fingerprint", ALIKE_HINT))
     return 1 if found else 0
 
@@ -186,7 +186,7 @@ def _compare(identities: Mapping[str, EngineIdentity], report: Callable[[Check],
 async def _examine_one(
     url: str, settings: Settings, model: str | None, waiting: Waiting, report: Callable[[Check], None]
 ) -> tuple[int, EngineIdentity | None]:
-    """Make every check of one server that the ones before it allow: exit code, and who answers if that is known."""
+    """Make the checks of one server until one rules out the rest: exit code, and the server's identity if known."""
     options = HttpOptions(
         connect_timeout=settings.connect_timeout,
         read_timeout=settings.read_timeout,
@@ -195,9 +195,9 @@ async def _examine_one(
     start = time.monotonic()
     served = await _served(url, settings, options, waiting)
     if isinstance(served, APIError):
-        told = waiting.failure()
-        found = f"{url}: {served.args[0]}" + (f" Its log tells of {told.what}." if told else "")
-        report(Check("reachable", False, found, told.todo if told else served.hint or START))
+        failure = waiting.failure()
+        found = f"{url}: {served.args[0]}" + (f" Its log shows {failure.what}." if failure else "")
+        report(Check("reachable", False, found, failure.todo if failure else served.hint or START))
         return 2, None
     report(Check("reachable", True, f"{url} after {time.monotonic() - start:.1f} s"))
 
@@ -244,20 +244,20 @@ async def _ask(client: VLLMClient, model: str, report: Callable[[Check], None]) 
     ok, found = await _labels_exact(client, labels)
     report(Check("exact label logprobs", ok, found, update))
     plain = "as whole prompts: works, but a server from scripts/launch_vllm_server.sh would answer sooner"
-    twice = "; shared prefixes are worked on again for each prompt: install this package where vLLM is"
+    twice = "; work on shared prefixes is repeated for each prompt: install this package where vLLM is"
     trees = "as trees of segments" + ("" if client.fast_prefixes else twice)
     report(Check("pools travel", True, trees if client.takes_trees else plain))
     passed = ok
     cached, found = await _prefix_cached(client, labels, identity.max_model_len)
     report(Check("prefix caching", cached, found, CACHING_OFF))
     saving = await tree_saving(client, labels, WORDS, time.time_ns(), identity.max_model_len)
-    if saving is not None:  # else the check before has said what is missing
+    if saving is not None:  # else the check before shows what is missing
         report(tree_saves(saving, cached))
     return 0 if passed and cached and (saving is None or saving.enough) else 1, identity
 
 
 def tree_saves(saving: Saving, cached: bool) -> Check:
-    """What the server saves of a cold pool. cached: whether it finds a prompt again that it was asked before."""
+    """How much of a new pool the server's prefix cache saves. cached: whether it finds an earlier prompt again."""
     block = f"blocks of {saving.block}" if saving.block else "a size of blocks that it does not tell"
     found = (
         f"the tree saves {saving.saved:,} of {saving.asked:,} prompt tokens (possible: {saving.possible:,}, {block})"
@@ -269,7 +269,7 @@ def tree_saves(saving: Saving, cached: bool) -> Check:
 
 
 async def _served(url: str, settings: Settings, options: HttpOptions, waiting: Waiting) -> list[str] | APIError:
-    """Names of the served models, or why there is no answer: the time is up, or its log says that it will not come."""
+    """Names of the served models, or an error once the time is up or the log shows a failed start."""
     http = HttpTransport(url, key=settings.vllm_api_key, key_name="VLLM_API_KEY", options=options, absent=START)
     try:
         while True:
@@ -302,7 +302,7 @@ async def _labels_exact(client: VLLMClient, labels: SpelledLabels) -> tuple[bool
 
 
 async def _prefix_cached(client: VLLMClient, labels: SpelledLabels, context: int | None) -> tuple[bool, str]:
-    """Ask one long prompt, never seen before, twice: the second time nearly all of it must come from the cache."""
+    """Ask a new long prompt twice: the second time nearly all of it must come from the cache."""
     words = random.Random(time.time_ns()).choices(WORDS, k=min(600, (context or 2048) // 4))
     tokens = await prompt_ids(client, " ".join(words))
     prompt = Prompt((Segment("", tokens),), name="prefix cache check")
@@ -329,8 +329,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", help="base URL, or several with commas (default: VLLM_BASE_URL)")
     parser.add_argument("--model", help="name under which it is served (default: the first one it serves)")
-    parser.add_argument("--wait", type=float, default=0.0, metavar="SECONDS", help="how long they may take to come up")
-    parser.add_argument("--log", type=Path, help="log of a server that is being started: why it does not come up")
+    parser.add_argument("--wait", type=float, default=0.0, metavar="SECONDS", help="how long they may take to start")
+    parser.add_argument("--log", type=Path, help="log of a server that is being started: why it does not start")
     parser.add_argument("--json", action="store_true", help="one JSON list instead of lines")
     options = parser.parse_args(arguments)
     checks: list[Check] = []

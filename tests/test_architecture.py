@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+import pytest
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 ROWS = (
     ("icm_vllm",),
@@ -112,3 +114,10 @@ def test_scoring_imports_no_text() -> None:
         if not module.startswith("core/llm_api/text/") and module not in NEEDS_TEXT:
             texts = {name for name in imported_at_once(file) if within(name, "core.llm_api.text")}
             assert not texts, f"{module} imports {texts}"
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "fakes", "scripts"])
+def test_nothing_that_tests_import_imports_tests(folder: str) -> None:
+    for module, names in imports(folder).items():
+        ours = {name for name in names if within(name, "tests")}
+        assert not ours, f"{module} imports {ours}"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from contrib.serving.documents import Library
-from tests.core.fake_server import FakeVLLM
+from fakes.vllm_server import FakeVLLM
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = REPOSITORY / "README.md"

@@ -1,6 +1,6 @@
 """Raw questions to an engine, with control over what they share: log-probabilities and text, by HTTP or in process.
 
-`salt` names a prefix cache of one's own (vLLM's cache_salt): prompts asked with a new salt find nothing cached, prompts
+`salt` names a separate prefix cache (vLLM's cache_salt): prompts asked with a new salt find nothing cached, prompts
 asked with the same salt find what was computed under it.
 """
 
@@ -42,7 +42,7 @@ class Generated:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How text is generated. temperature 0 is greedy; the seed is each prompt's own."""
+    """How text is generated. temperature 0 is greedy; every prompt is sampled with the same seed."""
 
     max_tokens: int
     temperature: float = 0.0
@@ -50,7 +50,7 @@ class Sampling:
 
 
 class Asker(Protocol):
-    """An engine that can be asked; two exist."""
+    """An engine that can be asked: by HTTP or in this process."""
 
     async def listed(
         self, requests: Sequence[Request], chosen: Sequence[int] | None, *, at_once: int
@@ -135,7 +135,7 @@ class HttpAsker:
 
 
 class DirectAsker:
-    """Asks vLLM in this process. Requests in flight together become one call; nothing else can be beside them."""
+    """Asks vLLM in this process. Requests in flight together become one call, beside which nothing else runs."""
 
     def __init__(self, engine: DirectEngine) -> None:
         self._engine = engine

@@ -12,7 +12,7 @@ from core.determinism.asking import Listed
 ALPHA: Final = 50.0
 """Weight of mutual predictability in U (Wen et al. 2025, section 2), at its published value."""
 FINAL_TEMPERATURE: Final = 0.01
-"""Where the search's annealing ends, and is the least forgiving."""
+"""Where the search's annealing ends: there the smallest changes of U decide."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +20,8 @@ class Compared:
     """prompts: how many were compared; differing: how many have any value that is not the same to the last bit.
 
     largest: largest difference of a log-probability, nats; inf where one lists a token or text that the other does not.
-    labels_changed: scores (log-odds) of another sign. utility_moved: |change of U|, were these the scores of a pool
-    whose labels have the scores' signs.
+    labels_changed: scores (log-odds) whose sign changed. utility_moved: |change of U| of a pool with these scores, each
+    claim labelled by the sign of its score.
     """
 
     prompts: int
@@ -32,7 +32,7 @@ class Compared:
 
     @property
     def acceptance_changed(self) -> float:
-        """Probability that a proposal which changes U by nothing is decided otherwise, at the final temperature.
+        """Probability that a proposal which does not change U is decided differently, at the final temperature.
 
         |min(1, exp(0)) - min(1, exp(-utility_moved / T))|, the Metropolis rule of Wen et al. 2025, algorithm 1.
         """
@@ -42,7 +42,7 @@ class Compared:
 def compare(pairs: Sequence[tuple[Listed, Listed]], labels: tuple[int, int] | None) -> Compared:
     """Compare (reference, answer) pairs, on the tokens that the answers list.
 
-    labels: (true, false) token ids where all list both; None where scores cannot be told.
+    labels: (true, false) token ids where all list both; None where no scores can be computed.
     """
     differing, largest = 0, 0.0
     for reference, answer in pairs:

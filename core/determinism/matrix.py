@@ -1,7 +1,7 @@
 """The matrix: the same prompts asked in every way in which an engine might answer them differently.
 
-Every row compares its answers with the reference bit by bit: each prompt asked alone, one after the other, nothing
-cached. What a row changes is only what is computed or cached beside a prompt, never the prompt.
+Every row compares its answers bit by bit with the references: each prompt asked by itself, one after the other, nothing
+cached. A row changes only what is computed or cached beside a prompt, never the prompt.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SEARCHED: Final = "as a search asks"
 REPEATED: Final = "in the check before this one"
 TEXTS: Final = ("greedy", "temperature 0.7, seeded")
 COMPANY: Final = ("beside others", "prompts cached")
-"""Names of rows: of the pool, of the last check's answers, and of generated texts by kind and by what is beside."""
+"""Names of rows: of the pool, of the last check's answers, and of generated texts by kind and by what runs beside."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +38,8 @@ class Material:
     """What is asked. Token ids throughout.
 
     prompts: the prompts compared, each longer than two cache blocks. labels: (true, false) of the score. others:
-    further tokens whose logprobs are compared with the labels'. long, short: strangers, asked beside. block: tokens of
-    a cache block.
+    further tokens whose logprobs are compared with the labels'. long, short: other prompts to ask beside them, which
+    the rows' names call strangers. block: tokens of a cache block.
     """
 
     prompts: tuple[Tokens, ...]
@@ -76,7 +76,7 @@ class Size:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the report. cached: share of the row's prompt tokens found cached, None where nobody counts."""
+    """One line of the report. cached: share of the row's prompt tokens found cached, None if unknown."""
 
     name: str
     compared: Compared
@@ -91,8 +91,8 @@ Step = Callable[[bool], Awaitable[Answers]]
 class Matrix:
     """Asks everything, row by row, in an order that does not depend on the answers.
 
-    engine: what `asker` asks, as a search asks it. seed: of shuffles and of the salts: a seed used before on the same
-    server finds its prompts cached.
+    engine: the one behind `asker`, for asking as a search does. seed: of shuffles and salts; a seed that was used
+    before on the same server finds its prompts cached.
     """
 
     def __init__(self, asker: Asker, engine: Engine, material: Material, size: Size, *, seed: int) -> None:
@@ -120,7 +120,7 @@ class Matrix:
                 yield row
 
     async def seconds_a_prompt(self) -> float:
-        """How long one of the material's prompts takes, asked alone and cold; the first one warms the engine up."""
+        """Seconds for one of the material's prompts, asked by itself, nothing cached; the first only warms up."""
         first, *others = self.material.prompts
         await self.ask([Request((first,), self.salt())], False)
         started = time.perf_counter()
@@ -138,11 +138,11 @@ class Matrix:
         return found
 
     def references(self) -> list[Listed]:
-        """What the material's prompts were answered alone and cold, in order; known once the first row is."""
+        """Answers to the material's prompts, each asked by itself, nothing cached; known after the first row."""
         return [self._references[prompt, False] for prompt in self.material.prompts]
 
     def salt(self) -> str:
-        """A prefix cache that nothing was asked under yet."""
+        """The name of a new, empty prefix cache."""
         self._salts += 1
         return f"determinism-{self.seed}-{self._salts}"
 
@@ -160,13 +160,13 @@ class Matrix:
         ]
 
     async def refer(self, prompts: Sequence[Tokens], top: bool) -> None:
-        """Ask the prompts that have no reference yet, each alone and cold."""
+        """Ask the prompts that have no reference yet, each by itself with nothing cached."""
         new = [prompt for prompt in prompts if (prompt, top) not in self._references]
         for prompt, listed in await self.ask([Request((prompt,), self.salt()) for prompt in new], top):
             self._references[prompt, top] = listed
 
     def _compare(self, answers: Iterable[tuple[Tokens, Listed]], top: bool = False) -> Compared:
-        """With the references; answers to strangers, which have none, are left out."""
+        """Compare with the references; answers to prompts without one are left out."""
         pairs = [(found, listed) for prompt, listed in answers if (found := self._references.get((prompt, top)))]
         return compare(pairs, None if top else self.material.labels)
 

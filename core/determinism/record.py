@@ -1,8 +1,8 @@
-"""The last check of an engine, kept beside the runs: what a search can say about the engine that it talks to.
+"""The last check of an engine, kept beside the runs: whether a search can trust this engine's scores to the last bit.
 
-One JSON file an engine, named after everything that names it. The fingerprint, which changes with the kernels that
-answer, stands inside: an engine whose answer to the canary has changed since its check differs from one that was never
-checked, and a model whose folder was moved is found by its content.
+One JSON file an engine, named by a hash of what identifies it, without its fingerprint, which is in the file: so an
+engine whose answer to the canary changed since its check is told from one that was never checked, and a model whose
+folder was moved is found by its content.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _NAMED_BY: Final = ("kind", "model", "root", "revision", "version", "determinism
 class Record(BaseModel):
     """A finished check. material: SHA-256 of what was asked. references: logprobs, nats, by token id, a prompt each.
 
-    not_reached: names of rows that the time given to it did not allow.
+    not_reached: names of rows for which the time was too short.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -71,8 +71,10 @@ def record_path(folder: Path, identity: EngineIdentity) -> Path:
 
 
 def read_record(folder: Path, identity: EngineIdentity) -> Record | None:
-    """The last check of this engine, wherever its model lay and whatever it was called; else of the one that had its
-    name. None where no such file exists, or this version cannot read it."""
+    """The last check of an engine with this content, under any path and name; else the one under this engine's name.
+
+    None where no such file exists, or this version cannot read it.
+    """
     own = record_path(folder, identity)
     named = _read(own)
     if named is not None and _is_of(named, identity):
@@ -123,7 +125,7 @@ def write_record(
 
 
 def row_record(row: Row) -> dict[str, Any]:
-    """One row as JSON holds it: no infinity."""
+    """One row for JSON, with None for infinity."""
     compared = asdict(row.compared) | {"acceptance_changed": row.compared.acceptance_changed}
     finite = {name: value if value != float("inf") else None for name, value in compared.items()}
     return {"name": row.name, "cached": row.cached, "compared": finite}
@@ -135,7 +137,7 @@ def doubt(record: Record | None, identity: EngineIdentity) -> str | None:
     if record is None:
         return f"this engine was never checked for determinism; {how}"
     if record.engine.get("fingerprint") != identity.fingerprint:
-        return f"this engine answers otherwise than when it was checked on {record.finished}; {how}"
+        return f"this engine's answers have changed since it was checked on {record.finished}; {how}"
     if not record.passed:
         return (
             f"this engine failed its determinism check on {record.finished} in {len(record.failed_rows)} of "
@@ -150,7 +152,7 @@ def doubt(record: Record | None, identity: EngineIdentity) -> str | None:
 
 
 def needs_check(record: Record | None, identity: EngineIdentity, *, whole: bool = True) -> bool:
-    """Whether this engine did not pass as it answers now. whole: also where its check was cut short."""
+    """Whether this engine, as it answers now, lacks a passed check. whole: a check that was cut short is not enough."""
     if record is not None and not whole:
         record = record.model_copy(update={"not_reached": []})
     return doubt(record, identity) is not None

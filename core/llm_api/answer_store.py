@@ -1,8 +1,8 @@
-"""The response cache as an event loop uses it: waiting for another process that writes never holds the loop.
+"""The response cache for an event loop: waiting for another process that writes never blocks the loop.
 
-SQLite's own waiting stops the thread that waits, for up to BUSY_TIMEOUT; here a call that finds the file taken is made
-again after a short sleep of its task alone. Calls that find it free cost what they did: a thread for them would cost a
-handing over of Python's lock for every row.
+SQLite blocks the whole thread while it waits, for up to BUSY_TIMEOUT; here a call that finds the file locked is tried
+again after its task has slept a little. Calls are not made in a second thread, because Python's lock would be handed
+over for every row.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ LONGEST_WAIT: Final = 0.05
 class AnswerStore:
     """A ResponseCache for the tasks of one event loop; it closes the cache.
 
-    Answers that were kept are never lost to a cancelled task: they are written by a task of their own, and are found by
-    get_many meanwhile.
+    A cancelled caller loses no answers: a separate task writes them, and get_many finds them meanwhile.
     """
 
     def __init__(self, cache: ResponseCache) -> None:
@@ -52,15 +51,15 @@ class AnswerStore:
         return self._cache.has_earlier
 
     async def get_many(self, keys: Sequence[bytes]) -> dict[bytes, TokenLogprobs]:
-        """The answers that are there, by key. Raises StorageFailed where the file cannot be read, or is taken for
-        longer than BUSY_TIMEOUT."""
-        found = await _patiently(lambda: self._cache.get_many(keys))
+        """The stored answers, by key. Raises StorageFailed where the file cannot be read, or is locked for longer than
+        BUSY_TIMEOUT."""
+        found = await _when_free(lambda: self._cache.get_many(keys))
         if self._waiting:
             found |= {key: self._waiting[key] for key in keys if key in self._waiting}
         return found
 
     def keep(self, answers: dict[bytes, TokenLogprobs]) -> None:
-        """Store answers now, or as soon as nobody else writes. Raises StorageFailed where that cannot be."""
+        """Store answers now, or as soon as nobody else writes. Raises StorageFailed where that fails."""
         if self._writer is None:
             answers = self._waiting | answers
             try:
@@ -102,16 +101,16 @@ class AnswerStore:
     async def _write(self) -> None:
         try:
             while some := dict(self._waiting):
-                await _patiently(functools.partial(self._cache.put_many, some))
+                await _when_free(functools.partial(self._cache.put_many, some))
                 self._waiting = {key: answer for key, answer in self._waiting.items() if key not in some}
-        except StorageFailed as error:  # told to whoever waits for it
+        except StorageFailed as error:  # raised by `stored`
             self._failure = error
         finally:
             self._writer = None
 
 
-async def _patiently(attempt: Callable[[], T]) -> T:
-    """What `attempt` returns once the file is free. Raises CacheBusy where it is not for BUSY_TIMEOUT seconds."""
+async def _when_free(attempt: Callable[[], T]) -> T:
+    """What `attempt` returns once the file is free. Raises CacheBusy where it stays locked for BUSY_TIMEOUT seconds."""
     deadline = time.monotonic() + response_cache.BUSY_TIMEOUT
     wait = FIRST_WAIT
     while True:

@@ -1,7 +1,7 @@
-"""Labels as tokens of a model: what must be asked to learn their probabilities, and what the answers say of them.
+"""Labels as tokens of a model: what to ask to learn their probabilities, and how to compute these from the answers.
 
-A label is a text of one token or several. The tokens of all labels form a trie. At each of its inner nodes the model is
-asked, after the prompt and what the labels below have in common, for the tokens that go on from there; log P(label) is
+A label is a text of one token or several. The tokens of all labels form a trie. At each inner node the model is asked,
+after the prompt and the tokens that the labels below have in common, for the tokens that may follow; log P(label) is
 the sum along its path. Labels of one token each are one node, which is one query a prompt.
 """
 
@@ -45,7 +45,7 @@ class LabelSpace:
             if bad is not None:
                 raise ConfigurationError(
                     f"the label {kind} {bad!r} is {'there twice' if bad.strip() else 'blank'}.",
-                    hint=f"Give each label a {kind} of its own.",
+                    hint=f"Give each label a different {kind}.",
                 )
 
     def __len__(self) -> int:
@@ -53,12 +53,12 @@ class LabelSpace:
 
 
 TRUE_FALSE: Final = LabelSpace(("False", "True"), (" False", " True"))
-"""Python's bool is the index."""
+"""A bool is its label's index."""
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """What is asked once a prompt: `tokens`, after the prompt and `beginning` (None at the root)."""
+    """One query about each prompt: `tokens`, after the prompt and `beginning` (None at the root)."""
 
     beginning: Segment | None
     tokens: NextTokens
@@ -76,12 +76,12 @@ class SpelledLabels:
 
     tokens: of each label, one or several; None for an engine that is asked in text, where each label must be one token.
     texts: as `space` has them; without the leading space where that belongs to the question. end: the token after every
-    label, the separator's first; with it a label ends whose tokens another label begins with.
+    label, the separator's first; it is added to a label whose tokens another label begins with.
     nodes: the trie's inner nodes, depth first, the root first. paths: of each label, the nodes from the root on and the
     position of its token among those asked there.
 
-    At a node the last label's token is asked for first, so that True comes before False, as in all requests and cache
-    keys so far. Raises ConfigurationError where two labels are the same tokens, or cannot be told apart by their end.
+    At a node the last label's token is asked for first, so that True comes before False, as in existing cache keys.
+    Raises ConfigurationError where two labels are the same tokens, or cannot be told apart by their end.
     """
 
     space: LabelSpace
@@ -114,7 +114,7 @@ class SpelledLabels:
 
     @property
     def longest_beginning(self) -> int:
-        """Tokens that are put after a prompt at most."""
+        """The most tokens that are put after a prompt."""
         return max(0 if node.beginning is None else len(node.beginning) for node in self.nodes)
 
     def record(self) -> dict[str, int | list[int] | None]:
@@ -176,7 +176,7 @@ def _trie(ended: Sequence[tuple[int, ...]], texts: Sequence[str]) -> tuple[list[
         children: dict[int, list[int]] = {}
         for label in labels:
             children.setdefault(ended[label][depth], []).append(label)
-        # A token that is no whole label has no text: engines that are asked in text are never asked for one.
+        # A token that is not a whole label has no text: engines that are asked in text are never asked for it.
         whole = ["" if depth or len(ended[below[0]]) > 1 else texts[below[0]] for below in children.values()]
         beginning = Segment("", ended[labels[0]][:depth]) if depth else None
         nodes.append(Node(beginning, NextTokens(tuple(whole), tuple(children))))

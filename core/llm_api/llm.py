@@ -1,4 +1,4 @@
-"""ModelAPI: one call scores a whole pool. Every query goes through: cache -> the same one in flight -> engine.
+"""ModelAPI: one call scores a whole pool. Every query goes to the cache, to an equal query in flight, to the engine.
 
 async with open_model_api(settings, model="meta-llama/Llama-3.1-8B") as api:
     labels = await api.spell_labels()
@@ -67,8 +67,8 @@ class ModelAPI:
         self._accept_floored = accept_floored
         self._scores = scores
         self._identity: EngineIdentity | None = None
-        self._alone = True
-        # A future is set to None where its owner failed or was cancelled: whoever waits then asks by itself.
+        self._exclusive = True
+        # A future is set to None where its owner failed or was cancelled: those who wait for it then ask themselves.
         self._in_flight: dict[bytes, asyncio.Future[TokenLogprobs | None]] = {}
 
     async def __aenter__(self) -> Self:
@@ -81,15 +81,15 @@ class ModelAPI:
         await self.aclose()
 
     async def start(self) -> EngineIdentity:
-        """Connect and check the model. Raises an APIError that says what to do; everything is closed then.
+        """Connect and check the model. Raises an APIError that says what to do, and closes everything.
 
-        A server without the routes that are needed (404) cannot be used: ConfigurationError.
+        Raises ConfigurationError for a server without the routes that are needed (404).
         """
         try:
             self._identity = await (self._engine.start() if self._scores else self._writer.engine.connect())
         except RequestRejected as error:
             await self.aclose()
-            if error.status != 404:  # a key that is refused can be set, and the same command goes on
+            if error.status != 404:  # a refused key, for example, can be set, and the same command works
                 raise
             raise ConfigurationError(*error.args, hint=error.hint) from error
         except BaseException:
@@ -105,14 +105,14 @@ class ModelAPI:
             if self._answers is not None:
                 await self._answers.aclose()
 
-    def share(self, *, alone: bool = True) -> ModelAPI:
-        """The same engine, cache and questions in flight, with counts of its own; whoever opened this one closes it.
+    def share(self, *, exclusive: bool = True) -> ModelAPI:
+        """The same engine, cache and queries in flight, with separate counts. Close only the one that was opened.
 
-        alone: nobody else asks meanwhile, so that the engine's counters tell what this one's questions cost.
+        exclusive: nobody else asks meanwhile, so that the engine's counters show what these queries cost.
         """
         sharing = copy(self)
         sharing.stats = ScoreStats()
-        sharing._alone = alone
+        sharing._exclusive = exclusive
         return sharing
 
     @property
@@ -122,7 +122,7 @@ class ModelAPI:
 
     @property
     def identity(self) -> EngineIdentity:
-        """Who answers. Raises RuntimeError before start()."""
+        """The engine's identity. Raises RuntimeError before start()."""
         if self._identity is None:
             raise RuntimeError("ModelAPI was not started; use `async with`")
         return self._identity
@@ -144,8 +144,8 @@ class ModelAPI:
         return await spell_labels(self._engine, space, after=after)
 
     async def prefix_cache(self) -> PrefixCacheCounters | None:
-        """The engine's prefix-cache counters since it started; None where it has none, or counts others' questions."""
-        return await self._engine.prefix_cache() if self._alone else None
+        """The engine's prefix-cache counters since it started; None where it has none, or others ask it, too."""
+        return await self._engine.prefix_cache() if self._exclusive else None
 
     async def kv_cache_tokens(self) -> int | None:
         """How many tokens the engine's KV cache holds; None where it does not say."""
@@ -203,14 +203,14 @@ class ModelAPI:
 
     @property
     def _writer(self) -> TextWriter:
-        from core.llm_api.text.writer import TextWriter  # only those who write texts need that folder
+        from core.llm_api.text.writer import TextWriter  # not imported where nobody asks for texts
 
         return TextWriter(self._engine, self.texts, lambda: self.identity.model)
 
     async def _answers_to(self, queries: Sequence[Query]) -> tuple[list[TokenLogprobs], int]:
         """The answer to each query, in order, and the prompt tokens that were sent for them."""
         if not self._scores:
-            raise ConfigurationError("this ModelAPI was opened for texts alone.", hint="Open it with scores=True.")
+            raise ConfigurationError("this ModelAPI was opened only for texts.", hint="Open it with scores=True.")
         self._check_lengths(queries)
         keys = self._keys(queries)
         wanted = dict(zip(keys, queries, strict=True))  # of equal queries the first keeps its place
@@ -338,11 +338,11 @@ def open_model_api(
     direct_options: DirectOptions | None = None,
     scores: bool = True,
 ) -> ModelAPI:
-    """The ModelAPI that flags and settings ask for; not yet started.
+    """The ModelAPI for these flags and settings; not yet started.
 
-    direct runs vLLM in this process. Else use_vllm (the flag), or where it is None USE_VLLM, says whether it is a vLLM
-    server; where neither does, it is one if VLLM_BASE_URL is set. What is not vLLM is the first that is set of
-    LLAMA_SERVER_URL and LLAMA_API_BASE. scores: see ModelAPI. Raises ConfigurationError where nothing is set.
+    direct: vLLM in this process. Else a vLLM server where use_vllm (the flag) says so, or if that is None USE_VLLM, or
+    if neither is given where VLLM_BASE_URL is set. Else LLAMA_SERVER_URL, then LLAMA_API_BASE. scores: see ModelAPI.
+    Raises ConfigurationError where nothing is set.
     """
     if direct and use_vllm is False:
         raise ConfigurationError("vLLM in this process was asked for and vLLM was ruled out.", hint="Drop one flag.")

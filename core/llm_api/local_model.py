@@ -1,6 +1,6 @@
 """A model in this process without asyncio: chats, completions and embeddings for scripts and notebooks.
 
-    if __name__ == "__main__":  # vLLM starts processes of its own
+    if __name__ == "__main__":  # vLLM starts further processes
         with LocalModel("models/gemma-3-270m", cpu=True, max_model_len=2048) as model:
             [one, two] = model.completion(["The capital of France is", "Water is"], max_tokens=8)
 
@@ -150,7 +150,7 @@ class LocalModel:
         future = asyncio.run_coroutine_threadsafe(call, self._loop)
         try:
             return future.result()
-        except KeyboardInterrupt:  # the loop runs in a thread of its own, which Ctrl-C does not reach
+        except KeyboardInterrupt:  # the loop runs in another thread, which Ctrl-C does not reach
             future.cancel()
             raise
 

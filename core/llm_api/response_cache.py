@@ -1,9 +1,9 @@
 """Answers kept across runs, keyed by everything that determines them: SQLite, safe for several processes at once.
 
 A key is the SHA-256 of who was asked (EngineIdentity), what (the prompt's digest) and for which tokens; no run name, no
-iteration, so an edited template or a restarted server with other weights can never read a stale score. A model is known
-by its content, not by where its folder lies (cache_keys). A row carries a checksum; a row that fails it is a miss,
-counted, and answered anew.
+iteration, so an edited template or a restarted server with other weights can never read an outdated score. A model is
+known by its content, not by where its folder lies (cache_keys). A row carries a checksum; a row that fails it is a
+miss, counted, and answered anew.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ log = logging.getLogger(__name__)
 BUSY_TIMEOUT: Final = 30.0
 """Seconds to wait for another process that is writing."""
 CHECKPOINT_PAGES: Final = 4000
-"""Pages of 4 KiB in the log until they are moved into the file, and the disk is waited for. Keys are random, so every
-answer dirties a page; with SQLite's 1000 a row took 62 us of writing in place of 37 side by side on a busy disk."""
+"""Pages of 4 KiB in the log until they are moved into the file and synced. Keys are random, so every answer changes a
+page; with SQLite's default of 1000 writing a row took 62 us in place of 37, measured together on a busy disk."""
 _PAIR: Final = struct.Struct(">dd?")
 _COLUMNS: Final = "key, first_logprob, last_logprob, logprobs, floored, checksum"
 _KEYS_PER_QUERY: Final = 500  # SQLite before 3.32 takes at most 999 parameters
@@ -50,10 +50,10 @@ MIGRATIONS: Final = (
     """,
     # Unix seconds; 0 for answers that were there before.
     "ALTER TABLE answers ADD COLUMN stored INTEGER NOT NULL DEFAULT 0",
-    # How many answers stood here under earlier_keys when keys by content came.
+    # How many answers were stored under earlier_keys before keys by content were introduced.
     "CREATE TABLE earlier AS SELECT count(*) AS answers FROM answers",
-    # Log-probabilities of any number of tokens. Two stand in the columns of the two labels that there were, whose names
-    # say no more than that; for another number these hold the first and the last, and `logprobs` all of them.
+    # Log-probabilities of any number of tokens. Two are in the columns of the former two labels, which are renamed; of
+    # another number these hold the first and the last, and `logprobs` all of them.
     "ALTER TABLE answers RENAME COLUMN true_logprob TO first_logprob",
     "ALTER TABLE answers RENAME COLUMN false_logprob TO last_logprob",
     "ALTER TABLE answers ADD COLUMN logprobs BLOB",
@@ -65,8 +65,7 @@ FORMAT_VERSION: Final = len(MIGRATIONS)
 @dataclass(frozen=True, slots=True)
 class CacheState:
     """What a cache holds. damaged: rows that fail their checksum. floored: see TokenLogprobs. oldest, newest: Unix
-    seconds, of the rows that tell. bytes: of the file and what is not yet moved into it. faults: of the file itself, as
-    SQLite words them."""
+    seconds, of rows that have a time. bytes: of the file and its log. faults: of the file itself, in SQLite's words."""
 
     rows: int
     damaged: int
@@ -77,17 +76,11 @@ class CacheState:
     faults: tuple[str, ...]
 
 
-def cache_key(identity: EngineIdentity, tokens: NextTokens, prompt_digest: str) -> bytes:
-    """SHA-256, 32 bytes, of the canonical JSON of all that determines an answer. See cache_keys."""
-    return cache_keys(identity, tokens, [prompt_digest])[0]
-
-
 def cache_keys(identity: EngineIdentity, tokens: NextTokens, prompt_digests: Sequence[str]) -> list[bytes]:
-    """The key of each prompt asked for `tokens`. What they share is encoded and hashed once.
+    """SHA-256, 32 bytes, of the canonical JSON of all that determines each prompt's answer to a query for `tokens`.
 
-    An engine with a fingerprint is known by content: neither by the path of its model nor by the name under which that
-    is served. Can the fingerprint of other weights be the same? It holds the log-probabilities of some six tokens, or
-    twenty, after the canary to 1e-4 nat.
+    An engine with a fingerprint is identified by content, not by the path or name of its model. Can other weights have
+    the same fingerprint? It holds the log-probabilities of some six tokens, or twenty, after the canary to 1e-4 nat.
 
     - Nearly every weight has a part in each of these numbers, so fine-tuned, quantized or pruned weights and trained
       LoRA adapters beside one base model change some of them. A copy, or an adapter that was not trained, changes none,
@@ -95,14 +88,14 @@ def cache_keys(identity: EngineIdentity, tokens: NextTokens, prompt_digests: Seq
     - Neighbouring checkpoints agree on all of them only if they differ by less than rounding in the model's type. Their
       scores then differ by what an inexact server differs from itself (docs/determinism.md).
     - Weights that the canary does not use are not seen: experts that it is not routed to, embeddings of other tokens.
-      Whoever changes those alone states another MODEL_REVISION.
-    - What shows in longer prompts alone is in the configuration: windows, scaled positions, and the KV cache's type,
-      which the engine states with `config`. A server without our extension does not: there such a change of a model's
-      configuration, which the path did not show either when it was made in place, needs another MODEL_REVISION.
+      Changing only those needs another MODEL_REVISION.
+    - What shows only in longer prompts is in the configuration: windows, scaled positions, and the KV cache's type,
+      which the engine states with `config`. A server without our extension does not: there a change of the model's
+      configuration needs another MODEL_REVISION.
 
     So the fingerprint stands beside what the user or the engine states: revision, vLLM's version, kernels, type,
     configuration. The kind stays, too: an engine in this process fingerprints other tokens than a server's client does.
-    Without a fingerprint (an external API) the key is what it was: earlier_keys.
+    Without a fingerprint (an external API) the key is that of earlier_keys.
 
     max_model_len is left out: it decides whether a prompt is answered, not what is answered.
     """
@@ -113,7 +106,7 @@ def cache_keys(identity: EngineIdentity, tokens: NextTokens, prompt_digests: Seq
 
 
 def earlier_keys(identity: EngineIdentity, tokens: NextTokens, prompt_digests: Sequence[str]) -> list[bytes]:
-    """The keys up to format 2, by the model's path and name: such answers go on counting where they were given."""
+    """The keys up to format 2, by the model's path and name, so that answers stored then are still found."""
     named_by = ("kind", "model", "root", "revision", "version", "determinism", "fingerprint")
     engine = {name: getattr(identity, name) for name in named_by}
     if identity.unusual_dtype:
@@ -143,10 +136,10 @@ class CacheBusy(StorageFailed):
 
 
 class ResponseCache:
-    """A SQLite file of answers, opened (and created) at once; use from one thread. Every call waits up to BUSY_TIMEOUT
-    for another process that is writing, and so does the thread; for an event loop there is AnswerStore.
+    """A SQLite file of answers, opened (and created) at once; use from one thread. Every call blocks up to BUSY_TIMEOUT
+    while another process is writing; for an event loop there is AnswerStore.
 
-    damaged: bad rows met. has_earlier: whether it may hold answers under earlier_keys.
+    damaged: bad rows read so far. has_earlier: whether it may hold answers under earlier_keys.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -181,7 +174,7 @@ class ResponseCache:
             self._db.execute("PRAGMA busy_timeout=0")
 
     def get_many(self, keys: Sequence[bytes]) -> dict[bytes, TokenLogprobs]:
-        """The answers that are there, by key; one query for every 500 keys. Raises StorageFailed where it cannot."""
+        """The stored answers, by key; one query for every 500 keys. Raises StorageFailed where that fails."""
         found: dict[bytes, TokenLogprobs] = {}
         with self._named_errors():
             for start in range(0, len(keys), _KEYS_PER_QUERY):
@@ -197,7 +190,7 @@ class ResponseCache:
         return found
 
     def put_many(self, answers: Mapping[bytes, TokenLogprobs]) -> None:
-        """Store answers in one transaction, over what was there. Raises StorageFailed where it cannot."""
+        """Store answers in one transaction, replacing earlier ones. Raises StorageFailed where that fails."""
         now = int(time.time())
         rows = [(key, *_encode(key, answer), now) for key, answer in answers.items()]
         if rows:
@@ -229,7 +222,7 @@ class ResponseCache:
 
     def prune(self, *, before: float | None = None, damaged: bool = False) -> int:
         """Remove answers stored before `before` (Unix seconds; those without a time are older than all), and those
-        that fail their checksum; give the space back. The number of rows removed."""
+        that fail their checksum; give the space back. Returns the number of rows removed."""
         with self._named_errors():
             with self._transaction():
                 bad = [
@@ -292,7 +285,8 @@ class ResponseCache:
 
     @contextlib.contextmanager
     def _named_errors(self) -> Iterator[None]:
-        # What cannot be opened is a wrong setting; what fails later stops a run that can go on when it is mended.
+        # A file that cannot be opened is a wrong setting; a later failure stops a run, which can go on once it is
+        # fixed.
         kind: type[APIError] = StorageFailed if self._is_open else ConfigurationError
         try:
             yield
@@ -316,8 +310,7 @@ class ResponseCache:
 
 
 def _enter_wal(db: sqlite3.Connection) -> None:
-    """Switch to write-ahead logging. Two processes that create the file at once may collide here, where SQLite does
-    not wait for the other by itself."""
+    """Switch to write-ahead logging. SQLite does not wait here when two processes create the file at once."""
     deadline = time.monotonic() + BUSY_TIMEOUT
     while True:
         try:

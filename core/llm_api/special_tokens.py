@@ -1,9 +1,10 @@
 """Whether texts spell a tokenizer's special tokens, such as `<eos>` or `[INST]`.
 
-Tokenizers of Hugging Face's libraries look for the texts of their special tokens in whatever they are given; with
-add_special_tokens=False they only add none of their own. A claim about "<eos>" is then one with the token that ends
-texts. Engines do not list these tokens, but they can be told: a word with marks around it that is one token. No
-vocabulary that was learned from text joins the two; only added tokens do, of which some are the tags of HTML.
+Tokenizers of Hugging Face's libraries look for the texts of their special tokens in every text;
+add_special_tokens=False only stops them from adding more. A claim about "<eos>" then contains the token that ends
+texts. Engines do not list their special tokens, but these can be recognized: a word with marks around it that is one
+token. No vocabulary learned from text joins a word and such marks; only added tokens do, some of which are tags of
+HTML.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ async def special_texts(
 ) -> dict[int, str]:
     """The first special token's text in each text that has one, by the text's position.
 
-    prefix: the tokens that stand before every prompt. meant: a text whose special tokens are wanted, as a template's
-    are; those are left out. Of an engine that is asked in text nothing is found.
+    prefix: the tokens before every prompt. meant: a text whose special tokens are intended, such as a template; those
+    are left out. Finds nothing for an engine that is asked in text.
     """
     by_text = [LIKE_SPECIAL.findall(text) for text in texts]
     candidates = [text for text in dict.fromkeys(chain.from_iterable(by_text)) if text not in meant]

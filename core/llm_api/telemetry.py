@@ -17,12 +17,12 @@ BOUNDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 
 
 
 class Histogram:
-    """Seconds by bucket, in Prometheus' manner: `counts[i]` is of values up to BOUNDS[i] and above the one before."""
+    """Seconds by bucket, as in Prometheus: `counts[i]` counts values up to BOUNDS[i] and above the bound before."""
 
     __slots__ = ("counts", "total")
 
     def __init__(self) -> None:
-        self.counts = [0] * (len(BOUNDS) + 1)  # the last one is of what exceeds every bound
+        self.counts = [0] * (len(BOUNDS) + 1)  # the last one counts values above all bounds
         self.total = 0.0
 
     def observe(self, seconds: float) -> None:
@@ -40,8 +40,8 @@ class Histogram:
 
 @dataclass(slots=True)
 class RequestTelemetry:
-    """Of one server's transport. queue: seconds until an attempt has its slot; limited: from there to its turn under
-    the rate limits; latency: from there to its end, of those that came to it.
+    """Counts of one server's requests. queue: seconds until an attempt has its slot; limited: from then to its turn
+    under the rate limits; latency: from then to its end, of attempts that got a turn.
 
     outcomes: attempts by "ok", "cancelled" or the name of the error. retries: attempts after a request's first one.
     """
@@ -72,7 +72,7 @@ class RequestTelemetry:
         return time.perf_counter()
 
     def end(self, began: float | None, outcome: str) -> None:
-        """That attempt is over; None: it never had its turn."""
+        """An attempt is over. began: from `begin`; None for one that never got its turn."""
         self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
         if began is not None:
             self.in_flight -= 1
@@ -91,7 +91,7 @@ class HasTelemetry(Protocol):
 
 @dataclass(slots=True)
 class TextTelemetry:
-    """Of a ModelAPI's texts, whole and streamed. outcomes: as in RequestTelemetry; seconds: of each text.
+    """Counts of a ModelAPI's texts, whole and streamed. outcomes: as in RequestTelemetry; seconds: of each text.
 
     first_token: seconds from the call to the first token of a stream.
     """
@@ -124,7 +124,7 @@ class TextTelemetry:
 
 @dataclass(slots=True)
 class TextCount:
-    """What one text turned out to be; filled in by whoever has it written."""
+    """How one text ended; filled in by the caller of TextTelemetry.text."""
 
     outcome: str = "ok"
     prompt_tokens: int = 0

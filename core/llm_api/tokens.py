@@ -1,9 +1,8 @@
-"""How a model's tokenizer spells a demonstration, and what sets engines of one name apart.
+"""How a model's tokenizer spells a demonstration, and the fingerprint that tells engines of one name apart.
 
-A prompt is put together from pieces that are tokenized once: what stands before every text (BOS), questions,
-labels, separators. A tokenizer can make other tokens of a piece alone than of the same piece within a text: those in
-SentencePiece's manner put a space before whatever they are given. So every piece is cut out of the tokens of a whole
-demonstration. docs/algorithm.md says what is found, and how.
+A prompt is put together from pieces that are tokenized once: what comes before every text (BOS), questions, labels,
+separators. A tokenizer can make other tokens of a piece by itself than within a text: SentencePiece puts a space before
+whatever it is given. So every piece is cut out of the tokens of a whole demonstration (docs/algorithm.md).
 """
 
 from __future__ import annotations
@@ -22,17 +21,17 @@ CANARY_TEXT: Final = "The capital of France is"
 """Asked of every engine at start. Shorter than a block of 16 tokens, so that no prefix cache can answer it."""
 
 QUESTION: Final = "Question: Is fire hot?\nI think this claim is"
-"""What labels are put after where nobody says which questions will be asked."""
+"""The question before the labels where the caller names none."""
 OTHER_ENDING: Final = "End the template with another word or mark, or use another model."
 PROBES: Final = ("x", "7")
 LEADS: Final = ("\n", "A")
-"""What a text is put after, so that no space is put before it; the second for texts that the first one joins."""
+"""Put before a text so that the tokenizer adds no space; the second for texts that the first one is joined with."""
 UNLIKE: Final = ("\ue0a1", "\ue0a2")
-"""Two characters that no vocabulary holds: a tokenizer that can spell every text makes different tokens of them."""
+"""Two characters in no vocabulary: a tokenizer that can spell every text makes different tokens of them."""
 
 
 class Tokenizer(Protocol):
-    """Whatever turns texts into token ids; every Engine does."""
+    """Turns texts into token ids; every Engine is one."""
 
     async def tokenize(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]] | None:
         """See Engine.tokenize."""
@@ -40,7 +39,7 @@ class Tokenizer(Protocol):
 
 
 class Detokenizer(Protocol):
-    """Whatever turns token ids into texts; every Engine does."""
+    """Turns token ids into texts; every Engine is one."""
 
     async def detokenize(self, tokens: Sequence[Sequence[int]]) -> list[str] | None:
         """See Engine.detokenize."""
@@ -51,10 +50,10 @@ class Detokenizer(Protocol):
 class Spelling:
     """The tokens of everything in a demonstration but its question, for one model and one kind of question.
 
-    prefix: what stands before every prompt. labels: where their texts lack the leading space that was asked for, it
-    belongs to the question (`ending`). separator, separator_text: between demonstrations. leads: what texts are
-    tokenized after, none where the tokenizer puts no space of its own before a text. unknown: the token that stands for
-    whatever the tokenizer cannot spell, None where it spells every text. asked_in_text: there are no tokens at all.
+    prefix: tokens before every prompt. labels: where their texts lack the leading space that was asked for, it belongs
+    to the question (`ending`). separator, separator_text: between demonstrations. leads: texts that others are
+    tokenized after, none where the tokenizer adds no space before a text. unknown: the token for whatever the tokenizer
+    cannot spell, None where it spells every text. asked_in_text: there are no tokens.
     """
 
     labels: SpelledLabels
@@ -84,7 +83,7 @@ class Spelling:
             return cls(SpelledLabels(space), separator_text=separator)
         *probes, lead, after_lead, one, other, blank = plain
         leads = () if after_lead == lead + probes[0] else LEADS
-        # A label after nothing begins an answer, before which a chat template's text was tokenized by itself.
+        # Without a question the label begins an answer, and the chat template before it was tokenized by itself.
         first = leads[0] if leads and question else ""
         parts = ["", " ", *space.texts, *(text + separator for text in space.texts)]
         asked, spaced, *labelled = await _ids(engine, [first + question + part for part in parts])
@@ -146,17 +145,17 @@ class Spelling:
 async def spell_labels(engine: Tokenizer, space: LabelSpace = TRUE_FALSE, *, after: str = QUESTION) -> SpelledLabels:
     """The labels in tokens of the served model, as they follow the text `after`; nothing follows them.
 
-    The texts in the result lack their leading space where the tokenizer makes a token of its own of it: of all of them
-    or of none, for else unlike things would be compared. An engine that is asked in text gets the texts as given.
+    The texts in the result lack their leading space where the tokenizer makes a separate token of it: all of them or
+    none, or unlike tokens would be compared. An engine that is asked in text gets the texts as given.
     Raises ConfigurationError as Spelling.of does.
     """
     return (await Spelling.of(engine, after, space=space)).labels
 
 
 async def pieces(engine: Detokenizer, tokens: Sequence[int]) -> list[str] | None:
-    """What each token adds to the text of those before it; None where the engine turns no tokens into text.
+    """The text that each token adds to those before it; None where the engine turns no tokens into text.
 
-    "" for a token that only begins a character, whose end then has all of it.
+    "" for a token that only begins a character; the token that completes it gets the whole character.
     """
     texts = await engine.detokenize([tokens[: end + 1] for end in range(len(tokens))])
     if texts is None:
@@ -179,28 +178,28 @@ def fingerprint(tokens: Sequence[int], top: Mapping[str, float]) -> str:
 
 
 async def prompt_ids(engine: Tokenizer, text: str) -> list[int]:
-    """The tokens of `text` as a whole prompt: after BOS, with no EOS at its end. For engines that speak token ids."""
+    """The tokens of `text` as a whole prompt: after BOS, with no EOS at its end. For engines that take token ids."""
     probes, special = await _ids(engine, PROBES), await _ids(engine, PROBES, special=True)
     [tokens] = await _ids(engine, [text])
     return [*_before_texts(special, probes), *tokens]
 
 
 async def _ids(engine: Tokenizer, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
-    """Of no text there are no tokens, and a server may refuse the question."""
+    """Token ids of each text. An empty text has none and is not sent: a server may refuse it."""
     tokens = await engine.tokenize([text for text in texts if text], special=special)
-    assert tokens is not None, "an engine speaks token ids, or it does not"
+    assert tokens is not None, "this engine took token ids before"
     found = iter(tokens)
     return [next(found) if text else [] for text in texts]
 
 
 def _before_texts(special: Sequence[list[int]], plain: Sequence[list[int]]) -> tuple[int, ...]:
-    """What the tokenizer puts before every text, without what it puts after them (EOS).
+    """The tokens that the tokenizer puts before every text (BOS), without those after it (EOS).
 
-    special, plain: the same different texts, with the tokenizer's own tokens and without them.
+    special, plain: the tokens of the same texts, with and without what the tokenizer adds.
     """
     for start in range(len(special[0]) - len(plain[0]) + 1):
         before, after = special[0][:start], special[0][start + len(plain[0]) :]
-        if all(with_own == before + text + after for with_own, text in zip(special, plain, strict=True)):
+        if all(whole == before + text + after for whole, text in zip(special, plain, strict=True)):
             return tuple(before)
     raise ConfigurationError(
         f"the tokenizer's own tokens (BOS, EOS) cannot be told apart from a text's: {PROBES[0]!r} is {plain[0]} "
@@ -212,9 +211,9 @@ def _before_texts(special: Sequence[list[int]], plain: Sequence[list[int]]) -> t
 def _labels_after(
     space: LabelSpace, befores: Mapping[str, list[int]], with_label: Sequence[list[int]]
 ) -> tuple[str, tuple[tuple[int, ...], ...]] | None:
-    """Where a label begins that is as few tokens as can be: what ends the question, and each label's tokens after it.
+    """The ending of the question after which the labels have the fewest tokens, and each label's tokens after it.
 
-    befores: tokens of the question, by its ending. None where no ending keeps all labels apart from the question.
+    befores: tokens of the question, by its ending. None where every ending is joined with some label.
     """
     found = []
     for ending, before in befores.items():

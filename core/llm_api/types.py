@@ -23,8 +23,8 @@ import numpy.typing as npt
 class Segment:
     """A piece of a prompt: its text and, where the engine takes token ids, its tokens.
 
-    Compared by identity of content; `json` is the comma-joined decimal form of the token ids, encoded once, from
-    which request bodies and cache keys are joined.
+    Equal if text and tokens are. `json` is the comma-joined decimal form of the token ids, encoded once, from which
+    request bodies and cache keys are joined.
     """
 
     __slots__ = ("json", "text", "tokens")
@@ -50,11 +50,11 @@ class Segment:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Segments in order, ending right before the label. `name` says in errors which claim was asked.
+    """Segments in order, ending right before the label. `name` names the claim in errors.
 
-    place: where the prompt stands in the depth-first order of its pool's prefixes, 0 <= place < 1. Prompts near each
-    other share the longest prefixes, so an engine of several servers sends neighbours to the same one. It decides who
-    is asked, never what: no part of the digest, of the request or of equality.
+    place: position in the depth-first order of the pool's prefixes, 0 <= place < 1. Prompts near each other share the
+    longest prefixes, so an engine of several servers sends neighbours to the same one. It decides which server is
+    asked, never what: it is no part of the digest, of the request or of equality.
     """
 
     segments: tuple[Segment, ...]
@@ -80,7 +80,8 @@ class Prompt:
     def json(self) -> bytes:
         """The token ids as a JSON array, joined from the segments' encoded pieces.
 
-        Joined anew every time: a pool's worth of these is megabytes, and prompts wait for their answers in thousands.
+        Joined anew every time and not kept: for a pool they are megabytes, and thousands of prompts wait for their
+        answers.
         """
         return b"[" + _joined(self.segments) + b"]"
 
@@ -106,21 +107,21 @@ class Prompt:
 
 
 def digests(prompts: Sequence[Prompt]) -> list[str]:
-    """Every prompt's digest, which each keeps.
+    """Every prompt's digest, which is also kept in the prompt.
 
-    What a prompt shares with the one before it is not hashed again, so a tree's prompts, asked depth first, cost
-    N * log2(N) segments of hashing in place of N * N.
+    The beginning that a prompt shares with the one before it is not hashed again, so the prompts of a tree, depth
+    first, cost N * log2(N) segments of hashing in place of N * N.
     """
     missing = [prompt for prompt in prompts if "digest" not in prompt.__dict__ and prompt._speaks_ids]
     shared = [common(a.segments, b.segments) for a, b in pairwise(missing)]
-    # Where later prompts leave the path of each, the farthest first: (segments, nearer ones). Lists share their ends.
+    # The depths at which later prompts leave the path of each, deepest first, as linked lists that share their ends.
     leaving: list[_Depths | None] = [None]
     for depth in reversed(shared):
         nearer = leaving[-1]
         while nearer is not None and nearer[0] >= depth:
             nearer = nearer[1]
         leaving.append((depth, nearer))
-    # Hashes of beginnings of the prompt at hand, which later ones go on from, the longest last: (segments, hash).
+    # Hashes of the prompt's beginnings from which later prompts go on, the longest last: (segments, hash).
     begun = [(0, hashlib.sha256(b"["))]
     for prompt, places, with_next in zip(missing, reversed(leaving), [*shared, 0], strict=False):
         at, known = begun[-1]
@@ -141,7 +142,7 @@ _Depths = tuple[int, "_Depths | None"]
 
 
 def _beyond(places: _Depths | None, at: int) -> list[int]:
-    """Those above `at`, ascending."""
+    """The depths above `at`, ascending."""
     found = []
     while places is not None and places[0] > at:
         found.append(places[0])
@@ -306,14 +307,14 @@ class EngineIdentity:
 
     @property
     def unusual_dtype(self) -> str:
-        """dtype where it is known and not bfloat16, in which our launcher's servers computed before types were noted:
-        old cache keys and check records stay valid."""
+        """dtype where it is known and not bfloat16, which was the only one before types were recorded: so old cache
+        keys and check records stay valid."""
         return "" if self.dtype == "bfloat16" else self.dtype
 
     def has_content_of(self, other: Mapping[str, object]) -> bool:
-        """Whether an engine noted earlier (the fields by name) is this one wherever its model lay and whatever it was
-        called: the same answers to the canary by the same vLLM, kernels and type, and no other configuration. False
-        where either has no fingerprint. response_cache.cache_keys says what a fingerprint can tell.
+        """Whether an engine recorded earlier (its fields by name) has the same content, under any path and name: the
+        same answers to the canary by the same vLLM, kernels, type and configuration. False where either has no
+        fingerprint. response_cache.cache_keys says what a fingerprint can tell.
         """
         alike = ("kind", "revision", "version", "determinism", "fingerprint")
         if not self.fingerprint or any(getattr(self, name) != other.get(name) for name in alike):
@@ -322,7 +323,7 @@ class EngineIdentity:
 
 
 def known_to_differ(one: str, other: str) -> bool:
-    """Whether two engines' types, or configurations, are known and not the same: not every server says its own."""
+    """Whether two engines' types, or configurations, are both known and differ; "" is unknown."""
     return bool(one and other) and one != other
 
 
@@ -355,7 +356,7 @@ class ScoreStats:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PoolScores:
-    """What a model says of a pool's labels, in the prompts' order.
+    """A model's log-probabilities of the labels of a pool, in the prompts' order.
 
     logprobs: log P(label k | prompt i), nats, float64, shape [num_prompts, K]. prompt_tokens: sent to the engine.
     """
@@ -375,10 +376,10 @@ class PoolScores:
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What sets engines apart for those who ask them.
+    """How engines differ for their callers.
 
-    billed: somebody pays for every question, so none is asked ahead of need. checkable: whether its answers depend on
-    what else it computes can be checked, by asking the same in many ways (core/determinism).
+    billed: every query is paid for, so none is asked ahead of need. checkable: the determinism check (core/determinism)
+    can ask it the same in many ways.
     """
 
     billed: bool = False
@@ -391,11 +392,11 @@ class Engine(Protocol):
 
     @property
     def capabilities(self) -> Capabilities:
-        """Of this kind of engine; known before it is started."""
+        """Known before the engine is started."""
         ...
 
     async def start(self) -> EngineIdentity:
-        """Connect, check the model and its logprobs, and say who is there. Raises an APIError with what to do."""
+        """Connect, and check the model and its logprobs. Raises an APIError that says what to do."""
         ...
 
     async def tokenize(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]] | None:

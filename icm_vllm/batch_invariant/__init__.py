@@ -3,7 +3,7 @@
     from icm_vllm.batch_invariant import set_batch_invariant_mode
 
     with set_batch_invariant_mode():
-        logits = model(tokens)           # a row of the batch has the same bits alone and among others
+        logits = model(tokens)           # each row has the same bits whatever the other rows are
 
 Works with plain PyTorch models in bfloat16, float16 and float32, eagerly, under torch.compile and in CUDA graphs. In a
 vLLM server: ICM_BATCH_INVARIANT=1 (icm_vllm/exact.py). What it guarantees and costs: docs/determinism.md.

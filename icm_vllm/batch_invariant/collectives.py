@@ -1,9 +1,9 @@
 """Sums over processes that do not depend on how much is summed at a time.
 
-NCCL adds along rings and trees, and where in the message a number lies decides in which order its parts are added: a
-row of a tensor-parallel layer has other bits among more rows. vLLM's batch-invariant mode therefore holds NCCL to one
-tree with one channel, which is slow (docs/determinism.md). Copies are free of all this. So the processes exchange
-copies, as fast as NCCL can, and add them up themselves: in the order of the ranks, in float32, rounded once.
+NCCL adds along rings and trees, and the place of a number in the message decides the order in which its parts are
+added: a row of a tensor-parallel layer gets other bits among more rows. vLLM's batch-invariant mode therefore limits
+NCCL to one tree with one channel, which is slow (docs/determinism.md). Copies have no such problem. So the processes
+exchange copies at full speed and add them up themselves: in the order of the ranks, in float32, rounded once.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from icm_vllm.batch_invariant import kernels
 from icm_vllm.batch_invariant.matmul import SUPPORTED, on_device
 
 GATHERED: Final = 32 << 20
-"""Bytes that a process may get from the others in one step; where it would be more, it gets its share of the numbers,
-and then the sums. A matter of speed: the bits are the same."""
+"""Most bytes that a process gets from the others in one step; for more it gets its share of the numbers, and then the
+sums. This only affects speed: the bits are the same."""
 
 BLOCK: Final = 4096
 
@@ -26,8 +26,8 @@ BLOCK: Final = 4096
 def all_reduce(x: torch.Tensor, group: dist.ProcessGroup | None = None, *, gathered: int | None = None) -> torch.Tensor:
     """The sum of x over the processes of `group` (None: all), in a new tensor of x's shape and type.
 
-    gathered: bytes, in the place of GATHERED. Every process must call it, with the same shape. With n processes each
-    gets n - 1 times x in one step, in two what it would in a ring, 2 (n - 1) / n times x. Raises TypeError for types
+    gathered: bytes, in place of GATHERED. Every process must call it, with the same shape. With n processes each gets
+    n - 1 times x in one step; in two steps, as in a ring, 2 (n - 1) / n times x. Raises TypeError for types
     other than bfloat16, float16 and float32.
     """
     if x.dtype not in SUPPORTED:
@@ -38,7 +38,7 @@ def all_reduce(x: torch.Tensor, group: dist.ProcessGroup | None = None, *, gathe
         parts = flat.new_empty(count * flat.numel())
         dist.all_gather_into_tensor(parts, flat, group=group)
         return sum_in_order(parts.view(count, -1)).view(x.shape)
-    if missing := -flat.numel() % count:  # to shares of one length
+    if missing := -flat.numel() % count:  # all shares must have the same length
         flat = torch.nn.functional.pad(flat, (0, missing))
     parts = torch.empty_like(flat)
     dist.all_to_all_single(parts, flat, group=group)

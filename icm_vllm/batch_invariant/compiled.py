@@ -1,12 +1,12 @@
-"""torch.compile: make Inductor call the kernels where it would write a reduction of its own.
+"""torch.compile: make Inductor call the kernels where it would generate a reduction.
 
 Inductor turns softmax, means and sums into kernels whose shape follows the sizes it compiles for, and may pick matrix
 product templates by timing them. While the mode is on, its table of decompositions sends these operators to
 torch.ops.icm.* instead, which it cannot take apart. That table is not a public interface: tests/gpu and
 tests/icm_vllm/test_batch_invariant.py run it.
 
-What PyTorch keeps on disk of compiled code is marked with TAG. Such settings belong to a thread in PyTorch: compile in
-the thread that switched the mode on, or set TORCH_COMPILE_CACHE_KEY_TAG for the whole process.
+PyTorch's cache of compiled code on disk is keyed with TAG. This is a setting of a thread in PyTorch: compile in the
+thread that switched the mode on, or set TORCH_COMPILE_CACHE_KEY_TAG for the whole process.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from icm_vllm.batch_invariant.matmul import SUPPORTED
 _SOURCES: Final = b"".join(Path(m).read_bytes() for m in (__file__, ops.__file__))
 _CPU: Final = torch.backends.cpu.get_cpu_capability().lower()
 TAG: Final = f"icm-{hashlib.sha256(_SOURCES).hexdigest()[:16]}-{_CPU}"
-"""Stands for what compiled code calls while the mode is on: another one where this file or ops.py has changed, and for
-CPUs of other instructions: PyTorch 2.13 takes kernels for AVX-512 out of a cache folder where it now compiles for AVX2,
-and the other way round."""
+"""Identifies what compiled code calls while the mode is on. It changes with this file and ops.py, and with the CPU's
+instructions: PyTorch 2.13 would take kernels for AVX-512 out of its cache where it compiles for AVX2, and vice
+versa."""
 
 _MISSING = object()
 _before: dict[Any, Any] = {}
@@ -35,7 +35,7 @@ _tag_before = ""
 
 
 def use_kernels() -> None:
-    """From now on, what is compiled calls the kernels. Nothing happens where this PyTorch has no Inductor."""
+    """Make code that is compiled from now on call the kernels. Does nothing where this PyTorch has no Inductor."""
     global _tag_before
     modules = _modules()
     if modules is None or _before:
@@ -46,7 +46,7 @@ def use_kernels() -> None:
         _before[operator] = own
         inductor.decompositions[operator] = _choose(ours, None if own is _MISSING else own)
     inductor.fast_random_decomps.cache_clear()
-    # What PyTorch keeps on disk of other compilations does not know of the mode.
+    # Code that was compiled and cached without the mode must not be used.
     _tag_before = compiler.cache_key_tag
     compiler.cache_key_tag = _tag_before + TAG
 
@@ -98,7 +98,7 @@ def _replacements() -> dict[Any, Callable[..., Any]]:
 
     def scaled(c: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Any:
         plain = beta == 1 and alpha == 1 and c.dim() == 1 and c.shape[0] == b.shape[-1]
-        # Any other one stays an operator of PyTorch, whose kernel is replaced as well.
+        # All others stay operators of PyTorch, whose kernels are replaced as well.
         return icm.product(a, b, c) if plain else NotImplemented
 
     def log_softmax(x: Any, dim: int, half_to_float: bool) -> Any:

@@ -1,8 +1,8 @@
-"""The Triton kernels: each computes a row in the same steps whatever other rows it is given.
+"""The Triton kernels: each computes a row in the same steps whatever the other rows are.
 
-What makes a kernel depend on the batch is choosing how to split a sum by looking at how many rows there are. None of
-these does: a sum is cut by constants and by its own length alone, its parts are added in one fixed order, and no two
-programs add into the same place. Everything is accumulated in float32.
+A kernel depends on the batch if it splits a sum by the number of rows. None of these does: how a sum is split follows
+from constants and its length, its parts are added in a fixed order, and no two programs add into the same place.
+Everything is accumulated in float32.
 
 do_not_specialize: Triton would compile another binary for one row, and another for multiples of 16 rows.
 
@@ -16,8 +16,8 @@ import triton.language as tl
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-# Triton's interpreter multiplies the bits of bfloat16 numbers as integers, so there they are widened first. That loses
-# nothing: the products of 16-bit numbers are exact in float32, which is what a matrix unit adds up, too.
+# Triton's interpreter multiplies the bits of bfloat16 numbers as integers, so they are widened first there. That is
+# exact: products of 16-bit numbers are exact in float32, and a matrix unit adds these, too.
 WIDEN = tl.constexpr(INTERPRETED)
 
 
@@ -33,7 +33,7 @@ def _place(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 @triton.jit
 def _add_product(accumulator, a, b):
-    """accumulator + a @ b. "ieee" matters for float32 alone: true float32 products, not TF32."""
+    """accumulator + a @ b. "ieee" only matters for float32: true float32 products, not TF32."""
     if WIDEN:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -70,8 +70,8 @@ def matmul_by_pointers(
 
     Order of the sum over K: blocks of BLOCK_K one after the other into one float32 accumulator, each in the steps of
     the matrix unit (16 deep for 16-bit types). Past the end of K zeros are added, which changes nothing. With PIECE,
-    every PIECE of K has an accumulator of its own, and those are added in order: rounding grows with the square root of
-    the number of additions in a chain, and float32 inputs are worth the shorter ones.
+    every PIECE of K has its own accumulator, and these are added in order: rounding errors grow with the square root of
+    the number of additions in a chain, so shorter chains keep more of the precision of float32 inputs.
     """
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -147,7 +147,7 @@ def matmul_by_descriptors(
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
     if PROGRAMS:
-        # A second counter for the writing: sharing one would make the compiler finish a tile before it reads on.
+        # A second counter for writing: with a shared one the compiler would finish a tile before it reads the next.
         written = tl.program_id(0) - PROGRAMS
         for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=True):
             tile_m, tile_n = _place(tile, tiles_m, tiles_n, GROUP)
@@ -270,7 +270,7 @@ def softmax_rows(
         inside = live & (lanes[None, :] < N - start)
         x = tl.load(x_ptrs + start, mask=inside, other=0.0).to(tl.float32)
         total += tl.where(inside, tl.exp(x - top), 0.0)
-    # A row beyond the last has an empty sum, whose logarithm nobody needs.
+    # A row beyond the last has an empty sum; its logarithm must not be taken.
     total_of_row = tl.where(live, tl.sum(total, axis=1)[:, None], 1.0)
     log_total = tl.log(total_of_row)
     for start in range(0, N, LANES):
@@ -331,7 +331,7 @@ def rms_norm_rows(
     """y = x / sqrt(mean(x^2) + epsilon) * weight of each row, after x += residual where there is one.
 
     LANES is at least N: a row is held whole, and its squares are added as one tree. x + residual is rounded to its own
-    type before it is squared and stored, as the models' own code does. y and the stored sum are contiguous.
+    type before it is squared and stored, as the models' code does. y and the stored sum are contiguous.
     """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     lanes = tl.arange(0, LANES)

@@ -1,12 +1,12 @@
-"""Matrix products whose rows do not know of each other.
+"""Matrix products whose rows do not depend on each other.
 
 Tile and order of the sums: `tiles.py` and `kernels.matmul_by_pointers`. Inputs may have any strides; what Hopper's copy
 engine can read (16-byte aligned, one dimension contiguous) goes through descriptors, everything else through pointers,
 in the same order of sums.
 
-Error against float64 of (256 x 4096) @ (4096 x 512) of standard normal numbers on an H200, the largest, as a part of
-the largest exact result: float32 5.4e-7 (cuBLAS 5.0e-7), float16 4.4e-4 and bfloat16 3.0e-3 (both as cuBLAS; they are
-what rounding the result makes). benchmarks/batch_invariant.py measures it.
+Largest error against float64 of (256 x 4096) @ (4096 x 512) of standard normal numbers on an H200, relative to the
+largest exact result: float32 5.4e-7 (cuBLAS 5.0e-7), float16 4.4e-4 and bfloat16 3.0e-3 (both as cuBLAS: the error of
+rounding the result). benchmarks/batch_invariant.py measures it.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ SUPPORTED: Final = (torch.bfloat16, torch.float16, torch.float32)
 """Types that the kernels compute; they accumulate in float32. float32 products are true ones, never TF32."""
 
 PIECE: Final = 512
-"""Products of float32 are added up in pieces of so many, each piece in a chain."""
+"""float32 products are added in pieces of this many, each piece in a chain."""
 
 ALIGNMENT: Final = 16
-"""Bytes to which addresses and row lengths must be aligned to be described; Triton asks the same of wide loads."""
+"""Bytes to which addresses and rows must be aligned for descriptors; wide loads in Triton need the same."""
 
 
 def product(
@@ -106,7 +106,7 @@ def _check(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> None:
 
 
 class _Here:
-    """The device at hand is the current one: nothing to change."""
+    """A context for the current device, which changes nothing."""
 
     def __enter__(self) -> None: ...
 
@@ -117,7 +117,7 @@ _HERE: Final = _Here()
 
 
 def on_device(device: torch.device) -> Any:
-    """A context in which Triton launches on this device; it does so on the current one."""
+    """A context in which this is the current device, on which Triton launches."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return _HERE
     return torch.cuda.device(device)
@@ -226,9 +226,9 @@ def agreement(
 
 
 def settle_tiles(device: torch.device, dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float16)) -> list[str]:
-    """Compare the tiles of this GPU once, and have a single one compute everything from now on if any two differ.
+    """Compare the tiles of this GPU, and use a single one for everything from now on if any two differ.
 
-    Takes some seconds where they are not compiled yet. Returns what differed: nothing, where all is well.
+    Takes some seconds where they are not compiled yet. Returns what differed; empty where all agree.
     """
     differing: list[str] = []
     for dtype in dtypes:

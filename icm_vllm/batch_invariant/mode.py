@@ -35,9 +35,9 @@ _settings: list[tuple[Any, str, Any]] = []
 
 @contextlib.contextmanager
 def set_batch_invariant_mode(enabled: bool = True) -> Iterator[None]:
-    """The mode on, or off, for as long as the block lasts; then whatever it was before. Nests.
+    """Switch the mode on, or off, for the time of the block, and then back. Can be nested.
 
-    The mode belongs to the process: other threads see it too. Raises RuntimeError where the kernels cannot run.
+    The mode is one of the process: it applies to all threads. Raises RuntimeError where the kernels cannot run.
     """
     before = is_batch_invariant_mode_enabled()
     _switch(enabled)
@@ -48,12 +48,12 @@ def set_batch_invariant_mode(enabled: bool = True) -> Iterator[None]:
 
 
 def enable_batch_invariant_mode() -> None:
-    """On until switched off; does nothing if it is. Raises RuntimeError where the kernels cannot run."""
+    """Switch the mode on, if it is not. Raises RuntimeError where the kernels cannot run."""
     _switch(True)
 
 
 def disable_batch_invariant_mode() -> None:
-    """Off; does nothing if it is."""
+    """Switch the mode off, if it is on."""
     _switch(False)
 
 
@@ -84,12 +84,12 @@ def _dispatch_key() -> str:
         return "CPU"
     if torch.version.cuda is None:
         raise RuntimeError("batch-invariant mode needs a PyTorch built for CUDA; this one is not")
-    # Whether there is a GPU is not asked: asking would start CUDA, and vLLM forks processes after loading plugins.
+    # Does not check for a GPU: that would start CUDA, and vLLM forks processes after loading plugins.
     return "CUDA"
 
 
 def _set_precision() -> None:
-    """What is left to cuBLAS (other types, products inside fused operators) must not be imprecise by choice."""
+    """Forbid cuBLAS, which still computes other types and products in fused operators, to reduce in 16 bits."""
     matmul = torch.backends.cuda.matmul
     for name, value in (
         ("allow_bf16_reduced_precision_reduction", False),
@@ -100,7 +100,7 @@ def _set_precision() -> None:
 
 
 def _fits(*tensors: torch.Tensor) -> bool:
-    """Whether the kernels compute with these; whatever they do not is PyTorch's to compute, or to refuse."""
+    """Whether the kernels take these; if not, PyTorch computes or refuses them."""
     return all(tensor.dtype in SUPPORTED and tensor.dtype == tensors[0].dtype for tensor in tensors)
 
 
@@ -115,7 +115,7 @@ def _scaled(
     if beta == 1 and alpha == 1 and c.dim() == 1 and c.shape[0] == b.shape[-1]:
         return product(a, b, c, out=out)
     scaled = product(a, b, out_dtype=torch.float32) * alpha
-    if beta != 0:  # else c is not looked at, NaN or not
+    if beta != 0:  # else c is ignored, even where it is NaN
         scaled = scaled + c.float().expand(scaled.shape) * beta
     y = scaled.to(a.dtype)
     return y if out is None else out.copy_(y)
@@ -216,7 +216,7 @@ def _install(key: str) -> torch.library.Library:
     library = torch.library.Library("aten", "IMPL")
     try:
         with warnings.catch_warnings():
-            # PyTorch warns of every override of its kernels, which is what this is for.
+            # PyTorch warns about every replaced kernel.
             warnings.simplefilter("ignore", UserWarning)
             for name, ours in OVERRIDDEN.items():
                 library.impl(name, _with_fallback(ours, _kernel_before(name, key)), key, allow_override=True)
@@ -227,7 +227,7 @@ def _install(key: str) -> torch.library.Library:
 
 
 def _kernel_before(name: str, key: str) -> Callable[..., Any]:
-    """What computed this operator until now."""
+    """The kernel that computed this operator until now."""
     packet, _, overload = name.partition(".")
     operator = getattr(getattr(torch.ops.aten, packet), overload or "default")
     kernel = torch.library.get_kernel(operator, key)

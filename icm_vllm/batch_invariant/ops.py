@@ -1,4 +1,4 @@
-"""The kernels as PyTorch operators, torch.ops.icm.*, so that torch.compile sees each as one thing it cannot take apart.
+"""The kernels as PyTorch operators, torch.ops.icm.*, which torch.compile cannot take apart.
 
     icm::linear(x, weight, bias) -> y                (..., K), (N, K), (N,) -> (..., N)
     icm::product(a, b, bias) -> c                    (M, K), (K, N), (N,) -> (M, N), or with a batch in front of both
@@ -8,7 +8,7 @@
     icm::rms_norm(x, weight, epsilon)                y
     icm::add_rms_norm(x, residual, weight, epsilon)  (y, x + residual)
 
-Each has a fake implementation (shapes and types alone). They are recorded by CUDA graphs like any other: nothing waits
+Each has a fake implementation (only shapes and types). They are recorded by CUDA graphs like any other: nothing waits
 for the GPU, and memory comes from PyTorch's allocator. They have no derivatives; the overrides in `mode.py` keep
 PyTorch's own.
 """

@@ -1,7 +1,7 @@
-"""Softmax, log-softmax, sums, means and RMS norms of rows, each computed as if the row were alone.
+"""Softmax, log-softmax, sums, means and RMS norms of rows, each computed as if it were the only row.
 
-Order of the sums: `kernels.py`. LANES and the number of rows that share a program follow from the length of a row
-alone. Results are rounded once, to the type asked for; everything before that is float32.
+Order of the sums: `kernels.py`. LANES and the number of rows in a program depend only on the length of a row. Results
+are rounded once, to the type asked for; everything before that is float32.
 
 Error against float64, the largest over 64 rows of 4,096 standard normal float32 numbers, measured with Triton's
 interpreter: log_softmax 1.0e-6 nat (1.6e-6 for 128,256 numbers), softmax 9e-10, mean 3.4e-9, sum 1.4e-5, RMS norm 5e-7.
@@ -18,7 +18,7 @@ from icm_vllm.batch_invariant import kernels
 from icm_vllm.batch_invariant.matmul import ALIGNMENT, SUPPORTED, on_device
 
 PIECE: Final = 65536
-"""Sums longer than this are cut into pieces of it, which are summed on their own and then added as a row of sums."""
+"""Longer sums are split into pieces of this length; their sums are then added as a row."""
 
 ELEMENTS: Final = 2048
 """Numbers that a program holds at a time: one row of them, or several shorter rows."""
@@ -73,7 +73,8 @@ def total(
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor | None, epsilon: float, residual: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x + residual) / rms * weight along the last dimension, and x + residual, both of x's type; x alone without one.
+    """(x + residual) / rms * weight along the last dimension, and x + residual, both of x's type; without a residual,
+    of x.
 
     Rows of up to 65,536 numbers. x + residual is rounded before it is squared. The second result is x itself where
     there is no residual.
@@ -179,11 +180,10 @@ def _wrapped(dim: int, dims: int) -> int:
 
 
 def _two_dimensional(x: torch.Tensor) -> torch.Tensor:
-    """(rows, last dimension), its numbers next to each other; a view if that is as well aligned as a copy would be.
+    """(rows, last dimension), contiguous in the last; a view if that is as well aligned as a copy would be.
 
-    Triton loads with wider or narrower instructions according to how addresses and strides are aligned, and that
-    spreads the lanes over the threads in another way, which changes the order in which they are added. So alignment
-    must follow from the length of a row alone.
+    The alignment of addresses and strides decides how wide Triton's loads are, and with that how lanes are spread over
+    threads and in which order they are added. So alignment must depend only on the length of a row.
     """
     n = x.shape[-1]
     rows = x.reshape(-1, n)

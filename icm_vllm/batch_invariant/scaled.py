@@ -1,8 +1,8 @@
-"""Products of 8-bit floats with scales, whose rows do not know of each other: linear layers of fp8 models on Hopper.
+"""Products of 8-bit floats with scales, whose rows do not depend on each other: for fp8 models on Hopper.
 
 vLLM 0.26 makes its Cutlass product batch-invariant by using one tile for any number of rows, which takes 2.5 times as
-long as its best tile for many. Here tiles are chosen by the number of rows as for 16-bit types (tiles.py): the chain
-of additions of an element is the same in all. Scales are applied as Cutlass does it, a column's first.
+long as its best tile for many rows. Here tiles are chosen by the number of rows as for 16-bit types (tiles.py): the
+additions of an element are the same in all. Scales are applied as in Cutlass, a column's first.
 
 The matrix unit adds 8-bit products up in float32 registers, but keeps fewer bits than float32 has while it adds
 (Cutlass's FP8FastAccum, which vLLM uses, is the same).
@@ -23,9 +23,9 @@ def on_hopper(device: torch.device) -> bool:
 
 
 def scalable(a: torch.Tensor, b: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor) -> bool:
-    """Whether scaled_product computes this; the number of rows plays no part in it, and torch.compile can follow it.
+    """Whether scaled_product computes this, whatever the number of rows; can be traced by torch.compile.
 
-    It does for e4m3 numbers, b lying in memory as (N, K), K and N multiples of 16, and one float32 scale for all or one
+    True for e4m3 numbers, b lying in memory as (N, K), K and N multiples of 16, and one float32 scale for all or one
     for each row of a and each column of b.
     """
     return bool(
@@ -51,8 +51,8 @@ def scaled_product(
     """(a * scale_a) (M, K) @ (b * scale_b) (K, N) + bias (N,), of type out_dtype, rounded once: (M, N).
 
     scale_a: one number, or M of them in any shape; scale_b: one, or N. out_dtype: bfloat16 or float16, and the type of
-    the bias. tile overrides what would be chosen. Raises ValueError for what is not `scalable`, or does not fit. Only
-    where on_hopper().
+    the bias. tile: instead of the one that would be chosen. Raises ValueError where `scalable` is False or shapes do
+    not fit. Only where on_hopper().
     """
     if not scalable(a, b, scale_a, scale_b) or a.dim() != 2 or a.shape[1] != b.shape[0] or out_dtype.itemsize != 2:
         raise ValueError(
@@ -81,10 +81,10 @@ def tiles_agree(device: torch.device, *, n: int = 4096, k: int = 1040, seed: int
     generator = torch.Generator(device="cpu").manual_seed(seed)
 
     def random(*shape: int) -> torch.Tensor:
-        # Said outright, for a model that is being loaded may have set other defaults.
+        # Device and type are given, because a model that is being loaded may have set other defaults.
         return torch.randn(*shape, generator=generator, device="cpu", dtype=torch.float32).to(device)
 
-    # Enough that programs which share the tiles of a result take several.
+    # Large enough that each of the programs that share the tiles computes several.
     a, b, bias = random(1100, k).to(FP8), random(n, k).to(FP8).t(), random(n).to(torch.bfloat16)
     scale_a, scale_b = random(1100).abs(), random(n).abs()
     family = tiles(FP8, capability_of(device))

@@ -1,11 +1,11 @@
 """Which tile computes a matrix product, and the setting that forces a single one.
 
-An element of A @ B is a chain: blocks of the inner dimension in order, within a block the steps of the matrix unit in
-order. Height and width of a tile do not appear in that chain, so a small tile for few rows and a large one for many
-give the same bits, as long as both are made of the same matrix instruction. On Hopper this means a height of 64 or
-more: below it Triton takes the older warp-level instruction, which may round differently. Nothing of this is taken on
-trust: `icm_vllm.batch_invariant.settle_tiles` compares the tiles bit by bit on the GPU at hand (a vLLM worker does so
-when it starts), and falls back to one of them should they disagree; ICM_BATCH_INVARIANT_TILE forces one.
+An element of A @ B is a chain of additions: blocks of the inner dimension in order, within a block the steps of the
+matrix unit in order. It does not depend on the height and width of a tile, so a small tile for few rows and a large one
+for many give the same bits, as long as both use the same matrix instruction. On Hopper this means a height of 64 or
+more: below it Triton takes the older warp-level instruction, which may round differently. This is also checked:
+`icm_vllm.batch_invariant.settle_tiles` compares the tiles bit by bit on the GPU (a vLLM worker does so when it starts),
+and uses a single one if they differ; ICM_BATCH_INVARIANT_TILE forces one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Final
 import torch
 
 TILE_VARIABLE: Final = "ICM_BATCH_INVARIANT_TILE"
-"""Environment variable: a tile as ROWSxCOLUMNSxDEPTH (say 64x128x128) that computes every product of 16-bit types."""
+"""Environment variable: the tile that computes every product of 16-bit types, as ROWSxCOLUMNSxDEPTH: 64x128x128."""
 
 FP8: Final = torch.float8_e4m3fn
 """The 8-bit floats of fp8 models."""
@@ -30,8 +30,8 @@ class Tile:
 
     rows, columns: its size. depth: how much of the inner dimension is read at a time. warps, stages: threads / 32, and
     blocks in flight. group: rows of tiles walked together. halves: parts in which a tile is written. persistent: as
-    many programs as multiprocessors (descriptors only). slowness: time for an element of the result, the largest tile
-    being 1; decides nothing but which of the tiles is taken.
+    many programs as multiprocessors (descriptors only). slowness: time for an element of the result, relative to the
+    largest tile; only used to choose a tile.
     """
 
     rows: int
@@ -70,7 +70,7 @@ HOPPER_FP8: Final = (
 """8-bit floats on compute capability 9, whose matrix instruction is 32 deep in all of them."""
 
 OTHER: Final = (Tile(128, 128, 32, warps=8, stages=3),)
-"""16-bit types on what is neither: one tile, since nobody compared several there."""
+"""16-bit types on other GPUs: one tile, because several were never compared there."""
 
 AMPERE: Final = (
     Tile(128, 128, 32, warps=4, stages=4),
@@ -101,10 +101,10 @@ def tiles(dtype: torch.dtype, capability: tuple[int, int]) -> tuple[Tile, ...]:
 
 
 def choose(family: tuple[Tile, ...], m: int, n: int, copies: int, multiprocessors: int) -> Tile:
-    """The tile that computes `copies` results of (m, n) in the least time, as far as counting tells.
+    """The tile that should compute `copies` results of (m, n) in the least time.
 
-    Every multiprocessor computes a tile at a time, so time is rounds * size * slowness. Tiles with rows of nothing but
-    padding are passed over.
+    Every multiprocessor computes one tile at a time, so time is rounds * size * slowness. Tiles with more rows than the
+    padded result are left out.
     """
     lowest = min(tile.rows for tile in family)
     padded = -(-m // lowest) * lowest
@@ -127,7 +127,7 @@ def capability_of(device: torch.device) -> tuple[int, int]:
 
 @functools.cache
 def multiprocessors_of(device: torch.device) -> int:
-    """Multiprocessors of a GPU; few for the CPU, so that the interpreter walks more than one tile a program."""
+    """Multiprocessors of a GPU; few for the CPU, so that in the interpreter a program computes several tiles."""
     if device.type != "cuda":
         return 3
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -1,7 +1,7 @@
-"""Makes PyTorch say that this CPU has AVX2 and nothing newer; scripts/as_avx2.sh puts it on PYTHONPATH.
+"""Makes PyTorch report that this CPU has AVX2 and nothing newer; scripts/as_avx2.sh puts it on PYTHONPATH.
 
-vLLM chooses its compiled kernels and its attention by what torch.cpu says. That module is changed when it is imported,
-so that programs without PyTorch begin as fast as ever.
+vLLM chooses its compiled kernels and its attention by what torch.cpu reports. That module is changed when it is
+imported, so that programs without PyTorch start as fast as before.
 """
 
 from __future__ import annotations

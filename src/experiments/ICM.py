@@ -29,17 +29,17 @@ from src.experiments.arguments import (
     lookahead_of,
 )
 from src.experiments.contradictions import refuse
-from src.experiments.loading import pool_of, tell_of_continuing, warn_of_leaks
+from src.experiments.loading import pool_of, print_continuing, warn_of_leaks
 from src.experiments.parts import run_parts
 from src.experiments.request import OutputRequest, PartsRequest, RunRequest
 from src.experiments.resumable import run_resumable
 from src.experiments.run_settings import as_begun, run_name, settings_of
 from src.experiments.same_run import check_readable, check_same_run, may_be_renamed
-from src.experiments.single_run import label_pool, model_api_of, tell_opening
+from src.experiments.single_run import label_pool, model_api_of, print_opening
 from src.experiments.summary import print_summary, say_shown_again
 from src.icm.problem import SearchSettings
 from src.pipeline.labelling import Labelling
-from src.results.messages import calibration_told, check_table, token_lines
+from src.results.messages import calibration_in_words, check_table, token_lines
 from src.results.run_folder import RunFolder
 
 
@@ -127,7 +127,7 @@ def _batches(text: str) -> int | None:
 def main(arguments: Sequence[str] | None = None, program: Sequence[str] = ("icm", "label")) -> int:
     """Exit codes: 0 done, 1 the model failed (resumable), 2 bad input or no usable server, 130 interrupted.
 
-    program: the words before the flags of a command line that goes on with a stopped run.
+    program: what comes before the flags in the command line that resumes a stopped run.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     parser = build_parser()
@@ -159,15 +159,15 @@ async def _run(request: RunRequest) -> int:
     if request.is_complete:
         return 1
     warn_of_leaks(request, pool)
-    tell_of_continuing(request, pool)
+    print_continuing(request, pool)
     api = model_api_of(request)
     with nullcontext() if request.check else folder:
         async with api:
             labelling = await Labelling.open(pool, api)
-            await tell_opening(request, labelling, settings["testbed"], None if request.check else folder)
+            await print_opening(request, labelling, settings["testbed"], None if request.check else folder)
             if request.check:
                 print(token_lines(await labelling.token_record()))
-                print(check_table(await labelling.check(), calibration_told(settings)))
+                print(check_table(await labelling.check(), calibration_in_words(settings)))
                 return 0
             document = await label_pool(request, labelling, folder, settings, folder.read_run())
     print_summary(folder, document)

@@ -1,1 +1,1 @@
-"""Command lines. They know every module and decide nothing."""
+"""Command lines: flags in, exit codes out. What they do is in the layers below."""

@@ -214,7 +214,7 @@ def add_choice_of_search(parser: argparse.ArgumentParser) -> None:
 
 
 class AddedUp(argparse.Action):
-    """A flag that is given twice says both."""
+    """A flag that is given twice keeps both values."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
@@ -228,7 +228,7 @@ class AddedUp(argparse.Action):
 
 
 def add_reading_arguments(data: Arguments) -> None:
-    """How a data file is to be read."""
+    """Add the flags that say how a data file is read."""
     data.add_argument(
         "--columns",
         action=AddedUp,
@@ -257,11 +257,11 @@ def add_reading_arguments(data: Arguments) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """Complains in one line, like every other bad input, also of flags that contradict each other.
+    """Reports bad input in one line, also flags that contradict each other.
 
-    contradiction: of two settings of the search among the arguments last parsed, or of one that means nothing (see
-    out_of_range); None where there is none. A run that begins is refused for it. One that an earlier version began so
-    goes on, and needs the same flags.
+    contradiction: between two settings of the search in the arguments last parsed, or one setting without a meaning
+    (see out_of_range); None where there is none. A new run is refused for it. A run that an earlier version began with
+    it can go on, and needs the same flags.
     """
 
     contradiction: str | None = None
@@ -285,7 +285,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """The epilog as it is written, and behind each flag its default, unless there is none or the text tells it."""
+    """Keeps the epilog as it is, and shows each flag's default, unless there is none or its text names it."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
@@ -301,7 +301,7 @@ def command_parser(
     *,
     allow_abbrev: bool = True,
 ) -> Parser:
-    """A parser that says what its module says: the first line as what it does, the rest below the flags."""
+    """A parser with the module's docstring as help: the first line above the flags, the rest below."""
     first, _, rest = (docstring or "").partition("\n\n")
     return Parser(prog=program, description=first, epilog=rest, formatter_class=formatter, allow_abbrev=allow_abbrev)
 

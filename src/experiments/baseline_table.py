@@ -1,4 +1,4 @@
-"""The table of `icm baselines`: from the rows of finished seeds to JSON and to text. Asks nothing."""
+"""The table of `icm baselines`: from the rows of finished seeds to JSON and to text. Asks no model."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from core.files import write_atomically
 from src.icm.objective import wilson_interval
 from src.icm.testbeds import BadInput
 from src.pipeline.baselines import BASELINES
-from src.pipeline.baselines.row_result import Answer, RowResult
-from src.results.messages import calibration_told
+from src.pipeline.baselines.row_result import RowResult
+from src.results.messages import calibration_in_words
 from src.results.statistics import Difference, Judged, Share, paired_difference, share_right
 
 FORMAT: Final = 1
@@ -65,7 +65,7 @@ class TableFolder:
             raise BadInput(f"{path}: is damaged; remove it, and the same command makes it again") from None
 
     def write_row(self, result: RowResult, seed: int) -> None:
-        """Keep a finished row."""
+        """Write a finished row."""
         path = self._row_path(result.row, seed)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, orjson.dumps(result))
@@ -122,7 +122,7 @@ def table_text(document: Mapping[str, Any]) -> str:
     seeds, settings = document["seeds"], document["settings"]
     head = (
         f"{settings['testbed']}, {settings['model']}, pool of {settings['batch_size']}, alpha {settings['alpha']:g}, "
-        f"calibration: {calibration_told(settings)}, {len(seeds)} seed{'s' if len(seeds) != 1 else ''}"
+        f"calibration: {calibration_in_words(settings)}, {len(seeds)} seed{'s' if len(seeds) != 1 else ''}"
         + (f", search: {settings['search']}" if "search" in settings else "")
     )
     width = max([28, *(len(row["title"]) + 2 for row in document["rows"])])
@@ -148,13 +148,9 @@ def _judged(of_row: Mapping[int, RowResult], name: str) -> list[Judged]:
     return [
         Judged(seed, answer.claim, answer.group, answer.label == answer.gold)
         for seed, result in sorted(of_row.items())
-        for answer in _answers(result, name)
+        for answer in (result.pool if name == "pool" else result.test)
         if answer.gold is not None
     ]
-
-
-def _answers(result: RowResult, name: str) -> Sequence[Answer]:
-    return result.pool if name == "pool" else result.test
 
 
 def _share_document(share: Share) -> dict[str, Any]:

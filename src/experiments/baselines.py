@@ -4,8 +4,8 @@
     icm baselines --testbed truthfulQA --test_data data/truthfulqa_test.json --chat_model NAME --chat_url URL ...
 
 Each row labels the pool that a seed draws, then the held-out claims are asked with those labels as demonstrations.
-Results go to runs/NAME/baselines.json, a finished row is never made again, and the same command goes on where it
-stopped; with more --seeds or --rows it adds them.
+Results go to runs/NAME/baselines.json. A finished row is never made again: the same command goes on where it stopped,
+and with more --seeds or --rows it adds them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, get_args
@@ -41,8 +41,8 @@ from src.experiments.loading import check_bad_rows, load_claims, pool_of
 from src.experiments.request import OutputRequest, RunRequest
 from src.experiments.resumable import run_resumable
 from src.experiments.run_settings import as_begun, run_name, settings_of
-from src.experiments.same_run import check_same_engine, check_same_run, identity_record
-from src.experiments.single_run import model_api_of, read_or_label, tell_opening
+from src.experiments.same_run import check_same_engine, check_same_run
+from src.experiments.single_run import model_api_of, print_opening, read_or_label
 from src.experiments.summary import say_shown_again
 from src.icm.problem import BootstrapStart, Stream, generator
 from src.icm.testbeds import BadInput, Claim, sample_pool
@@ -56,7 +56,7 @@ from src.results.run_folder import RunFolder, environment
 from src.results.run_reader import read_run
 
 HELD_OUT_SEED: Final = 0
-"""Held-out claims are drawn by this, whatever seed draws the pool: every seed is tested on the same ones."""
+"""Held-out claims are drawn with this seed whatever the pool's is, so every pool is tested on the same ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +159,7 @@ async def _run(request: ComparisonRequest) -> int:
     lock = RunFolder(folder.path)
     known = folder.read_table()
     if known is not None:
-        defaults = {"restarts": Options().restarts}  # kept only where it is another number
+        defaults = {"restarts": Options().restarts}  # recorded only where it differs
         check_same_run(lock, defaults | known["settings"], defaults | settings)
         rows = [row for row in BASELINES if row in rows or row in known["rows_asked"]]
         seeds = sorted({*request.seeds, *known["seeds_asked"]})
@@ -173,7 +173,7 @@ async def _run(request: ComparisonRequest) -> int:
         seeds = sorted(set(request.seeds))
     with lock:
         async with model_api_of(run) as api:
-            engine = identity_record(api.identity)
+            engine = asdict(api.identity)
             if known is not None:
                 check_same_engine(lock, known["engine"], api.identity)
                 engine = known["engine"]
@@ -215,7 +215,7 @@ async def _one_seed(
     _check_gold(pool)
     labelling = await Labelling.open(pool, api)
     if seed == document["seeds_asked"][0]:  # the other pools are drawn from the same claims
-        await tell_opening(request.run, labelling, document["settings"]["testbed"], RunFolder(folder.path))
+        await print_opening(request.run, labelling, document["settings"]["testbed"], RunFolder(folder.path))
     labelling = replace(labelling, api=api.share())
     options = Options(request.rounds, request.bootstrap_from, request.restarts)
     search, chat = partial(_search, of_seed, api, folder, pool), _chat_model(request, document)
@@ -257,14 +257,14 @@ async def _search(request: RunRequest, api: ModelAPI, folder: TableFolder, pool:
 
 
 def _chat_model(request: ComparisonRequest, document: dict[str, Any]) -> ChatModel | None:
-    """The chat model of the request; what it is comes into the table's document when it is asked."""
+    """The chat model of the request; its identity is added to the table's document when it is asked."""
     if request.chat_model is None:
         return None
     model = replace(request.run.model, model=request.chat_model, use_vllm=True, direct=False)
     server = {} if request.chat_url is None else {"vllm_base_url": request.chat_url}
 
     def on_asked(identity: EngineIdentity, template: bool) -> None:
-        document["chat"] = {"engine": identity_record(identity), "template": template}
+        document["chat"] = {"engine": asdict(identity), "template": template}
         if not template:
             print(f"warning: {request.chat_model} has no chat template: it is asked in plain text", file=sys.stderr)
 
@@ -274,7 +274,7 @@ def _chat_model(request: ComparisonRequest, document: dict[str, Any]) -> ChatMod
 def _save(
     folder: TableFolder, document: Mapping[str, Any], rows: Sequence[str], seeds: Sequence[int]
 ) -> dict[str, Any]:
-    """Write the table of what is there so far."""
+    """Write the table of the rows that are finished so far."""
     results = folder.read_results(rows, seeds)
     whole = [seed for seed in seeds if all(seed in results.get(row, {}) for row in rows)]
     table = {
@@ -304,7 +304,7 @@ def _rows(request: ComparisonRequest) -> list[str]:
 def _held_out(request: ComparisonRequest) -> tuple[list[Claim] | None, frozenset[int]]:
     """(held-out claims that all seeds share, rows of the data file that are therefore in no pool).
 
-    None where they are whatever is outside each seed's pool.
+    None where each seed tests on whatever is outside its pool.
     """
     testbed, claims, _ = load_claims(request.run.data)
     rng = generator(HELD_OUT_SEED, Stream.POOL, 1)
@@ -322,7 +322,7 @@ def _held_out(request: ComparisonRequest) -> tuple[list[Claim] | None, frozenset
                 "their labels may stand in the prompt that asks for them",
                 file=sys.stderr,
             )
-        # Another file's groups are not those of the pool, whatever they are called.
+        # Groups of another file are other groups, even under the same name.
         return [replace(claim, group=f"test {claim.group}") for claim in test], frozenset()
     if request.test_size is not None:
         test = sample_pool(claims, request.test_size, rng)
@@ -331,7 +331,7 @@ def _held_out(request: ComparisonRequest) -> tuple[list[Claim] | None, frozenset
 
 
 def _check_gold(pool: Pool) -> None:
-    """A comparison needs to know what is right."""
+    """Raises BadInput where the gold labels that a comparison needs are missing."""
     unknown = sum(claim.gold is None for claim in pool.claims)
     if unknown:
         raise BadInput(f"{unknown} claims of the pool have no gold label, and a comparison with gold needs them all")
@@ -340,7 +340,7 @@ def _check_gold(pool: Pool) -> None:
 
 
 def _settings(request: ComparisonRequest, test: Sequence[Claim] | None) -> dict[str, Any]:
-    """Everything that decides the numbers but the seeds and the rows."""
+    """Everything that decides the numbers, except the seeds and the rows."""
     search = request.searching(0, label_rest=True)
     settings = settings_of(search, pool_of(search))
     for name in ("seed", "label_rest"):
@@ -348,7 +348,7 @@ def _settings(request: ComparisonRequest, test: Sequence[Claim] | None) -> dict[
     return settings | {
         "rounds": request.rounds,
         "bootstrap_from": request.bootstrap_from,
-        # Only where it is another number: tables that were begun before there was one go on.
+        # Only where it differs, so that older tables can go on.
         **({} if request.restarts == Options().restarts else {"restarts": request.restarts}),
         "test_data": None if request.test_data is None else request.test_data.name,
         "test_sha256": None if request.test_data is None else digest_of(request.test_data),

@@ -1,11 +1,11 @@
-"""Look after the cache of answers that all runs share: how much is there, is it whole, and remove what is not needed.
+"""Look after the response cache that all runs share: show its size, check it, remove what is not needed.
 
     icm cache stats
     icm cache verify
     icm cache prune --older_than 90
 
-Answers are keyed by all that determines them, so none of them ever goes stale: pruning saves space, nothing else. Runs
-may go on meanwhile.
+Answers are keyed by everything that determines them, so none is ever out of date: pruning only saves space. Runs may go
+on meanwhile.
 """
 
 from __future__ import annotations

@@ -48,12 +48,12 @@ TEXTS: Final = {
     ),
     "The striker missed the penalty and the team lost the cup.": ("football", "soccer", "sport"),
 }
-"""Text -> what its topic may be called."""
+"""Text -> names of its topic that count as right."""
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a check found, and whether that will do."""
+    """What a check found, and whether it passed."""
 
     passed: bool
     found: str
@@ -74,7 +74,7 @@ def chat(model: LocalModel) -> Result:
 
 
 def completion(model: LocalModel) -> Result:
-    """Three prompts as one batch; greedy, so that each says the same alone."""
+    """Three prompts as one batch; greedy, so that each gives the same text when asked by itself."""
     prompts = ["One, two, three, four,", "Monday, Tuesday, Wednesday,", "Once upon a time there was"]
     together = model.completion(prompts, max_tokens=8)
     single = model.completion(prompts[:1], max_tokens=8)
@@ -84,7 +84,7 @@ def completion(model: LocalModel) -> Result:
 
 
 def sampling(model: LocalModel) -> Result:
-    """Drawn tokens: a seed repeats them, another changes them, a stop text ends them, a penalty keeps words apart."""
+    """Sampling: a seed repeats tokens, another changes them, a stop text ends them, a penalty avoids repeated words."""
 
     def draw(seed: int) -> str:
         return model.completion(
@@ -103,7 +103,7 @@ def sampling(model: LocalModel) -> Result:
 
 
 def topics(model: LocalModel) -> Result:
-    """Topic extraction by three examples, all texts as one batch; two of three must be named."""
+    """Topic extraction from three examples, all texts as one batch; two of three topics must be right."""
     prompts = [TOPICS.format(text=text) for text in TEXTS]
     found = [answer.text.strip().lower() for answer in model.completion(prompts, max_tokens=6, stop="\n")]
     right = [any(name in topic for name in names) for topic, names in zip(found, TEXTS.values(), strict=True)]
@@ -119,7 +119,7 @@ CHECKS: Final[dict[str, Callable[[LocalModel], Result]]] = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Of `icm check-direct`."""
+    """The parser of `icm check-direct`."""
     parser = argparse.ArgumentParser(
         prog="icm check-direct", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -170,7 +170,7 @@ def _load(args: argparse.Namespace) -> LocalModel:
 
 
 def _has_template(model: str) -> bool:
-    """Whether a model on disk brings a chat template; one that is not on disk is taken to."""
+    """Whether a model on disk has a chat template; True for one that is not on disk."""
     folder = Path(model)
     if not folder.is_dir():
         return True

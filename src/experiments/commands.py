@@ -1,4 +1,4 @@
-"""`icm COMMAND ...`: one name for every command line of this package, each in a module of its own."""
+"""`icm COMMAND ...`: the commands of this package by name, each a module."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the named command and return its exit code; 2 where there is none of that name."""
+    """Run the named command and return its exit code; 2 for an unknown name."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):
         print(_usage())

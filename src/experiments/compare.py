@@ -15,7 +15,7 @@ from pathlib import Path
 
 from core.errors import StorageFailed
 from core.files import write_atomically
-from src.experiments.arguments_of_reports import parser_of, run_folders
+from src.experiments.arguments_of_reports import parser_of, print_error, run_folders
 from src.icm.testbeds import BadInput
 from src.results.flips import flips
 from src.results.page import render_comparison
@@ -51,12 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             page = render_comparison(grids, shared_curves(runs), flips(searches), tables, names)
             write_atomically(args.output, page.encode("utf-8", "replace"))
             print(f"\n{args.output}")
-    except (BadInput, StorageFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {args.output}: cannot be written ({error.strerror})", file=sys.stderr)
-        return 2
+    except (BadInput, StorageFailed, OSError) as error:
+        return print_error(error, args.output)
     return 0
 
 

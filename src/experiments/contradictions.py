@@ -1,6 +1,6 @@
-"""Flags that cannot both be kept to: which, and why. One of them would have to be ignored, so both are refused.
+"""Flags that contradict each other, and why. One of the two would have to be ignored, so they are refused together.
 
-Defaults contradict nothing, unless a rule says so: what was not asked for is not missed.
+A default contradicts nothing, unless a rule says so.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Rule:
 
     @property
     def of_the_search(self) -> bool:
-        """Whether both are kept with a run, which an earlier version may have begun in spite of the rule."""
+        """Whether both are recorded with a run: an earlier version may have begun one in spite of the rule."""
         return {self.flag, self.other} <= _OF_THE_SEARCH
 
 
@@ -121,7 +121,7 @@ def contradicted(args: argparse.Namespace, given: Collection[str]) -> list[Rule]
 
 
 def out_of_range(args: argparse.Namespace) -> str | None:
-    """One line on a setting of the search that means nothing, though an earlier version began runs with it."""
+    """One line about a setting of the search without a meaning, with which an earlier version could begin runs."""
     alpha = getattr(args, "alpha", None)
     if alpha is None or alpha > 0:
         return None
@@ -129,13 +129,13 @@ def out_of_range(args: argparse.Namespace) -> str | None:
 
 
 def refuse(contradiction: str | None) -> None:
-    """Raises BadInput with the line, if there is one: of a run that begins."""
+    """Raises BadInput with the line, if there is one. For new runs."""
     if contradiction:
         raise BadInput(contradiction)
 
 
 def message_of(rule: Rule, args: argparse.Namespace) -> str:
-    """One line that names both flags as they stand."""
+    """One line that names both flags with their values."""
     first, second = (_shown(name, getattr(args, name)) for name in (rule.flag, rule.other))
     return f"{first} and {second} contradict each other: {rule.why}"
 

@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 nothing that must be looked at, 1 a problem was found, 2 no such run."""
+    """Exit codes: 0 no problem, 1 a problem was found, 2 no such run."""
     args = build_parser().parse_args(arguments)
     try:
         _, runs = read_all(args.runs)
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _show(finding: Finding) -> bool:
-    """Print a finding; whether it is a problem."""
+    """Print a finding; returns whether it is a problem."""
     _wrapped(f"  {MARKS[finding.verdict]:<8} {finding.title}: {finding.text}", 11)
     for line in finding.details:
         _wrapped(f"           - {one_line(line, 400)}", 13)

@@ -1,7 +1,7 @@
-"""An experiment as a file (experiments/*.yaml): a command, its settings, and what the paper reports beside one's own.
+"""An experiment as a file (experiments/*.yaml): a command, its settings, the paper's results and yours.
 
-Keys are checked: the file's by its schema, the settings' against the command's own flags, so they cannot drift apart.
-A key that does not exist is named with the nearest that does.
+Keys are checked: the file's by its schema, the settings' against the command's flags. An unknown key is reported with
+the nearest valid one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from src.icm.testbeds import BadInput
 Command = Literal["label", "baselines"]
 Value = bool | int | float | str | list[int] | list[str] | None
 NOT_SETTINGS: Final = ("help", "is_complete", "check")
-"""Flags that ask something of a run instead of describing it."""
+"""Flags that ask about a run instead of describing it."""
 
 
 class _Strict(BaseModel):
@@ -45,7 +45,7 @@ class PaperFigures(_Strict):
 class Experiment(_Strict):
     """One reproducible experiment. settings: the command's flags without their dashes.
 
-    hardware: what it needs or was measured on. yours: the place to write down what it gave, by method.
+    hardware: what it needs or was measured on. yours: your own results, by method.
     """
 
     title: str
@@ -76,7 +76,7 @@ def load_experiment(path: Path) -> Loaded:
     except yaml.YAMLError as error:
         raise BadInput(f"{path}: is not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict):
-        raise BadInput(f"{path}: is not a list of keys and values")
+        raise BadInput(f"{path}: does not hold keys and values")
     try:
         experiment = Experiment.model_validate(content)
     except ValidationError as error:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import get_args
 
 from core.errors import StorageFailed
-from src.experiments.arguments_of_reports import parser_of
+from src.experiments.arguments_of_reports import parser_of, print_error
 from src.icm.testbeds import BadInput
 from src.results.exports import Only, Pairs, chosen_claims, plain_rows, preference_pairs, training_rows
 from src.results.handover import write_csv, write_dataset, write_jsonl
@@ -67,18 +67,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if is_baselines(args.run):
             raise BadInput(f"{args.run}: is a table of baselines; name one of its runs, as in {args.run}/seed-1")
         written = _export(args, read_run(args.run), path)
-    except (BadInput, StorageFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {path}: cannot be written ({error.strerror})", file=sys.stderr)
-        return 2
+    except (BadInput, StorageFailed, OSError) as error:
+        return print_error(error, path)
     print(f"{path}: {written}")
     return 0
 
 
 def _export(args: argparse.Namespace, run: RunRecord, path: Path) -> str:
-    """Write it and say what was written. Raises BadInput where there is nothing to write."""
+    """Write the labels; returns one line on what was written. Raises BadInput where there is nothing to write."""
     claims = chosen_claims(run, args.only, args.least)
     if not claims:
         raise BadInput(

@@ -1,4 +1,4 @@
-"""The claims that a run is asked for, and the pools that are drawn from them. No model is asked."""
+"""The claims of a request, and the pools that are drawn from them. No model is asked."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def load_claims(request: DataRequest) -> tuple[Testbed, list[Claim], Path]:
 
 
 def _load(request: DataRequest) -> tuple[Testbed, list[Claim], Path, list[str]]:
-    """The same, and of every row that was left out, why. Raises BadInput for the first one without --skip_bad_rows."""
+    """As load_claims, and why each row was left out. Without --skip_bad_rows raises BadInput for the first one."""
     bad: list[str] = []
     reading = request.reading()
     if (file := testbed_path(request.testbed)) is not None:
@@ -40,12 +40,12 @@ def _load(request: DataRequest) -> tuple[Testbed, list[Claim], Path, list[str]]:
 
 
 def check_bad_rows(request: DataRequest, path: Path, bad: Sequence[str]) -> None:
-    """Raises BadInput where rows cannot be used (bad: why, each), unless --skip_bad_rows; then it warns."""
+    """Raises BadInput for rows that cannot be used (bad: why, for each); with --skip_bad_rows it warns."""
     if not bad:
         return
     if not request.skip_bad_rows:
         others = f" ({len(bad)} rows cannot be used)" if len(bad) > 1 else ""
-        raise BadInput(f"{bad[0]}{others}. Mend it, or leave such rows out with --skip_bad_rows")
+        raise BadInput(f"{bad[0]}{others}. Correct it, or leave such rows out with --skip_bad_rows")
     shown = "; ".join(complaint.removeprefix(f"{path}:") for complaint in bad[:SHOWN_BAD_ROWS])
     more = "; ..." if len(bad) > SHOWN_BAD_ROWS else ""
     count = f"{len(bad)} rows are" if len(bad) > 1 else "1 row is"
@@ -59,7 +59,7 @@ def pool_of(request: RunRequest, held_out: Collection[int] = ()) -> Pool:
 
 
 def pools_of(request: RunRequest, count: int | None, held_out: Collection[int] = ()) -> list[Pool]:
-    """The same for `count` pools that share no claim; None: for as many as hold all claims."""
+    """As pool_of, for `count` pools that share no claim; None: as many as hold all claims."""
     search = request.search
     if search.initial_T <= 0 or search.final_T <= 0 or search.decay <= 0:
         raise BadInput("--initial_T, --final_T and --decay must be above 0")
@@ -83,18 +83,18 @@ def pools_of(request: RunRequest, count: int | None, held_out: Collection[int] =
 
 @functools.cache
 def warn_once(text: str) -> None:
-    """One warning, however many batches of a data set are labelled."""
+    """Warn only once, even if many batches of a data set are labelled."""
     logging.warning("%s", text)
 
 
 def bad_rows_record(pool: Pool) -> dict[str, Any]:
-    """What run.json says of rows that were left out, where there are any."""
+    """For run.json: the rows that were left out; {} where there are none."""
     bad = pool.bad_rows
     return {"bad_rows": {"count": len(bad), "first": list(bad[:SHOWN_BAD_ROWS])}} if bad else {}
 
 
 def warn_of_leaks(request: RunRequest, pool: Pool) -> None:
-    """Say so where the constraints are made from gold labels."""
+    """Warn where the constraints are made from gold labels."""
     if request.data.consistency == "upstream" and pool.testbed.upstream_leaks:
         print(
             "warning: --consistency upstream makes its keys from gold labels: accuracy is not unsupervised",
@@ -102,8 +102,8 @@ def warn_of_leaks(request: RunRequest, pool: Pool) -> None:
         )
 
 
-def tell_of_continuing(request: RunRequest, pool: Pool) -> None:
-    """Say which labels the search starts with, and which of the other run's it cannot take over."""
+def print_continuing(request: RunRequest, pool: Pool) -> None:
+    """Print which labels the search starts with, and which of the other run's it cannot take over."""
     if pool.continued is not None:
         file = request.data.name_of(pool.testbed)
         outside = len(pool.rest) + pool.left_out

@@ -1,7 +1,7 @@
 """A run of several searches: a data set in batches (`--num_batches`), each labelled once or by a vote (`--passes`).
 
-Every search is an ordinary run in a folder of its own, journaled and resumed by itself; several go on at once on one
-server. What a search does depends on its claims and its seed alone, so the labels are the same however many run.
+Every search is an ordinary run in its own folder, with its own journal; several use one server at the same time. A
+search depends only on its claims and its seed, so the labels do not depend on how many run at once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from src.experiments.loading import bad_rows_record, pools_of, warn_of_leaks
 from src.experiments.request import PLANNED_AT_ONCE, RunRequest
 from src.experiments.run_settings import as_begun, run_name, settings_of
 from src.experiments.same_run import check_readable, check_same_engine, check_same_run, may_be_renamed
-from src.experiments.single_run import COSTS, beginning, model_api_of, read_or_label, tell_opening, testbed_record
+from src.experiments.single_run import COSTS, beginning, model_api_of, print_opening, read_or_label, testbed_record
 from src.experiments.summary import print_summary, say_shown_again
 from src.icm.label_names import counts_of, read_label
 from src.icm.problem import part_seed
@@ -76,10 +76,10 @@ async def run_parts(request: RunRequest) -> int:
                 folder.write_run(known)
             else:
                 check_same_engine(folder, known["engine"], api.identity)
-                settings = known["settings"]  # under the name that the model had, as the parts that are there
+                settings = known["settings"]  # with the model's old name, as in the parts that exist
             first = await Labelling.open(replace(parts[0].pool, rest=()), api)
             pools = [part.pool for part in parts if part.pass_number == 0]
-            await tell_opening(request, first, settings["testbed"], folder, pools)
+            await print_opening(request, first, settings["testbed"], folder, pools)
             documents = await _label_all(request, api, folder, parts, settings)
             rows = _rows(folder, parts)
             folder.write_labels(rows)
@@ -98,7 +98,7 @@ async def run_parts(request: RunRequest) -> int:
 
 
 def _parts(request: RunRequest) -> list[Part]:
-    """Every batch's passes, in order. Raises BadInput for flags that do not go together."""
+    """Every batch's passes, in order. Raises BadInput for flags that cannot be combined."""
     if request.check:
         raise BadInput("--check measures one pool: leave out --num_batches and --passes")
     if request.continue_from is not None:
@@ -132,7 +132,7 @@ async def _label_all(
         async with turns:
             document = await read_or_label(
                 request,
-                api.share(alone=request.parts.at_once == 1),
+                api.share(exclusive=request.parts.at_once == 1),
                 pool,
                 RunFolder(folder.path / part.name),
                 of_part,
@@ -158,7 +158,7 @@ async def _label_all(
 
 
 def _rows(folder: RunFolder, parts: Sequence[Part]) -> list[dict[str, Any]]:
-    """labels.jsonl of the whole: one row a claim, by its row in the data; of several passes the majority's label."""
+    """The rows of labels.jsonl, one a claim, ordered by its row in the data; of several passes the majority's label."""
     found: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
     for part in parts:
         for line in RunFolder(folder.path / part.name).labels_path.read_bytes().splitlines():
@@ -168,10 +168,10 @@ def _rows(folder: RunFolder, parts: Sequence[Part]) -> list[dict[str, Any]]:
 
 
 def _voted(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The majority's label; log_odds: the mean of the passes'.
+    """One row of the passes' rows: the majority's label, and the mean of their log_odds.
 
-    Of labels that are not True and False: the one with most votes, of equals the one that the first of the passes gave;
-    logprobs: the mean of the passes'.
+    Of labels that are not True and False: the one with most votes (of equals the one that comes first among the passes)
+    and the mean of their logprobs.
     """
     if len(rows) == 1:
         return rows[0]
@@ -195,7 +195,7 @@ def _voted(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _result(
     parts: Sequence[Part], documents: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """The whole's outcome: sums over parts, of U and predictability means, and of the labels what the vote gave."""
+    """The result of all parts: sums over them, means of U and predictability, and the voted labels."""
     results = [document["result"] for document in documents]
     voted = [row for row in rows if row["by"] in ("icm", "vote")]
     predicted = [row for row in rows if row["by"] == "predicted"]
@@ -237,7 +237,7 @@ def _agreement(rows: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
 
 
 def _known(result: Mapping[str, Any]) -> tuple[int, int]:
-    """Agreement of a part's labels, those that the search did not give included."""
+    """Agreement of all of a part's labels, also of those that the search did not give."""
     return _added([result["icm"], *result["predicted"].values()])
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from core.errors import StorageFailed
 from core.files import write_atomically
-from src.experiments.arguments_of_reports import parser_of, run_folders
+from src.experiments.arguments_of_reports import parser_of, print_error, run_folders
 from src.icm.testbeds import BadInput
 from src.results.page import render_report
 from src.results.prices import read_prices
@@ -44,12 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if path.is_dir():
             raise BadInput(f"{path}: is a folder; name a file")
         write_atomically(path, page.encode("utf-8", "replace"))
-    except (BadInput, StorageFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {path}: cannot be written ({error.strerror})", file=sys.stderr)
-        return 2
+    except (BadInput, StorageFailed, OSError) as error:
+        return print_error(error, path)
     if prices and not any(prices.price_of(run) for run in runs):
         print(f"warning: {args.prices} has no price for {', '.join({run.model for run in runs})}", file=sys.stderr)
     print(f"{path}: {len(runs)} run{'s' * (len(runs) != 1)}, {sum(len(run.claims) for run in runs):,} claims")

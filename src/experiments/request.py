@@ -1,6 +1,6 @@
-"""What a run is asked for, typed: made from parsed flags in one place, changed by dataclasses.replace.
+"""Everything that a run is asked for, typed: made from parsed flags in one place, changed by dataclasses.replace.
 
-Every field has the name of its flag, so a new flag is a new field here, and no other module reads a parser's namespace.
+Every field has the name of its flag: a new flag is a new field here, and no other module reads a parser's namespace.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from src.pipeline.testbed_files import testbed_path
 
 Plain = str | int | float | bool | None
 PLANNED_AT_ONCE: Final = 4
-"""Searches that share the server's KV cache in every plan, however many run: plans decide scores (see planner)."""
+"""Searches assumed to share the server's KV cache, however many run: plans decide scores (see planner)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +42,14 @@ class DataRequest:
         return cls(**_named(cls, args))
 
     def reading(self) -> Reading:
-        """How --columns, --map and --group_by say that --data is to be read. Raises BadInput where they cannot."""
+        """How --data is read, by --columns, --map and --group_by. Raises BadInput where these do not apply."""
         flags = {"columns": self.columns, "map": self.map, "group_by": self.group_by}
         given = [f"--{name}" for name, value in flags.items() if value is not None]
         file = testbed_path(self.testbed)
         if file is not None and given:
-            raise BadInput(f"{' and '.join(given)} say how a --data file is to be read; {file} says it here")
+            raise BadInput(f"{' and '.join(given)} say how a --data file is read; here {file} does")
         if self.data is None and given:
-            raise BadInput(f"{' and '.join(given)} say how a --data file is to be read; a testbed's files are known")
+            raise BadInput(f"{' and '.join(given)} say how a --data file is read; a testbed's files are known")
         return Reading(
             columns={} if self.columns is None else parse_columns(self.columns),
             values=parse_values(self.map or ()),
@@ -57,13 +57,13 @@ class DataRequest:
         )
 
     def name_of(self, testbed: Testbed) -> str:
-        """What the claims are called: after their testbed, or after a --data file that has none."""
+        """The name of the claims: their testbed's, or that of a --data file without a testbed."""
         return self.data.name if self.data is not None and not testbed.digest else testbed.name
 
 
 @dataclass(frozen=True, slots=True)
 class ModelRequest:
-    """Which model, and how it is reached. None: as the settings say."""
+    """Which model, and how it is reached. None: by the settings."""
 
     model: str = "meta-llama/Llama-3.1-70B"
     use_vllm: bool | None = None
@@ -75,7 +75,7 @@ class ModelRequest:
 
 @dataclass(frozen=True, slots=True)
 class PartsRequest:
-    """Into how many searches the data is split. num_batches: None for as many as hold all claims."""
+    """How many searches the data is split into. num_batches: None for as many as hold all claims."""
 
     num_batches: int | None = 1
     passes: int = 1
@@ -88,7 +88,7 @@ class PartsRequest:
 
 @dataclass(frozen=True, slots=True)
 class OutputRequest:
-    """Where a run is kept, and what it shows meanwhile. run: None for a name made from the settings."""
+    """Where a run is kept, and what it shows while it runs. run: None for a name made from the settings."""
 
     run: str | None = None
     runs_dir: Path = REPO_ROOT / "runs"
@@ -100,9 +100,9 @@ class OutputRequest:
 class RunRequest:
     """Everything that a run is asked for.
 
-    lookahead: proposals whose questions are asked early; None is auto. check, is_complete: only measure, only look.
+    lookahead: proposals whose questions are asked early; None is auto. check, is_complete: see the flags.
     contradiction: why these flags cannot begin a run (see Parser), None where they can. flags: all flags of the command
-    as they were given, with text for what JSON lacks.
+    as they were given, as text where JSON has no such type.
     """
 
     data: DataRequest
@@ -121,7 +121,7 @@ class RunRequest:
 
     @classmethod
     def of(cls, args: Namespace, contradiction: str | None = None) -> RunRequest:
-        """From the parsed flags of a command. A flag that the command does not have is at its default."""
+        """From the parsed flags of a command; flags that the command does not have get their defaults."""
         return cls(
             data=DataRequest.of(args),
             model=ModelRequest(**_named(ModelRequest, args)),
@@ -135,7 +135,7 @@ class RunRequest:
         )
 
     def recorded_flags(self) -> dict[str, Plain]:
-        """For run.json: the flags as they were given, but for those that a command decides by itself."""
+        """For run.json: the flags as they were given, except those that a command sets itself."""
         decided = {"group_by": self.data.group_by, "seed": self.search.seed, "label_rest": self.label_rest}
         return {**self.flags, **decided}
 

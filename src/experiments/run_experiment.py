@@ -29,7 +29,7 @@ from src.icm.testbeds import BadInput
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Files, and whether only to check them; what is not known here goes to the experiment's command."""
+    """Files, and whether only to check them; all other flags go to the experiment's command."""
     parser = command_parser("icm run", __doc__, allow_abbrev=False)
     parser.add_argument("file", type=Path, nargs="+", metavar="FILE", help="an experiment; several with --check_only")
     parser.add_argument("--check_only", action="store_true", help="check the files and print their command lines")
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         return _run(loaded[0], options.file[0], more)
-    except StorageFailed as error:  # what the experiment's command kept is there
+    except StorageFailed as error:  # the results of the experiment's command are kept
         print(f"error: {error}", file=sys.stderr)
         return 1
 
@@ -73,7 +73,7 @@ def _run(loaded: Loaded, path: Path, more: Sequence[str]) -> int:
     experiment = loaded.experiment
     arguments = [*loaded.arguments, *more]
     args = parser_of(experiment.command).parse_args(arguments)
-    if args.run is None:  # the folder must be known here, to say in it what it comes from
+    if args.run is None:  # experiment.json goes into the run's folder, so its name must be known here
         arguments += ["--run", path.stem]
     command: Callable[[Sequence[str]], int] = import_module(COMMANDS[experiment.command][0]).main
     print(f"{experiment.title}\n  {shlex.join(['icm', experiment.command, *arguments])}", file=sys.stderr)

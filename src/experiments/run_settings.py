@@ -30,12 +30,12 @@ def settings_of(request: RunRequest, pool: Pool) -> dict[str, Any]:
     decisive = {
         field.name: value
         for field in fields(SearchSettings)
-        # Left out at their defaults: runs that were begun before there were variants go on.
+        # Left out at their defaults, so that runs begun before these variants existed can go on.
         if (value := getattr(request.search, field.name)) != field.default or field.name not in VARIANTS
     }
     return {
         "testbed": data.name_of(pool.testbed),
-        # Only of a file: its words decide what the model is asked.
+        # Only of a testbed file, whose content decides what the model is asked.
         **({"testbed_sha256": pool.testbed.digest} if pool.testbed.digest else {}),
         "data_sha256": pool.data_digest,
         "model": request.model.model,
@@ -43,7 +43,7 @@ def settings_of(request: RunRequest, pool: Pool) -> dict[str, Any]:
         "consistency": data.consistency,
         "alpha": objective.alpha,
         "calibrate": objective.calibration,
-        # Only where it is given: runs that were begun before there was one go on.
+        # Only where it is given, so that runs begun before this flag existed can go on.
         **({} if objective.prior is None else {"prior": objective.prior}),
         "label_rest": request.label_rest,
         **_settings_of_labels(pool),
@@ -54,13 +54,13 @@ def settings_of(request: RunRequest, pool: Pool) -> dict[str, Any]:
 
 
 def _settings_of_labels(pool: Pool) -> dict[str, Any]:
-    """The labels' names and texts; nothing of True and False, so that runs that were begun go on."""
+    """The labels' names and texts; nothing for True and False, so that older runs can go on."""
     space = pool.testbed.space
     return {} if space == TRUE_FALSE else {"labels": list(space.names), "label_texts": list(space.texts)}
 
 
 def _settings_of_reading(reading: Reading, pool: Pool) -> dict[str, Any]:
-    """How a --data file is read; nothing where it is read as it always was, so that runs that were begun go on."""
+    """How a --data file is read; nothing where that is the default, so that older runs can go on."""
     found: dict[str, Any] = {}
     if reading.columns:
         found["columns"] = ",".join(f"{ours}={theirs}" for ours, theirs in sorted(reading.columns.items()))
@@ -77,9 +77,9 @@ def _settings_of_reading(reading: Reading, pool: Pool) -> dict[str, Any]:
 def as_begun(
     request: RunRequest, settings: Mapping[str, Any], read: Callable[[Mapping[str, Any]], Mapping[str, Any] | None]
 ) -> RunRequest:
-    """The request, with --group_by none where this run was begun before rows with one question were one group.
+    """The request; with --group_by none where this run was begun before rows with the same question became one group.
 
-    read: what is known of a run by its settings, as its folder is named after them.
+    read: the run.json of the run with given settings, which name its folder; None where there is none.
     """
     if request.data.group_by is not None or "group_by" not in settings:
         return request

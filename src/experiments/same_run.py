@@ -1,4 +1,4 @@
-"""Whether a run can go on: the same settings, the same engine, the same tokens as it began with. Else it is refused."""
+"""Whether a run can go on: with the settings, engine and tokens that it began with. Otherwise it is refused."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict
 from typing import Any
 
 import orjson
@@ -17,13 +17,13 @@ from src.pipeline.labelling import Labelling
 from src.results.run_folder import FORMAT, RunFolder
 
 OF_TESTBED_FILE = ("testbed_sha256", "labels", "label_texts")
-"""Settings that no flag says."""
+"""Settings that come from a testbed file, not from a flag."""
 OF_CONTENT = ("data_sha256", "continue_from")
-"""Settings that are digests."""
+"""Settings that are digests of other files."""
 
 
 def check_readable(folder: RunFolder, known: Mapping[str, Any]) -> None:
-    """A run that an earlier version began rebuilt its tree by another rule; only its result can still be shown."""
+    """Raises BadInput for an unfinished run of an older format, whose tree was rebuilt by another rule."""
     if known.get("format", 0) < FORMAT and "result" not in known:
         raise BadInput(
             f"{folder.path}: was begun by an earlier version, whose journal this one cannot go on with. "
@@ -39,8 +39,10 @@ def check_same_run(
     renamed: bool = False,
     continues: bool = False,
 ) -> None:
-    """Raises BadInput where `folder` was started with other settings. renamed: see may_be_renamed. continues: another
-    run of the same command can go on from this one's labels."""
+    """Raises BadInput where `folder` was started with other settings.
+
+    renamed: see may_be_renamed. continues: whether the command takes --continue_from, so that it can be advised.
+    """
     changed = [name for name in {**known, **settings} if known.get(name) != settings.get(name)]
     if renamed:
         changed = [name for name in changed if name != "model"]
@@ -63,7 +65,7 @@ def check_same_run(
 
 
 def _other_continued(before: str | None, now: str | None) -> str:
-    """What differs in --continue_from. Of both the digest is known, which says nothing to anybody."""
+    """What differs in --continue_from, without the digests, which tell a user nothing."""
     if before is None:
         return "no --continue_from"
     if now is None:
@@ -72,16 +74,15 @@ def _other_continued(before: str | None, now: str | None) -> str:
 
 
 def may_be_renamed(known: Mapping[str, Any]) -> bool:
-    """Whether the run of this run.json can go on under another name of its model: there is something left to ask, and
-    check_same_engine can see whether it is the same model."""
+    """Whether the run of this run.json can go on under another name of its model: it is not finished, and
+    check_same_engine can see by the fingerprint whether it is the same model."""
     return "result" not in known and bool(known["engine"].get("fingerprint"))
 
 
 def check_same_engine(folder: RunFolder, known: Mapping[str, Any], identity: EngineIdentity) -> None:
-    """Scores of two models must not mix in one run. Raises BadInput where the version differs, the type or the model's
-    configuration (if both are known), or the model; that may lie elsewhere and have another name if it answers alike.
-    """
-    now = identity_record(identity)
+    """Raises BadInput where scores of two engines would mix in one run: where the version differs, the type or the
+    model's configuration (if both are known), or the model. Its path and name may differ if it answers alike."""
+    now = asdict(identity)
     names = [name for name in ("model", "root") if known.get(name) != now[name]]
     moved = bool(names) and identity.has_content_of(known)
     changed = [] if moved else names
@@ -103,8 +104,8 @@ def check_same_engine(folder: RunFolder, known: Mapping[str, Any], identity: Eng
 
 
 async def check_same_tokens(folder: RunFolder, known: Mapping[str, Any] | None, labelling: Labelling) -> None:
-    """Raises BadInput where the run began with other tokens for the same claims: by a version that had no record of
-    them (known: None) and spelled this model's labels in another way, or before the model's tokenizer changed."""
+    """Raises BadInput where the run began with other tokens for the same claims: because the tokenizer changed, or an
+    earlier version, which did not record tokens (known: None), spelled the labels differently."""
     now = orjson.loads(orjson.dumps(await labelling.token_record()))
     if known is None:
         changed = [] if await labelling.asks_as_before() else ["demonstration"]
@@ -118,14 +119,9 @@ async def check_same_tokens(folder: RunFolder, known: Mapping[str, Any] | None, 
 
 
 def _ids(recorded: Any) -> Any:
-    """Without the texts, which not every server tells."""
+    """The token ids, without their texts, which not every server gives."""
     return [token for token, _ in recorded] if isinstance(recorded, list) else recorded
 
 
 def _short(value: object) -> object:
     return value[:12] if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else value
-
-
-def identity_record(identity: EngineIdentity) -> dict[str, Any]:
-    """The engine's identity for run.json."""
-    return {field.name: getattr(identity, field.name) for field in fields(identity)}

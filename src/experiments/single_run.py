@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from typing import Any
 
 from core.determinism.record import manifest_entry, read_record
@@ -19,7 +20,6 @@ from src.experiments.same_run import (
     check_same_engine,
     check_same_run,
     check_same_tokens,
-    identity_record,
     may_be_renamed,
 )
 from src.icm.searches.seam import Standing
@@ -27,7 +27,7 @@ from src.pipeline.labelling import Labelling, Pool, result_record
 from src.pipeline.opening import example_prompt, opening, prompt_line, prompt_lines
 from src.pipeline.progress import Progress, SearchProgress
 from src.pipeline.search import OnRecord
-from src.results.messages import calibration_told, changes_objective, collapse_warning, random_warning
+from src.results.messages import calibration_in_words, changes_objective, collapse_warning, random_warning
 from src.results.plots import plot_curves
 from src.results.rows import pool_rows
 from src.results.run_folder import RunFolder, environment
@@ -39,7 +39,7 @@ COSTS = (
 
 
 def model_api_of(request: RunRequest, more: Mapping[str, object] | None = None) -> ModelAPI:
-    """The ModelAPI that a run asks for, not yet started. more: settings that win over them."""
+    """The ModelAPI of a request, not yet started. more: settings that override the request's."""
     model = request.model
     settings = Settings.load(
         {
@@ -54,7 +54,7 @@ def model_api_of(request: RunRequest, more: Mapping[str, object] | None = None) 
 
 
 def determinism_of(request: RunRequest, api: ModelAPI) -> dict[str, Any] | None:
-    """The last determinism check of this engine, for run.json; warns where it gives no reason to trust the last bit.
+    """The last determinism check of this engine, for run.json; warns where scores may not be exact to the last bit.
 
     None for an engine that cannot be checked.
     """
@@ -67,16 +67,16 @@ def determinism_of(request: RunRequest, api: ModelAPI) -> dict[str, Any] | None:
     return dict(entry)
 
 
-async def tell_opening(
+async def print_opening(
     request: RunRequest,
     labelling: Labelling,
     name: str,
     folder: RunFolder | None,
     pools: Sequence[Pool] = (),
 ) -> None:
-    """Say on standard error what the model will be asked, and keep one whole prompt of it in `folder`.
+    """Print on standard error what the model will be asked, and write one whole prompt to `folder`.
 
-    name: of the data. folder: None where nothing is kept; the prompt is then shown whole. pools: as in `opening`.
+    name: of the data. folder: None to write nothing and print the whole prompt. pools: as in `opening`.
     """
     prompt = example_prompt(labelling)
     lines = opening(labelling, await labelling.token_record(), name, request.data.batch_size, pools)
@@ -90,7 +90,7 @@ async def tell_opening(
 
 
 def _all_random(pools: Sequence[Pool]) -> list[str]:
-    """A warning where a search begins with a random label for every claim: it can then only correct them."""
+    """A warning where a search begins with random labels for all claims, which it can then only correct."""
     for pool in pools:
         size, settings = len(pool.claims), pool.problem.settings
         seeds = settings.num_seed
@@ -112,7 +112,7 @@ async def read_or_label(
     progress: Progress | None = None,
     cache_share: int = 1,
 ) -> dict[str, Any]:
-    """The finished run.json of `pool` in `folder`: read where it is there, else labelled by label_pool.
+    """The finished run.json of `pool` in `folder`: read where it exists, else made by label_pool.
 
     progress and cache_share as in label_pool.
     """
@@ -141,8 +141,8 @@ async def label_pool(
 ) -> dict[str, Any]:
     """Begin the run or go on with it, label the rest if asked, write the results; returns the finished run.json.
 
-    known: the run.json of a run to go on with, None for a new one. progress: shows every step (default: a bar of its
-    own). cache_share: how many runs share the server's KV cache.
+    known: the run.json of a run to resume, None for a new one. progress: shows every step; None: a new progress bar.
+    cache_share: how many runs share the server's KV cache.
     """
     if known is None:
         known = await beginning(request, labelling.api, settings, cache_share=cache_share)
@@ -157,7 +157,7 @@ async def label_pool(
         await check_same_tokens(folder, known.get("tokens"), labelling)
         determinism_of(request, labelling.api)
     labelling = labelling.planned_for(known["kv_capacity"])
-    # Of several searches at once none has the port.
+    # Several searches at once cannot share the port, so none of them gets it.
     port = request.output.metrics_port if progress is None else None
     with (
         progress or SearchProgress(labelling.pool, request.output.quiet) as shown,
@@ -176,7 +176,7 @@ async def label_pool(
         predictions["many-shot"] = await labelling.label_rest(state)
     folder.write_labels(labelling.label_rows(state, predictions, zero_shot))
     objective = request.objective
-    model, calibration = request.model.model, calibration_told(settings)
+    model, calibration = request.model.model, calibration_in_words(settings)
     title = f"{settings['testbed']}, {model}, alpha {objective.alpha:g}, calibration {calibration}"
     plot_curves(records, labelling.pool.gold, folder.curves_path, title, labelling.pool.names)
     warning = collapse_warning(
@@ -201,7 +201,7 @@ async def label_pool(
 async def beginning(
     request: RunRequest, api: ModelAPI, settings: Mapping[str, Any], *, cache_share: int = 1
 ) -> dict[str, Any]:
-    """What run.json says of a run that begins: asked for what, of which engine, by which version of this.
+    """run.json of a run that begins: its settings and flags, the engine, and the version of this code.
 
     cache_share: how many runs share the server's KV cache.
     """
@@ -209,7 +209,7 @@ async def beginning(
     return {
         "settings": settings,
         "flags": request.recorded_flags(),
-        "engine": identity_record(api.identity),
+        "engine": asdict(api.identity),
         "determinism": determinism_of(request, api),
         "kv_capacity": None if capacity is None else capacity // cache_share,
         "environment": environment(),
@@ -220,7 +220,7 @@ async def beginning(
 def _published(
     port: int | None, labelling: Labelling, run: str, on_record: OnRecord
 ) -> AbstractContextManager[OnRecord]:
-    """What is to hear the journal's records: `on_record`, and the metrics at `port` where one was asked for."""
+    """A callback for the journal's records: `on_record`, and where a port is given also the metrics served there."""
     if port is None:
         return nullcontext(on_record)
     from contrib.monitoring.run_metrics import published  # an extra: imported only where it is asked for
@@ -229,24 +229,24 @@ def _published(
 
 
 def testbed_record(pool: Pool) -> dict[str, Any]:
-    """What run.json says of a testbed that is a file: it may be edited or gone when the run is read."""
+    """For run.json: the content of a testbed file, which may be edited or gone when the run is read."""
     return {"testbed": pool.testbed.record()} if pool.testbed.digest else {}
 
 
 def _last_questions(labelling: Labelling, state: Standing, cost: Mapping[str, Any]) -> str:
-    """What is asked after the search, and how long that takes at the search's own speed where it is known."""
+    """One line: what is asked after the search, and how long that takes at the search's speed, where it is known."""
     pool = labelling.pool
     left = len(pool.rest) + state.labels.count(None)
     later = f" and labelling {left} other claims from the pool" if left else ""
     tokens = (len(pool.claims) + left) * pool.problem.costs.mean
-    # Not where the answers came from the cache of responses, which says nothing of the engine.
+    # Not known where most answers came from the response cache.
     known = cost["seconds"] and cost["tokens_computed"] and 2 * cost["from_cache"] <= cost["asked"]
     took = f" (about {tokens * cost['seconds'] / cost['tokens_computed']:.0f} s)" if known else ""
     return f"search finished; asking the pool's {len(pool.claims)} claims zero-shot{later}{took}"
 
 
 def _lookahead(request: RunRequest, engine: Capabilities) -> int | None:
-    """--lookahead, None where it is auto. Where every question is paid for, auto asks none early."""
+    """--lookahead; None is auto. At an engine that is billed auto asks nothing early."""
     if request.search.best_of > 1 or (request.lookahead is None and engine.billed):
-        return 0  # what best_of will need next depends on its answers, and it asks several at once anyway
+        return 0  # best_of's next questions depend on its answers, and it asks several at once anyway
     return request.lookahead

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from src.icm.label_names import confusion_lines, describe_counts
-from src.results.messages import agreement, calibration_told
+from src.results.messages import agreement, calibration_in_words
 from src.results.run_folder import RunFolder
 from src.results.run_reader import read_run
 from src.results.tables import confusion_of
@@ -15,7 +15,7 @@ from src.results.text import counted
 
 
 def say_shown_again(document: Mapping[str, Any]) -> None:
-    """Say on standard error that a finished run is only shown."""
+    """Print on standard error that a finished run is only shown."""
     print(f"finished {document.get('finished', 'earlier')}; shown again, nothing was computed", file=sys.stderr)
 
 
@@ -28,7 +28,7 @@ def _counts(result: Mapping[str, Any]) -> str:
 def print_summary(folder: RunFolder, document: Mapping[str, Any]) -> None:
     """A finished run.json in a few lines; a warning goes to standard error."""
     result, settings, cost = document["result"], document["settings"], document["cost"]
-    calibration = calibration_told(settings)
+    calibration = calibration_in_words(settings)
     searched = f"; search: {settings['search']}" if "search" in settings else ""
     print(
         f"{settings['testbed']}: {counted(result['labelled'], 'claim')} labelled by {document['engine']['model']} in "
@@ -36,7 +36,7 @@ def print_summary(folder: RunFolder, document: Mapping[str, Any]) -> None:
     )
     print(f"  agreement with gold  {agreement(*result['icm'])}")
     known = [result["icm"], result["zero_shot"], *result["predicted"].values()]
-    if any(compared for _, compared in known):  # else it was said once
+    if any(compared for _, compared in known):  # else the first line says that gold is unknown
         print(f"  zero-shot            {agreement(*result['zero_shot'])}")
         print(f"  zero-shot calibrated {agreement(*result['zero_shot_calibrated'])}")
     for by, counts in result["predicted"].items():

@@ -35,7 +35,7 @@ BEFORE: Final = 4
 
 
 def build_parser() -> Parser:
-    """A testbed, where its data is, and a model if its tokens are wanted."""
+    """The testbed, where its data is, and the model whose tokens are shown."""
     parser = command_parser("icm testbed", __doc__)
     parser.add_argument(
         "testbed", nargs="?", type=testbed_named, metavar="{NAME,FILE}", help="a built-in one, or a file: mine.yaml"
@@ -108,7 +108,7 @@ def _load(args: argparse.Namespace) -> tuple[Testbed, list[Claim], Path]:
         return load_testbed_file(read_testbed(file), file, args.data_dir, args.data)
     if args.data is not None:
         raise BadInput(
-            f"--data is read as a testbed file says, and {args.testbed} is none: icm testbed FILE --data ..."
+            f"--data needs a testbed file that says how it is read, not {args.testbed}: icm testbed FILE --data ..."
         )
     return load_testbed(args.testbed, args.data_dir)
 
@@ -155,7 +155,7 @@ async def _pieces(api: ModelAPI, tokens: Sequence[int]) -> str:
 def _fits(api: ModelAPI, book: PromptBook) -> str:
     limit, size = api.identity.max_model_len, len(book.questions)
     if limit is None:
-        return "fits    not known: the server does not tell its context"
+        return "fits    not known: the server does not state its context"
     longest = book.longest_prompt(size)
     if longest == 0:
         return "fits    not known: this model is asked in text"

@@ -3,8 +3,8 @@
     icm watch runs/NAME
     icm watch runs/NAME --once
 
-Waits for a run's first step, and ends when the run does (exit code 0), or by Ctrl-C (130). Only reads: a run is never
-slowed or disturbed. In a pipe it prints a line whenever something changed.
+Waits for a run's first step, and ends with the run (exit code 0) or by Ctrl-C (130). It only reads files, so it never
+disturbs a run. In a pipe it prints a line whenever something changed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from src.results.tail import JournalTail, is_finished, run_document, searches_in
 from src.results.text import duration, one_line
 
 BLOCKS = "▁▂▃▄▅▆▇█"
-QUIET_AFTER = 60.0  # seconds without a new line, and ten steps' time, until it is said that nothing comes
+QUIET_AFTER = 60.0  # seconds (and at least ten steps' time) without a new line until a run may have stopped
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\nno longer watching; the run goes on" if sys.stdout.isatty() else "")
         return 130
     except BrokenPipeError:
-        sys.stderr.close()  # nobody reads any more, and Python would say so at its end
+        sys.stderr.close()  # nobody reads any more, of which Python would complain at its end
         return 0
 
 
@@ -100,14 +100,14 @@ class Screen:
 
 
 class Watch:
-    """One run, or the parts of one, as its files tell."""
+    """One run, or its parts, read from its files."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._searches: dict[Path, Search] = {}
 
     def poll(self) -> bool:
-        """Look at every file; whether anything changed."""
+        """Read every file; returns whether anything changed."""
         changed = False
         for path in searches_in(self.folder):
             if path not in self._searches:
@@ -117,7 +117,7 @@ class Watch:
         return changed
 
     def lines(self, over: bool) -> list[str]:
-        """What to show."""
+        """The lines to show. over: whether the run is finished."""
         document = run_document(self.folder)
         started = [search for search in self._searches.values() if search.tail.records]
         if not started:
@@ -139,7 +139,7 @@ class Watch:
 
 @dataclass
 class Search:
-    """One journal and what it says."""
+    """One journal and its curves."""
 
     folder: Path
 
@@ -160,7 +160,7 @@ class Search:
         return changed
 
     def state(self) -> str:
-        """Running, or how long nothing was written."""
+        """ "running", or for how long nothing was written."""
         try:
             silent = time.time() - self.tail.path.stat().st_mtime
         except OSError:
@@ -179,10 +179,10 @@ class Search:
         balance = one_line(names[1], 20) if len(names) == 2 else "the commonest label"
         return [
             f"  labelled {_bar(curves.labelled[-1], size)} {curves.labelled[-1]} of {size}, "
-            f"{_share(curves.balance[-1])} {balance}; iteration {curves.iteration[-1]}",
-            f"  U {last['U']:.2f} {_sparkline(curves.utility)}; agreement with gold {_share(curves.accuracy[-1])}; "
-            f"accepted {_share(curves.acceptance[-1])} of the last 50; T {_figure(_latest(curves.temperature))}",
-            f"  cache hits {_share(curves.hit_rate[-1])}; {_figure(curves.seconds[-1])} s a step; "
+            f"{_figure(curves.balance[-1])} {balance}; iteration {curves.iteration[-1]}",
+            f"  U {last['U']:.2f} {_sparkline(curves.utility)}; agreement with gold {_figure(curves.accuracy[-1])}; "
+            f"accepted {_figure(curves.acceptance[-1])} of the last 50; T {_figure(_latest(curves.temperature))}",
+            f"  cache hits {_figure(curves.hit_rate[-1])}; {_figure(curves.seconds[-1])} s a step; "
             f"{duration(total)} so far",
         ]
 
@@ -193,7 +193,7 @@ class Search:
         state = "finished" if self.finished else self.state()
         return (
             f"{_bar(curves.labelled[-1], size, 16)} {curves.labelled[-1]} of {size}, U {curves.utility[-1]:.1f}, "
-            f"gold {_share(curves.accuracy[-1])}, iteration {curves.iteration[-1]}, {state}"
+            f"gold {_figure(curves.accuracy[-1])}, iteration {curves.iteration[-1]}, {state}"
         )
 
 
@@ -203,7 +203,7 @@ def _names(folder: Path) -> Names:
 
 
 def _gold(folder: Path) -> list[Label]:
-    """By pool position; from the labels where there is no claims.jsonl, empty where there is neither."""
+    """Gold labels by pool position, from claims.jsonl or else labels.jsonl; empty where neither can be read."""
     names = _names(folder)
     for name in ("claims.jsonl", "labels.jsonl"):
         try:
@@ -230,10 +230,6 @@ def _sparkline(values: Sequence[float], width: int = 32) -> str:
 
 def _latest(values: Sequence[float | None]) -> float | None:
     return next((value for value in reversed(values) if value is not None), None)
-
-
-def _share(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
 
 
 def _figure(value: float | None) -> str:

@@ -1,1 +1,1 @@
-"""What runs leave: their files, read back in any state, diagnosed, compared, shown and exported. Asks no model."""
+"""Runs' files: written, read back in any state, diagnosed, compared, shown and exported. Asks no model."""

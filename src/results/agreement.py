@@ -1,4 +1,4 @@
-"""Runs side by side: which settings differ, how far labels agree, whether one is better by more than luck."""
+"""Runs compared: which settings differ, how far labels agree, whether one is better by more than chance."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Agreement:
 
 @dataclass(frozen=True, slots=True)
 class PairedTest:
-    """Two runs against gold on the claims that both labelled: who is right where only one is, and McNemar's exact p."""
+    """Two runs against gold on the claims that both labelled: how often only one is right, and McNemar's exact p."""
 
     only_first: int
     only_second: int
@@ -46,7 +46,7 @@ def labels_by_claim(run: RunRecord) -> dict[ClaimKey, LabelledClaim]:
 
 
 def agreement_of(first: RunRecord, second: RunRecord) -> Agreement:
-    """How far two runs' labels agree, gold or no gold."""
+    """How far two runs' labels agree with each other."""
     ours, theirs = labels_by_claim(first), labels_by_claim(second)
     pairs = [(ours[key].label or 0, theirs[key].label or 0) for key in ours.keys() & theirs.keys()]
     return Agreement(first.name, second.name, sum(a == b for a, b in pairs), len(pairs), cohens_kappa(pairs))
@@ -55,7 +55,7 @@ def agreement_of(first: RunRecord, second: RunRecord) -> Agreement:
 def cohens_kappa(pairs: Sequence[tuple[int, int]]) -> float | None:
     """Agreement beyond chance (Cohen 1960): 1 the same, 0 as by chance, -1 mirror images.
 
-    None where nothing was compared or both sides are constant, and chance agreement is certain.
+    None where nothing was compared, or both sides are the same constant, so that chance agreement is certain.
     """
     if not pairs:
         return None
@@ -78,7 +78,7 @@ def paired_test(first: RunRecord, second: RunRecord) -> PairedTest:
 
 
 def differing_settings(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
-    """Settings, and engine facts that decide scores, in which runs differ: name -> value a run (None: not there)."""
+    """Settings and facts about the engine that differ: name -> each run's value (None where it has none)."""
     described = [_described(run) for run in runs]
     names = dict.fromkeys(name for one in described for name in one)
     table = {name: [one.get(name) for one in described] for name in names}

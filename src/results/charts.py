@@ -1,4 +1,4 @@
-"""Charts of runs, drawn with matplotlib: what each shows, and the words that say the same."""
+"""Charts of runs, drawn with matplotlib, each with a description in words."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from src.results.run_record import RunRecord, probability
 from src.results.style import FAINT, INK, SERIES, page_svg, panel
 from src.results.text import one_line, visible
 
-MOST_POINTS: Final = 600  # a line; more cannot be told apart at this width
+MOST_POINTS: Final = 600  # of a line; more cannot be seen at this width
 BINS: Final = 10  # of the calibration plot; the histogram has twice as many
 LONGEST_LABEL: Final = 34  # characters along an axis
 STEPS: Final = (1, 2, 5, 10)  # of ticks, times a power of ten
@@ -26,7 +26,7 @@ STEPS: Final = (1, 2, 5, 10)  # of ticks, times a power of ten
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One dot of a scatter. title: what a page says when it is pointed at."""
+    """One dot of a scatter plot. title: shown by a page when the mouse is over it."""
 
     x: float
     y: float
@@ -43,7 +43,7 @@ Series = tuple[str, Sequence[int], Values]
 class Chart:
     """One figure. description: what it shows, for those who cannot see it. legend: (name, number of its colour).
 
-    titles: by gid of what is drawn, a text for each piece of it. note: what a reader of the figure needs besides.
+    titles: by gid of an artist, a text for each shape that it draws. note: a line below the figure.
     """
 
     title: str
@@ -54,7 +54,7 @@ class Chart:
     titles: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def svg(self, prefix: str) -> str:
-        """As an element of a page (see page_svg), where no other id begins with `prefix`."""
+        """As an element of a page (see page_svg) in which no other id begins with `prefix`."""
         return page_svg(self.figure, prefix, self.description, self.titles)
 
 
@@ -137,10 +137,10 @@ def scatter(
 
 
 def calibration_chart(run: RunRecord) -> Chart | None:
-    """How often claims that were given a probability of True are True by gold; None without gold labels, and of more
-    than two labels.
+    """The share of claims that are True by gold, by their predicted probability of True; None without gold labels, and
+    for more than two labels.
 
-    Final log-odds against what they are compared with (the pool's mean where calibrated); zero-shot ones as they are.
+    Final log-odds are taken less the run's offset, zero-shot log-odds as they are.
     """
     known = [claim for claim in run.claims if claim.gold is not None]
     final = [(probability(c.odds - run.shift), bool(c.gold)) for c in known if c.odds is not None]
@@ -172,7 +172,7 @@ def calibration_chart(run: RunRecord) -> Chart | None:
 
 
 def calibration_error(pairs: Sequence[tuple[float, bool]]) -> float:
-    """Expected calibration error over BINS bins of equal width: mean distance of share and probability, by claims."""
+    """Expected calibration error over BINS bins of equal width: |share - mean probability|, weighted by claims."""
     error = 0.0
     for found in _binned(pairs):
         share = sum(gold for _, gold in found) / len(found)
@@ -182,9 +182,9 @@ def calibration_error(pairs: Sequence[tuple[float, bool]]) -> float:
 
 
 def margin_chart(run: RunRecord) -> Chart | None:
-    """How log-odds are spread, by gold label where that is known, else by the label that was given.
+    """A histogram of log-odds, by gold label where any is known, else by the label that was given.
 
-    None of more than two labels.
+    None for more than two labels.
     """
     claims = [claim for claim in run.claims if claim.odds is not None]
     if not claims or run.num_labels > 2:
@@ -223,7 +223,7 @@ def margin_chart(run: RunRecord) -> Chart | None:
 def contrast_chart(run: RunRecord) -> Chart | None:
     """Zero-shot against final log-odds, claim by claim, by the label given.
 
-    None where zero-shot was not recorded, and of more than two labels.
+    None where zero-shot was not recorded, and for more than two labels.
     """
     claims = [c for c in run.claims if c.odds is not None and c.zero_shot_odds is not None and c.label is not None]
     if not claims or run.num_labels > 2:
@@ -255,8 +255,8 @@ def _panel(x_label: str, y_label: str) -> tuple[Figure, Axes]:
 
 
 def _set_y_limits(axes: Axes, low: float, high: float, *, lifted: bool) -> None:
-    """From low to high, with room for the line's width. A flat line stands in the middle, or on its floor (lifted)."""
-    if high - low <= 1e-9 * max(1.0, abs(low), abs(high)):  # ticks could not be told apart
+    """From low to high, with room for the line's width. A flat line is in the middle, or at the bottom (lifted)."""
+    if high - low <= 1e-9 * max(1.0, abs(low), abs(high)):  # ticks would have the same numbers
         room = max(1.0, abs(high) * 1e-3)
         low, high = low - (0 if lifted else room), high + room
     room = 0.02 * (high - low)

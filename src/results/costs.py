@@ -12,9 +12,9 @@ from src.results.run_record import RunRecord
 class Usage:
     """A run's consumption; None where the engine did not say.
 
-    prompt_tokens: sent, cached ones included. output_tokens: one a prompt that reached the engine. seconds: of the
-    search, as it was measured; of several parts together more than the clock showed, since they overlap.
-    complete: False where the run was resumed, or is not finished, and requests of earlier processes were not counted.
+    prompt_tokens: sent, cached ones included. output_tokens: one for each prompt that reached the engine. seconds: of
+    the search; of several parts the sum, which is more than the time that passed where they overlap. complete: False
+    where the run was resumed, or is not finished, and requests of earlier processes are not counted.
     """
 
     prompt_tokens: float
@@ -38,7 +38,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """Money for one model, as its owner wrote it down on `date`. Every unit is in the field's name."""
+    """The price of one model, as the user wrote it down on `date`. Units are in the fields' names."""
 
     currency: str
     date: date
@@ -62,7 +62,7 @@ class Charge:
 
 @dataclass(frozen=True, slots=True)
 class Bill:
-    """What a run cost in money. complete: False where requests were made that no count is left of."""
+    """What a run cost in money. complete: see Usage."""
 
     price: Price
     charges: list[Charge]
@@ -74,7 +74,7 @@ class Bill:
 
 
 def usage_of(run: RunRecord) -> Usage:
-    """By the search's count, or by the last process's where that is larger (it also asked the baselines)."""
+    """From the search's counts, or the last process's where they are larger (it also asked the baselines)."""
     cost, api = run.cost, run.model_api
     sent, api_sent = cost.get("tokens_sent", 0), api.get("prompt_tokens", 0)
     prompts = cost.get("asked", 0) - cost.get("from_cache", 0)

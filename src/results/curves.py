@@ -10,19 +10,19 @@ from typing import Any
 from src.icm.consistency import Label
 from src.results.run_record import PROPOSALS, changes_in
 
-WINDOW = 50  # iterations of a running share: short enough to show the freeze, long enough to be a share
+WINDOW = 50  # iterations of a running share: few enough to show a freeze, enough for a share
 RECENT = 10  # journal lines behind a running mean of seconds and of the cache hit rate
 
 
 @dataclass(frozen=True)
 class Curves:
-    """One value a journal line, all lists of one length; None where a line does not say.
+    """One value for each journal line, None where a line has none; all lists have the same length.
 
-    utility: U(D). accuracy: share of labels that are gold's, of those whose gold is known. temperature: of steps, in
+    utility: U(D). accuracy: share of labels that agree with gold, of those with gold. temperature: of steps, in
     units of U. acceptance: share of the last WINDOW iterations that changed a label. labelled: claims. balance: of two
-    labels the share of True, of more that of the commonest. hit_rate: share of prompt tokens found cached, and seconds:
-    a step's, both over the last RECENT lines.
-    rebuilds, mirrors: iterations at which the tree was built anew, and all labels flipped (accepted or not).
+    labels the share of True, of more that of the most frequent. hit_rate: share of prompt tokens found cached; seconds:
+    of a step; both over the last RECENT lines. rebuilds, mirrors: iterations at which the tree was rebuilt, and at
+    which flipping all labels was tried.
     """
 
     iteration: list[int] = field(default_factory=list)

@@ -1,8 +1,7 @@
-"""What went wrong in a search, and what the literature says to do about it. Pure functions of finished or running runs.
+"""Checks of a search for the known failures of ICM. Pure functions of finished or running runs.
 
-Each check looks for one failure that ICM is known to have and says how it was measured. A verdict is "problem" where
-the labels should not be used as they are, "watch" where they deserve a look, "unknown" where the run does not hold
-what the check needs.
+A verdict is "problem" where the labels should not be used as they are, "watch" where they deserve a look, "unknown"
+where the run lacks what the check needs.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def diagnose(run: RunRecord) -> list[Finding]:
 
 
 def collapse(run: RunRecord) -> Finding:
-    """Nearly all labels the same: the most predictable labeling of all for a model that leans to one answer."""
+    """Whether nearly all labels are the same: for a model that leans to one answer the most predictable labeling."""
     title = "Collapse to one label"
     labels = [claim.label for claim in run.pool if claim.searched and claim.label is not None]
     if len(labels) < COLLAPSE_MIN_LABELS:
@@ -76,7 +75,7 @@ def collapse(run: RunRecord) -> Finding:
 
 
 def frozen(run: RunRecord) -> Finding:
-    """The search stopped taking in claims early: its random seeds were too good for U to leave them."""
+    """Whether the search stopped taking in claims early, because U of its random seeds was already high."""
     title = "A start that froze the search"
     if run.search != "annealing":
         text = f"{run.search.capitalize()} labels all claims at once: there is no start that could."
@@ -115,7 +114,7 @@ def frozen(run: RunRecord) -> Finding:
 
 
 def inconsistency(run: RunRecord) -> Finding:
-    """Constraints that the labels still break, and since when."""
+    """Constraints that the labels break at the end, and since which iteration."""
     title = "Groups that stay inconsistent"
     if run.constraints is None:
         count = (run.result or {}).get("inconsistent")
@@ -154,9 +153,9 @@ def inconsistency(run: RunRecord) -> Finding:
 
 
 def salience(run: RunRecord) -> Finding:
-    """Whether the labels follow something that the model holds without demonstrations, and are predictable with them.
+    """Whether the labels follow what the model answers without demonstrations, and are predictable with them.
 
-    Rank statistic: AUC of the zero-shot log-odds against the final labels. It ignores the model's lean to one answer.
+    Measured by the AUC of the zero-shot log-odds against the final labels, which ignores a lean to one answer.
     """
     title = "Is the concept salient to this model?"
     labelled = [c for c in run.pool if c.searched and c.log_odds is not None]
@@ -190,7 +189,7 @@ def salience(run: RunRecord) -> Finding:
 
 
 def inversion(run: RunRecord) -> Finding:
-    """Signs that every label means its opposite, or that two of several stand for each other: other optima of U."""
+    """Whether all labels may be inverted, or two of several swapped: such labelings are other optima of U."""
     title = "Inverted labels" if run.num_labels == 2 else "Swapped labels"
     labelled = [c for c in run.pool if c.searched]
     if len(labelled) < COLLAPSE_MIN_LABELS:
@@ -236,7 +235,7 @@ def _best_swap(run: RunRecord, labelled: Sequence[LabelledClaim]) -> tuple[str, 
 
 
 def _mirror_ratio(run: RunRecord) -> float | None:
-    """U of the side that lost the last mirror over U of the one that won; None where it was not tried."""
+    """The lower U of the last mirror over the higher one; None where it was not tried."""
     before = 0.0
     found = None
     for record in run.journal:
@@ -262,9 +261,9 @@ def _mirror_in_words(run: RunRecord) -> str:
 
 
 def _rank(labelled: Sequence[LabelledClaim]) -> tuple[float, float] | None:
-    """(AUC of zero-shot log-odds against the labels, its standard error under chance), None where there is no contrast.
+    """(AUC of zero-shot log-odds against the labels, its standard error under chance); None where it is not defined.
 
-    The error is that of the Mann-Whitney statistic where neither side ranks higher.
+    The error is that of the Mann-Whitney statistic if neither side ranks higher.
     """
     known = [claim for claim in labelled if claim.zero_shot_odds is not None]
     trues = sum(bool(claim.label) for claim in known)
@@ -276,7 +275,7 @@ def _rank(labelled: Sequence[LabelledClaim]) -> tuple[float, float] | None:
 
 
 def _contrast(run: RunRecord, labelled: Sequence[LabelledClaim]) -> tuple[str, ...]:
-    """How much the context adds to what the model says zero-shot."""
+    """How much further demonstrations move the log-odds, in one sentence."""
     odds = [claim.zero_shot_odds for claim in labelled if claim.zero_shot_odds is not None]
     if not odds:
         return ()
@@ -290,7 +289,7 @@ def _contrast(run: RunRecord, labelled: Sequence[LabelledClaim]) -> tuple[str, .
 
 
 def _broken_since(run: RunRecord) -> dict[Constraint, int]:
-    """Constraints broken at the end, and the iteration since which they always were."""
+    """Constraints broken at the end, and the iteration since which they are broken without a break."""
     constraints = run.constraints or ()
     since: dict[Constraint, int] = {}
     for record, labels in zip(run.journal, labels_over_time(run.journal), strict=True):

@@ -1,4 +1,4 @@
-"""A run's labels as rows that other tools take: plain, for spreadsheets, as preference pairs, and for fine-tuning."""
+"""A run's labels as rows for other tools: plain, for spreadsheets, as preference pairs, and for fine-tuning."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from src.results.run_record import LabelledClaim, RunRecord, probability
 Only = Literal["all", "search"]
 Pairs = Literal["best", "all"]
 
-# What makes a spreadsheet read a cell as a formula (OWASP, CSV injection), full-width forms included.
+# Beginnings that make a spreadsheet read a cell as a formula (OWASP, CSV injection), full-width forms included.
 FORMULA = re.compile(r"\s*[=+\-@\t\r\n＝＋－＠'|%]")
 SPLIT_FORMULA = re.compile(r"([;\t]\s*)(?=[=+\-@＝＋－＠])")
-CELL_LIMIT = 32_767  # characters; what Excel keeps of a cell
+CELL_LIMIT = 32_767  # characters that Excel keeps of a cell
 HALF_CHARACTER = re.compile(r"[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
 class PairCount:
-    """Preference pairs, and how many claims without a partner and pairs labelled both ways round are left out."""
+    """Preference pairs, and how many claims without a partner and contradictory pairs are left out."""
 
     pairs: list[dict[str, Any]]
     unpaired: int
@@ -33,7 +33,7 @@ class PairCount:
 
 
 def chosen_claims(run: RunRecord, only: Only = "all", least: float = 0.0) -> list[LabelledClaim]:
-    """The labelled claims to hand over. least: nats that a log-odds must lie from what decides it."""
+    """The labelled claims to export. least: the smallest margin of a label, nats."""
     return [
         claim
         for claim in run.claims
@@ -44,12 +44,11 @@ def chosen_claims(run: RunRecord, only: Only = "all", least: float = 0.0) -> lis
 
 
 def plain_rows(run: RunRecord, claims: Iterable[LabelledClaim]) -> Iterator[dict[str, Any]]:
-    """One row a claim, its columns those that `--data` reads; `probability` is P(True) against the pool's offset.
+    """One row a claim, with the columns that `--data` reads; `probability` is P(True) against the pool's offset.
 
-    What else a testbed file's template shows has columns called as it is there. Labels that are not True and False
-    stand there by name; `probability` is then that of the label, and every label has a column of its log-probability
-    in place of log_odds, and one without demonstrations in place of zero_shot. Every row has the same columns: readers
-    that infer a table's types from its first rows need that.
+    Other placeholders of a testbed file's template are columns of the same names. Labels other than True and False are
+    given by name; `probability` is then that of the label, and log_odds and zero_shot are replaced by one column of
+    log-probabilities for each label. Every row has the same columns, for readers that infer types from the first rows.
     """
     compared = any(claim.choice_2 is not None for claim in run.claims)
     for claim in claims:
@@ -84,8 +83,8 @@ def _probability(run: RunRecord, claim: LabelledClaim) -> float | None:
 def preference_pairs(run: RunRecord, claims: Sequence[LabelledClaim], pairs: Pairs = "best") -> PairCount:
     """prompt, chosen, rejected, and the margin in nats between the two.
 
-    Of comparisons, the better answer is chosen; both orders of one pair make one row, and none where they contradict
-    each other. Of single claims, a True one is chosen over a False one of the same question: the pair with the largest
+    For comparisons the better answer is chosen; both orders of a pair make one row, or none if they contradict each
+    other. For single claims a True one is chosen over a False one of the same question: the pair with the largest
     margin, or every pair. Raises BadInput where the labels are not True and False.
     """
     if not run.says_true:
@@ -103,10 +102,10 @@ def training_rows(run: RunRecord, claims: Iterable[LabelledClaim]) -> Iterator[d
 
 
 def spreadsheet_cell(text: str) -> str:
-    """`text` so that no spreadsheet takes it for a formula: a ' before it where it could be one.
+    """`text` with a ' before it where a spreadsheet could take it for a formula.
 
-    Also after a semicolon or tab inside, which divides cells where a spreadsheet's locale says so. A ' that was there
-    already gets another one, so removing one gives the text back.
+    Also after a semicolon or tab inside, which divides cells in some locales. A ' that was there already gets another
+    one, so removing one restores the text.
     """
     safe = SPLIT_FORMULA.sub(r"\1'", text)
     if FORMULA.match(safe):

@@ -9,7 +9,7 @@ SHOWN = 5  # examples a finding lists
 
 
 class Verdict(StrEnum):
-    """How bad it is."""
+    """The outcome of a check; src/results/diagnosis.py says what each means."""
 
     OK = "ok"
     WATCH = "watch"
@@ -19,7 +19,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A paper that was looked up."""
+    """A paper."""
 
     name: str
     arxiv: str

@@ -16,7 +16,7 @@ MIRRORED_KAPPA = -0.5
 
 
 def flips(runs: Sequence[RunRecord]) -> Finding:
-    """Claims that several runs of the same data label differently."""
+    """The check for such claims, with agreement between runs (Cohen's kappa)."""
     title = "Labels that flip between runs"
     shared = votes(runs)
     if len(shared) < COLLAPSE_MIN_LABELS:

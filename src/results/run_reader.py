@@ -1,7 +1,7 @@
-"""Reading run folders that may be finished, in progress, stopped, of an older version, or partly damaged.
+"""Reading runs that may be finished, in progress, stopped, of an older version, or partly damaged.
 
-Nothing is ever written, and a run in progress is never disturbed: no lock, no truncation. What cannot be read is left
-out and counted; only a folder that holds no run at all is an error.
+Nothing is written and nothing locked, so a run in progress is never disturbed. Lines that cannot be read are left out
+and counted; only a folder without a run is an error.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class SetSummary(BaseModel):
 
 
 class BaselineRow(BaseModel):
-    """One way to label. pool: the labels it gives to the pool. test: held-out claims, with those labels shown."""
+    """One baseline. pool: its labels of the pool. test: of held-out claims, with those labels as demonstrations."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -70,7 +70,7 @@ class BaselineRow(BaseModel):
 
 
 class BaselineTable(BaseModel):
-    """baselines.json: one table of several ways to label the same pools."""
+    """baselines.json: baselines on the same pools."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -142,7 +142,7 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def read_all(folders: Sequence[Path]) -> tuple[list[BaselineTable], list[RunRecord]]:
-    """Every table and run of `folders`, in the order given; their folders distinguish runs of one name."""
+    """Every table and run of `folders`, in the order given."""
     tables, runs = [], []
     for folder in folders:
         if is_baselines(folder):
@@ -157,12 +157,12 @@ def read_all(folders: Sequence[Path]) -> tuple[list[BaselineTable], list[RunReco
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except OSError:  # no name for a file
+    except OSError:  # such as a name that is too long
         return False
 
 
 def _within(parent: str, run: RunRecord) -> RunRecord:
-    """The run under a name that says where it belongs: seed-1 is in every table."""
+    """The run, named after its parent too: every table has a seed-1."""
     return replace(run, name=f"{parent}/{run.name}")
 
 
@@ -183,7 +183,7 @@ def _run_document(folder: Path) -> RunDocument:
 
 
 def _json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The complete lines that hold objects, and how many did not. A torn last line is one still being written."""
+    """The objects of the complete lines, and how many lines hold none. A torn last line is still being written."""
     try:
         content = path.read_bytes()
     except OSError:
@@ -193,7 +193,7 @@ def _json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
         try:
             record = orjson.loads(line)
         except orjson.JSONDecodeError:
-            record = _forgiven(line)
+            record = _read_leniently(line)
         if isinstance(record, dict):
             records.append(record)
         else:
@@ -201,8 +201,8 @@ def _json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     return records, damaged
 
 
-def _forgiven(line: bytes) -> object:
-    """Lines that orjson refuses and Python reads: half characters, NaN. They are shown, never acted on."""
+def _read_leniently(line: bytes) -> object:
+    """What Python reads of a line that orjson refuses (half characters, NaN); None where it cannot either."""
     try:
         return json.loads(line.decode("utf-8", "replace"))
     except (ValueError, RecursionError):
@@ -253,7 +253,7 @@ def _ascending(positions: Sequence[object], size: int) -> bool:
 
 
 def _summed_cost(journal: Iterable[Mapping[str, Any]], parts: Iterable[RunRecord]) -> dict[str, float]:
-    """What a run that is not finished has cost so far."""
+    """The cost so far of a run that is not finished."""
     total: dict[str, float] = {}
     keys = ("asked", "from_cache", "tokens_sent", "tokens_cached", "tokens_computed", "seconds")
     for costs in (*journal, *(part.cost for part in parts)):

@@ -1,7 +1,6 @@
-"""What a run folder holds, as plain values: the claims with their labels, the journal, settings, result and costs.
+"""A run as plain values: the claims with their labels, the journal, settings, result and costs.
 
-Read from files by `src.results.run_reader`; everything that shows finished runs (curves, diagnosis, reports,
-comparisons, exports) works on these values only.
+Read from files by `src.results.run_reader`; curves, diagnosis, reports, comparisons and exports use only these values.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ IN_POOL = (*SEARCHED, "predicted")  # `by` of a label that belongs to a claim of
 
 @dataclass(frozen=True, slots=True)
 class LabelledClaim:
-    """One claim and what the run says of it.
+    """One claim and the run's results for it.
 
-    log_odds: final leave-one-out log-odds, nats. zero_shot: log-odds without demonstrations, nats. Both None where they
-    are not known. by: "icm" for a label of the search, "vote" for the majority of several, "predicted" for a claim of
-    the pool that the search did not take in, else what gave the label. row: index in the data file. shown: what
-    else its testbed's template shows, by placeholder.
+    log_odds: final leave-one-out log-odds, nats. zero_shot: log-odds without demonstrations, nats. Both None if
+    unknown. by: "icm" for a label of the search, "vote" for the majority of several, "predicted" for a claim of the
+    pool that the search did not take in, else what gave the label. row: index in the data file. shown: what else its
+    testbed's template shows, by placeholder.
     """
 
     row: int
@@ -47,7 +46,7 @@ class LabelledClaim:
 
     @property
     def fields(self) -> dict[str, str]:
-        """What its testbed's template shows, by placeholder."""
+        """The texts that its testbed's template shows, by placeholder."""
         return {"question": self.question, "choice": self.choice, "choice_2": self.choice_2 or "", **dict(self.shown)}
 
     @property
@@ -57,7 +56,7 @@ class LabelledClaim:
 
     @property
     def zero_shot_odds(self) -> float | None:
-        """The same of zero-shot log-odds."""
+        """Zero-shot log-odds where there are two labels; None where there are more."""
         return None if isinstance(self.zero_shot, tuple) else self.zero_shot
 
     @property
@@ -77,11 +76,11 @@ class LabelledClaim:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run. Mappings are those of run.json; empty where the run has not got that far.
+    """One run. Mappings are those of run.json, empty where the run does not have them yet.
 
-    claims: the pool in its order, then claims outside it. constraints: between pool positions, None where the run was
-    made by a version that did not record them. skipped: damaged lines of its files that were left out. parts: the runs
-    of its batches, where a data set was labelled in several; the claims are then all of theirs.
+    claims: the pool in its order, then claims outside it. constraints: between pool positions; None where the run's
+    version did not record them. skipped: damaged lines of its files that were left out. parts: the runs of its batches,
+    where a data set was labelled in several; `claims` are then those of all.
     """
 
     name: str
@@ -103,7 +102,7 @@ class RunRecord:
 
     @property
     def names(self) -> Names:
-        """Of the labels, in their order."""
+        """The labels' names, in their order."""
         return names_of(self.settings)
 
     @property
@@ -117,7 +116,7 @@ class RunRecord:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """What each label is in a prompt, leading space included."""
+        """Each label's text in a prompt, leading space included."""
         return tuple(map(str, self.settings.get("label_texts") or [f" {name}" for name in self.names]))
 
     def name_of(self, label: Label) -> str:
@@ -134,14 +133,14 @@ class RunRecord:
 
     @cached_property
     def offset(self) -> LogOdds:
-        """What is subtracted from final log-odds before the likeliest label is taken, nats: 0 unless calibrated."""
+        """The offset of the final log-odds, nats: 0 unless calibrated."""
         if self.settings.get("calibrate") != "mean":
             return no_offset(self.num_labels)
         known = [claim.log_odds for claim in self.pool if claim.searched and claim.log_odds is not None]
         return calibration_offset(known, "mean", self.prior, self.num_labels)
 
     def margins(self, claim: LabelledClaim) -> tuple[float, ...] | None:
-        """Each label's margin of a claim against the offset, nats; None where its log-odds are not known."""
+        """The margin of each label of a claim, nats; None where its log-odds are not known."""
         return None if claim.log_odds is None else margins_of(claim.log_odds, self.offset)
 
     def sureness(self, claim: LabelledClaim) -> float | None:
@@ -156,13 +155,13 @@ class RunRecord:
 
     @property
     def prior(self) -> float | None:
-        """The share of True claims that the run was calibrated to; None: a half, by the mean."""
+        """The share of True claims that the run was calibrated to; None where it was calibrated to the mean, or not."""
         prior = self.settings.get("prior")
         return prior if isinstance(prior, float) and 0 < prior < 1 else None
 
     @property
     def offset_in_words(self) -> str:
-        """What `offset` is, in words."""
+        """`offset` in words."""
         return "the pool's mean" if self.prior is None else f"what {100 * self.prior:g}% of the pool's log-odds exceed"
 
     @property
@@ -183,7 +182,7 @@ class RunRecord:
 
     @property
     def asked_by(self) -> Testbed:
-        """The testbed that its claims were asked by. Raises BadInput where what it keeps of a file is damaged."""
+        """The testbed that its claims were asked by. Raises BadInput where the recorded testbed file is damaged."""
         return recorded_testbed(self.testbed, self.testbed_file, self._any_choice_2)
 
     @property
@@ -192,7 +191,7 @@ class RunRecord:
 
     @property
     def search(self) -> str:
-        """What searched for the labels (src/icm/searches/)."""
+        """The name of the search (src/icm/searches/)."""
         return str(self.settings.get("search") or "annealing")
 
     @property
@@ -213,8 +212,7 @@ def labels_over_time(journal: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[i
 
 
 def changes_in(record: Mapping[str, Any]) -> Mapping[Any, Any]:
-    """The labels that a journal line gives to claims: those of a start, or of the best evaluation so far, are all
-    there are."""
+    """The labels that a journal line gives to claims; at a start, and at the best evaluation so far, these are all."""
     if record["event"] == "evaluation" and not record.get("accepted"):
         return {}
     return record.get("labels") or record.get("changes") or {}

@@ -1,4 +1,4 @@
-"""What a line of a journal and a run.json must be, to be shown: files may be old, damaged, or somebody else's."""
+"""What a journal's line and a run.json must hold to be shown: files may be old, damaged, or from elsewhere."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Number = Annotated[float, Field(gt=-1e100, lt=1e100)]  # what can be drawn: not 
 
 
 def _count_or_none(value: object) -> object:
-    """What a step cost is no reason to leave it out: a server's counters go back to 0 when it starts anew."""
+    """The count, None where it is not one: a line is kept even if a server that restarted reset its counters."""
     return value if isinstance(value, int | float) and 0 <= value < 1 << 53 else None
 
 
@@ -22,7 +22,7 @@ Cost = Annotated[int | float | None, BeforeValidator(_count_or_none)]
 
 
 class _AnyLine(TypedDict, total=False):
-    """What a line has whatever the labels are, and what it cost."""
+    """Keys of lines for any number of labels, and their costs."""
 
     event: str
     iteration: Count
@@ -47,7 +47,7 @@ class _AnyLine(TypedDict, total=False):
 
 
 class JournalLine(_AnyLine, total=False):
-    """Keys of src/icm/journal.py, of two labels. Others, of other versions, are left out."""
+    """Keys of src/icm/journal.py for two labels. Keys of other versions are left out."""
 
     labels: dict[Position, bool]
     changes: dict[Position, bool]
@@ -59,7 +59,7 @@ class JournalLine(_AnyLine, total=False):
 
 
 class LineOfMany(_AnyLine, total=False):
-    """The same of more than two labels."""
+    """The same for more than two labels."""
 
     num_labels: Count
     labels: dict[Position, Position]
@@ -83,7 +83,7 @@ _line_of_many = TypeAdapter(LineOfMany)
 
 
 def journal_line(record: object, num_labels: int = 2) -> Mapping[str, Any] | None:
-    """The line as it can be counted on, claims by number; None where it is not one, or not one of so many labels."""
+    """The validated line, with claims as numbers; None where it is not a line of a journal of so many labels."""
     line: Mapping[str, Any]
     try:
         line = _line.validate_python(record) if num_labels == 2 else _line_of_many.validate_python(record)
@@ -109,13 +109,13 @@ def _fits(line: Mapping[str, Any], num_labels: int) -> bool:
     )
 
 
-def _told(counts: object) -> object:
-    """Without what was not counted."""
+def _counted(counts: object) -> object:
+    """Only those that were counted."""
     return {name: value for name, value in counts.items() if value is not None} if isinstance(counts, dict) else counts
 
 
 def part_names(names: Sequence[object]) -> list[str]:
-    """Those that name a folder right below the run's."""
+    """Those that are names of folders directly in the run's."""
     return [
         name for name in names if isinstance(name, str) and name not in ("", ".", "..") and not set("/\0") & set(name)
     ]
@@ -126,12 +126,12 @@ def _empty_if_null(value: object) -> object:
 
 
 Mapped = Annotated[dict[str, Any], BeforeValidator(_empty_if_null)]
-Counts = Annotated[dict[str, int | float], BeforeValidator(_told), BeforeValidator(_empty_if_null)]
+Counts = Annotated[dict[str, int | float], BeforeValidator(_counted), BeforeValidator(_empty_if_null)]
 PartNames = Annotated[list[Any], AfterValidator(part_names)]
 
 
 class RunDocument(BaseModel):
-    """run.json, as far as it is shown."""
+    """The part of run.json that is shown."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -149,6 +149,6 @@ class RunDocument(BaseModel):
 
 
 def first_complaint(error: ValidationError) -> str:
-    """Where and what, in one line."""
+    """The first error of a validation in one line: its place and its message."""
     first = error.errors()[0]
     return f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"

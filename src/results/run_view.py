@@ -1,4 +1,4 @@
-"""What a page says of one run: everything already worked out and made text."""
+"""What a page shows of one run, computed and turned into text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from src.results.run_record import PROPOSALS, LabelledClaim, RunRecord
 from src.results.tables import Confusion, ResultRow, confusion_of, results_of
 from src.results.text import duration, number, visible, whole
 
-LONG = 320  # characters of a claim shown at once; the rest unfolds
+LONG = 320  # characters of a claim that are shown; the rest unfolds
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class ClaimRow:
-    """A claim as the page shows it: everything already text."""
+    """A claim as the page shows it, as text."""
 
     row: str
     question: str
@@ -83,7 +83,7 @@ class RunView:
 
 
 def view_of(run: RunRecord, prices: PriceFile | None = None) -> RunView:
-    """Everything the page says of one run."""
+    """The page's section about one run."""
     curves = [(part.name, curves_of(part.journal, part.gold)) for part in run.searches if part.journal]
     found = [
         finding

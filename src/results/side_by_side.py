@@ -19,7 +19,7 @@ from src.results.text import duration, number, one_line, visible, whole
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """A table of text: the first cell of a row names it. caption: what a cell says."""
+    """A table of text: the first cell of a row is its name. caption: what the cells hold."""
 
     title: str
     caption: str

@@ -1,8 +1,8 @@
-"""How sure a comparison is: intervals over distinct claims, exact McNemar, a paired bootstrap over groups; and how two
-measures order the same things.
+"""Statistics of a comparison: intervals over distinct claims, exact McNemar, a paired bootstrap over groups, and rank
+correlation.
 
-A claim that is tested under several seeds is one claim, not several: intervals count distinct claims, and the
-bootstrap draws whole groups (a question with all its answers, under all seeds), because their errors go together.
+A claim that is tested under several seeds is one claim: intervals count distinct claims, and the bootstrap draws whole
+groups (a question with all its answers, under all seeds), because their errors are correlated.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Key = tuple[int, int]  # seed, claim
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """One claim's label under one seed, held against gold. group: claims of one group are resampled together."""
+    """Whether one claim's label under one seed agrees with gold. group: claims of a group are resampled together."""
 
     seed: int
     claim: int
@@ -36,10 +36,10 @@ class Judged:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """How often a row is right: mean and standard deviation (None of one seed) of the seeds' shares.
+    """How often a row is right: mean and standard deviation (None for one seed) of the seeds' shares.
 
-    interval: Wilson's 95% for the mean share, on the number of distinct `claims`. It is about the claims only: how
-    much another seed would change is `deviation`.
+    interval: Wilson's 95% for the mean share, on the number of distinct `claims`. It does not cover the choice of
+    seeds, whose effect is `deviation`.
     """
 
     by_seed: dict[int, tuple[int, int]]
@@ -51,7 +51,7 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class McNemar:
-    """Claims that only one of two rows labels rightly, and how likely so uneven a split is by chance (two-sided)."""
+    """Claims that only one of two rows labels rightly, and the two-sided p of so uneven a split."""
 
     only_first: int
     only_second: int
@@ -69,7 +69,7 @@ class Difference:
 
 
 def share_right(judged: Sequence[Judged]) -> Share | None:
-    """None where nothing was compared."""
+    """The Share of one row; None where nothing was compared."""
     if not judged:
         return None
     seeds: dict[int, list[bool]] = defaultdict(list)

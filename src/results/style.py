@@ -1,4 +1,4 @@
-"""How every chart looks: matplotlib's colours, sizes and fonts, set once; a figure as part of a page or as a PNG."""
+"""The look of all charts: colours, sizes and fonts; a figure as part of a page or as a PNG."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ INK: Final = "#1b1f24"
 FAINT: Final = "#57606a"
 RULE: Final = "#d0d7de"
 PANEL: Final = (380.0, 210.0)
-"""Points of one panel, which are the units of its SVG."""
+"""Width and height of one panel in points, the unit of its SVG."""
 
 VARIABLES: Final = {color: f"var(--s{n})" for n, color in enumerate(SERIES)} | {
     INK: "var(--ink)",
     FAINT: "var(--faint)",
     RULE: "var(--rule)",
 }
-"""Colours as templates/style.css names them: a page in the dark has others under the same names."""
+"""Names of the colours in templates/style.css: a dark page has other colours under the same names."""
 
 STYLE: Final[dict[Any, Any]] = {
     "font.size": 11.0,
@@ -68,7 +68,7 @@ ET.register_namespace("xlink", HREF[1:].split("}")[0])
 
 
 def panel() -> tuple[Figure, Axes]:
-    """A figure of one panel, with margins that hold its ticks' numbers and both labels."""
+    """A figure of one panel, with margins for the ticks' numbers and both labels."""
     width, height = PANEL
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(width / 72, height / 72))
@@ -86,7 +86,7 @@ def panels(rows: int, columns: int) -> tuple[Figure, list[Axes]]:
 
 
 def write_png(figure: Figure, path: Path, title: str = "") -> None:
-    """The figure on white, with its title above and a legend of all that has a label below. Raises OSError."""
+    """The figure on white, with the title above and a legend below. Raises OSError."""
     with mpl.rc_context(STYLE):
         if title:
             figure.suptitle(title, fontsize="large")
@@ -100,13 +100,13 @@ def write_png(figure: Figure, path: Path, title: str = "") -> None:
 def page_svg(figure: Figure, prefix: str, description: str, titles: Mapping[str, Sequence[str]]) -> str:
     """The figure as an element of a page, in the page's font and colours, light or dark.
 
-    A page's Content-Security-Policy allows no style attributes, so each becomes the attribute of its own name, and
-    nothing is clipped. prefix: of every id, unlike any other in the page. description: what a screen reader says.
-    titles: by gid of an artist, one for each thing that it draws, seen when pointing at it.
+    A page's Content-Security-Policy allows no style attributes, so each declaration becomes an attribute, and nothing
+    is clipped. prefix: of every id, unique in the page. description: for screen readers. titles: by gid of an artist,
+    one for each shape that it draws, shown when the mouse is over it.
     """
     file = io.StringIO()
     with mpl.rc_context(STYLE), warnings.catch_warnings():
-        # The reader's browser chooses the font, whatever glyphs are missing from the one that is measured here.
+        # The browser chooses the font, so glyphs that are missing from the one measured here do not matter.
         warnings.filterwarnings("ignore", r"Glyph \d+", UserWarning)
         figure.patch.set_visible(False)
         figure.savefig(file, format="svg")
@@ -131,7 +131,7 @@ def page_svg(figure: Figure, prefix: str, description: str, titles: Mapping[str,
 
 
 def _drawn(group: ET.Element) -> Iterator[ET.Element]:
-    """What a group shows: its shapes, without those that are only defined in it."""
+    """The shapes that a group shows, without those that are only defined in it."""
     for child in group:
         if child.tag in (f"{SVG}path", f"{SVG}use"):
             yield child
@@ -140,7 +140,7 @@ def _drawn(group: ET.Element) -> Iterator[ET.Element]:
 
 
 def _plain(one: ET.Element, prefix: str, used: set[str]) -> None:
-    """Attributes without style, clip paths and ids that nobody refers to; numbers to a hundredth of a point."""
+    """Turn style into attributes, drop clip paths and unused ids, and round numbers to a hundredth of a point."""
     style = one.attrib.pop("style", "")
     name = one.attrib.pop("id", None)
     one.attrib.pop("clip-path", None)
@@ -159,6 +159,6 @@ def _plain(one: ET.Element, prefix: str, used: set[str]) -> None:
 
 
 def _rounded(value: str) -> str:
-    """`value` with its decimals cut to two, on one line."""
+    """`value` with its numbers rounded to two decimals, on one line."""
     shorter = re.sub(r"-?\d+\.\d+", lambda found: f"{float(found[0]):.2f}".rstrip("0").rstrip("."), value)
     return " ".join(shorter.split())

@@ -1,4 +1,4 @@
-"""Rows of the table of results: how a labeling agrees with gold, with its interval."""
+"""The table of results: each labeling's agreement with gold, with its interval; the confusion table."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class Confusion:
 
 
 def confusion_of(run: RunRecord) -> Confusion | None:
-    """Of the claims that the search labelled; None where no gold label is known."""
+    """The confusion table of the claims that the search labelled; None where no gold label is known."""
     pairs = [(claim.label, claim.gold) for claim in run.claims if claim.searched and claim.gold is not None]
     return Confusion(run.names, confusion(pairs, run.num_labels)) if pairs else None
 
 
 def results_of(run: RunRecord) -> list[ResultRow]:
-    """What a run says of its labels and its baselines; of a run in progress, its labels so far."""
+    """One row for a run's labels and one for each of its baselines; of a run in progress only its labels so far."""
     if run.result is None:
         known = [claim.agrees for claim in run.pool if claim.agrees is not None]
         return [ResultRow("ICM", "labels so far", sum(known), len(known))]

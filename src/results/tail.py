@@ -17,8 +17,8 @@ CHUNK = 1 << 20
 class JournalTail:
     """The complete lines of a journal as they come. Survives a file that is not there yet, is replaced or cut.
 
-    A last line without an end is one still being written: it is read again when it has one. A file that another one has
-    replaced, or that has become shorter than what was read of it, is read from its start.
+    A last line without a line end is still being written, and is read later. A file that was replaced, or is now
+    shorter than what was read, is read again from its start.
     """
 
     def __init__(self, path: Path) -> None:
@@ -29,7 +29,7 @@ class JournalTail:
         self._num_labels = 2
 
     def poll(self) -> bool:
-        """Read what is new; whether anything changed."""
+        """Read what is new; returns whether anything changed."""
         try:
             with self.path.open("rb") as file:
                 status = os.fstat(file.fileno())
@@ -80,7 +80,7 @@ def searches_in(folder: Path) -> list[Path]:
 
 
 def run_document(folder: Path) -> dict[str, Any] | None:
-    """run.json, or baselines.json, as it stands; None where there is none that can be read."""
+    """run.json, or else baselines.json; None where neither can be read."""
     for name in ("run.json", "baselines.json"):
         try:
             document = orjson.loads((folder / name).read_bytes())
@@ -92,6 +92,6 @@ def run_document(folder: Path) -> dict[str, Any] | None:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether the run in `folder` has its result, or its table every seed."""
+    """Whether the run in `folder` has a result, or its table of baselines every seed."""
     document = run_document(folder) or {}
     return "result" in document or bool(document.get("complete"))

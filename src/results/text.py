@@ -1,4 +1,4 @@
-"""Claims are other people's text. Here it is made harmless to look at: in a page, and in a terminal."""
+"""Claims are other people's text: made safe to show in a page and a terminal. Numbers and durations as text."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ NOT_IN_XML = {"\ufffe", "\uffff"}
 
 
 def visible(text: str) -> str:
-    """`text` with every character that would act instead of showing replaced by its name, as <U+202E>.
+    """`text` with every character that would act rather than show replaced by its code, as <U+202E>.
 
-    Control characters (escape sequences among them), half characters, what XML cannot hold, and marks that turn the
-    writing direction; tabs and line ends stay.
+    These are control characters (of escape sequences, too), half characters, characters that XML cannot hold, and marks
+    that change the writing direction; tabs and line ends stay.
     """
     if text.isascii() and text.isprintable():
         return text

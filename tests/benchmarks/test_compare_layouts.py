@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.core.fake_server import FakeVLLM, encode
+from fakes.vllm_server import FakeVLLM, encode
 from tests.pipeline.test_many_labels import MOODS, Model
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from benchmarks.skew import OFFSETS, Right, mean_probability, right, shifted_mean, skewed
+from fakes.vllm_server import FakeVLLM
 from src.pipeline.datafiles import load_testbed
-from tests.core.fake_server import FakeVLLM
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
 

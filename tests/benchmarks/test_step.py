@@ -38,10 +38,10 @@ from benchmarks.step_report import (
 from benchmarks.step_table import tables
 from core.llm_api.http import transport
 from core.llm_api.tokens import CANARY_TEXT
+from fakes.vllm_server import BOS, FakeVLLM, Fault, encode
 from src.icm.planner import TokenCosts
 from tests.conftest import stand_in_platform
 from tests.core.engines.test_direct import FakeLLM
-from tests.core.fake_server import BOS, FakeVLLM, Fault, encode
 
 
 def repetition(seconds: float = 1.0, computed: int | None = 100, prompts: int = 10) -> Repetition:

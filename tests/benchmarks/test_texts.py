@@ -12,7 +12,7 @@ import pytest
 from benchmarks import cancel, streams
 from benchmarks.transformers_vs_vllm import Memory, Stopwatch, ratios, row, workload
 from core.settings import Settings
-from tests.core.fake_text import FakeTextServer, Manner
+from fakes.text_server import FakeTextServer, Manner
 
 
 def test_many_streams_are_all_as_they_were_sent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

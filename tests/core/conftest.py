@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.core.fake_server import FakeVLLM
+from fakes.vllm_server import FakeVLLM
 
 
 @pytest.fixture

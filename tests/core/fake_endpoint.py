@@ -14,7 +14,7 @@ from typing import Any
 
 from aiohttp import web
 
-from tests.core.fake_server import FakeVLLM, encode
+from fakes.vllm_server import FakeVLLM, encode
 
 
 class FakeEndpoint(FakeVLLM):

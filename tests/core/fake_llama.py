@@ -12,7 +12,7 @@ from typing import Any
 
 from aiohttp import web
 
-from tests.core.fake_server import BOS, FakeVLLM
+from fakes.vllm_server import BOS, FakeVLLM
 
 
 class FakeLlama(FakeVLLM):

@@ -26,7 +26,7 @@ from core.llm_api.types import (
     Segment,
 )
 from core.settings import Settings
-from tests.core.fake_server import FALSE, TRUE, FakeVLLM, Fault, hashed_log_odds
+from fakes.vllm_server import FALSE, TRUE, FakeVLLM, Fault, hashed_log_odds
 from tests.core.old_cache import old_cache
 from tests.core.two_labels import pair, two
 
@@ -188,7 +188,7 @@ async def test_concurrent_twins_share_one_request(engine: ScriptedEngine) -> Non
 
 async def test_a_share_asks_the_same_engine_and_counts_its_own(engine: ScriptedEngine, tmp_path: Path) -> None:
     async with ModelAPI(engine, cache=ResponseCache(tmp_path / "c.sqlite")) as api:
-        one, other = api.share(), api.share(alone=False)
+        one, other = api.share(), api.share(exclusive=False)
         await asyncio.gather(one.score(pool(1, 2), LABELS), other.score(pool(2, 3), LABELS))
         assert sorted(token for batch in engine.asked for token in batch) == [1, 2, 3]
         assert (one.stats.asked, other.stats.asked, api.stats.asked) == (2, 2, 0)

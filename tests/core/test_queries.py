@@ -22,9 +22,9 @@ from core.llm_api.llm import ModelAPI
 from core.llm_api.response_cache import ResponseCache
 from core.llm_api.tokens import Spelling
 from core.llm_api.types import NextTokens, Prompt, Query, Segment
+from fakes.vllm_server import FALSE, TRUE, FakeVLLM, encode, hashed_log_odds
 from icm_vllm.prompt_tree import PATH
 from src.icm.prompts import PromptBook
-from tests.core.fake_server import FALSE, TRUE, FakeVLLM, encode, hashed_log_odds
 from tests.core.two_labels import two
 
 OPTIONS = HttpOptions(retry=RetryPolicy(max_attempts=2, deadline=10, base=0.01, cap=0.02), read_timeout=5)

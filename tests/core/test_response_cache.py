@@ -13,13 +13,17 @@ import pytest
 
 from core.errors import ConfigurationError, StorageFailed
 from core.llm_api import response_cache
-from core.llm_api.response_cache import ResponseCache, cache_key, cache_keys, earlier_keys
+from core.llm_api.response_cache import ResponseCache, cache_keys, earlier_keys
 from core.llm_api.types import EngineIdentity, NextTokens, TokenLogprobs
 from tests.core.old_cache import checksum, old_cache
 from tests.core.two_labels import pair, two
 
 IDENTITY = EngineIdentity("vllm", "m", "/r", "rev", "1", "det", "print", 100)
 LABELS = two(1, 2).asked
+
+
+def cache_key(identity: EngineIdentity, tokens: NextTokens, digest: str) -> bytes:
+    return cache_keys(identity, tokens, [digest])[0]
 
 
 def key(i: int) -> bytes:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from core.llm_api.special_tokens import special_texts
+from fakes.vllm_server import encode
 from tests.core import real_tokenizers
-from tests.core.fake_server import encode
 from tests.core.real_tokenizers import LocalTokenizer, with_special
 
 TEXTS = [

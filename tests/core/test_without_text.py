@@ -6,7 +6,7 @@ import asyncio
 import sys
 from pathlib import Path
 
-from tests.core.fake_server import FALSE, TRUE, FakeVLLM
+from fakes.vllm_server import FALSE, TRUE, FakeVLLM
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAM = """

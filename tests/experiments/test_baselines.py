@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from fakes.vllm_server import FakeVLLM, encode, hashed_log_odds
 from src.icm.objective import wilson_interval
-from tests.core.fake_server import FakeVLLM, encode, hashed_log_odds
 
 YES = encode(" yes")[0]
 

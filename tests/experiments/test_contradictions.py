@@ -58,6 +58,11 @@ OF_ONE_SEARCH = [
     "--local_gain / --search bootstrapping",
     "--bootstrap_rounds 2 / --search annealing",
     "--bootstrap_start zero-shot / --search annealing",
+    "--ascent_starts 2 / --search annealing",
+    "--ascent_sweeps 2 / --search bootstrapping",
+    "--ascent_questions 5 / --search annealing",
+    "--ascent_error 0.1 / --search annealing",
+    "--K 5 / --search ascent",
 ]
 LIKE_DEFAULTS = [
     "--num_seed 300",
@@ -85,6 +90,7 @@ TOGETHER = [
     "--no-use_vllm --read_timeout 60",
     "--testbed truthfulQA --data_dir there",
     "--search bootstrapping --bootstrap_rounds 2 --bootstrap_start zero-shot --layout upstream --seed 3",
+    "--search ascent --ascent_starts 2 --ascent_sweeps 2 --ascent_questions 5 --ascent_error 0 --no-mirror --seed 3",
     "--check --label_rest --lookahead 4 --metrics_port 9465",
     "--is_complete --label_rest",
     "--metrics_port 9465 --num_batches 1 --passes 1",

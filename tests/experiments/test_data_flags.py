@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from fakes.vllm_server import FakeVLLM
 from src.experiments.ICM import build_parser
 from src.experiments.request import DataRequest
 from src.icm.values import BadInput
-from tests.core.fake_server import FakeVLLM
 from tests.experiments.test_baselines import Table
 from tests.experiments.test_icm_cli import Command, signed_by_words
 
@@ -194,7 +194,7 @@ async def test_flags_of_a_file_are_refused_for_a_testbed(on: Start, flags: list[
     icm.arguments[at : at + 2] = ["--testbed", "builtin"]
     code, _, err = await icm(*flags)
     assert code == 2
-    assert f"{flags[0]} say how a --data file is to be read; a testbed's files are known" in err
+    assert f"{flags[0]} say how a --data file is read; a testbed's files are known" in err
 
 
 async def test_one_claim_is_refused(on: Start, server: FakeVLLM) -> None:

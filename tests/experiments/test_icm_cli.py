@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 from aiohttp import web
 
+from fakes.vllm_server import BOS, FALSE, TRUE, FakeVLLM, Fault
 from tests.core.fake_endpoint import FakeEndpoint
-from tests.core.fake_server import BOS, FALSE, TRUE, FakeVLLM, Fault
 
 SCRIPT = Path(__file__).resolve().parents[2] / "src" / "experiments" / "ICM.py"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.core.fake_server import FakeVLLM
+from fakes.vllm_server import FakeVLLM
 from tests.experiments.test_icm_cli import Command, data, icm, server, unfinished  # noqa: F401 - fixtures
 
 BATCHES = ("--num_batches", "all", "--batch_size", "8", "--num_seed", "2")

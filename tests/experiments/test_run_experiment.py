@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from fakes.vllm_server import FakeVLLM
 from src.experiments.experiment_file import load_experiment, parser_of
 from src.experiments.run_experiment import main
 from src.icm.testbeds import BadInput
-from tests.core.fake_server import FakeVLLM
 from tests.experiments.test_icm_cli import Command, data, icm, server  # noqa: F401 - fixtures
 
 FILES = sorted((Path(__file__).resolve().parents[2] / "experiments").glob("*.yaml"))

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from fakes.vllm_server import FakeVLLM, hashed_log_odds
 from src.experiments import ICM, compare, diagnose, export, report, watch
 from src.results.curves import curves_of
 from src.results.run_reader import read_run
 from src.results.run_record import final_labels
-from tests.core.fake_server import FakeVLLM, hashed_log_odds
 
 
 @pytest.fixture

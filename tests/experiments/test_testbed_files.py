@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.core.fake_server import FakeVLLM, encode, label_distribution
+from fakes.vllm_server import FakeVLLM, encode, label_distribution
 from tests.experiments.test_icm_cli import Command, signed_by_words
 from tests.pipeline.test_many_labels import MOODS, Model
 
@@ -142,7 +142,7 @@ async def test_data_replaces_the_data_of_a_testbed_file_and_of_no_other(icm: Com
 async def test_how_a_testbed_s_data_is_read_is_said_in_its_file(icm: Command, flags: list[str]) -> None:
     code, _, err = await icm(*flags)
     assert code == 2
-    assert re.search(rf"{flags[0]} say how a --data file is to be read; .*yes-no.yaml says it here", err)
+    assert re.search(rf"{flags[0]} say how a --data file is read; here .*yes-no.yaml does", err)
 
 
 def shared(words: dict[str, list[str]]) -> Callable[[Sequence[int]], dict[int, float]]:

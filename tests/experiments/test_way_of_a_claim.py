@@ -9,7 +9,7 @@ import re
 import sys
 from pathlib import Path
 
-from tests.core.fake_server import FakeVLLM
+from fakes.vllm_server import FakeVLLM
 
 ROOT = Path(__file__).resolve().parents[2]
 SECTION = (

@@ -33,10 +33,10 @@ from matplotlib.figure import Figure
 
 from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.llm import ModelAPI
-from core.llm_api.response_cache import cache_key
+from core.llm_api.response_cache import cache_keys
 from core.llm_api.types import EngineIdentity, Prompt, Segment
+from fakes.vllm_server import FALSE, TRUE, FakeVLLM, label_distribution
 from src.experiments.ICM import main
-from tests.core.fake_server import FALSE, TRUE, FakeVLLM, label_distribution
 from tests.core.two_labels import two
 from tests.faults.proxy import FaultProxy
 
@@ -212,7 +212,7 @@ class World:
         keys = {}
         for prompt in {prompt for exchange in self.proxy.exchanges for prompt in exchange.prompts}:
             digest = hashlib.sha256(json.dumps(list(prompt), separators=(",", ":")).encode()).hexdigest()
-            keys[cache_key(identity, self.labels.asked, digest)] = prompt
+            keys[cache_keys(identity, self.labels.asked, [digest])[0]] = prompt
         return keys
 
     def stored(self, runs: Path) -> set[tuple[int, ...]]:

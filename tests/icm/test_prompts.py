@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.llm_api.engines.vllm import VLLMClient
+from fakes.vllm_server import BOS, FakeVLLM, encode
 from src.icm.prompts import PromptBook
-from tests.core.fake_server import BOS, FakeVLLM, encode
 from tests.core.two_labels import IN_TEXT, two
 
 LABELS = two(1, 2)

@@ -8,7 +8,7 @@ import re
 import sys
 from pathlib import Path
 
-from tests.core.fake_server import FakeVLLM
+from fakes.vllm_server import FakeVLLM
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

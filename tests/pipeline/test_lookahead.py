@@ -20,6 +20,7 @@ from core.llm_api.types import (
     Prompt,
     Query,
 )
+from fakes.vllm_server import FALSE, TRUE, hashed_log_odds, label_distribution
 from src.icm.annealing import SearchState, explore
 from src.icm.consistency import Consistency, Relation
 from src.icm.objective import Objective
@@ -31,7 +32,6 @@ from src.icm.speculation import Pace
 from src.pipeline.scoring import PoolScorer
 from src.pipeline.search import search
 from src.results.run_folder import RunFolder
-from tests.core.fake_server import FALSE, TRUE, hashed_log_odds, label_distribution
 from tests.core.two_labels import pair, two
 
 LABELS = two(TRUE, FALSE)

@@ -14,6 +14,7 @@ import pytest
 from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.labels import LabelSpace
 from core.llm_api.llm import ModelAPI
+from fakes.vllm_server import FakeVLLM, encode, hashed_log_odds
 from src.experiments.summary import print_summary
 from src.experiments.watch import Watch
 from src.icm import testbeds
@@ -40,7 +41,6 @@ from src.results.run_folder import RunFolder
 from src.results.run_reader import read_run
 from src.results.side_by_side import as_text, compare
 from src.results.tables import confusion_of
-from tests.core.fake_server import FakeVLLM, encode, hashed_log_odds
 
 MOODS = LabelSpace(("negative", "neutral", "positive"), (" negative", " neutral", " positive"))
 LETTERS = LabelSpace(("A", "B", "C", "D"), (" A", " B", " C", " D"))

@@ -13,12 +13,12 @@ import pytest
 from core.llm_api.engines.external import ExternalAPI
 from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.llm import ModelAPI
+from fakes.vllm_server import BOS, FALSE, TRUE, FakeVLLM, encode
 from src.experiments.ICM import build_parser
 from src.experiments.loading import pool_of, pools_of
 from src.experiments.request import RunRequest
 from src.pipeline.labelling import Labelling
 from src.pipeline.opening import example_prompt, opening, prompt_line, prompt_lines
-from tests.core.fake_server import BOS, FALSE, TRUE, FakeVLLM, encode
 
 Open = Callable[..., AbstractAsyncContextManager[Labelling]]
 

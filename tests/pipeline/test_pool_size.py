@@ -7,13 +7,13 @@ import pytest
 from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.llm import ModelAPI
 from core.llm_api.types import Prompt
+from fakes.vllm_server import FakeVLLM
 from src.experiments.ICM import build_parser
 from src.experiments.loading import pool_of
 from src.experiments.request import RunRequest
 from src.icm.problem import Candidate, Stream, generator
 from src.pipeline.labelling import Labelling
 from src.pipeline.pool_size import ASKED, COST_OF_SEARCH, Speed, choose_pool, measure, search_tokens
-from tests.core.fake_server import FakeVLLM
 
 MEAN = 33.7  # of the built-in claims, Gemma's tokens
 

@@ -10,6 +10,7 @@ import pytest
 
 from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.llm import ModelAPI
+from fakes.vllm_server import FakeVLLM, hashed_log_odds
 from src.icm import searches
 from src.icm.objective import Objective
 from src.icm.problem import SearchSettings
@@ -18,7 +19,6 @@ from src.icm.testbeds import BadInput
 from src.pipeline.datafiles import load_testbed
 from src.pipeline.labelling import Labelling, prepare_batches
 from src.results.run_folder import RunFolder
-from tests.core.fake_server import FakeVLLM, hashed_log_odds
 
 OPPOSITE = '''
 """A whole search in one file: zero-shot labels, or their opposites where those predict each other better."""

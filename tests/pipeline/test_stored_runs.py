@@ -17,6 +17,7 @@ import pytest
 
 from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.llm import ModelAPI
+from fakes.vllm_server import FakeVLLM, hashed_log_odds
 from src.icm.journal import replay
 from src.icm.objective import Objective
 from src.icm.problem import SearchSettings
@@ -25,7 +26,6 @@ from src.pipeline.datafiles import load_testbed
 from src.pipeline.labelling import Labelling, prepare_batches
 from src.results.rows import pool_rows
 from src.results.run_folder import RunFolder
-from tests.core.fake_server import FakeVLLM, hashed_log_odds
 
 STORED = Path(__file__).with_name("stored_run")
 COST = (

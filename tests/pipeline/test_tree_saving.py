@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.tokens import spell_labels
+from fakes.vllm_server import FakeVLLM
 from src.pipeline.tree_saving import CLAIMS, Saving, cold_pool, found_in_blocks, tree_saving
-from tests.core.fake_server import FakeVLLM
 
 WORDS = ["north", "river", "copper", "seven", "lamp", "window", "garden"]
 

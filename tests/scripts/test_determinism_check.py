@@ -17,10 +17,10 @@ from core.determinism.bits import Compared
 from core.determinism.matrix import Matrix, Row, Size
 from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.http.transport import HttpOptions, HttpTransport
+from fakes.vllm_server import FakeVLLM, hashed_log_odds
 from scripts.test_determinism import LESS, QUICK, Report, build_parser, fitting, run
 from src.pipeline.determinism_material import Amount, material_for
 from tests.conftest import RunningServer
-from tests.core.fake_server import FakeVLLM, hashed_log_odds
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "test_determinism.py"
 
@@ -77,7 +77,7 @@ async def test_a_check_ends_in_time_and_names_what_it_did_not_reach(
         assert record.not_reached[0] == "alone, again"
         assert record.not_reached[-1] == "as a search asks"
         lines = capsys.readouterr().out.splitlines()
-        assert lines[0].startswith("Determinism check: the same prompts are asked alone and in every kind of company")
+        assert lines[0].startswith("Determinism check: each row asks the same prompts in another way")
         assert f"not reached in the time given: {', '.join(record.not_reached)}" in lines
         args.seconds = None  # without a limit everything is asked again
         record = await run(args, Report(quiet=True))
@@ -157,7 +157,7 @@ def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["--block_size", "32"], "--block_size is for --direct"),
         (["--start", "local", "--max_model_len", "512"], "--max_model_len is for --direct"),
         (["--start", "local", "--no-deterministic"], "for --start give --option=--no-deterministic"),
-        (["--direct", "here", "--model", "m"], "--model names what a server serves"),
+        (["--direct", "here", "--model", "m"], "--model is for a server"),
     ],
 )
 def test_what_cannot_be_checked_is_an_error_in_one_line(arguments: list[str], told: str) -> None:

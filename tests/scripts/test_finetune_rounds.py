@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from fakes.vllm_server import FakeVLLM
 from scripts.finetune_rounds import Rounds, build_parser, main
 from src.pipeline.datafiles import load_data_file
-from tests.core.fake_server import FakeVLLM
 from tests.pipeline.test_many_labels import MOODS, Model
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -20,6 +20,7 @@ import pytest
 
 from core.errors import ServerUnreachable
 from core.vllm_server import ServerFailed
+from fakes.vllm_server import FakeVLLM
 from scripts import run_local
 from scripts.run_local import DEFAULTS, begun_size, icm_command, main, run_icm
 from src.experiments.ICM import build_parser
@@ -27,7 +28,6 @@ from src.experiments.loading import pool_of
 from src.experiments.request import RunRequest
 from src.experiments.run_settings import run_name, settings_of
 from src.results.run_folder import RunFolder
-from tests.core.fake_server import FakeVLLM
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
 

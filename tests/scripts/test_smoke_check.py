@@ -17,10 +17,10 @@ import pytest
 from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.types import Prompt, Segment
 from core.settings import Settings
+from fakes.vllm_server import FakeVLLM, Fault
 from scripts.test_vllm_server import START, Check, examine, tree_saves
 from src.pipeline.tree_saving import Saving
 from tests.conftest import RunningServer
-from tests.core.fake_server import FakeVLLM, Fault
 from tests.core.two_labels import two
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "test_vllm_server.py"
@@ -59,7 +59,7 @@ async def test_a_good_server_passes_every_check(checks_of: Examination) -> None:
     ("server", "found"),
     [
         (FakeVLLM(), "whole prompts"),
-        (FakeVLLM(trees=True), "trees of segments; shared prefixes are worked on again"),
+        (FakeVLLM(trees=True), "trees of segments; work on shared prefixes is repeated"),
         (FakeVLLM(trees=True, fast_prefixes=True), "trees of segments"),
     ],
 )

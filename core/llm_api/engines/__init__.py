@@ -1,7 +1,7 @@
 """Engines, one file each, imported when the engine is asked for by its name.
 
-Such a file has `open_engine(settings, model, options)`, which gives an Engine that is not started yet; `options` is
-what only this engine understands, None for its defaults. To add one: a file like that, and a line here.
+Such a file has `open_engine(settings, model, options)`, which returns an Engine that is not started yet; `options` are
+those that only this engine understands, None for its defaults. To add one: a file like that, and a line here.
 """
 
 from __future__ import annotations

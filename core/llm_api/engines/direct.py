@@ -55,7 +55,7 @@ T = TypeVar("T")
 
 __all__ = ["DirectEngine", "DirectOptions", "open_engine"]
 
-# Below vLLM's logger, which shows such lines among its own.
+# A child of vLLM's logger, which shows these lines among its own.
 log = logging.getLogger(f"vllm.{__name__}")
 
 _EXACT_ATTENTION: Final = {"backend": "FLASH_ATTN"}
@@ -185,7 +185,7 @@ class DirectEngine:
 
     @property
     def _text(self) -> DirectText:
-        from core.llm_api.text.direct_text import DirectText  # only those who write texts need that folder
+        from core.llm_api.text.direct_text import DirectText  # not imported where nobody asks for texts
 
         return DirectText(self._model, self._loaded, self._template, self._explained)
 
@@ -211,12 +211,12 @@ class DirectEngine:
             self._shared = await asyncio.to_thread(PROCESS.take, self._arguments())
         try:
             return await self._in_thread(begin)
-        except BaseException:  # also a cancelled start: nobody else may have to wait for this vLLM
+        except BaseException:  # also a cancelled start: others must not wait for this vLLM
             await self.aclose()
             raise
 
     async def _in_thread(self, call: Callable[[], T], *, exclusive: bool = True) -> T:
-        """exclusive: not while texts are being written; whatever has vLLM generate must be."""
+        """exclusive: not while texts are being written; needed by every call that makes vLLM generate."""
         return await asyncio.wrap_future(self._loaded.thread.call(call, exclusive=exclusive))
 
     @property
@@ -259,7 +259,7 @@ class DirectEngine:
                     f"vLLM did not start with {self._model!r}: {self._short(error)}.", hint="vLLM's own log says more."
                 ) from None
             engine = loaded.thread.engine = loaded.llm.llm_engine
-            # Without a process of its own an engine has no such calls.
+            # An engine that runs in this very process has no such calls.
             loaded.takes_pools = hasattr(engine.engine_core, "call_utility") and pool_calls.usable(engine.vllm_config)
         config = loaded.llm.llm_engine.model_config
         return EngineIdentity(
@@ -333,7 +333,7 @@ class DirectEngine:
     def _score(
         self, queries: Sequence[Query], token_ids: tuple[int, ...]
     ) -> tuple[list[TokenLogprobs | MissingLabel], int | None]:
-        """What every query's answer is, and how many of their tokens were cached, where that is known."""
+        """The answer to every query, and how many of their tokens were cached, None if unknown."""
         prompts = [query.prompt for query in queries]
         cached: int | None = None
         tops: Sequence[Mapping[int, float]]
@@ -344,7 +344,7 @@ class DirectEngine:
         return found_or_missing(tops, queries, lambda tokens: tokens.ids, missing=self._missing), cached
 
     def _pool(self, prompts: Sequence[Prompt], token_ids: tuple[int, ...]) -> tuple[list[dict[int, float]], int]:
-        """As _ask, the pool in one piece (icm_vllm/pools.py), and how many of its tokens were cached."""
+        """As _ask, but the pool as one tree (icm_vllm/pools.py), and how many of its tokens were cached."""
         engine, name = self._llm.llm_engine, f"pool-{uuid.uuid4().hex}"
         try:
             tree = tree_of(prompts)
@@ -462,7 +462,7 @@ def _salted(prompts: Sequence[tuple[Sequence[int], str]]) -> list[dict[str, obje
 
 
 def _template(given: str | None) -> str | None:
-    """A Jinja template as it stands, or out of the file that it names. Raises ConfigurationError for a missing one."""
+    """A Jinja template as given, or read from the file that it names. Raises ConfigurationError for a missing file."""
     if given is None or "{" in given:
         return given
     try:

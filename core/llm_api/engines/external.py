@@ -1,9 +1,8 @@
 """Any OpenAI-compatible /v1/completions, asked in text, one prompt a request, under the endpoint's rate limits.
 
-Tokens are matched by the exact text of those that are listed, space included. Leaving the space out as a second choice
-would be unsafe: where the list holds `True` but not ` True`, it holds another token, whose probability says little of
-the one that the demonstrations use. Only spellings of the same token are brought together: SentencePiece's and
-byte-level BPE's marks for a leading space.
+Listed tokens are matched by their exact text, space included. Accepting `True` where ` True` is not listed would be
+wrong: it is another token, whose probability says little about the one that the demonstrations use. Only the marks
+that SentencePiece and byte-level BPE write for a leading space are read as that space.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
@@ -24,12 +23,12 @@ from core.errors import (
     MissingLabel,
     RequestRejected,
 )
+from core.llm_api.engines.http_texts import HttpTexts
 from core.llm_api.http.completions import PROMPT_END, Answers, read_answers, text_body, token_logprobs
 from core.llm_api.http.llama_card import digest_of_file, llama_card
 from core.llm_api.http.one_by_one import score_each
 from core.llm_api.http.rate_limit import RateLimiter, Turns
 from core.llm_api.http.transport import HttpOptions, HttpTransport
-from core.llm_api.telemetry import RequestTelemetry
 from core.llm_api.tokens import CANARY_TEXT
 from core.llm_api.types import (
     Capabilities,
@@ -45,7 +44,6 @@ from core.llm_api.types import (
 from core.settings import MissingLabelPolicy, Settings
 
 if TYPE_CHECKING:
-    from core.llm_api.text.generation import Embeddings, Generation, Piece, TextRequest
     from core.llm_api.text.http_text import HttpText
 
 log = logging.getLogger(__name__)
@@ -53,20 +51,20 @@ log = logging.getLogger(__name__)
 _SPACE_MARKS: Final = ("\u2581", "\u0120")  # SentencePiece's and byte-level BPE's leading space
 _TOP_CHOICES: Final = (20, 5)
 _LEAST: Final = 2
-"""Alternatives without which no prompt could ever be scored: there are two labels at least."""
+"""Fewer listed tokens could never score a prompt: there are at least two labels."""
 _LLAMA_TOPS: Final = (200, 2**20)
-"""Of llama-server: enough for nearly every prompt, and more than any vocabulary has, for where a label is not in it."""
+"""For a llama-server: enough for nearly every prompt, then more than any vocabulary, where a label was not listed."""
 _LLAMA_FIELDS: Final = {"post_sampling_probs": False, "n_cache_reuse": 0}
-"""Whatever the server was started with: the model's own probabilities, with no cached keys moved to other positions."""
-_MODELS_PATIENCE: Final = 10.0
-"""Seconds that GET /models may take."""
+"""Whatever the server's options: the model's own probabilities, with no cached keys moved to other positions."""
+_MODELS_TIMEOUT: Final = 10.0
+"""Seconds."""
 _ONE_TOKEN: Final = f"{PROMPT_END} Where a model is asked in text, each label must be one of its tokens."
 _FIT_HINT: Final = (
     "Use a base model behind /v1/completions with logprobs, such as vLLM or llama-server (docs/servers.md)."
 )
 
 
-class ExternalAPI:
+class ExternalAPI(HttpTexts):
     """An Engine over a hosted API. `api_base` is what /completions is appended to, usually ending in /v1.
 
     check_continuation: refuse an endpoint that does not go on with the text that it is sent (continuation.py).
@@ -95,7 +93,7 @@ class ExternalAPI:
         self._tops: tuple[int, ...] = (_TOP_CHOICES[0],)  # alternatives to ask for, the next where a label is missing
         self._fingerprint = ""
         self._more_fields: Mapping[str, object] = {}
-        # Tokens and characters of what was answered so far; the start is a usual ratio for English text.
+        # Tokens and characters of the prompts answered so far, starting from a usual ratio for English text.
         self._tokens, self._characters = 1, 4
 
     async def connect(self) -> EngineIdentity:
@@ -105,7 +103,7 @@ class ExternalAPI:
         )
 
     async def start(self) -> EngineIdentity:
-        """Ask the canary, with as many logprobs as the endpoint allows, and whether it goes on with a text.
+        """Ask the canary, with as many logprobs as the endpoint allows, and check that the endpoint continues texts.
 
         The identity of a hosted model carries no fingerprint: its numbers change from call to call, and a cache keyed
         by them would never hit. Raises ConfigurationError, saying what was seen, where the endpoint gives no logprobs
@@ -157,30 +155,9 @@ class ExternalAPI:
         """See Engine.score and score_each."""
         return await score_each(queries, self._score_one, on_answer)
 
-    async def generate(self, request: TextRequest) -> Generation:
-        """See TextEngine.generate."""
-        return await self._text.generate(request)
-
-    def stream(self, request: TextRequest) -> AsyncGenerator[Piece, None]:
-        """See TextEngine.stream."""
-        return self._text.stream(request)
-
-    async def embed(self, texts: Sequence[str]) -> Embeddings:
-        """See TextEngine.embed."""
-        return await self._text.embed(texts)
-
-    async def models(self) -> list[str]:
-        """See TextEngine.models."""
-        return await self._text.models()
-
-    @property
-    def telemetry(self) -> list[RequestTelemetry]:
-        """What was counted about the requests to the server."""
-        return [self._http.telemetry]
-
     @cached_property
     def _text(self) -> HttpText:
-        from core.llm_api.text.http_text import HttpText  # only those who write texts need that folder
+        from core.llm_api.text.http_text import HttpText  # not imported where nobody asks for texts
 
         return HttpText(self._http, self._model, prefix="", limiter=self._limiter)
 
@@ -191,10 +168,6 @@ class ExternalAPI:
     async def kv_cache_tokens(self) -> int | None:
         """None: hosted APIs do not show it."""
         return None
-
-    async def aclose(self) -> None:
-        """Close the connections; idempotent."""
-        await self._http.aclose()
 
     async def _score_one(self, query: Query, failed: Sequence[APIError]) -> EngineAnswer:
         asked: list[tuple[Answers, int]] = []
@@ -216,7 +189,7 @@ class ExternalAPI:
         return await among(self._tops[-1], self._missing)
 
     async def _ask(self, prompt: Prompt, top: int, failed: Sequence[APIError] = ()) -> tuple[Answers, int]:
-        """The answer to one prompt, and retries. Ends as cancelled, sending nothing, once another one has `failed`."""
+        """The answer to one prompt, and retries. Once another has `failed`, sends nothing and ends as cancelled."""
         fields = {"model": self._model, "max_tokens": 1, "temperature": 0, "logprobs": top, **self._more_fields}
         characters = sum(len(segment.text) for segment in prompt.segments)
         turns = Turns(self._limiter, lambda: math.ceil(characters * self._tokens / self._characters) + 1)
@@ -230,7 +203,7 @@ class ExternalAPI:
                 yield
 
         async def attempt() -> Answers:
-            # The body is made in the slot: thousands of prompts may wait for a minute's tokens.
+            # The body is made only now: thousands of prompts may be waiting for the rate limit.
             answers = read_answers(await self._http.send("POST", "/completions", text_body(fields, prompt)), [prompt])
             if answers.prompt_tokens:
                 turns.settle(answers.prompt_tokens + 1)
@@ -241,7 +214,7 @@ class ExternalAPI:
         return await self._http.call(attempt, admitted=admitted)
 
     async def _find_top(self) -> int:
-        """Ask the canary for ever fewer alternatives until it is answered: how many the answer lists."""
+        """Ask the canary for fewer and fewer alternatives until it is answered: how many the answer lists."""
         canary = Prompt((Segment(CANARY_TEXT),), name="canary")
         refused = ""
         for top in _TOP_CHOICES:
@@ -267,7 +240,7 @@ class ExternalAPI:
     async def _llama_card(self) -> dict[str, Any] | None:
         """See llama_card; None also where the endpoint does not list its models."""
         try:
-            async with asyncio.timeout(_MODELS_PATIENCE):
+            async with asyncio.timeout(_MODELS_TIMEOUT):
                 return await llama_card(self._http, "/models", self._model)
         except ConfigurationError:
             raise

@@ -2,9 +2,9 @@
 
     LLAMA_SERVER_URL=http://localhost:8080 python src/experiments/ICM.py --model my-model --testbed builtin
 
-A slot holds the keys and values of the last prompt that it answered, and of the next prompt only what comes after their
-common beginning is computed. So a slot is sent its prompts one after the other, in the tree's order, and always those
-of the same part of [0, 1) (Prompt.place).
+A slot holds the keys and values of the last prompt that it answered, and computes of the next one only what follows
+their common beginning. So each slot gets the prompts of one part of [0, 1) (Prompt.place), always the same part, one
+after the other in the tree's order.
 
 Facts about llama-server that this file relies on, checked with xllamacpp 2026.10: /completion takes a prompt of token
 ids and adds none to it; with post_sampling_probs false it lists the model's own log-probabilities, over the whole
@@ -14,22 +14,22 @@ vocabulary, by token id; n_probs may be as large as the vocabulary; id_slot wait
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import orjson
 from pydantic import SecretStr
 
 from core.errors import APIError, ConfigurationError, MissingLabel, ServerChanged, TransientError
+from core.llm_api.engines.http_texts import HttpTexts
 from core.llm_api.http.completions import checked_logprob, token_logprobs
 from core.llm_api.http.gather import all_or_cancel
 from core.llm_api.http.llama_card import digest_of_file, llama_card
 from core.llm_api.http.one_by_one import score_each
+from core.llm_api.http.server_errors import malformed_is_transient
 from core.llm_api.http.transport import HttpOptions, HttpTransport
-from core.llm_api.telemetry import RequestTelemetry
 from core.llm_api.tokens import CANARY_TEXT, fingerprint
 from core.llm_api.types import (
     Capabilities,
@@ -44,13 +44,9 @@ from core.llm_api.types import (
 )
 from core.settings import MissingLabelPolicy, Settings
 
-if TYPE_CHECKING:
-    from core.llm_api.text.generation import Embeddings, Generation, Piece, TextRequest
-    from core.llm_api.text.http_text import HttpText
-
 START_HINT: Final = "Start one with: llama-server -m MODEL.gguf --alias NAME -np 1 -c 8192 -fa off"
 _LISTED: Final = (200, 2**20)
-"""Alternatives that are asked for: enough for nearly every prompt, and more than any vocabulary has."""
+"""Alternatives to ask for: enough for nearly every prompt, then more than any vocabulary has."""
 _FIELDS: Final[Mapping[str, object]] = {
     "n_predict": 1,
     "temperature": 0,
@@ -67,7 +63,7 @@ class _Listed:
     cached: int | None
 
 
-class LlamaServer:
+class LlamaServer(HttpTexts):
     """An Engine and a TextEngine over HTTP. `base_url` without /v1; `model` as the server names it."""
 
     capabilities: Final = Capabilities(checkable=False)
@@ -124,7 +120,7 @@ class LlamaServer:
         return await all_or_cancel(self._string("/detokenize", {"tokens": list(ids)}, "content") for ids in tokens)
 
     async def tokenize_chat(self, messages: Sequence[str]) -> list[list[int]]:
-        """See Engine.tokenize_chat. A model without a template of its own gets llama.cpp's (ChatML)."""
+        """See Engine.tokenize_chat. A model without a template gets llama.cpp's (ChatML)."""
 
         async def one(text: str) -> list[int]:
             turns = {"messages": [{"role": "user", "content": text}]}
@@ -137,33 +133,6 @@ class LlamaServer:
         """See Engine.score and score_each. A slot's queries wait for each other, in their order."""
         return await score_each(queries, self._score_one, on_answer)
 
-    async def generate(self, request: TextRequest) -> Generation:
-        """See TextEngine.generate."""
-        return await self._text.generate(request)
-
-    def stream(self, request: TextRequest) -> AsyncGenerator[Piece, None]:
-        """See TextEngine.stream."""
-        return self._text.stream(request)
-
-    async def embed(self, texts: Sequence[str]) -> Embeddings:
-        """See TextEngine.embed; needs a server that was started with --embeddings."""
-        return await self._text.embed(texts)
-
-    async def models(self) -> list[str]:
-        """See TextEngine.models."""
-        return await self._text.models()
-
-    @property
-    def telemetry(self) -> list[RequestTelemetry]:
-        """What was counted about the requests to the server."""
-        return [self._http.telemetry]
-
-    @cached_property
-    def _text(self) -> HttpText:
-        from core.llm_api.text.http_text import HttpText  # only those who write texts need that folder
-
-        return HttpText(self._http, self._model)
-
     async def prefix_cache(self) -> PrefixCacheCounters | None:
         """None: each answer says how many of its tokens were cached (EngineAnswer.cached_tokens)."""
         return None
@@ -171,10 +140,6 @@ class LlamaServer:
     async def kv_cache_tokens(self) -> int | None:
         """None: a slot keeps one prompt, whatever its size, and a tree needs no more."""
         return None
-
-    async def aclose(self) -> None:
-        """Close the connections, which stops what is still being computed; idempotent."""
-        await self._http.aclose()
 
     async def _score_one(self, query: Query, failed: Sequence[APIError]) -> EngineAnswer:
         slot = min(int(query.prompt.place * len(self._slots)), len(self._slots) - 1)
@@ -189,7 +154,7 @@ class LlamaServer:
     async def _labels(
         self, query: Query, slot: int, top: int, missing: MissingLabelPolicy, asked: list[tuple[_Listed, int]]
     ) -> EngineAnswer:
-        """asked: what was listed so far for this query, and retries; this asking is added."""
+        """asked: the lists so far for this query, each with its retries; this one is appended."""
         asked.append(await self._ask(query.prompt, slot, {"n_probs": top, "cache_prompt": True}))
         listed = asked[-1][0].logprobs
         return EngineAnswer(
@@ -201,7 +166,7 @@ class LlamaServer:
         )
 
     async def _ask(self, prompt: Prompt, slot: int, fields: Mapping[str, object]) -> tuple[_Listed, int]:
-        """What follows a prompt, and retries. Believed only from the server that was there at start."""
+        """What follows a prompt, and retries. The answer counts only if the server is still the one of start()."""
         head = orjson.dumps({**_FIELDS, **fields, "id_slot": slot})[:-1]
 
         async def attempt() -> tuple[_Listed, int]:
@@ -216,7 +181,7 @@ class LlamaServer:
     async def _check(self, epoch: int) -> None:
         """Return once the server was seen to be the known one in `epoch` or later. Raises ServerChanged.
 
-        Nothing is computed for it, because that would cost a slot its keys and values.
+        No prompt is asked for this check: it would overwrite the keys and values of a slot.
         """
         async with self._checking:
             if epoch > self._checked:
@@ -279,8 +244,8 @@ class LlamaServer:
 
 
 def _read(body: bytes, prompt: Prompt) -> _Listed:
-    """Raises TransientError for what is malformed, and ConfigurationError for an answer without what scores need."""
-    try:
+    """Raises TransientError for a malformed answer, and ConfigurationError for one without log-probabilities."""
+    with malformed_is_transient():
         answer = orjson.loads(body)
         counted, first = answer["tokens_evaluated"], answer.get("completion_probabilities")
         if not first or "top_logprobs" not in first[0]:
@@ -291,8 +256,6 @@ def _read(body: bytes, prompt: Prompt) -> _Listed:
             int(each["id"]): checked_logprob(each["logprob"], prompt.name, hint="") for each in first[0]["top_logprobs"]
         }
         cached = (answer.get("timings") or {}).get("cache_n")
-    except (orjson.JSONDecodeError, LookupError, TypeError, ValueError, AttributeError) as error:
-        raise TransientError(f"the answer is truncated or malformed ({type(error).__name__}).") from None
     if counted != prompt.num_tokens or answer.get("truncated"):
         raise TransientError(
             f"prompt {prompt.name!r}: the answer is to {counted} prompt tokens, and {prompt.num_tokens} were sent."

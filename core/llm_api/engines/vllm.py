@@ -9,14 +9,14 @@ our launcher also takes a pool as a tree of segments (icm_vllm), which start() f
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from pydantic import SecretStr
 
 from core.errors import APIError, RequestRejected, RetriesExhausted
+from core.llm_api.engines.http_texts import HttpTexts
 from core.llm_api.http.completions import (
     Answers,
     found_or_missing,
@@ -36,7 +36,6 @@ from core.llm_api.http.transport import HttpOptions, HttpTransport
 from core.llm_api.http.vllm_extension import VLLMExtension, tree_body
 from core.llm_api.http.vllm_metrics import kv_block_size, kv_cache_capacity, prefix_cache_counters
 from core.llm_api.http.vllm_questions import VLLMQuestions
-from core.llm_api.telemetry import RequestTelemetry
 from core.llm_api.tokens import fingerprint
 from core.llm_api.types import (
     Capabilities,
@@ -52,10 +51,6 @@ from core.llm_api.types import (
 from core.settings import MissingLabelPolicy
 from icm_vllm.prompt_tree import MAX_PROMPTS_PER_REQUEST
 
-if TYPE_CHECKING:
-    from core.llm_api.text.generation import Embeddings, Generation, Piece, TextRequest
-    from core.llm_api.text.http_text import HttpText
-
 log = logging.getLogger(__name__)
 
 START_HINT: Final = "Start one with: scripts/launch_vllm_server.sh local"
@@ -63,12 +58,12 @@ ALIVE: Final = "/health"
 EXACT_SINCE: Final = "vLLM 0.26 and newer list labels whatever their rank."
 NO_NUMBER: Final = "It came out as -inf or NaN: check the model's dtype."
 HALVES_ATTEMPTS: Final = 2
-HALVES_DEADLINE: Final = 60.0  # seconds; what was asked patiently as a whole is asked briefly in halves
+HALVES_DEADLINE: Final = 60.0  # seconds; halves of a request are retried less than the whole was
 
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """Queries of one call of `score` whose requests name the same tokens. failed: what its requests have failed with;
+    """Queries of one call of `score` that ask for the same tokens. failed: errors of the call's requests so far;
     nothing new is sent after the first."""
 
     token_ids: tuple[int, ...]
@@ -83,7 +78,7 @@ class _Batch:
         return searched and may_be_one_prompt(error) and error not in self.failed
 
 
-class VLLMClient:
+class VLLMClient(HttpTexts):
     """An Engine over HTTP. `base_url` without /v1; `model` as the server names it; `revision` as the user states it.
 
     prompts_per_request: None sends a pool as one request (or as few as vLLM's limit allows). use_extension: whether to
@@ -195,7 +190,7 @@ class VLLMClient:
         return identity
 
     async def answers(self) -> bool:
-        """Whether something answers there at all, by one attempt; start() says whether it is what we need."""
+        """Whether anything answers at the URL, by one attempt; start() checks what it is."""
         try:
             await self._http.send("GET", "/v1/models")
         except APIError:
@@ -229,8 +224,8 @@ class VLLMClient:
     ) -> EngineAnswer:
         """See Engine.score. Requests start in the queries' order: a tree's shared prefixes are computed first.
 
-        retry: how patient to be with each request, in place of the options' policy. search: look for the prompt for
-        which a request may have failed also where that may be this server's fault, and not only a bad prompt.
+        retry: in place of the options' policy. search: where a request fails, look for the prompt that it fails for,
+        even if this server may be at fault and not the prompt.
         """
         answers: dict[int, TokenLogprobs] = {}
         failed: list[APIError] = []
@@ -255,33 +250,6 @@ class VLLMClient:
         )
         return replace(whole, logprobs=[answers[position] for position in range(len(queries))])
 
-    async def generate(self, request: TextRequest, *, retry: RetryPolicy | None = None) -> Generation:
-        """See TextEngine.generate. retry: in place of the options' policy."""
-        return await self._text.generate(request, retry=retry)
-
-    def stream(self, request: TextRequest, *, retry: RetryPolicy | None = None) -> AsyncGenerator[Piece, None]:
-        """See TextEngine.stream. retry: in place of the options' policy."""
-        return self._text.stream(request, retry=retry)
-
-    async def embed(self, texts: Sequence[str]) -> Embeddings:
-        """See TextEngine.embed."""
-        return await self._text.embed(texts)
-
-    async def models(self) -> list[str]:
-        """See TextEngine.models."""
-        return await self._text.models()
-
-    @property
-    def telemetry(self) -> list[RequestTelemetry]:
-        """What was counted about the requests to the server."""
-        return [self._http.telemetry]
-
-    @cached_property
-    def _text(self) -> HttpText:
-        from core.llm_api.text.http_text import HttpText  # only those who write texts need that folder
-
-        return HttpText(self._http, self._model)
-
     async def prefix_cache(self) -> PrefixCacheCounters | None:
         """Summed over the server's engines; None where it shows no metrics."""
         text = await self._questions.metrics()
@@ -297,12 +265,8 @@ class VLLMClient:
         text = await self._questions.metrics()
         return None if text is None else kv_block_size(text)
 
-    async def aclose(self) -> None:
-        """Close the connections, which aborts what is still being computed; idempotent."""
-        await self._http.aclose()
-
     async def _score_part(self, batch: _Batch, start: int, queries: Sequence[Query]) -> EngineAnswer:
-        """As one request, or as several where a proxy before the server refuses one of that size."""
+        """Score as one request, or as several where a proxy before the server refuses one of that size."""
         if len(queries) == 1 or self._fits(batch, queries):
             try:
                 return await self._score_or_search(batch, start, queries)
@@ -326,7 +290,7 @@ class VLLMClient:
         return self._body_limit is None or self._body_size(batch, queries) <= self._body_limit
 
     def _body_size(self, batch: _Batch, queries: Sequence[Query]) -> int:
-        """Bytes; a tree's request is made for it, and dropped again."""
+        """Bytes of the request. A tree's has to be made to be measured."""
         prompts = _prompts(queries)
         if self._sends_trees(batch.token_ids):
             return len(tree_body(prompts, batch.token_ids))
@@ -336,9 +300,9 @@ class VLLMClient:
         return self.exact_labels and self._extension.takes(token_ids)
 
     def _lower_body_limit(self, refused: int) -> None:
-        """For good: what was refused once is not tried with every pool.
+        """Lower it for good, so that not every pool is refused once.
 
-        By a quarter: halves of the refused request fit with room to spare, and few further ones are refused.
+        Lowered by a quarter: halves of the refused request fit easily, and few further ones are refused.
         """
         limit = refused * 3 // 4
         if self._body_limit is None or limit < self._body_limit:
@@ -351,7 +315,7 @@ class VLLMClient:
             self._body_limit = limit
 
     async def _score_or_search(self, batch: _Batch, start: int, queries: Sequence[Query]) -> EngineAnswer:
-        """Where the request may fail because of one prompt, ask in halves, keep what is answered, and name that one."""
+        """Where one prompt may be why the request fails: ask in halves, keep what is answered, and name the prompt."""
         try:
             return await self._score_request(batch, start, queries)
         except APIError as error:
@@ -397,7 +361,7 @@ class VLLMClient:
         async def attempt() -> tuple[Answers, int]:
             if batch.failed:
                 raise batch.failed[0]
-            # The body is made in the slot, so that of many waiting requests only those in flight hold (a piece of) one.
+            # Made in the slot, so that only requests in flight hold (a piece of) a body, not all that wait.
             await self._extension.look_again()
             answers = (
                 await self._extension.ask(prompts, batch.token_ids) if self._sends_trees(batch.token_ids) else None
@@ -412,7 +376,7 @@ class VLLMClient:
         hint = NO_NUMBER
         if not self.exact_labels:
             version = self._check.known.version or "of unknown version"
-            hint = f"This server (vLLM {version}) lists its top {self.top_logprobs} alone; {EXACT_SINCE}"
+            hint = f"This server (vLLM {version}) lists only its top {self.top_logprobs}; {EXACT_SINCE}"
         answer = EngineAnswer(
             [],
             answers.prompt_tokens or sum(p.num_tokens for p in prompts),
@@ -440,7 +404,7 @@ class VLLMClient:
 
 
 def _failed(error: APIError, message: str, hint: str) -> APIError:
-    """The same in other words. Another server is asked about what may be the fault of this one (RetriesExhausted)."""
+    """`error` with another message. Unless rejected: RetriesExhausted, after which a group asks another server."""
     if isinstance(error, RequestRejected):
         return RequestRejected(message, status=error.status, hint=hint)
     return RetriesExhausted(message, hint=hint)

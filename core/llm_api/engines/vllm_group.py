@@ -1,7 +1,7 @@
 """Several vLLM servers as one engine: each holds its own part of the prefix tree in its cache.
 
-A server is asked for the prompts of one part of [0, 1) (Prompt.place), the same one every time. If it drops out, the
-others take its part over and keep their own, so that their caches stay useful; when it is back it gets its part again.
+Each server gets the prompts of one part of [0, 1) (Prompt.place), always the same part. If it drops out, the others
+take over its part and keep their own, so that their caches stay useful; when it is back it gets its part again.
 All servers must be alike: scores of different weights or kernels do not mix.
 """
 
@@ -29,7 +29,6 @@ from core.llm_api.types import (
     Query,
     TokenLogprobs,
     known_to_differ,
-    sum_known,
 )
 from core.settings import Settings
 
@@ -40,7 +39,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 LOST: Final = (ServerUnreachable, RetriesExhausted, ServerChanged)
-"""Errors that another server need not have. Whatever else a server says (a bad prompt, a missing label), all would."""
+"""Errors of one server. Any other error (a bad prompt, a missing label) would come from every server."""
 BRIEF_ATTEMPTS: Final = 3
 BRIEF_DEADLINE: Final = 60.0  # seconds; a request that timed out once is not sent there again
 PROBE_AFTER: Final = 5.0  # seconds until a server that dropped out is looked for; doubled each time
@@ -52,9 +51,10 @@ ALIKE_HINT: Final = (
 
 
 def server_for(place: float, count: int, up: Sequence[int]) -> int:
-    """Which of `count` servers is asked about a prompt at `place`, if only `up` (ascending, not empty) can be asked.
+    """Which of `count` servers is asked about a prompt at `place`; only those in `up` (ascending, not empty) can be
+    asked.
 
-    Server i has the part [i/count, (i+1)/count); the part of one that cannot be asked is divided evenly among `up`.
+    Server i has the part [i/count, (i+1)/count); the part of one that is not up is divided evenly among those that are.
     """
     home = min(int(place * count), count - 1)
     if home in up:
@@ -64,9 +64,9 @@ def server_for(place: float, count: int, up: Sequence[int]) -> int:
 
 
 def difference(identity: EngineIdentity, expected: EngineIdentity) -> str:
-    """What sets one engine apart from another, for a user; "" where nothing does.
+    """How two engines differ, for a user; "" where they do not.
 
-    A server without our extension does not state its type or configuration; the fingerprint shows them.
+    A server without our extension does not state its type or configuration; its fingerprint shows a difference.
     """
     unlike = [f.name for f in fields(EngineIdentity) if getattr(identity, f.name) != getattr(expected, f.name)]
     for name in {"dtype", "config"}.intersection(unlike):
@@ -83,7 +83,7 @@ def difference(identity: EngineIdentity, expected: EngineIdentity) -> str:
 class _Member:
     """One server. texts: how many it is writing.
 
-    counted: its prefix-cache counters since it was first read, through restarts that reset them.
+    counted: its prefix-cache counters since they were first read; a restart of the server does not reset them.
     """
 
     client: VLLMClient
@@ -104,26 +104,21 @@ class _Member:
 
 @dataclass(eq=False, slots=True)
 class _Batch:
-    """One batch on its way through the servers. Positions are those of its queries.
+    """One batch of queries; positions are positions in it.
 
-    failed: servers it does not ask again: one that dies of it and is restarted would be asked for ever.
+    failed: servers that are not asked about this batch again: one that crashes on it and is restarted would be asked
+    for ever.
     """
 
     queries: Sequence[Query]
     on_answer: OnAnswer | None
     answers: dict[int, TokenLogprobs] = field(default_factory=dict)
     failed: set[_Member] = field(default_factory=set)
-    prompt_tokens: int = 0
-    cached_tokens: int | None = 0
-    requests: int = 0
-    retries: int = 0
+    parts: list[EngineAnswer] = field(default_factory=list)
 
     def take(self, positions: list[int], answer: EngineAnswer) -> None:
         self.answers.update(zip(positions, answer.logprobs, strict=True))
-        self.prompt_tokens += answer.prompt_tokens
-        self.cached_tokens = sum_known((self.cached_tokens, answer.cached_tokens))
-        self.requests += answer.requests
-        self.retries += answer.retries
+        self.parts.append(answer)
         if self.on_answer is not None:
             self.on_answer(positions, answer)
 
@@ -131,9 +126,8 @@ class _Batch:
 class VLLMGroup:
     """An Engine over the servers of `clients`; their order decides which part of a tree each holds.
 
-    patience: how long the last server that is left is waited for; while there are others, one that fails is given up
-    sooner. One that hangs without closing its connections is given up when it gave no sign of life for the client's
-    liveness_timeout.
+    patience: how long the last remaining server is waited for; while there are others, one that fails is given up
+    sooner. One that hangs without closing its connections is given up after the client's liveness_timeout.
     probe_after: seconds until a lost server is first looked for again.
     """
 
@@ -150,14 +144,14 @@ class VLLMGroup:
             deadline=min(BRIEF_DEADLINE, self._patience.deadline),
         )
         self._probe_after = probe_after
-        self._greeting: Callable[[VLLMClient], Awaitable[EngineIdentity]] = VLLMClient.start
+        self._connecting: Callable[[VLLMClient], Awaitable[EngineIdentity]] = VLLMClient.start
         self._identity: EngineIdentity | None = None
         self._probes: set[asyncio.Task[None]] = set()
 
     async def start(self) -> EngineIdentity:
-        """Greet all servers at once. Those that do not answer are looked for in the background, if any does.
+        """Start all servers' clients at once. If any server answers, the others are looked for in the background.
 
-        The identity is that of any one server: it does not tell how many there are, so that cached scores stay valid.
+        The identity is that of one server and does not depend on how many there are, so that cached scores stay valid.
         Raises ConfigurationError where two servers differ, naming one and how.
         """
         return await self._meet(VLLMClient.start)
@@ -166,12 +160,12 @@ class VLLMGroup:
         """See TextEngine.connect; of all servers, as `start` does."""
         return await self._meet(VLLMClient.connect)
 
-    async def _meet(self, greet: Callable[[VLLMClient], Awaitable[EngineIdentity]]) -> EngineIdentity:
+    async def _meet(self, how: Callable[[VLLMClient], Awaitable[EngineIdentity]]) -> EngineIdentity:
         await self._stop_probes()
-        self._greeting = greet
-        greetings = await all_or_cancel(self._greet(member) for member in self._members)
-        found = {m: g for m, g in zip(self._members, greetings, strict=True) if isinstance(g, EngineIdentity)}
-        lost = {m: g for m, g in zip(self._members, greetings, strict=True) if isinstance(g, APIError)}
+        self._connecting = how
+        answers = await all_or_cancel(self._connect(member) for member in self._members)
+        found = {m: g for m, g in zip(self._members, answers, strict=True) if isinstance(g, EngineIdentity)}
+        lost = {m: g for m, g in zip(self._members, answers, strict=True) if isinstance(g, APIError)}
         if not found:
             urls = ", ".join(member.client.base_url for member in lost)
             reasons = " ".join(dict.fromkeys(str(error.args[0]) for error in lost.values()))
@@ -211,28 +205,25 @@ class VLLMGroup:
         """See Engine.score. Every server is asked about its own part, all at once."""
         batch = _Batch(queries, on_answer)
         await self._ask(batch, range(len(queries)))
-        return EngineAnswer(
-            [batch.answers[position] for position in range(len(queries))],
-            prompt_tokens=batch.prompt_tokens,
-            requests=batch.requests,
-            retries=batch.retries,
-            cached_tokens=batch.cached_tokens,
+        return replace(
+            EngineAnswer.joined(batch.parts), logprobs=[batch.answers[position] for position in range(len(queries))]
         )
 
     async def prefix_cache(self) -> PrefixCacheCounters | None:
-        """Summed over all servers since each was first read: neither a loss nor a restart makes it go back.
+        """Summed over all servers since each was first read; it never decreases, even where servers are lost or
+        restarted.
 
-        A server that does not answer counts with what it last said. None where no server shows metrics.
+        A server that does not answer counts with its last numbers. None where no server shows metrics.
         """
         await self._of_each(_Member.read_counters)
         read = [member.counted for member in self._members if member.last_read is not None]
         return sum(read, start=PrefixCacheCounters()) if read else None
 
     async def kv_cache_tokens(self) -> int | None:
-        """What the smallest of the servers that can be asked holds.
+        """The smallest number among the servers that can be asked.
 
-        Not what they hold together: a search plans its layouts with this number, and its labels must not depend on how
-        many servers there are, or are up.
+        Not the sum: a search plans its layouts with this number, and its labels must not depend on how many servers
+        there are.
         """
         sizes = [
             size for size in await self._of_each(lambda member: member.client.kv_cache_tokens()) if size is not None
@@ -280,7 +271,7 @@ class VLLMGroup:
         return [counted for member in self._members for counted in member.client.telemetry]
 
     async def _of_the_first(self, question: Callable[[VLLMClient], Awaitable[T]]) -> T:
-        """Asked of the first server that is up, of the next where that is lost."""
+        """Ask the first server that is up; where it is lost, the next one."""
         while True:
             member = self._up[0]
             try:
@@ -306,7 +297,7 @@ class VLLMGroup:
         return min((member for member in self._up if member not in failed), key=lambda member: member.texts)
 
     def _give_up(self, member: _Member, failed: set[_Member], error: APIError) -> None:
-        """Ask no server twice about one text, not even one that is back. Raises `error` where none is left."""
+        """Ask no server twice about one text, even if it comes back. Raises `error` where none is left."""
         failed.add(member)
         self._drop(member, error)
         if failed.issuperset(self._up):
@@ -340,25 +331,25 @@ class VLLMGroup:
             server = server_for(batch.queries[position].prompt.place, len(self._members), able)
             shares.setdefault(server, []).append(position)
         await all_or_settle(
-            self._ask_one(batch, self._members[server], share, alone=len(able) == 1) for server, share in shares.items()
+            self._ask_one(batch, self._members[server], share, last=len(able) == 1) for server, share in shares.items()
         )
 
-    async def _ask_one(self, batch: _Batch, member: _Member, share: list[int], *, alone: bool) -> None:
+    async def _ask_one(self, batch: _Batch, member: _Member, share: list[int], *, last: bool) -> None:
         def keep(positions: Sequence[int], answer: EngineAnswer) -> None:
             batch.take([share[position] for position in positions], answer)
 
         queries = [batch.queries[position] for position in share]
         try:
-            # Where others could answer, a server is soon given up; one that stands alone is waited for.
-            retry = self._patience if alone else self._brief
-            await member.client.score(queries, on_answer=keep, retry=retry, search=alone)
+            # While others could answer, a server is soon given up; the last one is waited for.
+            retry = self._patience if last else self._brief
+            await member.client.score(queries, on_answer=keep, retry=retry, search=last)
         except LOST as error:
             if any(other is not member and other not in batch.failed for other in self._up):
                 batch.failed.add(member)
                 self._drop(member, error)
-            elif alone:
+            elif last:
                 raise
-            # Else the others dropped out while it was being asked: it is asked once more, and waited for.
+            # Else the others dropped out meanwhile: this one is asked again, now as the last.
             await self._ask(batch, [position for position in share if position not in batch.answers], error)
 
     def _drop(self, member: _Member, error: APIError) -> bool:
@@ -372,21 +363,21 @@ class VLLMGroup:
             self._look_for(member, self._identity)
         return True
 
-    async def _greet(self, member: _Member) -> EngineIdentity | APIError:
+    async def _connect(self, member: _Member) -> EngineIdentity | APIError:
         member.up = False
         try:
-            identity = await self._greeting(member.client)
+            identity = await self._connecting(member.client)
             await member.read_counters()
         except LOST as error:
             return error
         return identity
 
     async def _of_each(self, question: Callable[[_Member], Coroutine[Any, Any, T]]) -> list[T]:
-        """What the servers that can be asked say, without those that then prove lost."""
+        """The answers of the servers that can be asked, without those that turn out to be lost."""
 
         async def ask(member: _Member) -> list[T]:
             try:
-                async with asyncio.timeout(BRIEF_DEADLINE):  # small questions: whoever takes longer hangs
+                async with asyncio.timeout(BRIEF_DEADLINE):  # small questions: a server that takes longer hangs
                     return [await question(member)]
             except LOST as error:
                 self._drop(member, error)
@@ -408,7 +399,7 @@ class VLLMGroup:
             log.error("%s ended, the server stays out", probe.get_name(), exc_info=error)
 
     async def _probe(self, member: _Member, identity: EngineIdentity) -> None:
-        """Look for a lost server, ever less often, until it is back as it was."""
+        """Look for a lost server, less and less often, until it is back as it was."""
         wait, said = self._probe_after, ""
         while not member.up:
             await asyncio.sleep(wait)
@@ -416,7 +407,7 @@ class VLLMGroup:
             if not await member.client.answers():
                 continue
             try:
-                reason = difference(await self._greeting(member.client), identity)
+                reason = difference(await self._connecting(member.client), identity)
                 await member.read_counters()
             except APIError as error:
                 reason = str(error)

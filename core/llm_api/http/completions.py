@@ -1,6 +1,6 @@
 """The /v1/completions body and what its answer means; shared by both HTTP engines.
 
-Bodies are joined from bytes that the prompts already hold, and answers are read with orjson alone: a pool of 256
+Bodies are joined from bytes that the prompts already hold, and answers are read by orjson: a pool of 256
 prompts is 18 MB of JSON, and the client must not be the slow part of a step.
 """
 
@@ -15,6 +15,7 @@ from typing import Any, Final, TypeVar
 import orjson
 
 from core.errors import ConfigurationError, MissingLabel, NotLogprobs, TransientError
+from core.llm_api.http.server_errors import malformed_is_transient
 from core.llm_api.http.transport import Pieces
 from core.llm_api.types import EngineAnswer, NextTokens, OnAnswer, Prompt, Query, TokenLogprobs
 from core.settings import MissingLabelPolicy
@@ -32,7 +33,7 @@ TOP_LOGPROBS: Final = 20
 """Alternatives asked for where tokens cannot be asked for by name; vLLM's default --max-logprobs."""
 
 PIECE: Final = 2**16
-"""Bytes of a body that are worth a write of their own."""
+"""Bytes of a body that are collected before they are written."""
 
 EMPTY: Final = len(b"[]")
 """Bytes of a prompt's JSON that holds no token."""
@@ -83,7 +84,7 @@ def vllm_fields(model: str, token_ids: Sequence[int] | None, *, top: int = TOP_L
 
 
 def token_body(fields: Mapping[str, object], prompts: Sequence[Prompt]) -> bytes:
-    """The whole of token_pieces."""
+    """The body of token_pieces as one `bytes`."""
     return b"".join(token_pieces(fields, prompts).make())
 
 
@@ -121,15 +122,13 @@ def read_answers(body: bytes, prompts: Sequence[Prompt], *, extra: int | None = 
     """Check a 2xx body against the prompts it answers, and put its choices in their order.
 
     extra: prompt tokens that the server counts beside those that were sent; None: whatever it counts is right.
-    Raises TransientError for a body that is truncated, malformed, holds other choices than were asked for or answers
-    another request, and ConfigurationError where the server leaves logprobs out.
+    Raises TransientError for a body that is truncated or malformed, has other choices than were asked for or answers
+    another request, and ConfigurationError where the server returns no logprobs.
     """
-    try:
+    with malformed_is_transient():
         parsed = orjson.loads(body)
         choices = sorted(parsed["choices"], key=lambda choice: int(choice["index"]))
         indexes = [choice["index"] for choice in choices]
-    except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise TransientError(f"the answer is truncated or malformed ({type(error).__name__}).") from None
     if indexes != list(range(len(prompts))):
         raise TransientError(f"asked for {len(prompts)} choices, one a prompt, and got {len(indexes)} or other ones.")
     top = [_first_token(choice, prompt.name) for choice, prompt in zip(choices, prompts, strict=True)]
@@ -147,7 +146,7 @@ def read_generated(body: bytes, count: int) -> list[tuple[list[str], list[float]
 
     Raises TransientError for a body that is truncated, malformed or holds other choices than were asked for.
     """
-    try:
+    with malformed_is_transient():
         choices = sorted(orjson.loads(body)["choices"], key=lambda choice: int(choice["index"]))
         if [choice["index"] for choice in choices] != list(range(count)):
             raise TransientError(f"asked for {count} choices, one a prompt, and got {len(choices)} or other ones.")
@@ -155,17 +154,15 @@ def read_generated(body: bytes, count: int) -> list[tuple[list[str], list[float]
             (list(choice["logprobs"]["tokens"]), [float(value) for value in choice["logprobs"]["token_logprobs"]])
             for choice in choices
         ]
-    except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise TransientError(f"the answer is truncated or malformed ({type(error).__name__}).") from None
 
 
 def read_tree_answer(body: bytes, token_ids: Sequence[int], prompts: Sequence[Prompt]) -> Answers:
-    """Check what our extension answered to a PromptTree; null, which stands for -inf and NaN, leaves the token out.
+    """Check our extension's answer to a PromptTree; a token with null, which stands for -inf and NaN, is left out.
 
     Raises TransientError for a body that is truncated, malformed, answers another number of prompts or another request.
     """
     keys = list(map(token_key, token_ids))
-    try:
+    with malformed_is_transient():
         parsed = orjson.loads(body)
         top = [
             {
@@ -176,8 +173,6 @@ def read_tree_answer(body: bytes, token_ids: Sequence[int], prompts: Sequence[Pr
             for row in parsed["logprobs"]
         ]
         counted, cached = int(parsed["prompt_tokens"]), parsed["cached_tokens"]
-    except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise TransientError(f"the answer is truncated or malformed ({type(error).__name__}).") from None
     if len(top) != len(prompts):
         raise TransientError(f"asked about {len(prompts)} prompts and got {len(top)} answers.")
     _check_count(counted, prompts)
@@ -186,7 +181,7 @@ def read_tree_answer(body: bytes, token_ids: Sequence[int], prompts: Sequence[Pr
 
 @contextmanager
 def of_an_answer() -> Iterator[None]:
-    """Say of what is wrong with an answer that there was one."""
+    """Give a TransientError status 200: an answer came, but its content is wrong."""
     try:
         yield
     except TransientError as error:
@@ -202,9 +197,9 @@ def found_or_missing(
     missing: MissingLabelPolicy,
     hint: str = PROMPT_END,
 ) -> list[TokenLogprobs | MissingLabel]:
-    """token_logprobs of every query, in order; where it raises MissingLabel, that error: the others are good.
+    """For every query, in order: its token_logprobs, or the MissingLabel that this raises.
 
-    names: how the lists name the tokens.
+    names: the keys of `tops` for given tokens.
     """
     found: list[TokenLogprobs | MissingLabel] = []
     tokens, keys = None, names(NextTokens((), ()))
@@ -221,9 +216,9 @@ def found_or_missing(
 def keep_the_good(
     found: Sequence[TokenLogprobs | MissingLabel], answer: EngineAnswer, on_answer: OnAnswer | None, *, start: int = 0
 ) -> EngineAnswer:
-    """`answer`, which lacks its logprobs so far, with those `found`; calls `on_answer` with them, at start + position.
+    """`answer` with the logprobs `found`, which it lacks so far; calls `on_answer` with them, at start + position.
 
-    Raises the first MissingLabel after that: what was answered beside it is paid for and kept.
+    Raises the first MissingLabel after that, so that the other answers, which are paid for, are kept.
     """
     good = {start + at: each for at, each in enumerate(found) if not isinstance(each, MissingLabel)}
     answer = replace(answer, logprobs=list(good.values()))
@@ -240,9 +235,9 @@ def token_logprobs(
 ) -> TokenLogprobs:
     """The log-probabilities of `tokens` among those that one prompt's answer lists, nats.
 
-    missing="floor" gives a token that is not listed the lowest log-probability that is: an upper bound of the truth,
-    since the server lists the most probable tokens. Where all are missing there is no evidence at all, and their
-    log-odds would come out as 0 nats; that is always an error, as is a NaN. Raises MissingLabel naming the prompt.
+    missing="floor" gives a token that is not listed the lowest listed log-probability: an upper bound, since the server
+    lists the most probable tokens. Where all are missing their log-odds would come out as 0 nats without any evidence;
+    that is always an error, as is a NaN. Raises MissingLabel naming the prompt.
     hint: what to do about a token that is not listed.
     """
     good = [value for key in tokens if (value := top.get(key)) is not None and VLLM_MINUS_INFINITY < value < math.inf]
@@ -306,9 +301,9 @@ def _cached(usage: object) -> int | None:
 
 
 def checked_logprob(value: object, name: str, *, hint: str = LOGPROBS_MODE) -> float:
-    """The number, of an answer to the prompt of that name.
+    """`value`, from the answer to the prompt of that name, as a float.
 
-    Raises NotLogprobs for a number that is no log-probability, and TypeError for what is no number.
+    Raises NotLogprobs for a number that cannot be a log-probability, and TypeError for anything but a number.
     """
     if not isinstance(value, float | int):
         raise TypeError
@@ -319,7 +314,7 @@ def checked_logprob(value: object, name: str, *, hint: str = LOGPROBS_MODE) -> f
 
 
 def _check_count(counted: int, prompts: Sequence[Prompt]) -> None:
-    """An answer whose tokens are not those that were sent is one to another request. Prompts of text have no count."""
+    """Raises TransientError where the counts differ: the answer is to another request. Texts are not counted."""
     sent = sum(prompt.num_tokens for prompt in prompts)
     if sent and counted != sent:
         raise TransientError(f"the answer counts {counted} prompt tokens and {sent} were sent: it is to other prompts.")

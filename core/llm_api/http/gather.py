@@ -9,7 +9,7 @@ from typing import Any, Final, TypeVar
 T = TypeVar("T")
 
 SETTLE: Final = 10.0
-"""Seconds that requests in flight have to end by themselves when another one of their batch has failed for good."""
+"""Seconds that requests in flight have to finish after another one of their batch has failed for good."""
 
 
 async def all_or_cancel(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
@@ -25,9 +25,9 @@ async def all_or_cancel(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 async def all_or_settle(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """The same, but what is on its way when one fails has SETTLE seconds to arrive: it may have been computed already.
+    """As all_or_cancel, but calls in flight when one fails have SETTLE seconds: they may be computed already.
 
-    Cancelled at once where the caller is.
+    Where the caller is cancelled, all are cancelled at once.
     """
     tasks = [asyncio.create_task(call) for call in calls]
     if not tasks:

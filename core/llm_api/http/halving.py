@@ -8,14 +8,14 @@ from typing import Final
 from core.errors import APIError, RequestRejected, RetriesExhausted, TransientError
 
 NAMED: Final = 3
-"""Prompts that are found at most: each takes as many requests as its request can be halved, twice."""
+"""Prompts that are looked for at most: finding one takes 2 * log2(prompts of the request) requests."""
 ALIKE: Final = 2
-"""Requests that may fail after a prompt that fails alone, before any is answered, until it is the server's fault."""
+"""Failures after a prompt that failed by itself, with none answered, that mean that the server is at fault."""
 
 
 def may_be_one_prompt(error: APIError) -> bool:
-    """Whether a request can have failed for one of its prompts: 400, 422, or again and again 500 or an answer that
-    cannot be read, as one with a NaN. Whatever else happens to a request happens to its server or to the way there."""
+    """Whether one prompt may be why a request failed: status 400 or 422, or after all retries 500 or an answer that
+    cannot be read, such as one with a NaN. Any other error is the server's or the connection's."""
     if isinstance(error, RequestRejected):
         return error.status in (400, 422)
     cause = error.__cause__
@@ -25,11 +25,11 @@ def may_be_one_prompt(error: APIError) -> bool:
 async def ask_in_halves(
     ask: Callable[[int, int], Awaitable[None]], count: int, whole: APIError, *, ours: Callable[[APIError], bool]
 ) -> dict[int, APIError]:
-    """Have `count` prompts answered whose one request failed with `whole`: {position: why} of those that fail alone.
+    """Ask again about `count` prompts whose common request failed with `whole`: {position: error} of those at fault.
 
-    ask(start, end): send those of [start, end) and keep their answers; raises an APIError. ours: whether such an error
-    may be the fault of one prompt; others are raised at once. Ends at the failure after NAMED prompts.
-    Raises `whole` where nothing is answered: after log2(count) + 1 + ALIKE requests.
+    ask(start, end): send the prompts in [start, end) and keep their answers; raises an APIError. ours: whether such an
+    error may be the fault of one prompt; others are raised at once. Ends at the failure after NAMED prompts. Raises
+    `whole` where nothing is answered: after log2(count) + 1 + ALIKE requests.
     """
     failed: dict[int, APIError] = {}
     answered, alike = False, 0
@@ -57,6 +57,6 @@ async def ask_in_halves(
 
 
 def _halves(start: int, end: int) -> list[tuple[int, int]]:
-    """The first one last, where the next is taken."""
+    """The first half last, because waiting.pop() takes the last."""
     middle = (start + end) // 2
     return [(middle, end), (start, middle)]

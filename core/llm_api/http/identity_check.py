@@ -1,8 +1,7 @@
-"""Who answers: what a vLLM server says to a fixed prompt, at start and whenever another may have taken its place.
+"""Whether the same vLLM server still answers: a fixed prompt, asked at start and whenever it may have been replaced.
 
-An answer is believed where it lies between two passed checks: the last one that was passed before it was asked for, and
-one that began after it came. So a check need not see the server stay while it lasts: a connection that ends after every
-answer costs a check an answer, and no more.
+An answer counts if it came between two passed checks: one before it was asked for, and one that began after it came. So
+the connection may end during a check: a server that closes it after every answer costs one check an answer, no more.
 """
 
 from __future__ import annotations
@@ -36,29 +35,29 @@ log = logging.getLogger(__name__)
 
 BACK_HINT: Final = "Start that one again, then go on; or use another --run."
 SAME_WEIGHTS: Final = 0.25
-"""Nats by which the canary's log-probabilities may differ between two askings of one server, among other requests.
-Measured differences that kernels make are below 0.1 nat; other weights differ by more in some of the first tokens."""
+"""Nats by which the canary's log-probabilities may differ when one server is asked twice, beside other requests.
+Measured differences between kernels are below 0.1 nat; other weights differ by more in some of the first tokens."""
 WHOLE: Final = 1.01
-"""Probabilities of one prompt's listed tokens add up to no more, rounding included."""
+"""The most that the probabilities of one prompt's listed tokens add up to, rounding included."""
 LEAST_GREEDY: Final = -22 * math.log(2)
 """Nats: the most probable of 2**22 tokens has a log-probability above this, and no model knows as many."""
 
 
 @dataclass(frozen=True, slots=True)
 class Counting:
-    """Prompt tokens that a server says it had beside those it was sent: once a request, and for each prompt."""
+    """Prompt tokens that a server counts beyond those that it was sent: per request, and per prompt."""
 
     request: int = 0
     prompt: int = 0
 
     def beyond(self, prompts: int) -> int:
-        """Of one request of so many prompts."""
+        """Tokens counted beyond those sent, for one request of so many prompts."""
         return self.request + prompts * self.prompt
 
 
 @dataclass(slots=True)
 class Canary:
-    """The fixed prompt, how it is asked, and what was answered at first: nats by token.
+    """The fixed prompt, how it is asked, and the first answer to it: nats by token.
 
     exact: whether the server lists tokens that are asked for by id. top: how many it lists otherwise.
     """
@@ -85,17 +84,17 @@ class Canary:
             self.counting = await self._find_counting(prompt)
 
     async def differs(self, retry: RetryPolicy | None) -> bool:
-        """Whether the answer is now another one than at first."""
+        """Whether the answer is now different from the first one."""
         [tokens] = await self.questions.tokenize([CANARY_TEXT], special=True, retry=retry)
         prompt = _prompt(tokens)
         body, extra = token_body(self._fields, [prompt]), self.counting.beyond(1)
         return not _same_weights((await self.questions.listed(body, [prompt], retry, extra=extra)).top[0], self.answer)
 
     async def _first_answer(self, prompt: Prompt) -> Answers:
-        """Fewer log-probabilities where the server was started with a lower --max-logprobs.
+        """Ask for fewer log-probabilities where the server was started with a lower --max-logprobs.
 
-        Of tokens named by id where the server takes ids: to a request for top ones, vLLM (0.32) answers with the
-        sampled token alone while another's pool is computed with it, and the server would seem to be another one.
+        Asks for tokens by id where the server takes ids: vLLM (0.32) answers a request for the top ones with only the
+        sampled token while it computes a pool in the same step, and would then seem to be another server.
         """
         attempts = [vllm_fields(self.model, None, top=top) for top in (TOP_LOGPROBS, 5, 1)]
         if self.exact:
@@ -117,7 +116,7 @@ class Canary:
         raise AssertionError("unreachable")
 
     async def _probe_exact(self, prompt: Prompt) -> bool:
-        """Ask for two arbitrary tokens by id. A server that ignores the field lists one token, else both are there."""
+        """Ask for two arbitrary tokens by id. A server that ignores the field lists one token; others list both."""
         a, b = sorted(set(prompt.token_ids))[-2:]
         body = token_body(vllm_fields(self.model, (a, b)), [prompt])
         try:
@@ -132,7 +131,7 @@ class Canary:
         return True
 
     async def _listed(self, body: bytes, prompts: Sequence[Prompt]) -> Answers:
-        """However the server counts tokens. Raises ConfigurationError where it lists no log-probabilities."""
+        """The answer, with any count of tokens. Raises ConfigurationError where it lists no log-probabilities."""
         answers = await self.questions.listed(body, prompts, extra=None)
         for top in answers.top:
             self._check_probabilities(top)
@@ -143,7 +142,7 @@ class Canary:
         if total > WHOLE or highest < LEAST_GREEDY:
             raise ConfigurationError(
                 f"{self.url}: the log-probabilities of {len(top)} tokens, {highest:.4g} the highest, add up to a "
-                f"probability of {total:.3g}: they are none.",
+                f"probability of {total:.3g}: these are no log-probabilities.",
                 hint=LOGPROBS_MODE,
             )
 
@@ -157,7 +156,7 @@ class Canary:
             for count in (1, 2)
         ]
         sent = prompt.num_tokens
-        if one == sent:  # the first time it slipped
+        if one == sent:  # only the first count was wrong
             return Counting()
         each = two - one - sent
         counting = Counting(one - sent - each, each)
@@ -175,8 +174,8 @@ class Canary:
                 hint="Have the gateway add none to prompts of token ids (add_special_tokens: false), or ask vLLM.",
             )
         log.warning(
-            "%s counts %d tokens for a prompt of %d; its answers are to what was sent, so that is taken for its way "
-            "of counting",
+            "%s counts %d tokens for a prompt of %d; its answers show that it got the right prompt, so this count is "
+            "accepted",
             self.url,
             one,
             sent,
@@ -187,7 +186,7 @@ class Canary:
 class IdentityCheck:
     """Checks that the server is still the one of start().
 
-    known: what was found out then, in transport epoch `epoch`.
+    known: its identity then, in transport epoch `epoch`.
     """
 
     def __init__(self, http: HttpTransport, canary: Canary, known: EngineIdentity, epoch: int) -> None:
@@ -198,10 +197,10 @@ class IdentityCheck:
         self._checking = asyncio.Lock()
 
     async def pass_answers_of(self, epoch: int, retry: RetryPolicy | None = None) -> None:
-        """Return once a check is passed that began in `epoch`, in which an answer came, or later.
+        """Return once a check has passed that began in `epoch`, in which an answer came, or later.
 
-        Answers wait for this: those of other weights or kernels must not mix with what is known. One check serves all
-        that came before it began. Raises ServerChanged.
+        Answers wait for this, so that those of other weights or kernels are never mixed in. One check serves all
+        answers that came before it began. Raises ServerChanged.
         """
         async with self._checking:
             if epoch > self._passed:
@@ -240,7 +239,7 @@ class IdentityCheck:
             )
 
     async def _extension(self) -> dict[str, Any]:
-        """What the server's extension says of it; nothing where it has lost that."""
+        """What the server's extension says about it; {} where it no longer has one."""
         try:
             return await self._canary.questions.extension()
         except APIError:
@@ -252,7 +251,7 @@ def _prompt(tokens: Sequence[int]) -> Prompt:
 
 
 def _same_weights(top: Mapping[str, float], known: Mapping[str, float]) -> bool:
-    """Whether two askings of the canary agree on its most probable tokens; the tail of the list may change places."""
+    """Whether two answers to the canary agree on the most probable tokens; the rest of the list may change order."""
     first = sorted(known, key=lambda token: -known[token])[:5]
     lowest = min(top.values(), default=0.0)
     return all(abs(top.get(token, lowest) - known[token]) <= SAME_WEIGHTS for token in first)

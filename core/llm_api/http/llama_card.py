@@ -14,7 +14,7 @@ from core.llm_api.http.transport import HttpTransport
 OWNER: Final = "llamacpp"
 """What its model cards name as `owned_by`."""
 _OF_THE_FILE: Final = ("vocab_type", "n_vocab", "n_ctx_train", "n_embd", "n_params", "size")
-"""What tells GGUF files apart: the vocabulary, the shape, and the bytes of the weights, which show their type."""
+"""What distinguishes GGUF files: the vocabulary, the shape, and the bytes of the weights, which show their type."""
 
 
 async def llama_card(http: HttpTransport, path: str, model: str) -> dict[str, Any] | None:
@@ -39,7 +39,7 @@ async def llama_card(http: HttpTransport, path: str, model: str) -> dict[str, An
 
 
 def digest_of_file(card: Mapping[str, Any]) -> str:
-    """SHA-256 of what a card says of the GGUF file, without what depends on how the server was started."""
+    """SHA-256 of what a card says about the GGUF file, without what depends on the server's options."""
     meta = card.get("meta")
     facts = [meta.get(key) if isinstance(meta, dict) else None for key in _OF_THE_FILE]
     return hashlib.sha256(orjson.dumps(facts)).hexdigest()

@@ -1,4 +1,4 @@
-"""Queries that are asked one a request, in their order, and what an error of one of them says."""
+"""Queries that are asked one per request, in order, and errors that name the prompt."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ async def score_each(
 ) -> EngineAnswer:
     """Engine.score of engines that take one prompt a request. Requests start in the queries' order.
 
-    ask(query, failed): sends nothing and ends as cancelled once `failed`, the errors so far, holds one. Where a query
-    fails, what is on its way has some seconds to arrive: it may be paid for. Raises the first error, with the prompt's
-    name.
+    ask(query, failed): sends nothing and ends as cancelled once `failed`, the errors so far, is not empty. Where a
+    query fails, requests in flight have some seconds to finish: they may be paid for. Raises the first error, with the
+    prompt's name.
     """
     failed: list[APIError] = []
 

@@ -10,7 +10,7 @@ from icm_vllm.prompt_tree import PromptTree
 
 def tree_of(prompts: Sequence[Prompt]) -> PromptTree:
     """The tree of `prompts`, in their order. Raises ValueError for one without token ids."""
-    numbers: dict[int, int] = {}  # of a segment, by its identity: a pool's prompts share their segments
+    numbers: dict[int, int] = {}  # of segments, by identity: the prompts of a pool share their segments
     segments: list[list[int]] = []
     children: dict[tuple[int, int], int] = {}
     parents: list[int] = []

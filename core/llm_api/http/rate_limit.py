@@ -1,7 +1,7 @@
 """Requests and tokens a minute, first come first served.
 
-A limit of n a minute is kept in the strict sense: no window of 60 seconds holds more than n, by the grants' own times.
-Only the first in line ever looks at the limits, so a large request is not overtaken by small ones for ever.
+A limit of n a minute is strict: no window of 60 seconds holds more than n, by the times at which they were granted.
+Only the first in line looks at the limits, so small requests cannot overtake a large one for ever.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class Turns:
 
     @asynccontextmanager
     async def take(self) -> AsyncIterator[None]:
-        """Around one attempt: given back where it was never sent; a 429 slows down everyone."""
+        """Around one attempt. The turn is given back if the request was never sent; a 429 slows down everyone."""
         self._granted = await self._limiter.acquire(self._estimate())
         try:
             yield

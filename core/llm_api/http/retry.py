@@ -2,7 +2,7 @@
 
 Waits grow exponentially with full jitter (drawn from 0 to min(cap, base * 2**n); Brooker, "Exponential Backoff And
 Jitter", AWS Architecture Blog 2015), because many requests that failed together must not come back together. A wait
-that the server asks for (Retry-After) is kept to, plus jitter. Attempts and total time are both bounded.
+that the server asks for (Retry-After) is obeyed, plus jitter. Attempts and total time are both bounded.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class RetryPolicy:
 def judge(error: BaseException, *, contacted: bool = True) -> Verdict:
     """The verdict on one failed attempt.
 
-    contacted: whether the server ever answered. Before it did, a refused connection means a wrong URL or a server that
-    is not there, which waiting seldom mends.
+    contacted: whether the server ever answered. If it never did, a refused connection means a wrong URL or no server,
+    which waiting seldom fixes.
     """
     match error:
         case RateLimited():

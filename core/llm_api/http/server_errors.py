@@ -1,9 +1,10 @@
-"""Which error an HTTP answer, or a broken connection, is, and what it says to a user."""
+"""HTTP answers and broken connections as typed errors, with messages for a user."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Final
@@ -15,7 +16,7 @@ from core.errors import APIError, ConfigurationError, RateLimited, RequestReject
 from core.llm_api.http.retry import parse_retry_after
 
 MESSAGE_LIMIT: Final = 300
-"""Characters of a server's own error message that we pass on."""
+"""Characters of a server's error message that are passed on."""
 _HTML: Final = re.compile(r"\s*<(!doctype html|html|head|body)\b", re.IGNORECASE)
 _HEADING: Final = re.compile(r"<(title|h1)[^>]*>(.*?)</\1>", re.IGNORECASE | re.DOTALL)
 
@@ -23,9 +24,9 @@ _HEADING: Final = re.compile(r"<(title|h1)[^>]*>(.*?)</\1>", re.IGNORECASE | re.
 def status_error(
     status: int, said: str, headers: Mapping[str, str], url: str, *, key_name: str, has_key: bool
 ) -> APIError:
-    """Of an answer that is no 2xx. said: server_message, without keys. key_name: the setting that holds the key."""
+    """The error for a status other than 2xx. said: server_message, without keys. key_name: the key's setting."""
     message = f"HTTP {status} from {url}" + (f": {said}" if said else "")
-    # A date is one of the server's clock, which need not be ours.
+    # A date in Retry-After is by the server's clock, which need not agree with ours.
     wait = parse_retry_after(headers.get("Retry-After"), now=_date(headers.get("Date")))
     if status == 429:
         return RateLimited(message, retry_after=wait)
@@ -35,7 +36,7 @@ def status_error(
 
 
 def connection_error(error: Exception, url: str, server: str, *, absent: str, silence: float) -> APIError:
-    """What broke a connection or its making. absent: how to get a server; silence: seconds that one may keep silent."""
+    """The error for a connection that broke or was not made. absent: how to get a server; silence: read timeout, s."""
     name = type(error).__name__
     match error:
         case aiohttp.InvalidURL():
@@ -50,8 +51,17 @@ def connection_error(error: Exception, url: str, server: str, *, absent: str, si
             return TransientError(f"the connection to {url} broke ({name}).")
 
 
+@contextmanager
+def malformed_is_transient() -> Iterator[None]:
+    """Around reading the body of an answer. Raises TransientError where it is truncated or malformed."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:  # orjson.JSONDecodeError is a ValueError
+        raise TransientError(f"the answer is truncated or malformed ({type(error).__name__}).") from None
+
+
 def server_message(content: bytes) -> str:
-    """What the body of an error says, on one line, at most MESSAGE_LIMIT characters; "" where it says nothing."""
+    """The message in an error's body, on one line, at most MESSAGE_LIMIT characters; "" where there is none."""
     try:
         parsed = orjson.loads(content)
     except orjson.JSONDecodeError:
@@ -62,7 +72,7 @@ def server_message(content: bytes) -> str:
         text = found if isinstance(found, str) else orjson.dumps(found).decode() if found else ""
     else:
         text = content.decode(errors="replace")
-        if _HTML.match(text):  # a page for people: its title says what its tags and styles bury
+        if _HTML.match(text):  # a page for people: only its title is of use
             heading = _HEADING.search(text)
             text = re.sub(r"<[^>]+>", " ", heading[2]) if heading else "a page of HTML"
     text = " ".join(text.split())

@@ -1,8 +1,8 @@
-"""Queries for different tokens in as few requests as can be: a request names the tokens that it asks for once.
+"""Queries for different tokens in as few requests as possible: a request has one list of tokens for all its prompts.
 
-Asked for the tokens of several queries at once, every prompt is asked for more than it needs, which costs nothing: the
-model makes the whole distribution anyway. So the prompts of a pool stay in the tree's order, each beginning of a label
-right after its prompt, where the prefix cache still holds it.
+Asking every prompt for the tokens of several queries costs nothing: the model computes the whole distribution anyway.
+So the prompts of a pool stay in the tree's order, and a prompt with a label's beginning comes right after the prompt,
+while the prefix cache still holds it.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from icm_vllm.prompt_tree import MAX_LABELS
 
 @dataclass(frozen=True, slots=True)
 class Together:
-    """Queries of one request, or of several with the same fields. token_ids: those of all. positions: ascending."""
+    """Queries of one request, or of several with the same fields. token_ids: of all of them. positions: ascending."""
 
     token_ids: tuple[int, ...]
     positions: list[int]
 
 
 def by_tokens(queries: Sequence[Query]) -> list[Together]:
-    """Each query in one of them; no more than MAX_LABELS tokens, unless one query alone asks for more.
+    """Group the queries, with at most MAX_LABELS tokens a group, unless a single query asks for more.
 
     Raises ValueError for a query that was made for an engine asked in text.
     """

@@ -3,8 +3,8 @@
 The only file that touches aiohttp on the client's side and the only one that sees a key. `send` is one attempt; `call`
 puts a concurrency slot and retries around an attempt, parsing included, so that a truncated body is asked for again.
 
-An answer may honestly take minutes, so silence on one connection says little. While requests are out, the server is
-asked for a sign of life on the side; one that gives none is given up with all its requests in about a minute.
+An answer may take minutes, so silence on one connection means little. While requests are out, the server is asked for a
+sign of life on another connection; if it gives none for about a minute, all its requests are given up.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ T = TypeVar("T")
 KEEPALIVE: Final = 4.0
 """Seconds an idle connection is kept. vLLM (uvicorn) closes its end after 5 s; reusing one then resets the request."""
 MAX_ANSWER: Final = 64 * 2**20
-"""Bytes of an answer that are read at most: 1,024 prompts with 20 alternatives each are 3 MB."""
+"""Most bytes of an answer that are read: 1,024 prompts with 20 alternatives each are 3 MB."""
 LOOK: Final = 1.0
-"""Seconds between looks at whether a connection whose answer has begun still stands."""
+"""Seconds between checks that a connection whose answer has begun is still open."""
 PROBES: Final = 6
-"""Signs of life asked for until a silent server is given up."""
+"""How often a silent server is asked for a sign of life until it is given up."""
 KEEPALIVE_IDLE, KEEPALIVE_INTERVAL, KEEPALIVE_COUNT = 15, 5, 4
 """TCP keepalive, seconds and probes: the kernel notices in 35 s that the other end of a connection is gone."""
 
@@ -62,7 +62,7 @@ class HttpOptions:
 
     @classmethod
     def of(cls, settings: Settings) -> HttpOptions:
-        """As a user set them."""
+        """The options in the user's settings."""
         return cls(
             connect_timeout=settings.connect_timeout,
             read_timeout=settings.read_timeout,
@@ -76,9 +76,9 @@ class HttpOptions:
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """A large body that is made while it is sent, so that a server that takes it slowly holds up memory for a piece.
+    """A large body that is made while it is sent, so that a slow server keeps only one piece of it in memory.
 
-    size: bytes in all; make: the same pieces anew at every call, each worth a write.
+    size: bytes in all; make: yields the same pieces at every call, each large enough for a write.
     """
 
     size: int
@@ -89,7 +89,7 @@ class Pieces:
 
 
 class _PiecesPayload(aiohttp.Payload):
-    """Pieces in aiohttp's words. It waits after every write until the connection takes more."""
+    """Pieces as an aiohttp payload. It waits after every write until the connection takes more."""
 
     def __init__(self, pieces: Pieces) -> None:
         super().__init__(pieces, content_type="application/json")
@@ -110,8 +110,7 @@ class HttpTransport:
     alive: a path that a live server answers at once, with any status; "" asks for no sign of life.
     bytes_sent: bytes of all request bodies handed to the connection so far, retries included, headers not.
     epoch: raised whenever the server may have been replaced since the last answer: an attempt failed, or a connection
-    was opened while no other stood. What is known of the server was found out in one epoch, and must be checked in the
-    next.
+    was opened while none was open. What is known about the server holds for one epoch and must be checked in the next.
     """
 
     def __init__(
@@ -160,10 +159,9 @@ class HttpTransport:
     ) -> tuple[T, int]:
         """Run `attempt` in a slot, with retries: (result, retries). The slot is free while waiting to retry.
 
-        admitted: entered around each attempt, in its slot; the wait for it is no part of the attempt's latency. retry:
-        in place of the options' policy.
+        admitted: entered around each attempt, in its slot; waiting for it does not count as the attempt's latency.
+        retry: in place of the options' policy.
         """
-
         tries = 0
 
         async def in_slot() -> T:
@@ -225,12 +223,11 @@ class HttpTransport:
     ) -> AsyncIterator[AsyncGenerator[bytes, None]]:
         """Chunks of a 2xx answer as they come. Retried until its headers are there; holds a slot until it is left.
 
-        A server that falls silent is given up as in `send`; time that the caller takes over a chunk does not count.
-        Leaving before the end closes the connection, by which the server knows to stop. admitted: entered around
+        A server that falls silent is given up as in `send`; the time that the caller takes for a chunk does not count.
+        Leaving before the end closes the connection, which tells the server to stop. admitted: entered around
         each attempt. retry: in place of the options' policy. Raises a typed APIError for everything that goes wrong.
         """
         url = self.base_url + path
-
         tries = 0
 
         async def attempt() -> tuple[aiohttp.ClientResponse, float]:
@@ -287,8 +284,8 @@ class HttpTransport:
 
     @asynccontextmanager
     async def _wait(self, url: str) -> AsyncIterator[asyncio.Timeout]:
-        """Around a wait for the server. It ends where the server is given up; what breaks becomes a typed APIError."""
-        # aiohttp's own timeouts come first; this one is the end of a wait that they lose sight of.
+        """Around a wait for the server, which ends when the server is given up; errors become typed APIErrors."""
+        # aiohttp's own timeouts come first; this one ends waits that they miss.
         patience = asyncio.timeout(self._options.connect_timeout + 2 * self._options.read_timeout)
         try:
             async with patience:
@@ -335,7 +332,7 @@ class HttpTransport:
 
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:
-            # The slots bound the number of requests; a second bound in the connector could only starve /metrics.
+            # The slots limit the number of requests; a second limit in the connector could only starve /metrics.
             connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE, socket_factory=self._make_socket)
             timeout = aiohttp.ClientTimeout(
                 total=None, sock_connect=self._options.connect_timeout, sock_read=self._options.read_timeout
@@ -362,7 +359,7 @@ class HttpTransport:
 
     @contextlib.contextmanager
     def _watched(self, patience: asyncio.Timeout) -> Iterator[None]:
-        """Let `patience` end when the server is given up."""
+        """End `patience` when the server is given up."""
         if not self._out:
             self._note_sign()
             self._set_alarm()
@@ -383,10 +380,10 @@ class HttpTransport:
             self._alarm = loop.call_at(loop.time() + self._options.liveness_timeout / PROBES, self._look_for_life)
 
     def _look_for_life(self) -> None:
-        """While requests are out and no sign of life comes, ask for a sign of life, one question at a time."""
+        """While requests are out and no sign of life comes, ask for one, one question at a time."""
         assert self._alarm is not None
         now, wait = asyncio.get_running_loop().time(), self._options.liveness_timeout / PROBES
-        if now - self._alarm.when() > wait:  # this process stood still: what was sent to it may lie unread
+        if now - self._alarm.when() > wait:  # this process was stopped: answers may be waiting unread
             self._note_sign()
         self._set_alarm()
         if now - self._last_sign >= wait and (self._probe is None or self._probe.done()):
@@ -404,7 +401,7 @@ class HttpTransport:
                 self._silenced = set(self._out)
                 for patience in self._out:
                     patience.reschedule(loop.time())
-                self._note_sign()  # whoever asks next has all the time again
+                self._note_sign()  # the next request has the full time again
 
     def _given_up(self) -> APIError:
         silent = self._options.liveness_timeout
@@ -422,13 +419,13 @@ class HttpTransport:
         return connection_error(error, url, self.base_url, absent=self._absent, silence=silence)
 
     def _status_error(self, status: int, content: bytes, headers: Mapping[str, str], url: str) -> APIError:
-        if status >= 500:  # what a server says that goes down or comes up, or what stands before it
+        if status >= 500:  # a server that is stopping or starting, or a proxy before it
             self.epoch += 1
         said = self._redact(server_message(content))
         return status_error(status, said, headers, url, key_name=self._key_name, has_key=self._key is not None)
 
     def _redact(self, text: str) -> str:
-        """Servers like to repeat the key that they refuse."""
+        """Without the key: servers often repeat one that they refuse."""
         key = self._key.get_secret_value() if self._key is not None else ""
         return text.replace(key, "***") if key else text
 
@@ -445,10 +442,10 @@ async def _read(response: aiohttp.ClientResponse, silence: float) -> bytes | Non
 
 
 async def _chunk(response: aiohttp.ClientResponse, silence: float) -> bytes:
-    """What has come of the body, at least a byte; b"" at its end. silence: seconds without one.
+    """The next bytes of the body, at least one; b"" at its end. silence: seconds without one.
 
-    Looks by itself whether the connection still stands: where it breaks off after a malformed chunk, aiohttp (3.14)
-    leaves its reader waiting for ever.
+    Checks that the connection is still open: where it breaks off after a malformed chunk, aiohttp (3.14) lets the
+    reader wait for ever.
     """
     loop = asyncio.get_running_loop()
     began = loop.time()

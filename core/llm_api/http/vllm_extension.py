@@ -1,4 +1,4 @@
-"""What a vLLM server's extension (icm_vllm) says of the server, and pools that are sent to it as trees."""
+"""What a vLLM server's extension (icm_vllm) says about the server, and pools that are sent to it as trees."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from icm_vllm.prompt_tree import FORMAT, PATH
 log = logging.getLogger(__name__)
 
 TREES_AGAIN: Final = 60.0
-"""Seconds until a server that lost our extension, or could not say whether it has it, is asked about it again."""
+"""Seconds until a server that lost our extension, or did not say whether it has it, is asked again."""
 
 
 class VLLMExtension:
@@ -42,11 +42,11 @@ class VLLMExtension:
         self.again: float | None = None  # when to ask about it again, monotonic seconds; None: no need
 
     def takes(self, token_ids: Sequence[int]) -> bool:
-        """Whether a tree may ask for these tokens; our extension took just two before it said how many it takes."""
+        """Whether a tree may ask for these tokens; an extension that states no maximum takes exactly two."""
         return self.takes_trees and (len(token_ids) == 2 or len(token_ids) <= self._most_labels)
 
     async def probe(self) -> None:
-        """Whether the server has our extension, in our format and for our model (not for a LoRA adapter of it)."""
+        """Ask whether the server has our extension, in our format and for our model (not for a LoRA adapter of it)."""
         self.again = None
         self.takes_trees = False
         try:
@@ -67,7 +67,7 @@ class VLLMExtension:
         self.takes_trees = self._used and fits
 
     async def look_again(self) -> None:
-        """Whether the extension that was lost is back."""
+        """Ask whether a lost extension is back, where it is time to."""
         if self.again is not None and time.monotonic() >= self.again:
             self.again = time.monotonic() + TREES_AGAIN  # others need not ask meanwhile
             again = self.again
@@ -78,7 +78,7 @@ class VLLMExtension:
                 self.again = again
 
     async def ask(self, prompts: Sequence[Prompt], token_ids: Sequence[int]) -> Answers | None:
-        """None where the server has lost its extension, which a restart by other means can do."""
+        """The answers; None where the server no longer has its extension, as after a restart without it."""
         try:
             said = await self._http.send("POST", PATH, tree_body(prompts, token_ids))
             with of_an_answer():

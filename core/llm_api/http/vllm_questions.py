@@ -1,6 +1,6 @@
 """Small questions to one vLLM server: its model, version, metrics and extension, token ids, and what follows a prompt.
 
-Each is asked again as the transport's policy, or `retry`, says. A server's gateway may pass only /v1 on: texts are then
+Each is retried by the transport's policy, or `retry`. A gateway before the server may pass on only /v1: texts are then
 tokenized by having them completed (`return_token_ids`), and the other questions are skipped.
 """
 
@@ -17,6 +17,7 @@ from core.llm_api.http.completions import Answers, read_answers
 from core.llm_api.http.gather import all_or_cancel
 from core.llm_api.http.llama_card import OWNER as LLAMA_SERVER
 from core.llm_api.http.retry import RetryPolicy
+from core.llm_api.http.server_errors import malformed_is_transient
 from core.llm_api.http.transport import HttpTransport
 from core.llm_api.types import Prompt
 from icm_vllm.prompt_tree import MAX_PROMPTS_PER_REQUEST, PATH
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 NO_ROUTE: Final = (403, 404, 405, 501)
 """What gateways answer to a path that they do not pass on."""
 TEXTS: Final = 2**18
-"""Characters of text that one request has tokenized at most, where the server's gateway has no /tokenize."""
+"""Most characters of text that one request tokenizes, where the server's gateway has no /tokenize."""
 
 
 class VLLMQuestions:
@@ -38,7 +39,7 @@ class VLLMQuestions:
         self._tokenize_passes = True
 
     async def model_card(self, retry: RetryPolicy | None = None) -> dict[str, Any]:
-        """What /v1/models says of the model. Raises ConfigurationError where the server does not have it."""
+        """What /v1/models says about the model. Raises ConfigurationError where the server does not have it."""
         listed = (await self._get_json("/v1/models", retry)).get("data")
         cards = [card for card in listed if isinstance(card, dict)] if isinstance(listed, list) else []
         if any(card.get("owned_by") == LLAMA_SERVER for card in cards):
@@ -68,13 +69,13 @@ class VLLMQuestions:
             return None
 
     async def extension(self) -> dict[str, Any]:
-        """What our extension says of the server. One attempt: to do without it costs only time."""
+        """What our extension says about the server. One attempt: going without it costs only time."""
         return _json_object(await self._http.send("GET", PATH), PATH)
 
     async def tokenize(
         self, texts: Sequence[str], *, special: bool, retry: RetryPolicy | None = None
     ) -> list[list[int]]:
-        """Token ids of each text. Raises ConfigurationError where the server gives them in no way."""
+        """Token ids of each text. Raises ConfigurationError where the server offers no way to get them."""
         if self._tokenize_passes:
             try:
                 return await all_or_cancel(
@@ -109,7 +110,7 @@ class VLLMQuestions:
     ) -> Answers:
         """The answer to a request for log-probabilities after `prompts`. extra: see read_answers.
 
-        Raises ConfigurationError for a server that twice lists what are no log-probabilities.
+        Raises ConfigurationError for a server that lists numbers that are no log-probabilities twice.
         """
         before = False
 
@@ -182,14 +183,12 @@ class VLLMQuestions:
 
         async def attempt() -> list[list[int]]:
             answer = _json_object(await self._http.send("POST", path, body), path)
-            try:
+            with malformed_is_transient():
                 choices = sorted(answer["choices"], key=lambda choice: int(choice["index"]))
                 indexes = [choice["index"] for choice in choices]
-            except (KeyError, TypeError, ValueError) as error:
-                raise TransientError(f"the answer is truncated or malformed ({type(error).__name__}).") from None
             if indexes != list(range(len(texts))):
                 raise TransientError(f"asked for {len(texts)} choices, one a text, and got {len(indexes)}.")
-            return [self._told(choice) for choice in choices]
+            return [self._prompt_ids(choice) for choice in choices]
 
         return (await self._http.call(attempt, retry=retry))[0]
 
@@ -198,17 +197,17 @@ class VLLMQuestions:
         body = orjson.dumps({"model": self._model, "max_tokens": 1, "return_token_ids": True, **messages})
 
         async def attempt() -> list[int]:
-            return self._told(_json_object(await self._http.send("POST", path, body), path))
+            return self._prompt_ids(_json_object(await self._http.send("POST", path, body), path))
 
         return (await self._http.call(attempt))[0]
 
-    def _told(self, answer: Mapping[str, Any]) -> list[int]:
+    def _prompt_ids(self, answer: Mapping[str, Any]) -> list[int]:
         tokens = _ids(answer.get("prompt_token_ids"))
         if tokens is None:
             url = self._http.base_url
             raise ConfigurationError(
                 f"{url} passes no /tokenize on, and its answers name no token ids (return_token_ids).",
-                hint=f"Let /tokenize through; or have it asked in text: USE_VLLM=false and LLAMA_API_BASE={url}/v1.",
+                hint=f"Let /tokenize through; or ask it in text: USE_VLLM=false and LLAMA_API_BASE={url}/v1.",
             )
         return tokens
 

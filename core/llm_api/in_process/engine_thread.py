@@ -1,8 +1,8 @@
 """The one thread in which vLLM's synchronous engine runs, shared by everyone in this process who asks it.
 
-vllm.LLM works for one caller at a time, and its `generate` takes in the outputs of every request it finds. So all that
-touches it happens here: calls, one by one, and texts, which are written together, a step for all at a time.
-An exclusive call waits for the texts before it, and texts that come later wait for the call.
+vllm.LLM works for one caller at a time, and its `generate` collects the outputs of every request it finds. So it is
+only touched here: by calls, one by one, and by texts, which are written together, step by step. An exclusive call waits
+for the texts before it, and texts that come later wait for the call.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, TypeAlias, TypeVar
 
 T = TypeVar("T")
 Sink: TypeAlias = Callable[[Any], None]
-"""Gets every output of one text, then its last one; or the exception that it failed with. Called in the thread."""
+"""Gets every output of one text up to its last, or the exception that it failed with. Called in the thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class _Stop:
 
 
 class EngineThread:
-    """Has nothing to step at first: `engine` is set by a call that loads vLLM, to its LLMEngine."""
+    """`engine` is None until a call loads vLLM and sets it to vLLM's LLMEngine."""
 
     def __init__(self) -> None:
         self.engine: Any = None
@@ -57,14 +57,14 @@ class EngineThread:
         self._thread.start()
 
     def call(self, run: Callable[[], T], *, exclusive: bool = False) -> Future[T]:
-        """Have `run` called in the thread; exclusive: not while texts are being written."""
+        """Call `run` in the thread; exclusive: not while texts are being written."""
         result: Future[T] = Future()
         self._jobs.put(_Call(run, result, exclusive))
         return result
 
     def write(self, key: str, prepare: Callable[[], tuple[Mapping[str, Any], Any]], sink: Sink) -> None:
-        """Have a text written. key: one that no other text has; prepare: called in the thread, for its prompt and
-        sampling parameters as LLMEngine.add_request takes them."""
+        """Write a text. key: unique to it; prepare: called in the thread, for its prompt and sampling parameters as
+        LLMEngine.add_request takes them."""
         self._jobs.put(_Text(key, prepare, sink))
 
     def abort(self, key: str) -> None:
@@ -86,7 +86,7 @@ class EngineThread:
                 self._step()
 
     def _receive(self) -> bool:
-        """Sort in all jobs that have come, and wait for one where there is nothing to do; False: it is time to end."""
+        """Take in all jobs that have come, and wait for one if there is nothing to do. False: the thread must end."""
         block = not (self._waiting or self._sinks)
         while True:
             try:

@@ -20,8 +20,8 @@ _CPU_ENVIRONMENT: Final = {
 it is imported."""
 
 OPENMP: Final = Path(sys.prefix) / "lib" / "libiomp5.so"
-"""From the same section: LD_PRELOAD for the processes that vLLM starts. Otherwise vLLM sets another library, with
-which a core must stay free."""
+"""From the same section: LD_PRELOAD for the processes that vLLM starts. Without it vLLM sets another library, which
+needs a core that stays free."""
 
 
 def set_cpu_environment(dtype: str) -> None:
@@ -38,8 +38,8 @@ class DirectOptions:
 
     gpu_memory_utilization: share of the GPU's memory, 0 to 1. block_size: tokens a KV-cache block; on CPU a multiple of
     32. cpu: vLLM must be one for the CPU, and gets the settings of the local server (configs/vllm_config.yaml) where
-    none are given here. deterministic: scores depend on their prompt alone, as with the launcher's --deterministic
-    (docs/determinism.md); what the environment says of batch invariance already wins. chat_template: a Jinja template
+    none are given here. deterministic: scores depend only on their prompt, as with the launcher's --deterministic
+    (docs/determinism.md), unless the environment already sets batch invariance. chat_template: a Jinja template
     or the path of one, for models that have none. runner: "pooling" for embeddings in place of texts. extra: further
     engine arguments.
     """
@@ -85,9 +85,9 @@ class DirectOptions:
 
 
 def check_path(model: str) -> None:
-    """Raises ConfigurationError for a path where nothing is: vLLM would ask Hugging Face for it, for a minute.
+    """Raises ConfigurationError for a path that does not exist: vLLM would look for it on Hugging Face for a minute.
 
-    `folder/name` may be either. It is a path where that folder exists, unless such a model was downloaded before.
+    `folder/name` counts as a path where that folder exists, unless a model of that name was downloaded before.
     """
     path = Path(model)
     if path.exists() or "://" in model:

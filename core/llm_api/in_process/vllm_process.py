@@ -33,7 +33,7 @@ class VLLMProcess:
         self._loaded: Loaded | None = None
 
     def take(self, asked: Mapping[str, object]) -> Loaded:
-        """Blocks while one is being stopped. Raises ConfigurationError where another one runs."""
+        """Blocks while a vLLM is being stopped. Raises ConfigurationError where one runs with other settings."""
         with self._lock:
             if self._loaded is None:
                 self._loaded = Loaded(asked)
@@ -52,7 +52,7 @@ class VLLMProcess:
             return self._loaded
 
     def give_back(self, loaded: Loaded) -> None:
-        """Blocks until vLLM has stopped, where this was the last one."""
+        """Blocks until vLLM has stopped, if this was its last user."""
         with self._lock:
             loaded.users -= 1
             if loaded.users:
@@ -70,4 +70,4 @@ def _stop(llm: Any) -> None:
 
 
 PROCESS: Final = VLLMProcess()
-"""This one's."""
+"""The one of this process."""

@@ -44,13 +44,13 @@ class DirectText:
         return await asyncio.wrap_future(self._loaded.thread.call(call, exclusive=True))
 
     async def _write(self, request: TextRequest, kind: str) -> AsyncGenerator[Piece, None]:
-        """Pieces of a text, as many as the kind of vLLM's outputs (RequestOutputKind) makes."""
+        """Pieces of a text. kind: which outputs vLLM gives (RequestOutputKind)."""
         loop = asyncio.get_running_loop()
         outputs: asyncio.Queue[Any] = asyncio.Queue()
         thread = self._loaded.thread
 
         def deliver(output: Any) -> None:
-            with suppress(RuntimeError):  # the event loop of whoever asked has ended
+            with suppress(RuntimeError):  # the caller's event loop has ended
                 loop.call_soon_threadsafe(outputs.put_nowait, output)
 
         thread.write(request.request_id, functools.partial(self._prepare, request, kind), deliver)

@@ -79,11 +79,11 @@ class SamplingOptions:
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """The stop texts; one that is given alone counts as one."""
+        """The stop texts as a tuple."""
         return (self.stop,) if isinstance(self.stop, str) else self.stop
 
     def as_dict(self) -> dict[str, object]:
-        """By the names that OpenAI's API and vLLM's SamplingParams share; what says nothing is left out."""
+        """By the names that OpenAI's API and vLLM's SamplingParams share, without options at their default."""
         fields: dict[str, object] = {"max_tokens": self.max_tokens, "temperature": self.temperature}
         if self.top_p != 1.0:
             fields["top_p"] = self.top_p
@@ -159,7 +159,7 @@ class End:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """Last event of a stream that failed; the tokens before it stand. `error` says what to do."""
+    """Last event of a stream that failed; the tokens before it are valid. `error` says what to do."""
 
     kind: ClassVar[Literal["error"]] = "error"
     error: APIError
@@ -212,14 +212,14 @@ class TextEngine(Protocol):
     """What ModelAPI needs of an engine that writes text. Each engine in engines/ is one, too."""
 
     async def connect(self) -> EngineIdentity:
-        """Find the model without asking it anything; for those who want text alone, in place of Engine.start.
+        """Find the model without asking it anything, in place of Engine.start, where only texts are wanted.
 
         The identity has no fingerprint. Raises an APIError that says what to do.
         """
         ...
 
     async def generate(self, request: TextRequest) -> Generation:
-        """The whole answer. Many that are asked for at once are batched by the engine."""
+        """The whole answer. The engine batches requests that are made at the same time."""
         ...
 
     def stream(self, request: TextRequest) -> AsyncGenerator[Piece, None]:

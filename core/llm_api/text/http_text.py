@@ -1,8 +1,8 @@
 """Text from an OpenAI-compatible server: /completions, /chat/completions, /embeddings and /models, whole or streamed.
 
-Both HTTP engines hold one of these beside their scoring; connections, keys, slots and retries are the transport's. A
-stream is asked for again only until its headers have come: after that its text may already have been shown. Silence
-ends it as it ends any other answer, and comments that only keep the connection open count as silence.
+Every HTTP engine has one of these beside its scoring; connections, keys, slots and retries are the transport's. A
+stream is retried only until its headers have come: after that its text may have been shown. Silence ends it as it ends
+any other answer, and comments that only keep the connection open count as silence.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import orjson
 from core.errors import APIError, ConfigurationError, RequestRejected, TransientError
 from core.llm_api.http.rate_limit import RateLimiter, Turns
 from core.llm_api.http.retry import RetryPolicy
-from core.llm_api.http.server_errors import server_message
+from core.llm_api.http.server_errors import malformed_is_transient, server_message
 from core.llm_api.http.transport import HttpTransport
 from core.llm_api.text.generation import Embeddings, Generation, Piece, TextRequest
 from core.llm_api.text.sse import EventTooLong, SSEParser
@@ -35,7 +35,7 @@ _DONE: Final = b"[DONE]"
 
 
 class HttpText:
-    """The text side of one server. `prefix` is what stands before /completions, "/v1" or nothing."""
+    """Texts from one server. `prefix` comes before /completions: "/v1" or nothing."""
 
     def __init__(
         self, http: HttpTransport, model: str, *, prefix: str = "/v1", limiter: RateLimiter | None = None
@@ -77,7 +77,7 @@ class HttpText:
             raise self._explained(error) from None
 
     async def embed(self, texts: Sequence[str]) -> Embeddings:
-        """See TextEngine.embed; so many texts a request as vLLM batches well."""
+        """See TextEngine.embed; TEXTS_PER_REQUEST texts a request, which vLLM batches well."""
         parts = [texts[start : start + TEXTS_PER_REQUEST] for start in range(0, len(texts), TEXTS_PER_REQUEST)]
         rows = [await self._embed_some(list(part)) for part in parts]
         return np.concatenate(rows) if rows else np.zeros((0, 0), np.float32)
@@ -146,8 +146,8 @@ def _settle(turns: Turns, counted: Generation | Piece) -> None:
 async def _pieces(chunks: AsyncGenerator[bytes, None], silence: float) -> AsyncGenerator[Piece, None]:
     """The pieces of a stream of chunks; the last one only after [DONE], with the counts that came before that.
 
-    silence: seconds of chunks without an event. Raises TransientError after them, where the stream ends early or says
-    what cannot be read, and what its error event says.
+    silence: most seconds of chunks without an event. Raises TransientError after that, and where the stream ends early
+    or cannot be read; raises the error of an error event.
     """
     loop = asyncio.get_running_loop()
     last_event = loop.time()
@@ -201,7 +201,7 @@ def read_piece(data: bytes) -> Piece:
 def _text(value: object) -> str:
     """Of a field that may be null. Raises TypeError."""
     if value is not None and not isinstance(value, str):
-        raise TypeError(f"a string was due, not {type(value).__name__}")
+        raise TypeError(f"expected a string, not {type(value).__name__}")
     return value or ""
 
 
@@ -214,7 +214,7 @@ def _stream_error(said: object, data: bytes) -> APIError:
 
 
 def _generation(body: bytes) -> Generation:
-    try:
+    with malformed_is_transient():
         answer = orjson.loads(body)
         (choice,) = answer["choices"]
         text = choice["message"]["content"] if "message" in choice else choice["text"]
@@ -225,19 +225,15 @@ def _generation(body: bytes) -> Generation:
             int(usage.get("prompt_tokens") or 0),
             int(usage.get("completion_tokens") or 0),
         )
-    except (orjson.JSONDecodeError, LookupError, TypeError, ValueError, AttributeError) as error:
-        raise TransientError(f"the answer is truncated or malformed ({type(error).__name__}).") from None
 
 
 def _vectors(body: bytes, count: int) -> Embeddings:
-    try:
+    with malformed_is_transient():
         rows: list[Any] = sorted(orjson.loads(body)["data"], key=lambda row: int(row["index"]))
         with np.errstate(over="ignore"):
             vectors = np.array([row["embedding"] for row in rows], dtype=np.float32)
-    except (orjson.JSONDecodeError, LookupError, TypeError, ValueError) as error:
-        raise TransientError(f"the answer is truncated or malformed ({type(error).__name__}).") from None
     if vectors.ndim != 2 or len(vectors) != count:
         raise TransientError(f"asked for {count} vectors and got an array of shape {vectors.shape}.")
     if not np.isfinite(vectors).all():
-        raise TransientError("a vector holds a number that is none, or is too large for 32 bits.")
+        raise TransientError("a vector holds a number that is not finite, or is too large for 32 bits.")
     return vectors

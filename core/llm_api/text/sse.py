@@ -22,7 +22,7 @@ class EventTooLong(ValueError):
 
 
 class SSEParser:
-    """Holds what of an event has arrived. `feed` returns the data of every event that the chunk completes."""
+    """Keeps the part of an event that has arrived; `feed` returns the data of every event that a chunk completes."""
 
     __slots__ = ("_after_cr", "_data", "_first_line", "_rest", "_size")
 

@@ -33,7 +33,7 @@ _ONE_TOKEN: Final = SamplingOptions(max_tokens=1)
 
 
 class TextWriter:
-    """telemetry: where texts are counted. model: the name that streams begin with, asked for when one does.
+    """telemetry: where texts are counted. model: called for the name in a stream's first event.
 
     options: how a text is continued; None is greedy. Raises ConfigurationError for an engine that writes no texts.
     """
@@ -79,9 +79,9 @@ class TextWriter:
         return await self.engine.models()
 
     async def ready(self) -> float:
-        """Readiness: have one token written. Returns the seconds it took; raises the APIError that it ends in.
+        """Readiness: write one token. Returns the seconds it took; raises an APIError where it fails.
 
-        Tries as patiently as any request: a probe puts it under asyncio.timeout.
+        Retries like any request; put a readiness probe under asyncio.timeout.
         """
         started = time.perf_counter()
         await self.engine.generate(_request(_ONE_TOKEN, prompt=CANARY_TEXT))

@@ -1,1 +1,1 @@
-"""The folder to put on PYTHONPATH for engines that load no plugins; see sitecustomize.py in it."""
+"""Put this folder on PYTHONPATH for engines that load no plugins; see sitecustomize.py."""

@@ -5,7 +5,7 @@
 
 Python imports a module of this name when it starts. With ICM_BATCH_INVARIANT=1 the mode is switched on at the end of
 the first `import torch`; without it, nothing happens. The package must be importable where the engine runs. Python
-takes one such module only: the next one on the path, if there is one, is run from here.
+imports only one such module: the next one on the path, if there is one, is run from here.
 
 vLLM needs none of this (icm_vllm/plugin.py), and this alone would not make it exact.
 """
@@ -23,7 +23,7 @@ from types import ModuleType
 
 
 class _AfterTorch(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds torch where it is, and switches the mode on once it is imported."""
+    """Finds torch as usual, and switches the mode on once it is imported."""
 
     def __init__(self) -> None:
         self._spec: importlib.machinery.ModuleSpec | None = None
@@ -58,7 +58,7 @@ class _AfterTorch(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def _run_next() -> None:
-    """The sitecustomize that this one hides."""
+    """Run the sitecustomize that this one hides."""
     here = Path(__file__).resolve().parent
     path = [entry for entry in sys.path if Path(entry or ".").resolve() != here]
     spec = importlib.machinery.PathFinder.find_spec("sitecustomize", path)

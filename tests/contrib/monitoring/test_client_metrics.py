@@ -20,8 +20,8 @@ from core.llm_api.response_cache import ResponseCache
 from core.llm_api.telemetry import BOUNDS, Histogram
 from core.llm_api.text.generation import Message, SamplingOptions, collect
 from core.llm_api.types import Prompt, Segment
-from tests.core.fake_server import FALSE, TRUE, Fault
-from tests.core.fake_text import FakeTextServer, Manner
+from fakes.text_server import FakeTextServer, Manner
+from fakes.vllm_server import FALSE, TRUE, Fault
 from tests.core.two_labels import two
 
 QUICK = HttpOptions(retry=RetryPolicy(max_attempts=2, base=0.01, cap=0.01), max_concurrent_requests=2)

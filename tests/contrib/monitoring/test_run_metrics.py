@@ -26,10 +26,10 @@ from core.errors import ConfigurationError
 from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.llm import ModelAPI
 from core.vllm_server import free_port
+from fakes.vllm_server import FakeVLLM
 from scripts.render_dashboard import DASHBOARD, Line, Panel, draw, read_panels, without_variables
 from src.icm.searches import search_named
 from src.icm.searches.seam import Standing
-from tests.core.fake_server import FakeVLLM
 from tests.icm.searches.answers import Lines, Model, make_problem
 
 REPOSITORY = Path(__file__).resolve().parents[3]

@@ -17,7 +17,7 @@ from contrib.monitoring.relabel import page
 from contrib.monitoring.vllm_scrape import Replica, VLLMScraper
 from core.settings import Settings
 from core.vllm_server import free_port
-from tests.core.fake_server import FakeVLLM
+from fakes.vllm_server import FakeVLLM
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 ADDED = {"engine", "engine_version", "pool_id", "replica_id", "model_id"}

@@ -23,7 +23,7 @@ from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.http.retry import RetryPolicy
 from core.llm_api.http.transport import HttpOptions
 from core.llm_api.llm import ModelAPI
-from tests.core.fake_server import FakeVLLM
+from fakes.vllm_server import FakeVLLM
 
 TEXTS = {
     "bees.md": "# Bees\n\nBees make honey from nectar. In winter they live on it.\n\nA hive holds some 30,000 bees.\n",

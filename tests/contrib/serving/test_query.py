@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from contrib.serving.answering import MAX_TOPICS, read_topics
+from fakes.vllm_server import Fault
 from tests.contrib.serving.conftest import Serve, WritingVLLM
-from tests.core.fake_server import Fault
 
 QUESTION = {"question": "Where does it\n\nflow?"}
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from fakes.vllm_server import BOS, FALSE, TRUE, encode, hashed_log_odds
 from src.icm.testbeds import NAMES, TESTBEDS
 from tests.contrib.serving.conftest import Serve, WritingVLLM
-from tests.core.fake_server import BOS, FALSE, TRUE, encode, hashed_log_odds
 
 CLAIM = {"question": "Is fire hot?", "choice": "Yes"}
 OTHER = {"question": "Is ice hot?", "choice": "Yes"}

@@ -61,7 +61,7 @@ def test_another_engine_was_never_checked(tmp_path: Path) -> None:
 def test_another_fingerprint_is_another_way_to_compute(tmp_path: Path) -> None:
     keep(tmp_path)
     other = replace(ENGINE, fingerprint="def")
-    assert "answers otherwise" in str(doubt(read_record(tmp_path, other), other))
+    assert "answers have changed" in str(doubt(read_record(tmp_path, other), other))
 
 
 def test_a_failed_check_is_told_with_its_rows(tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ from core.llm_api.in_process import options
 from core.llm_api.labels import LabelSpace, SpelledLabels
 from core.llm_api.types import Engine, EngineAnswer, PrefixCacheCounters, Prompt, Segment
 from core.settings import Settings
+from fakes.vllm_server import BOS, FALSE, TRUE, encode, hashed_log_odds, label_distribution
 from tests.conftest import stand_in_platform
-from tests.core.fake_server import BOS, FALSE, TRUE, encode, hashed_log_odds, label_distribution
 from tests.core.two_labels import log_odds, two
 
 KEY = "hf_planted0123456789"

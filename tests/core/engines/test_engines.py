@@ -15,7 +15,7 @@ from core.llm_api.engines import ENGINES, open_engine
 from core.llm_api.llm import ModelAPI
 from core.llm_api.types import Capabilities, Engine
 from core.settings import Settings
-from tests.core.fake_server import TRUE, FakeVLLM
+from fakes.vllm_server import TRUE, FakeVLLM
 from tests.core.two_labels import two
 
 REPOSITORY = Path(__file__).resolve().parents[3]

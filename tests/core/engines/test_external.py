@@ -27,8 +27,8 @@ from core.llm_api.response_cache import ResponseCache
 from core.llm_api.tokens import spell_labels
 from core.llm_api.types import Engine, EngineIdentity, Prompt, Segment
 from core.settings import Settings
+from fakes.vllm_server import FALSE, TRUE, FakeVLLM, Fault, encode, hashed_log_odds
 from tests.core.fake_endpoint import FakeEndpoint
-from tests.core.fake_server import FALSE, TRUE, FakeVLLM, Fault, encode, hashed_log_odds
 from tests.core.two_labels import IN_TEXT, log_odds
 
 KEY = "sk-planted-0123456789"

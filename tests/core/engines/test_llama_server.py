@@ -19,8 +19,8 @@ from core.llm_api.http.completions import read_answers, token_logprobs
 from core.llm_api.llm import ModelAPI, open_model_api
 from core.llm_api.types import Capabilities, Prompt, Segment
 from core.settings import MissingLabelPolicy, Settings
+from fakes.vllm_server import BOS, FALSE, TRUE, Fault, encode
 from tests.core.fake_llama import FakeLlama
-from tests.core.fake_server import BOS, FALSE, TRUE, Fault, encode
 from tests.core.two_labels import two
 
 RECORDED: dict[str, Any] = json.loads(

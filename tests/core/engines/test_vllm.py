@@ -28,8 +28,8 @@ from core.llm_api.http.retry import RetryPolicy
 from core.llm_api.http.transport import HttpOptions
 from core.llm_api.tokens import CANARY_TEXT, spell_labels
 from core.llm_api.types import Engine, EngineAnswer, Prompt, Segment
+from fakes.vllm_server import BOS, FALSE, TRUE, FakeVLLM, Fault, hashed_log_odds
 from icm_vllm.prompt_tree import PATH
-from tests.core.fake_server import BOS, FALSE, TRUE, FakeVLLM, Fault, hashed_log_odds
 from tests.core.two_labels import log_odds, two
 
 KEY = "sk-planted-0123456789"
@@ -731,7 +731,7 @@ async def test_a_gateway_that_counts_a_token_more_or_less_is_believed(
         engine = await started(server)
         answer = await engine.score(LABELS.queries(prompts(5)))
         assert (odds(answer), answer.retries, answer.prompt_tokens) == (expected(prompts(5)), 0, 5 * 4)
-        assert caplog.text.count("taken for its way of counting") == 1
+        assert caplog.text.count("this count is accepted") == 1
         engine._http.epoch += 1
         assert odds(await engine.score(LABELS.queries(prompts(3, length=5)))) == expected(prompts(3, length=5))
         server.faults = [Fault(patch=lambda answer: answer["usage"].update(prompt_tokens=5 * 4 + 7))]
@@ -799,7 +799,7 @@ async def test_an_old_server_that_lacks_a_label_is_told_from_a_prompt_that_ends_
         server.drop = {TRUE}
         with pytest.raises(MissingLabel) as caught:
             await engine.score(LABELS.queries(prompts(2)))
-        assert "This server (vLLM 0.19.1) lists its top 20 alone; vLLM 0.26 and newer" in caught.value.hint
+        assert "This server (vLLM 0.19.1) lists only its top 20; vLLM 0.26 and newer" in caught.value.hint
         assert "missing_label to floor" in caught.value.hint
         await engine.aclose()
 

@@ -20,9 +20,9 @@ from core.llm_api.http.retry import RetryPolicy
 from core.llm_api.http.transport import HttpOptions
 from core.llm_api.llm import ModelAPI
 from core.llm_api.types import Engine, EngineAnswer, Prompt, Segment
+from fakes.vllm_server import BOS, FALSE, TRUE, FakeVLLM, Fault, encode, hashed_log_odds
 from src.icm.prefix_tree import TreeLayout
 from src.icm.prompts import PromptBook
-from tests.core.fake_server import BOS, FALSE, TRUE, FakeVLLM, Fault, encode, hashed_log_odds
 from tests.core.two_labels import log_odds, two
 
 LABELS = two(TRUE, FALSE)

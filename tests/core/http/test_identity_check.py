@@ -11,7 +11,7 @@ from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.http.identity_check import Counting
 from core.llm_api.http.retry import RetryPolicy
 from core.llm_api.http.transport import HttpOptions
-from tests.core.fake_server import FakeVLLM
+from fakes.vllm_server import FakeVLLM
 
 QUICK = RetryPolicy(max_attempts=3, deadline=10, base=0.01, cap=0.02)
 

@@ -46,8 +46,8 @@ from core.llm_api.text.generation import (
     collect,
 )
 from core.settings import Settings
-from tests.core.fake_server import Fault, encode
-from tests.core.fake_text import FakeTextServer, Manner, written
+from fakes.text_server import FakeTextServer, Manner, written
+from fakes.vllm_server import Fault, encode
 
 QUICK = HttpOptions(retry=RetryPolicy(max_attempts=3, deadline=10, base=0.01, cap=0.02), read_timeout=5)
 SHORT = SamplingOptions(max_tokens=5)

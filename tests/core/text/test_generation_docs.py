@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.core.fake_text import FakeTextServer
+from fakes.text_server import FakeTextServer
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 

@@ -10,6 +10,7 @@ import pytest
 
 from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.llm import ModelAPI
+from fakes.vllm_server import FakeVLLM, hashed_log_odds
 from src.icm.objective import Objective
 from src.icm.problem import SearchSettings
 from src.pipeline.baselines import run_baseline
@@ -17,7 +18,6 @@ from src.pipeline.baselines.bootstrapping import bootstrap
 from src.pipeline.baselines.trial import Options, Trial
 from src.pipeline.datafiles import load_testbed
 from src.pipeline.labelling import Labelling, prepare_batches
-from tests.core.fake_server import FakeVLLM, hashed_log_odds
 
 SIZE, ROUNDS, RESTARTS = 12, 2, 6
 

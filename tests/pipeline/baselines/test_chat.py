@@ -12,6 +12,7 @@ import pytest
 from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.labels import TRUE_FALSE, LabelSpace
 from core.llm_api.llm import ModelAPI
+from fakes.vllm_server import FakeVLLM, encode
 from src.icm.objective import Objective
 from src.icm.problem import SearchSettings
 from src.icm.testbeds import custom_testbed
@@ -19,7 +20,6 @@ from src.pipeline.baselines import run_baseline
 from src.pipeline.baselines.chat import ask_chat
 from src.pipeline.baselines.trial import ChatModel, Trial
 from src.pipeline.labelling import Labelling, prepare_batches
-from tests.core.fake_server import FakeVLLM, encode
 
 YES_NO = LabelSpace(("no", "yes"), (" no", " yes"))
 STARS = LabelSpace(("bad", "so", "good"), (" bad", " so", " good"))

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from fakes.vllm_server import FakeVLLM, hashed_log_odds
 from src.pipeline.baselines import BASELINES
 from src.pipeline.baselines.trial import Trial
-from tests.core.fake_server import FakeVLLM, hashed_log_odds
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 LONGEST = '''

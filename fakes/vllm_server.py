@@ -174,7 +174,7 @@ class FakeVLLM:
         await self._runner.cleanup()
 
     def more_routes(self, app: web.Application) -> None:
-        """For servers that do more (fake_text.py)."""
+        """For servers that do more (text_server.py)."""
 
     @property
     def pools(self) -> list[dict[str, Any]]:
