@@ -99,16 +99,20 @@ class Landscape:
     @cached_property
     def correlation(self) -> float | None:
         """Spearman's, of U and agreement."""
-        return rank_correlation(*self._pairs)
+        return rank_correlation(*self._pairs(self.compared))
+
+    @cached_property
+    def correlation_without_mirrors(self) -> float | None:
+        """The same of the labelings that are no mirrors: as mirrors predict each other too, U rises again there."""
+        return rank_correlation(*self._pairs([each for each in self.compared if each.labeling.kind != "mirrored"]))
 
     @cached_property
     def interval(self) -> tuple[float, float] | None:
         """Its bootstrapped 95% interval over labelings. It says nothing of other claims or another model."""
-        return rank_correlation_interval(*self._pairs)
+        return rank_correlation_interval(*self._pairs(self.compared))
 
-    @property
-    def _pairs(self) -> tuple[list[float], list[float]]:
-        return [each.utility for each in self.compared], [self.agreement(each) for each in self.compared]
+    def _pairs(self, labelings: Sequence[Evaluated]) -> tuple[list[float], list[float]]:
+        return [each.utility for each in labelings], [self.agreement(each) for each in labelings]
 
     @cached_property
     def mirrors(self) -> tuple[tuple[Evaluated, Evaluated], ...]:

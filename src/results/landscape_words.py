@@ -113,9 +113,11 @@ def _correlation_line(landscape: Landscape) -> str:
     if landscape.correlation is None:
         return f"U or the agreement with {landscape.against} is the same for all {count} labelings: no correlation."
     low, high = landscape.interval or (-1.0, 1.0)
+    without = landscape.correlation_without_mirrors
+    also = f"; {without:.2f} without the mirrored ones" if landscape.mirrors and without is not None else ""
     return (
         f"Rank correlation (Spearman) of U and agreement with {landscape.against}, {count} different labelings: "
-        f"{landscape.correlation:.2f} (95% interval {low:.2f} to {high:.2f}, bootstrap over labelings)."
+        f"{landscape.correlation:.2f} (95% interval {low:.2f} to {high:.2f}, bootstrap over labelings){also}."
     )
 
 

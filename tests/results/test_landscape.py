@@ -88,6 +88,10 @@ def test_a_peak_at_gold_and_one_at_its_mirror_are_part_of_the_way() -> None:
     found = landscape(lambda changed: abs(changed - 10.0) - (0.5 if changed > 10 else 0.0))
     assert found.verdict is Verdict.WATCH
     assert found.highest.labeling.name == "gold"
+    mirrored = [labelled(f"mirror {at}", "mirrored", flipped(20 - at, 3), 9.0, "gold") for at in range(4)]
+    more = landscape(uphill, GOLD, *mirrored)
+    assert (more.correlation or 1) < 0.98 < (more.correlation_without_mirrors or 0)
+    assert f"{more.correlation_without_mirrors:.2f} without the mirrored ones" in words(more)[0]
     assert "one from several starts (--search ascent) is surer" in verdict_sentence(found)
 
 
