@@ -73,7 +73,8 @@ def state_of(p: Problem, *labels: bool | None, **more: Any) -> SearchState:
 
 
 def test_streams_of_random_numbers_are_numbered_for_good() -> None:
-    assert {stream.name: int(stream) for stream in Stream} == {"POOL": 0, "SEEDS": 1, "LAYOUT": 2, "STEP": 3, "PART": 4}
+    numbers = {"POOL": 0, "SEEDS": 1, "LAYOUT": 2, "STEP": 3, "PART": 4, "LABELINGS": 5}
+    assert {stream.name: int(stream) for stream in Stream} == numbers
     assert generator(7, Stream.STEP).random() == np.random.default_rng([7, 3, 0]).random()
     assert generator(7, Stream.STEP, 5).random() == np.random.default_rng([7, 3, 5]).random()
 
@@ -106,6 +107,10 @@ def test_settings_are_by_default_what_is_documented() -> None:
         "local_gain": False,
         "bootstrap_rounds": 4,
         "bootstrap_start": "random",
+        "ascent_starts": 4,
+        "ascent_sweeps": 3,
+        "ascent_questions": 12,
+        "ascent_error": 0.02,
     }
     assert SIBLING_WEIGHT == 100
 

@@ -119,7 +119,7 @@ async def test_a_journal_of_another_search_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_search_that_there_is_not_is_named() -> None:
-    with pytest.raises(KeyError, match="no search 'nothing', only annealing, bootstrapping"):
+    with pytest.raises(KeyError, match="no search 'nothing', only annealing, ascent, bootstrapping"):
         searches.search_named("nothing")
 
 
