@@ -201,7 +201,7 @@ def add_choice_of_search(parser: argparse.ArgumentParser) -> None:
         type=at_least(1),
         default=defaults.ascent_questions,
         metavar="Q",
-        help="with --search ascent: questions for each claim of the pool at most",
+        help="with --search ascent: questions for each claim of the pool after which nothing new is begun",
     )
     search.add_argument(
         "--ascent_error",
@@ -332,10 +332,10 @@ def share(text: str) -> float:
 
 
 def chance(text: str) -> float:
-    """A number from 0 on and below a half."""
+    """0, or a number from a millionth on and below a half."""
     value = float(text)
-    if not 0 <= value < 0.5:
-        raise argparse.ArgumentTypeError(f"must be a probability from 0 on and below 0.5, not {text}")
+    if value and not 1e-6 <= value < 0.5:
+        raise argparse.ArgumentTypeError(f"must be 0, or a probability from 0.000001 on and below 0.5, not {text}")
     return value
 
 

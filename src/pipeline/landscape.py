@@ -46,7 +46,8 @@ class Answers:
 
 
 OnBatch = Callable[[Sequence[Labeling]], None]
-"""Called after every batch with all labelings so far whose answers are known."""
+"""Called after a batch with all labelings so far whose answers are known, once these include all that were known at the
+start."""
 
 
 async def survey(
@@ -124,6 +125,7 @@ class _Asking:
         self._scorer = labelling.scorer()
         self._layout = problem.new_layout(range(problem.size))
         self._on_batch = on_batch
+        self._before = frozenset(answers.of)
         self._most = max(1, QUESTIONS_A_BATCH // problem.size)
         self._at_once = 1
 
@@ -139,7 +141,10 @@ class _Asking:
                 self.answers.of[labels] = tuple(evaluation.log_odds[claim] for claim in range(len(labels)))
             rate = len(batch) / max(time.perf_counter() - started, 1e-3)
             self._at_once = min(self._most, max(1, round(rate * SECONDS_A_BATCH)))
-            self._on_batch([each for each in self.labelings if each.labels in self.answers.of])
+            answered = [each for each in self.labelings if each.labels in self.answers.of]
+            # What a file has from before is never written away.
+            if self._before <= {each.labels for each in answered}:
+                self._on_batch(answered)
 
 
 def _generator(problem: Problem, purpose: int) -> np.random.Generator:

@@ -17,18 +17,21 @@ others at random. Where the search goes on from another run's labels, these take
    many more where it did. Only what raises U of the whole pool is kept.
 4. *Mirrors.* Two labels swapped everywhere is a second basin (annealing.mirrors); it is entered where U is higher.
 
-A change is judged block by block: where the answers so far say that U falls, with a probability of error of at most
-`ascent_error` by a normal approximation for a sample without replacement (the test of Korattikara, Chen and Welling
-2014, "Austerity in MCMC land", equation 4), the remaining blocks are not asked. A change is only ever *accepted* on all
-N answers, so U is exact; with error 0 refusals are too.
+A change is judged on parts of its questions: the claims whose labels change, where they are few, and then block after
+block of the others. Where the answers so far say that U falls, with a probability of error of about `ascent_error` over
+all these looks, the remaining blocks are not asked. That is the test of Korattikara, Chen and Welling 2014 ("Austerity
+in MCMC land", equation 4): the mean of a sample without replacement, taken to be normally distributed. A block must
+be a random sample for it, as in a tree; in other layouts, and with a prior, whose offset is no mean, all N questions
+are asked. A change is only ever *accepted* on all N answers, so U is exact; with error 0 refusals are too.
 
-All evaluations are in one layout. At most `ascent_questions` x N questions are asked, rounded up to what was begun.
+All evaluations are in one layout. Nothing new is begun once `ascent_questions` x N questions were asked, but for the
+evaluation of the start that is left, and the mirror of two labels.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import ceil, sqrt
@@ -91,12 +94,15 @@ async def run(problem: Problem, ask: Ask, journal: Journal) -> Found:
 
 async def _first_labels(problem: Problem, ask: Ask) -> Labels:
     """The model's own labels, against the mean of its log-odds; where the search goes on from another one's, those."""
+    given = problem.start_labels
+    if given is not None and None not in given:
+        return problem.consistency.nearest([_held(label, problem.num_labels) for label in given])
     answers = await ask.zero_shot()
     offset = calibration_offset(answers, "mean", problem.objective.prior, problem.num_labels)
-    margins = [list(margins_of(each, offset)) for each in answers]
-    for claim, label in enumerate(problem.start_labels or ()):
+    margins = [margins_of(each, offset) for each in answers]
+    for claim, label in enumerate(given or ()):
         if label is not None:
-            margins[claim] = [HELD if other == label else -HELD for other in range(problem.num_labels)]
+            margins[claim] = _held(label, problem.num_labels)
     return problem.consistency.nearest(margins)
 
 
@@ -113,10 +119,11 @@ async def _best_start(climb: Climb, first: Labels) -> Chain:
     settings = problem.settings
     chains = [await climb.sweep(Chain(first))]
     if not chains[0].fixed:
-        chains += [await climb.sweep(Chain(random_labels(problem, at + 1))) for at in range(settings.ascent_starts - 1)]
+        others = (Chain(random_labels(problem, number)) for number in range(1, settings.ascent_starts))
+        chains += [await climb.sweep(each) for each in others if climb.may_ask]
     for _ in range(settings.ascent_sweeps - 1):
         chains = sorted(chains, key=climb.estimate, reverse=True)[: ceil(len(chains) / 2)]
-        chains = [chain if chain.fixed else await climb.sweep(chain) for chain in chains]
+        chains = [await climb.sweep(each) if climb.may_ask and not each.fixed else each for each in chains]
     return max(chains, key=climb.estimate)
 
 
@@ -147,22 +154,20 @@ class Climb:
 
     async def sweep(self, chain: Chain) -> Chain:
         """Every block asked once, the labels of the pool chosen anew after each."""
-        labels, answers = chain.labels, dict(chain.answers)
+        labels, answers, fixed = chain.labels, dict(chain.answers), True
         for block in self._blocks:
             found = await self._asked.predict(block, Candidate(labels, self._layout))
             answers |= dict(zip(block, found, strict=True))
             labels = self._likeliest(labels, answers)
-        return replace(chain, labels=labels, answers=answers, fixed=labels == chain.labels)
+            fixed = fixed and labels == chain.labels
+        return replace(chain, labels=labels, answers=answers, fixed=fixed)
 
     def _likeliest(self, labels: Labels, answers: Answers) -> Labels:
         """The likeliest consistent labels; claims without an answer keep theirs where they can."""
         offset = self.problem.objective.offset(list(answers.values()))
-        every = range(self.problem.num_labels)
         return self.problem.consistency.nearest(
             [
-                margins_of(answers[claim], offset)
-                if claim in answers
-                else tuple(HELD if label == other else -HELD for other in every)
+                margins_of(answers[claim], offset) if claim in answers else _held(label, self.problem.num_labels)
                 for claim, label in enumerate(labels)
             ]
         )
@@ -204,29 +209,61 @@ class Climb:
         """The worth of `changed`; None where a part of its questions already says that U is lower than that of `labels`
         (`evaluation`)."""
         candidate = Candidate(changed, self._layout)
-        error = self.problem.settings.ascent_error
-        answers: dict[int, LogOdds] = {}
-        for block in self._blocks[:-1] if error else ():
-            answers |= dict(zip(block, await self._asked.predict(block, candidate), strict=True))
-            if len(answers) >= LEAST_SAMPLE and self._falls(changed, labels, answers, evaluation, error):
-                return None
+        if self._may_sample:
+            turned = [claim for claim, label in enumerate(changed) if label != labels[claim]]
+            # Few changes are rare in a sample, and most of the gain is theirs: they are all asked.
+            first = turned if len(turned) <= len(changed) // len(self._blocks) else []
+            answers: dict[int, LogOdds] = {}
+            for block in self._blocks[:-1]:
+                part = [*first, *(claim for claim in block if claim not in first)] if not answers else block
+                answers |= dict(zip(part, await self._asked.predict(part, candidate), strict=True))
+                if self._falls(changed, labels, answers, first, evaluation):
+                    return None
         [worth] = await self._asked.evaluate([candidate])
         return worth
 
-    def _falls(self, changed: Labels, labels: Labels, answers: Answers, evaluation: Evaluation, error: float) -> bool:
-        """Whether U of `changed` is lower than that of `labels` by the claims in `answers`, but for `error`."""
-        before = {claim: evaluation.log_odds[claim] for claim in answers}
-        gained = np.array(self._margins(changed, answers)) - np.array(self._margins(labels, before))
-        count, size = len(gained), self.problem.size
-        alpha, consistency = self.problem.objective.alpha, self.problem.consistency
-        gain = alpha * gained.mean() - (consistency.count(changed) - evaluation.inconsistent)
-        deviation = alpha * gained.std(ddof=1) / sqrt(count) * sqrt(1 - (count - 1) / (size - 1))
-        return bool(gain < -NormalDist().inv_cdf(1 - error) * deviation)
+    @property
+    def _may_sample(self) -> bool:
+        """Whether blocks are random samples, and offsets means of them."""
+        settings = self.problem.settings
+        tree = settings.layout == "tree" and settings.context_cap is None
+        return settings.ascent_error > 0 and tree and self.problem.objective.prior is None
 
-    def _margins(self, labels: Labels, answers: Answers) -> list[float]:
-        """Of the labels of the claims in `answers`, against the offset of these answers (nats)."""
-        offset = self.problem.objective.offset(list(answers.values()))
-        return [margins_of(value, offset)[_known(labels[claim])] for claim, value in answers.items()]
+    def _falls(
+        self, changed: Labels, labels: Labels, answers: Answers, first: Sequence[int], evaluation: Evaluation
+    ) -> bool:
+        """Whether U of `changed` is lower than that of `labels` by the claims in `answers`, but for ascent_error.
+
+        first: claims that are in `answers` for sure; the others there are a random sample of the rest.
+        """
+        sample = [claim for claim in answers if claim not in first]
+        if len(sample) < LEAST_SAMPLE:
+            return False
+        objective, size = self.problem.objective, self.problem.size
+        shift = np.subtract(
+            objective.offset([answers[claim] for claim in sample]),
+            objective.offset([evaluation.log_odds[claim] for claim in sample]),
+        )
+        moved = np.add(evaluation.offset, shift).tolist()
+        offset: LogOdds = tuple(moved) if isinstance(moved, list) else moved
+
+        def gain(claim: int) -> float:
+            now = margins_of(answers[claim], offset)[_known(changed[claim])]
+            return now - margins_of(evaluation.log_odds[claim], evaluation.offset)[_known(labels[claim])]
+
+        gains, rest = np.array([gain(claim) for claim in sample]), size - len(first)
+        total = sum(gain(claim) for claim in first) + rest * gains.mean()
+        broken = self.problem.consistency.count(changed) - evaluation.inconsistent
+        left_out = sqrt(1 - (len(gains) - 1) / (rest - 1))
+        deviation = rest * gains.std(ddof=1) / sqrt(len(gains)) * left_out
+        looks = len(self._blocks) - 1
+        sure = NormalDist().inv_cdf(1 - self.problem.settings.ascent_error / looks)
+        return bool(objective.alpha * total / size - broken < -sure * objective.alpha * deviation / size)
+
+
+def _held(label: int | None, num_labels: int) -> tuple[float, ...]:
+    """Margins (nats) by which a claim keeps its label."""
+    return tuple(HELD if label == other else -HELD for other in range(num_labels))
 
 
 def _known(label: int | None) -> int:

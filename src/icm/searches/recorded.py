@@ -11,11 +11,11 @@ it is the best so far, and `U` that of the best so far: in every journal U is wh
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from hashlib import blake2b
 from typing import Any
 
-from src.icm.consistency import Labels
 from src.icm.objective import Evaluation, LogOdds
 from src.icm.prefix_tree import Layout
 from src.icm.problem import Candidate, Problem
@@ -38,7 +38,7 @@ class RecordedAsk:
         evaluation = problem.objective.evaluate(nothing, {}, problem.consistency)
         self.standing = Standing(0, nothing, problem.new_layout(()), evaluation)
         self.questions = 0
-        self._answers: dict[tuple[int, Labels], LogOdds] = {}
+        self._answers: dict[tuple[int, bytes], LogOdds] = {}
         self._answered_in: Layout | None = None
         self._problem = problem
         self._ask = ask
@@ -112,7 +112,7 @@ class RecordedAsk:
         """Answers of labelled claims after these labels in this layout, by claim."""
         if candidate.layout is not self._answered_in:
             return {}
-        keys = {claim: (claim, _without(candidate.labels, claim)) for claim in candidate.layout.questions}
+        keys = _keys(candidate, candidate.layout.questions)
         return {claim: self._answers[key] for claim, key in keys.items() if key in self._answers}
 
     def _keep(self, candidate: Candidate, log_odds: Mapping[int, LogOdds]) -> None:
@@ -121,7 +121,8 @@ class RecordedAsk:
             self._answered_in = candidate.layout
             self._answers.clear()
         before = len(self._answers)
-        self._answers |= {(claim, _without(candidate.labels, claim)): value for claim, value in log_odds.items()}
+        keys = _keys(candidate, log_odds)
+        self._answers |= {keys[claim]: value for claim, value in log_odds.items()}
         self.questions += len(self._answers) - before
 
     def _stand(self, candidate: Candidate, evaluation: Evaluation) -> bool:
@@ -189,6 +190,15 @@ class RecordedAsk:
         return number, record
 
 
-def _without(labels: Labels, claim: int) -> Labels:
-    """The labels that a question about `claim` is asked after."""
-    return (*labels[:claim], None, *labels[claim + 1 :])
+def _keys(candidate: Candidate, claims: Iterable[int]) -> dict[int, tuple[int, bytes]]:
+    """What tells each claim's question from others in this layout: the labels that are shown with it, as a digest."""
+    shown = bytearray(len(candidate.labels))
+    for other in candidate.layout.demonstrations:
+        label = candidate.labels[other]
+        shown[other] = 0 if label is None else 1 + label
+    found = {}
+    for claim in claims:
+        kept, shown[claim] = shown[claim], 0
+        found[claim] = claim, blake2b(shown, digest_size=16).digest()
+        shown[claim] = kept
+    return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 
 from src.icm.problem import Candidate
@@ -91,3 +93,32 @@ async def test_answers_to_other_questions_are_refused() -> None:
     for claims, candidate in (([2, 1], one), ([1, 2], other)):
         with pytest.raises(JournalMismatch, match="line 1"):
             await RecordedAsk(problem, Model(problem), Lines(questions.written)).predict(claims, candidate)
+
+
+async def test_a_question_that_shows_the_same_labels_is_the_same_question() -> None:
+    """With a cap most labels are in no prompt, and may change."""
+    problem = make_problem(32, context_cap=4)
+    labels = (True, False) * 16
+    layout = problem.new_layout(range(32), labels=labels)
+    hidden = next(claim for claim in range(32) if claim not in layout.demonstrations)
+    model = Model(problem)
+    asked = RecordedAsk(problem, model, Lines())
+    await asked.evaluate([Candidate(labels, layout)])
+    turned = tuple(not label if claim == hidden else label for claim, label in enumerate(labels))
+    await asked.evaluate([Candidate(turned, layout)])
+    assert len(model.asked) == len(set(model.asked)) == asked.questions == 32
+
+
+def test_what_is_remembered_grows_with_the_questions_not_their_square() -> None:
+    def bytes_of(size: int) -> int:
+        problem = make_problem(size)
+        layout = problem.new_layout(range(size))
+        asked = RecordedAsk(problem, Model(problem), Lines())
+        log_odds = dict.fromkeys(layout.questions, 1.0)
+        tracemalloc.start()
+        asked._keep(Candidate((True,) * size, layout), log_odds)
+        found, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return found
+
+    assert bytes_of(800) < 8 * bytes_of(200)  # a square would be 16 times
