@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module, metadata
@@ -43,7 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: no command {name!r}. There are: {', '.join(COMMANDS)} (see --help)", file=sys.stderr)
         return 2
     command: Callable[[Sequence[str]], int] = import_module(COMMANDS[name][0]).main
-    return command(rest)
+    try:
+        return command(rest)
+    except BrokenPipeError:  # whoever read the output has seen enough (icm diagnose ... | head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that nothing is flushed to it at exit
+        return 141  # as a shell counts a program that SIGPIPE ended
 
 
 def _version() -> str:

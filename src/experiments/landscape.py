@@ -82,7 +82,11 @@ def build_parser() -> Parser:
     add_search_arguments(parser)
     group = parser.add_argument_group("landscape")
     group.add_argument(
-        "--labelings", type=at_least(FEWEST), default=LABELINGS, metavar="L", help="about this many labelings in all"
+        "--labelings",
+        type=at_least(FEWEST),
+        default=LABELINGS,
+        metavar="L",
+        help=f"about this many labelings in all, at least {FEWEST}",
     )
     group.add_argument(
         "--found",
@@ -123,6 +127,8 @@ async def _run(request: LandscapeRequest) -> int:
     known = folder.read()
     answers = Answers()
     if known is None:
+        if lock.read_run() is not None:
+            raise BadInput(f"{folder.path}: holds a run. Choose another --run for the landscape")
         refuse(run.contradiction)
     else:
         check_same_run(lock, known["settings"], settings)
@@ -142,7 +148,7 @@ async def _run(request: LandscapeRequest) -> int:
             if known is not None:
                 check_same_engine(lock, known["engine"], api.identity)
             labelling = await Labelling.open(pool, api)
-            await print_opening(run, labelling, settings["testbed"], lock)
+            await print_opening(run, labelling, settings["testbed"], lock, searches=False)
             begun = {
                 "settings": settings,
                 "engine": asdict(api.identity) if known is None else known["engine"],
@@ -190,12 +196,12 @@ async def _survey(
 
 
 def _say_how_much(pool: Pool, most: int, answers: Answers) -> None:
-    size, known = len(pool.claims), len(answers.of)
+    size, known, cap = len(pool.claims), len(answers.of), pool.problem.settings.context_cap
     questions = (most - known + (answers.zero_shot is None)) * size
     before = f"; {known} labelings are known from before" if known else ""
     print(
         f"asking about at most {most} labelings of {size} claims: {questions:,} questions, each "
-        f"after up to {size - 1} demonstrations{before}",
+        f"after up to {size - 1 if cap is None else min(cap, size - 1)} demonstrations{before}",
         file=sys.stderr,
         flush=True,
     )

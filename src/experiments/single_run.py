@@ -73,16 +73,19 @@ async def print_opening(
     name: str,
     folder: RunFolder | None,
     pools: Sequence[Pool] = (),
+    *,
+    searches: bool = True,
 ) -> None:
     """Print on standard error what the model will be asked, and write one whole prompt to `folder`.
 
     name: of the data. folder: None to write nothing and print the whole prompt. pools: as in `opening`.
+    searches: whether a search follows, which may begin with random labels only.
     """
     prompt = example_prompt(labelling)
     lines = opening(labelling, await labelling.token_record(), name, request.data.batch_size, pools)
     if folder is not None:
         folder.write_prompt(prompt.text)
-        lines += _all_random(pools or [labelling.pool])
+        lines += _all_random(pools or [labelling.pool]) if searches else []
     lines.append(prompt_line(labelling, prompt, "whole:" if folder is None else f"whole in {folder.prompt_path}"))
     if folder is None or not request.output.quiet:
         lines += prompt_lines(labelling, prompt, whole=folder is None)

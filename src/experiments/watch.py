@@ -61,6 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         print(f"error: {args.run}: {what}", file=sys.stderr)
         return 2
+    if (args.run / "landscape.json").exists() and not (args.run / "run.json").exists():
+        print(f"error: {args.run}: holds a landscape, which has no steps to watch", file=sys.stderr)
+        return 2
     watch = Watch(args.run)
     screen = Screen(live=sys.stdout.isatty() and not args.once)
     try:

@@ -72,6 +72,8 @@ def curves_of(records: Iterable[Mapping[str, Any]], gold: Sequence[Label]) -> Cu
                 agreeing += (label == known) - (before == known)
                 compared += before is None
             labels[claim] = label
+        if event == "questions" and not labels:
+            continue  # before the first evaluation there is no U
         if event in PROPOSALS:
             changed.append(bool(record["accepted"]))
             inconsistent = record.get("inconsistent", inconsistent)

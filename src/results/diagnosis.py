@@ -78,8 +78,10 @@ def frozen(run: RunRecord) -> Finding:
     """Whether the search stopped taking in claims early, because U of its random seeds was already high."""
     title = "A start that froze the search"
     if run.search != "annealing":
-        text = f"{run.search.capitalize()} labels all claims at once: there is no start that could."
-        return Finding("frozen", title, Verdict.OK, text)
+        if run.search in ("ascent", "bootstrapping"):
+            text = f"{run.search.capitalize()} labels all claims at once: there is no start that could."
+            return Finding("frozen", title, Verdict.OK, text)
+        return Finding("frozen", title, Verdict.UNKNOWN, f"Nothing is known here of searches named {run.search}.")
     steps = [record for record in run.journal if record["event"] == "step"]
     start = next((record for record in run.journal if record["event"] == "start"), None)
     if start is None or len(steps) < FROZEN_MIN_STEPS:

@@ -141,7 +141,7 @@ class Landscape:
             return Verdict.UNKNOWN
         correlated = (self.interval or (0.0, 0.0))[0] > 0
         top = self.agreement(self.highest)
-        if top >= NEAR:
+        if top >= max(NEAR, self.halfway):
             return Verdict.OK if correlated and (self.correlation or 0.0) >= LEADS else Verdict.WATCH
         return Verdict.WATCH if correlated and top >= self.halfway else Verdict.PROBLEM
 

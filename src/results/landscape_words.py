@@ -95,10 +95,11 @@ def words(landscape: Landscape) -> list[str]:
         lines.append(line + ("." if of_gold is None else f"; that of gold has {of_gold.utility:.2f}."))
     if landscape.has_gold:
         lines.append(
-            f"Thresholds: U leads to truth where the labels with the highest U agree with gold on at least {NEAR:.0%} "
-            f"of the claims, the rank correlation is at least {LEADS:g} and its interval above 0; part of the way "
-            f"where only the first holds, or where they agree on at least {landscape.halfway:.0%} (halfway between the "
-            "commonest label for all claims and every label right) and the interval is above 0; else it does not."
+            "Thresholds: U leads to truth where the labels with the highest U agree with gold on at least "
+            f"{max(NEAR, landscape.halfway):.0%} of the claims, the rank correlation is at least {LEADS:g} and its "
+            "interval above 0; part of the way where only the first holds, or where they agree on at least "
+            f"{landscape.halfway:.0%} (halfway between the commonest label for all claims and every label right) and "
+            "the interval is above 0; else it does not."
         )
     else:
         lines.append(
@@ -112,12 +113,16 @@ def _correlation_line(landscape: Landscape) -> str:
     count = len(landscape.compared)
     if landscape.correlation is None:
         return f"U or the agreement with {landscape.against} is the same for all {count} labelings: no correlation."
-    low, high = landscape.interval or (-1.0, 1.0)
+    if landscape.interval is None:
+        inside = "too few for an interval"
+    else:
+        low, high = landscape.interval
+        inside = f"95% interval {low:.2f} to {high:.2f}, bootstrap over labelings"
     without = landscape.correlation_without_mirrors
     also = f"; {without:.2f} without the mirrored ones" if landscape.mirrors and without is not None else ""
     return (
         f"Rank correlation (Spearman) of U and agreement with {landscape.against}, {count} different labelings: "
-        f"{landscape.correlation:.2f} (95% interval {low:.2f} to {high:.2f}, bootstrap over labelings){also}."
+        f"{landscape.correlation:.2f} ({inside}){also}."
     )
 
 

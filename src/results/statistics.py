@@ -21,6 +21,7 @@ from src.icm.objective import wilson_interval
 
 RESAMPLES: Final = 10_000
 RANK_RESAMPLES: Final = 2_000
+FEWEST_PAIRS: Final = 10
 Key = tuple[int, int]  # seed, claim
 
 
@@ -142,7 +143,10 @@ def rank_correlation_interval(
     first: Sequence[float], second: Sequence[float], seed: int = 0
 ) -> tuple[float, float] | None:
     """95% percentile interval of rank_correlation over RANK_RESAMPLES draws of the pairs with replacement; None where
-    the correlation is. seed: of the draws."""
+    the correlation is, or where fewer than FEWEST_PAIRS were compared, of which draws say little. seed: of the
+    draws."""
+    if len(first) < FEWEST_PAIRS:
+        return None
     x, y, rng = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64), np.random.default_rng(seed)
     draws = rng.integers(len(x), size=(RANK_RESAMPLES, len(x)))
     found = [value for drawn in draws if (value := rank_correlation(x[drawn], y[drawn])) is not None]

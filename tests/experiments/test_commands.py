@@ -72,3 +72,28 @@ def test_every_command_explains_itself(
         main([name, "--help"])
     assert ended.value.code == 0
     assert f"usage: icm {name}" in capsys.readouterr().out
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    """icm ... | head: the pipe closes before everything is written."""
+    program = (
+        "import sys\n"
+        "from src.experiments import commands\n"
+        "class Closed:\n"
+        "    @staticmethod\n"
+        "    def main(arguments):\n"
+        "        print('x' * 100_000, flush=True)\n"
+        "        print('x' * 100_000, flush=True)\n"
+        "        return 0\n"
+        "commands.import_module = lambda name: Closed\n"
+        "sys.exit(commands.main(['diagnose']))\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        complaint = process.stderr.read()
+    assert (process.returncode, complaint) == (141, "")

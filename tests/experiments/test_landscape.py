@@ -252,3 +252,24 @@ async def test_other_settings_are_another_landscape(icm: Landscape) -> None:
     assert code == 2
     assert "--alpha 30.0, now 50.0" in err
     assert (await icm("--labelings", "30", "--run", "a", "--quiet", "--K", "7"))[0] == 0  # of the annealing alone
+
+
+async def test_a_runs_folder_is_not_taken_for_a_landscape_nor_watched(icm: Landscape) -> None:
+    assert (await icm("--run", "mine", "--K", "3", command="label"))[0] == 0
+    prompt = (icm.runs / "mine" / "prompt.txt").read_text()
+    code, _, told = await icm("--run", "mine", "--labelings", "30")
+    assert code == 2
+    assert "holds a run. Choose another --run for the landscape" in told
+    assert (icm.runs / "mine" / "prompt.txt").read_text() == prompt
+    code, _, told = await icm("--run", "land", "--labelings", "30", "--context_cap", "4", "--num_seed", "16")
+    assert code == 0
+    assert "each after up to 4 demonstrations" in told
+    assert "begin with a random label" not in told
+    watched = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "src.experiments.commands", "watch", str(icm.runs / "land")),
+        env=icm.environment,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    _, complaint = await watched.communicate()
+    assert watched.returncode == 2
+    assert b"holds a landscape" in complaint

@@ -259,3 +259,37 @@ def test_a_damaged_file_is_one_line(tmp_path: Path) -> None:
     folder.document_path.write_text("{}")
     with pytest.raises(BadInput, match="another version"):
         folder.read()
+
+
+def test_labels_hardly_better_than_one_for_all_do_not_lead_to_truth() -> None:
+    """Of 20 claims 2 are true: one label for all is right for 90%, and so are labels that have one of them wrong."""
+    gold: Labels = tuple(n < 2 for n in range(20))
+    near = (True, False, True, *(False for _ in range(17)))
+    labelings = [
+        labelled("gold", "gold", gold, 10.0),
+        labelled("near", "random", near, 20.0),
+        *(
+            labelled(
+                f"{count} wrong",
+                "random",
+                tuple(not label if at < count else label for at, label in enumerate(near)),
+                -count,
+            )
+            for count in range(1, 19)
+        ),
+    ]
+    found = Landscape(labelings, gold, 1.0, NAMES)
+    assert found.agreement(found.highest) == 0.9
+    assert found.verdict is not Verdict.OK
+    assert "95% of the claims" in "\n".join(words(found))
+
+
+def test_few_labelings_have_no_interval() -> None:
+    few = [
+        labelled("gold", "gold", GOLD, 5.0),
+        *(labelled(f"{n} changed", "random", flipped(n), 5.0 - n) for n in range(1, 6)),
+    ]
+    found = Landscape(few, GOLD, 1.0, NAMES)
+    assert found.interval is None
+    assert "too few for an interval" in "\n".join(words(found))
+    assert found.verdict is not Verdict.OK
