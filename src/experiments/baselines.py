@@ -11,19 +11,14 @@ and with more --seeds or --rows it adds them.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import logging
-import re
 import shlex
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, get_args
-
-import orjson
 
 from core.llm_api.llm import ModelAPI
 from core.llm_api.types import EngineIdentity
@@ -52,7 +47,7 @@ from src.pipeline.baselines.trial import ChatModel, Options, Searched, Trial
 from src.pipeline.datafiles import claims_of, read_rows
 from src.pipeline.file_kinds import digest_of
 from src.pipeline.labelling import Labelling, Pool
-from src.results.run_folder import RunFolder, environment
+from src.results.run_folder import RunFolder, environment, now
 from src.results.run_reader import read_run
 
 HELD_OUT_SEED: Final = 0
@@ -152,10 +147,10 @@ async def _run(request: ComparisonRequest) -> int:
     test, shared = _held_out(request)
     settings = _settings(request, test)
     runs_dir = run.output.runs_dir
-    same = as_begun(run, settings, lambda known: TableFolder(runs_dir / _name(run, known)).read_table())
+    same = as_begun(run, settings, lambda known: TableFolder(runs_dir / run_name(run, known, "baselines")).read_table())
     if same is not run:
         return await _run(replace(request, run=same))
-    folder = TableFolder(runs_dir / _name(run, settings))
+    folder = TableFolder(runs_dir / run_name(run, settings, "baselines"))
     lock = RunFolder(folder.path)
     known = folder.read_table()
     if known is not None:
@@ -182,7 +177,7 @@ async def _run(request: ComparisonRequest) -> int:
                 "engine": engine,
                 "chat": None if known is None else known["chat"],
                 "environment": environment() if known is None else known["environment"],
-                "started": _now() if known is None else known["started"],
+                "started": now() if known is None else known["started"],
                 "seeds_asked": seeds,
                 "rows_asked": rows,
             }
@@ -191,7 +186,7 @@ async def _run(request: ComparisonRequest) -> int:
                 if all(folder.read_row(row, seed) is not None for row in rows):
                     continue
                 await _one_seed(request, api, folder, document, rows, seed, test, shared)
-        finished = _save(folder, document | {"finished": _now()}, rows, seeds)
+        finished = _save(folder, document | {"finished": now()}, rows, seeds)
     print(table_text(finished))
     print(f"  table  {folder.table_path}")
     return 0
@@ -355,18 +350,6 @@ def _settings(request: ComparisonRequest, test: Sequence[Claim] | None) -> dict[
         "test_size": None if test is None else len(test),
         "chat_model": request.chat_model,
     }
-
-
-def _name(run: RunRequest, settings: Mapping[str, Any]) -> str:
-    if run.output.run is not None:
-        return run_name(run, settings)
-    digest = hashlib.sha256(orjson.dumps(settings, option=orjson.OPT_SORT_KEYS)).hexdigest()[:8]
-    parts = ("baselines", settings["testbed"], run.model.model.rsplit("/", 1)[-1], f"N{run.data.batch_size}", digest)
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(parts))
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
 if __name__ == "__main__":

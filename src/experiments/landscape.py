@@ -16,18 +16,13 @@ The flags of data, model and search are those of icm label; of the search's, onl
 from __future__ import annotations
 
 import argparse
-import hashlib
 import logging
-import re
 import shlex
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
-
-import orjson
 
 from core.files import write_atomically
 from src.experiments.arguments import AddedUp, Parser, add_search_arguments, at_least, command_parser
@@ -53,7 +48,7 @@ from src.results.landscape_view import grids_of, write_picture
 from src.results.landscape_words import verdict_sentence, words
 from src.results.messages import calibration_in_words
 from src.results.page import render_landscape
-from src.results.run_folder import RunFolder, environment
+from src.results.run_folder import RunFolder, environment, now
 from src.results.run_reader import read_run
 from src.results.side_by_side import as_text
 
@@ -122,7 +117,7 @@ async def _run(request: LandscapeRequest) -> int:
     pool = pool_of(run)
     settings = _settings(request, pool)
     found = _found(request, pool)
-    folder = LandscapeFolder(run.output.runs_dir / _name(run, settings))
+    folder = LandscapeFolder(run.output.runs_dir / run_name(run, settings, "landscape"))
     lock = RunFolder(folder.path)
     known = folder.read()
     answers = Answers()
@@ -153,7 +148,7 @@ async def _run(request: LandscapeRequest) -> int:
                 "settings": settings,
                 "engine": asdict(api.identity) if known is None else known["engine"],
                 "environment": environment() if known is None else known["environment"],
-                "started": _now() if known is None else known["started"],
+                "started": now() if known is None else known["started"],
                 "claims": [{"row": claim.row, "gold": written_label(claim.gold, pool.names)} for claim in pool.claims],
             }
             landscape = await _survey(request, labelling, folder, begun, found, answers)
@@ -191,7 +186,7 @@ async def _survey(
         landscape = await survey(labelling, plan, found, answers, on_batch)
         bar.total = bar.n
         bar.refresh()
-    write(landscape, _now())
+    write(landscape, now())
     return _landscape(pool, landscape)
 
 
@@ -254,18 +249,6 @@ def _settings(request: LandscapeRequest, pool: Pool) -> dict[str, Any]:
     unused = {each.name for each in fields(SearchSettings)} - set(OF_U) | {"label_rest"}
     of_run = {name: value for name, value in settings_of(request.run, pool).items() if name not in unused}
     return of_run | {"labelings": request.labelings}
-
-
-def _name(run: RunRequest, settings: Mapping[str, Any]) -> str:
-    if run.output.run is not None:
-        return run_name(run, settings)
-    digest = hashlib.sha256(orjson.dumps(settings, option=orjson.OPT_SORT_KEYS)).hexdigest()[:8]
-    parts = ("landscape", settings["testbed"], run.model.model.rsplit("/", 1)[-1], f"N{run.data.batch_size}", digest)
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(parts))
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ search depends only on its claims and its seed, so the labels do not depend on h
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +28,7 @@ from src.icm.testbeds import BadInput
 from src.pipeline.labelling import Labelling, Pool
 from src.pipeline.progress import PartsProgress
 from src.results.messages import collapse_warning, random_warning
-from src.results.run_folder import RunFolder
+from src.results.run_folder import RunFolder, now
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ async def run_parts(request: RunRequest) -> int:
             folder.write_labels(rows)
             document = {
                 **known,
-                "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                "finished": now(),
                 "result": _result(parts, documents, rows),
                 "cost": {key: round(sum(each["cost"][key] for each in documents), 3) for key in COSTS},
                 "left_out": len(parts[0].pool.rest),

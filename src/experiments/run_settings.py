@@ -95,8 +95,11 @@ def as_begun(
     return replace(request, data=replace(request.data, group_by="none"))
 
 
-def run_name(request: RunRequest, settings: Mapping[str, Any]) -> str:
-    """The folder under --runs_dir: --run, or made from the settings. Raises BadInput where --run is a path."""
+def run_name(request: RunRequest, settings: Mapping[str, Any], kind: str | None = None) -> str:
+    """The folder under --runs_dir: --run, or made from the settings. Raises BadInput where --run is a path.
+
+    kind: of what is not one run with one seed, such as a table of baselines.
+    """
     run = request.output.run
     if run is not None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", run):
@@ -104,5 +107,9 @@ def run_name(request: RunRequest, settings: Mapping[str, Any]) -> str:
         return run
     digest = hashlib.sha256(orjson.dumps(settings, option=orjson.OPT_SORT_KEYS)).hexdigest()[:8]
     model, size = request.model.model.rsplit("/", 1)[-1], request.data.batch_size
-    parts = (settings["testbed"], model, f"N{size}", f"seed{request.search.seed}", digest)
+    parts = [settings["testbed"], model, f"N{size}", digest]
+    if kind is None:
+        parts.insert(3, f"seed{request.search.seed}")
+    else:
+        parts.insert(0, kind)
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(parts)).lstrip(".-")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -30,7 +29,7 @@ from src.pipeline.search import OnRecord
 from src.results.messages import calibration_in_words, changes_objective, collapse_warning, random_warning
 from src.results.plots import plot_curves
 from src.results.rows import pool_rows
-from src.results.run_folder import RunFolder, environment
+from src.results.run_folder import RunFolder, environment, now
 
 COSTS = (
     *("asked", "from_cache", "asked_ahead", "ahead_used"),
@@ -189,7 +188,7 @@ async def label_pool(
         warning = random_warning(len(state.labelled), state.accepted) or warning
     document = {
         **known,
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "finished": now(),
         "result": result_record(labelling, state, zero_shot, predictions)
         | {"warning": warning, "changes_objective": changes_objective(labelling.pool.problem.settings)},
         "cost": cost,
@@ -216,7 +215,7 @@ async def beginning(
         "determinism": determinism_of(request, api),
         "kv_capacity": None if capacity is None else capacity // cache_share,
         "environment": environment(),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "started": now(),
     }
 
 

@@ -78,7 +78,7 @@ class Landscape:
 
     @cached_property
     def without_gold(self) -> tuple[Evaluated, ...]:
-        """Labelings for which gold was not needed: what a search could come by."""
+        """Labelings that were made without gold, as a search makes its own."""
         of_gold = {each.labeling.name for each in self.evaluated if each.labeling.kind in ("gold", "corrupted gold")}
         return _distinct(
             [each for each in self.evaluated if each.labeling.name not in of_gold and each.labeling.of not in of_gold]

@@ -174,6 +174,11 @@ def _lock(file: IO[bytes]) -> None:
             time.sleep(0.02)
 
 
+def now() -> str:
+    """The time as files of runs have it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
 def environment() -> dict[str, Any]:
     """Git commit, platform and package versions, as far as known."""
     versions = {}

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import orjson
+import pytest
 
 from src.icm.consistency import Consistency, Relation
 from src.icm.objective import Evaluation, LogOdds, Objective
 from src.icm.problem import Candidate, Problem, SearchSettings
-from src.icm.searches.seam import Record, Standing
+from src.icm.searches.seam import Ask, Found, Journal, Record, Standing
 
 
 class Stopped(Exception):
@@ -86,3 +87,23 @@ def make_problem(size: int = 12, num_labels: int = 2, calibration: Any = "none",
     consistency = Consistency.of_groups(groups, lambda i, j: relation)
     objective = Objective(10.0, calibration, num_labels=num_labels)
     return Problem(groups, consistency, objective, SearchSettings(**({"seed": 5} | settings)))
+
+
+async def check_stops_anywhere(
+    run: Callable[[Problem, Ask, Journal], Awaitable[Found]], problem: Problem, every: int = 1
+) -> None:
+    """Stopped after a line, after every `every`th one in turn: it ends the same and asks nothing twice. A finished one
+    is replayed without a model."""
+    whole, model = Lines(), Model(problem)
+    found = await run(problem, model, whole)
+    for stop_after in range(1, len(whole.written), every):
+        killed, before = Lines(stop_after=stop_after), Model(problem)
+        with pytest.raises(Stopped):
+            await run(problem, before, killed)
+        resumed, after = Lines(killed.written), Model(problem)
+        assert await run(problem, after, resumed) == found
+        assert resumed.whole == whole.whole
+        assert before.asked + after.asked == model.asked
+    replayed, silent = Lines(whole.written), Model(problem)
+    assert await run(problem, silent, replayed) == found
+    assert (silent.asked, replayed.written) == ([], [])

@@ -20,7 +20,7 @@ from src.icm.problem import Candidate, Problem
 from src.icm.searches.ascent import LEAST_SAMPLE, Chain, Climb, random_labels, run
 from src.icm.searches.recorded import RecordedAsk
 from src.icm.searches.seam import JournalMismatch
-from tests.icm.searches.answers import Lines, Model, Stopped, make_problem
+from tests.icm.searches.answers import Lines, Model, check_stops_anywhere, make_problem
 
 CASES: dict[str, dict[str, Any]] = {
     "as it is": {},
@@ -74,19 +74,7 @@ async def test_it_ends_with_the_best_of_what_it_evaluated(case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 async def test_a_stopped_search_ends_the_same_and_asks_nothing_twice(case: str) -> None:
     problem = make_problem(**CASES[case])
-    whole, model = Lines(), Model(problem)
-    found = await run(problem, model, whole)
-    for stop_after in range(1, len(whole.written), 1 if problem.size < 32 else 5):
-        killed, before = Lines(stop_after=stop_after), Model(problem)
-        with pytest.raises(Stopped):
-            await run(problem, before, killed)
-        resumed, after = Lines(killed.written), Model(problem)
-        assert await run(problem, after, resumed) == found
-        assert resumed.whole == whole.whole
-        assert before.asked + after.asked == model.asked
-    replayed, silent = Lines(whole.written), Model(problem)
-    assert await run(problem, silent, replayed) == found
-    assert (silent.asked, replayed.written) == ([], [])
+    await check_stops_anywhere(run, problem, every=1 if problem.size < 32 else 5)
 
 
 @pytest.mark.parametrize("starts", [1, 2, 4, 8])

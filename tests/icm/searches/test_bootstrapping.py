@@ -11,7 +11,7 @@ from src.icm.problem import Candidate
 from src.icm.searches import search_named
 from src.icm.searches.bootstrapping import run
 from src.icm.searches.seam import JournalMismatch
-from tests.icm.searches.answers import Lines, Model, Stopped, make_problem
+from tests.icm.searches.answers import Lines, Model, check_stops_anywhere, make_problem
 
 CASES: dict[str, dict[str, Any]] = {
     "random": {},
@@ -66,20 +66,7 @@ async def test_a_round_takes_the_likeliest_labels_of_the_round_before() -> None:
 @pytest.mark.parametrize("case", CASES)
 async def test_a_stopped_search_ends_the_same_and_asks_nothing_twice(case: str) -> None:
     problem = make_problem(**CASES[case])
-    whole, model = Lines(), Model(problem)
-    found = await run(problem, model, whole)
-    for stop_after in range(1, len(whole.written)):
-        killed, before = Lines(stop_after=stop_after), Model(problem)
-        with pytest.raises(Stopped):
-            await run(problem, before, killed)
-        resumed, after = Lines(killed.written), Model(problem)
-        assert await run(problem, after, resumed) == found
-        assert resumed.whole == whole.whole
-        assert before.asked + after.asked == model.asked
-    # A finished one is replayed without a model.
-    replayed, silent = Lines(whole.written), Model(problem)
-    assert await run(problem, silent, replayed) == found
-    assert (silent.asked, replayed.written) == ([], [])
+    await check_stops_anywhere(run, problem)
 
 
 async def test_a_journal_of_another_search_is_none_of_this_one() -> None:
