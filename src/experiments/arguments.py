@@ -211,6 +211,28 @@ def add_choice_of_search(parser: argparse.ArgumentParser) -> None:
         help="with --search ascent: probability that a better labeling is refused on a part of its questions; "
         "0: refuse on all of them only",
     )
+    search.add_argument(
+        "--gibbs_sweeps",
+        type=at_least(1),
+        default=defaults.gibbs_sweeps,
+        metavar="S",
+        help="with --search gibbs: sweeps over the pool at most, each of two questions a claim",
+    )
+    search.add_argument(
+        "--gibbs_temperature",
+        type=not_negative,
+        default=defaults.gibbs_temperature,
+        metavar="T",
+        help="with --search gibbs: of the first sweep; 1: labels are drawn with the model's own probabilities, 0: the "
+        "likeliest are taken",
+    )
+    search.add_argument(
+        "--gibbs_cooling",
+        type=up_to_one,
+        default=defaults.gibbs_cooling,
+        metavar="C",
+        help="with --search gibbs: each sweep's temperature is this times the one before's; 1: all have the same",
+    )
 
 
 class AddedUp(argparse.Action):
@@ -328,6 +350,22 @@ def share(text: str) -> float:
     value = float(text)
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"must be a share above 0 and below 1, not {text}")
+    return value
+
+
+def not_negative(text: str) -> float:
+    """A finite number of at least 0."""
+    value = finite(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, not {text}")
+    return value
+
+
+def up_to_one(text: str) -> float:
+    """A number above 0 and up to 1."""
+    value = finite(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, not {text}")
     return value
 
 

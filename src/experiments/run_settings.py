@@ -21,6 +21,7 @@ from src.pipeline.labelling import Pool
 VARIANTS = (
     *("search", "context_cap", "best_of", "local_gain", "bootstrap_rounds", "bootstrap_start"),
     *("ascent_starts", "ascent_sweeps", "ascent_questions", "ascent_error"),
+    *("gibbs_sweeps", "gibbs_temperature", "gibbs_cooling"),
 )
 
 

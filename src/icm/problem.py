@@ -63,6 +63,7 @@ class SearchSettings:
     local_gain: a new claim is accepted by its own term of U, the others' as they last were (see `decides_by_itself`).
     bootstrap_rounds, bootstrap_start: of search "bootstrapping".
     ascent_starts, ascent_sweeps, ascent_questions (a claim), ascent_error: of search "ascent".
+    gibbs_sweeps, gibbs_temperature (nats), gibbs_cooling: of search "gibbs".
     """
 
     search: str = "annealing"
@@ -89,6 +90,9 @@ class SearchSettings:
     ascent_sweeps: int = 3
     ascent_questions: int = 12
     ascent_error: float = 0.02
+    gibbs_sweeps: int = 6
+    gibbs_temperature: float = 1.0
+    gibbs_cooling: float = 0.5
 
     def temperature(self, iteration: int, accepted: int) -> float:
         """T of iteration n = 0, 1, ... after `accepted` accepted changes.

@@ -78,7 +78,7 @@ def frozen(run: RunRecord) -> Finding:
     """Whether the search stopped taking in claims early, because U of its random seeds was already high."""
     title = "A start that froze the search"
     if run.search != "annealing":
-        if run.search in ("ascent", "bootstrapping"):
+        if run.search in ("ascent", "bootstrapping", "gibbs"):
             text = f"{run.search.capitalize()} labels all claims at once: there is no start that could."
             return Finding("frozen", title, Verdict.OK, text)
         return Finding("frozen", title, Verdict.UNKNOWN, f"Nothing is known here of searches named {run.search}.")

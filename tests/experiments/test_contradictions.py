@@ -26,6 +26,7 @@ AT_ONCE = [
     "--lookahead 4 / --best_of 4",
     "--prior 0.9 / --calibrate none",
     "--lookahead 4 / --search bootstrapping",
+    "--lookahead 4 / --search gibbs",
     "--continue_from other / --search bootstrapping",
     "--is_complete / --check",
     "--metrics_port 9465 / --num_batches 2",
@@ -63,6 +64,10 @@ OF_ONE_SEARCH = [
     "--ascent_questions 5 / --search annealing",
     "--ascent_error 0.1 / --search annealing",
     "--K 5 / --search ascent",
+    "--gibbs_sweeps 2 / --search ascent",
+    "--gibbs_temperature 0.5 / --search bootstrapping",
+    "--gibbs_cooling 1 / --search annealing",
+    "--mirror / --search gibbs",
 ]
 LIKE_DEFAULTS = [
     "--num_seed 300",
@@ -91,6 +96,7 @@ TOGETHER = [
     "--testbed truthfulQA --data_dir there",
     "--search bootstrapping --bootstrap_rounds 2 --bootstrap_start zero-shot --layout upstream --seed 3",
     "--search ascent --ascent_starts 2 --ascent_sweeps 2 --ascent_questions 5 --ascent_error 0 --no-mirror --seed 3",
+    "--search gibbs --gibbs_sweeps 2 --gibbs_temperature 0 --gibbs_cooling 1 --continue_from other --seed 3",
     "--check --label_rest --lookahead 4 --metrics_port 9465",
     "--is_complete --label_rest",
     "--metrics_port 9465 --num_batches 1 --passes 1",

@@ -111,6 +111,9 @@ def test_settings_are_by_default_what_is_documented() -> None:
         "ascent_sweeps": 3,
         "ascent_questions": 12,
         "ascent_error": 0.02,
+        "gibbs_sweeps": 6,
+        "gibbs_temperature": 1.0,
+        "gibbs_cooling": 0.5,
     }
     assert SIBLING_WEIGHT == 100
 

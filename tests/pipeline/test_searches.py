@@ -111,6 +111,22 @@ async def test_bootstrapping_goes_on_where_it_was_stopped(start: str, tmp_path: 
             assert all(record["asked"] == 16 for record in again)
 
 
+async def test_gibbs_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    settings = {"search": "gibbs", "gibbs_sweeps": 2, "gibbs_cooling": 1.0}
+    async with FakeVLLM(log_odds=hashed_log_odds) as server:
+        found = await label(tmp_path / "whole", server, **settings)
+        whole = _journal(tmp_path / "whole")
+        assert len(found.labelled) == len(found.evaluation.log_odds) == 16
+        # 8 pairs a sweep, one request each.
+        assert [record["asked"] for record in whole] == [16, 16, *[2] * 8, 16, *[2] * 8, 16]
+        for stop_after in (1, 2, 5, 11, len(whole) - 1):
+            folder = tmp_path / str(stop_after)
+            with pytest.raises(Stopped):
+                await label(folder, server, stop_after, **settings)
+            assert await label(folder, server, **settings) == found
+            assert [_decided(record) for record in _journal(folder)] == [_decided(record) for record in whole]
+
+
 async def test_a_journal_of_another_search_is_refused(tmp_path: Path) -> None:
     async with FakeVLLM(log_odds=hashed_log_odds) as server:
         await label(tmp_path / "run", server, search="bootstrapping")
@@ -119,7 +135,7 @@ async def test_a_journal_of_another_search_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_search_that_there_is_not_is_named() -> None:
-    with pytest.raises(KeyError, match="no search 'nothing', only annealing, ascent, bootstrapping"):
+    with pytest.raises(KeyError, match="no search 'nothing', only annealing, ascent, bootstrapping, gibbs"):
         searches.search_named("nothing")
 
 

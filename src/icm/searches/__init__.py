@@ -17,6 +17,7 @@ SEARCHES: Final[Mapping[str, str]] = {
     "annealing": "one claim at a time is taken in, or its label changed, by simulated annealing (the paper's search)",
     "ascent": "all claims are labelled from several starts, in blocks; what raises U of the whole pool is kept",
     "bootstrapping": "all labels are predicted from those of the round before, and the best of all rounds are kept",
+    "gibbs": "labels of one group after another are drawn from the model's answers; the best after any sweep are kept",
 }
 """What each does, in one line."""
 

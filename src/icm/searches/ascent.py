@@ -76,7 +76,7 @@ class Chain:
 async def run(problem: Problem, ask: Ask, journal: Journal) -> Found:
     """Label the whole pool. Raises JournalMismatch where the journal is not one of this search."""
     asked = RecordedAsk(problem, ask, journal)
-    first = await _first_labels(problem, asked)
+    first = await own_labels(problem, asked)
     layout = problem.new_layout(range(problem.size), labels=first)
     climb = Climb(problem, asked, layout)
     best = await _best_start(climb, first)
@@ -92,7 +92,7 @@ async def run(problem: Problem, ask: Ask, journal: Journal) -> Found:
     return asked.standing
 
 
-async def _first_labels(problem: Problem, ask: Ask) -> Labels:
+async def own_labels(problem: Problem, ask: Ask) -> Labels:
     """The model's own labels, against the mean of its log-odds; where the search goes on from another one's, those."""
     given = problem.start_labels
     if given is not None and None not in given:
