@@ -39,6 +39,7 @@ from src.experiments.single_run import label_pool, model_api_of, print_opening
 from src.experiments.summary import print_summary, say_shown_again
 from src.icm.problem import SearchSettings
 from src.pipeline.labelling import Labelling
+from src.pipeline.prior_estimate import with_prior
 from src.results.messages import calibration_in_words, check_table, token_lines
 from src.results.run_folder import RunFolder
 
@@ -167,6 +168,7 @@ async def _run(request: RunRequest) -> int:
             await print_opening(request, labelling, settings["testbed"], None if request.check else folder)
             if request.check:
                 print(token_lines(await labelling.token_record()))
+                labelling, _ = await with_prior(labelling)
                 print(check_table(await labelling.check(), calibration_in_words(settings)))
                 return 0
             document = await label_pool(request, labelling, folder, settings, folder.read_run())

@@ -109,11 +109,12 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
     )
     search.add_argument(
         "--prior",
-        type=share,
+        type=share_or_auto,
         default=None,
-        metavar="P",
+        metavar="{P,auto}",
         help="with --calibrate mean: the share of claims that are True, where it is known and not a half; the "
-        "(1 - P)-quantile of the pool's log-odds is then subtracted in place of their mean",
+        "(1 - P)-quantile of the pool's log-odds is then subtracted in place of their mean; auto: estimated from the "
+        "model's answers before the search, without labels, and the mean where they do not say (docs/algorithm.md)",
     )
     search.add_argument(
         "--layout",
@@ -367,6 +368,11 @@ def up_to_one(text: str) -> float:
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, not {text}")
     return value
+
+
+def share_or_auto(text: str) -> float | str:
+    """The value of --prior."""
+    return text if text == "auto" else share(text)
 
 
 def chance(text: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,10 +11,12 @@ import orjson
 from pydantic import TypeAdapter, ValidationError
 
 from core.files import write_atomically
-from src.icm.objective import wilson_interval
+from src.icm.label_names import confusion, names_of
+from src.icm.objective import num_labels_of, wilson_interval
 from src.icm.testbeds import BadInput
 from src.pipeline.baselines import BASELINES
 from src.pipeline.baselines.row_result import RowResult
+from src.results.by_class import ByClass, Measure, measure_text, name_of_f1, over_seeds
 from src.results.messages import calibration_in_words
 from src.results.statistics import Difference, Judged, Share, paired_difference, share_right
 
@@ -95,6 +98,7 @@ def row_documents(results: Results) -> list[dict[str, Any]]:
                 None
                 if share is None
                 else _share_document(share)
+                | _class_document(_by_class(of_row, name, share.claims))
                 | {
                     "versus": {
                         other: _difference_document(difference)
@@ -137,11 +141,26 @@ def table_text(document: Mapping[str, Any]) -> str:
             f"{row['title']:<{width}}{_share_text(row['pool']):<33}{_share_text(test):<33}"
             f"{_difference_text(versus.get('zero-shot')):<38}{_difference_text(versus.get('many-shot-gold'))}".rstrip()
         )
+    lines += _class_lines(document, width)
     lines += [
         "mean over seeds ± standard deviation (95% interval over distinct claims); differences on held-out claims,",
         "bootstrapped over groups. Pool labels of the many-shot rows: each claim predicted from the others.",
     ]
     return "\n".join(lines)
+
+
+def _class_lines(document: Mapping[str, Any], width: int) -> list[str]:
+    """Balanced accuracy and F1 below the accuracies; nothing where the table was made without them."""
+    if not any((row[name] or {}).get("f1") for row in document["rows"] for name in SETS):
+        return []
+    f1 = name_of_f1(names_of(document["settings"]))
+    heads = ["pool: balanced accuracy", f1, "held-out: balanced accuracy", f1]
+    lines = ["", f"{'':<{width}}{''.join(f'{head:<30}' for head in heads)}".rstrip()]
+    for row in document["rows"]:
+        found = [(row[name] or {}).get(key) for name in SETS for key in ("balanced_accuracy", "f1")]
+        cells = [measure_text(None if one is None else Measure(**one), 3) for one in found]
+        lines.append(f"{row['title']:<{width}}{''.join(f'{cell:<30}' for cell in cells)}".rstrip())
+    return lines
 
 
 def _judged(of_row: Mapping[int, RowResult], name: str) -> list[Judged]:
@@ -151,6 +170,19 @@ def _judged(of_row: Mapping[int, RowResult], name: str) -> list[Judged]:
         for answer in (result.pool if name == "pool" else result.test)
         if answer.gold is not None
     ]
+
+
+def _by_class(of_row: Mapping[int, RowResult], name: str, claims: int) -> ByClass:
+    """Over the seeds of one row."""
+    answers = [result.pool if name == "pool" else result.test for _, result in sorted(of_row.items())]
+    pairs = [[(answer.label, answer.gold) for answer in of_seed] for of_seed in answers]
+    num_labels = next(num_labels_of(answer.offset) for of_seed in answers for answer in of_seed)
+    return over_seeds([confusion(of_seed, num_labels) for of_seed in pairs], claims)
+
+
+def _class_document(found: ByClass) -> dict[str, Any]:
+    measures = {"balanced_accuracy": found.balanced, "f1": found.f1}
+    return {name: None if one is None else asdict(one) for name, one in measures.items()}
 
 
 def _share_document(share: Share) -> dict[str, Any]:

@@ -47,6 +47,7 @@ from src.pipeline.baselines.trial import ChatModel, Options, Searched, Trial
 from src.pipeline.datafiles import claims_of, read_rows
 from src.pipeline.file_kinds import digest_of
 from src.pipeline.labelling import Labelling, Pool
+from src.pipeline.prior_estimate import with_prior
 from src.results.run_folder import RunFolder, environment, now
 from src.results.run_reader import read_run
 
@@ -181,6 +182,8 @@ async def _run(request: ComparisonRequest) -> int:
                 "seeds_asked": seeds,
                 "rows_asked": rows,
             }
+            if known is not None and "prior_estimates" in known:
+                document["prior_estimates"] = known["prior_estimates"]
             for seed in seeds:
                 _save(folder, document, rows, seeds)
                 if all(folder.read_row(row, seed) is not None for row in rows):
@@ -212,6 +215,10 @@ async def _one_seed(
     if seed == document["seeds_asked"][0]:  # the other pools are drawn from the same claims
         await print_opening(request.run, labelling, document["settings"]["testbed"], RunFolder(folder.path))
     labelling = replace(labelling, api=api.share())
+    estimates = document.setdefault("prior_estimates", {})
+    labelling, estimate = await with_prior(labelling, estimates.get(str(seed)), quiet=request.run.output.quiet)
+    if estimate is not None:
+        estimates[str(seed)] = estimate.record()
     options = Options(request.rounds, request.bootstrap_from, request.restarts)
     search, chat = partial(_search, of_seed, api, folder, pool), _chat_model(request, document)
     for row in rows:

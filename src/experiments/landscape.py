@@ -114,6 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 async def _run(request: LandscapeRequest) -> int:
     run = request.run
+    if run.objective.estimate_prior:
+        raise BadInput("--prior auto is estimated for a search; for a landscape, --prior P gives a share")
     pool = pool_of(run)
     settings = _settings(request, pool)
     found = _found(request, pool)

@@ -126,7 +126,7 @@ class RunRequest:
             data=DataRequest.of(args),
             model=ModelRequest(**_named(ModelRequest, args)),
             search=SearchSettings(**_named(SearchSettings, args)),
-            objective=Objective(args.alpha, args.calibrate, args.prior),
+            objective=_objective(args),
             parts=PartsRequest(**_named(PartsRequest, args)),
             output=OutputRequest(**_named(OutputRequest, args)),
             contradiction=contradiction,
@@ -138,6 +138,11 @@ class RunRequest:
         """For run.json: the flags as they were given, except those that a command sets itself."""
         decided = {"group_by": self.data.group_by, "seed": self.search.seed, "label_rest": self.label_rest}
         return {**self.flags, **decided}
+
+
+def _objective(args: Namespace) -> Objective:
+    estimated = args.prior == "auto"
+    return Objective(args.alpha, args.calibrate, None if estimated else args.prior, estimate_prior=estimated)
 
 
 _OF_THE_RUN: Final = ("label_rest", "continue_from", "lookahead", "check", "is_complete")

@@ -46,6 +46,7 @@ def settings_of(request: RunRequest, pool: Pool) -> dict[str, Any]:
         "calibrate": objective.calibration,
         # Only where it is given, so that runs begun before this flag existed can go on.
         **({} if objective.prior is None else {"prior": objective.prior}),
+        **({"prior": "auto"} if objective.estimate_prior else {}),
         "label_rest": request.label_rest,
         **_settings_of_labels(pool),
         **_settings_of_reading(data.reading(), pool),

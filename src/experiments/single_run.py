@@ -24,6 +24,7 @@ from src.experiments.same_run import (
 from src.icm.searches.seam import Standing
 from src.pipeline.labelling import Labelling, Pool, result_record
 from src.pipeline.opening import example_prompt, opening, prompt_line, prompt_lines
+from src.pipeline.prior_estimate import with_prior
 from src.pipeline.progress import Progress, SearchProgress
 from src.pipeline.search import OnRecord
 from src.results.messages import calibration_in_words, changes_objective, collapse_warning, random_warning
@@ -159,6 +160,11 @@ async def label_pool(
         await check_same_tokens(folder, known.get("tokens"), labelling)
         determinism_of(request, labelling.api)
     labelling = labelling.planned_for(known["kv_capacity"])
+    quiet = request.output.quiet or progress is not None
+    labelling, estimate = await with_prior(labelling, known.get("prior_estimate"), quiet=quiet)
+    if estimate is not None and "prior_estimate" not in known:
+        known["prior_estimate"] = estimate.record()
+        folder.write_run(known)
     # Several searches at once cannot share the port, so none of them gets it.
     port = request.output.metrics_port if progress is None else None
     with (
@@ -177,7 +183,7 @@ async def label_pool(
     if labelling.pool.rest:
         predictions["many-shot"] = await labelling.label_rest(state)
     folder.write_labels(labelling.label_rows(state, predictions, zero_shot))
-    objective = request.objective
+    objective = labelling.pool.problem.objective
     model, calibration = request.model.model, calibration_in_words(settings)
     title = f"{settings['testbed']}, {model}, alpha {objective.alpha:g}, calibration {calibration}"
     plot_curves(records, labelling.pool.gold, folder.curves_path, title, labelling.pool.names)

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from src.icm.label_names import confusion_lines, describe_counts
-from src.results.messages import agreement, calibration_in_words
+from src.results.messages import calibration_in_words
 from src.results.run_folder import RunFolder
 from src.results.run_reader import read_run
-from src.results.tables import confusion_of
+from src.results.tables import confusion_of, result_text, results_of
 from src.results.text import counted
 
 
@@ -34,22 +34,26 @@ def print_summary(folder: RunFolder, document: Mapping[str, Any]) -> None:
         f"{settings['testbed']}: {counted(result['labelled'], 'claim')} labelled by {document['engine']['model']} in "
         f"{counted(result['iterations'], 'iteration')}, {cost['seconds']:.0f} s (calibration: {calibration}{searched})"
     )
-    print(f"  agreement with gold  {agreement(*result['icm'])}")
+    run = read_run(folder.path)
+    icm, *others = results_of(run)
+    print(f"  agreement with gold  {result_text(icm, run.names)}")
     known = [result["icm"], result["zero_shot"], *result["predicted"].values()]
     if any(compared for _, compared in known):  # else the first line says that gold is unknown
-        print(f"  zero-shot            {agreement(*result['zero_shot'])}")
-        print(f"  zero-shot calibrated {agreement(*result['zero_shot_calibrated'])}")
-    for by, counts in result["predicted"].items():
-        outside = "not taken in by the search" if by == "predicted" else "outside the pool"
-        share = agreement(*counts) if counts[1] else "unknown"
-        print(f"  {by:<20} {share}  (claims {outside}, labelled from the pool's labels)")
+        for row in others[:2]:
+            print(f"  {row.title.replace(',', ''):<20} {result_text(row, run.names)}")
+    for row in others[2:]:
+        outside = "not taken in by the search" if row.title == "predicted" else "outside the pool"
+        share = result_text(row, run.names) if row.compared else "unknown"
+        print(f"  {row.title:<20} {share}  (claims {outside}, labelled from the pool's labels)")
+    for found in [part.estimate for part in run.searches if part.estimate is not None]:
+        print(f"  {found.sentence()}")
     if "parts" in result:
         print(f"  {len(result['parts'])} searches; U and nats are means over them, counts and seconds sums")
     print(
         f"  U {result['U']:z.2f}: {settings['alpha']:g} x {result['predictability']:z.3f} nat - "
         f"{counted(result['inconsistent'], 'inconsistent pair')}; {_counts(result)}"
     )
-    if "label_counts" in result and (table := confusion_of(read_run(folder.path))) is not None:
+    if "label_counts" in result and (table := confusion_of(run)) is not None:
         print("  labels of the search by gold label:")
         print("\n".join(f"    {line}" for line in confusion_lines(table.table, table.names)))
     for change in result.get("changes_objective", []):

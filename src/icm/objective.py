@@ -51,7 +51,8 @@ class Objective:
     Calibration "mean" is batch calibration (Zhou et al. 2023, arXiv 2309.17249): small models lean to one label by
     an offset that all prompts of a pool share, and a constant labeling is then the most predictable one. It changes
     the objective, so every report names it. The mean assumes that half of the claims are True; prior is their share
-    where it is known to be another (above 0, below 1). Of K labels the mean assumes K equal parts, and there is no
+    where it is known to be another (above 0, below 1); estimate_prior: it is to be estimated before the search (see
+    prior.py), and until then None. Of K labels the mean assumes K equal parts, and there is no
     prior.
     """
 
@@ -59,6 +60,7 @@ class Objective:
     calibration: Calibration = "none"
     prior: float | None = None
     num_labels: int = 2
+    estimate_prior: bool = False
 
     def offset(self, scores: Sequence[LogOdds] | npt.NDArray[np.float64]) -> LogOdds:
         """What to subtract from these log-odds (nats) before they say a label."""
@@ -174,7 +176,7 @@ def auc(log_odds: Sequence[float], gold: Sequence[bool]) -> float | None:
     return float((difference > 0).mean() + 0.5 * (difference == 0).mean())
 
 
-def wilson_interval(successes: float, trials: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson_interval(successes: float, trials: float, z: float = 1.959964) -> tuple[float, float]:
     """Wilson score interval of a proportion (Wilson 1927), 95% by default; (0, 1) where nothing was tried."""
     if trials == 0:
         return 0.0, 1.0

@@ -89,7 +89,7 @@ def prepare_batches(
     cannot be of the testbed's labels.
     """
     names = testbed.space.names
-    if objective.prior is not None and len(names) > 2:
+    if (objective.prior is not None or objective.estimate_prior) and len(names) > 2:
         raise BadInput(f"--prior is the share of one of two labels, and {path} has {len(names)}: {', '.join(names)}")
     if len(claims) < 2:
         raise BadInput(f"{path}: holds one claim; a search needs others to show with each claim, so at least 2")

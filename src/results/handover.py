@@ -13,9 +13,8 @@ import yaml
 
 from core.files import write_atomically
 from src.results.exports import plain_rows, spreadsheet_cell
-from src.results.messages import agreement
 from src.results.run_record import LabelledClaim, RunRecord
-from src.results.tables import results_of
+from src.results.tables import result_text, results_of
 from src.results.text import one_line, visible
 
 
@@ -68,7 +67,7 @@ def _card(run: RunRecord, count: int) -> str:
     }
     settings = "\n".join(f"| {_in_table(name)} | {_in_table(str(value))} |" for name, value in run.settings.items())
     results = "\n".join(
-        f"- {one_line(row.title)}: {agreement(row.agreeing, row.compared)}" for row in results_of(run) if row.compared
+        f"- {one_line(row.title)}: {result_text(row, run.names)}" for row in results_of(run) if row.compared
     )
     sure = "`log_odds`" if run.says_true else "the logprob columns"
     return f"""---

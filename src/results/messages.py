@@ -26,9 +26,11 @@ def agreement(agreeing: int, compared: int) -> str:
 
 
 def calibration_in_words(settings: Mapping[str, Any]) -> str:
-    """The calibration of a run's settings in words: "none", "mean", or "mean, prior 0.97"."""
+    """The calibration of a run's settings in words: "none", "mean", "mean, prior 0.97", or "mean, prior
+    auto"."""
     prior = settings.get("prior")
-    return str(settings["calibrate"]) if prior is None else f"{settings['calibrate']}, prior {prior:g}"
+    shown = f"{prior:g}" if isinstance(prior, float) else prior
+    return str(settings["calibrate"]) if prior is None else f"{settings['calibrate']}, prior {shown}"
 
 
 def collapse_warning(

@@ -44,8 +44,18 @@ class Versus(BaseModel):
     p: float | None = None
 
 
+class MeasureSummary(BaseModel):
+    """The mean over seeds of a figure other than accuracy, and its 95% interval."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    value: float
+    interval: tuple[float, float]
+
+
 class SetSummary(BaseModel):
-    """A row's agreement on one set of claims over the seeds. interval: 95%, on the number of distinct claims."""
+    """A row's agreement on one set of claims over the seeds. interval: 95%, on the number of distinct claims.
+    balanced_accuracy and f1 as in by_class.py; None in older tables."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -55,6 +65,8 @@ class SetSummary(BaseModel):
     claims: int = 0
     interval: tuple[float, float] | None = None
     versus: dict[str, Versus] = {}
+    balanced_accuracy: MeasureSummary | None = None
+    f1: MeasureSummary | None = None
 
 
 class BaselineRow(BaseModel):
@@ -138,6 +150,7 @@ def read_run(folder: Path) -> RunRecord:
         skipped=skipped,
         parts=parts,
         testbed_file=document.testbed,
+        prior_estimate=document.prior_estimate,
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from src.icm.consistency import Constraint, Label
 from src.icm.label_names import TRUE_FALSE_NAMES, Names, names_of
 from src.icm.objective import LogOdds, calibration_offset, margins_of, no_offset
+from src.icm.prior import PriorEstimate, read_estimate
 from src.icm.testbeds import TESTBEDS, Testbed, recorded_testbed
 
 SEARCHED = ("icm", "vote")  # `by` of a label that a search gave, or the majority of several
@@ -99,6 +100,7 @@ class RunRecord:
     skipped: int = 0
     parts: tuple[RunRecord, ...] = ()
     testbed_file: Mapping[str, Any] = field(default_factory=dict)
+    prior_estimate: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def names(self) -> Names:
@@ -155,9 +157,17 @@ class RunRecord:
 
     @property
     def prior(self) -> float | None:
-        """The share of True claims that the run was calibrated to; None where it was calibrated to the mean, or not."""
+        """The share of True claims that the run was calibrated to, given or estimated; None where it was calibrated to
+        the mean, or not."""
         prior = self.settings.get("prior")
+        if prior == "auto":
+            prior = self.prior_estimate.get("prior")
         return prior if isinstance(prior, float) and 0 < prior < 1 else None
+
+    @property
+    def estimate(self) -> PriorEstimate | None:
+        """The estimated share of True claims; None where it was not to be estimated, or is not yet."""
+        return read_estimate(self.prior_estimate)
 
     @property
     def offset_in_words(self) -> str:

@@ -136,6 +136,7 @@ class RunDocument(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     settings: Mapped = {}
+    prior_estimate: Mapped = {}
     engine: Mapped = {}
     environment: Mapped = {}
     result: dict[str, Any] | None = None

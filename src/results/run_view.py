@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from src.icm.consistency import Label
 from src.icm.label_names import balance_of, counts_of, describe_counts
 from src.icm.objective import LogOdds
+from src.results.by_class import measure_text, name_of_f1
 from src.results.charts import Chart, calibration_chart, contrast_chart, curve_charts, margin_chart
 from src.results.costs import Bill, usage_of
 from src.results.curves import curves_of
@@ -74,6 +75,7 @@ class RunView:
     calibration: list[Chart]
     claims: list[ClaimRow]
     names: tuple[str, ...]
+    f1: str
     margin_note: str
     rebuilds: bool
     settings: list[tuple[str, str]]
@@ -107,9 +109,11 @@ def view_of(run: RunRecord, prices: PriceFile | None = None) -> RunView:
         ],
         claims=[_claim_row(run, claim) for claim in run.claims],
         names=run.names,
+        f1=name_of_f1(run.names),
         margin_note=_margin_note(run),
         rebuilds=len(curves) == 1 and bool(curves[0][1].rebuilds),
-        settings=[(name, _shown(value)) for name, value in run.settings.items()],
+        settings=[(name, _shown(value)) for name, value in run.settings.items()]
+        + [("--prior auto", part.estimate.sentence()) for part in run.searches if part.estimate is not None],
         engine=_engine(run),
         costs=_costs(run),
         bill=bill_of(run, prices),
@@ -218,6 +222,8 @@ def _part_row(part: RunRecord) -> PartRow:
         str(sum(claim.searched for claim in part.claims)),
         number(part.journal[-1]["U"]) if part.journal else "–",
         f"{icm.share:.3f} ({icm.agreeing} of {icm.compared})" if icm.compared else "–",
+        measure_text(icm.by_class.balanced, 3),
+        measure_text(icm.by_class.f1, 3),
         str(steps),
         number(part.cost.get("seconds"), 0),
     )

@@ -8,12 +8,13 @@ from itertools import combinations
 
 from src.icm.label_names import balance_of
 from src.results.agreement import agreement_of, differing_settings, paired_test
+from src.results.by_class import measure_text, name_of_f1
 from src.results.charts import Chart, curve_charts
 from src.results.costs import usage_of
 from src.results.curves import curves_of
 from src.results.prices import PriceFile, bill_of
 from src.results.run_record import RunRecord
-from src.results.tables import results_of
+from src.results.tables import ResultRow, results_of
 from src.results.text import duration, number, one_line, visible, whole
 
 
@@ -38,7 +39,7 @@ def compare(runs: Sequence[RunRecord], prices: PriceFile | None = None) -> list[
             names,
             [[name, *map(_shown, values)] for name, values in differing_settings(runs).items()],
         ),
-        Grid("Results", "agreement with gold, 95% Wilson interval, counts", names, _results(runs)),
+        Grid("Results", "agreement with gold and counts, balanced accuracy, F1; 95% intervals", names, _results(runs)),
         Grid("Cost", "of the searches", names, _costs(runs, prices)),
     ]
     if len(runs) > 1:
@@ -92,11 +93,22 @@ def _results(runs: Sequence[RunRecord]) -> list[list[str]]:
                 low, high = row.interval
                 cells.append(f"{row.share:.3f} ({low:.3f} to {high:.3f}) {row.agreeing}/{row.compared}")
         table.append([title, *cells])
+        classes = [_by_class(run, rows.get(title)) for run, rows in zip(runs, found, strict=True)]
+        names = dict.fromkeys(name for one in classes for name in one)
+        table += [[f"{title}, {name}", *(one.get(name, "–") for one in classes)] for name in names]
     last = [[search.journal[-1] for search in run.searches if search.journal] for run in runs]
     table.append(["U(D)", *(number(sum(r["U"] for r in found) / len(found)) if found else "–" for found in last)])
     table.append(["labelled by the search", *(_labelled(run) for run in runs)])
     table.append(["state", *("finished" if run.finished else "not finished" for run in runs)])
     return table
+
+
+def _by_class(run: RunRecord, row: ResultRow | None) -> dict[str, str]:
+    """Balanced accuracy and F1 by name, where they are known."""
+    if row is None:
+        return {}
+    found = {"balanced accuracy": row.by_class.balanced, name_of_f1(run.names): row.by_class.f1}
+    return {name: measure_text(measure, 3) for name, measure in found.items() if measure is not None}
 
 
 def _labelled(run: RunRecord) -> str:

@@ -79,6 +79,7 @@ TOGETHER = [
     "--layout upstream",
     "--layout upstream --anchors 0 --no-mirror --local_gain",
     "--prior 0.9 --calibrate mean",
+    "--prior auto --calibrate mean",
     "--layout tree --context_cap 8 --anchors 2 --max_tail 4",
     "--scheduler exp --decay 0.9",
     "--scheduler log-upstream",
