@@ -24,7 +24,7 @@ from src.icm.planner import evaluations_that_fit, relaid_tokens
 from src.icm.prefix_tree import Layout
 from src.icm.problem import Candidate
 from src.icm.prompts import in_shared_order
-from src.icm.searches.seam import Record
+from src.icm.searches.seam import Questions, Record
 from src.icm.speculation import (
     LOOK,
     Evaluating,
@@ -113,6 +113,10 @@ class Lookahead:
     async def predict(self, claims: Sequence[int], candidate: Candidate, intent: object = None) -> list[LogOdds]:
         """See Ask."""
         return await self._scorer_for(intent, [candidate]).predict(claims, candidate)
+
+    async def predict_many(self, questions: Sequence[Questions]) -> list[list[LogOdds]]:
+        """See Ask."""
+        return await self._scorer.predict_many(questions)
 
     async def zero_shot(self) -> list[LogOdds]:
         """See Ask."""

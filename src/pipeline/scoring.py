@@ -11,6 +11,7 @@ from core.llm_api.types import PoolScores, Prompt
 from src.icm.objective import Evaluation, LogOdds
 from src.icm.problem import Candidate, Problem
 from src.icm.prompts import PromptBook
+from src.icm.searches.seam import Questions
 
 
 class Scores(Protocol):
@@ -48,8 +49,14 @@ class PoolScorer:
 
     async def predict(self, claims: Sequence[int], candidate: Candidate, intent: object = None) -> list[LogOdds]:
         """See Ask."""
-        scores = await self.api.score([self.prompt(claim, candidate) for claim in claims], self.book.labels)
-        return log_odds_of(scores)
+        [found] = await self.predict_many([(claims, candidate)])
+        return found
+
+    async def predict_many(self, questions: Sequence[Questions]) -> list[list[LogOdds]]:
+        """See Ask."""
+        prompts = [self.prompt(claim, candidate) for claims, candidate in questions for claim in claims]
+        answers = iter(log_odds_of(await self.api.score(prompts, self.book.labels)))
+        return [[next(answers) for _ in claims] for claims, _ in questions]
 
     async def zero_shot(self) -> list[LogOdds]:
         """See Ask."""

@@ -7,7 +7,7 @@ others at random. Where the search goes on from another run's labels, these take
    asks one block after the other and gives the pool the likeliest consistent labels before the next block is asked
    (Consistency.nearest). Bootstrapping changes all labels at once, and two claims that follow each other can then swap
    labels for ever; a block sees what the one before it has become. Such block-wise best responses are iterated
-   conditional modes (Besag 1986), in blocks.
+   conditional modes (Besag 1986), in blocks. The starts of a round are asked about a block in one batch.
 2. *Halving.* After each sweep the better half of the starts goes on, by U of the answers at hand (a block's answers are
    a little older than the labels of the next: an estimate that costs nothing), until one is left, and that one until a
    sweep changes nothing or `ascent_sweeps` were made. If the first start's first sweep already changes nothing, the
@@ -46,7 +46,7 @@ from src.icm.objective import Evaluation, LogOdds, calibration_offset, margins_o
 from src.icm.prefix_tree import Layout
 from src.icm.problem import Candidate, Problem, Stream, generator
 from src.icm.searches.recorded import RecordedAsk
-from src.icm.searches.seam import Ask, Found, Journal
+from src.icm.searches.seam import Ask, Found, Journal, JournalMismatch
 
 SETTINGS: Final = (
     *("ascent_starts", "ascent_sweeps", "ascent_questions", "ascent_error"),
@@ -74,11 +74,26 @@ class Chain:
 
 
 async def run(problem: Problem, ask: Ask, journal: Journal) -> Found:
-    """Label the whole pool. Raises JournalMismatch where the journal is not one of this search."""
+    """Label the whole pool. Raises JournalMismatch where the journal is not one of this search.
+
+    Earlier versions swept one start after the other. A journal of theirs is replayed, and goes on, in their order: what
+    is found, and the questions that it takes, are the same.
+    """
+    try:
+        return await search(problem, ask, journal, together=True)
+    except JournalMismatch as mismatch:  # of a line that is there, and so before anything was asked
+        try:
+            return await search(problem, ask, journal, together=False)
+        except JournalMismatch:
+            raise mismatch from None
+
+
+async def search(problem: Problem, ask: Ask, journal: Journal, *, together: bool) -> Found:
+    """As `run`, in one order. together: whether the starts of a round are asked about a block in one batch."""
     asked = RecordedAsk(problem, ask, journal)
     first = await own_labels(problem, asked)
     layout = problem.new_layout(range(problem.size), labels=first)
-    climb = Climb(problem, asked, layout)
+    climb = Climb(problem, asked, layout, together=together)
     best = await _best_start(climb, first)
     [evaluation] = await asked.evaluate([Candidate(best.labels, layout)])
     labels, evaluation = await climb.up(best.labels, evaluation)
@@ -117,21 +132,23 @@ async def _best_start(climb: Climb, first: Labels) -> Chain:
     """The start that is left when all others were dropped, swept until nothing changes."""
     problem = climb.problem
     settings = problem.settings
-    chains = [await climb.sweep(Chain(first))]
+    chains = await climb.sweep([Chain(first)])
     if not chains[0].fixed:
-        others = (Chain(random_labels(problem, number)) for number in range(1, settings.ascent_starts))
-        chains += [await climb.sweep(each) for each in others if climb.may_ask]
+        others = [Chain(random_labels(problem, number)) for number in range(1, settings.ascent_starts)]
+        chains += await climb.sweep_while_allowed(others)
     for _ in range(settings.ascent_sweeps - 1):
         chains = sorted(chains, key=climb.estimate, reverse=True)[: ceil(len(chains) / 2)]
-        chains = [await climb.sweep(each) if climb.may_ask and not each.fixed else each for each in chains]
+        swept = iter(await climb.sweep_while_allowed([each for each in chains if not each.fixed]))
+        chains = [each if each.fixed else next(swept, each) for each in chains]
     return max(chains, key=climb.estimate)
 
 
 class Climb:
-    """Steps of one search in one layout."""
+    """Steps of one search in one layout. together: whether starts are swept side by side, in common batches."""
 
-    def __init__(self, problem: Problem, asked: RecordedAsk, layout: Layout) -> None:
+    def __init__(self, problem: Problem, asked: RecordedAsk, layout: Layout, *, together: bool = True) -> None:
         self.problem = problem
+        self._together = together
         self._asked = asked
         self._layout = layout
         order = layout.questions
@@ -146,21 +163,38 @@ class Climb:
     @property
     def may_ask(self) -> bool:
         """Whether the search may begin another evaluation."""
-        return self._asked.questions < self.problem.settings.ascent_questions * self.problem.size
+        return self._questions_left > 0
+
+    @property
+    def _questions_left(self) -> int:
+        return self.problem.settings.ascent_questions * self.problem.size - self._asked.questions
 
     def estimate(self, chain: Chain) -> float:
         """U of a chain's labels by its last answers, which are exact where it is fixed."""
         return self.problem.objective.evaluate(chain.labels, chain.answers, self.problem.consistency).utility
 
-    async def sweep(self, chain: Chain) -> Chain:
-        """Every block asked once, the labels of the pool chosen anew after each."""
-        labels, answers, fixed = chain.labels, dict(chain.answers), True
+    async def sweep(self, chains: Sequence[Chain]) -> list[Chain]:
+        """Every block asked once, of all chains in one batch; the labels of the pool chosen anew after each block."""
+        swept = [replace(chain, fixed=True) for chain in chains]
         for block in self._blocks:
-            found = await self._asked.predict(block, Candidate(labels, self._layout))
-            answers |= dict(zip(block, found, strict=True))
-            labels = self._likeliest(labels, answers)
-            fixed = fixed and labels == chain.labels
-        return replace(chain, labels=labels, answers=answers, fixed=fixed)
+            found = await self._asked.predict_many([(block, Candidate(each.labels, self._layout)) for each in swept])
+            for at, log_odds in enumerate(found):
+                answers = {**swept[at].answers, **dict(zip(block, log_odds, strict=True))}
+                labels = self._likeliest(swept[at].labels, answers)
+                swept[at] = Chain(labels, answers, swept[at].fixed and labels == chains[at].labels)
+        return swept
+
+    async def sweep_while_allowed(self, chains: Sequence[Chain]) -> list[Chain]:
+        """The first of `chains`, swept: as many as the search may begin, one after the other.
+
+        One sweep takes N questions at most, fewer where some are of labels that were asked before. So those that may
+        begin whatever the ones before them take are swept side by side, then again, until all are or none may begin.
+        """
+        swept: list[Chain] = []
+        while len(swept) < len(chains) and self.may_ask:
+            count = ceil(self._questions_left / self.problem.size) if self._together else 1
+            swept += await self.sweep(chains[len(swept) : len(swept) + count])
+        return swept
 
     def _likeliest(self, labels: Labels, answers: Answers) -> Labels:
         """The likeliest consistent labels; claims without an answer keep theirs where they can."""

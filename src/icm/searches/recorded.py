@@ -20,7 +20,7 @@ from src.icm.objective import Evaluation, LogOdds
 from src.icm.prefix_tree import Layout
 from src.icm.problem import Candidate, Problem
 from src.icm.searches.lines import labels_of, read_evaluation, read_labels, read_log_odds, scores_of
-from src.icm.searches.seam import Ask, Journal, JournalMismatch, Record, Standing
+from src.icm.searches.seam import Ask, Journal, JournalMismatch, Questions, Record, Standing
 
 
 class RecordedAsk:
@@ -81,6 +81,34 @@ class RecordedAsk:
             known |= dict(zip(missing, answers, strict=True))
             self._keep(candidate, known)
         return [known[claim] for claim in claims]
+
+    async def predict_many(self, questions: Sequence[Questions]) -> list[list[LogOdds]]:
+        """See Ask; a line for each of `questions` that was not answered before. All must be of one layout.
+
+        Raises JournalMismatch where the journal's next line answers something else.
+        """
+        keys = [_keys(candidate, claims) for claims, candidate in questions]
+        missing: list[Questions] = []
+        coming: set[tuple[int, bytes]] = set()
+        for (claims, candidate), key_of in zip(questions, keys, strict=True):
+            known = self._known(candidate)
+            new = [claim for claim in claims if claim not in known and key_of[claim] not in coming]
+            if not new:
+                continue
+            answers = self._recorded_answers({"claims": new, "shown": labels_of(candidate.labels)})
+            if answers is not None:
+                self._keep(candidate, dict(zip(new, answers, strict=True)))
+            else:
+                missing.append((new, candidate))
+                coming |= {key_of[claim] for claim in new}
+        found = await self._ask.predict_many(missing) if missing else []
+        for (asked, candidate), answers in zip(missing, found, strict=True):
+            await self._write("questions", {"claims": asked, "shown": labels_of(candidate.labels), "answers": answers})
+            self._keep(candidate, dict(zip(asked, answers, strict=True)))
+        return [
+            [self._answers[key_of[claim]] for claim in claims]
+            for (claims, _), key_of in zip(questions, keys, strict=True)
+        ]
 
     async def zero_shot(self) -> list[LogOdds]:
         """See Ask. Raises JournalMismatch where the journal's next line answers something else."""

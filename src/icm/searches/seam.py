@@ -52,6 +52,10 @@ Found = Standing
 """What a search ends with."""
 
 
+Questions = tuple[Sequence[int], Candidate]
+"""Claims to ask about, and the labeling that is shown with each."""
+
+
 class Ask(Protocol):
     """A model that is asked about the pool. Answers are log-odds in nats (see objective).
 
@@ -65,6 +69,10 @@ class Ask(Protocol):
 
     async def predict(self, claims: Sequence[int], candidate: Candidate, intent: object = None) -> list[LogOdds]:
         """Of each of `claims`, after all labelled claims of `candidate` but itself, in one batch."""
+        ...
+
+    async def predict_many(self, questions: Sequence[Questions]) -> list[list[LogOdds]]:
+        """What `predict` says of each of `questions`, all in one batch."""
         ...
 
     async def zero_shot(self) -> list[LogOdds]:

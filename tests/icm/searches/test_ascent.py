@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from math import ceil
 from statistics import NormalDist
 from typing import Any
 
@@ -17,10 +18,10 @@ from src.icm.annealing import mirrored_labels
 from src.icm.consistency import Consistency, Constraint, Labels, Relation
 from src.icm.objective import LogOdds, Objective
 from src.icm.problem import Candidate, Problem
-from src.icm.searches.ascent import LEAST_SAMPLE, Chain, Climb, random_labels, run
+from src.icm.searches.ascent import BLOCKS, LEAST_SAMPLE, Chain, Climb, random_labels, run, search
 from src.icm.searches.recorded import RecordedAsk
 from src.icm.searches.seam import JournalMismatch
-from tests.icm.searches.answers import Lines, Model, check_stops_anywhere, make_problem
+from tests.icm.searches.answers import Lines, Model, Stopped, check_stops_anywhere, make_problem
 
 CASES: dict[str, dict[str, Any]] = {
     "as it is": {},
@@ -74,7 +75,49 @@ async def test_it_ends_with_the_best_of_what_it_evaluated(case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 async def test_a_stopped_search_ends_the_same_and_asks_nothing_twice(case: str) -> None:
     problem = make_problem(**CASES[case])
-    await check_stops_anywhere(run, problem, every=1 if problem.size < 32 else 5)
+    starts = problem.settings.ascent_starts
+    # A request of several starts is a line for each, and is asked again for those whose lines are not there yet.
+    again = (starts - 2) * ceil(problem.size / BLOCKS) if starts > 2 else 0
+    await check_stops_anywhere(run, problem, every=1 if problem.size < 32 else 5, again=again)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("more", [{}, {"ascent_starts": 8, "ascent_questions": 4}])
+async def test_starts_side_by_side_find_the_same_with_the_same_questions_in_fewer_requests(
+    case: str, more: dict[str, Any]
+) -> None:
+    fewer = 0
+    for seed in (5, 6):
+        problem = make_problem(**(CASES[case] | more | {"seed": seed}))
+        together, alone, in_turn = Model(problem), Model(problem), Lines()
+        found = await run(problem, together, Lines())
+        assert await search(problem, alone, in_turn, together=False) == found
+        assert sorted(together.asked) == sorted(alone.asked)
+        assert together.batches <= alone.batches
+        fewer += together.batches < alone.batches
+        # A journal in which one start was swept after the other is replayed, and goes on in that order.
+        for kept in range(1, len(in_turn.written), 1 + len(in_turn.written) // 7):
+            before, killed = Model(problem), Lines(stop_after=kept)
+            with pytest.raises(Stopped):
+                await search(problem, before, killed, together=False)
+            rest, again = Model(problem), Lines(killed.written)
+            assert await run(problem, rest, again) == found
+            assert sorted(before.asked + rest.asked) == sorted(alone.asked)
+            replayed, silent = Lines(again.whole), Model(problem)
+            assert await run(problem, silent, replayed) == found
+            assert (silent.asked, replayed.written) == ([], [])
+    assert fewer or problem.settings.ascent_starts < 3
+
+
+async def test_a_round_of_sweeps_takes_as_many_requests_as_there_are_blocks() -> None:
+    for starts in (2, 4, 8):
+        problem = free(make_problem(32, ascent_starts=starts, ascent_sweeps=1, ascent_questions=40, mirror=False))
+        climb = Climb(problem, RecordedAsk(problem, model := Model(problem), Lines()), problem.new_layout(range(32)))
+        chains = [Chain(random_labels(problem, number)) for number in range(starts)]
+        swept = await climb.sweep_while_allowed(chains)
+        assert (len(swept), model.batches) == (starts, 4)
+        assert len(model.asked) == 32 * starts
+        assert swept == [chain for each in chains for chain in await climb.sweep([each])]
 
 
 @pytest.mark.parametrize("starts", [1, 2, 4, 8])
@@ -128,7 +171,7 @@ async def test_a_sweep_shows_each_block_what_the_one_before_became() -> None:
     climb = Climb(problem, RecordedAsk(problem, Coherent(problem, truth), journal), layout)
     first = layout.questions[0]
     wrong = tuple(not label if claim == first else label for claim, label in enumerate(truth))
-    swept = await climb.sweep(Chain(wrong))
+    [swept] = await climb.sweep([Chain(wrong)])
     shown = [record["shown"] for record in journal.written]
     assert [record["claims"] for record in journal.written] == [
         list(layout.questions[start : start + 2]) for start in range(0, 8, 2)
@@ -137,7 +180,7 @@ async def test_a_sweep_shows_each_block_what_the_one_before_became() -> None:
     assert not swept.fixed
     assert shown[0] == {str(claim): label for claim, label in enumerate(wrong)}
     assert shown[1] == {str(claim): label for claim, label in enumerate(truth)}
-    again = await climb.sweep(swept)
+    [again] = await climb.sweep([swept])
     assert (again.labels, again.fixed) == (truth, True)
 
 
@@ -149,7 +192,7 @@ async def test_labels_that_change_and_come_back_within_a_sweep_are_not_fixed() -
         climb = Climb(problem, RecordedAsk(problem, Model(problem, lean=0.5), Lines()), layout)
         chain = Chain(tuple(bool(claim % 2) for claim in range(16)))
         for _ in range(8):
-            chain = await climb.sweep(chain)
+            [chain] = await climb.sweep([chain])
             if chain.fixed:
                 [exact] = await Model(problem, lean=0.5).evaluate([Candidate(chain.labels, layout)])
                 assert climb.estimate(chain) == pytest.approx(exact.utility, abs=1e-9)
@@ -166,12 +209,12 @@ async def test_the_better_half_of_the_starts_goes_on() -> None:
     journal = Lines()
     layout = problem.new_layout(range(32))
     climb = Climb(problem, RecordedAsk(problem, Model(problem), Lines()), layout)
-    starts = [await climb.sweep(Chain(random_labels(problem, number))) for number in range(1, 4)]
+    starts = await climb.sweep([Chain(random_labels(problem, number)) for number in range(1, 4)])
     found = await run(problem, Model(problem), journal)
-    first = await climb.sweep(Chain(read_shown(journal.written[1])))
+    [first] = await climb.sweep([Chain(read_shown(journal.written[1]))])
     better = sorted([first, *starts], key=climb.estimate, reverse=True)[:2]
     after = [record["shown"] for record in journal.written if record["event"] == "questions"][1 + 4 * 4 :]
-    swept = {tuple(read_shown({"shown": shown})) for shown in after[:8:4]}
+    swept = {tuple(read_shown({"shown": shown})) for shown in after[:2]}
     assert swept == {chain.labels for chain in better}
     assert found.labelled == tuple(range(32))
     assert truth
