@@ -18,6 +18,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "report": ("src.experiments.report", "write one HTML page of one or several runs"),
     "compare": ("src.experiments.compare", "put runs side by side"),
     "watch": ("src.experiments.watch", "follow a run in progress in the terminal"),
+    "ask": ("src.experiments.ask", "list the claims of a run that a human should be asked about, and take the answers"),
     "export": ("src.experiments.export", "write a run's labels for other tools"),
     "cache": ("src.experiments.cache_command", "look after cached scores: stats, verify, prune"),
     "serve": ("contrib.serving.command", "a web application: answers from a folder of texts, claims scored"),

@@ -12,6 +12,7 @@ from src.icm.label_names import TRUE_FALSE_NAMES, Names, logprobs, written_label
 from src.icm.objective import LogOdds
 from src.icm.testbeds import BadInput
 from src.results.run_record import LabelledClaim, RunRecord, probability
+from src.results.text import visible
 
 Only = Literal["all", "search"]
 Pairs = Literal["best", "all"]
@@ -111,6 +112,12 @@ def spreadsheet_cell(text: str) -> str:
     if FORMULA.match(safe):
         safe = "'" + safe
     return safe[:CELL_LIMIT]
+
+
+def spreadsheet_text(text: str) -> str:
+    """`text` as a cell of the CSV files that this project writes: nothing in it acts, as a formula or a control
+    character."""
+    return spreadsheet_cell(visible(text))
 
 
 def mended(text: str) -> str:

@@ -12,10 +12,10 @@ import orjson
 import yaml
 
 from core.files import write_atomically
-from src.results.exports import plain_rows, spreadsheet_cell
+from src.results.exports import plain_rows, spreadsheet_text
 from src.results.run_record import LabelledClaim, RunRecord
 from src.results.tables import result_text, results_of
-from src.results.text import one_line, visible
+from src.results.text import one_line
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
@@ -29,13 +29,14 @@ def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
     """A table for spreadsheets, UTF-8 with a byte order mark: no cell is a formula, all texts are quoted."""
     listed = list(rows)
     columns = list(dict.fromkeys(column for row in listed for column in row))
-    buffer = io.StringIO(newline="")
-    writer = csv.writer(buffer, quoting=csv.QUOTE_NONNUMERIC)
-    writer.writerow(columns)
-    for row in listed:
-        writer.writerow([_cell(row.get(column)) for column in columns])
-    write_atomically(path, buffer.getvalue().encode("utf-8-sig"))
+    lines = [_line(columns), *(csv_line([row.get(column) for column in columns]) for row in listed)]
+    write_atomically(path, "".join(lines).encode("utf-8-sig"))
     return len(listed)
+
+
+def csv_line(values: Iterable[object]) -> str:
+    """One row of such a table, with its line end."""
+    return _line([_cell(value) for value in values])
 
 
 def write_dataset(folder: Path, run: RunRecord, claims: Iterable[LabelledClaim]) -> int:
@@ -45,6 +46,12 @@ def write_dataset(folder: Path, run: RunRecord, claims: Iterable[LabelledClaim])
     return count
 
 
+def _line(cells: Iterable[object]) -> str:
+    buffer = io.StringIO(newline="")
+    csv.writer(buffer, quoting=csv.QUOTE_NONNUMERIC).writerow(cells)
+    return buffer.getvalue()
+
+
 def _cell(value: object) -> object:
     if value is None:
         return ""
@@ -52,7 +59,7 @@ def _cell(value: object) -> object:
         return str(value)
     if isinstance(value, int | float):
         return value
-    return spreadsheet_cell(visible(str(value)))
+    return spreadsheet_text(str(value))
 
 
 def _in_table(text: str) -> str:

@@ -14,6 +14,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from src.icm.testbeds import BadInput
+from src.results.asking_view import Sheet
 from src.results.charts import Chart
 from src.results.findings import Finding, Verdict
 from src.results.flips import flips
@@ -79,9 +80,23 @@ def render_landscape(landscape: Landscape, subject: str) -> str:
     )
 
 
-def _render(template: str, **values: Any) -> str:
+def render_asking(sheet: Sheet, title: str, subject: str, file: str, then: str) -> str:
+    """The page of `icm ask`. subject: of which claims and model. file: what it saves. then: the next command."""
+    return _render(
+        "asking.html.j2",
+        "asking.js",
+        title=visible(f"{title}: {subject}"),
+        heading=title,
+        subheading=subject,
+        sheet=sheet,
+        file=file,
+        then=then,
+    )
+
+
+def _render(template: str, program: str = "filter.js", **values: Any) -> str:
     environment = _environment()
-    style, script = _asset("style.css"), _asset("filter.js")
+    style, script = _asset("style.css"), _asset(program)
     policy = (
         f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; img-src data:; "
         "base-uri 'none'; form-action 'none'"

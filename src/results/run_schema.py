@@ -27,6 +27,7 @@ class _AnyLine(TypedDict, total=False):
     event: str
     iteration: Count
     claim: Position
+    claims: list[Position]
     U: Number
     U_proposed: Number | None
     T: Number | None
@@ -52,6 +53,7 @@ class JournalLine(_AnyLine, total=False):
     labels: dict[Position, bool]
     changes: dict[Position, bool]
     scores: dict[Position, Number]
+    answers: list[Number]
     log_odds: Number | None
     current: bool | None
     predicted: bool | None
@@ -65,6 +67,7 @@ class LineOfMany(_AnyLine, total=False):
     labels: dict[Position, Position]
     changes: dict[Position, Position]
     scores: dict[Position, list[Number]]
+    answers: list[list[Number]]
     log_odds: list[Number] | None
     current: Position | None
     predicted: Position | None
@@ -77,6 +80,7 @@ _NEEDED = {
     "mirror": {"iteration", "accepted", "U_proposed"},
     "rebuild": {"iteration"},
     "evaluation": {"iteration", "accepted", "labels", "scores"},
+    "questions": {"claims", "answers"},
 }
 _line = TypeAdapter(JournalLine)
 _line_of_many = TypeAdapter(LineOfMany)
@@ -101,7 +105,8 @@ def journal_line(record: object, num_labels: int = 2) -> Mapping[str, Any] | Non
 
 def _fits(line: Mapping[str, Any], num_labels: int) -> bool:
     labels = [*line.get("labels", {}).values(), *line.get("changes", {}).values()]
-    odds = [*line.get("scores", {}).values(), *([line["log_odds"]] if line.get("log_odds") is not None else [])]
+    odds = [*line.get("scores", {}).values(), *line.get("answers", [])]
+    odds += [line["log_odds"]] if line.get("log_odds") is not None else []
     return (
         line.get("num_labels", num_labels) == num_labels
         and all(label < num_labels for label in labels)
