@@ -138,6 +138,15 @@ def main(arguments: Sequence[str] | None = None, program: Sequence[str] = ("icm"
 
 
 async def _run(request: RunRequest) -> int:
+    folder = await label(request)
+    return 1 if folder is None and request.is_complete else 0
+
+
+async def label(request: RunRequest) -> RunFolder | None:
+    """The folder of the finished run. None for a pool that was only measured, and a run that is not finished yet.
+
+    The library (icm/) calls it, too.
+    """
     if request.parts.several:
         return await run_parts(request)
     pool = pool_of(request)
@@ -145,22 +154,24 @@ async def _run(request: RunRequest) -> int:
     runs_dir = request.output.runs_dir
     same = as_begun(request, settings, lambda known: RunFolder(runs_dir / run_name(request, known)).read_run())
     if same is not request:
-        return await _run(same)
+        return await label(same)
     folder = RunFolder(runs_dir / run_name(request, settings))
     known = folder.read_run()
     if known is not None:
         check_readable(folder, known)
         check_same_run(folder, known["settings"], settings, renamed=may_be_renamed(known), continues=True)
         if "result" in known and not request.check:
-            say_shown_again(known)
-            print_summary(folder, known)
-            return 0
+            if request.output.told:
+                say_shown_again(known)
+                print_summary(folder, known)
+            return folder
     else:
         refuse(request.contradiction)
     if request.is_complete:
-        return 1
+        return None
     warn_of_leaks(request, pool)
-    print_continuing(request, pool)
+    if request.output.told:
+        print_continuing(request, pool)
     api = model_api_of(request)
     with nullcontext() if request.check else folder:
         async with api:
@@ -170,10 +181,11 @@ async def _run(request: RunRequest) -> int:
                 print(token_lines(await labelling.token_record()))
                 labelling, _ = await with_prior(labelling)
                 print(check_table(await labelling.check(), calibration_in_words(settings)))
-                return 0
+                return None
             document = await label_pool(request, labelling, folder, settings, folder.read_run())
-    print_summary(folder, document)
-    return 0
+    if request.output.told:
+        print_summary(folder, document)
+    return folder
 
 
 if __name__ == "__main__":

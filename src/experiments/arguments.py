@@ -13,7 +13,7 @@ from src.experiments.request import DataRequest, ModelRequest
 from src.icm.objective import Calibration
 from src.icm.problem import BootstrapStart, LayoutName, Scheduler, SearchSettings, Stop
 from src.icm.searches import SEARCHES
-from src.icm.testbeds import TESTBEDS, ConsistencyMode, GroupedBy
+from src.icm.testbeds import TESTBEDS, BadInput, ConsistencyMode, GroupedBy
 from src.pipeline.testbed_files import testbed_path
 
 Arguments = argparse._ArgumentGroup | argparse.ArgumentParser
@@ -284,12 +284,16 @@ class Parser(argparse.ArgumentParser):
 
     contradiction: between two settings of the search in the arguments last parsed, or one setting without a meaning
     (see out_of_range); None where there is none. A new run is refused for it. A run that an earlier version began with
-    it can go on, and needs the same flags.
+    it can go on, and needs the same flags. raises: whether bad input is raised as BadInput (in a library) and does not
+    end the program.
     """
 
     contradiction: str | None = None
+    raises = False
 
     def error(self, message: str) -> NoReturn:
+        if self.raises:
+            raise BadInput(message)
         self.exit(2, f"error: {message} (see --help)\n")
 
     def parse_args(  # type: ignore[override]

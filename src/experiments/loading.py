@@ -17,6 +17,8 @@ from src.pipeline.datafiles import load_data_file, load_testbed, load_testbed_fi
 from src.pipeline.labelling import Pool, prepare_batches
 from src.pipeline.testbed_files import read_testbed, testbed_path
 
+log = logging.getLogger(__name__)
+
 SHOWN_BAD_ROWS = 3
 
 
@@ -84,7 +86,7 @@ def pools_of(request: RunRequest, count: int | None, held_out: Collection[int] =
 @functools.cache
 def warn_once(text: str) -> None:
     """Warn only once, even if many batches of a data set are labelled."""
-    logging.warning("%s", text)
+    log.warning("%s", text)
 
 
 def bad_rows_record(pool: Pool) -> dict[str, Any]:

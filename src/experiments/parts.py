@@ -41,8 +41,11 @@ class Part:
     pool: Pool
 
 
-async def run_parts(request: RunRequest) -> int:
-    """Label every part, put their labels together, print the summary. Returns the exit code."""
+async def run_parts(request: RunRequest) -> RunFolder | None:
+    """Label every part, put their labels together, print the summary. Returns the finished run's folder.
+
+    None where it was only asked whether the run is finished, and it is not.
+    """
     parts = _parts(request)
     settings = settings_of(request, parts[0].pool) | {
         "num_batches": len({part.batch for part in parts}),
@@ -58,13 +61,14 @@ async def run_parts(request: RunRequest) -> int:
         check_readable(folder, known)
         check_same_run(folder, known["settings"], settings, renamed=may_be_renamed(known))
         if "result" in known:
-            say_shown_again(known)
-            print_summary(folder, known)
-            return 0
+            if request.output.told:
+                say_shown_again(known)
+                print_summary(folder, known)
+            return folder
     else:
         refuse(request.contradiction)
     if request.is_complete:
-        return 1
+        return None
     warn_of_leaks(request, parts[0].pool)
     with folder:
         async with model_api_of(request) as api:
@@ -92,8 +96,9 @@ async def run_parts(request: RunRequest) -> int:
                 "model_api": api.stats.as_dict() | _sums([each["model_api"] for each in documents]),
             }
             folder.write_run(document)
-    print_summary(folder, document)
-    return 0
+    if request.output.told:
+        print_summary(folder, document)
+    return folder
 
 
 def _parts(request: RunRequest) -> list[Part]:

@@ -63,7 +63,10 @@ class DataRequest:
 
 @dataclass(frozen=True, slots=True)
 class ModelRequest:
-    """Which model, and how it is reached. None: by the settings."""
+    """Which model, and how it is reached. None: by the settings.
+
+    base_url: of vLLM servers; without a flag, for the library.
+    """
 
     model: str = "meta-llama/Llama-3.1-70B"
     use_vllm: bool | None = None
@@ -71,6 +74,7 @@ class ModelRequest:
     missing_label: str | None = None
     prompts_per_request: int | None = None
     read_timeout: float | None = None
+    base_url: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +92,16 @@ class PartsRequest:
 
 @dataclass(frozen=True, slots=True)
 class OutputRequest:
-    """Where a run is kept, and what it shows while it runs. run: None for a name made from the settings."""
+    """Where a run is kept, and what it shows while it runs. run: None for a name made from the settings.
+
+    told: whether its opening and its summary are printed; the library, which has no flag for it, gives them back.
+    """
 
     run: str | None = None
     runs_dir: Path = REPO_ROOT / "runs"
     quiet: bool = False
     metrics_port: int | None = None
+    told: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,8 @@ from src.icm.testbeds import BadInput
 from src.pipeline.labelling import Labelling
 from src.results.run_folder import FORMAT, RunFolder
 
+log = logging.getLogger(__name__)
+
 OF_TESTBED_FILE = ("testbed_sha256", "labels", "label_texts")
 """Settings that come from a testbed file, not from a flag."""
 OF_CONTENT = ("data_sha256", "continue_from")
@@ -97,7 +99,7 @@ def check_same_engine(folder: RunFolder, known: Mapping[str, Any], identity: Eng
         differences = ", ".join(f"{name} {known.get(name)!r}, now {now[name]!r}" for name in names)
         print(f"the run goes on: the model answers as before ({differences})", file=sys.stderr, flush=True)
     if known.get("fingerprint") != now["fingerprint"]:
-        logging.warning(
+        log.warning(
             "the engine answers a fixed prompt differently than when this run began (other hardware, "
             "precision or kernels?): its scores differ slightly from the run's first part"
         )

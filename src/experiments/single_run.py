@@ -46,6 +46,7 @@ def model_api_of(request: RunRequest, more: Mapping[str, object] | None = None) 
             "missing_label": model.missing_label,
             "prompts_per_request": model.prompts_per_request,
             "read_timeout": model.read_timeout,
+            "vllm_base_url": model.base_url,
             "cache_path": request.output.runs_dir / "responses.sqlite",
             **(more or {}),
         }
@@ -89,7 +90,8 @@ async def print_opening(
     lines.append(prompt_line(labelling, prompt, "whole:" if folder is None else f"whole in {folder.prompt_path}"))
     if folder is None or not request.output.quiet:
         lines += prompt_lines(labelling, prompt, whole=folder is None)
-    print("\n".join(lines), file=sys.stderr, flush=True)
+    if request.output.told:
+        print("\n".join(lines), file=sys.stderr, flush=True)
 
 
 def _all_random(pools: Sequence[Pool]) -> list[str]:
@@ -174,7 +176,7 @@ async def label_pool(
         state = await labelling.search(folder, on_record, _lookahead(request, labelling.api.capabilities))
     records = folder.read_log()
     cost = {key: round(sum(record.get(key, 0) for record in records), 3) for key in COSTS}
-    if progress is None and not request.output.quiet:
+    if progress is None and request.output.told and not request.output.quiet:
         print(_last_questions(labelling, state, cost), file=sys.stderr, flush=True)
     zero_shot = await labelling.zero_shot()
     predictions = {}

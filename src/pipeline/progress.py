@@ -1,12 +1,13 @@
 """The progress of a search: pool size, U, acceptance, accuracy where known, cache hit rate, time left.
 
-A bar that changes on a terminal; lines every 15 seconds anywhere else.
+A bar that changes on a terminal and in a notebook; lines every 15 seconds anywhere else.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from typing import Final, NoReturn, Protocol, TextIO
 
@@ -55,23 +56,34 @@ class Lines:
 
 
 def bar_of(total: int | None, unit: str, quiet: bool, behind: str) -> tqdm[NoReturn]:
-    """A bar on standard error, or lines where that is not a terminal. behind: tqdm's fields after the count."""
-    terminal = sys.stderr.isatty()
+    """A bar in a notebook or a terminal, lines on standard error elsewhere. behind: tqdm's fields after the count."""
+    bar = _widget_bar()
+    drawn = bar is not None or sys.stderr.isatty()
     count = "{n_fmt}/{total_fmt} " + unit
-    return tqdm(
+    return (bar or tqdm)(
         total=total,
         unit=unit.removesuffix("s"),
-        file=sys.stderr if terminal else Lines(sys.stderr),
+        file=None if bar else sys.stderr if drawn else Lines(sys.stderr),
         disable=quiet,
-        dynamic_ncols=True,
+        dynamic_ncols=bar is None,
         smoothing=0.1,
         mininterval=_interval(),
-        bar_format="{l_bar}{bar}| " + count + behind if terminal else count + behind,
+        bar_format="{l_bar}{bar}| " + count + behind if drawn else count + behind,
     )
 
 
 def _interval() -> float:
-    return ON_A_TERMINAL if sys.stderr.isatty() else ELSEWHERE
+    return ON_A_TERMINAL if sys.stderr.isatty() or _widget_bar() is not None else ELSEWHERE
+
+
+def _widget_bar() -> type[tqdm[NoReturn]] | None:
+    """tqdm's bar of widgets, where it finds that this is a notebook that shows them; None anywhere else."""
+    if "IPython" not in sys.modules:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that ipywidgets is not installed
+        from tqdm.autonotebook import tqdm as found
+    return None if found is tqdm else found
 
 
 class SearchProgress:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from src.icm.consistency import Label
 from src.icm.label_names import TRUE_FALSE_NAMES, Names, balance_of
 from src.results.curves import curves_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def plot_curves(
@@ -19,10 +22,17 @@ def plot_curves(
     names: Names = TRUE_FALSE_NAMES,
 ) -> None:
     """U, accuracy (where gold is known), pool size and label balance against the iteration, as a PNG."""
+    from src.results.style import write_png
+
+    write_png(draw_curves(records, gold, names), path, title)
+
+
+def draw_curves(records: Sequence[Mapping[str, Any]], gold: Sequence[Label], names: Names = TRUE_FALSE_NAMES) -> Figure:
+    """The figure that plot_curves writes, without its title."""
     import numpy as np
     from matplotlib.ticker import MaxNLocator  # takes half a second, at the end of a search rather than before it
 
-    from src.results.style import FAINT, SERIES, panels, write_png
+    from src.results.style import FAINT, SERIES, panels
 
     curves = curves_of(records, gold)
     figure, axes = panels(2, 2)
@@ -47,4 +57,4 @@ def plot_curves(
         axes[0].axvline(iteration, color=FAINT, linewidth=0.6, alpha=0.5)
     for axis in axes[2:]:
         axis.set_xlabel("iteration")
-    write_png(figure, path, title)
+    return figure

@@ -78,15 +78,25 @@ def panel() -> tuple[Figure, Axes]:
         return figure, axes
 
 
+class Drawn(Figure):
+    """A figure that a notebook shows by itself, although pyplot did not make it."""
+
+    def _repr_png_(self) -> bytes:
+        file = io.BytesIO()
+        with mpl.rc_context(STYLE):
+            self.savefig(file, dpi=110, format="png")
+        return file.getvalue()
+
+
 def panels(rows: int, columns: int) -> tuple[Figure, list[Axes]]:
     """A figure of rows x columns panels over the same x, and the panels row by row."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(columns * PANEL[0] / 72, rows * PANEL[1] / 72))
+        figure = Drawn(figsize=(columns * PANEL[0] / 72, rows * PANEL[1] / 72))
         return figure, list(np.ravel(figure.subplots(rows, columns, sharex=True)))
 
 
-def write_png(figure: Figure, path: Path, title: str = "") -> None:
-    """The figure on white, with the title above and a legend below. Raises OSError."""
+def complete(figure: Figure, title: str = "") -> None:
+    """Put the title above and a legend below."""
     with mpl.rc_context(STYLE):
         if title:
             figure.suptitle(title, fontsize="large")
@@ -94,6 +104,12 @@ def write_png(figure: Figure, path: Path, title: str = "") -> None:
             figure.legend(loc="outside lower center", ncols=4)
         figure.set_layout_engine("constrained")
         FigureCanvasAgg(figure)
+
+
+def write_png(figure: Figure, path: Path, title: str = "") -> None:
+    """The figure on white, with the title above and a legend below. Raises OSError."""
+    complete(figure, title)
+    with mpl.rc_context(STYLE):
         figure.savefig(path, dpi=110, format="png")
 
 

@@ -15,8 +15,9 @@ from src.icm.objective import Objective
 from src.icm.problem import SearchSettings
 
 PARTS: tuple[type[Any], ...] = (DataRequest, ModelRequest, SearchSettings, PartsRequest, OutputRequest, RunRequest)
-NOT_FLAGS = {"data", "model", "search", "objective", "parts", "output", "contradiction", "flags"}
-"""Fields of RunRequest that no flag has the name of; --data, --model and --search are fields of its parts."""
+NOT_FLAGS = {"data", "model", "search", "objective", "parts", "output", "contradiction", "flags"} | {"base_url", "told"}
+"""Fields of RunRequest and its parts that no flag has the name of, base_url and told being of the library; --data,
+--model and --search are fields of its parts."""
 
 
 def request_of(*flags: str) -> RunRequest:

@@ -1,0 +1,100 @@
+"""`label` and `alabel`: claims in, labels with probabilities out."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from core.errors import APIError, ConfigurationError, ServerUnreachable
+from icm.event_loop import finished
+from icm.result import Result, load
+from icm.settings import request_of
+from src.experiments import ICM
+
+GO_ON = "Nothing is lost: the same call again goes on where this one stopped."
+
+
+def label(
+    claims: Any = None,
+    *,
+    model: str,
+    testbed: str | Path | Mapping[str, Any] | None = None,
+    template: str | None = None,
+    labels: Sequence[str] | Mapping[str, str] | None = None,
+    base_url: str | Sequence[str] | None = None,
+    runs_dir: str | Path = "runs",
+    run: str | None = None,
+    quiet: bool = False,
+    **settings: Any,
+) -> Result:
+    """Label claims by Internal Coherence Maximization. The same call again goes on, or reads the finished run.
+
+    claims: a list of dicts with `question` and `choice` (and `label`, `consistency_id`, `consistency_relation`, where
+    they are known; docs/data.md), a data frame of pandas or polars with these columns, a list of plain texts, or the
+    path of a data file. Other columns are given back with the labels. Without claims a `testbed` has them.
+
+    model: name under which the model is served; with direct=True a path or id.
+    testbed: name of a built-in one, path of a testbed file, or its keys as a dict (docs/testbeds.md).
+    template, labels: the keys `template` and `labels` of a testbed, by themselves.
+    base_url: the vLLM server, or several; by default VLLM_BASE_URL and the other settings of docs/servers.md.
+    runs_dir: where the run's folder and the cached answers are kept, by default `runs` in the current folder.
+    run: the name of the run's folder; by default made from the settings.
+    quiet: no progress bar.
+    settings: any other flag of `icm label` under its name: alpha=50, calibrate="mean", search="ascent",
+        batch_size=256, seed=2, columns={"question": "prompt"}, label_rest=False, direct=True, ... (docs/cli.md).
+        Defaults are the flags', but for label_rest: claims outside the pool are labelled, too.
+
+    Raises BadInput for what cannot be used, TypeError for a setting that does not exist, ConfigurationError or
+    ServerUnreachable where no usable server answers, and another APIError where it fails later. After the last one
+    and after KeyboardInterrupt ("interrupt kernel") nothing is lost: the same call goes on.
+    """
+    job = alabel(
+        claims,
+        model=model,
+        testbed=testbed,
+        template=template,
+        labels=labels,
+        base_url=base_url,
+        runs_dir=runs_dir,
+        run=run,
+        quiet=quiet,
+        **settings,
+    )
+    try:
+        return finished(job)
+    except KeyboardInterrupt as stop:
+        stop.add_note(GO_ON)
+        raise
+
+
+async def alabel(
+    claims: Any = None,
+    *,
+    model: str,
+    testbed: str | Path | Mapping[str, Any] | None = None,
+    template: str | None = None,
+    labels: Sequence[str] | Mapping[str, str] | None = None,
+    base_url: str | Sequence[str] | None = None,
+    runs_dir: str | Path = "runs",
+    run: str | None = None,
+    quiet: bool = False,
+    **settings: Any,
+) -> Result:
+    """`label` in a running event loop. Cancelling it stops the run, which the same call resumes."""
+    settings |= {"model": model, "runs_dir": runs_dir, "run": run, "quiet": quiet}
+    request, rows = request_of(
+        claims, testbed=testbed, template=template, labels=labels, base_url=base_url, settings=settings
+    )
+    try:
+        folder = await ICM.label(request)
+    except (APIError, OSError, MemoryError) as error:
+        if not isinstance(error, ConfigurationError | ServerUnreachable):  # else nothing has begun
+            error.add_note(GO_ON)
+        raise
+    assert folder is not None  # neither --check nor --is_complete was asked for
+    result = load(folder.path, rows)
+    if result.warning:
+        warnings.warn(result.warning, stacklevel=2)
+    return result

@@ -1,0 +1,156 @@
+"""Settings as keywords of a function -> a RunRequest: every flag of `icm label`, under its own name.
+
+The keywords become the words of a command line, so that names, types, ranges and contradictions have one place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from difflib import get_close_matches
+from numbers import Number
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from icm.claims import FOLDER, Given, given, write_once
+from icm.result import Result
+from src.experiments.arguments import Parser
+from src.experiments.ICM import build_parser
+from src.experiments.request import RunRequest
+from src.icm.testbeds import BadInput
+from src.icm.values import shown
+
+ELSEWHERE: Final = frozenset(("help", "data", "check", "is_complete"))
+"""Flags that are no settings of a call: `claims` are the data, and a call always ends with labels."""
+OF_A_TEXT: Final = "Claim: {choice}\nI think this claim is"
+"""The template of claims that are plain texts."""
+OF_A_TESTBED: Final = {"columns": "columns", "map": "map", "group_by": "groups"}
+"""Settings that a testbed file holds, where there is one: its name of each."""
+
+
+def names() -> tuple[str, ...]:
+    """The names of all settings that `label` takes as keywords."""
+    return tuple(_actions(build_parser()))
+
+
+def request_of(
+    claims: Any,
+    *,
+    testbed: str | Path | Mapping[str, Any] | None,
+    template: str | None,
+    labels: Sequence[str] | Mapping[str, str] | None,
+    base_url: str | Sequence[str] | None,
+    settings: Mapping[str, Any],
+) -> tuple[RunRequest, Given | None]:
+    """What `icm label` is asked for, and the claims, where they were given as a program has them.
+
+    settings: the other keywords. Raises TypeError for a keyword that there is not, or of a wrong type, and BadInput as
+    the command line does.
+    """
+    parser = build_parser()
+    parser.raises = True
+    _check_names(settings, parser)
+    wanted = {name: value for name, value in settings.items() if value is not None}
+    folder = Path(wanted["runs_dir"]) / FOLDER
+    rows = None
+    if claims is None and testbed is None:
+        raise BadInput("there are no claims: give a list of dicts, a data frame, a path, or a testbed")
+    if isinstance(claims, str | Path):
+        wanted["data"] = claims
+    elif claims is not None:
+        rows = given(claims)
+        wanted["data"] = rows.write(folder)
+    if template is None and testbed is None and rows is not None and rows.texts:
+        template = OF_A_TEXT
+    if template is not None or labels is not None or isinstance(testbed, Mapping):
+        keys = _testbed(testbed, template, labels)
+        keys |= {theirs: wanted.pop(ours) for ours, theirs in OF_A_TESTBED.items() if ours in wanted}
+        testbed = _write_testbed(keys, folder)
+    if testbed is not None:
+        wanted["testbed"] = testbed
+    if "num_batches" not in wanted and "passes" not in wanted:
+        wanted.setdefault("label_rest", True)
+    request = RunRequest.of(_parsed(parser, wanted), parser.contradiction)
+    if base_url is not None:
+        if request.model.direct:
+            raise BadInput("base_url and direct contradict each other: vLLM in this process is no server")
+        urls = (base_url,) if isinstance(base_url, str) else tuple(base_url)
+        request = replace(request, model=replace(request.model, base_url=urls))
+    return replace(request, output=replace(request.output, told=False)), rows
+
+
+def _actions(parser: Parser) -> dict[str, argparse.Action]:
+    return {action.dest: action for action in parser._actions if action.dest not in ELSEWHERE}
+
+
+def _check_names(settings: Mapping[str, Any], parser: Parser) -> None:
+    known = _actions(parser)
+    own = ("testbed", "template", "labels", "base_url")
+    for name in settings:
+        if name not in known:
+            close = get_close_matches(name, [*known, *own], n=1)
+            meant = f"; did you mean {close[0]!r}?" if close else ". docs/library.md lists the settings"
+            raise TypeError(f"label() has no setting {name!r}{meant}")
+
+
+def _testbed(
+    testbed: str | Path | Mapping[str, Any] | None,
+    template: str | None,
+    labels: Sequence[str] | Mapping[str, str] | None,
+) -> dict[str, Any]:
+    """The keys of a testbed file. Raises BadInput where the testbed is a file or has a name."""
+    if testbed is not None and not isinstance(testbed, Mapping):
+        raise BadInput(f"testbed {testbed} has a template and labels of its own; leave out template and labels")
+    keys = {} if testbed is None else dict(testbed)
+    for name, value in (("template", template), ("labels", labels)):
+        if value is not None:
+            if name in keys:
+                raise BadInput(f"{name}: is in testbed, too")
+            keys[name] = dict(value) if isinstance(value, Mapping) else value if isinstance(value, str) else list(value)
+    return keys
+
+
+def _write_testbed(keys: Mapping[str, Any], folder: Path) -> Path:
+    content = yaml.safe_dump(dict(keys), sort_keys=False, allow_unicode=True).encode()
+    path = folder / f"testbed-{hashlib.sha256(content).hexdigest()[:8]}.yaml"
+    write_once(path, content)
+    return path
+
+
+def _parsed(parser: Parser, wanted: Mapping[str, Any]) -> argparse.Namespace:
+    actions = {action.dest: action for action in parser._actions}
+    words = [word for name, value in wanted.items() for word in _words(actions[name], value)]
+    parsed = parser.parse_args(words)
+    for name, value in wanted.items():
+        if isinstance(value, str) and isinstance(getattr(parsed, name), int | float):
+            raise TypeError(f"{name} is a number, not the text {shown(value)}")
+    return parsed
+
+
+def _words(action: argparse.Action, value: Any) -> list[str]:
+    """The words of a command line that give a flag this value. Raises TypeError for a value of a wrong type."""
+    name, flag = action.dest, action.option_strings[0]
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} is True or False, not {shown(value)}")
+        if value:
+            return [flag]
+        return [f"--no-{name}"] if isinstance(action, argparse.BooleanOptionalAction) else []
+    if name == "columns" and isinstance(value, Mapping):
+        value = ",".join(f"{ours}={theirs}" for ours, theirs in value.items())
+    if name == "map" and isinstance(value, Mapping):
+        meanings = {ours: ",".join(f"{a}:{b}" for a, b in each.items()) for ours, each in value.items()}
+        return [flag, *(f"{ours}={each}" for ours, each in meanings.items())]
+    if name == "continue_from" and isinstance(value, Result):
+        return [flag, str(value.run_folder)]
+    if action.nargs == "+" and isinstance(value, Sequence) and not isinstance(value, str):
+        return [flag, *map(str, value)]
+    if isinstance(value, bool) or not isinstance(value, str | Path | Number):
+        raise TypeError(f"{name} cannot be {shown(value)}")
+    if isinstance(value, Number) and action.type is None and not action.choices:
+        raise TypeError(f"{name} is a text, not the number {value}")
+    return [f"{flag}={value}"]
