@@ -34,6 +34,9 @@ HELD: Final = 1e6
 """Nats by which a known label is held, and the label found is ruled out where another one is tried."""
 SAME_LABELING: Final = 0.5
 """Share of claims on which answers or runs must agree with the labels found to follow the same labeling."""
+SAME_ROUND: Final = 0.25
+OPEN_ROUNDS: Final = 32
+"""Rounds of a journal, from its end, that a line can still belong to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,7 +304,7 @@ def _labelings(search: RunRecord, labels: Sequence[Label]) -> Iterator[Mapping[i
     than `labels` is left out."""
     size = len(labels)
     mean, prior = search.settings.get("calibrate") == "mean", search.prior
-    for answers in rounds_of(search.journal):
+    for answers in rounds_of(search.journal, size):
         known = {at: value for at, value in answers.items() if at < size and labels[at] is not None}
         whole = 2 * len(known) >= size  # an offset of a few claims would be none of the pool
         offset = search.offset
@@ -313,20 +316,44 @@ def _labelings(search: RunRecord, labels: Sequence[Label]) -> Iterator[Mapping[i
             yield said
 
 
-def rounds_of(journal: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[int, LogOdds]]:
-    """The answers of a journal in rounds: log-odds (nats) by pool position, of each claim once a round.
+@dataclass(slots=True)
+class _Round:
+    """Answers (log-odds by pool position) after nearly the same labels; shown: those of the last line."""
 
-    Consecutive lines are one round until a claim is answered anew, and differently: after other labels.
+    answers: dict[int, LogOdds]
+    shown: Mapping[int, int] | None = None
+
+    def distance(self, answers: Mapping[int, LogOdds], shown: Mapping[int, int]) -> int | None:
+        """Labels by which a line's differ; None where that line cannot be of this round."""
+        if self.shown is None or any(self.answers.get(at, value) != value for at, value in answers.items()):
+            return None
+        return sum(self.shown.get(at) != shown.get(at) for at in self.shown.keys() | shown.keys())
+
+
+def rounds_of(journal: Sequence[Mapping[str, Any]], size: int) -> Iterator[Mapping[int, LogOdds]]:
+    """The answers of a journal of a pool of `size` claims in rounds: log-odds (nats) by pool position.
+
+    A round has each claim once at most, all after nearly the same labels: lines that tell the labels that were shown
+    belong together where these differ by at most SAME_ROUND of the pool and no claim is answered differently. Starts
+    that a search asks about by turns are told apart so.
     """
-    current: dict[int, LogOdds] = {}
+    rounds: list[_Round] = []
     for line in journal:
-        found = _answers(line)
-        if any(current.get(at, value) != value for at, value in found.items()):
-            yield current
-            current = {}
-        current |= found
-    if current:
-        yield current
+        answers, shown = _answers(line), line.get("shown", line.get("labels"))
+        if not answers:
+            continue
+        near = [
+            (far, each)
+            for each in (rounds[-OPEN_ROUNDS:] if shown is not None else [])
+            if (far := each.distance(answers, shown)) is not None and far <= SAME_ROUND * size
+        ]
+        if near:
+            _, nearest = min(near, key=lambda pair: pair[0])
+            nearest.answers |= answers
+            nearest.shown = shown
+        else:
+            rounds.append(_Round(answers, shown))
+    yield from (each.answers for each in rounds)
 
 
 def _answers(line: Mapping[str, Any]) -> dict[int, LogOdds]:

@@ -51,6 +51,7 @@ class JournalLine(_AnyLine, total=False):
     """Keys of src/icm/journal.py for two labels. Keys of other versions are left out."""
 
     labels: dict[Position, bool]
+    shown: dict[Position, bool]
     changes: dict[Position, bool]
     scores: dict[Position, Number]
     answers: list[Number]
@@ -65,6 +66,7 @@ class LineOfMany(_AnyLine, total=False):
 
     num_labels: Count
     labels: dict[Position, Position]
+    shown: dict[Position, Position]
     changes: dict[Position, Position]
     scores: dict[Position, list[Number]]
     answers: list[list[Number]]
@@ -104,7 +106,7 @@ def journal_line(record: object, num_labels: int = 2) -> Mapping[str, Any] | Non
 
 
 def _fits(line: Mapping[str, Any], num_labels: int) -> bool:
-    labels = [*line.get("labels", {}).values(), *line.get("changes", {}).values()]
+    labels = [label for name in ("labels", "shown", "changes") for label in line.get(name, {}).values()]
     odds = [*line.get("scores", {}).values(), *line.get("answers", [])]
     odds += [line["log_odds"]] if line.get("log_odds") is not None else []
     return (

@@ -31,8 +31,9 @@ def run(*claims: LabelledClaim, constraints: Any = (), journal: Any = (), **sett
     return RunRecord("r", shown, claims, journal=tuple(journal), constraints=tuple(constraints))
 
 
-def questions(answers: dict[int, float]) -> dict[str, Any]:
-    line = {"event": "questions", "U": 0.0, "claims": list(answers), "answers": list(answers.values()), "shown": {}}
+def questions(answers: dict[int, float], shown: dict[int, bool] | None = None) -> dict[str, Any]:
+    line = {"event": "questions", "U": 0.0, "claims": list(answers), "answers": list(answers.values())}
+    line["shown"] = {str(at): label for at, label in (shown or {}).items()}
     found = journal_line(line)
     assert found is not None
     return dict(found)
@@ -114,10 +115,25 @@ def test_a_round_is_judged_against_its_own_mean() -> None:
 
 
 def test_answers_known_before_make_no_round() -> None:
-    same = {0: 1.0, 1: 2.0}
-    assert list(rounds_of([questions({0: 1.0}), questions({1: 2.0}), evaluation(same, {0: True, 1: True})])) == [same]
-    assert list(rounds_of([{"event": "step", "claim": 3, "log_odds": 0.5, "U": 0.0}])) == [{3: 0.5}]
-    assert list(rounds_of([])) == []
+    same, labels = {0: 1.0, 1: 2.0}, {0: True, 1: True}
+    lines = [questions({0: 1.0}, labels), questions({1: 2.0}, labels), evaluation(same, labels)]
+    assert list(rounds_of(lines, 2)) == [same]
+    assert list(rounds_of([{"event": "step", "claim": 3, "log_odds": 0.5, "U": 0.0}], 4)) == [{3: 0.5}]
+    assert list(rounds_of([], 4)) == []
+
+
+def test_starts_that_are_asked_by_turns_are_told_apart() -> None:
+    one, other = dict.fromkeys(range(8), True), dict.fromkeys(range(8), False)
+    near = one | {0: False}  # what became of it after its first answers
+    lines = [
+        *(questions({0: 1.0, 1: 1.5}, one), questions({0: -1.0, 1: -1.5}, other)),
+        *(questions({2: 2.0, 3: 2.5}, near), questions({2: -2.0, 3: -2.5}, other)),
+        questions({0: 3.0}, near),  # the next sweep
+    ]
+    assert list(rounds_of(lines, 8)) == [
+        *({0: 1.0, 1: 1.5, 2: 2.0, 3: 2.5}, {0: -1.0, 1: -1.5, 2: -2.0, 3: -2.5}),
+        {0: 3.0},
+    ]
 
 
 def test_other_runs_count_and_inverted_ones_do_not() -> None:
