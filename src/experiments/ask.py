@@ -7,8 +7,8 @@ Writes a CSV file to fill in, and beside it a page to click the same answers (on
 keyboard), and prints the claims. No question is asked of a model. The run may be finished or stopped; OTHER are runs
 that labelled the same claims. Labels that were known already are not asked for; they stand at the end of the file.
 
-The column label takes a label's name, or unsure; what stays empty stays unknown. `icm label --known FILE
---continue_from RUN` goes on with the answers. docs/asking.md says what the columns mean and which claims are worth it.
+The column label takes a label's name, or unsure; what stays empty stays unknown. With --continue_from RUN --known FILE
+and its own flags the run goes on with the answers. docs/asking.md says what the columns mean.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from core.errors import StorageFailed
 from core.files import write_atomically
 from src.experiments.arguments import at_least
 from src.experiments.arguments_of_reports import parser_of, print_error
+from src.icm.problem import SearchSettings
 from src.icm.testbeds import BadInput
 from src.results.asking import By, Doubts, choose, doubts_of
 from src.results.asking_view import grid_of, sheet_of
@@ -170,11 +171,13 @@ def _words(flags: Mapping[str, Any]) -> list[str]:
     """The flags of `icm label` that are not at their defaults, as they were given."""
     from src.experiments.ICM import build_parser as label_parser
 
-    words = []
+    words, settings = [], SearchSettings()
     for action in label_parser()._actions:
-        value = flags.get(action.dest, action.default)
-        plain = action.default if isinstance(action.default, str | int | float | bool | None) else str(action.default)
-        if action.dest in OF_THE_RUN or action.dest not in flags or value == plain or value is None:
+        # A flag without a default of its own is recorded with the one that it stands for.
+        default = getattr(settings, action.dest, None) if action.default is None else action.default
+        value = flags.get(action.dest)
+        plain = default if isinstance(default, str | int | float | bool | None) else str(default)
+        if action.dest in OF_THE_RUN or value is None or value == plain:
             continue
         flag = action.option_strings[0]
         if isinstance(value, bool):

@@ -106,6 +106,7 @@ RULES: Final = (
         lambda a: "bootstrap-best" not in (a.rows or ()),
         by_default=True,
     ),
+    Rule("seed", "by", "only a random choice depends on it", lambda a: a.by != "random", by_default=True),
     Rule("pairs", "format", "only dpo writes pairs", lambda a: a.format != "dpo", by_default=True),
     Rule("bos", "format", "only axolotl's rows hold that token", lambda a: a.format != "axolotl", by_default=True),
 )

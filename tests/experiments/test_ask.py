@@ -69,7 +69,7 @@ def test_a_stopped_run_can_be_asked_about(tmp_path: Path) -> None:
 def test_the_next_command_is_that_of_the_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags: dict[str, Any] = {"testbed": "gsm8k", "data": "my claims.csv", "batch_size": 64, "alpha": 50.0}
     flags |= {"calibrate": "mean", "direct": True, "mirror": False, "map": "['label=yes:true,no:false']", "run": "a"}
-    flags |= {"search": "ascent", "seed": 3, "prior": None}
+    flags |= {"search": "ascent", "seed": 3, "prior": None, "num_seed": 8}
     document = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps(document | {"flags": flags}))
     assert main(["ask", str(run)]) == 0
@@ -80,6 +80,7 @@ def test_the_next_command_is_that_of_the_run(run: Path, capsys: pytest.CaptureFi
     for part in ("--calibrate mean", "--no-mirror", "--search ascent", "--seed 3"):
         assert part in command
     assert "--prior" not in command
+    assert "--num_seed" not in command
     assert command.count("--run ") == 1
 
 

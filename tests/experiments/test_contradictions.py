@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from src.experiments import ICM, baselines, export
+from src.experiments import ICM, ask, baselines, export
 from src.experiments.arguments import Parser
 from src.experiments.contradictions import RULES
 from src.experiments.experiment_file import load_experiment, parser_of
@@ -189,6 +189,8 @@ def test_what_only_a_comparison_or_an_export_has(capsys: pytest.CaptureFixture[s
     assert "--restarts 3 and --rows icm zero-shot contradict each other" in said
     assert baselines.build_parser().parse_args(["--restarts", "3", "--rows", "bootstrap-best", "icm"]).restarts == 3
     assert "--pairs all and --format jsonl" in complaint(export.build_parser(), "run --pairs all", capsys)
+    assert "--seed 3 and --by margin" in complaint(ask.build_parser(), "run --seed 3", capsys)
+    ask.build_parser().parse_args(["run", "--seed", "3", "--by", "random"])
     assert "--bos x and --format sft" in complaint(export.build_parser(), "run --bos x --format sft", capsys)
     export.build_parser().parse_args(["run", "--format", "dpo", "--pairs", "all"])
     export.build_parser().parse_args(["run", "--format", "axolotl", "--bos", "x"])
@@ -197,6 +199,7 @@ def test_what_only_a_comparison_or_an_export_has(capsys: pytest.CaptureFixture[s
 def test_every_rule_is_tried_here() -> None:
     tried = {tuple(re.findall(r"--(?:no-)?(\w+)", line)) for line in AT_ONCE + OF_THE_SEARCH + OF_ONE_SEARCH}
     elsewhere = {("chat_url", "chat_model"), ("restarts", "rows"), ("pairs", "format"), ("bos", "format")}
+    elsewhere |= {("seed", "by")}
     assert {(rule.flag, rule.other) for rule in RULES} == tried | elsewhere
 
 

@@ -29,7 +29,7 @@ const press = (card, button) => {
 const go = (at) => {
   current = Math.max(0, Math.min(cards.length - 1, at));
   cards[current].focus();
-  cards[current].scrollIntoView({ block: "center" });
+  cards[current].scrollIntoView({ block: cards[current].offsetHeight > innerHeight / 2 ? "start" : "center" });
 };
 const answer = (at, button) => {
   press(cards[at], button);
