@@ -38,7 +38,7 @@ from src.icm.consistency import Labels
 from src.icm.label_names import confusion
 from src.icm.objective import LogOdds, Objective, label_of
 from src.icm.prior import estimate
-from src.icm.problem import Candidate, SearchSettings, Stream, balanced_labels, generator
+from src.icm.problem import Candidate, SearchSettings, StartShare, Stream, balanced_labels, generator
 from src.icm.searches import SEARCHES
 from src.icm.testbeds import BadInput, Claim
 from src.pipeline.datafiles import load_testbed
@@ -108,7 +108,8 @@ async def opened(api: ModelAPI, args: argparse.Namespace, cell: Cell) -> Labelli
         "auto": Objective(ALPHA, "mean", estimate_prior=True),
     }[cell.calibration]
     testbed, claims, path = load_testbed(cell.testbed, args.data_dir)
-    settings = SearchSettings(seed=cell.draw)
+    start: StartShare = "prior" if cell.calibration in ("prior", "auto") else "half"
+    settings = SearchSettings(seed=cell.draw, start_share=start)
     if cell.how in SEARCHES:
         settings = replace(settings, search=cell.how)
     [pool] = prepare_batches(

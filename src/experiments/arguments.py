@@ -11,7 +11,7 @@ from typing import Any, NoReturn, get_args
 from src.experiments.contradictions import contradicted, message_of, out_of_range
 from src.experiments.request import DataRequest, ModelRequest
 from src.icm.objective import Calibration
-from src.icm.problem import BootstrapStart, LayoutName, Scheduler, SearchSettings, Stop
+from src.icm.problem import BootstrapStart, LayoutName, Scheduler, SearchSettings, StartShare, Stop
 from src.icm.searches import SEARCHES
 from src.icm.testbeds import TESTBEDS, BadInput, ConsistencyMode, GroupedBy
 from src.pipeline.testbed_files import testbed_path
@@ -115,6 +115,13 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --calibrate mean: the share of claims that are True, where it is known and not a half; the "
         "(1 - P)-quantile of the pool's log-odds is then subtracted in place of their mean; auto: estimated from the "
         "model's answers before the search, without labels, and the mean where they do not say (docs/algorithm.md)",
+    )
+    search.add_argument(
+        "--start_share",
+        choices=get_args(StartShare),
+        default=None,
+        help="share of True among random first labels: a half, or what --prior says (default: prior with --prior, else "
+        "half)",
     )
     search.add_argument(
         "--layout",

@@ -43,7 +43,7 @@ def _always(_: argparse.Namespace) -> bool:
     return True
 
 
-_OF_EVERY_SEARCH: Final = {"search", "seed", "layout", "anchors", "context_cap"}
+_OF_EVERY_SEARCH: Final = {"search", "seed", "layout", "anchors", "context_cap", "start_share"}
 
 
 def _unused(flag: str) -> Callable[[argparse.Namespace], bool]:
@@ -71,6 +71,11 @@ RULES: Final = (
     Rule(
         *("prior", "calibrate", "the share of True claims is what --calibrate mean calibrates to"),
         lambda a: a.calibrate == "none",
+        by_default=True,
+    ),
+    Rule(
+        *("start_share", "prior", "without a share of True claims random labels are halves"),
+        lambda a: a.start_share == "prior" and a.prior is None,
         by_default=True,
     ),
     Rule(

@@ -133,7 +133,7 @@ class RunRequest:
         return cls(
             data=DataRequest.of(args),
             model=ModelRequest(**_named(ModelRequest, args)),
-            search=SearchSettings(**_named(SearchSettings, args)),
+            search=_search(args),
             objective=_objective(args),
             parts=PartsRequest(**_named(PartsRequest, args)),
             output=OutputRequest(**_named(OutputRequest, args)),
@@ -146,6 +146,13 @@ class RunRequest:
         """For run.json: the flags as they were given, except those that a command sets itself."""
         decided = {"group_by": self.data.group_by, "seed": self.search.seed, "label_rest": self.label_rest}
         return {**self.flags, **decided}
+
+
+def _search(args: Namespace) -> SearchSettings:
+    found = _named(SearchSettings, args)
+    if found.get("start_share", "") is None:
+        found["start_share"] = "half" if args.prior is None else "prior"
+    return SearchSettings(**found)
 
 
 def _objective(args: Namespace) -> Objective:

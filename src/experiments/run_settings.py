@@ -19,7 +19,7 @@ from src.icm.testbeds import BadInput
 from src.pipeline.labelling import Pool
 
 VARIANTS = (
-    *("search", "context_cap", "best_of", "local_gain", "bootstrap_rounds", "bootstrap_start"),
+    *("search", "context_cap", "best_of", "local_gain", "start_share", "bootstrap_rounds", "bootstrap_start"),
     *("ascent_starts", "ascent_sweeps", "ascent_questions", "ascent_error"),
     *("gibbs_sweeps", "gibbs_temperature", "gibbs_cooling"),
 )
@@ -79,22 +79,35 @@ def _settings_of_reading(reading: Reading, pool: Pool) -> dict[str, Any]:
 def as_begun(
     request: RunRequest, settings: Mapping[str, Any], read: Callable[[Mapping[str, Any]], Mapping[str, Any] | None]
 ) -> RunRequest:
-    """The request; with --group_by none where this run was begun before rows with the same question became one group.
+    """The request; as an earlier version took the same flags where it began this run: with --group_by none, before rows
+    with the same question became one group, or with --start_share half, before random labels followed --prior.
 
     read: the run.json of the run with given settings, which name its folder; None where there is none.
     """
-    if request.data.group_by is not None or "group_by" not in settings:
-        return request
-    before = {name: value for name, value in settings.items() if name != "group_by"}
-    known = read(before)
-    if known is None or known.get("settings") != before:
-        return request
-    print(
-        "this run was begun with every row as a group by itself, and goes on so (--group_by none); in a new one, rows "
-        "with the same question are one group",
-        file=sys.stderr,
-    )
-    return replace(request, data=replace(request.data, group_by="none"))
+    for setting, given, changed, told in (
+        (
+            "group_by",
+            request.data.group_by,
+            replace(request, data=replace(request.data, group_by="none")),
+            "this run was begun with every row as a group by itself, and goes on so (--group_by none); in a new one, "
+            "rows with the same question are one group",
+        ),
+        (
+            "start_share",
+            request.flags.get("start_share"),
+            replace(request, search=replace(request.search, start_share="half")),
+            "this run was begun with half of its random labels True, and goes on so (--start_share half); in a new "
+            "one, they follow --prior",
+        ),
+    ):
+        if given is not None or setting not in settings or changed == request:
+            continue
+        before = {name: value for name, value in settings.items() if name != setting}
+        known = read(before)
+        if known is not None and known.get("settings") == before:
+            print(told, file=sys.stderr)
+            return changed
+    return request
 
 
 def run_name(request: RunRequest, settings: Mapping[str, Any], kind: str | None = None) -> str:

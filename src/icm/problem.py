@@ -25,6 +25,7 @@ Scheduler = Literal["log", "log-upstream", "exp"]
 Stop = Literal["labelled", "K"]
 LayoutName = Literal["tree", "upstream"]
 BootstrapStart = Literal["random", "zero-shot"]
+StartShare = Literal["half", "prior"]
 
 
 class Stream(IntEnum):
@@ -61,6 +62,7 @@ class SearchSettings:
     context_cap: demonstrations at most in every prompt (see capped_layout); None: all. Another objective.
     best_of: claims whose labels an iteration predicts; only the surest change is evaluated (see `choose`).
     local_gain: a new claim is accepted by its own term of U, the others' as they last were (see `decides_by_itself`).
+    start_share: of True among random first labels, where the objective has a prior.
     bootstrap_rounds, bootstrap_start: of search "bootstrapping".
     ascent_starts, ascent_sweeps, ascent_questions (a claim), ascent_error: of search "ascent".
     gibbs_sweeps, gibbs_temperature (nats), gibbs_cooling: of search "gibbs".
@@ -84,6 +86,7 @@ class SearchSettings:
     context_cap: int | None = None
     best_of: int = 1
     local_gain: bool = False
+    start_share: StartShare = "half"
     bootstrap_rounds: int = 4
     bootstrap_start: BootstrapStart = "random"
     ascent_starts: int = 4
@@ -147,9 +150,21 @@ class Problem:
             return UpstreamLayout.build(labelled)
         return TreeLayout.build(labelled, self.groups, rng, anchors=self.settings.anchors)
 
+    @property
+    def prior_of_starts(self) -> float | None:
+        """The share of True among random first labels; None for as many of each label."""
+        return self.objective.prior if self.settings.start_share == "prior" else None
+
+    def random_labels(self, count: int, rng: np.random.Generator) -> list[int]:
+        """`count` labels in random order: as many of each, or the prior's share of True."""
+        share = self.prior_of_starts
+        if share is None:
+            return balanced_labels(count, self.num_labels, rng)
+        drawn: list[int] = rng.permutation(np.arange(count) < round(count * share)).tolist()
+        return drawn
+
     def seed_labels(self) -> Labels:
-        """start_labels where there are any, else random ones, as many of each label, for num_seed claims; the rest
-        None.
+        """start_labels where there are any, else random ones (see random_labels) for num_seed claims; the rest None.
 
         The claims are the first of each group in the pool's order, then the second of each, and so on: random labels
         of one group would contradict each other, and repairing them would pick the seeds by their score.
@@ -157,7 +172,7 @@ class Problem:
         if self.start_labels is not None:
             return self.start_labels
         count = min(self.settings.num_seed, self.size)
-        drawn = balanced_labels(count, self.num_labels, generator(self.settings.seed, Stream.SEEDS))
+        drawn = self.random_labels(count, generator(self.settings.seed, Stream.SEEDS))
         seen: Counter[str] = Counter()
         rank = []
         for claim, group in enumerate(self.groups):

@@ -80,6 +80,8 @@ TOGETHER = [
     "--layout upstream --anchors 0 --no-mirror --local_gain",
     "--prior 0.9 --calibrate mean",
     "--prior auto --calibrate mean",
+    "--prior 0.9 --calibrate mean --start_share half",
+    "--start_share half",
     "--layout tree --context_cap 8 --anchors 2 --max_tail 4",
     "--scheduler exp --decay 0.9",
     "--scheduler log-upstream",
@@ -181,6 +183,11 @@ def test_a_share_of_true_claims_needs_a_calibration(capsys: pytest.CaptureFixtur
     assert "--prior 0.9 and --calibrate none contradict" in complaint(ICM.build_parser(), "--prior 0.9", capsys)
 
 
+def test_first_labels_by_a_share_need_the_share(capsys: pytest.CaptureFixture[str]) -> None:
+    said = complaint(ICM.build_parser(), "--start_share prior", capsys)
+    assert "--start_share prior and no --prior contradict each other" in said
+
+
 def test_what_only_a_comparison_or_an_export_has(capsys: pytest.CaptureFixture[str]) -> None:
     said = complaint(baselines.build_parser(), "--chat_url http:there", capsys)
     assert "--chat_url http:there and no --chat_model" in said
@@ -199,7 +206,7 @@ def test_what_only_a_comparison_or_an_export_has(capsys: pytest.CaptureFixture[s
 def test_every_rule_is_tried_here() -> None:
     tried = {tuple(re.findall(r"--(?:no-)?(\w+)", line)) for line in AT_ONCE + OF_THE_SEARCH + OF_ONE_SEARCH}
     elsewhere = {("chat_url", "chat_model"), ("restarts", "rows"), ("pairs", "format"), ("bos", "format")}
-    elsewhere |= {("seed", "by")}
+    elsewhere |= {("seed", "by"), ("start_share", "prior")}
     assert {(rule.flag, rule.other) for rule in RULES} == tried | elsewhere
 
 

@@ -126,6 +126,22 @@ async def test_check_and_baselines_estimate_it_too(icm: Icm) -> None:
     assert "pool: balanced accuracy" in out
 
 
+async def test_a_run_that_began_with_halves_goes_on_so(icm: Icm) -> None:
+    flags = ("--prior", "0.8", "--search", "bootstrapping")
+    code, _, err = await icm("label", *flags)
+    assert code == 0, err
+    [new] = icm.runs.glob("*/run.json")
+    assert json.loads(new.read_text())["settings"]["start_share"] == "prior"
+    assert (await icm("label", *flags, "--start_share", "half"))[0] == 0
+    [old] = [path for path in icm.runs.glob("*/run.json") if path != new]
+    assert "start_share" not in json.loads(old.read_text())["settings"]  # as an earlier version wrote it
+    new.rename(new.with_name("gone"))
+    code, _, err = await icm("label", *flags)
+    assert code == 0, err
+    assert "goes on so (--start_share half)" in err
+    assert "shown again" in err
+
+
 async def test_a_landscape_refuses_it_in_one_line(icm: Icm) -> None:
     code, _, err = await icm("landscape", "--prior", "auto")
     assert code == 2

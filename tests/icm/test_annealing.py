@@ -89,6 +89,18 @@ def test_seed_labels_are_half_true(num_seed: int, trues: set[int]) -> None:
         assert sum(known) in trues
 
 
+@pytest.mark.parametrize(("prior", "trues"), [(0.95, 19), (0.05, 1), (0.8, 16), (0.5, 10)])
+def test_seed_labels_follow_the_prior_where_that_is_asked_for(prior: float, trues: int) -> None:
+    groups = tuple(map(str, range(20)))
+    for share, expected in (("prior", trues), ("half", 10)):
+        settings = SearchSettings(num_seed=20, start_share=share)  # type: ignore[arg-type]
+        labels = Problem(groups, Consistency([]), Objective(1.0, "mean", prior), settings).seed_labels()
+        assert sum(label is True for label in labels) == expected
+        assert set(map(type, labels)) == {bool}
+    without = Problem(groups, Consistency([]), Objective(1.0, "mean"), settings)
+    assert without.seed_labels() == replace(without, settings=replace(settings, start_share="prior")).seed_labels()
+
+
 def test_seeds_are_of_different_groups_while_there_are_any() -> None:
     groups = ("a", "a", "a", "b", "b", "c")
     p = Problem(groups, Consistency([]), Objective(1.0), SearchSettings(num_seed=4))

@@ -105,6 +105,7 @@ def test_settings_are_by_default_what_is_documented() -> None:
         "context_cap": None,
         "best_of": 1,
         "local_gain": False,
+        "start_share": "half",
         "bootstrap_rounds": 4,
         "bootstrap_start": "random",
         "ascent_starts": 4,

@@ -125,6 +125,9 @@ def random_labels(problem: Problem, number: int) -> Labels:
     """Consistent labels of start `number`: those of margins drawn at random."""
     rng = generator(problem.settings.seed, Stream.SEEDS, number + 2)  # 0 to 2 draw other labels
     margins = rng.standard_normal((problem.size, problem.num_labels))
+    if problem.prior_of_starts is not None:
+        # The difference of two standard normal margins has a standard deviation of the square root of 2.
+        margins[:, 1] += sqrt(2) * NormalDist().inv_cdf(problem.prior_of_starts)
     return problem.consistency.nearest([tuple(each) for each in margins.tolist()])
 
 

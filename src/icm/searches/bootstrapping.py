@@ -1,11 +1,11 @@
 """Bootstrapping: every label predicted from the labels of the round before, a few times.
 
-The labels of the whole pool begin at random, as many of each, or with those that the model gives without demonstrations
-(`--bootstrap_start`). A round asks about every claim with all others as demonstrations, takes the likeliest label of
-each (against the objective's offset), and changes as few of these as it must so that no constraint is broken
-(Consistency.nearest). After `--bootstrap_rounds` rounds, or where a round gives labels that were there before and so
-would give the same again, the labels with the highest U are kept, the first ones included. All are evaluated in one
-layout, so that their U can be compared.
+The labels of the whole pool begin at random, as many of each or as a prior says, or with those that the model gives
+without demonstrations (`--bootstrap_start`). A round asks about every claim with all others as demonstrations, takes
+the likeliest label of each (against the objective's offset), and changes as few of these as it must so that no
+constraint is broken (Consistency.nearest). After `--bootstrap_rounds` rounds, or where a round gives labels that were
+there before and so would give the same again, the labels with the highest U are kept, the first ones included. All
+are evaluated in one layout, so that their U can be compared.
 
 Shrivastava, Qi, Canavan et al., "Eliciting base models with simple unsupervised techniques" (Alignment Forum), find
 that this explains most of what ICM gains.
@@ -18,7 +18,7 @@ from typing import Final
 
 from src.icm.consistency import Labels
 from src.icm.objective import LogOdds, margins_of
-from src.icm.problem import Candidate, Problem, Stream, balanced_labels, generator
+from src.icm.problem import Candidate, Problem, Stream, generator
 from src.icm.searches.recorded import RecordedAsk
 from src.icm.searches.seam import Ask, Found, Journal
 
@@ -44,7 +44,7 @@ async def _first_labels(problem: Problem, ask: Ask) -> Labels:
     if problem.settings.bootstrap_start == "zero-shot":
         return likeliest_consistent(problem, await ask.zero_shot())
     rng = generator(problem.settings.seed, Stream.SEEDS, 2)
-    return tuple(balanced_labels(problem.size, problem.num_labels, rng))
+    return tuple(problem.random_labels(problem.size, rng))
 
 
 def likeliest_consistent(problem: Problem, log_odds: Sequence[LogOdds]) -> Labels:

@@ -346,6 +346,19 @@ def test_random_starts_break_no_constraint_and_are_drawn_by_the_seed(number: int
     assert None not in labels
 
 
+def test_random_starts_follow_the_prior_where_that_is_asked_for() -> None:
+    problem = make_problem(200)
+    by_share = replace(
+        problem,
+        consistency=Consistency(()),
+        objective=replace(problem.objective, calibration="mean", prior=0.9),
+        settings=replace(problem.settings, start_share="prior"),
+    )
+    halves = replace(by_share, settings=problem.settings)
+    assert sum(map(bool, random_labels(by_share, 1))) == pytest.approx(180, abs=12)
+    assert sum(map(bool, random_labels(halves, 1))) == pytest.approx(100, abs=20)
+
+
 async def test_it_goes_on_from_labels_that_are_given() -> None:
     problem = make_problem(12)
     given_labels = tuple(bool(claim % 2) if claim < 6 else None for claim in range(12))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -94,6 +95,15 @@ async def test_annealing_does_not_take_its_journal() -> None:
     await run(problem, Model(problem), journal)
     with pytest.raises(JournalMismatch):
         await search_named("annealing").run(problem, Model(problem), Lines(journal.written))
+
+
+async def test_the_first_labels_follow_the_prior_where_that_is_asked_for() -> None:
+    for share, trues in (("prior", 18), ("half", 10)):
+        problem = make_problem(20, calibration="mean", start_share=share)
+        problem = replace(problem, objective=replace(problem.objective, prior=0.9))
+        journal = Lines()
+        await run(problem, Model(problem), journal)
+        assert sum(journal.written[0]["labels"].values()) == trues
 
 
 def test_only_labels_that_were_drawn_are_random() -> None:
