@@ -29,6 +29,7 @@ from src.experiments.arguments import (
     lookahead_of,
 )
 from src.experiments.contradictions import refuse
+from src.experiments.doubting import add_doubt_arguments, check_wanted, write_doubt
 from src.experiments.loading import pool_of, print_continuing, warn_of_leaks
 from src.experiments.parts import run_parts
 from src.experiments.request import OutputRequest, PartsRequest, RunRequest
@@ -87,6 +88,7 @@ def build_parser() -> Parser:
         "place of random ones; then go on with what is new. RUN: its name under --runs_dir, or its folder. They are in "
         "the pool whatever --batch_size is",
     )
+    add_doubt_arguments(run)
     run.add_argument("--run", metavar="NAME", help="folder under --runs_dir (default: made from the settings)")
     run.add_argument("--runs_dir", type=Path, default=output.runs_dir, help="where runs and cached scores are kept")
     run.add_argument(
@@ -150,6 +152,7 @@ async def label(request: RunRequest) -> RunFolder | None:
     if request.parts.several:
         return await run_parts(request)
     pool = pool_of(request)
+    check_wanted(request.doubt, [pool])
     settings = settings_of(request, pool)
     runs_dir = request.output.runs_dir
     same = as_begun(request, settings, lambda known: RunFolder(runs_dir / run_name(request, known)).read_run())
@@ -161,6 +164,7 @@ async def label(request: RunRequest) -> RunFolder | None:
         check_readable(folder, known)
         check_same_run(folder, known["settings"], settings, renamed=may_be_renamed(known), continues=True)
         if "result" in known and not request.check:
+            known = write_doubt(folder, known, request.doubt, told=request.output.told)
             if request.output.told:
                 say_shown_again(known)
                 print_summary(folder, known)
@@ -183,6 +187,7 @@ async def label(request: RunRequest) -> RunFolder | None:
                 print(check_table(await labelling.check(), calibration_in_words(settings)))
                 return None
             document = await label_pool(request, labelling, folder, settings, folder.read_run())
+            document = write_doubt(folder, document, request.doubt, told=request.output.told)
     if request.output.told:
         print_summary(folder, document)
     return folder

@@ -112,6 +112,11 @@ RULES: Final = (
         by_default=True,
     ),
     Rule("seed", "by", "only a random choice depends on it", lambda a: a.by != "random", by_default=True),
+    Rule("abstain_below", "abstain", "the other finds the margin that this one would give", _always),
+    *(
+        Rule(flag, "abstain", "it says how the other is kept", lambda a: a.abstain is None, by_default=True)
+        for flag in ("abstain_on", "abstain_labels")
+    ),
     Rule("pairs", "format", "only dpo writes pairs", lambda a: a.format != "dpo", by_default=True),
     Rule("bos", "format", "only axolotl's rows hold that token", lambda a: a.format != "axolotl", by_default=True),
 )

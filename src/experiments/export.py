@@ -6,6 +6,8 @@
 jsonl: one claim a line, as `icm label --data` reads it. csv: for spreadsheets; no cell can act as a formula. datasets:
 a folder that Hugging Face's load_dataset reads. dpo: prompt, chosen, rejected. sft: prompt and completion, for
 fine-tuning. axolotl: the same as its input_output segments. docs/recipes.md says how each is used.
+
+--abstain leaves claims without a label that are too likely to be wrong; the last three leave such claims out.
 """
 
 from __future__ import annotations
@@ -19,12 +21,16 @@ from typing import get_args
 
 from core.errors import StorageFailed
 from src.experiments.arguments_of_reports import parser_of, print_error
+from src.experiments.doubting import add_doubt_arguments, say_doubt, wanted_of
 from src.icm.testbeds import BadInput
+from src.results.doubt import doubt_of, with_doubt
 from src.results.exports import Only, Pairs, chosen_claims, plain_rows, preference_pairs, training_rows
 from src.results.handover import write_csv, write_dataset, write_jsonl
 from src.results.run_reader import is_baselines, read_run
 from src.results.run_record import RunRecord
 
+TRAINS = ("dpo", "sft", "axolotl")
+"""Formats for training, which hold no claim without a label."""
 NAMES = {
     "jsonl": "export.jsonl",
     "csv": "export.csv",
@@ -45,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--only", choices=get_args(Only), default="all", help="search: leave out labels that the search did not give"
     )
     parser.add_argument("--least", type=_nats, default=0.0, metavar="NATS", help="leave out labels less sure than this")
+    add_doubt_arguments(parser)
     parser.add_argument(
         "--pairs", choices=get_args(Pairs), default="best", help="dpo, of single claims: one pair a question, or all"
     )
@@ -66,7 +73,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if is_baselines(args.run):
             raise BadInput(f"{args.run}: is a table of baselines; name one of its runs, as in {args.run}/seed-1")
-        written = _export(args, read_run(args.run), path)
+        run, wanted = read_run(args.run), wanted_of(args)
+        if wanted:
+            doubt = doubt_of(run, wanted)
+            run = with_doubt(run, doubt)
+            say_doubt(doubt)
+        written = _export(args, run, path)
     except (BadInput, StorageFailed, OSError) as error:
         return print_error(error, path)
     print(f"{path}: {written}")
@@ -75,7 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _export(args: argparse.Namespace, run: RunRecord, path: Path) -> str:
     """Write the labels; returns one line on what was written. Raises BadInput where there is nothing to write."""
-    claims = chosen_claims(run, args.only, args.least)
+    trains = args.format in TRAINS
+    claims = chosen_claims(run, args.only, args.least, abstained=not trains)
     if not claims:
         raise BadInput(
             f"{args.run}: no label is left to write" + ("" if run.finished else " (the run is not finished)")
@@ -84,6 +97,8 @@ def _export(args: argparse.Namespace, run: RunRecord, path: Path) -> str:
         raise BadInput(f"{path}: is a folder; name a file")
     left_out = len(run.claims) - len(claims)
     rest = f", {left_out:,} left out" if left_out else ""
+    if without := sum(claim.abstained for claim in claims):
+        rest = f", {without:,} of them without a label{rest}"
     if args.format == "dpo":
         found = preference_pairs(run, claims, args.pairs)
         if not found.pairs:

@@ -16,6 +16,7 @@ import orjson
 
 from core.llm_api.llm import ModelAPI
 from src.experiments.contradictions import refuse
+from src.experiments.doubting import check_wanted, write_doubt
 from src.experiments.loading import bad_rows_record, pools_of, warn_of_leaks
 from src.experiments.request import PLANNED_AT_ONCE, RunRequest
 from src.experiments.run_settings import as_begun, run_name, settings_of
@@ -47,6 +48,7 @@ async def run_parts(request: RunRequest) -> RunFolder | None:
     None where it was only asked whether the run is finished, and it is not.
     """
     parts = _parts(request)
+    check_wanted(request.doubt, [part.pool for part in parts if part.pass_number == 0])
     settings = settings_of(request, parts[0].pool) | {
         "num_batches": len({part.batch for part in parts}),
         "passes": request.parts.passes,
@@ -61,6 +63,7 @@ async def run_parts(request: RunRequest) -> RunFolder | None:
         check_readable(folder, known)
         check_same_run(folder, known["settings"], settings, renamed=may_be_renamed(known))
         if "result" in known:
+            known = write_doubt(folder, known, request.doubt, told=request.output.told)
             if request.output.told:
                 say_shown_again(known)
                 print_summary(folder, known)
@@ -96,6 +99,7 @@ async def run_parts(request: RunRequest) -> RunFolder | None:
                 "model_api": api.stats.as_dict() | _sums([each["model_api"] for each in documents]),
             }
             folder.write_run(document)
+            document = write_doubt(folder, document, request.doubt, told=request.output.told)
     if request.output.told:
         print_summary(folder, document)
     return folder

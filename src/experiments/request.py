@@ -17,6 +17,7 @@ from src.icm.objective import Objective
 from src.icm.problem import SearchSettings
 from src.icm.testbeds import BadInput, ConsistencyMode, Testbed
 from src.pipeline.testbed_files import testbed_path
+from src.results.doubt import Wanted
 
 Plain = str | int | float | bool | None
 PLANNED_AT_ONCE: Final = 4
@@ -108,6 +109,7 @@ class OutputRequest:
 class RunRequest:
     """Everything that a run is asked for.
 
+    doubt: which labels are not handed over; no part of what decides them.
     lookahead: proposals whose questions are asked early; None is auto. check, is_complete: see the flags.
     contradiction: why these flags cannot begin a run (see Parser), None where they can. flags: all flags of the command
     as they were given, as text where JSON has no such type.
@@ -119,6 +121,7 @@ class RunRequest:
     objective: Objective
     parts: PartsRequest
     output: OutputRequest
+    doubt: Wanted = field(default_factory=Wanted)
     label_rest: bool = False
     continue_from: str | None = None
     lookahead: int | None = None
@@ -137,6 +140,7 @@ class RunRequest:
             objective=_objective(args),
             parts=PartsRequest(**_named(PartsRequest, args)),
             output=OutputRequest(**_named(OutputRequest, args)),
+            doubt=Wanted(**_named(Wanted, args)),
             contradiction=contradiction,
             flags={name: _plain(value) for name, value in vars(args).items()},
             **{name: getattr(args, name) for name in _OF_THE_RUN if name in args},

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from src.icm.label_names import confusion_lines, describe_counts
-from src.results.messages import calibration_in_words
+from src.results.messages import agreement, calibration_in_words
 from src.results.run_folder import RunFolder
 from src.results.run_reader import read_run
-from src.results.tables import confusion_of, result_text, results_of
+from src.results.tables import HANDED_OVER, confusion_of, result_text, results_of
 from src.results.text import counted
 
 
@@ -23,6 +23,13 @@ def _counts(result: Mapping[str, Any]) -> str:
     if "label_counts" in result:
         return describe_counts(result)
     return f"{result['true_labels']} of {result['labelled']} True"
+
+
+def _print_doubt(doubt: Mapping[str, Any]) -> None:
+    """How many labels are handed over, and how often those whose gold label is known and was not used are right."""
+    counts = [sum(each) for each in zip(*(part["agreement"] for part in doubt["parts"]), strict=True)]
+    share = f"; of those not checked {agreement(*counts)} are as gold says" if counts[1] else ""
+    print(f"  handed over          {doubt['kept']} of {doubt['claims']} labels, the others are null{share}")
 
 
 def print_summary(folder: RunFolder, document: Mapping[str, Any]) -> None:
@@ -41,12 +48,14 @@ def print_summary(folder: RunFolder, document: Mapping[str, Any]) -> None:
     if any(compared for _, compared in known):  # else the first line says that gold is unknown
         for row in others[:2]:
             print(f"  {row.title.replace(',', ''):<20} {result_text(row, run.names)}")
-    for row in others[2:]:
+    for row in (row for row in others[2:] if row.title != HANDED_OVER):
         outside = "not taken in by the search" if row.title == "predicted" else "outside the pool"
         share = result_text(row, run.names) if row.compared else "unknown"
         print(f"  {row.title:<20} {share}  (claims {outside}, labelled from the pool's labels)")
     for found in [part.estimate for part in run.searches if part.estimate is not None]:
         print(f"  {found.sentence()}")
+    if doubt := document.get("doubt"):
+        _print_doubt(doubt)
     if "parts" in result:
         print(f"  {len(result['parts'])} searches; U and nats are means over them, counts and seconds sums")
     print(

@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from src.icm.objective import wilson_interval
 from src.results.curves import Curves
+from src.results.doubt import KNOWN, coverage_of
 from src.results.run_record import RunRecord, probability
 from src.results.style import FAINT, INK, SERIES, page_svg, panel
 from src.results.text import one_line, visible
@@ -242,6 +243,40 @@ def contrast_chart(run: RunRecord) -> Chart | None:
         "final log-odds, nat",
         f"Final over zero-shot log-odds of {len(claims)} claims. The labels follow what the model says without "
         f"demonstrations as far as the {yes} ones lie to the right.",
+    )
+
+
+def coverage_chart(run: RunRecord) -> Chart | None:
+    """How often labels are right among the surest ones, by what share of the claims these are; None without gold.
+
+    The dotted line is what a draw without regard to margins would have; a mark says what a run with doubt kept.
+    """
+    found = coverage_of(run)
+    if found is None or found.claims < 2:
+        return None
+    figure, axes = _panel("share of claims, the surest first", "agreement with gold")
+    axes.set_xlim(0, 1)
+    low = min(y for _, y in found.points)
+    _set_y_limits(axes, min(0.95, low), 1, lifted=False)
+    share, last = found.points[-1]
+    points = found.points[:: math.ceil(len(found.points) / MOST_POINTS)]
+    axes.plot([x for x, _ in points], [y for _, y in points], color=_color(0), drawstyle="steps-pre")
+    axes.plot([0, share], [last, last], color=FAINT, linewidth=1, linestyle="--")
+    kept = [claim for claim in run.claims if claim.agrees is not None and not claim.abstained and claim.by != KNOWN]
+    said = f"All {found.claims}: {last:.3f}. Mean over all shares (area): {found.area:.3f}"
+    titles = {}
+    if 0 < len(kept) < found.claims:
+        right = sum(bool(claim.agrees) for claim in kept)
+        x, y = len(kept) / found.claims, right / len(kept)
+        axes.scatter([x], [y], s=90, marker="*", color=INK, gid="kept", zorder=3)
+        titles = {"kept": [f"kept: {right} of {len(kept)} are as gold says"]}
+        said += f". Kept, {len(kept)} of {found.claims}: {y:.3f}"
+    return Chart(
+        title="Coverage and agreement",
+        description=f"Agreement with gold of the surest labels over the share of claims that these are. {said}",
+        figure=figure,
+        note=f"area {found.area:.3f}, all {last:.3f}",
+        titles=titles,
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from src.icm.label_names import TRUE_FALSE_NAMES, Names, logprobs, written_label
 from src.icm.objective import LogOdds
 from src.icm.testbeds import BadInput
+from src.results.rows import ABSTAINED
 from src.results.run_record import LabelledClaim, RunRecord, probability
 from src.results.text import visible
 
@@ -33,12 +34,16 @@ class PairCount:
     contradicting: int
 
 
-def chosen_claims(run: RunRecord, only: Only = "all", least: float = 0.0) -> list[LabelledClaim]:
-    """The labelled claims to export. least: the smallest margin of a label, nats."""
+def chosen_claims(
+    run: RunRecord, only: Only = "all", least: float = 0.0, *, abstained: bool = True
+) -> list[LabelledClaim]:
+    """The labelled claims to export. least: the smallest margin of a label, nats. abstained: also those whose label is
+    not handed over."""
     return [
         claim
         for claim in run.claims
         if claim.label is not None
+        and (abstained or not claim.abstained)
         and (only == "all" or claim.searched)
         and (not least or (run.sureness(claim) or 0.0) >= least)
     ]
@@ -49,24 +54,36 @@ def plain_rows(run: RunRecord, claims: Iterable[LabelledClaim]) -> Iterator[dict
 
     Other placeholders of a testbed file's template are columns of the same names. Labels other than True and False are
     given by name; `probability` is then that of the label, and log_odds and zero_shot are replaced by one column of
-    log-probabilities for each label. Every row has the same columns, for readers that infer types from the first rows.
+    log-probabilities for each label. A claim whose label is not handed over has none, and says what it would have had;
+    `probability` is still there. Every row has the same columns, for readers that infer types from the first rows.
     """
     compared = any(claim.choice_2 is not None for claim in run.claims)
+    doubted = any(claim.abstained for claim in run.claims)
     for claim in claims:
+        label = None if claim.abstained else claim.label
         yield {
             "question": mended(claim.question),
             "choice": mended(claim.choice),
             **({"choice_2": None if claim.choice_2 is None else mended(claim.choice_2)} if compared else {}),
             **{name: mended(text) for name, text in claim.shown},
-            "label": written_label(claim.label, run.names),
+            "label": written_label(label, run.names),
             **_columns(claim.log_odds, run.names, "log_odds", "logprob"),
             "probability": _probability(run, claim),
             **_columns(claim.zero_shot, run.names, "zero_shot", "zero_shot"),
             "gold": written_label(claim.gold, run.names),
-            "by": claim.by,
+            "by": ABSTAINED if claim.abstained else claim.by,
+            **(_withheld(run, claim) if doubted else {}),
             "consistency_id": mended(claim.group),
             "row": claim.row,
         }
+
+
+def _withheld(run: RunRecord, claim: LabelledClaim) -> dict[str, Any]:
+    """The label that a claim would have had; nothing in these columns for one that has it."""
+    return {
+        "abstained_label": written_label(claim.label, run.names) if claim.abstained else None,
+        "abstained_by": claim.by if claim.abstained else None,
+    }
 
 
 def _columns(log_odds: LogOdds | None, names: Names, of_two: str, each: str) -> dict[str, Any]:

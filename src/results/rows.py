@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 from src.icm.consistency import Consistency, Label
 from src.icm.label_names import TRUE_FALSE_NAMES, Names, written_label, written_odds
 from src.icm.objective import LogOdds
 from src.icm.testbeds import Claim
+
+ABSTAINED: Final = "abstained"
+"""`by` of a claim whose label is not handed over (see doubt)."""
 
 
 def claim_row(claim: Claim) -> dict[str, Any]:
@@ -54,3 +57,22 @@ def pool_rows(
         first, *others = constraint.claims
         rows[first]["constraints"].append([*others, constraint.relation.value])
     return rows
+
+
+def abstained_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The line of labels.jsonl of a claim without a label."""
+    whole = labelled_row(row)
+    return whole | {
+        "label": None,
+        "by": ABSTAINED,
+        "abstained_label": whole["label"],
+        "abstained_by": whole["by"],
+    }
+
+
+def labelled_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The same line with its label."""
+    if row.get("by") != ABSTAINED:
+        return dict(row)
+    rest = {name: value for name, value in row.items() if name not in ("abstained_label", "abstained_by")}
+    return rest | {"label": row.get("abstained_label"), "by": row.get("abstained_by", "icm")}

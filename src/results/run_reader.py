@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from src.icm.consistency import Constraint, Relation
 from src.icm.label_names import Names, names_of, read_label, read_odds
 from src.icm.testbeds import BadInput
+from src.results.rows import ABSTAINED, labelled_row
 from src.results.run_record import LabelledClaim, RunRecord, with_journal_labels
 from src.results.run_schema import RunDocument, first_complaint, journal_line
 
@@ -223,6 +224,9 @@ def _read_leniently(line: bytes) -> object:
 
 
 def _claim(row: dict[str, Any], names: Names) -> LabelledClaim:
+    abstained = row.get("by") == ABSTAINED
+    if abstained:
+        row = labelled_row(row)
     choice_2 = row.get("choice_2")
     return LabelledClaim(
         row=_whole(row.get("row")),
@@ -236,6 +240,7 @@ def _claim(row: dict[str, Any], names: Names) -> LabelledClaim:
         by=str(row.get("by", "icm")),
         zero_shot=read_odds(row, names, "zero_shot"),
         shown=_shown(row.get("shown")),
+        abstained=abstained,
     )
 
 

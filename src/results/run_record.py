@@ -30,7 +30,7 @@ class LabelledClaim:
     log_odds: final leave-one-out log-odds, nats. zero_shot: log-odds without demonstrations, nats. Both None if
     unknown. by: "icm" for a label of the search, "vote" for the majority of several, "predicted" for a claim of the
     pool that the search did not take in, else what gave the label. row: index in the data file. shown: what else its
-    testbed's template shows, by placeholder.
+    testbed's template shows, by placeholder. abstained: whether the label is not to be handed over (see doubt).
     """
 
     row: int
@@ -44,6 +44,7 @@ class LabelledClaim:
     by: str = "icm"
     zero_shot: LogOdds | None = None
     shown: tuple[tuple[str, str], ...] = ()
+    abstained: bool = False
 
     @property
     def fields(self) -> dict[str, str]:

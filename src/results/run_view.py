@@ -9,12 +9,13 @@ from src.icm.consistency import Label
 from src.icm.label_names import balance_of, counts_of, describe_counts
 from src.icm.objective import LogOdds
 from src.results.by_class import measure_text, name_of_f1
-from src.results.charts import Chart, calibration_chart, contrast_chart, curve_charts, margin_chart
+from src.results.charts import Chart, calibration_chart, contrast_chart, coverage_chart, curve_charts, margin_chart
 from src.results.costs import Bill, usage_of
 from src.results.curves import curves_of
 from src.results.diagnosis import diagnose
 from src.results.findings import Finding, Verdict
 from src.results.prices import PriceFile, bill_of
+from src.results.rows import ABSTAINED
 from src.results.run_record import PROPOSALS, LabelledClaim, RunRecord
 from src.results.tables import Confusion, ResultRow, confusion_of, results_of
 from src.results.text import duration, number, visible, whole
@@ -105,7 +106,9 @@ def view_of(run: RunRecord, prices: PriceFile | None = None) -> RunView:
         findings=found,
         charts=curve_charts(curves, visible(balance_of(run.names))) if curves else [],
         calibration=[
-            chart for chart in (calibration_chart(run), margin_chart(run), contrast_chart(run)) if chart is not None
+            chart
+            for chart in (calibration_chart(run), margin_chart(run), contrast_chart(run), coverage_chart(run))
+            if chart is not None
         ],
         claims=[_claim_row(run, claim) for claim in run.claims],
         names=run.names,
@@ -151,6 +154,9 @@ def _tiles(run: RunRecord) -> list[Tile]:
     counts = describe_counts(counts_of((claim.label for claim in run.claims if claim.searched), run.names))
     if run.pool:
         tiles.append(Tile("labelled by the search", whole(labelled), f"of {len(run.pool)} in the pool; {counts}"))
+    if without := sum(claim.abstained for claim in run.claims):
+        given = sum(claim.label is not None for claim in run.claims)
+        tiles.append(Tile("labels handed over", whole(given - without), f"of {given}; the others are too doubtful"))
     journals = [part.journal for part in run.searches if part.journal]
     if journals:
         last = sum(journal[-1]["U"] for journal in journals) / len(journals)
@@ -194,7 +200,7 @@ def _claim_row(run: RunRecord, claim: LabelledClaim) -> ClaimRow:
         gold=_label(run, claim.gold) + (" ✗" if agrees is False else ""),
         log_odds=_odds(claim.log_odds),
         zero_shot=_odds(claim.zero_shot),
-        by="–" if claim.label is None else visible(claim.by),
+        by="–" if claim.label is None else ABSTAINED if claim.abstained else visible(claim.by),
         label_key="-" if claim.label is None else str(int(claim.label)),
         agrees_key={True: "1", False: "0", None: "-"}[agrees],
         mark={True: "yes", False: "no", None: ""}[agrees],

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 from src.icm.consistency import Label
 from src.icm.label_names import confusion
@@ -50,6 +51,8 @@ def confusion_of(run: RunRecord) -> Confusion | None:
     return Confusion(run.names, confusion(pairs, run.num_labels)) if pairs else None
 
 
+HANDED_OVER: Final = "handed over"
+"""The row of the labels that are not withheld (see doubt)."""
 Pairs = Sequence[tuple[Label, Label]]
 """(label, gold) of claims."""
 
@@ -88,6 +91,7 @@ def _pairs(run: RunRecord) -> dict[str, Pairs]:
         calibrated = calibration_offset(scores, "mean", search.prior, run.num_labels)
         for title, offset in {"zero-shot": no_offset(run.num_labels), "zero-shot, calibrated": calibrated}.items():
             found[title] += [(label_of(score, offset), gold) for score, gold in known]
+    found[HANDED_OVER] = [(claim.label, claim.gold) for claim in run.claims if not claim.abstained]
     return {title: tuple(pairs) for title, pairs in found.items()}
 
 
@@ -106,6 +110,13 @@ def _rows(run: RunRecord) -> list[ResultRow]:
         "predicted": "claims of the pool that the search did not take in",
         "many-shot": "claims outside the pool, after the pool's labels",
     }
+    kept = [claim.agrees for claim in run.claims if not claim.abstained and claim.agrees is not None]
+    if any(claim.abstained for claim in run.claims):
+        given = [claim for claim in run.claims if claim.label is not None]
+        handed = sum(not claim.abstained for claim in given)
+        rows.append(
+            ResultRow(HANDED_OVER, f"labels that are not withheld, {handed} of {len(given)}", sum(kept), len(kept))
+        )
     rows += [
         ResultRow(str(by), notes.get(by, ""), *_counts(counts)) for by, counts in result.get("predicted", {}).items()
     ]

@@ -31,6 +31,7 @@ AT_ONCE = [
     "--is_complete / --check",
     "--metrics_port 9465 / --num_batches 2",
     "--metrics_port 9465 / --passes 3",
+    "--abstain_below 1 / --abstain 0.1",
     "--prior 0.9 / --calibrate none",
 ]
 OF_THE_SEARCH = [
@@ -102,6 +103,8 @@ TOGETHER = [
     "--search gibbs --gibbs_sweeps 2 --gibbs_temperature 0 --gibbs_cooling 1 --continue_from other --seed 3",
     "--check --label_rest --lookahead 4 --metrics_port 9465",
     "--is_complete --label_rest",
+    "--abstain 0.1 --abstain_on gold --abstain_labels 20",
+    "--abstain_below 1.5",
     "--metrics_port 9465 --num_batches 1 --passes 1",
 ]
 
@@ -199,6 +202,10 @@ def test_what_only_a_comparison_or_an_export_has(capsys: pytest.CaptureFixture[s
     assert "--seed 3 and --by margin" in complaint(ask.build_parser(), "run --seed 3", capsys)
     ask.build_parser().parse_args(["run", "--seed", "3", "--by", "random"])
     assert "--bos x and --format sft" in complaint(export.build_parser(), "run --bos x --format sft", capsys)
+    for line in ("--abstain_on gold", "--abstain_labels 9"):
+        said = complaint(ICM.build_parser(), line, capsys)
+        assert f"{line} and no --abstain contradict each other: it says how the other is kept" in said
+        assert f"{line} and no --abstain contradict" in complaint(export.build_parser(), f"run {line}", capsys)
     export.build_parser().parse_args(["run", "--format", "dpo", "--pairs", "all"])
     export.build_parser().parse_args(["run", "--format", "axolotl", "--bos", "x"])
 
@@ -207,6 +214,7 @@ def test_every_rule_is_tried_here() -> None:
     tried = {tuple(re.findall(r"--(?:no-)?(\w+)", line)) for line in AT_ONCE + OF_THE_SEARCH + OF_ONE_SEARCH}
     elsewhere = {("chat_url", "chat_model"), ("restarts", "rows"), ("pairs", "format"), ("bos", "format")}
     elsewhere |= {("seed", "by"), ("start_share", "prior")}
+    elsewhere |= {("abstain_on", "abstain"), ("abstain_labels", "abstain")}
     assert {(rule.flag, rule.other) for rule in RULES} == tried | elsewhere
 
 

@@ -50,6 +50,13 @@ def test_what_is_shown_of_a_testbed_is_what_is_printed(
             [1, 2, 2, 1],
             "Question: Which of these can fly?\nA. a stone\nB. a whale\nC. a swallow\nD. a mole\nAnswer:",
         ),
+        (
+            "three-answers",
+            3,
+            [20, 20, 20],
+            "Note: Two of the five lamps are broken.\nStatement: The lamps hang in the hall.\n"
+            "By the note the statement is",
+        ),
         ("fields", 3, [16, 16, 16], "Title: How towns grow\nShelf:"),
         ("questions", 4, [15, 15, 15, 15], "Question: When will the comet come back?\nIt asks for a"),
     ],

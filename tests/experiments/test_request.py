@@ -13,9 +13,15 @@ from src.experiments.baselines import ComparisonRequest
 from src.experiments.request import DataRequest, ModelRequest, OutputRequest, PartsRequest, RunRequest
 from src.icm.objective import Objective
 from src.icm.problem import SearchSettings
+from src.results.doubt import Wanted
 
-PARTS: tuple[type[Any], ...] = (DataRequest, ModelRequest, SearchSettings, PartsRequest, OutputRequest, RunRequest)
-NOT_FLAGS = {"data", "model", "search", "objective", "parts", "output", "contradiction", "flags"} | {"base_url", "told"}
+PARTS: tuple[type[Any], ...] = (
+    *(DataRequest, ModelRequest, SearchSettings, PartsRequest, OutputRequest, Wanted, RunRequest),
+)
+NOT_FLAGS = {
+    *("data", "model", "search", "objective", "parts", "output", "doubt", "contradiction", "flags"),
+    *("base_url", "told"),
+}
 """Fields of RunRequest and its parts that no flag has the name of, base_url and told being of the library; --data,
 --model and --search are fields of its parts."""
 

@@ -1,0 +1,118 @@
+"""The flags of doubt, and a finished run's labels written with it (src/results/doubt.py). No model is asked."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import orjson
+
+from src.experiments.arguments import at_least, finite, share
+from src.icm.testbeds import BadInput
+from src.pipeline.labelling import Pool
+from src.results.doubt import Doubt, Wanted, coverage_of, doubt_of
+from src.results.doubt_words import doubt_lines
+from src.results.rows import ABSTAINED, abstained_row, labelled_row
+from src.results.run_folder import RunFolder
+from src.results.run_reader import read_run
+
+
+def add_doubt_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Add the flags that say which labels are not handed over."""
+    parser.add_argument(
+        "--abstain",
+        type=share,
+        metavar="RISK",
+        help="hand over only labels that are sure enough: of those, the expected share of wrong ones is at most RISK, "
+        "if the labels of --abstain_on are of a random draw of the claims. The others' label is null (docs/doubt.md)",
+    )
+    parser.add_argument(
+        "--abstain_on",
+        choices=("known", "gold"),
+        help="with --abstain: which labels check those of the search; gold is otherwise only compared with the result",
+    )
+    parser.add_argument(
+        "--abstain_labels",
+        type=at_least(1),
+        metavar="N",
+        help="with --abstain: how many of these, drawn by the run's seed (default: all, or half of them where every "
+        "claim has one, so that the others show whether the promise is kept)",
+    )
+    parser.add_argument(
+        "--abstain_below",
+        type=finite,
+        metavar="NATS",
+        help="hand over only labels with a margin of at least NATS, which promises nothing about them",
+    )
+
+
+def wanted_of(args: argparse.Namespace) -> Wanted:
+    """What these flags ask for."""
+    return Wanted(**{field.name: getattr(args, field.name) for field in fields(Wanted)})
+
+
+def check_wanted(wanted: Wanted, pools: Sequence[Pool]) -> None:
+    """Before a model is asked: raises BadInput where nothing could be promised, warns where nothing could be kept."""
+    if wanted.abstain is None:
+        return
+    claims = [claim for pool in pools for claim in pool.claims]
+    outside = pools[0].rest if len(pools) == 1 else ()
+    on_gold = wanted.basis == "gold"
+    count = sum(claim.gold is not None for claim in (*claims, *outside)) if on_gold else sum(map(_given, pools))
+    if not count:
+        missing = "none of the claims has a gold label" if on_gold else "no label is known to the search"
+        raise BadInput(
+            f"--abstain {wanted.abstain:g}: {missing}, and nothing can be promised without labels to check: "
+            "--abstain_on gold, or --abstain_below NATS, which promises nothing"
+        )
+    everyone = on_gold and count == len(claims) + len(outside)
+    checked = min(count, wanted.abstain_labels or ((count + 1) // 2 if everyone else count))
+    if checked < wanted.least_labels:
+        print(
+            f"warning: --abstain {wanted.abstain:g} keeps labels only where those of at least {wanted.least_labels} "
+            f"claims are checked, and here are {checked}",
+            file=sys.stderr,
+        )
+
+
+def _given(pool: Pool) -> int:
+    """How many labels the search is given."""
+    known = getattr(pool.problem, "known", None) or ()
+    return sum(label is not None for label in known)
+
+
+def write_doubt(folder: RunFolder, document: Mapping[str, Any], wanted: Wanted, *, told: bool = True) -> dict[str, Any]:
+    """Write a finished run's labels.jsonl and run.json with `wanted`, or with every label where nothing is wanted.
+
+    document: its run.json, which is returned as it is now. Nothing is written where nothing changes. told: whether a
+    user is told about it.
+    """
+    rows = [orjson.loads(line) for line in folder.labels_path.read_bytes().splitlines()]
+    rest = {name: value for name, value in document.items() if name != "doubt"}
+    doubt = None
+    if wanted:
+        run = read_run(folder.path)
+        doubt = doubt_of(run, wanted)
+        found = coverage_of(run)
+        area = {} if found is None else {"area": found.area}
+        rest["doubt"] = doubt.record() | area
+    abstained = frozenset() if doubt is None else doubt.abstained
+    now = [abstained_row(row) if at in abstained else labelled_row(row) for at, row in enumerate(rows)]
+    if now != rows:
+        folder.write_labels(now)
+    if rest != document:
+        folder.write_run(rest)
+    if doubt is not None and told:
+        say_doubt(doubt)
+    elif told and doubt is None and any(row.get("by") == ABSTAINED for row in rows):
+        print("every label is handed over again: this command is without --abstain", file=sys.stderr)
+    return rest
+
+
+def say_doubt(doubt: Doubt) -> None:
+    """Print what was kept, and what is promised about it, on standard error."""
+    for line in doubt_lines(doubt):
+        print(f"doubt: {line}", file=sys.stderr)
