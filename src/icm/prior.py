@@ -3,14 +3,17 @@
 Log-odds of a pool are taken to be two normal distributions of one width, False claims below True ones, in unknown
 parts; expectation maximization (Dempster, Laird and Rubin 1977) fits the parts. Log-odds are no probabilities, so
 methods that correct known posteriors to a new prior (Saerens, Latinne and Decaestecker 2002) do not apply; the mixture
-fits the scale along with the parts. It can only be told from one normal distribution where the model separates the
-classes: the Bayesian information criterion (Schwarz 1978) of the two decides whether there is an estimate at all.
+fits the scale along with the parts. It can only be told from one cluster where the model separates the classes: the
+Bayesian information criterion (Schwarz 1978) decides whether there is an estimate at all. One cluster is a normal
+distribution, or one of Student's t distributions, of which a few outliers need not be a second cluster. What is assumed
+all the same is that clusters are the classes; a lopsided cluster can be taken for two.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import lgamma
 from typing import Any, Final
 
 import numpy as np
@@ -23,7 +26,9 @@ STARTS: Final = (0.03, 0.1, 0.25, 0.5, 0.75, 0.9, 0.97)
 """Shares of claims below the cut that the fit starts from; the best of them is kept."""
 STEPS: Final = 200
 LEAST_EVIDENCE: Final = 2.0
-"""Least BIC of one distribution less that of two: "positive" evidence by Kass and Raftery 1995."""
+"""Least BIC of one cluster less that of two: "positive" evidence by Kass and Raftery 1995."""
+TAILS: Final = (3.0, 5.0, 8.0)
+"""Degrees of freedom of the t distributions that one cluster may be."""
 WIDEST: Final = 0.4
 """An interval wider than this says no more than that most claims, or few, are True."""
 FEWEST: Final = 16
@@ -33,7 +38,7 @@ FEWEST: Final = 16
 @dataclass(frozen=True, slots=True)
 class PriorEstimate:
     """share: of True claims, estimated; interval: 95%, percentile bootstrap over groups. evidence: BIC of one
-    distribution less that of two. doubt: why the share is not used, as the end of a sentence; None where it is."""
+    cluster less that of two. doubt: why the share is not used, as the end of a sentence; None where it is."""
 
     share: float
     interval: tuple[float, float]
@@ -86,8 +91,7 @@ def estimate(scores: Sequence[float], groups: Sequence[str]) -> PriorEstimate:
     once = np.ones((1, len(values)))
     fits = [_fit(values, once, *_cut(values, share)) for share in STARTS]
     best = max(fits, key=lambda fit: float(fit.likelihood[0]))
-    one = -len(values) / 2 * (np.log(2 * np.pi * values.var()) + 1)
-    evidence = 2 * (float(best.likelihood[0]) - one) - 2 * np.log(len(values))  # two parameters more
+    evidence = _criterion_of_one(values) - (4 * np.log(len(values)) - 2 * float(best.likelihood[0]))
     drawn = _resamples(groups)
     means = (np.repeat(each, len(drawn)) for each in (best.share, best.low, best.high, best.variance))
     again = _fit(values, drawn, *means)
@@ -99,6 +103,22 @@ def estimate(scores: Sequence[float], groups: Sequence[str]) -> PriorEstimate:
         doubt = f"the interval is wider than {WIDEST:g}"
     share = float(np.clip(best.share[0], 0.5 / len(values), 1 - 0.5 / len(values)))
     return PriorEstimate(share, (float(low), float(high)), float(evidence), len(values), doubt)
+
+
+def _criterion_of_one(values: Array) -> float:
+    """The lowest BIC of one cluster: normal (two parameters), or a t distribution (three)."""
+    size = len(values)
+    found = [2 * np.log(size) + size * (np.log(2 * np.pi * values.var()) + 1)]
+    for freedom in TAILS:
+        centre, spread = float(np.median(values)), float(values.var()) / 2
+        for _ in range(STEPS):
+            weights = (freedom + 1) / (freedom + (values - centre) ** 2 / spread)
+            centre = float(weights @ values / weights.sum())
+            spread = max(float(np.mean(weights * (values - centre) ** 2)), 1e-9 * float(values.var()))
+        scale = lgamma((freedom + 1) / 2) - lgamma(freedom / 2) - np.log(freedom * np.pi * spread) / 2
+        tails = (freedom + 1) / 2 * np.log1p((values - centre) ** 2 / spread / freedom).sum()
+        found.append(3 * np.log(size) - 2 * (size * scale - tails))
+    return float(min(found))
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,6 +49,12 @@ def test_one_cluster_gives_no_share_in_nearly_all_samples() -> None:
     assert all("not used, because" in each.sentence() for each in found if each.prior is None)
 
 
+def test_a_few_outliers_are_no_second_cluster() -> None:
+    drawn = [np.random.default_rng(seed).standard_t(3, size=64).tolist() for seed in range(20)]
+    used = [found for scores in drawn if (found := estimate(scores, rows(64))).prior is not None]
+    assert len(used) <= 2, [each.sentence() for each in used]
+
+
 def test_groups_widen_the_interval_where_their_claims_are_alike() -> None:
     scores = np.repeat(two_clusters(12, 4, apart=8.0), 4).tolist()
     alone = estimate(scores, rows(64))
