@@ -282,6 +282,7 @@ def table(rows: Sequence[Row]) -> str:
                 means = [fmean(r[name] for r in same) for name in ("agreement", "balanced", "f1_rarer")] if same else []
                 cells.append(" / ".join(f"{mean:.2f}" for mean in means) or "–")
             lines.append(f"| {how} | {calibration} | {' | '.join(cells)} |")
+        lines += losses(testbed, of, percents)
         lines += ["", f"{testbed}: share of True estimated without labels (used in how many pools of how many)", ""]
         lines.append(f"| answers | {' | '.join(f'{percent}%' for percent in percents)} |")
         lines.append("| --- " * (1 + len(percents)) + "|")
@@ -294,6 +295,32 @@ def table(rows: Sequence[Row]) -> str:
                 cells.append(f"{shares} ({sum(one['prior'] is not None for one in found)} of {len(found)})")
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines).strip()
+
+
+def losses(testbed: str, rows: Sequence[Row], percents: Sequence[int]) -> list[str]:
+    """What is lost of the balanced accuracy that the mean has at 50%: a table, or nothing where 50% was not asked."""
+
+    def balanced(how: str, calibration: str, percent: int) -> float | None:
+        wanted = (how, calibration, percent)
+        same = [r["balanced"] for r in rows if (r["how"], r["calibration"], r["percent"]) == wanted]
+        return fmean(same) if same else None
+
+    others = [percent for percent in percents if percent != 50]
+    hows = [how for how in (*WITHOUT_SEARCH, *SEARCHES) if balanced(how, "mean", 50) is not None]
+    if not hows or not others:
+        return []
+    lines = ["", f"{testbed}: balanced accuracy lost, of the mean's at 50%, by {' / '.join(CALIBRATIONS)}", ""]
+    lines.append(f"| | {' | '.join(f'{percent}%' for percent in others)} |")
+    lines.append("| --- " * (1 + len(others)) + "|")
+    for how in hows:
+        most = balanced(how, "mean", 50)
+        assert most is not None
+        cells = []
+        for percent in others:
+            found = [balanced(how, calibration, percent) for calibration in CALIBRATIONS]
+            cells.append(" / ".join("–" if one is None else f"{most - one:.2f}" for one in found))
+        lines.append(f"| {how} | {' | '.join(cells)} |")
+    return lines
 
 
 def main() -> int:

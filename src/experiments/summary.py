@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from src.icm.label_names import confusion_lines, describe_counts
-from src.results.messages import agreement, calibration_in_words
+from src.results.messages import agreement, calibration_in_words, estimates_in_words
 from src.results.run_folder import RunFolder
 from src.results.run_reader import read_run
 from src.results.tables import HANDED_OVER, confusion_of, result_text, results_of
@@ -52,8 +52,9 @@ def print_summary(folder: RunFolder, document: Mapping[str, Any]) -> None:
         outside = "not taken in by the search" if row.title == "predicted" else "outside the pool"
         share = result_text(row, run.names) if row.compared else "unknown"
         print(f"  {row.title:<20} {share}  (claims {outside}, labelled from the pool's labels)")
-    for found in [part.estimate for part in run.searches if part.estimate is not None]:
-        print(f"  {found.sentence()}")
+    found = [part.estimate for part in run.searches if part.estimate is not None]
+    if found:
+        print(f"  {estimates_in_words(found)}")
     if doubt := document.get("doubt"):
         _print_doubt(doubt)
     if "parts" in result:

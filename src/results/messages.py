@@ -8,6 +8,7 @@ from typing import Any
 from src.icm.consistency import Label
 from src.icm.label_names import TRUE_FALSE_NAMES, Names
 from src.icm.objective import Evaluation, wilson_interval
+from src.icm.prior import PriorEstimate
 from src.icm.problem import SearchSettings
 from src.results.text import counted
 
@@ -31,6 +32,17 @@ def calibration_in_words(settings: Mapping[str, Any]) -> str:
     prior = settings.get("prior")
     shown = f"{prior:g}" if isinstance(prior, float) else prior
     return str(settings["calibrate"]) if prior is None else f"{settings['calibrate']}, prior {shown}"
+
+
+def estimates_in_words(found: Sequence[PriorEstimate]) -> str:
+    """The estimated shares of one or more searches in one line."""
+    if len(found) == 1:
+        return found[0].sentence()
+    shares, used = sorted(each.share for each in found), sum(each.prior is not None for each in found)
+    return (
+        f"share of True claims, estimated without labels in {len(found)} searches: {shares[0]:.2f} to "
+        f"{shares[-1]:.2f}; used as --prior in {used}, the others are calibrated to the mean (each run.json says why)"
+    )
 
 
 def collapse_warning(

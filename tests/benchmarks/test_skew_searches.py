@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.skew_searches import figures, skewed, trues_of
+from benchmarks.skew_searches import figures, losses, skewed, trues_of
 from fakes.vllm_server import FakeVLLM
 from src.icm.testbeds import BadInput, Claim
 from src.pipeline.datafiles import load_testbed
@@ -54,6 +54,17 @@ def test_figures_by_hand() -> None:
     assert figures([not label for label in gold], [not label for label in gold])["f1_rarer"] == 1
 
 
+def test_losses_are_of_the_mean_at_a_half() -> None:
+    kinds = {("mean", 50): (0.9, 1.0), ("mean", 95): (0.7, 0.7), ("prior", 95): (0.9, 0.9)}
+    rows = [
+        {"how": "ascent", "calibration": calibration, "percent": percent, "balanced": value}
+        for (calibration, percent), values in kinds.items()
+        for value in values
+    ]
+    assert losses("mine", rows, [50, 95])[-1] == "| ascent | – / 0.25 / 0.05 / – |"
+    assert losses("mine", [row for row in rows if row["percent"] == 95], [95]) == []
+
+
 async def test_a_table_is_made_and_what_is_known_is_not_asked_again(tmp_path: Path) -> None:
     file = tmp_path / "skew.json"
     flags = [
@@ -87,6 +98,7 @@ async def test_a_table_is_made_and_what_is_known_is_not_asked_again(tmp_path: Pa
         assert code == 0, err
         assert again == out
         assert "13 cells, 13 of them known" in err
+        assert "balanced accuracy lost" not in out
         code, out, err = await run("--percent", "80", "95")
         assert "26 cells, 13 of them known" in err
         assert len(json.loads(file.read_text())["rows"]) == 26

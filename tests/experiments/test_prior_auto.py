@@ -126,6 +126,17 @@ async def test_check_and_baselines_estimate_it_too(icm: Icm) -> None:
     assert "pool: balanced accuracy" in out
 
 
+async def test_each_part_estimates_its_own(icm: Icm) -> None:
+    flags = ("--num_batches", "2", "--batch_size", "16", "--search", "bootstrapping", "--run", "a")
+    code, out, err = await icm("label", "--prior", "auto", *flags)
+    assert code == 0, err
+    parts = [json.loads(path.read_text())["prior_estimate"] for path in sorted(icm.runs.glob("a/*/run.json"))]
+    assert [part["claims"] for part in parts] == [16, 16]
+    used = sum(part["prior"] is not None for part in parts)
+    assert f"estimated without labels in 2 searches: {min(part['share'] for part in parts):.2f} to " in out
+    assert f"used as --prior in {used}, the others" in out
+
+
 async def test_a_run_that_began_with_halves_goes_on_so(icm: Icm) -> None:
     flags = ("--prior", "0.8", "--search", "bootstrapping")
     code, _, err = await icm("label", *flags)
