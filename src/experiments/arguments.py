@@ -49,6 +49,22 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
         help="constraints between claims of a group; upstream reproduces keys that leak gold labels",
     )
     add_reading_arguments(data)
+    data.add_argument(
+        "--known",
+        type=Path,
+        metavar="FILE",
+        help="labels that are known and kept, such as answers of a person: CSV, JSON or JSON lines with a column label "
+        "(empty or unsure: not known) and either row (as in labels.jsonl) or the claim's own columns "
+        "(docs/known-labels.md). A column of --data: --columns known=THEIRS",
+    )
+    data.add_argument(
+        "--gold_seeds",
+        type=at_least(1),
+        default=of_data.gold_seeds,
+        metavar="N",
+        help="for experiments: the gold labels of N claims of the pool are known, drawn at random by the seed "
+        "(default: none)",
+    )
 
     model = parser.add_argument_group("model")
     model.add_argument("--model", default=of_model.model, help="name under which the model is served")
@@ -75,7 +91,12 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
 
     search = parser.add_argument_group("search")
     search.add_argument("--alpha", type=finite, default=30.0, help="weight of mutual predictability in U")
-    search.add_argument("--num_seed", type=at_least(0), default=defaults.num_seed, help="claims labelled at random")
+    search.add_argument(
+        "--num_seed",
+        type=at_least(0),
+        default=None,
+        help=f"claims labelled at random (default: {defaults.num_seed}, or 0 where labels are known)",
+    )
     search.add_argument("--K", type=at_least(0), default=defaults.K, help="iterations at most")
     search.add_argument(
         "--consistency_fix_K",

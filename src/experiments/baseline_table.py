@@ -141,6 +141,13 @@ def table_text(document: Mapping[str, Any]) -> str:
             f"{row['title']:<{width}}{_share_text(row['pool']):<33}{_share_text(test):<33}"
             f"{_difference_text(versus.get('zero-shot')):<38}{_difference_text(versus.get('many-shot-gold'))}".rstrip()
         )
+    if "known" in settings or "gold_seeds" in settings:
+        what = (
+            f"{settings['gold_seeds']} gold labels of each pool are" if "gold_seeds" in settings else "some labels are"
+        )
+        lines.append(
+            f"{what} known: kept by every search, shown by every other row, left out of the column pool labels."
+        )
     lines += _class_lines(document, width)
     lines += [
         "mean over seeds ± standard deviation (95% interval over distinct claims); differences on held-out claims,",

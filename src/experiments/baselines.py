@@ -105,7 +105,7 @@ def build_parser() -> Parser:
         choices=list(BASELINES),
         metavar="ROW",
         help=f"of {', '.join(BASELINES)} (default: all but the costly {', '.join(on_request)}; "
-        "zero-shot-chat only with --chat_model)",
+        "zero-shot-chat only with --chat_model, few-shot-known only with known labels)",
     )
     compare.add_argument("--rounds", type=at_least(1), default=defaults.rounds, help="rounds of bootstrapping")
     compare.add_argument(
@@ -144,9 +144,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 async def _run(request: ComparisonRequest) -> int:
     run = request.run
-    rows = _rows(request)
     test, shared = _held_out(request)
     settings = _settings(request, test)
+    rows = _rows(request, knows=not {"known", "gold_seeds"}.isdisjoint(settings))
     runs_dir = run.output.runs_dir
     same = as_begun(run, settings, lambda known: TableFolder(runs_dir / run_name(run, known, "baselines")).read_table())
     if same is not run:
@@ -292,14 +292,20 @@ def _save(
     return table
 
 
-def _rows(request: ComparisonRequest) -> list[str]:
-    """The rows that are asked for, in the table's order."""
+def _rows(request: ComparisonRequest, *, knows: bool) -> list[str]:
+    """The rows that are asked for, in the table's order. knows: whether labels are known."""
     chat = bool(request.chat_model)
-    default = [row for row, each in BASELINES.items() if not each.on_request and (chat or not each.needs_chat)]
+    default = [
+        row
+        for row, each in BASELINES.items()
+        if not each.on_request and (chat or not each.needs_chat) and (knows or not each.needs_known)
+    ]
     chosen = request.rows or default
     for row in chosen:
         if BASELINES[row].needs_chat and not chat:
             raise BadInput(f"the row {row} needs a --chat_model")
+        if BASELINES[row].needs_known and not knows:
+            raise BadInput(f"the row {row} needs known labels: --known FILE, or --gold_seeds N")
     return [row for row in BASELINES if row in chosen]
 
 

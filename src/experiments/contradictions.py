@@ -63,6 +63,7 @@ RULES: Final = (
         *("prompts_per_request", "use_vllm", "an external API gets one prompt a request"),
         lambda a: a.use_vllm is False,
     ),
+    Rule("gold_seeds", "known", "gold labels take the place of labels that a file gives", _always),
     Rule("context_cap", "layout", "a capped sample has its own order", _upstream),
     Rule("anchors", "layout", "upstream's order has no anchors", lambda a: _upstream(a) and a.anchors > 0),
     Rule("max_tail", "layout", "upstream's order has no tail", _upstream),

@@ -14,6 +14,7 @@ from src.experiments.request import DataRequest, RunRequest
 from src.icm.testbeds import BadInput, Claim, Testbed
 from src.pipeline.continuing import read_continued
 from src.pipeline.datafiles import load_data_file, load_testbed, load_testbed_file
+from src.pipeline.known import KnownLabels, known_labels, merged
 from src.pipeline.labelling import Pool, prepare_batches
 from src.pipeline.testbed_files import read_testbed, testbed_path
 
@@ -66,9 +67,16 @@ def pools_of(request: RunRequest, count: int | None, held_out: Collection[int] =
     if search.initial_T <= 0 or search.final_T <= 0 or search.decay <= 0:
         raise BadInput("--initial_T, --final_T and --decay must be above 0")
     testbed, claims, path, bad = _load(request.data)
+    reading = testbed.reading if testbed.digest else request.data.reading()
+    known = known_labels(request.data.known, testbed, claims, path, reading)
     claims = [claim for claim in claims if claim.row not in held_out]
     name = request.continue_from
     continued = None if name is None else read_continued(name, request.output.runs_dir, testbed, claims, path)
+    if continued is not None and continued.known:
+        kept = {claims[at].row: label for at in continued.known if (label := continued.labels[at]) is not None}
+        known = merged(KnownLabels(kept, (f"the known ones of {continued.run}",)), known)
+    if request.seeds_by_default and (known is not None or request.data.gold_seeds):
+        search = replace(search, num_seed=0)
     pools = prepare_batches(
         testbed,
         claims,
@@ -79,6 +87,8 @@ def pools_of(request: RunRequest, count: int | None, held_out: Collection[int] =
         objective=request.objective,
         settings=search,
         continued=continued,
+        known=known,
+        seeds_of_gold=request.data.gold_seeds,
     )
     return [replace(pool, bad_rows=tuple(bad)) for pool in pools]
 

@@ -30,6 +30,7 @@ from src.pipeline.labelling import Labelling, Pool
 from src.pipeline.progress import PartsProgress
 from src.results.messages import collapse_warning, random_warning
 from src.results.run_folder import RunFolder, now
+from src.results.run_record import KNOWN
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ def _voted(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     Of labels that are not True and False: the one with most votes (of equals the one that comes first among the passes)
     and the mean of their logprobs.
     """
-    if len(rows) == 1:
+    if len(rows) == 1 or rows[0]["by"] == KNOWN:
         return rows[0]
     if "logprobs" in rows[0]:
         given = [row["label"] for row in rows]
@@ -207,6 +208,7 @@ def _result(
     results = [document["result"] for document in documents]
     voted = [row for row in rows if row["by"] in ("icm", "vote")]
     predicted = [row for row in rows if row["by"] == "predicted"]
+    known = sum(row["by"] == KNOWN for row in rows)
     names, objective = parts[0].pool.names, parts[0].pool.problem.objective
     prior, calibration = objective.prior, objective.calibration
     first = [result for part, result in zip(parts, results, strict=True) if part.pass_number == 0]
@@ -215,6 +217,7 @@ def _result(
     return {
         **_sums([{key: r[key] for key in ("iterations", "accepted", "rebuilds", "inconsistent")} for r in results]),
         "labelled": len(voted),
+        **({"known": known} if known else {}),
         **counts_of([read_label(row["label"], names) for row in voted], names),
         "U": sum(r["U"] for r in results) / len(results),
         "predictability": sum(r["predictability"] for r in results) / len(results),

@@ -37,6 +37,8 @@ class DataRequest:
     map: Sequence[str] | None = None
     group_by: GroupedBy | None = None
     skip_bad_rows: bool = False
+    known: Path | None = None
+    gold_seeds: int = 0
 
     @classmethod
     def of(cls, args: Namespace) -> DataRequest:
@@ -111,7 +113,8 @@ class RunRequest:
 
     doubt: which labels are not handed over; no part of what decides them.
     lookahead: proposals whose questions are asked early; None is auto. check, is_complete: see the flags.
-    contradiction: why these flags cannot begin a run (see Parser), None where they can. flags: all flags of the command
+    contradiction: why these flags cannot begin a run (see Parser), None where they can. seeds_by_default: whether
+    search.num_seed was not asked for, so that no label is random where some are known. flags: all flags of the command
     as they were given, as text where JSON has no such type.
     """
 
@@ -128,21 +131,25 @@ class RunRequest:
     check: bool = False
     is_complete: bool = False
     contradiction: str | None = None
+    seeds_by_default: bool = True
     flags: Mapping[str, Plain] = field(default_factory=dict)
 
     @classmethod
     def of(cls, args: Namespace, contradiction: str | None = None) -> RunRequest:
         """From the parsed flags of a command; flags that the command does not have get their defaults."""
+        search = _search(args)
         return cls(
             data=DataRequest.of(args),
             model=ModelRequest(**_named(ModelRequest, args)),
-            search=_search(args),
+            search=search,
             objective=_objective(args),
             parts=PartsRequest(**_named(PartsRequest, args)),
             output=OutputRequest(**_named(OutputRequest, args)),
             doubt=Wanted(**_named(Wanted, args)),
             contradiction=contradiction,
-            flags={name: _plain(value) for name, value in vars(args).items()},
+            seeds_by_default=getattr(args, "num_seed", None) is None,
+            flags={name: _plain(value) for name, value in vars(args).items()}
+            | ({"num_seed": search.num_seed} if "num_seed" in args else {}),
             **{name: getattr(args, name) for name in _OF_THE_RUN if name in args},
         )
 
@@ -154,6 +161,8 @@ class RunRequest:
 
 def _search(args: Namespace) -> SearchSettings:
     found = _named(SearchSettings, args)
+    if found.get("num_seed", 0) is None:
+        del found["num_seed"]
     if found.get("start_share", "") is None:
         found["start_share"] = "half" if args.prior is None else "prior"
     return SearchSettings(**found)

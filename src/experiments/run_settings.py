@@ -51,7 +51,10 @@ def settings_of(request: RunRequest, pool: Pool) -> dict[str, Any]:
         **_settings_of_labels(pool),
         **_settings_of_reading(data.reading(), pool),
         **({} if pool.continued is None else {"continue_from": pool.continued.digest}),
+        **({} if pool.known_digest is None else {"known": pool.known_digest}),
+        **({"gold_seeds": data.gold_seeds} if data.gold_seeds else {}),
         **decisive,
+        "num_seed": pool.problem.settings.num_seed,  # 0 by default where labels are known
     }
 
 

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 OF_TESTBED_FILE = ("testbed_sha256", "labels", "label_texts")
 """Settings that come from a testbed file, not from a flag."""
-OF_CONTENT = ("data_sha256", "continue_from")
+OF_CONTENT = ("data_sha256", "continue_from", "known")
 """Settings that are digests of other files."""
 
 
@@ -56,7 +56,12 @@ def check_same_run(
             differences.insert(0, f"another content of its testbed file {file} (see {folder.path}/run.json)")
         if "continue_from" in changed:
             differences.insert(0, _other_continued(known.get("continue_from"), settings.get("continue_from")))
+        if "known" in changed:
+            differences = [each for each in differences if not each.startswith("--num_seed ")]
+            differences.insert(0, _other_known(known.get("known"), settings.get("known")))
         advice = "Use the same flags, or another --run"
+        if continues and {"known"} <= set(changed) <= {"known", "num_seed"} and settings.get("known") is not None:
+            advice = f"To go on from its labels: --continue_from {folder.path.name} --run NEW"
         if "data_sha256" in changed and known.get("testbed") == settings.get("testbed"):
             differences.insert(0, f"another content of {settings['testbed']}, which has changed since")
             if set(changed) <= set(OF_CONTENT):
@@ -73,6 +78,12 @@ def _other_continued(before: str | None, now: str | None) -> str:
     if now is None:
         return "--continue_from, now without"
     return "other labels of another run (--continue_from)"
+
+
+def _other_known(before: str | None, now: str | None) -> str:
+    if before is None:
+        return "no known labels, now with some"
+    return "known labels, now without" if now is None else "other known labels"
 
 
 def may_be_renamed(known: Mapping[str, Any]) -> bool:

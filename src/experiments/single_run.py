@@ -153,9 +153,12 @@ async def label_pool(
         known = await beginning(request, labelling.api, settings, cache_share=cache_share)
         known["tokens"] = await labelling.token_record()
         known |= testbed_record(labelling.pool)
-        if labelling.pool.continued is not None:
-            known["continued_from"] = labelling.pool.continued.summary()
-        folder.write_claims(pool_rows(labelling.pool.claims, labelling.pool.problem.consistency, labelling.pool.names))
+        pool, problem = labelling.pool, labelling.pool.problem
+        if pool.continued is not None:
+            known["continued_from"] = pool.continued.summary()
+        if pool.known is not None:
+            known["known_labels"] = {"labels": problem.num_known, "from": list(pool.known.sources)}
+        folder.write_claims(pool_rows(pool.claims, problem.consistency, pool.names, problem.known))
         folder.write_run(known)
     else:
         check_same_engine(folder, known["engine"], labelling.identity)
@@ -188,12 +191,13 @@ async def label_pool(
     objective = labelling.pool.problem.objective
     model, calibration = request.model.model, calibration_in_words(settings)
     title = f"{settings['testbed']}, {model}, alpha {objective.alpha:g}, calibration {calibration}"
-    plot_curves(records, labelling.pool.gold, folder.curves_path, title, labelling.pool.names)
+    plot_curves(records, labelling.pool.gold_to_find, folder.curves_path, title, labelling.pool.names)
     warning = collapse_warning(
         state.labels, objective.prior, labelling.pool.names, calibrated=objective.calibration != "none"
     )
     if labelling.pool.problem.starts_at_random:
-        warning = random_warning(len(state.labelled), state.accepted) or warning
+        labelled = len(state.labelled) - labelling.pool.problem.num_known
+        warning = random_warning(labelled, state.accepted) or warning
     document = {
         **known,
         "finished": now(),

@@ -44,6 +44,10 @@ def print_summary(folder: RunFolder, document: Mapping[str, Any]) -> None:
     run = read_run(folder.path)
     icm, *others = results_of(run)
     print(f"  agreement with gold  {result_text(icm, run.names)}")
+    if given := result.get("known"):
+        where = " and ".join(document.get("known_labels", {}).get("from", []))
+        source = f" (from {where})" if where else ""
+        print(f"  known labels         {given}, kept{source}; the others are compared with gold")
     known = [result["icm"], result["zero_shot"], *result["predicted"].values()]
     if any(compared for _, compared in known):  # else the first line says that gold is unknown
         for row in others[:2]:

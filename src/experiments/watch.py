@@ -24,7 +24,7 @@ from src.experiments.arguments_of_reports import parser_of
 from src.icm.consistency import Label
 from src.icm.label_names import Names, names_of, read_label
 from src.results.curves import Curves, curves_of
-from src.results.run_record import IN_POOL
+from src.results.run_record import IN_POOL, KNOWN
 from src.results.tail import JournalTail, is_finished, run_document, searches_in
 from src.results.text import duration, one_line
 
@@ -206,7 +206,8 @@ def _names(folder: Path) -> Names:
 
 
 def _gold(folder: Path) -> list[Label]:
-    """Gold labels by pool position, from claims.jsonl or else labels.jsonl; empty where neither can be read."""
+    """Gold labels by pool position, from claims.jsonl or else labels.jsonl, None where the label is known; empty where
+    neither can be read."""
     names = _names(folder)
     for name in ("claims.jsonl", "labels.jsonl"):
         try:
@@ -214,7 +215,11 @@ def _gold(folder: Path) -> list[Label]:
         except (OSError, orjson.JSONDecodeError):
             continue
         if all(isinstance(row, dict) for row in rows):
-            return [read_label(row.get("gold"), names) for row in rows if row.get("by", "icm") in IN_POOL]
+            pool = [row for row in rows if row.get("by", "icm") in IN_POOL and not row.get("outside")]
+            known = [row.get("by") == KNOWN or row.get("known") is not None for row in pool]
+            return [
+                None if given else read_label(row.get("gold"), names) for row, given in zip(pool, known, strict=True)
+            ]
     return []
 
 

@@ -95,11 +95,13 @@ def propose(problem: Problem, state: SearchState) -> int:
 
 
 def proposals(problem: Problem, state: SearchState) -> tuple[int, ...]:
-    """The `best_of` different claims whose labels iteration `state.iteration` predicts."""
+    """The `best_of` different claims whose labels iteration `state.iteration` predicts; never one of a known label."""
     weights = proposal_weights(state.labels, problem.groups, state.refused)
+    if problem.known is not None:
+        weights[[claim for claim in range(problem.size) if problem.is_known(claim)]] = 0.0
     rng = generator(problem.settings.seed, Stream.STEP, state.iteration)
     share = weights / weights.sum()
-    count = min(problem.settings.best_of, problem.size)
+    count = min(problem.settings.best_of, problem.size - problem.num_known)
     if count == 1:
         return (int(rng.choice(problem.size, p=share)),)
     return tuple(rng.choice(problem.size, size=count, replace=False, p=share).tolist())
@@ -159,7 +161,8 @@ def explore(
 
     Every round takes a broken constraint of the best labeling so far and tries every assignment that it allows. The
     repair ends when nothing is broken, when every broken constraint was tried, or after consistency_fix_K rounds.
-    `known` evaluations are not asked again. Also returns how many were asked.
+    Assignments that change a known label are not tried. `known` evaluations are not asked again. Also returns how many
+    were asked.
     """
     rng = np.random.default_rng([problem.settings.seed, Stream.STEP, iteration, 1])
     worth = dict(known or {})
@@ -171,7 +174,8 @@ def explore(
         if not last:
             constraint = broken[int(rng.integers(len(broken)))]
             tried.add((best, constraint))
-            contenders += [flipped(best, changes) for changes in constraint.repairs(best, problem.num_labels)]
+            repaired = (flipped(best, changes) for changes in constraint.repairs(best, problem.num_labels))
+            contenders += [labels for labels in repaired if problem.with_known(labels) == labels]
         unknown = [labels for labels in dict.fromkeys(contenders) if labels not in worth]
         if unknown:
             evaluations = yield [Candidate(labels, start.layout) for labels in unknown]
@@ -251,7 +255,7 @@ def wants_rebuild(problem: Problem, state: SearchState) -> bool:
     if settings.max_tail is not None and state.layout.tail_length >= settings.max_tail:
         return True
     if settings.context_cap is not None or settings.local_gain:
-        return len(state.layout.questions) >= 2 * state.layout.built_with
+        return len(state.layout.questions) >= max(1, 2 * state.layout.built_with)
     return pays_to_rebuild(problem.costs, state.layout, state.spent_on_tail)
 
 
@@ -274,7 +278,7 @@ def settled(problem: Problem, state: SearchState) -> bool:
     may refuse to take in a claim that it cannot predict, and would otherwise propose it until K.
     """
     settings = problem.settings
-    if state.iteration >= settings.K:
+    if state.iteration >= settings.K or problem.num_known == problem.size:
         return True
     if settings.stop == "K" or state.unchanged < settings.patience:
         return False
@@ -290,7 +294,8 @@ def wants_mirror(problem: Problem, state: SearchState) -> bool:
     tried every time the search settles, until no swap is better.
     """
     wanted = problem.settings.mirror and not state.mirror_tried and bool(state.labelled)
-    return wanted and not state.changes_since_asked and settled(problem, state)
+    settles = wanted and not state.changes_since_asked and settled(problem, state)
+    return settles and bool(mirrors_of(problem, state.labels))
 
 
 def mirrors(labels: Labels, num_labels: int) -> tuple[Labels, ...]:
@@ -299,6 +304,25 @@ def mirrors(labels: Labels, num_labels: int) -> tuple[Labels, ...]:
     Repeated swaps reach every permutation, which cyclic shifts do not, and a model most likely confuses two labels.
     """
     return tuple(swapped(labels, one, other) for one, other in combinations(all_labels(num_labels), 2))
+
+
+def mirrors_of(problem: Problem, labels: Labels) -> tuple[Labels, ...]:
+    """The `mirrors` of a search's labels. Known labels stay as they are, so that a swap of the others may break
+    constraints with them: then as few others as possible are changed too (Problem.likeliest). A mirror that is the same
+    as `labels` is none."""
+    found = mirrors(labels, problem.num_labels)
+    if problem.known is None:
+        return found
+    turned = (_consistent(problem, problem.with_known(each)) for each in found)
+    return tuple(dict.fromkeys(each for each in turned if each != labels))
+
+
+def _consistent(problem: Problem, labels: Labels) -> Labels:
+    """The nearest labels that break no constraint; claims without a label get none."""
+    count = problem.num_labels
+    margins = [tuple(0.0 if label is None else float(label == other) for other in range(count)) for label in labels]
+    nearest = problem.likeliest(margins)
+    return tuple(None if label is None else near for label, near in zip(labels, nearest, strict=True))
 
 
 def swapped(labels: Labels, one: int, other: int) -> Labels:

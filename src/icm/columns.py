@@ -16,6 +16,8 @@ OURS: Final = ("question", "choice", "choice_2", "answer", "label", "consistency
 """Every column that is read. A testbed's template can show others."""
 OPTIONAL: Final = OURS[2:]
 """Those that a claim can do without: no error shows that one of them is misspelled."""
+KNOWN: Final = "known"
+"""A label that is known, and kept by the search: read only where --columns or a testbed file names its column."""
 LABELS_OF_A_RUN: Final = frozenset(("label", "gold", "by"))
 """Columns by which labels.jsonl and its exports are recognized."""
 LIKE_GOLD: Final = frozenset(("gold", "correct", "truth", "target", "labels", "label"))
@@ -162,5 +164,5 @@ def near_misses(columns: Sequence[str], read: Collection[str], has_gold: bool) -
 
 
 def _check_ours(flag: str, name: str) -> None:
-    if name not in OURS:
+    if name not in (*OURS, KNOWN):
         raise BadInput(f"{flag}: no column {name!r} is read{nearest(name, OURS)}")

@@ -182,28 +182,42 @@ class Consistency:
         """I(D): the number of inconsistent pairs, and of sets that must hold a true claim and are all False."""
         return sum(c.inconsistencies(labels) for c in self.constraints)
 
-    def nearest(self, margins: Sequence[Margins]) -> Labels:
-        """The labels, shape [N], that break no constraint at the smallest loss of margin.
+    def linked(self) -> list[list[int]]:
+        """The claims that constraints link, directly or through others: each set in ascending order."""
+        return list(_components(self._neighbours()))
 
-        margins: nats, shape [N, K]; with two labels that of True is enough, shape [N]. A claim loses the margin of its
-        likeliest label less that of the label it gets. Claims that constrain each other, directly or through others,
-        are decided together. Where that is at most MOST_ASSIGNMENTS assignments, all are tried. Where it is more, the
-        claims are taken one by one, the surest first, and each gets the label that breaks the fewest constraints with
-        those before it, the likeliest of equals; some constraint can stay broken.
-        """
+    def _neighbours(self) -> Mapping[int, list[Constraint]]:
+        """Every constrained claim's constraints."""
         neighbours: dict[int, list[Constraint]] = defaultdict(list)
         for constraint in self.constraints:
             for claim in constraint.claims:
                 neighbours[claim].append(constraint)
+        return neighbours
+
+    def nearest(self, margins: Sequence[Margins], known: Labels | None = None) -> Labels:
+        """The labels, shape [N], that break no constraint at the smallest loss of margin.
+
+        margins: nats, shape [N, K]; with two labels that of True is enough, shape [N]. A claim loses the margin of its
+        likeliest label less that of the label it gets. known: labels that are kept whatever the margins say, shape [N],
+        None for a claim that is free. Claims that constrain each other, directly or through others, are decided
+        together. Where that is at most MOST_ASSIGNMENTS assignments, all are tried. Where it is more, the claims are
+        taken one by one, the surest first, and each gets the label that breaks the fewest constraints with those before
+        it, the likeliest of equals; some constraint can stay broken.
+        """
+        neighbours = self._neighbours()
         gains = [_gains(each) for each in margins]
         labels = [likeliest(each) for each in gains]
+        kept = {claim: label for claim, label in enumerate(known or ()) if label is not None}
+        for claim, label in kept.items():
+            labels[claim] = label
         for members in _components(neighbours):
             held = list({id(c): c for member in members for c in neighbours[member]}.values())
             if not any(c.inconsistencies(labels) for c in held):
                 continue
-            few = len(gains[members[0]]) ** len(members) <= MOST_ASSIGNMENTS
+            free = sum(member not in kept for member in members)
+            few = len(gains[members[0]]) ** free <= MOST_ASSIGNMENTS
             decide = _decide_exactly if few else _decide_surest_first
-            for member, label in decide(members, held, gains).items():
+            for member, label in decide(members, held, gains, kept).items():
                 labels[member] = label
         return tuple(labels)
 
@@ -235,21 +249,28 @@ def _components(neighbours: Mapping[int, Sequence[Constraint]]) -> Iterator[list
 
 
 def _decide_exactly(
-    members: Sequence[int], constraints: Sequence[Constraint], gains: Sequence[Sequence[float]]
+    members: Sequence[int],
+    constraints: Sequence[Constraint],
+    gains: Sequence[Sequence[float]],
+    kept: Mapping[int, int],
 ) -> dict[int, int]:
     def worth(labels: dict[int, int]) -> tuple[int, float]:
         broken = sum(c.inconsistencies(labels) for c in constraints)
         return -broken, sum(gains[member][label] for member, label in labels.items())
 
-    assignments = product(reversed(all_labels(len(gains[members[0]]))), repeat=len(members))
+    every = tuple(reversed(all_labels(len(gains[members[0]]))))
+    assignments = product(*((kept[member],) if member in kept else every for member in members))
     return max((dict(zip(members, labels, strict=True)) for labels in assignments), key=worth)
 
 
 def _decide_surest_first(
-    members: Sequence[int], constraints: Sequence[Constraint], gains: Sequence[Sequence[float]]
+    members: Sequence[int],
+    constraints: Sequence[Constraint],
+    gains: Sequence[Sequence[float]],
+    kept: Mapping[int, int],
 ) -> dict[int, int]:
-    labels: dict[int, int] = {}
-    for member in sorted(members, key=lambda m: -max(gains[m])):
+    labels = {member: kept[member] for member in members if member in kept}
+    for member in sorted((m for m in members if m not in kept), key=lambda m: -max(gains[m])):
 
         def broken(value: int, member: int = member) -> int:
             known = dict.fromkeys(members) | labels | {member: value}

@@ -20,7 +20,7 @@ from src.icm.annealing import (
     decides_by_itself,
     flipped,
     mirror,
-    mirrors,
+    mirrors_of,
     proposals,
     rebuild,
     rebuilt_layout,
@@ -133,7 +133,7 @@ def _apply(problem: Problem, state: SearchState | None, record: Mapping[str, Any
             raise JournalMismatch(f"it mirrors at iteration {state.iteration}, where this search would not")
         if not record["accepted"]:
             return mirror(state, None)
-        found = mirrors(state.labels, problem.num_labels)
+        found = mirrors_of(problem, state.labels)
         labels = found[0] if len(found) == 1 else flipped(state.labels, read_labels(problem, record["changes"]))
         if labels not in found:
             raise JournalMismatch(f"its mirror at iteration {state.iteration} does not swap two labels")

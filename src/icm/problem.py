@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 
 from src.icm.capped_layout import CappedLayout
-from src.icm.consistency import Consistency, Labels
+from src.icm.consistency import Consistency, Labels, Margins
 from src.icm.objective import Objective
 from src.icm.planner import TokenCosts
 from src.icm.prefix_tree import Layout, TreeLayout, UpstreamLayout
@@ -37,6 +37,7 @@ class Stream(IntEnum):
     STEP = 3
     PART = 4
     LABELINGS = 5
+    KNOWN = 6
 
 
 def generator(seed: int, stream: Stream, index: int = 0) -> np.random.Generator:
@@ -116,7 +117,9 @@ class SearchSettings:
 @dataclass(frozen=True)
 class Problem:
     """What stays the same through a search: the pool's groups and constraints, the objective, the settings, and what
-    its claims cost on the server it began on. start_labels: what it starts with in place of random labels."""
+    its claims cost on the server it began on. start_labels: what it starts with in place of random labels. known:
+    labels that are given and never change, by pool position, None for a claim whose label is searched for; None where
+    no label is known."""
 
     groups: tuple[str, ...]
     consistency: Consistency
@@ -124,6 +127,7 @@ class Problem:
     settings: SearchSettings
     costs: TokenCosts = field(default_factory=TokenCosts)
     start_labels: Labels | None = None
+    known: Labels | None = None
 
     @property
     def size(self) -> int:
@@ -138,7 +142,28 @@ class Problem:
         """Whether a search that changes none of its first labels ends with random ones."""
         if self.settings.search == "bootstrapping":
             return self.settings.bootstrap_start == "random"
-        return self.settings.search == "annealing" and self.start_labels is None
+        seeded = self.known is None or self.settings.num_seed > 0
+        return self.settings.search == "annealing" and self.start_labels is None and seeded
+
+    @property
+    def num_known(self) -> int:
+        """How many labels are known."""
+        return sum(label is not None for label in self.known or ())
+
+    def is_known(self, claim: int) -> bool:
+        """Whether the claim's label is known."""
+        return self.known is not None and self.known[claim] is not None
+
+    def with_known(self, labels: Labels) -> Labels:
+        """`labels`, the known ones in place of theirs."""
+        if self.known is None:
+            return labels
+        return tuple(label if kept is None else kept for label, kept in zip(labels, self.known, strict=True))
+
+    def likeliest(self, margins: Sequence[Margins]) -> Labels:
+        """The labels, shape [N], that break no constraint at the smallest loss of margin (nats, as in
+        Consistency.nearest), the known ones kept. Every search chooses its labels here."""
+        return self.consistency.nearest(margins, self.known)
 
     def new_layout(self, labelled: Sequence[int], rebuilds: int = 0, *, labels: Labels | None = None) -> Layout:
         """A layout of `labelled`. labels: what a sample of demonstrations is balanced by, where there is a cap."""
@@ -165,21 +190,23 @@ class Problem:
 
     def seed_labels(self) -> Labels:
         """start_labels where there are any, else random ones (see random_labels) for num_seed claims; the rest None.
+        Known labels are in place of either.
 
         The claims are the first of each group in the pool's order, then the second of each, and so on: random labels
         of one group would contradict each other, and repairing them would pick the seeds by their score.
         """
         if self.start_labels is not None:
-            return self.start_labels
-        count = min(self.settings.num_seed, self.size)
+            return self.with_known(self.start_labels)
+        count = min(self.settings.num_seed, self.size - self.num_known)
         drawn = self.random_labels(count, generator(self.settings.seed, Stream.SEEDS))
         seen: Counter[str] = Counter()
         rank = []
         for claim, group in enumerate(self.groups):
             rank.append((seen[group], claim))
             seen[group] += 1
-        seeds = dict(zip((claim for _, claim in sorted(rank)), drawn, strict=False))
-        return tuple(seeds.get(claim) for claim in range(self.size))
+        free = (claim for _, claim in sorted(rank) if not self.is_known(claim))
+        seeds = dict(zip(free, drawn, strict=False))
+        return self.with_known(tuple(seeds.get(claim) for claim in range(self.size)))
 
 
 def balanced_labels(count: int, num_labels: int, rng: np.random.Generator) -> list[int]:

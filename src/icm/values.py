@@ -16,6 +16,8 @@ from src.icm.consistency import Label, Relation
 NO_ID: Final = frozenset(("nan", "<na>", "none", "null"))
 """Missing values of a table that was turned into text. As a group's name one would join unrelated claims."""
 NO_LABEL: Final = NO_ID | {"na", "n/a"}
+UNSURE: Final = "unsure"
+"""In place of a known label: what a person writes who cannot tell."""
 
 SHOWN_COLUMNS: Final = 20
 """How many columns an error message lists."""

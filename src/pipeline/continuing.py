@@ -35,7 +35,8 @@ class Continued:
 
     digest: of that pool's texts, groups and labels. labels: by position in the file's claims, in that pool's order;
     None for a claim that its search gave no label. names: of the labels. gone: claims of that pool that are not in the
-    file. regrouped: how many are in another group now.
+    file. regrouped: how many are in another group now. known: the claims (by position) whose labels that run was given;
+    they stay known.
     """
 
     run: str
@@ -45,6 +46,7 @@ class Continued:
     names: Names
     gone: tuple[LabelledClaim, ...]
     regrouped: int
+    known: frozenset[int] = frozenset()
 
     def pool(self, claims: Sequence[Claim], batch_size: int, rng: np.random.Generator) -> list[int]:
         """Positions in the file's claims: first the whole groups of those that were labelled, even beyond batch_size;
@@ -122,10 +124,13 @@ def read_continued(name: str, runs_dir: Path, testbed: Testbed, claims: Sequence
     _check(run, testbed, path)
     known = run.pool
     texts = [testbed.text(claim.fields) for claim in known]
-    if not any(claim.searched for claim in known):
+    if not any(claim.searched or claim.is_known for claim in known):
         raise BadInput(f"--continue_from {name}: {folder} holds no labels yet")
     found = _matched(known, texts, claims)
-    labels = {at: known[before].label if known[before].searched else None for before, at in found.items()}
+    labels = {
+        at: known[before].label if known[before].searched or known[before].is_known else None
+        for before, at in found.items()
+    }
     if all(label is None for label in labels.values()):
         raise BadInput(f"--continue_from {name}: none of the claims that it labelled is in {path}")
     content = [[text, claim.group, claim.label] for text, claim in zip(texts, known, strict=True)]
@@ -137,6 +142,9 @@ def read_continued(name: str, runs_dir: Path, testbed: Testbed, claims: Sequence
         names=run.names,
         gone=tuple(claim for before, claim in enumerate(known) if before not in found),
         regrouped=sum(_was_regrouped(known[before], claims[at]) for before, at in found.items()),
+        known=frozenset(
+            at for before, at in found.items() if known[before].is_known and known[before].label is not None
+        ),
     )
 
 

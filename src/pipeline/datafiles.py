@@ -9,17 +9,17 @@ from __future__ import annotations
 import ast
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from src.icm.columns import Reading
+from src.icm.columns import KNOWN, Reading
 from src.icm.consistency import Relation
 from src.icm.testbeds import TESTBEDS, BadInput, Claim, GroupedBy, Testbed, custom_testbed
 from src.icm.testbeds.pools import check_relations, grouped_by_question
-from src.icm.values import BadLabel, is_missing, listed, shown
+from src.icm.values import UNSURE, BadLabel, is_missing, listed, options_of, parse_label, shown
 from src.pipeline.data_warnings import (
     check_may_be_empty,
     meaning_of_labels,
@@ -243,6 +243,8 @@ def _claims_of(
             if row.bad is not None:
                 raise BadInput(row.bad)
             found = testbed.claims(row.fields, index, number)
+            if KNOWN in reading.columns:
+                found = _with_known(found, row.fields, testbed, reading)
         except BadInput as error:
             place = f"{path}:{row.line}:" if row.bad is not None else f"{path}:{row.line}: row {index}"
             message = f"{place} {error}"
@@ -274,6 +276,20 @@ def _claims_of(
     check_may_be_empty(testbed, rows, path)
     warn_of_odd_claims(testbed, claims, rows, path)
     return claims
+
+
+def _with_known(claims: Sequence[Claim], row: Mapping[str, Any], testbed: Testbed, reading: Reading) -> list[Claim]:
+    """The claims of a row with their known labels, written as gold ones are, or "unsure" for none."""
+    value = row.get(KNOWN)
+    if str(value).strip().casefold() == UNSURE and UNSURE not in map(str.casefold, testbed.space.names):
+        return list(claims)
+    try:
+        if claims[0].option is None:
+            return [replace(claim, known=parse_label(value, testbed.space)) for claim in claims]
+        options = options_of(row.get("choice"), value) or ()
+    except BadInput as error:
+        raise BadInput(f"in the column {reading.columns[KNOWN]}: {error}") from None
+    return [replace(claim, known=option.gold) for claim, option in zip(claims, options, strict=True)]
 
 
 def _without_lost(claims: Sequence[Claim], lost: Sequence[Row], grouped_by: GroupedBy) -> list[Claim]:

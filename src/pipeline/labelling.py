@@ -26,6 +26,7 @@ from src.icm.speculation import Pace
 from src.icm.testbeds import BadInput, Claim, ConsistencyMode, Testbed, split_pools
 from src.pipeline.continuing import Continued
 from src.pipeline.file_kinds import digest_of
+from src.pipeline.known import KnownLabels, check_known, gold_seeds, merged
 from src.pipeline.precondition import check_precondition, reference_labelings
 from src.pipeline.predictions import Prediction, predict
 from src.pipeline.scoring import PoolScorer, log_odds_of
@@ -44,7 +45,8 @@ class Pool:
     """What a run labels, known before any model is asked.
 
     rest: other claims of the file, labelled after the search. left_out: how many more are not labelled at all.
-    bad_rows: why each unusable row of the file is left out. continued: the run whose labels it starts with.
+    bad_rows: why each unusable row of the file is left out. continued: the run whose labels it starts with. known: the
+    labels that are kept, of this pool's claims and of others; the problem has those of the pool. known_digest: of them.
     """
 
     testbed: Testbed
@@ -55,6 +57,19 @@ class Pool:
     left_out: int = 0
     bad_rows: tuple[str, ...] = ()
     continued: Continued | None = None
+    known: KnownLabels | None = None
+    known_digest: str | None = None
+
+    def known_outside(self, at: int) -> Label:
+        """The known label of a claim outside the pool, by its place among all; None where it has none."""
+        if self.known is None or at < len(self.claims):
+            return None
+        return self.known.labels.get(self.rest[at - len(self.claims)].row)
+
+    @property
+    def gold_to_find(self) -> list[Label]:
+        """Gold labels of the claims whose label is not known; None for the others."""
+        return [None if self.problem.is_known(at) else claim.gold for at, claim in enumerate(self.claims)]
 
     @property
     def gold(self) -> list[Label]:
@@ -81,12 +96,15 @@ def prepare_batches(
     objective: Objective,
     settings: SearchSettings,
     continued: Continued | None = None,
+    known: KnownLabels | None = None,
+    seeds_of_gold: int = 0,
 ) -> list[Pool]:
     """`count` pools (None: as many as hold all claims) of whole groups, and their constraints, from `settings.seed`.
 
     Pools have at most batch_size claims and share none; `rest` of each are the claims that are in no pool. continued:
-    one pool, which begins with the claims that the other run labelled. Raises BadInput where a constraint or the prior
-    cannot be of the testbed's labels.
+    one pool, which begins with the claims that the other run labelled. known: labels that are kept. seeds_of_gold: how
+    many gold labels of each pool are kept, drawn by the seed. Raises BadInput where a constraint or the prior cannot be
+    of the testbed's labels, and where known labels contradict each other.
     """
     names = testbed.space.names
     if (objective.prior is not None or objective.estimate_prior) and len(names) > 2:
@@ -102,19 +120,29 @@ def prepare_batches(
     drawn = {claim.row for batch in batches for claim in batch}
     rest = tuple(claim for claim in claims if claim.row not in drawn)
     digest = digest_of(path)
+    known_digest = None if known is None else known.digest(claims)
     pools = []
-    for batch in batches:
+    for number, batch in enumerate(batches):
         constraints = testbed.consistency(batch, consistency)
         if (complaint := constraints.complaint(len(names))) is not None:
             raise BadInput(f"{path}: {complaint}")
+        drawn_gold = (
+            gold_seeds(batch, seeds_of_gold, generator(settings.seed, Stream.KNOWN, number)) if seeds_of_gold else None
+        )
+        kept = merged(known, drawn_gold)
+        labels = None if kept is None else kept.of(batch)
+        if labels is not None:
+            check_known(labels, batch, constraints, names)
         problem = Problem(
             groups=tuple(claim.group for claim in batch),
             consistency=constraints,
             objective=replace(objective, num_labels=len(names)),
             settings=settings,
             start_labels=start,
+            known=labels,
         )
-        pools.append(Pool(testbed, tuple(batch), rest, problem, digest, continued=continued))
+        pool = Pool(testbed, tuple(batch), rest, problem, digest, continued=continued)
+        pools.append(replace(pool, known=kept, known_digest=known_digest))
     return pools
 
 
@@ -263,15 +291,22 @@ class Labelling:
 
         predictions: labels that the search did not give, by what gave them (the rows' `by`).
         """
-        first, names = zero_shot.log_odds, self.pool.names
-        rows = {
-            claim: label_row(self.pool.claims[claim], state.labels[claim], log_odds, "icm", first.get(claim), names)
-            for claim, log_odds in state.evaluation.log_odds.items()
-        }
+        first, names, problem = zero_shot.log_odds, self.pool.names, self.pool.problem
+        rows = {}
+        for claim, log_odds in state.evaluation.log_odds.items():
+            by = "known" if problem.is_known(claim) else "icm"
+            rows[claim] = label_row(self.pool.claims[claim], state.labels[claim], log_odds, by, first.get(claim), names)
         claims = (*self.pool.claims, *self.pool.rest)
         for by, prediction in predictions.items():
             for claim, label in prediction.labels.items():
-                rows[claim] = label_row(claims[claim], label, prediction.log_odds[claim], by, first.get(claim), names)
+                kept = self.pool.known_outside(claim)
+                if kept is None:
+                    rows[claim] = label_row(
+                        claims[claim], label, prediction.log_odds[claim], by, first.get(claim), names
+                    )
+                else:
+                    given = label_row(claims[claim], kept, prediction.log_odds[claim], "known", None, names)
+                    rows[claim] = given | {"outside": True}
         return [rows[claim] for claim in sorted(rows)]
 
 
@@ -284,20 +319,25 @@ def result_record(
     labelling: Labelling, state: Standing, zero_shot: Prediction, predictions: Mapping[str, Prediction]
 ) -> dict[str, Any]:
     """The outcome of a run for run.json: counts, not ratios, so that tables can be made from several runs."""
-    gold = labelling.pool.gold
-    all_gold = [*gold, *(claim.gold for claim in labelling.pool.rest)]
+    problem = labelling.pool.problem
+    gold = labelling.pool.gold_to_find
+    pool = labelling.pool
+    outside = enumerate(pool.rest, start=len(pool.claims))
+    all_gold = [*gold, *(None if pool.known_outside(at) is not None else claim.gold for at, claim in outside)]
+    searched = [label for claim, label in enumerate(state.labels) if label is not None and not problem.is_known(claim)]
     return {
         "iterations": state.iteration,
         "accepted": state.accepted,
         "rebuilds": state.rebuilds,
-        "labelled": len(state.labelled),
-        **counts_of(state.labels, labelling.pool.names),
+        "labelled": len(searched),
+        **({"known": problem.num_known} if problem.known is not None else {}),
+        **counts_of(searched, labelling.pool.names),
         "U": state.evaluation.utility,
         "predictability": state.evaluation.predictability,
         "inconsistent": state.evaluation.inconsistent,
         "icm": accuracy(state.labels, gold),
         "zero_shot": zero_shot.agreement(gold),
-        "zero_shot_calibrated": zero_shot.calibrated(labelling.pool.problem.objective.prior).agreement(gold),
+        "zero_shot_calibrated": zero_shot.calibrated(problem.objective.prior).agreement(gold),
         "zero_shot_auc": zero_shot.auc(gold),
         "predicted": {by: prediction.agreement(all_gold) for by, prediction in predictions.items()},
     }

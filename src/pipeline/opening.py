@@ -6,12 +6,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import Any, Final
 
 from core.llm_api.labels import TRUE_FALSE
 from core.llm_api.types import Prompt
 from src.icm.consistency import Overview
 from src.icm.problem import Stream, generator
+from src.pipeline.known import merged
 from src.pipeline.labelling import Labelling, Pool
 from src.pipeline.precondition import random_labels
 from src.results.text import counted
@@ -39,6 +41,7 @@ def opening(
     groups = describe_groups(seen, sum(len(pool.claims) for pool in pools))
     return [
         f"data    {_claims(pools, name, batch_size)}",
+        *(f"known   {line}" for line in known_line(pools)),
         f"groups  {groups}; constraints: {describe_constraints(seen)}",
         f"model   {_engine(labelling)}",
         f"labels  {_labels(tokens)}",
@@ -106,6 +109,13 @@ def _claims(pools: Sequence[Pool], name: str, batch_size: int) -> str:
         return f"{name}: {searched} of {searched + outside} claims{batches}, the other {outside} {later}{unusable}"
     more = f" (--batch_size {batch_size}; the file has no more)" if len(pools) == 1 and batch_size > searched else ""
     return f"{name}: all {searched} claims{batches}{more}{unusable}"
+
+
+def known_line(pools: Sequence[Pool]) -> list[str]:
+    """How many labels are known and kept, and where they are from; nothing where none is."""
+    known = reduce(merged, (pool.known for pool in pools))
+    searched = [claim for pool in pools for claim in pool.claims]
+    return [] if known is None else [known.line(searched, pools[0].names, in_batches=len(pools) > 1)]
 
 
 def describe_groups(seen: Sequence[Overview], claims: int) -> str:

@@ -135,7 +135,7 @@ class SearchProgress:
             "U": f"{state.evaluation.utility:.1f}",
             "accepted": f"{state.accepted}/{state.iteration}",
         }
-        agreeing, compared = accuracy(state.labels, self._pool.gold)
+        agreeing, compared = accuracy(state.labels, self._pool.gold_to_find)
         if compared:
             shown["accuracy"] = f"{agreeing / compared:.2f}"
         if self._computed:

@@ -70,7 +70,8 @@ def cohens_kappa(pairs: Sequence[tuple[int, int]]) -> float | None:
 def paired_test(first: RunRecord, second: RunRecord) -> PairedTest:
     """McNemar's exact test of two runs' agreement with gold, two-sided; p is None where they never differ."""
     ours, theirs = labels_by_claim(first), labels_by_claim(second)
-    both = [key for key in ours.keys() & theirs.keys() if ours[key].gold is not None]
+    shared = ours.keys() & theirs.keys()
+    both = [key for key in shared if ours[key].agrees is not None and theirs[key].agrees is not None]
     only_first = sum(ours[key].agrees is True and theirs[key].agrees is False for key in both)
     only_second = sum(ours[key].agrees is False and theirs[key].agrees is True for key in both)
     p = mcnemar_exact(only_first, only_second).p if only_first or only_second else None

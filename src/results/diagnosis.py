@@ -89,11 +89,14 @@ def frozen(run: RunRecord) -> Finding:
     final = final_labels(run.journal)
     size = max(len(run.pool), len(final))
     last = max((record["iteration"] for record in steps if record["accepted"]), default=0)
-    seeds = final_labels([start])
+    given = {at for at, claim in enumerate(run.pool) if claim.is_known}
+    seeds = {claim: label for claim, label in final_labels([start]).items() if claim not in given}
     kept = sum(final.get(claim) == label for claim, label in seeds.items())
-    text = (
-        f"{len(final)} of {size} claims were taken in; the last change was iteration {last} of {len(steps)}. "
+    text = f"{len(final)} of {size} claims were taken in; the last change was iteration {last} of {len(steps)}. "
+    text += (
         f"{kept} of {len(seeds)} labels of the random start were kept."
+        if seeds or not given
+        else f"It started with {counted(len(given), 'known label')}, none of them random."
     )
     details = []
     refused = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from src.icm.consistency import Consistency, Label
+from src.icm.consistency import Consistency, Label, Labels
 from src.icm.label_names import TRUE_FALSE_NAMES, Names, written_label, written_odds
 from src.icm.objective import LogOdds
 from src.icm.testbeds import Claim
@@ -37,8 +37,8 @@ def label_row(
 ) -> dict[str, Any]:
     """One line of labels.jsonl. log_odds and zero_shot (without demonstrations, where it was asked) in nats.
 
-    by: "icm" for a label of the search, else how it was predicted. names: of the labels; a line holds names, or true
-    and false where those are the labels (see label_names).
+    by: "icm" for a label of the search, "known" for one that was given, else how it was predicted. names: of the
+    labels; a line holds names, or true and false where those are the labels (see label_names).
     """
     without_demonstrations = {} if zero_shot is None else written_odds(zero_shot, names, "zero_shot")
     given = {"label": written_label(label, names), **written_odds(log_odds, names), **without_demonstrations}
@@ -46,13 +46,19 @@ def label_row(
 
 
 def pool_rows(
-    claims: Sequence[Claim], consistency: Consistency, names: Names = TRUE_FALSE_NAMES
+    claims: Sequence[Claim],
+    consistency: Consistency,
+    names: Names = TRUE_FALSE_NAMES,
+    known: Labels | None = None,
 ) -> list[dict[str, Any]]:
     """The lines of claims.jsonl: the pool in its order, each constraint at its first claim as [position, relation].
 
-    A constraint between more than two claims has more positions.
+    A constraint between more than two claims has more positions. A known label is a line's "known".
     """
     rows = [claim_row(claim) | {"gold": written_label(claim.gold, names), "constraints": []} for claim in claims]
+    for row, label in zip(rows, known or (), strict=False):
+        if label is not None:
+            row["known"] = written_label(label, names)
     for constraint in consistency.constraints:
         first, *others = constraint.claims
         rows[first]["constraints"].append([*others, constraint.relation.value])

@@ -19,7 +19,7 @@ from src.icm.consistency import Constraint, Relation
 from src.icm.label_names import Names, names_of, read_label, read_odds
 from src.icm.testbeds import BadInput
 from src.results.rows import ABSTAINED, labelled_row
-from src.results.run_record import LabelledClaim, RunRecord, with_journal_labels
+from src.results.run_record import KNOWN, LabelledClaim, RunRecord, with_journal_labels
 from src.results.run_schema import RunDocument, first_complaint, journal_line
 
 BASELINES = "baselines.json"
@@ -237,10 +237,11 @@ def _claim(row: dict[str, Any], names: Names) -> LabelledClaim:
         label=read_label(row.get("label"), names),
         log_odds=read_odds(row, names),
         gold=read_label(row.get("gold"), names),
-        by=str(row.get("by", "icm")),
+        by=str(row.get("by", "icm" if row.get("known") is None else KNOWN)),
         zero_shot=read_odds(row, names, "zero_shot"),
         shown=_shown(row.get("shown")),
         abstained=abstained,
+        outside=row.get("outside") is True,
     )
 
 

@@ -20,7 +20,8 @@ from src.icm.testbeds import TESTBEDS, Testbed, recorded_testbed
 
 SEARCHED = ("icm", "vote")  # `by` of a label that a search gave, or the majority of several
 PROPOSALS = ("step", "evaluation")  # events of a journal that may change labels and are counted as iterations
-IN_POOL = (*SEARCHED, "predicted")  # `by` of a label that belongs to a claim of the pool
+KNOWN = "known"  # `by` of a label that was given and kept
+IN_POOL = (*SEARCHED, "predicted", KNOWN)  # `by` of a label that belongs to a claim of the pool, unless it is `outside`
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +30,9 @@ class LabelledClaim:
 
     log_odds: final leave-one-out log-odds, nats. zero_shot: log-odds without demonstrations, nats. Both None if
     unknown. by: "icm" for a label of the search, "vote" for the majority of several, "predicted" for a claim of the
-    pool that the search did not take in, else what gave the label. row: index in the data file. shown: what else its
-    testbed's template shows, by placeholder. abstained: whether the label is not to be handed over (see doubt).
+    pool that the search did not take in, "known" for a label that was given and kept, else what gave the label. row:
+    index in the data file. shown: what else its testbed's template shows, by placeholder. abstained: whether the label
+    is not to be handed over (see doubt). outside: whether it is a known label of a claim outside the pool.
     """
 
     row: int
@@ -45,6 +47,7 @@ class LabelledClaim:
     zero_shot: LogOdds | None = None
     shown: tuple[tuple[str, str], ...] = ()
     abstained: bool = False
+    outside: bool = False
 
     @property
     def fields(self) -> dict[str, str]:
@@ -63,7 +66,12 @@ class LabelledClaim:
 
     @property
     def in_pool(self) -> bool:
-        return self.by in IN_POOL
+        return self.by in IN_POOL and not self.outside
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the label was given, and kept by the search."""
+        return self.by == KNOWN
 
     @property
     def searched(self) -> bool:
@@ -71,9 +79,14 @@ class LabelledClaim:
         return self.label is not None and self.by in SEARCHED
 
     @property
+    def gold_to_find(self) -> Label:
+        """The gold label; None where the label was known, so that there is nothing to compare."""
+        return None if self.is_known else self.gold
+
+    @property
     def agrees(self) -> bool | None:
-        """Whether the label is the gold one; None where either is missing."""
-        return None if self.label is None or self.gold is None else self.label == self.gold
+        """Whether the label is the gold one; None where either is missing, and where the label was known."""
+        return None if self.label is None or self.gold_to_find is None else self.label == self.gold
 
 
 @dataclass(frozen=True)
@@ -131,15 +144,16 @@ class RunRecord:
 
     @property
     def gold(self) -> list[Label]:
-        """Gold labels by pool position."""
-        return [claim.gold for claim in self.pool]
+        """Gold labels by pool position; None where the label was known, so that there is nothing to compare."""
+        return [claim.gold_to_find for claim in self.pool]
 
     @cached_property
     def offset(self) -> LogOdds:
         """The offset of the final log-odds, nats: 0 unless calibrated."""
         if self.settings.get("calibrate") != "mean":
             return no_offset(self.num_labels)
-        known = [claim.log_odds for claim in self.pool if claim.searched and claim.log_odds is not None]
+        shown = (claim for claim in self.pool if claim.searched or claim.is_known)
+        known = [claim.log_odds for claim in shown if claim.log_odds is not None]
         return calibration_offset(known, "mean", self.prior, self.num_labels)
 
     def margins(self, claim: LabelledClaim) -> tuple[float, ...] | None:
@@ -256,7 +270,10 @@ def with_journal_labels(claims: Sequence[LabelledClaim], journal: Sequence[Mappi
     """`claims` (the pool, in its order) labelled as the journal leaves them: a run that is not finished."""
     labels = final_labels(journal)
     scores = final_scores(journal)
-    return [replace(claim, label=labels.get(at), log_odds=scores.get(at), by="icm") for at, claim in enumerate(claims)]
+    return [
+        replace(claim, label=labels.get(at), log_odds=scores.get(at), by=KNOWN if claim.is_known else "icm")
+        for at, claim in enumerate(claims)
+    ]
 
 
 def probability(log_odds: float) -> float:

@@ -152,8 +152,10 @@ def _tiles(run: RunRecord) -> list[Tile]:
         )
     labelled = sum(claim.searched for claim in run.claims)
     counts = describe_counts(counts_of((claim.label for claim in run.claims if claim.searched), run.names))
+    known = sum(claim.is_known for claim in run.pool)
     if run.pool:
-        tiles.append(Tile("labelled by the search", whole(labelled), f"of {len(run.pool)} in the pool; {counts}"))
+        more = f"; {known} more are known" if known else ""
+        tiles.append(Tile("labelled by the search", whole(labelled), f"of {len(run.pool)} in the pool; {counts}{more}"))
     if without := sum(claim.abstained for claim in run.claims):
         given = sum(claim.label is not None for claim in run.claims)
         tiles.append(Tile("labels handed over", whole(given - without), f"of {given}; the others are too doubtful"))

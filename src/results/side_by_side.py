@@ -113,7 +113,8 @@ def _by_class(run: RunRecord, row: ResultRow | None) -> dict[str, str]:
 
 def _labelled(run: RunRecord) -> str:
     count = sum(claim.searched for claim in run.claims)
-    return f"{count} of {len(run.pool)}"
+    known = sum(claim.is_known for claim in run.pool)
+    return f"{count} of {len(run.pool)}" + (f", {known} known" if known else "")
 
 
 def _costs(runs: Sequence[RunRecord], prices: PriceFile | None) -> list[list[str]]:

@@ -82,11 +82,11 @@ def _pairs(run: RunRecord) -> dict[str, Pairs]:
     found: dict[str, list[tuple[Label, Label]]] = {"ICM": [], "zero-shot": [], "zero-shot, calibrated": []}
     for claim in run.claims:
         if claim.searched or run.result is None:
-            found["ICM"].append((claim.label, claim.gold))
+            found["ICM"].append((claim.label, claim.gold_to_find))
         else:
             found.setdefault(claim.by, []).append((claim.label, claim.gold))
     for search in run.searches:
-        known = [(claim.zero_shot, claim.gold) for claim in search.pool if claim.zero_shot is not None]
+        known = [(claim.zero_shot, claim.gold_to_find) for claim in search.pool if claim.zero_shot is not None]
         scores = [score for score, _ in known]
         calibrated = calibration_offset(scores, "mean", search.prior, run.num_labels)
         for title, offset in {"zero-shot": no_offset(run.num_labels), "zero-shot, calibrated": calibrated}.items():
@@ -101,8 +101,10 @@ def _rows(run: RunRecord) -> list[ResultRow]:
         return [ResultRow("ICM", "labels so far", sum(known), len(known))]
     result = run.result
     offset = "its mean" if run.prior is None else run.offset_in_words
+    num_known = sum(claim.is_known for claim in run.pool)
+    more = f"; {num_known} known labels are not counted" if num_known else ""
     rows = [
-        ResultRow("ICM", "claims that the search labelled", *_counts(result.get("icm"))),
+        ResultRow("ICM", f"claims that the search labelled{more}", *_counts(result.get("icm"))),
         ResultRow("zero-shot", "the pool, without demonstrations", *_counts(result.get("zero_shot"))),
         ResultRow("zero-shot, calibrated", f"the same against {offset}", *_counts(result.get("zero_shot_calibrated"))),
     ]

@@ -25,6 +25,7 @@ AT_ONCE = [
     "--prompts_per_request 8 / --no-use_vllm",
     "--lookahead 4 / --best_of 4",
     "--prior 0.9 / --calibrate none",
+    "--gold_seeds 4 / --known answers.csv",
     "--lookahead 4 / --search bootstrapping",
     "--lookahead 4 / --search gibbs",
     "--continue_from other / --search bootstrapping",

@@ -20,10 +20,10 @@ PARTS: tuple[type[Any], ...] = (
 )
 NOT_FLAGS = {
     *("data", "model", "search", "objective", "parts", "output", "doubt", "contradiction", "flags"),
-    *("base_url", "told"),
+    *("base_url", "told", "seeds_by_default"),
 }
-"""Fields of RunRequest and its parts that no flag has the name of, base_url and told being of the library; --data,
---model and --search are fields of its parts."""
+"""Fields of RunRequest and its parts that no flag has the name of, base_url and told being of the library,
+seeds_by_default what --num_seed leaves open; --data, --model and --search are fields of its parts."""
 
 
 def request_of(*flags: str) -> RunRequest:
@@ -42,6 +42,13 @@ def test_without_flags_every_part_is_at_its_defaults() -> None:
     assert parts == (DataRequest(), ModelRequest(), SearchSettings(), PartsRequest(), OutputRequest())
     assert request.objective == Objective(30.0)
     assert not request.parts.several
+
+
+def test_random_seeds_are_asked_for_or_a_default() -> None:
+    assert (request_of().seeds_by_default, request_of().search.num_seed) == (True, 8)
+    asked = request_of("--num_seed", "8")
+    assert (asked.seeds_by_default, asked.search.num_seed) == (False, 8)
+    assert request_of().recorded_flags()["num_seed"] == asked.recorded_flags()["num_seed"] == 8
 
 
 def test_flags_are_recorded_as_they_were_given() -> None:

@@ -21,7 +21,7 @@ from src.icm.annealing import (
     finished,
     local_evaluation,
     mirror,
-    mirrors,
+    mirrors_of,
     predicted_label,
     proposal,
     proposals,
@@ -51,7 +51,7 @@ async def run(problem: Problem, ask: Ask, journal: Journal) -> SearchState:
         await journal.write(start_record(state), state)
     while not finished(problem, state):
         if wants_mirror(problem, state):
-            turned = mirrors(state.labels, problem.num_labels)
+            turned = mirrors_of(problem, state.labels)
             worth = await ask.evaluate([Candidate(labels, state.layout) for labels in turned], Intent(state))
             labels, evaluation = max(zip(turned, worth, strict=True), key=lambda each: each[1].utility)
             accepted = evaluation.utility > state.evaluation.utility

@@ -1,7 +1,11 @@
 """Ascent: labels of the whole pool, improved block by block from several starts; the best start climbs on in U.
 
 Every start labels all claims: one as the model does without demonstrations (against the mean of its log-odds), the
-others at random. Where the search goes on from another run's labels, these take the place of the first.
+others at random. Where the search goes on from another run's labels, these take the place of the first. Known labels
+(Problem.known) are those of every start, and none is ever changed. A search that goes on from labels of the whole pool
+to take in known ones begins with step 3: the run before had its starts and sweeps, and questions about labels that did
+not change were all answered there. Where the known ones are the labels that it had anyway, it leaves out the mirrors,
+too.
 
 1. *Sweeps.* The pool's questions stand in four blocks, as its layout orders them: in a tree each is a subtree. A sweep
    asks one block after the other and gives the pool the likeliest consistent labels before the next block is asked
@@ -15,7 +19,7 @@ others at random. Where the search goes on from another run's labels, these take
 3. *Climbing.* U of these labels is evaluated. Then groups of claims whose labels are not the likeliest take those that
    are, the ones that gain most first: half of such groups at once; half as many again where U did not rise, half as
    many more where it did. Only what raises U of the whole pool is kept.
-4. *Mirrors.* Two labels swapped everywhere is a second basin (annealing.mirrors); it is entered where U is higher.
+4. *Mirrors.* Two labels swapped everywhere is a second basin (annealing.mirrors_of); it is entered where U is higher.
 
 A change is judged on parts of its questions: the claims whose labels change, where they are few, and then block after
 block of the others. Where the answers so far say that U falls, with a probability of error of about `ascent_error` over
@@ -40,7 +44,7 @@ from typing import Final
 
 import numpy as np
 
-from src.icm.annealing import mirrors
+from src.icm.annealing import mirrors_of
 from src.icm.consistency import Labels
 from src.icm.objective import Evaluation, LogOdds, calibration_offset, margins_of
 from src.icm.prefix_tree import Layout
@@ -97,8 +101,8 @@ async def search(problem: Problem, ask: Ask, journal: Journal, *, together: bool
     best = await _best_start(climb, first)
     [evaluation] = await asked.evaluate([Candidate(best.labels, layout)])
     labels, evaluation = await climb.up(best.labels, evaluation)
-    if problem.settings.mirror:
-        for turned in mirrors(labels, problem.num_labels):
+    if problem.settings.mirror and not _only_confirms(problem):
+        for turned in mirrors_of(problem, labels):
             if problem.num_labels > 2 and not climb.may_ask:
                 break  # of K labels there are K (K - 1) / 2
             higher = await climb.judge(turned, labels, evaluation)
@@ -109,31 +113,33 @@ async def search(problem: Problem, ask: Ask, journal: Journal, *, together: bool
 
 async def own_labels(problem: Problem, ask: Ask) -> Labels:
     """The model's own labels, against the mean of its log-odds; where the search goes on from another one's, those."""
-    given = problem.start_labels
+    given = None if problem.start_labels is None else problem.with_known(problem.start_labels)
     if given is not None and None not in given:
-        return problem.consistency.nearest([_held(label, problem.num_labels) for label in given])
+        return problem.likeliest([_held(label, problem.num_labels) for label in given])
     answers = await ask.zero_shot()
     offset = calibration_offset(answers, "mean", problem.objective.prior, problem.num_labels)
     margins = [margins_of(each, offset) for each in answers]
     for claim, label in enumerate(given or ()):
         if label is not None:
             margins[claim] = _held(label, problem.num_labels)
-    return problem.consistency.nearest(margins)
+    return problem.likeliest(margins)
 
 
 def random_labels(problem: Problem, number: int) -> Labels:
-    """Consistent labels of start `number`: those of margins drawn at random."""
+    """Consistent labels of start `number`: those of margins drawn at random, and the known ones."""
     rng = generator(problem.settings.seed, Stream.SEEDS, number + 2)  # 0 to 2 draw other labels
     margins = rng.standard_normal((problem.size, problem.num_labels))
     if problem.prior_of_starts is not None:
         # The difference of two standard normal margins has a standard deviation of the square root of 2.
         margins[:, 1] += sqrt(2) * NormalDist().inv_cdf(problem.prior_of_starts)
-    return problem.consistency.nearest([tuple(each) for each in margins.tolist()])
+    return problem.likeliest([tuple(each) for each in margins.tolist()])
 
 
 async def _best_start(climb: Climb, first: Labels) -> Chain:
     """The start that is left when all others were dropped, swept until nothing changes."""
     problem = climb.problem
+    if _was_searched(problem):
+        return Chain(first)
     settings = problem.settings
     chains = await climb.sweep([Chain(first)])
     if not chains[0].fixed:
@@ -144,6 +150,18 @@ async def _best_start(climb: Climb, first: Labels) -> Chain:
         swept = iter(await climb.sweep_while_allowed([each for each in chains if not each.fixed]))
         chains = [each if each.fixed else next(swept, each) for each in chains]
     return max(chains, key=climb.estimate)
+
+
+def _was_searched(problem: Problem) -> bool:
+    """Whether it only takes in known labels: another search has found the labels of all other claims, from starts of
+    its own."""
+    return problem.known is not None and None not in problem.with_known(problem.start_labels or (None,) * problem.size)
+
+
+def _only_confirms(problem: Problem) -> bool:
+    """Whether all labels that it takes in are those that the other search had found, which has tried its mirrors."""
+    start = problem.start_labels
+    return start is not None and _was_searched(problem) and problem.with_known(start) == start
 
 
 class Climb:
@@ -202,7 +220,7 @@ class Climb:
     def _likeliest(self, labels: Labels, answers: Answers) -> Labels:
         """The likeliest consistent labels; claims without an answer keep theirs where they can."""
         offset = self.problem.objective.offset(list(answers.values()))
-        return self.problem.consistency.nearest(
+        return self.problem.likeliest(
             [
                 margins_of(answers[claim], offset) if claim in answers else _held(label, self.problem.num_labels)
                 for claim, label in enumerate(labels)

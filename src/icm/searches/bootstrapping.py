@@ -44,11 +44,11 @@ async def _first_labels(problem: Problem, ask: Ask) -> Labels:
     if problem.settings.bootstrap_start == "zero-shot":
         return likeliest_consistent(problem, await ask.zero_shot())
     rng = generator(problem.settings.seed, Stream.SEEDS, 2)
-    return tuple(problem.random_labels(problem.size, rng))
+    return problem.with_known(tuple(problem.random_labels(problem.size, rng)))
 
 
 def likeliest_consistent(problem: Problem, log_odds: Sequence[LogOdds]) -> Labels:
     """The labels that these log-odds (nats, of every claim) say against the objective's offset, and that break no
-    constraint."""
+    constraint, the known ones kept."""
     offset = problem.objective.offset(log_odds)
-    return problem.consistency.nearest([margins_of(value, offset) for value in log_odds])
+    return problem.likeliest([margins_of(value, offset) for value in log_odds])

@@ -27,8 +27,9 @@ sweep then computes each edge once, in as many requests as there are groups.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
+from math import prod
 from typing import Final
 
 import numpy as np
@@ -73,6 +74,7 @@ class Sampler:
     def __init__(self, problem: Problem, asked: RecordedAsk, labels: Labels) -> None:
         self.problem = problem
         self._asked = asked
+        self._known = problem.known or (None,) * problem.size
         settings = problem.settings
         if settings.layout == "tree" and settings.context_cap is None:
             rng = generator(settings.seed, Stream.LAYOUT, 1)
@@ -87,7 +89,9 @@ class Sampler:
         for claims in self.layout.in_turn:
             answers = await self._asked.predict(claims, Candidate(labels, self.layout))
             gains = {claim: gains_of(value, offset) for claim, value in zip(claims, answers, strict=True)}
-            drawn = draw(gains, [c for c in constraints if c.claims[0] in gains], temperature, rng)
+            held = [c for c in constraints if c.claims[0] in gains]
+            known = {claim: label for claim in claims if (label := self._known[claim]) is not None}
+            drawn = draw(gains, held, temperature, rng, known)
             labels = tuple(drawn.get(claim, label) for claim, label in enumerate(labels))
         return labels
 
@@ -103,24 +107,28 @@ def draw(
     constraints: Sequence[Constraint],
     temperature: float,
     rng: np.random.Generator,
+    known: Mapping[int, int] | None = None,
 ) -> dict[int, int]:
     """Labels of the claims in `gains`, drawn with probability proportional to exp(sum of their gains / temperature)
     among those that break as few of `constraints` as can be; at temperature 0 the likeliest of these.
 
     Claims that constrain each other, directly or through others, are drawn together. Where they have more than
     MOST_ASSIGNMENTS assignments they are drawn one after another in random order, each among the labels that break the
-    fewest constraints with those before it.
+    fewest constraints with those before it. known: labels that are kept, by claim.
     """
+    kept = known or {}
     found: dict[int, int] = {}
     for claims in linked(list(gains), constraints):
         held = [c for c in constraints if c.claims[0] in claims]
         count = len(gains[claims[0]])
-        if count ** len(claims) <= MOST_ASSIGNMENTS:
-            options = [dict(zip(claims, each, strict=True)) for each in product(all_labels(count), repeat=len(claims))]
+        choices = [(kept[claim],) if claim in kept else all_labels(count) for claim in claims]
+        if prod(map(len, choices)) <= MOST_ASSIGNMENTS:
+            options = [dict(zip(claims, each, strict=True)) for each in product(*choices)]
             found |= _one_of(options, held, gains, temperature, rng)
             continue
-        drawn: dict[int, int] = {}
-        for claim in [claims[at] for at in rng.permutation(len(claims)).tolist()]:
+        drawn = {claim: kept[claim] for claim in claims if claim in kept}
+        free = [claim for claim in claims if claim not in kept]
+        for claim in [free[at] for at in rng.permutation(len(free)).tolist()]:
             drawn = _one_of([drawn | {claim: label} for label in all_labels(count)], held, gains, temperature, rng)
         found |= drawn
     return found

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from core.llm_api.labels import TRUE_FALSE, LabelSpace
-from src.icm.columns import OURS, GroupedBy, Reading, as_written, nearest
+from src.icm.columns import KNOWN, OURS, GroupedBy, Reading, as_written, nearest
 from src.icm.prompts import SEPARATOR
 from src.icm.testbeds.rules import OF_ANY_LABELS, PUBLISHED, RULES, SETS
 from src.icm.testbeds.testbed import Testbed, column_of, label_space, pieces
@@ -76,7 +76,7 @@ class Definition(BaseModel):
         columns = (*(each for each in OURS if each in named), *(each for each in named if each not in OURS))
         for key, names in (("columns", self.columns), ("map", self.map)):
             for ours in names:
-                if ours not in OURS and ours not in columns:
+                if ours not in OURS and ours not in columns and ours != KNOWN:
                     raise BadInput(f"{key}: no column {ours!r} is read{nearest(ours, [*OURS, *columns])}")
         theirs = list(self.columns.values())
         twice = next((each for each in theirs if theirs.count(each) > 1), None)

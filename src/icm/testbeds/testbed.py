@@ -37,7 +37,8 @@ class Claim:
     gold: the label to report agreement with; never seen by the search. row: its number among the file's claims. of_row:
     the index of its row in the file, the same number unless rows before it list several options. option: its place
     among the options of its row, None where the row is one claim. relation: what must hold in its whole group, or
-    between the options of its row. shown: what else its template shows, by placeholder.
+    between the options of its row. shown: what else its template shows, by placeholder. known: the label that a column
+    of the data gives it, for the search to keep.
     """
 
     text: str
@@ -52,6 +53,7 @@ class Claim:
     relation: Relation | None = None
     option: int | None = None
     shown: tuple[tuple[str, str], ...] = ()
+    known: Label = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,11 +18,13 @@ from src.pipeline.baselines.trial import Trial
 @dataclass(frozen=True, slots=True)
 class Baseline:
     """module: where `run` is. title: what tables call the row. needs_chat: cannot be run without a chat model.
-    on_request: run only where it is named, because it costs several times as much as the others."""
+    needs_known: has no meaning without known labels. on_request: run only where it is named, because it costs several
+    times as much as the others."""
 
     module: str
     title: str
     needs_chat: bool = False
+    needs_known: bool = False
     on_request: bool = False
 
 
@@ -30,6 +32,7 @@ BASELINES: Final[Mapping[str, Baseline]] = {
     "zero-shot": Baseline("src.pipeline.baselines.zero_shot", "zero-shot"),
     "zero-shot-calibrated": Baseline("src.pipeline.baselines.zero_shot", "zero-shot, calibrated"),
     "zero-shot-chat": Baseline("src.pipeline.baselines.chat", "zero-shot, chat model", needs_chat=True),
+    "few-shot-known": Baseline("src.pipeline.baselines.few_shot", "few-shot, known labels", needs_known=True),
     "many-shot-random": Baseline("src.pipeline.baselines.many_shot", "many-shot, random labels"),
     "many-shot-flipped": Baseline("src.pipeline.baselines.many_shot", "many-shot, flipped labels"),
     "many-shot-gold": Baseline("src.pipeline.baselines.many_shot", "many-shot, gold labels"),

@@ -1,4 +1,7 @@
-"""Many-shot with given labels as demonstrations: gold, gold with every label changed, or random."""
+"""Many-shot with given labels as demonstrations: gold, gold with every label changed, or random.
+
+Known labels are among the demonstrations of each.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,8 @@ async def run(trial: Trial) -> RowResult:
     """The pool is predicted leave-one-out: the given labels themselves would say nothing."""
     gold = tuple(trial.labelling.pool.gold)
     labels = {
-        "many-shot-gold": gold,
-        "many-shot-flipped": next_labels(gold, trial.problem.num_labels),
+        "many-shot-gold": trial.problem.with_known(gold),
+        "many-shot-flipped": trial.problem.with_known(next_labels(gold, trial.problem.num_labels)),
         "many-shot-random": trial.random_labels(),
     }[trial.row]
     spending = trial.spending()

@@ -105,18 +105,18 @@ class Trial:
         return self.problem.new_layout(self.pool_claims)
 
     def random_labels(self, restart: int = 0) -> Labels:
-        """Equally many of each label, shuffled by the pool's seed and `restart`."""
+        """Equally many of each label, shuffled by the pool's seed and `restart`; then the known ones in their place."""
         rng = generator(self.problem.settings.seed, Stream.SEEDS, 2 + restart)
         size, num_labels = len(self.pool_claims), self.problem.num_labels
         if num_labels == 2:
             even = np.array([position < size // 2 for position in range(size)])
         else:
             even = np.arange(size) % num_labels
-        return tuple(rng.permutation(even).tolist())
+        return self.problem.with_known(tuple(rng.permutation(even).tolist()))
 
     def in_order(self, labels: Mapping[int, int]) -> Labels:
-        """Labels of the whole pool, by position."""
-        return tuple(labels[claim] for claim in self.pool_claims)
+        """Labels of the whole pool, by position, the known ones as they are known."""
+        return self.problem.with_known(tuple(labels[claim] for claim in self.pool_claims))
 
     def spending(self, stats: ScoreStats | None = None) -> Spending:
         """Counts what the model is asked from now on; with `stats`, what another one is."""
@@ -144,8 +144,14 @@ class Trial:
         return HeldOut(predicted, evaluation.utility)
 
     def result(self, pool: Prediction, held_out: HeldOut, cost: Cost) -> RowResult:
-        """The row. cost: of labelling the pool."""
-        return RowResult(self.row, self._answers(pool), self._answers(held_out.prediction), held_out.utility, cost)
+        """The row. cost: of labelling the pool. Of the pool it has the claims whose label is not known: only these are
+        compared, also in rows that have no use for known labels."""
+        answers = tuple(
+            answer
+            for position, answer in zip(sorted(pool.labels), self._answers(pool), strict=True)
+            if not self.problem.is_known(position)
+        )
+        return RowResult(self.row, answers, self._answers(held_out.prediction), held_out.utility, cost)
 
     def _answers(self, prediction: Prediction) -> tuple[Answer, ...]:
         claims = (*self.labelling.pool.claims, *self.labelling.pool.rest)

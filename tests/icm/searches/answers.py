@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 import pytest
 
-from src.icm.consistency import Consistency, Relation
+from src.icm.consistency import Consistency, Labels, Relation
 from src.icm.objective import Evaluation, LogOdds, Objective
 from src.icm.problem import Candidate, Problem, SearchSettings
 from src.icm.searches.seam import Ask, Found, Journal, Questions, Record, Standing
@@ -88,13 +88,15 @@ class Lines:
         return [*self.records, *map(orjson.loads, map(orjson.dumps, self.written))]
 
 
-def make_problem(size: int = 12, num_labels: int = 2, calibration: Any = "none", **settings: Any) -> Problem:
+def make_problem(
+    size: int = 12, num_labels: int = 2, calibration: Any = "none", known: Labels | None = None, **settings: Any
+) -> Problem:
     """Claims in pairs of which exactly one is true, or, of more than two labels, which are not alike."""
     groups = tuple(str(claim // 2) for claim in range(size))
     relation = Relation.EXACTLY_ONE if num_labels == 2 else Relation.DIFFERENT
     consistency = Consistency.of_groups(groups, lambda i, j: relation)
     objective = Objective(10.0, calibration, num_labels=num_labels)
-    return Problem(groups, consistency, objective, SearchSettings(**({"seed": 5} | settings)))
+    return Problem(groups, consistency, objective, SearchSettings(**({"seed": 5} | settings)), known=known)
 
 
 async def check_stops_anywhere(
