@@ -24,6 +24,7 @@ from src.icm.testbeds import BadInput, Claim, Testbed
 from src.icm.testbeds.testbed import TEXTS, column_of, pieces
 from src.icm.values import UNSURE, is_missing, listed, parse_label, shown
 from src.pipeline.file_kinds import Row, read_rows
+from src.results.exports import spreadsheet_text
 from src.results.text import counted
 
 
@@ -167,7 +168,8 @@ class _ClaimsByName:
         self._columns = tuple(dict.fromkeys(map(column_of, shown_by_template)))
         self._by_text: dict[tuple[str, ...], list[Claim]] = defaultdict(list)
         for claim in claims:
-            self._by_text[tuple(_folded(_text(claim, column)) for column in self._columns)].append(claim)
+            for written in _as_written_by([_text(claim, column) for column in self._columns]):
+                self._by_text[written].append(claim)
 
     def named(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """A row under our names: those of the data's columns, of a file that this project wrote, or as they are."""
@@ -197,7 +199,7 @@ class _ClaimsByName:
             first, last = min(self._by_row), max(self._by_row)
             raise BadInput(f"names row {number}, and {self._data} has no claim of that row (from {first} to {last})")
         for name, text in texts.items():
-            if _folded(_text(claim, name)) != text:
+            if (text,) not in _as_written_by([_text(claim, name)]):
                 raise BadInput(
                     f"names row {number} with the {name} {shown(text)}, which in {self._data} has "
                     f"{shown(_folded(_text(claim, name)))}: that file has changed, or another one is meant. Without "
@@ -215,7 +217,10 @@ def _label(fields: Mapping[str, Any], testbed: Testbed, reading: Reading) -> Lab
     if text == UNSURE and text not in names:
         return None
     meant = reading.values.get("label", {}).get(text, value)
-    return parse_label(meant, testbed.space)
+    # Names that a spreadsheet would take for a formula, as this project's CSV files write them.
+    cells = {name: spreadsheet_text(name) for name in testbed.space.names}
+    of_cell = {cell.strip().casefold(): name for name, cell in cells.items() if cell != name}
+    return parse_label(of_cell.get(text, meant), testbed.space)
 
 
 def _text(claim: Claim, column: str) -> str:
@@ -228,6 +233,11 @@ def _text(claim: Claim, column: str) -> str:
             "answer": claim.answer or "",
         }[column]
     return " | ".join(text for placeholder, text in claim.shown if column_of(placeholder) == column)
+
+
+def _as_written_by(texts: Sequence[str]) -> set[tuple[str, ...]]:
+    """A claim's texts as a file may have them: as they are, and as this project's CSV files write them."""
+    return {tuple(map(_folded, texts)), tuple(_folded(spreadsheet_text(text)) for text in texts)}
 
 
 def _folded(value: object) -> str:

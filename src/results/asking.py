@@ -28,8 +28,6 @@ from src.results.run_record import LabelledClaim, RunRecord
 from src.results.text import counted
 
 By = Literal["margin", "disagreement", "leverage", "all", "random"]
-KNOWN: Final = "known"
-"""`by` of a label that was given, not found."""
 HELD: Final = 1e6
 """Nats by which a known label is held, and the label found is ruled out where another one is tried."""
 SAME_LABELING: Final = 0.5
@@ -95,7 +93,7 @@ class _Measured:
 def doubts_of(run: RunRecord, others: Sequence[RunRecord] = ()) -> Doubts:
     """Every claim of the pool that is not known, in the run's order. others: runs that labelled the same claims."""
     pool = {claim.row: claim for claim in run.pool if claim.row >= 0}  # of a damaged line no row is known
-    known = tuple(claim for claim in run.claims if claim.by == KNOWN)
+    known = tuple(claim for claim in run.claims if claim.is_known)
     beside = Counter(claim.group for claim in known)
     found = {row: claim.label for row, claim in pool.items()}
     given = {claim.row: claim.label for claim in known}

@@ -10,9 +10,9 @@ from typing import Any, Final
 from src.icm.label_names import written_label
 from src.icm.testbeds import BadInput
 from src.icm.testbeds.testbed import pieces
-from src.results.asking import KNOWN, Doubt, reason
+from src.results.asking import Doubt, reason
 from src.results.handover import csv_line
-from src.results.run_record import LabelledClaim, RunRecord
+from src.results.run_record import KNOWN, LabelledClaim, RunRecord
 from src.results.side_by_side import Grid
 from src.results.text import number, one_line, visible
 

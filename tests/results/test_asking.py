@@ -150,6 +150,22 @@ def test_other_runs_count_and_inverted_ones_do_not() -> None:
     assert by_row(record)[0].disagreement is None
 
 
+def test_known_claims_are_not_asked_and_what_follows_from_them_is_settled() -> None:
+    one_true = [Constraint((0, 1, 2), Relation.EXACTLY_ONE), Constraint((3, 4, 5), Relation.EXACTLY_ONE)]
+    claims = [
+        *(claim(0, True, 0.1, "g", by="known"), claim(1, False, -0.1, "g"), claim(2, False, -0.2, "g")),
+        *(claim(3, False, 0.1, "h", by="known"), claim(4, True, 0.3, "h"), claim(5, False, -0.2, "h")),
+        claim(6, True, 0.5),
+    ]
+    record = run(*claims, constraints=one_true)
+    doubts = doubts_of(record)
+    assert [doubt.claim.row for doubt in doubts.found] == [4, 5, 6]
+    assert [one.row for one in doubts.settled] == [1, 2]
+    assert [one.row for one in doubts.known] == [0, 3]
+    # A group of which something is known waits for those of which nothing is.
+    assert [doubt.claim.row for doubt in choose(doubts.found, 3, "margin")] == [6, 5, 4]
+
+
 def test_the_least_sure_come_first_and_groups_take_turns() -> None:
     claims = [claim(at, True, float(at + 1), "g" if at < 3 else None) for at in range(6)]
     doubts = doubts_of(run(*claims)).found

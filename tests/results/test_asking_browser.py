@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 
+from src.icm.columns import Reading
+from src.pipeline.datafiles import load_data_file
+from src.pipeline.known import read_known
 from src.results.asking import choose, doubts_of
 from src.results.asking_view import Sheet, sheet_of
 from src.results.page import render_asking
@@ -73,6 +76,25 @@ async def test_ten_claims_are_answered_by_keyboard(browser: Any, tmp_path: Path)
     assert content == b"\xef\xbb\xbf" + expected.encode()
     assert seen.complaints == []
     assert not [url for url in seen.requests if not url.startswith(("file:", "blob:", "data:"))]
+
+
+async def test_what_the_page_saves_is_read_as_known_labels(browser: Any, tmp_path: Path) -> None:
+    texts = [text.replace("\ud800", "") for text in ATTACKS] + ["=1+1", "مرحبا", 'two\nlines, "quoted"']
+    data = tmp_path / "claims.jsonl"
+    rows = [{"question": text, "choice": f"{text} {at}"} for at, text in enumerate([*texts, *["plain"] * 9])]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sheet, page = made(tmp_path, 10, claims=rows, labels=HALF[:20], log_odds=ODDS[:20])
+    seen = await opened(browser, tmp_path / "answers.html", page)
+    for key in "12u12u1212":
+        await seen.page.keyboard.press(key)
+    file = tmp_path / "answers.csv"
+    file.write_bytes(await saved(seen))
+    testbed, claims, path = load_data_file(data)
+    found = read_known(file, testbed, claims, path, Reading())
+    asked = [int(card.row) for card in sheet.cards]
+    given = [True, False, None, True, False, None, True, False, True, False]
+    assert dict(found.labels) == {row: label for row, label in zip(asked, given, strict=True) if label is not None}
+    assert len(asked) == 10
 
 
 async def test_without_an_answer_the_file_is_the_one_that_was_written(browser: Any, tmp_path: Path) -> None:
