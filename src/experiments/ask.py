@@ -17,6 +17,7 @@ import argparse
 import ast
 import csv
 import io
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -164,7 +165,13 @@ def _next_command(folder: Path, run: RunRecord, path: Path) -> str:
     flags = orjson.loads((folder / "run.json").read_bytes()).get("flags")
     words = _words(flags) if isinstance(flags, dict) and "testbed" in flags else ["FLAGS-OF-THE-RUN"]
     on = [] if run.parts else ["--continue_from", str(folder)]
-    return shlex.join(["icm", "label", *words, *on, "--known", str(path), "--run", f"{folder.resolve().name}-known"])
+    return shlex.join(["icm", "label", *words, *on, "--known", str(path), "--run", _next_name(folder.resolve().name)])
+
+
+def _next_name(name: str) -> str:
+    """Of the run that goes on: mine-known after mine, then mine-known2, and so on."""
+    before = re.fullmatch(r"(.*-known)(\d*)", name)
+    return f"{before[1]}{int(before[2] or 1) + 1}" if before else f"{name}-known"
 
 
 def _words(flags: Mapping[str, Any]) -> list[str]:

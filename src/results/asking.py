@@ -129,8 +129,13 @@ def doubts_of(run: RunRecord, others: Sequence[RunRecord] = ()) -> Doubts:
 
 def choose(doubts: Sequence[Doubt], count: int, by: By, seed: int = 0) -> list[Doubt]:
     """The `count` claims to ask about, the least sure first. A second claim of a group comes after the first of every
-    other group: the answer to one says something of the others. seed: of "random"."""
-    order = _by_random(doubts, seed) if by == "random" else sorted(doubts, key=_order(doubts, by))
+    other group: the answer to one says something of the others.
+
+    seed: of "random", which is a plain draw without turns, so that the claims are a sample of all.
+    """
+    if by == "random":
+        return _by_random(doubts, seed)[:count]
+    order = sorted(doubts, key=_order(doubts, by))
     seen: Counter[str] = Counter()
     turns = []
     for doubt in order:
@@ -151,6 +156,8 @@ def reason(doubt: Doubt, doubts: Sequence[Doubt]) -> str:
         change = "raise" if doubt.leverage > 0 else "lower"
         more = f" and change {counted(doubt.follow, 'more label')} of its group" if doubt.follow else ""
         parts.append(f"another label would {change} U by {abs(doubt.leverage):.2f}{more}")
+    if doubt.claim.abstained:
+        parts.append("its label is not handed over (--abstain)")
     return "; ".join(parts)
 
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import json
+import os
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fakes.vllm_server import FakeVLLM
 from src.experiments.ask import TITLE
 from src.experiments.commands import main
+from tests.experiments.test_landscape import learns_from_context, write_claims
 from tests.results.test_page import ATTACKS
 from tests.run_examples import write_run
 
+ROOT = Path(__file__).resolve().parents[2]
 HALF = [at % 2 == 0 for at in range(20)]
 ODDS = [(1 + at / 10) * (1 if label else -1) for at, label in enumerate(HALF)]
 
@@ -142,3 +149,49 @@ def test_bad_flags_get_one_line(run: Path, flags: list[str], capsys: pytest.Capt
         main(["ask", str(run), *flags])
     assert stopped.value.code == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+async def test_the_printed_command_goes_on_with_the_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Label, ask, answer, go on with the command that was printed, ask again: what is known stays known."""
+    data = write_claims(tmp_path / "claims.jsonl")
+    flags = ["--model", "fake-8b", "--batch_size", "16", "--alpha", "50", "--calibrate", "mean", "--search", "ascent"]
+    async with FakeVLLM(log_odds=learns_from_context) as server:
+
+        async def icm(*words: str) -> str:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "src.experiments.commands", *words),
+                cwd=ROOT,
+                env={**os.environ, "VLLM_BASE_URL": server.url, "ICM_SECRETS": os.devnull},
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+            )
+            out, err = await process.communicate()
+            assert process.returncode == 0, err.decode()
+            return out.decode()
+
+        runs = ["--runs_dir", str(tmp_path / "runs"), "--quiet"]
+        await icm("label", "--data", str(data), *flags, *runs, "--run", "first")
+        first = tmp_path / "runs" / "first"
+        assert main(["ask", str(first), "-n", "3"]) == 0
+        then = shlex.split(capsys.readouterr().out.partition("  then  ")[2])
+        file = first / "answers.csv"
+        asked = [row["row"] for row in rows(file)]
+        answers = dict(zip(asked, ["True", "unsure", "False"], strict=True))
+        text = file.read_text(encoding="utf-8-sig")
+        for row, label in answers.items():
+            text = text.replace(f'\n{row},""', f'\n{row},"{label}"')
+        file.write_text(text, encoding="utf-8-sig")
+        assert then[:2] == ["icm", "label"]
+        told = await icm(*then[1:])
+    assert "known labels         2, kept (from answers.csv" in told
+    second = tmp_path / "runs" / "first-known"
+    found = {str(row["row"]): row for row in map(json.loads, (second / "labels.jsonl").read_text().splitlines())}
+    known = {row: found[row]["label"] for row in found if found[row]["by"] == "known"}
+    assert known == {asked[0]: True, asked[2]: False}
+    assert main(["ask", str(second), "-n", "16"]) == 0
+    again = {row["row"]: row["label"] for row in rows(second / "answers.csv")}
+    assert {row: label for row, label in again.items() if label} == {asked[0]: "True", asked[2]: "False"}
+    assert set(list(again)[-2:]) == set(known)
+    told = capsys.readouterr().out
+    assert "2 known labels not asked for; they stand at the end of the file" in told
+    assert told.rstrip().endswith("--run first-known2")

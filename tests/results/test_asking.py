@@ -192,6 +192,13 @@ def test_random_depends_on_the_seed_alone() -> None:
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def test_a_random_choice_takes_no_turns() -> None:
+    """Of two groups of ten, three claims are of both as often as drawing says: 1 - 2 * C(10, 3) / C(20, 3) = 0.79."""
+    doubts = doubts_of(run(*(claim(at, True, float(at), f"g{at % 2}") for at in range(20)))).found
+    drawn = [{doubt.claim.group for doubt in choose(doubts, 3, "random", seed)} for seed in range(1000)]
+    assert sum(len(groups) == 2 for groups in drawn) / 1000 == pytest.approx(0.79, abs=0.04)
+
+
 def test_a_reason_says_what_is_unsure() -> None:
     one_true = [Constraint((0, 1), Relation.EXACTLY_ONE)]
     claims = [claim(0, True, -0.5, "g"), claim(1, False, -2.0, "g"), claim(2, True, 3.0)]
@@ -202,6 +209,9 @@ def test_a_reason_says_what_is_unsure() -> None:
         "journal say another label; another label would lower U by 50.00 and change 1 more label of its group"
     )
     assert reason(Doubt(claim(9, None, None)), doubts) == "no label yet"
+    assert reason(Doubt(claim(9, True, None, abstained=True)), doubts).endswith(
+        "its label is not handed over (--abstain)"
+    )
 
 
 def test_batches_and_passes_are_put_together() -> None:
