@@ -14,17 +14,18 @@ from src.icm.testbeds import BadInput
 Trainer = Literal["trl", "axolotl"]
 
 
-def axolotl_rows(rows: Iterable[Mapping[str, str]], bos: str) -> Iterator[dict[str, Any]]:
+def axolotl_rows(rows: Iterable[Mapping[str, Any]], bos: str) -> Iterator[dict[str, Any]]:
     """prompt and completion as axolotl's input_output segments: the label alone is learnt.
 
-    axolotl adds no token to segments, so the prompt begins with `bos`.
+    axolotl adds no token to segments, so the prompt begins with `bos`. It drops all columns beside `segments`.
     """
     for row in rows:
         yield {
             "segments": [
                 {"label": False, "text": bos + row["prompt"]},
                 {"label": True, "text": row["completion"]},
-            ]
+            ],
+            **{name: value for name, value in row.items() if name not in ("prompt", "completion")},
         }
 
 

@@ -21,6 +21,7 @@ if __package__ in (None, ""):  # run as a script, from any folder, without an in
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from src.experiments.arguments import (
+    AddedUp,
     Parser,
     add_choice_of_search,
     add_search_arguments,
@@ -32,11 +33,11 @@ from src.experiments.contradictions import refuse
 from src.experiments.doubting import add_doubt_arguments, check_wanted, write_doubt
 from src.experiments.loading import pool_of, print_continuing, warn_of_leaks
 from src.experiments.parts import run_parts
-from src.experiments.request import OutputRequest, PartsRequest, RunRequest
+from src.experiments.request import TRACKERS, OutputRequest, PartsRequest, RunRequest
 from src.experiments.resumable import run_resumable
 from src.experiments.run_settings import as_begun, run_name, settings_of
 from src.experiments.same_run import check_readable, check_same_run, may_be_renamed
-from src.experiments.single_run import label_pool, model_api_of, print_opening
+from src.experiments.single_run import check_log_to, label_pool, log_finished, model_api_of, print_opening
 from src.experiments.summary import print_summary, say_shown_again
 from src.icm.problem import SearchSettings
 from src.pipeline.labelling import Labelling
@@ -116,6 +117,15 @@ def build_parser() -> Parser:
         metavar="PORT",
         help="serve a single search's metrics for Prometheus at http://127.0.0.1:PORT/metrics (docs/monitoring.md)",
     )
+    run.add_argument(
+        "--log_to",
+        nargs="+",
+        action=AddedUp,
+        choices=TRACKERS,
+        default=output.log_to,
+        help="log the run while it is searched to these tools, by their own packages: Weights & Biases (offline unless "
+        "WANDB_MODE says otherwise), MLflow, TensorBoard (docs/handover.md)",
+    )
     return parser
 
 
@@ -149,6 +159,7 @@ async def label(request: RunRequest) -> RunFolder | None:
 
     The library (icm/) calls it, too.
     """
+    check_log_to(request)
     if request.parts.several:
         return await run_parts(request)
     pool = pool_of(request)
@@ -168,6 +179,7 @@ async def label(request: RunRequest) -> RunFolder | None:
             if request.output.told:
                 say_shown_again(known)
                 print_summary(folder, known)
+            log_finished(request, folder)
             return folder
     else:
         refuse(request.contradiction)

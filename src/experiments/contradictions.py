@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
 from typing import Any, Final
 
+from src.experiments.request import TRACKERS
 from src.icm.problem import SearchSettings
 from src.icm.searches import search_named
 from src.icm.testbeds import BadInput
@@ -104,6 +105,7 @@ RULES: Final = (
         if flag not in _OF_EVERY_SEARCH
     ),
     Rule("is_complete", "check", "one looks at a run, the other measures a pool", _always),
+    Rule("log_to", "check", "one logs a run, the other measures a pool", lambda a: a.check),
     Rule("metrics_port", "num_batches", "of several searches none has the port", lambda a: a.num_batches != 1),
     Rule("metrics_port", "passes", "of several searches none has the port", lambda a: a.passes != 1),
     Rule("chat_url", "chat_model", "no chat model is asked", lambda a: a.chat_model is None, by_default=True),
@@ -117,6 +119,10 @@ RULES: Final = (
     *(
         Rule(flag, "abstain", "it says how the other is kept", lambda a: a.abstain is None, by_default=True)
         for flag in ("abstain_on", "abstain_labels")
+    ),
+    *(
+        Rule(flag, "format", "the whole run is logged, not its labels alone", lambda a: a.format in TRACKERS)
+        for flag in ("only", "least", "abstain", "abstain_below")
     ),
     Rule("pairs", "format", "only dpo writes pairs", lambda a: a.format != "dpo", by_default=True),
     Rule("bos", "format", "only axolotl's rows hold that token", lambda a: a.format != "axolotl", by_default=True),

@@ -5,9 +5,13 @@
 
 jsonl: one claim a line, as `icm label --data` reads it. csv: for spreadsheets; no cell can act as a formula. datasets:
 a folder that Hugging Face's load_dataset reads. dpo: prompt, chosen, rejected. sft: prompt and completion, for
-fine-tuning. axolotl: the same as its input_output segments. docs/recipes.md says how each is used.
+fine-tuning. axolotl: the same as its input_output segments. Beside the last three stands FILE.provenance.json: model,
+settings, U, and what gave the labels. docs/recipes.md says how each is used.
 
 --abstain leaves claims without a label that are too likely to be wrong; the last three leave such claims out.
+
+wandb, mlflow, tensorboard: log the run to that tool, as --log_to of icm label does while it is searched. More in
+docs/handover.md.
 """
 
 from __future__ import annotations
@@ -22,10 +26,12 @@ from typing import get_args
 from core.errors import StorageFailed
 from src.experiments.arguments_of_reports import parser_of, print_error
 from src.experiments.doubting import add_doubt_arguments, say_doubt, wanted_of
+from src.experiments.request import TRACKERS
 from src.icm.testbeds import BadInput
 from src.results.doubt import doubt_of, with_doubt
 from src.results.exports import Only, Pairs, chosen_claims, plain_rows, preference_pairs, training_rows
 from src.results.handover import write_csv, write_dataset, write_jsonl
+from src.results.provenance import beside, write_provenance
 from src.results.run_reader import is_baselines, read_run
 from src.results.run_record import RunRecord
 
@@ -45,8 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The command's flags."""
     parser = parser_of("icm export", __doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, as in runs/NAME")
-    parser.add_argument("--format", choices=list(NAMES), default="jsonl", help="what to write (default: jsonl)")
-    parser.add_argument("-o", "--output", type=Path, metavar="PATH", help="file (datasets: folder); default: in RUN")
+    parser.add_argument("--format", choices=[*NAMES, *TRACKERS], default="jsonl", help="what to write (default: jsonl)")
+    parser.add_argument("-o", "--output", type=Path, metavar="PATH", help="file, or folder; default: in RUN")
     parser.add_argument(
         "--only", choices=get_args(Only), default="all", help="search: leave out labels that the search did not give"
     )
@@ -67,12 +73,14 @@ def _nats(text: str) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 written, 2 no such run, nothing to write, or a file that cannot be written."""
+    """Exit codes: 0 written, 1 a tool failed, 2 no such run, nothing to write, or a file that cannot be written."""
     args = build_parser().parse_args(arguments)
-    path = args.output or args.run / NAMES[args.format]
+    path = args.output or args.run / NAMES.get(args.format, "")
     try:
         if is_baselines(args.run):
             raise BadInput(f"{args.run}: is a table of baselines; name one of its runs, as in {args.run}/seed-1")
+        if args.format in TRACKERS:
+            return _log_run(args, read_run(args.run))
         run, wanted = read_run(args.run), wanted_of(args)
         if wanted:
             doubt = doubt_of(run, wanted)
@@ -83,6 +91,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return print_error(error, path)
     print(f"{path}: {written}")
     return 0
+
+
+def _log_run(args: argparse.Namespace, run: RunRecord) -> int:
+    """Log the run to a tool; returns the exit code: 1 where the tool failed, which it said."""
+    from contrib.tracking.tracking import track_files  # an extra: imported only where it is asked for
+
+    if not any(part.journal for part in run.searches):
+        raise BadInput(f"{args.run}: has no journal to log")
+    places = track_files(args.format, args.run, run, args.output)
+    print("\n".join(places))
+    return 0 if len(places) == len(run.searches) else 1
 
 
 def _export(args: argparse.Namespace, run: RunRecord, path: Path) -> str:
@@ -104,6 +123,7 @@ def _export(args: argparse.Namespace, run: RunRecord, path: Path) -> str:
         if not found.pairs:
             raise BadInput(f"{args.run}: no question has both a True and a False claim: there is no pair to write")
         write_jsonl(path, found.pairs)
+        write_provenance(beside(path), run, claims)
         return (
             f"{len(found.pairs):,} pairs; {found.unpaired:,} claims had no partner, "
             f"{found.contradicting:,} pairs contradicted themselves{rest}"
@@ -114,10 +134,12 @@ def _export(args: argparse.Namespace, run: RunRecord, path: Path) -> str:
         write_dataset(path, run, claims)
     elif args.format == "sft":
         write_jsonl(path, training_rows(run, claims))
+        write_provenance(beside(path), run, claims)
     elif args.format == "axolotl":
         from contrib.training import axolotl_rows  # an extra: imported only where it is asked for
 
         write_jsonl(path, axolotl_rows(training_rows(run, claims), args.bos))
+        write_provenance(beside(path), run, claims)
     else:
         write_jsonl(path, plain_rows(run, claims))
     return f"{len(claims):,} claims{rest}"

@@ -21,7 +21,15 @@ from src.experiments.loading import bad_rows_record, pools_of, warn_of_leaks
 from src.experiments.request import PLANNED_AT_ONCE, RunRequest
 from src.experiments.run_settings import as_begun, run_name, settings_of
 from src.experiments.same_run import check_readable, check_same_engine, check_same_run, may_be_renamed
-from src.experiments.single_run import COSTS, beginning, model_api_of, print_opening, read_or_label, testbed_record
+from src.experiments.single_run import (
+    COSTS,
+    beginning,
+    log_finished,
+    model_api_of,
+    print_opening,
+    read_or_label,
+    testbed_record,
+)
 from src.experiments.summary import print_summary, say_shown_again
 from src.icm.label_names import counts_of, read_label
 from src.icm.problem import part_seed
@@ -68,6 +76,7 @@ async def run_parts(request: RunRequest) -> RunFolder | None:
             if request.output.told:
                 say_shown_again(known)
                 print_summary(folder, known)
+            log_finished(request, folder)
             return folder
     else:
         refuse(request.contradiction)

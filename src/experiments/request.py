@@ -22,6 +22,8 @@ from src.results.doubt import Wanted
 Plain = str | int | float | bool | None
 PLANNED_AT_ONCE: Final = 4
 """Searches assumed to share the server's KV cache, however many run: plans decide scores (see planner)."""
+TRACKERS: Final = ("wandb", "mlflow", "tensorboard")
+"""The tools of contrib/tracking, which is imported only where one of them is asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,8 @@ class PartsRequest:
 
 @dataclass(frozen=True, slots=True)
 class OutputRequest:
-    """Where a run is kept, and what it shows while it runs. run: None for a name made from the settings.
+    """Where a run is kept, and what it shows while it runs. run: None for a name made from the settings. log_to: the
+    tools that it is logged to (contrib/tracking).
 
     told: whether its opening and its summary are printed; the library, which has no flag for it, gives them back.
     """
@@ -105,6 +108,7 @@ class OutputRequest:
     quiet: bool = False
     metrics_port: int | None = None
     told: bool = True
+    log_to: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)

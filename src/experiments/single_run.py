@@ -21,7 +21,7 @@ from src.experiments.same_run import (
     check_same_tokens,
     may_be_renamed,
 )
-from src.icm.searches.seam import Standing
+from src.icm.searches.seam import Record, Standing
 from src.pipeline.labelling import Labelling, Pool, result_record
 from src.pipeline.opening import example_prompt, opening, prompt_line, prompt_lines
 from src.pipeline.prior_estimate import with_prior
@@ -31,6 +31,7 @@ from src.results.messages import calibration_in_words, changes_objective, collap
 from src.results.plots import plot_curves
 from src.results.rows import pool_rows
 from src.results.run_folder import RunFolder, environment, now
+from src.results.run_reader import read_run
 
 COSTS = (
     *("asked", "from_cache", "asked_ahead", "ahead_used"),
@@ -147,8 +148,59 @@ async def label_pool(
     """Begin the run or go on with it, label the rest if asked, write the results; returns the finished run.json.
 
     known: the run.json of a run to resume, None for a new one. progress: shows every step; None: a new progress bar.
-    cache_share: how many runs share the server's KV cache.
+    cache_share: how many runs share the server's KV cache. Logs the run to the tools of --log_to.
     """
+    names = request.output.log_to
+    if not names:
+        return await _label_pool(request, labelling, folder, settings, known, progress, cache_share)
+    from contrib.tracking.tracking import tracked  # an extra: imported only where it is asked for
+
+    with tracked(names, folder.path, request.output.runs_dir) as tracking:
+        document = await _label_pool(
+            request, labelling, folder, settings, known, progress, cache_share, tracking.update
+        )
+        tracking.finish()
+        await tracking.settle()
+    if not request.output.quiet:
+        say_where(tracking.where)
+    return document
+
+
+def say_where(places: Sequence[str]) -> None:
+    """Print where a run can be looked at in the tools that it was logged to."""
+    for place in places:
+        print(f"to look at the run: {place}", file=sys.stderr, flush=True)
+
+
+def check_log_to(request: RunRequest) -> None:
+    """Raises BadInput where a tool of --log_to is not installed."""
+    if request.output.log_to:
+        from contrib.tracking.tracker import check_installed
+
+        check_installed(request.output.log_to)
+
+
+def log_finished(request: RunRequest, folder: RunFolder) -> None:
+    """Log a run that is finished already to the tools of --log_to."""
+    if request.output.log_to:
+        from contrib.tracking.tracking import track_files
+
+        run = read_run(folder.path)
+        for name in request.output.log_to:
+            say_where(track_files(name, folder.path, run, None))
+
+
+async def _label_pool(
+    request: RunRequest,
+    labelling: Labelling,
+    folder: RunFolder,
+    settings: Mapping[str, Any],
+    known: dict[str, Any] | None,
+    progress: Progress | None,
+    cache_share: int,
+    also: OnRecord | None = None,
+) -> dict[str, Any]:
+    """See label_pool. also: called with every new line of the journal, too."""
     if known is None:
         known = await beginning(request, labelling.api, settings, cache_share=cache_share)
         known["tokens"] = await labelling.token_record()
@@ -174,7 +226,7 @@ async def label_pool(
     port = request.output.metrics_port if progress is None else None
     with (
         progress or SearchProgress(labelling.pool, request.output.quiet) as shown,
-        _published(port, labelling, folder.path.name, shown.update) as on_record,
+        _published(port, labelling, folder.path.name, _both(shown.update, also)) as on_record,
     ):
         state = await labelling.search(folder, on_record, _lookahead(request, labelling.api.capabilities))
     records = folder.read_log()
@@ -229,6 +281,17 @@ async def beginning(
         "environment": environment(),
         "started": now(),
     }
+
+
+def _both(first: OnRecord, second: OnRecord | None) -> OnRecord:
+    if second is None:
+        return first
+
+    def on_record(state: Standing, record: Record) -> None:
+        first(state, record)
+        second(state, record)
+
+    return on_record
 
 
 def _published(

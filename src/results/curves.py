@@ -39,57 +39,75 @@ class Curves:
     mirrors: list[int] = field(default_factory=list)
 
 
-def curves_of(records: Iterable[Mapping[str, Any]], gold: Sequence[Label]) -> Curves:
-    """The curves of a journal. gold: by pool position; shorter or empty where it is not known."""
-    drawn = Curves()
-    labels: dict[int, int] = {}
-    counts: Counter[int] = Counter()
-    two = True
-    agreeing = compared = 0
-    changed: deque[bool] = deque(maxlen=WINDOW)
-    tokens: deque[tuple[float, float]] = deque(maxlen=RECENT)
-    seconds: deque[float] = deque(maxlen=RECENT)
-    inconsistent: int | None = None
-    for record in records:
+class CurvesSoFar:
+    """The curves of a journal whose lines come one after another. gold: by pool position; shorter or empty where it is
+    not known."""
+
+    def __init__(self, gold: Sequence[Label]) -> None:
+        self.curves = Curves()
+        self._gold = gold
+        self._labels: dict[int, int] = {}
+        self._counts: Counter[int] = Counter()
+        self._two = True
+        self._agreeing = self._compared = 0
+        self._changed: deque[bool] = deque(maxlen=WINDOW)
+        self._tokens: deque[tuple[float, float]] = deque(maxlen=RECENT)
+        self._seconds: deque[float] = deque(maxlen=RECENT)
+        self._inconsistent: int | None = None
+
+    def add(self, record: Mapping[str, Any]) -> bool:
+        """Draw one line; False where it is not drawn, because there is no U yet."""
         event, iteration = record["event"], int(record.get("iteration", 0))
+        drawn = self.curves
         if event in ("start", "evaluation"):
-            two = record.get("num_labels", 2) == 2
+            self._two = record.get("num_labels", 2) == 2
         if event == "rebuild":
             drawn.rebuilds.append(iteration)
         if event == "mirror":
             drawn.mirrors.append(iteration)
-        changes = changes_in(record)
-        if event == "evaluation" and changes:
-            labels, counts, agreeing, compared = {}, Counter(), 0, 0
-        for key, value in changes.items():
-            claim, label = int(key), bool(value) if two else value
-            known = gold[claim] if claim < len(gold) else None
-            before = labels.get(claim)
-            counts[label] += 1
-            if before is not None:
-                counts[before] -= 1
-            if known is not None:
-                agreeing += (label == known) - (before == known)
-                compared += before is None
-            labels[claim] = label
-        if event == "questions" and not labels:
-            continue  # before the first evaluation there is no U
+        self._change(event, changes_in(record))
+        if event == "questions" and not self._labels:
+            return False  # before the first evaluation there is no U
         if event in PROPOSALS:
-            changed.append(bool(record["accepted"]))
-            inconsistent = record.get("inconsistent", inconsistent)
+            self._changed.append(bool(record["accepted"]))
+            self._inconsistent = record.get("inconsistent", self._inconsistent)
         if record.get("tokens_cached") is not None and record.get("tokens_computed") is not None:
-            tokens.append((record["tokens_cached"], record["tokens_computed"]))
+            self._tokens.append((record["tokens_cached"], record["tokens_computed"]))
         if record.get("seconds") is not None:
-            seconds.append(record["seconds"])
-        sent = sum(cached + computed for cached, computed in tokens)
+            self._seconds.append(record["seconds"])
+        sent = sum(cached + computed for cached, computed in self._tokens)
+        counts, labelled = self._counts, len(self._labels)
         drawn.iteration.append(iteration + (event == "step"))
         drawn.utility.append(float(record["U"]))
-        drawn.accuracy.append(agreeing / compared if compared else None)
+        drawn.accuracy.append(self._agreeing / self._compared if self._compared else None)
         drawn.temperature.append(record.get("T"))
-        drawn.acceptance.append(sum(changed) / len(changed) if changed else None)
-        drawn.labelled.append(len(labels))
-        drawn.balance.append((counts[1] if two else max(counts.values())) / len(labels) if labels else None)
-        drawn.inconsistent.append(inconsistent)
-        drawn.hit_rate.append(sum(cached for cached, _ in tokens) / sent if sent else None)
-        drawn.seconds.append(sum(seconds) / len(seconds) if seconds else None)
-    return drawn
+        drawn.acceptance.append(sum(self._changed) / len(self._changed) if self._changed else None)
+        drawn.labelled.append(labelled)
+        drawn.balance.append((counts[1] if self._two else max(counts.values())) / labelled if labelled else None)
+        drawn.inconsistent.append(self._inconsistent)
+        drawn.hit_rate.append(sum(cached for cached, _ in self._tokens) / sent if sent else None)
+        drawn.seconds.append(sum(self._seconds) / len(self._seconds) if self._seconds else None)
+        return True
+
+    def _change(self, event: str, changes: Mapping[Any, Any]) -> None:
+        if event == "evaluation" and changes:
+            self._labels, self._counts, self._agreeing, self._compared = {}, Counter(), 0, 0
+        for key, value in changes.items():
+            claim, label = int(key), bool(value) if self._two else value
+            known = self._gold[claim] if claim < len(self._gold) else None
+            before = self._labels.get(claim)
+            self._counts[label] += 1
+            if before is not None:
+                self._counts[before] -= 1
+            if known is not None:
+                self._agreeing += (label == known) - (before == known)
+                self._compared += before is None
+            self._labels[claim] = label
+
+
+def curves_of(records: Iterable[Mapping[str, Any]], gold: Sequence[Label]) -> Curves:
+    """The curves of a journal. gold: by pool position; shorter or empty where it is not known."""
+    drawing = CurvesSoFar(gold)
+    for record in records:
+        drawing.add(record)
+    return drawing.curves

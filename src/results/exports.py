@@ -99,7 +99,7 @@ def _probability(run: RunRecord, claim: LabelledClaim) -> float | None:
 
 
 def preference_pairs(run: RunRecord, claims: Sequence[LabelledClaim], pairs: Pairs = "best") -> PairCount:
-    """prompt, chosen, rejected, and the margin in nats between the two.
+    """prompt, chosen, rejected, and the margin in nats between the two; then what trainers do not read, see _pair.
 
     For comparisons the better answer is chosen; both orders of a pair make one row, or none if they contradict each
     other. For single claims a True one is chosen over a False one of the same question: the pair with the largest
@@ -109,14 +109,31 @@ def preference_pairs(run: RunRecord, claims: Sequence[LabelledClaim], pairs: Pai
         raise BadInput(
             f"preference pairs are made of True and False; the labels of this run are {', '.join(run.names)}"
         )
-    return _of_comparisons(run, claims) if run.compares else _of_claims(claims, pairs)
+    return _of_comparisons(run, claims) if run.compares else _of_claims(run, claims, pairs)
 
 
-def training_rows(run: RunRecord, claims: Iterable[LabelledClaim]) -> Iterator[dict[str, str]]:
-    """prompt and completion: the question as the run asked it, and its label word."""
+def dataset_rows(run: RunRecord, claims: Iterable[LabelledClaim]) -> Iterator[dict[str, Any]]:
+    """`plain_rows` with the run's name, for rows of several runs that are put together."""
+    for row in plain_rows(run, claims):
+        yield {**row, "run": mended(run.name)}
+
+
+def training_rows(run: RunRecord, claims: Iterable[LabelledClaim]) -> Iterator[dict[str, Any]]:
+    """prompt and completion: the question as the run asked it, and its label word.
+
+    Behind them stands what trainers do not read: P of the label, what gave it, its row in the data, the run.
+    """
     testbed = run.asked_by
     for claim in claims:
-        yield {"prompt": mended(testbed.text(claim.fields)), "completion": run.texts[claim.label or 0]}
+        margins, label = run.margins(claim), claim.label or 0
+        yield {
+            "prompt": mended(testbed.text(claim.fields)),
+            "completion": run.texts[label],
+            "probability": None if margins is None else probability(margins[label]),
+            "by": claim.by,
+            "row": claim.row,
+            "run": mended(run.name),
+        }
 
 
 def spreadsheet_cell(text: str) -> str:
@@ -143,7 +160,7 @@ def mended(text: str) -> str:
 
 
 def _of_comparisons(run: RunRecord, claims: Sequence[LabelledClaim]) -> PairCount:
-    found: dict[tuple[str, str, str], tuple[float | None, str]] = {}
+    found: dict[tuple[str, str, str], LabelledClaim] = {}
     contradicting: set[frozenset[tuple[str, str, str]]] = set()
     unpaired = 0
     for claim in claims:
@@ -153,17 +170,17 @@ def _of_comparisons(run: RunRecord, claims: Sequence[LabelledClaim]) -> PairCoun
         chosen, rejected = (claim.choice, claim.choice_2) if claim.label else (claim.choice_2, claim.choice)
         if (claim.question, rejected, chosen) in found:
             contradicting.add(frozenset(((claim.question, rejected, chosen), (claim.question, chosen, rejected))))
-        found.setdefault((claim.question, chosen, rejected), (run.sureness(claim), claim.group))
+        found.setdefault((claim.question, chosen, rejected), claim)
     dropped = {key for both in contradicting for key in both}
     rows = [
-        _pair(question, chosen, rejected, margin, group)
-        for (question, chosen, rejected), (margin, group) in found.items()
+        _pair(run, question, (chosen, claim), (rejected, claim), run.sureness(claim))
+        for (question, chosen, rejected), claim in found.items()
         if (question, chosen, rejected) not in dropped
     ]
     return PairCount(rows, unpaired, len(contradicting))
 
 
-def _of_claims(claims: Sequence[LabelledClaim], pairs: Pairs) -> PairCount:
+def _of_claims(run: RunRecord, claims: Sequence[LabelledClaim], pairs: Pairs) -> PairCount:
     questions: Mapping[str, list[LabelledClaim]] = defaultdict(list)
     for claim in claims:
         questions[claim.question].append(claim)
@@ -178,7 +195,8 @@ def _of_claims(claims: Sequence[LabelledClaim], pairs: Pairs) -> PairCount:
         if pairs == "best":
             found = [max(found, key=lambda pair: _gap(*pair) or 0.0)]
         rows += [
-            _pair(question, better.choice, worse.choice, _gap(better, worse), better.group) for better, worse in found
+            _pair(run, question, (better.choice, better), (worse.choice, worse), _gap(better, worse))
+            for better, worse in found
         ]
     return PairCount(rows, unpaired, 0)
 
@@ -189,6 +207,23 @@ def _gap(better: LabelledClaim, worse: LabelledClaim) -> float | None:
     return better.odds - worse.odds
 
 
-def _pair(question: str, chosen: str, rejected: str, margin: float | None, group: str) -> dict[str, Any]:
-    texts = {"prompt": mended(question), "chosen": mended(chosen), "rejected": mended(rejected)}
-    return {**texts, "margin": margin, "consistency_id": mended(group)}
+def _pair(
+    run: RunRecord,
+    question: str,
+    chosen: tuple[str, LabelledClaim],
+    rejected: tuple[str, LabelledClaim],
+    margin: float | None,
+) -> dict[str, Any]:
+    """One row of preference_pairs. chosen, rejected: an answer, and the claim whose label decided about it.
+
+    chosen_probability is P of the label that chose the answer, rejected_probability of the one that rejected the other;
+    of a comparison both are the same claim's.
+    """
+    (better, first), (worse, second) = chosen, rejected
+    row = {"prompt": mended(question), "chosen": mended(better), "rejected": mended(worse), "margin": margin}
+    row["consistency_id"] = mended(first.group)
+    for name, claim in (("chosen", first), ("rejected", second)):
+        margins = run.margins(claim)
+        row[f"{name}_probability"] = None if margins is None else probability(margins[int(bool(claim.label))])
+        row |= {f"{name}_by": claim.by, f"{name}_row": claim.row}
+    return {**row, "run": mended(run.name)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ import orjson
 import yaml
 
 from core.files import write_atomically
-from src.results.exports import plain_rows, spreadsheet_text
+from src.results.exports import dataset_rows, spreadsheet_text
+from src.results.provenance import FILE, provenance_of, write_provenance
 from src.results.run_record import LabelledClaim, RunRecord
 from src.results.tables import result_text, results_of
 from src.results.text import one_line
@@ -40,9 +41,14 @@ def csv_line(values: Iterable[object]) -> str:
 
 
 def write_dataset(folder: Path, run: RunRecord, claims: Iterable[LabelledClaim]) -> int:
-    """A folder for datasets.load_dataset(folder): data/train.jsonl and a card. Does not need that library."""
-    count = write_jsonl(folder / "data" / "train.jsonl", plain_rows(run, claims))
-    write_atomically(folder / "README.md", _card(run, count))
+    """A folder for datasets.load_dataset(folder): data/train.jsonl, its provenance, and a card.
+
+    Does not need that library.
+    """
+    written = list(claims)
+    count = write_jsonl(folder / "data" / "train.jsonl", dataset_rows(run, written))
+    write_provenance(folder / FILE, run, written)
+    write_atomically(folder / "README.md", _card(run, written))
     return count
 
 
@@ -66,16 +72,19 @@ def _in_table(text: str) -> str:
     return one_line(text).replace("|", "\\|")
 
 
-def _card(run: RunRecord, count: int) -> str:
+def _card(run: RunRecord, claims: Sequence[LabelledClaim]) -> str:
     """The data set's README.md: how to load it, what made it, and how far it can be trusted."""
     head = {
         "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "data/train.jsonl"}]}],
         "tags": ["icm", "unsupervised-elicitation"],
     }
+    model = one_line(run.model)
     settings = "\n".join(f"| {_in_table(name)} | {_in_table(str(value))} |" for name, value in run.settings.items())
     results = "\n".join(
         f"- {one_line(row.title)}: {result_text(row, run.names)}" for row in results_of(run) if row.compared
     )
+    origins = provenance_of(run, claims)["by"]
+    by = "\n".join(f"- {one_line(name)}: {count}" for name, count in origins.items())
     sure = "`log_odds`" if run.says_true else "the logprob columns"
     return f"""---
 {yaml.safe_dump(head, sort_keys=False).rstrip()}
@@ -83,9 +92,15 @@ def _card(run: RunRecord, count: int) -> str:
 
 # {one_line(run.name)}
 
-{count} claims of {one_line(run.testbed)}, labelled by {one_line(run.model)} through Internal Coherence Maximization
+{len(claims)} claims of {one_line(run.testbed)}, labelled by {model} through Internal Coherence Maximization
 (Wen et al. 2025, arXiv 2506.10139), without human labels. `label` is the model's, `gold` the known one where there is
 one; {sure} (nats) and `probability` say how sure the model is. The claims' own licence is that of their source.
+`{FILE}` holds the model, its fingerprint, all settings and U.
+
+What gave the labels (`by`): `icm` and `vote` are the search's, `predicted` and `many-shot` follow from the search's
+labels, `known` were given; `abstained` have none, because it would have been too doubtful.
+
+{by}
 
 Agreement with gold labels:
 

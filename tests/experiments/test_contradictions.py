@@ -32,6 +32,7 @@ AT_ONCE = [
     "--is_complete / --check",
     "--metrics_port 9465 / --num_batches 2",
     "--metrics_port 9465 / --passes 3",
+    "--log_to wandb / --check",
     "--abstain_below 1 / --abstain 0.1",
     "--prior 0.9 / --calibrate none",
 ]
@@ -207,8 +208,14 @@ def test_what_only_a_comparison_or_an_export_has(capsys: pytest.CaptureFixture[s
         said = complaint(ICM.build_parser(), line, capsys)
         assert f"{line} and no --abstain contradict each other: it says how the other is kept" in said
         assert f"{line} and no --abstain contradict" in complaint(export.build_parser(), f"run {line}", capsys)
+    for flag, value in NOT_OF_A_WHOLE_RUN.items():
+        said = complaint(export.build_parser(), f"run {flag} {value} --format mlflow", capsys)
+        assert f"{flag} {value} and --format mlflow contradict each other: the whole run is logged" in said
     export.build_parser().parse_args(["run", "--format", "dpo", "--pairs", "all"])
     export.build_parser().parse_args(["run", "--format", "axolotl", "--bos", "x"])
+
+
+NOT_OF_A_WHOLE_RUN = {"--only": "search", "--least": "1", "--abstain": "0.1", "--abstain_below": "1"}
 
 
 def test_every_rule_is_tried_here() -> None:
@@ -216,6 +223,7 @@ def test_every_rule_is_tried_here() -> None:
     elsewhere = {("chat_url", "chat_model"), ("restarts", "rows"), ("pairs", "format"), ("bos", "format")}
     elsewhere |= {("seed", "by"), ("start_share", "prior")}
     elsewhere |= {("abstain_on", "abstain"), ("abstain_labels", "abstain")}
+    elsewhere |= {(flag.removeprefix("--"), "format") for flag in NOT_OF_A_WHOLE_RUN}
     assert {(rule.flag, rule.other) for rule in RULES} == tried | elsewhere
 
 

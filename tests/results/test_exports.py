@@ -79,6 +79,21 @@ def test_comparisons_become_one_pair_whichever_way_round_they_are_told() -> None
     assert found.contradicting == 1
 
 
+def test_a_pair_says_how_sure_its_labels_are_and_what_gave_them() -> None:
+    claims = claim(0, True, 3.0), claim(1, False, -1.0, by="predicted")
+    [pair] = preference_pairs(run(*claims), claims).pairs
+    assert pair["chosen_probability"] == pytest.approx(0.9526, abs=1e-4)
+    assert pair["rejected_probability"] == pytest.approx(0.7311, abs=1e-4)
+    assert (pair["chosen_by"], pair["rejected_by"], pair["chosen_row"], pair["rejected_row"]) == (
+        "icm", "predicted", 0, 1,
+    )  # fmt: skip
+    [told] = preference_pairs(run(claim(4, False, -2.0, choice="b", choice_2="a")), [
+        claim(4, False, -2.0, choice="b", choice_2="a")
+    ]).pairs  # fmt: skip
+    assert (told["chosen"], told["chosen_row"], told["rejected_row"]) == ("a", 4, 4)
+    assert told["chosen_probability"] == told["rejected_probability"] == pytest.approx(0.8808, abs=1e-4)
+
+
 def test_what_else_a_template_shows_has_columns_of_its_own() -> None:
     claims = [claim(row, True, 1.0, shown=(("place", f"p{row}"), ("choice[0]", "x"))) for row in range(2)]
     rows = list(plain_rows(run(*claims), claims))
@@ -87,11 +102,20 @@ def test_what_else_a_template_shows_has_columns_of_its_own() -> None:
 
 
 def test_training_rows_ask_as_the_run_asked() -> None:
-    claims = (claim(0, True, question="Is it?", choice="Yes."), claim(1, False, question="Is it?", choice="No."))
-    assert list(training_rows(run(*claims), claims)) == [
-        {"prompt": "Question: Is it?\nClaim: Yes.\nI think this claim is", "completion": " True"},
-        {"prompt": "Question: Is it?\nClaim: No.\nI think this claim is", "completion": " False"},
-    ]
+    claims = (
+        claim(0, True, 2.0, question="Is it?", choice="Yes."),
+        claim(1, False, question="Is it?", choice="No.", by="predicted"),
+    )
+    sure, unknown = training_rows(run(*claims), claims)
+    assert sure.pop("probability") == pytest.approx(1 / (1 + 2.718281828459045**-2))
+    assert sure == {
+        "prompt": "Question: Is it?\nClaim: Yes.\nI think this claim is", "completion": " True",
+        "by": "icm", "row": 0, "run": "r",
+    }  # fmt: skip
+    assert unknown == {
+        "prompt": "Question: Is it?\nClaim: No.\nI think this claim is", "completion": " False",
+        "probability": None, "by": "predicted", "row": 1, "run": "r",
+    }  # fmt: skip
     [row, _] = training_rows(run(*claims, testbed="builtin"), claims)
     assert row["prompt"] == "Review: Yes.\nPositive:"
 
