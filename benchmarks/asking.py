@@ -6,7 +6,8 @@
 Every flag that is not one of this file's goes to `icm label`. For each seed a pool is labelled; then, for each way to
 choose, round after round: `icm ask RUN --by WAY` names the claims, gold answers them, and `icm label --continue_from
 RUN --known FILE` goes on. All of it is done by the project's own commands, in folders under --runs_dir; started
-again, it goes on where it was stopped. At random several draws are made of each seed; the table shows their mean.
+again, it goes on where it was stopped. At random several draws are made of each seed; the table shows their mean. Gold
+that contradicts a constraint and the answers before it, as some of GSM8K's does, is answered "unsure".
 
 Of each round three figures: agreement over all claims of the first pool (an answered one is right), over those that
 were not answered, and over all if the first labels were kept and only the answers put in ("alone"): what the search
@@ -34,7 +35,9 @@ if str(Path(__file__).resolve().parents[1]) not in sys.path:
 
 from core.files import write_atomically
 from src.experiments.ask import main as ask
+from src.icm.consistency import Consistency, Label
 from src.results.asking import By
+from src.results.asking_view import UNSURE
 from src.results.run_reader import read_run
 from src.results.run_record import RunRecord
 
@@ -126,16 +129,34 @@ def answer(run: Path, count: int, by: str, seed: int, file: Path) -> None:
         code = ask([str(run), "-n", str(count), "--by", by, *drawn, "-o", str(asked)])
     if code:
         raise Failed(told.getvalue())
-    record = read_run(run)
-    gold = {claim.row: record.name_of(claim.gold) for claim in record.claims if claim.gold is not None}
     content = asked.read_bytes().decode("utf-8-sig")
     reader = csv.DictReader(io.StringIO(content, newline=""))
-    rows = [{**row, "label": row["label"] or gold.get(int(row["row"]), "")} for row in reader]
+    listed = list(reader)
+    gold = answers_of(read_run(run), [int(row["row"]) for row in listed if not row["label"]])
+    rows = [{**row, "label": row["label"] or gold[int(row["row"])]} for row in listed]
     written = io.StringIO(newline="")
     writer = csv.DictWriter(written, reader.fieldnames or [], quoting=csv.QUOTE_ALL)
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(file, written.getvalue().encode("utf-8-sig"))
+
+
+def answers_of(run: RunRecord, rows: Sequence[int]) -> dict[int, str]:
+    """Gold's answers to these claims, by row, after those that are known: label names. "unsure" where there is no gold,
+    and where it contradicts a constraint and the labels before it: `icm label` would refuse the file."""
+    place = {claim.row: at for at, claim in enumerate(run.pool)}
+    known: list[Label] = [claim.label if claim.is_known else None for claim in run.pool]
+    consistency = Consistency(run.constraints or ())
+    found = {}
+    for row in rows:
+        gold = run.pool[place[row]].gold
+        tried = tuple(gold if at == place[row] else label for at, label in enumerate(known))
+        nearest = consistency.nearest([(0.0,) * run.num_labels] * len(tried), tried)
+        fits = gold is not None and not consistency.count(nearest)
+        found[row] = run.name_of(gold) if fits else UNSURE
+        if fits:
+            known[place[row]] = gold
+    return found
 
 
 def round_of(run: RunRecord, base: RunRecord, seed: int, by: str, draw: int, answers: int) -> Round:

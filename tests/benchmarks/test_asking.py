@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.asking import Round, answer, round_of, share, summary
+from benchmarks.asking import Round, answer, answers_of, round_of, share, summary
 from fakes.vllm_server import FakeVLLM
 from src.results.run_reader import read_run
 from tests.experiments.test_landscape import learns_from_context, write_claims
@@ -28,6 +28,16 @@ def test_gold_answers_what_was_asked(tmp_path: Path) -> None:
     with (tmp_path / "answers.csv").open(encoding="utf-8-sig", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["row"], row["label"]) for row in rows] == [(str(at), str(HALF[at])) for at in (0, 2, 4, 6)]
+
+
+def test_gold_that_contradicts_a_constraint_is_unsure(tmp_path: Path) -> None:
+    one_true = {0: [(1, "exactly one is true")], 2: [(3, "agree")]}
+    gold = [True, True, True, False, None, False, True, False]
+    run = read_run(write_run(tmp_path / "a", labels=HALF, gold=gold, constraints=one_true))
+    answers = ["True", "unsure", "True", "unsure", "unsure", "False", "True", "False"]
+    assert answers_of(run, range(8)) == dict(enumerate(answers))
+    known = replace(run, claims=(replace(run.claims[0], label=False, by="known"), *run.claims[1:]))
+    assert answers_of(known, [1, 2]) == {1: "True", 2: "True"}
 
 
 def test_a_round_by_hand(tmp_path: Path) -> None:
@@ -56,6 +66,7 @@ def test_the_table_by_hand() -> None:
     assert (random["all"], random["above_random"], random["new"]) == (0.775, 0, 6)
 
 
+@pytest.mark.timeout(400)  # seven processes, on a machine that may be busy
 async def test_a_table_is_made_and_made_again(tmp_path: Path) -> None:
     file = tmp_path / "asking.json"
     claims = write_claims(tmp_path / "claims.jsonl")

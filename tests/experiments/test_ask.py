@@ -151,6 +151,7 @@ def test_bad_flags_get_one_line(run: Path, flags: list[str], capsys: pytest.Capt
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+@pytest.mark.timeout(400)  # two processes, on a machine that may be busy
 async def test_the_printed_command_goes_on_with_the_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Label, ask, answer, go on with the command that was printed, ask again: what is known stays known."""
     data = write_claims(tmp_path / "claims.jsonl")
