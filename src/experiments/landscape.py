@@ -205,7 +205,7 @@ def _say_how_much(pool: Pool, most: int, answers: Answers) -> None:
 
 
 def _landscape(pool: Pool, labelings: Sequence[Evaluated]) -> Landscape:
-    return Landscape(labelings, tuple(pool.gold), pool.problem.objective.alpha, pool.names)
+    return Landscape(labelings, tuple(pool.gold_to_find), pool.problem.objective.alpha, pool.names)
 
 
 def _draw(folder: LandscapeFolder, landscape: Landscape, settings: Mapping[str, Any]) -> None:

@@ -82,10 +82,16 @@ class Plan:
         return gold + found + corrupted + self.randoms + num_labels + 1 + self.chains * ROUNDS + self.mirrors
 
 
-def corrupted(labels: Sequence[int], count: int, num_labels: int, rng: np.random.Generator) -> Labels:
-    """`labels` with exactly `count` of them changed to another one, which ones and to what at random."""
+def corrupted(
+    labels: Sequence[int], count: int, num_labels: int, rng: np.random.Generator, free: Sequence[int] | None = None
+) -> Labels:
+    """`labels` with exactly `count` of them changed to another one, which ones and to what at random.
+
+    free: the claims whose labels may change; None: all.
+    """
     changed = list(labels)
-    for claim in rng.choice(len(changed), size=count, replace=False).tolist():
+    places = range(len(changed)) if free is None else free
+    for claim in (places[at] for at in rng.choice(len(places), size=count, replace=False).tolist()):
         if num_labels == 2:
             changed[claim] = not changed[claim]
         else:
@@ -93,15 +99,22 @@ def corrupted(labels: Sequence[int], count: int, num_labels: int, rng: np.random
     return tuple(changed)
 
 
-def corrupted_gold(gold: Sequence[int], plan: Plan, num_labels: int, rng: np.random.Generator) -> list[Labeling]:
-    """Gold with every share of DEGREES changed, `plan.draws` times each: the nearest number of claims, at least one."""
-    size = len(gold)
-    found = []
+def corrupted_gold(
+    gold: Sequence[int], plan: Plan, num_labels: int, rng: np.random.Generator, free: Sequence[int] | None = None
+) -> list[Labeling]:
+    """Gold with every share of DEGREES changed, `plan.draws` times each: the nearest number of claims, at least one.
+
+    free: the claims whose labels may change; None: all. Shares are of these.
+    """
+    size = len(gold) if free is None else len(free)
+    found: list[Labeling] = []
+    if not size:
+        return found
     for share in DEGREES:
         count = max(1, round(share * size))
         for draw in range(plan.draws):
             name = f"gold, {count} of {size} labels changed ({share:.0%}), draw {draw + 1}"
-            found.append(Labeling(name, "corrupted gold", corrupted(gold, count, num_labels, rng)))
+            found.append(Labeling(name, "corrupted gold", corrupted(gold, count, num_labels, rng, free)))
     return found
 
 

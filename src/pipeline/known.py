@@ -120,16 +120,34 @@ def read_known(path: Path, testbed: Testbed, claims: Sequence[Claim], data: Path
     return KnownLabels({row: label for row, (label, _) in sorted(found.items())}, (path.name,))
 
 
-def gold_seeds(claims: Sequence[Claim], count: int, rng: np.random.Generator) -> KnownLabels:
+def gold_seeds(claims: Sequence[Claim], consistency: Consistency, count: int, rng: np.random.Generator) -> KnownLabels:
     """Gold labels of `count` claims of a pool, drawn at random: fewer are always the first of more.
 
-    Raises BadInput where fewer have one.
+    Gold can contradict a constraint; a claim whose label contradicts those drawn before it is passed over. Raises
+    BadInput where fewer can be drawn.
     """
-    golden = [claim for claim in claims if claim.gold is not None]
-    if len(golden) < count:
-        raise BadInput(f"--gold_seeds {count}: only {len(golden)} of the pool's {len(claims)} claims have a gold label")
-    drawn = [golden[at] for at in rng.permutation(len(golden)).tolist()[:count]]
-    return KnownLabels({claim.row: claim.gold for claim in drawn if claim.gold is not None}, ("gold (--gold_seeds)",))
+    drawn = compatible(rng.permutation(len(claims)).tolist(), [claim.gold for claim in claims], consistency)
+    if len(drawn) < count:
+        raise BadInput(
+            f"--gold_seeds {count}: only {len(drawn)} of the pool's {len(claims)} claims have a gold label that "
+            "contradicts no other"
+        )
+    found = {claims[at].row: label for at in drawn[:count] if (label := claims[at].gold) is not None}
+    return KnownLabels(found, ("gold (--gold_seeds)",))
+
+
+def compatible(order: Sequence[int], labels: Sequence[Label], consistency: Consistency) -> list[int]:
+    """The positions of `order`, without those that have no label and those whose label breaks a constraint with those
+    before."""
+    taken: list[Label] = [None] * len(labels)
+    found = []
+    for at in order:
+        taken[at] = labels[at]
+        if consistency.broken(taken):
+            taken[at] = None
+        elif labels[at] is not None:
+            found.append(at)
+    return found
 
 
 def check_known(known: Labels, claims: Sequence[Claim], consistency: Consistency, names: Names) -> None:

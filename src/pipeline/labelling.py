@@ -126,10 +126,10 @@ def prepare_batches(
         constraints = testbed.consistency(batch, consistency)
         if (complaint := constraints.complaint(len(names))) is not None:
             raise BadInput(f"{path}: {complaint}")
-        drawn_gold = (
-            gold_seeds(batch, seeds_of_gold, generator(settings.seed, Stream.KNOWN, number)) if seeds_of_gold else None
-        )
-        kept = merged(known, drawn_gold)
+        kept = known
+        if seeds_of_gold:
+            of_gold = generator(settings.seed, Stream.KNOWN, number)
+            kept = merged(known, gold_seeds(batch, constraints, seeds_of_gold, of_gold))
         labels = None if kept is None else kept.of(batch)
         if labels is not None:
             check_known(labels, batch, constraints, names)

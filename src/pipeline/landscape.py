@@ -55,7 +55,8 @@ async def survey(
 ) -> list[Evaluated]:
     """Every labeling of the plan with its U. answers: those known from before; new ones are added to it.
 
-    found: labelings of searches, by name. Gold is one of the labelings where all of it is known.
+    found: labelings of searches, by name. Gold is one of the labelings where all of it is known. All but those of
+    searches have the labels that the problem says are known.
     """
     problem, names = labelling.pool.problem, labelling.pool.names
     size, num_labels = problem.size, problem.num_labels
@@ -64,18 +65,25 @@ async def survey(
         prediction = await labelling.zero_shot()
         answers.zero_shot = tuple(prediction.log_odds[claim] for claim in range(size))
     gold = whole(labelling.pool.gold)
-    golds = [] if gold is None else [Labeling("gold", "gold", gold)]
+    golds = [] if gold is None else [Labeling("gold", "gold", problem.with_known(gold))]
     searched = [Labeling(name, "found", labels) for name, labels in found.items()]
-    constants = constant_labelings(size, names)
+    free = [claim for claim in range(size) if not problem.is_known(claim)]
+    constants = _keeping(problem, constant_labelings(size, names))
     zero_shot = Labeling("zero-shot, calibrated", "zero-shot", zero_shot_labels(problem, answers.zero_shot))
-    randoms = random_labelings(size, plan, num_labels, _generator(problem, 0))
-    changed = [] if gold is None else corrupted_gold(gold, plan, num_labels, _generator(problem, 1))
+    randoms = _keeping(problem, random_labelings(size, plan, num_labels, _generator(problem, 0)))
+    changed = [] if gold is None else corrupted_gold(gold, plan, num_labels, _generator(problem, 1), free)
+    changed = _keeping(problem, changed)
     await asking.ask([*golds, *searched, *constants, zero_shot, *randoms, *changed])
     ends = await _bootstrap(asking, problem, [zero_shot, *randoms[: plan.chains - 1]])
     by_degree = [changed[at : at + plan.draws] for at in range(0, len(DEGREES) * plan.draws, plan.draws or 1)]
     originals = [*golds, *searched, *ends, zero_shot, *by_turns(by_degree), *randoms]
-    await asking.ask(mirrored(originals, plan.mirrors, names, _generator(problem, 2)))
+    await asking.ask(_keeping(problem, mirrored(originals, plan.mirrors, names, _generator(problem, 2))))
     return evaluated(problem, asking.labelings, answers)
+
+
+def _keeping(problem: Problem, labelings: Sequence[Labeling]) -> list[Labeling]:
+    """The labelings with the known labels in place of theirs."""
+    return [replace(each, labels=problem.with_known(each.labels)) for each in labelings]
 
 
 def zero_shot_labels(problem: Problem, log_odds: Odds) -> Labels:

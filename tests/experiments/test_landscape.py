@@ -273,3 +273,17 @@ async def test_a_runs_folder_is_not_taken_for_a_landscape_nor_watched(icm: Lands
     _, complaint = await watched.communicate()
     assert watched.returncode == 2
     assert b"holds a landscape" in complaint
+
+
+async def test_every_labeling_of_a_landscape_has_the_known_labels(icm: Landscape) -> None:
+    code, _, err = await icm("--run", "known", "--gold_seeds", "4", "--labelings", "30")
+    assert code == 0, err
+    assert "known   4 labels" in err
+    document = json.loads((icm.runs / "known" / "landscape.json").read_text())
+    labelings = [(each["name"], each["labels"]) for each in document["labelings"]]
+    gold = dict(labelings)["gold"]
+    always = [at for at in range(len(gold)) if all(labels[at] == gold[at] for _, labels in labelings)]
+    assert len(always) == 4
+    changed = {name: labels for name, labels in labelings if name.startswith("gold, 6 of 12 labels changed")}
+    assert changed
+    assert all(sum(one != other for one, other in zip(labels, gold, strict=True)) == 6 for labels in changed.values())

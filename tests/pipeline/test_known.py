@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -201,13 +202,24 @@ def test_constraints_that_cannot_be_kept_to_anyway_are_no_fault_of_the_labels() 
 
 def test_gold_seeds_are_drawn_by_the_seed_and_fewer_are_the_first_of_more() -> None:
     pool = BUILTIN_CLAIMS[:32]
-    few, many = (gold_seeds(pool, count, np.random.default_rng(1)) for count in (4, 16))
+    consistency = BUILTIN.consistency(pool, "gold-free")
+    few, many = (gold_seeds(pool, consistency, count, np.random.default_rng(1)) for count in (4, 16))
     assert few.labels.items() <= many.labels.items()
     assert (len(few.labels), len(many.labels)) == (4, 16)
     assert all(BUILTIN_CLAIMS[row].gold == label for row, label in many.labels.items())
-    assert gold_seeds(pool, 4, np.random.default_rng(2)) != few
+    assert gold_seeds(pool, consistency, 4, np.random.default_rng(2)) != few
     with pytest.raises(BadInput, match="--gold_seeds 33: only 32 of the pool's 32 claims have a gold label"):
-        gold_seeds(pool, 33, np.random.default_rng(1))
+        gold_seeds(pool, consistency, 33, np.random.default_rng(1))
+
+
+def test_gold_that_contradicts_itself_is_passed_over() -> None:
+    pool = [replace(claim, gold=True) for claim in BUILTIN_CLAIMS[:8]]  # of each pair exactly one is true
+    consistency = BUILTIN.consistency(pool, "gold-free")
+    found = gold_seeds(pool, consistency, 4, np.random.default_rng(1))
+    assert sorted(row // 2 for row in found.labels) == [0, 1, 2, 3]
+    check_known(found.of(pool) or (), pool, consistency, ("False", "True"))
+    with pytest.raises(BadInput, match="--gold_seeds 5: only 4 of the pool's 8 claims"):
+        gold_seeds(pool, consistency, 5, np.random.default_rng(1))
 
 
 def test_of_two_sources_the_second_counts() -> None:
