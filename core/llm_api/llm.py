@@ -108,11 +108,12 @@ class ModelAPI:
     def share(self, *, exclusive: bool = True) -> ModelAPI:
         """The same engine, cache and queries in flight, with separate counts. Close only the one that was opened.
 
-        exclusive: nobody else asks meanwhile, so that the engine's counters show what these queries cost.
+        exclusive: nobody else asks meanwhile, so that the engine's counters show what these queries cost. What is
+        shared by several stays so in what is shared from it.
         """
         sharing = copy(self)
         sharing.stats = ScoreStats()
-        sharing._exclusive = exclusive
+        sharing._exclusive = exclusive and self._exclusive
         return sharing
 
     @property

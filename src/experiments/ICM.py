@@ -29,6 +29,7 @@ from src.experiments.arguments import (
     command_parser,
     lookahead_of,
 )
+from src.experiments.beside import Beside
 from src.experiments.contradictions import refuse
 from src.experiments.doubting import add_doubt_arguments, check_wanted, write_doubt
 from src.experiments.loading import pool_of, print_continuing, warn_of_leaks
@@ -154,22 +155,22 @@ async def _run(request: RunRequest) -> int:
     return 1 if folder is None and request.is_complete else 0
 
 
-async def label(request: RunRequest) -> RunFolder | None:
+async def label(request: RunRequest, beside: Beside | None = None) -> RunFolder | None:
     """The folder of the finished run. None for a pool that was only measured, and a run that is not finished yet.
 
-    The library (icm/) calls it, too.
+    The library (icm/) calls it, too. beside: where it is one of several runs.
     """
     check_log_to(request)
     if request.parts.several:
-        return await run_parts(request)
+        return await run_parts(request, beside)
     pool = pool_of(request)
     check_wanted(request.doubt, [pool])
     settings = settings_of(request, pool)
     runs_dir = request.output.runs_dir
     same = as_begun(request, settings, lambda known: RunFolder(runs_dir / run_name(request, known)).read_run())
     if same is not request:
-        return await label(same)
-    folder = RunFolder(runs_dir / run_name(request, settings))
+        return await label(same, beside)
+    folder = RunFolder(runs_dir / run_name(request, settings) if beside is None else beside.folder)
     known = folder.read_run()
     if known is not None:
         check_readable(folder, known)
@@ -188,9 +189,9 @@ async def label(request: RunRequest) -> RunFolder | None:
     warn_of_leaks(request, pool)
     if request.output.told:
         print_continuing(request, pool)
-    api = model_api_of(request)
+    opened = model_api_of(request) if beside is None else beside.opened(request)
     with nullcontext() if request.check else folder:
-        async with api:
+        async with opened as api:
             labelling = await Labelling.open(pool, api)
             await print_opening(request, labelling, settings["testbed"], None if request.check else folder)
             if request.check:
@@ -198,7 +199,15 @@ async def label(request: RunRequest) -> RunFolder | None:
                 labelling, _ = await with_prior(labelling)
                 print(check_table(await labelling.check(), calibration_in_words(settings)))
                 return None
-            document = await label_pool(request, labelling, folder, settings, folder.read_run())
+            document = await label_pool(
+                request,
+                labelling,
+                folder,
+                settings,
+                folder.read_run(),
+                progress=None if beside is None else beside.progress.begin(len(pool.claims)).of("search"),
+                cache_share=1 if beside is None else beside.cache_share,
+            )
             document = write_doubt(folder, document, request.doubt, told=request.output.told)
     if request.output.told:
         print_summary(folder, document)

@@ -31,6 +31,7 @@ from src.experiments.arguments import (
     lookahead_of,
 )
 from src.experiments.baseline_table import TableFolder, row_documents, table_text
+from src.experiments.beside import Beside
 from src.experiments.contradictions import refuse
 from src.experiments.loading import check_bad_rows, load_claims, pool_of
 from src.experiments.request import OutputRequest, RunRequest
@@ -139,10 +140,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     request = ComparisonRequest.of(parser.parse_args(given), parser.contradiction)
     resume = shlex.join(["icm", "baselines", *given])
-    return run_resumable(_run(request), resume)
+    return run_resumable(run_comparison(request), resume)
 
 
-async def _run(request: ComparisonRequest) -> int:
+async def run_comparison(request: ComparisonRequest, beside: Beside | None = None) -> int:
+    """Make every row that is missing, print the table. Returns the exit code.
+
+    beside: where this is one of several runs, which print nothing.
+    """
     run = request.run
     test, shared = _held_out(request)
     settings = _settings(request, test)
@@ -150,8 +155,8 @@ async def _run(request: ComparisonRequest) -> int:
     runs_dir = run.output.runs_dir
     same = as_begun(run, settings, lambda known: TableFolder(runs_dir / run_name(run, known, "baselines")).read_table())
     if same is not run:
-        return await _run(replace(request, run=same))
-    folder = TableFolder(runs_dir / run_name(run, settings, "baselines"))
+        return await run_comparison(replace(request, run=same), beside)
+    folder = TableFolder(runs_dir / run_name(run, settings, "baselines") if beside is None else beside.folder)
     lock = RunFolder(folder.path)
     known = folder.read_table()
     if known is not None:
@@ -160,15 +165,15 @@ async def _run(request: ComparisonRequest) -> int:
         rows = [row for row in BASELINES if row in rows or row in known["rows_asked"]]
         seeds = sorted({*request.seeds, *known["seeds_asked"]})
         if all(folder.read_row(row, seed) is not None for row in rows for seed in seeds):
-            say_shown_again(known)
-            print(table_text(known))
-            print(f"  table  {folder.table_path}")
+            if beside is None:
+                say_shown_again(known)
+                _tell(folder, known)
             return 0
     else:
         refuse(run.contradiction)
         seeds = sorted(set(request.seeds))
     with lock:
-        async with model_api_of(run) as api:
+        async with model_api_of(run) if beside is None else beside.opened(run) as api:
             engine = asdict(api.identity)
             if known is not None:
                 check_same_engine(lock, known["engine"], api.identity)
@@ -184,15 +189,23 @@ async def _run(request: ComparisonRequest) -> int:
             }
             if known is not None and "prior_estimates" in known:
                 document["prior_estimates"] = known["prior_estimates"]
+            if beside is not None:
+                beside.progress.begin(len(seeds) * run.data.batch_size)
             for seed in seeds:
                 _save(folder, document, rows, seeds)
-                if all(folder.read_row(row, seed) is not None for row in rows):
-                    continue
-                await _one_seed(request, api, folder, document, rows, seed, test, shared)
+                if any(folder.read_row(row, seed) is None for row in rows):
+                    await _one_seed(request, api, folder, document, rows, seed, test, shared, beside)
+                if beside is not None:
+                    beside.progress.finish(f"seed-{seed}", run.data.batch_size, "")
         finished = _save(folder, document | {"finished": now()}, rows, seeds)
-    print(table_text(finished))
-    print(f"  table  {folder.table_path}")
+    if beside is None:
+        _tell(folder, finished)
     return 0
+
+
+def _tell(folder: TableFolder, document: Mapping[str, Any]) -> None:
+    print(table_text(document))
+    print(f"  table  {folder.table_path}")
 
 
 async def _one_seed(
@@ -204,6 +217,7 @@ async def _one_seed(
     seed: int,
     test: Sequence[Claim] | None,
     held_out: frozenset[int],
+    beside: Beside | None,
 ) -> None:
     """Every missing row of one seed."""
     of_seed = request.searching(seed, label_rest=test is None)
@@ -220,7 +234,7 @@ async def _one_seed(
     if estimate is not None:
         estimates[str(seed)] = estimate.record()
     options = Options(request.rounds, request.bootstrap_from, request.restarts)
-    search, chat = partial(_search, of_seed, api, folder, pool), _chat_model(request, document)
+    search, chat = partial(_search, of_seed, api, folder, pool, beside), _chat_model(request, document)
     for row in rows:
         if folder.read_row(row, seed) is not None:
             continue
@@ -231,12 +245,22 @@ async def _one_seed(
             print(f"seed {seed}: {BASELINES[row].title} {right} of {len(result.test)} held-out claims", file=sys.stderr)
 
 
-async def _search(request: RunRequest, api: ModelAPI, folder: TableFolder, pool: Pool) -> Searched:
+async def _search(
+    request: RunRequest, api: ModelAPI, folder: TableFolder, pool: Pool, beside: Beside | None
+) -> Searched:
     """The search of this seed in its own run folder."""
     run = RunFolder(folder.seed_path(request.search.seed))
     request = replace(request, label_rest=False)
     searched = replace(pool, rest=(), left_out=len(pool.rest))
-    document = await read_or_label(request, api.share(), searched, run, settings_of(request, searched))
+    document = await read_or_label(
+        request,
+        api.share(),
+        searched,
+        run,
+        settings_of(request, searched),
+        progress=None if beside is None else beside.progress.of(run.path.name),
+        cache_share=1 if beside is None else beside.cache_share,
+    )
     found = {claim.row: claim for claim in read_run(run.path).claims}
     labels, log_odds = {}, {}
     for position, claim in enumerate(pool.claims):
@@ -262,7 +286,7 @@ def _chat_model(request: ComparisonRequest, document: dict[str, Any]) -> ChatMod
     """The chat model of the request; its identity is added to the table's document when it is asked."""
     if request.chat_model is None:
         return None
-    model = replace(request.run.model, model=request.chat_model, use_vllm=True, direct=False)
+    model = replace(request.run.model, model=request.chat_model, use_vllm=True, direct=False, base_url=None)
     server = {} if request.chat_url is None else {"vllm_base_url": request.chat_url}
 
     def on_asked(identity: EngineIdentity, template: bool) -> None:

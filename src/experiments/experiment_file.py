@@ -46,11 +46,17 @@ class Experiment(_Strict):
     """One reproducible experiment. settings: the command's flags without their dashes.
 
     hardware: what it needs or was measured on. yours: your own results, by method.
+
+    sweep: settings with several values each, of which every combination is run (see sweep_cells). at_once: how many of
+    them at the same time on each engine. servers: by model, the URL of its vLLM server, or of several.
     """
 
     title: str
     command: Command
     settings: dict[str, Value]
+    sweep: dict[str, Any] | None = None
+    at_once: int | None = Field(default=None, ge=1)
+    servers: dict[str, str | list[str]] = Field(default_factory=dict)
     hardware: str | None = None
     notes: str | None = None
     paper: PaperFigures | None = None
@@ -59,8 +65,9 @@ class Experiment(_Strict):
 
 @dataclass(frozen=True)
 class Loaded:
-    """An experiment and the command line it stands for."""
+    """An experiment and the command line it stands for. In a sweep, `arguments` are what all its cells share."""
 
+    path: Path
     experiment: Experiment
     arguments: list[str]
 
@@ -81,8 +88,11 @@ def load_experiment(path: Path) -> Loaded:
         experiment = Experiment.model_validate(content)
     except ValidationError as error:
         raise BadInput(f"{path}: {_message(error)}") from None
-    parser = parser_of(experiment.command)
-    return Loaded(experiment, _arguments(path, parser, experiment.settings))
+    if experiment.sweep is None:
+        for name, given in (("at_once", experiment.at_once), ("servers", experiment.servers)):
+            if given:
+                raise BadInput(f"{path}: {name}: is for a sweep, and there is no sweep")
+    return Loaded(path, experiment, arguments_of(path, parser_of(experiment.command), experiment.settings))
 
 
 def parser_of(command: Command) -> Parser:
@@ -91,28 +101,38 @@ def parser_of(command: Command) -> Parser:
     return parser
 
 
-def _arguments(path: Path, parser: argparse.ArgumentParser, settings: Mapping[str, Value]) -> list[str]:
-    """The settings as a command line: switches by themselves, lists as several values, null as the flag's default."""
-    actions = {action.dest: action for action in parser._actions if action.dest not in NOT_SETTINGS}
+def actions_of(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    """The command's settings: its flags by name."""
+    return {action.dest: action for action in parser._actions if action.dest not in NOT_SETTINGS}
+
+
+def arguments_of(
+    path: Path, parser: argparse.ArgumentParser, settings: Mapping[str, Value], where: str = "settings"
+) -> list[str]:
+    """The settings as a command line: switches by themselves, lists as several values, null as the flag's default.
+
+    where: of the file they stand, for messages.
+    """
+    actions = actions_of(parser)
     arguments = []
     for name, value in settings.items():
         if name not in actions:
-            raise BadInput(f"{path}: settings: there is no {name!r}{_nearest(name, actions)}")
+            raise BadInput(f"{path}: {where}: there is no {name!r}{nearest(name, actions)}")
         action = actions[name]
         if value is None:
             continue
         if isinstance(value, bool):
             if action.nargs != 0:
-                raise BadInput(f"{path}: settings: {name} takes a value, not {str(value).lower()}")
+                raise BadInput(f"{path}: {where}: {name} takes a value, not {str(value).lower()}")
             if isinstance(action, argparse.BooleanOptionalAction):
                 arguments.append(f"--{name}" if value else f"--no-{name}")
             elif value:
                 arguments.append(f"--{name}")
         elif action.nargs == 0:
-            raise BadInput(f"{path}: settings: {name} is true or false, not {value!r}")
+            raise BadInput(f"{path}: {where}: {name} is true or false, not {value!r}")
         elif isinstance(value, list):
             if action.nargs != "+":
-                raise BadInput(f"{path}: settings: {name} takes one value, not a list")
+                raise BadInput(f"{path}: {where}: {name} takes one value, not a list; values to compare stand in sweep")
             arguments += [f"--{name}", *map(str, value)]
         else:
             arguments += [f"--{name}", str(value)]
@@ -126,13 +146,14 @@ def _message(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         *above, key = place
         model: type[BaseModel] = PaperFigures if above else Experiment
-        return f"{': '.join([*above, ''])}there is no {key!r}{_nearest(key, model.model_fields)}"
+        return f"{': '.join([*above, ''])}there is no {key!r}{nearest(key, model.model_fields)}"
     if place == ["command"]:
         return f"command: {first['input']!r} is none of {', '.join(get_args(Command))}"
     return f"{'.'.join(place)}: {first['msg'][0].lower()}{first['msg'][1:]}"
 
 
-def _nearest(key: str, valid: Any) -> str:
+def nearest(key: str, valid: Any) -> str:
+    """What to write in place of a misspelt key, as the end of a message."""
     names = [str(name) for name in valid]
     close = get_close_matches(key, names, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(names)}"

@@ -15,6 +15,7 @@ from typing import Any
 import orjson
 
 from core.llm_api.llm import ModelAPI
+from src.experiments.beside import Beside
 from src.experiments.contradictions import refuse
 from src.experiments.doubting import check_wanted, write_doubt
 from src.experiments.loading import bad_rows_record, pools_of, warn_of_leaks
@@ -51,10 +52,10 @@ class Part:
     pool: Pool
 
 
-async def run_parts(request: RunRequest) -> RunFolder | None:
+async def run_parts(request: RunRequest, beside: Beside | None = None) -> RunFolder | None:
     """Label every part, put their labels together, print the summary. Returns the finished run's folder.
 
-    None where it was only asked whether the run is finished, and it is not.
+    None where it was only asked whether the run is finished, and it is not. beside: where it is one of several runs.
     """
     parts = _parts(request)
     check_wanted(request.doubt, [part.pool for part in parts if part.pass_number == 0])
@@ -65,8 +66,8 @@ async def run_parts(request: RunRequest) -> RunFolder | None:
     runs_dir = request.output.runs_dir
     same = as_begun(request, settings, lambda known: RunFolder(runs_dir / run_name(request, known)).read_run())
     if same is not request:
-        return await run_parts(same)
-    folder = RunFolder(runs_dir / run_name(request, settings))
+        return await run_parts(same, beside)
+    folder = RunFolder(runs_dir / run_name(request, settings) if beside is None else beside.folder)
     known = folder.read_run()
     if known is not None:
         check_readable(folder, known)
@@ -84,7 +85,7 @@ async def run_parts(request: RunRequest) -> RunFolder | None:
         return None
     warn_of_leaks(request, parts[0].pool)
     with folder:
-        async with model_api_of(request) as api:
+        async with model_api_of(request) if beside is None else beside.opened(request) as api:
             if known is None:
                 begun = await beginning(request, api, settings)
                 known = {"kind": "parts", **begun, **testbed_record(parts[0].pool)}
@@ -96,7 +97,7 @@ async def run_parts(request: RunRequest) -> RunFolder | None:
             first = await Labelling.open(replace(parts[0].pool, rest=()), api)
             pools = [part.pool for part in parts if part.pass_number == 0]
             await print_opening(request, first, settings["testbed"], folder, pools)
-            documents = await _label_all(request, api, folder, parts, settings)
+            documents = await _label_all(request, api, folder, parts, settings, beside)
             rows = _rows(folder, parts)
             folder.write_labels(rows)
             document = {
@@ -138,11 +139,18 @@ def _parts(request: RunRequest) -> list[Part]:
 
 
 async def _label_all(
-    request: RunRequest, api: ModelAPI, folder: RunFolder, parts: Sequence[Part], settings: Mapping[str, Any]
+    request: RunRequest,
+    api: ModelAPI,
+    folder: RunFolder,
+    parts: Sequence[Part],
+    settings: Mapping[str, Any],
+    beside: Beside | None,
 ) -> list[dict[str, Any]]:
     """Every part's finished run.json. The first failure stops the others, which lose nothing, and is raised."""
     turns = asyncio.Semaphore(request.parts.at_once)
     claims = sum(len(part.pool.claims) for part in parts)
+    share = min(PLANNED_AT_ONCE, len(parts)) * (1 if beside is None else beside.cache_share)
+    shown = PartsProgress(claims, len(parts), request.output.quiet) if beside is None else beside.progress.begin(claims)
 
     async def label(part: Part) -> dict[str, Any]:
         of_part = dict(settings) | {"part": part.name, "part_seed": part.pool.problem.settings.seed}
@@ -155,7 +163,7 @@ async def _label_all(
                 RunFolder(folder.path / part.name),
                 of_part,
                 progress=progress.of(part.name),
-                cache_share=min(PLANNED_AT_ONCE, len(parts)),
+                cache_share=share,
             )
         agreeing, compared = _known(document["result"])
         agreement = f", agreement {agreeing / compared:.2f}" if compared else ""
@@ -164,7 +172,7 @@ async def _label_all(
 
     failure: BaseException | None = None
     tasks: list[asyncio.Task[dict[str, Any]]] = []
-    with PartsProgress(claims, len(parts), request.output.quiet) as progress:
+    with shown as progress:
         try:
             async with asyncio.TaskGroup() as group:
                 tasks += [group.create_task(label(part), name=part.name) for part in parts]

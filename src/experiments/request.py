@@ -117,9 +117,9 @@ class RunRequest:
 
     doubt: which labels are not handed over; no part of what decides them.
     lookahead: proposals whose questions are asked early; None is auto. check, is_complete: see the flags.
-    contradiction: why these flags cannot begin a run (see Parser), None where they can. seeds_by_default: whether
-    search.num_seed was not asked for, so that no label is random where some are known. flags: all flags of the command
-    as they were given, as text where JSON has no such type.
+    curves: whether curves.png is drawn. contradiction: why these flags cannot begin a run (see Parser), None where they
+    can. seeds_by_default: whether search.num_seed was not asked for, so that no label is random where some are known.
+    flags: all flags of the command as they were given, as text where JSON has no such type.
     """
 
     data: DataRequest
@@ -134,6 +134,7 @@ class RunRequest:
     lookahead: int | None = None
     check: bool = False
     is_complete: bool = False
+    curves: bool = True
     contradiction: str | None = None
     seeds_by_default: bool = True
     flags: Mapping[str, Plain] = field(default_factory=dict)

