@@ -247,12 +247,13 @@ class Labelling:
         return await search(self.api, self.scorer(), folder, on_record, Pace(lookahead))
 
     async def check(self) -> dict[str, Evaluation]:
-        """U of gold (if known), constant, swapped and random labels of the pool: the precondition of ICM."""
+        """U of gold (if known), constant, swapped and random labels of the pool: the precondition of ICM. Known
+        labels are in all of them."""
         problem = self.pool.problem
         rng = generator(problem.settings.seed, Stream.SEEDS, 1)
-        return await check_precondition(
-            self.scorer(), problem, reference_labelings(self.pool.gold, rng, self.pool.names)
-        )
+        labelings = reference_labelings(self.pool.gold, rng, self.pool.names)
+        kept = {name: problem.with_known(labels) for name, labels in labelings.items()}
+        return await check_precondition(self.scorer(), problem, kept)
 
     async def zero_shot(self) -> Prediction:
         """Every claim of the pool asked without demonstrations."""

@@ -46,9 +46,10 @@ def labels_by_claim(run: RunRecord) -> dict[ClaimKey, LabelledClaim]:
 
 
 def agreement_of(first: RunRecord, second: RunRecord) -> Agreement:
-    """How far two runs' labels agree with each other."""
+    """How far two runs' labels agree with each other. Labels that were known to both say nothing, and do not count."""
     ours, theirs = labels_by_claim(first), labels_by_claim(second)
-    pairs = [(ours[key].label or 0, theirs[key].label or 0) for key in ours.keys() & theirs.keys()]
+    shared = [key for key in ours.keys() & theirs.keys() if not (ours[key].is_known and theirs[key].is_known)]
+    pairs = [(ours[key].label or 0, theirs[key].label or 0) for key in shared]
     return Agreement(first.name, second.name, sum(a == b for a, b in pairs), len(pairs), cohens_kappa(pairs))
 
 

@@ -209,6 +209,12 @@ def inversion(run: RunRecord) -> Finding:
         sentences.append(f"Zero-shot log-odds rank the labels with AUC {found:.2f}.")
         if found < 0.5 - CERTAIN * error:
             suspicion = Verdict.WATCH
+    given = [c for c in run.pool if c.is_known and c.label is not None and c.log_odds is not None]
+    if given:
+        right = sum(label_of(c.log_odds, run.offset) == c.label for c in given if c.log_odds is not None)
+        sentences.append(f"{right} of {len(given)} known labels are what the model predicts from the others.")
+        if wilson_interval(right, len(given))[1] < 0.5:
+            suspicion = Verdict.WATCH
     known = [claim.agrees for claim in labelled if claim.agrees is not None]
     if known and run.num_labels > 2:
         swap, gained = _best_swap(run, labelled)

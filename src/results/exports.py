@@ -37,15 +37,15 @@ class PairCount:
 def chosen_claims(
     run: RunRecord, only: Only = "all", least: float = 0.0, *, abstained: bool = True
 ) -> list[LabelledClaim]:
-    """The labelled claims to export. least: the smallest margin of a label, nats. abstained: also those whose label is
-    not handed over."""
+    """The labelled claims to export. least: the smallest margin of a label, nats; a known label needs none. abstained:
+    also those whose label is not handed over."""
     return [
         claim
         for claim in run.claims
         if claim.label is not None
         and (abstained or not claim.abstained)
         and (only == "all" or claim.searched)
-        and (not least or (run.sureness(claim) or 0.0) >= least)
+        and (not least or claim.is_known or (run.sureness(claim) or 0.0) >= least)
     ]
 
 

@@ -15,6 +15,10 @@ import pytest
 
 from fakes.vllm_server import FakeVLLM, hashed_log_odds
 from src.experiments import compare, diagnose, export, report, watch
+from src.experiments.ICM import build_parser
+from src.experiments.loading import pool_of
+from src.experiments.request import RunRequest
+from src.experiments.run_settings import settings_of
 from src.results.run_reader import read_run
 
 Rows = list[dict[str, Any]]
@@ -194,6 +198,33 @@ async def test_batches_keep_the_labels_of_their_claims(icm: Icm, tmp_path: Path)
     assert icm.document("a")["result"]["known"] == len(given)
     assert f"known labels         {len(given)}, kept" in out
     assert "more of claims outside any batch" in err
+
+
+def test_a_column_of_the_data_is_as_good_as_a_file(tmp_path: Path) -> None:
+    data, known = tmp_path / "claims.csv", tmp_path / "known.csv"
+    data.write_text("question,choice,mine\n" + "".join(f"q,{n},{['', 'true'][n % 3 == 0]}\n" for n in range(12)))
+    known.write_text("choice,question,label\n" + "".join(f"{n},q,1\n" for n in range(0, 12, 3)))
+    common = ["--data", str(data), "--batch_size", "12", "--group_by", "none"]
+    pools, settings = [], []
+    for flags in ([*common, "--columns", "known=mine"], [*common, "--known", str(known)], common):
+        request = RunRequest.of(build_parser().parse_args(flags))
+        pools.append(pool_of(request))
+        settings.append(settings_of(request, pools[-1]))
+    of_column, of_file, without = pools
+    assert of_column.problem.known == of_file.problem.known
+    assert [claim.row % 3 == 0 for claim in of_file.claims] == [label is True for label in of_file.problem.known or ()]
+    assert settings[0]["known"] == settings[1]["known"]
+    assert [each["num_seed"] for each in settings] == [0, 0, 8]
+    assert without.problem.known is None
+    assert "known" not in settings[2]
+
+
+async def test_a_check_has_the_known_labels_in_every_labeling(icm: Icm) -> None:
+    code, out, err = await icm("label", "--check", "--gold_seeds", "16")
+    assert code == 0, err
+    rows = [line.split() for line in out.splitlines() if line.startswith(("gold ", "random "))]
+    assert len(rows) == 2
+    assert rows[0][1:] == rows[1][1:]
 
 
 async def test_gold_seeds_say_what_they_are(icm: Icm) -> None:

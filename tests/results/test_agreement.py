@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from src.results.agreement import agreement_of, cohens_kappa, differing_settings, paired_test, votes
 from src.results.run_record import LabelledClaim, RunRecord
 
@@ -46,3 +48,15 @@ def test_runs_of_other_data_share_no_claim() -> None:
 def test_settings_that_differ() -> None:
     table = differing_settings([run("a", {}, alpha=50, seed=1), run("b", {}, alpha=50, seed=2, anchors=4)])
     assert table == {"seed": [1, 2], "anchors": [None, 4]}
+
+
+def test_labels_that_were_known_are_not_compared() -> None:
+    gold = {0: True, 1: True, 2: True}
+    first, second = run("a", {0: True, 1: True, 2: False}, gold), run("b", {0: True, 1: False, 2: True}, gold)
+    known = [replace(one, claims=(replace(one.claims[0], by="known"), *one.claims[1:])) for one in (first, second)]
+    assert agreement_of(first, second).compared == 3
+    assert agreement_of(*known).compared == 2
+    assert agreement_of(first, known[1]).compared == 3
+    assert paired_test(first, known[1]).compared == 2
+    assert [claim.agrees for claim in known[1].claims] == [None, False, True]
+    assert known[1].gold == [None, True, True]

@@ -154,3 +154,20 @@ def test_labels_that_flip_between_runs(tmp_path: Path) -> None:
 def test_runs_of_other_data_cannot_be_held_against_each_other(tmp_path: Path) -> None:
     a, b = example(tmp_path, "a"), example(tmp_path, "b", data="e" * 64)
     assert flips([a, b]).verdict is Verdict.UNKNOWN
+
+
+def test_known_labels_tell_inverted_labels_apart(tmp_path: Path) -> None:
+    run = example(tmp_path, gold=None)
+
+    def with_known(turned: bool) -> RunRecord:
+        claims = [
+            replace(claim, by="known", label=bool(claim.label) != turned) if at < 10 else claim
+            for at, claim in enumerate(run.claims)
+        ]
+        return replace(run, claims=tuple(claims))
+
+    as_found, against = inversion(with_known(False)), inversion(with_known(True))
+    assert "10 of 10 known labels are what the model predicts from the others." in as_found.text
+    assert "0 of 10 known labels are what the model predicts from the others." in against.text
+    assert (as_found.verdict, against.verdict) == (Verdict.OK, Verdict.WATCH)
+    assert "known labels" not in inversion(run).text
