@@ -31,6 +31,7 @@ from src.icm.labelings import (
 )
 from src.icm.problem import Candidate, Problem, Stream, generator
 from src.icm.searches.bootstrapping import likeliest_consistent
+from src.icm.searches.starts import zero_shot_labels
 from src.pipeline.labelling import Labelling
 
 SECONDS_A_BATCH: Final = 5.0
@@ -84,13 +85,6 @@ async def survey(
 def _keeping(problem: Problem, labelings: Sequence[Labeling]) -> list[Labeling]:
     """The labelings with the known labels in place of theirs."""
     return [replace(each, labels=problem.with_known(each.labels)) for each in labelings]
-
-
-def zero_shot_labels(problem: Problem, log_odds: Odds) -> Labels:
-    """The calibrated labels of zero-shot answers (against the pool's mean, or the known share of True claims), changed
-    as little as they must be to break no constraint."""
-    calibrated = replace(problem, objective=replace(problem.objective, calibration="mean"))
-    return likeliest_consistent(calibrated, log_odds)
 
 
 def evaluated(problem: Problem, labelings: Iterable[Labeling], answers: Answers) -> list[Evaluated]:

@@ -46,19 +46,18 @@ import numpy as np
 
 from src.icm.annealing import mirrors_of
 from src.icm.consistency import Labels
-from src.icm.objective import Evaluation, LogOdds, calibration_offset, margins_of
+from src.icm.objective import Evaluation, LogOdds, margins_of
 from src.icm.prefix_tree import Layout
 from src.icm.problem import Candidate, Problem, Stream, generator
 from src.icm.searches.recorded import RecordedAsk
 from src.icm.searches.seam import Ask, Found, Journal, JournalMismatch
+from src.icm.searches.starts import held, own_labels
 
 SETTINGS: Final = (
     *("ascent_starts", "ascent_sweeps", "ascent_questions", "ascent_error"),
     *("mirror", "continue_from"),
 )
 BLOCKS: Final = 4
-HELD: Final = 1e3
-"""Margin, nats, in favour of the label of a claim that was not asked about yet: it changes for a constraint only."""
 LEAST_SAMPLE: Final = 12
 """Answers before a change is refused on a part of them: the test takes their mean to be normally distributed."""
 MOST_STUCK: Final = 3
@@ -109,20 +108,6 @@ async def search(problem: Problem, ask: Ask, journal: Journal, *, together: bool
             if higher is not None and higher.utility > evaluation.utility:
                 labels, evaluation = await climb.up(turned, higher)
     return asked.standing
-
-
-async def own_labels(problem: Problem, ask: Ask) -> Labels:
-    """The model's own labels, against the mean of its log-odds; where the search goes on from another one's, those."""
-    given = None if problem.start_labels is None else problem.with_known(problem.start_labels)
-    if given is not None and None not in given:
-        return problem.likeliest([_held(label, problem.num_labels) for label in given])
-    answers = await ask.zero_shot()
-    offset = calibration_offset(answers, "mean", problem.objective.prior, problem.num_labels)
-    margins = [margins_of(each, offset) for each in answers]
-    for claim, label in enumerate(given or ()):
-        if label is not None:
-            margins[claim] = _held(label, problem.num_labels)
-    return problem.likeliest(margins)
 
 
 def random_labels(problem: Problem, number: int) -> Labels:
@@ -222,7 +207,7 @@ class Climb:
         offset = self.problem.objective.offset(list(answers.values()))
         return self.problem.likeliest(
             [
-                margins_of(answers[claim], offset) if claim in answers else _held(label, self.problem.num_labels)
+                margins_of(answers[claim], offset) if claim in answers else held(label, self.problem.num_labels)
                 for claim, label in enumerate(labels)
             ]
         )
@@ -314,11 +299,6 @@ class Climb:
         looks = len(self._blocks) - 1
         sure = NormalDist().inv_cdf(1 - self.problem.settings.ascent_error / looks)
         return bool(objective.alpha * total / size - broken < -sure * objective.alpha * deviation / size)
-
-
-def _held(label: int | None, num_labels: int) -> tuple[float, ...]:
-    """Margins (nats) by which a claim keeps its label."""
-    return tuple(HELD if label == other else -HELD for other in range(num_labels))
 
 
 def _known(label: int | None) -> int:

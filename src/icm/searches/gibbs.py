@@ -38,9 +38,9 @@ from src.icm.consistency import MOST_ASSIGNMENTS, Constraint, Labels, all_labels
 from src.icm.group_layout import OtherGroups, tree_of_groups
 from src.icm.objective import Evaluation, LogOdds
 from src.icm.problem import Candidate, Problem, Stream, generator
-from src.icm.searches.ascent import own_labels
 from src.icm.searches.recorded import RecordedAsk
 from src.icm.searches.seam import Ask, Found, Journal
+from src.icm.searches.starts import own_labels
 
 SETTINGS: Final = ("gibbs_sweeps", "gibbs_temperature", "gibbs_cooling", "continue_from")
 
