@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from functools import reduce
 from typing import Any, Final
 
-from core.llm_api.labels import TRUE_FALSE
+from core.llm_api.labels import TRUE_FALSE, SpelledLabels
 from core.llm_api.types import Prompt
 from src.icm.consistency import Overview
 from src.icm.problem import Stream, generator
@@ -44,7 +44,7 @@ def opening(
         *(f"known   {line}" for line in known_line(pools)),
         f"groups  {groups}; constraints: {describe_constraints(seen)}",
         f"model   {_engine(labelling)}",
-        f"labels  {_labels(tokens)}",
+        f"labels  {_labels(tokens, labelling.book.labels)}",
     ]
 
 
@@ -144,8 +144,9 @@ def _engine(labelling: Labelling) -> str:
     return f"{identity.model} on {identity.kind}{version}, computes in {identity.dtype or 'an unknown type'}"
 
 
-def _labels(record: Mapping[str, Any]) -> str:
-    named = record["labels"].items()
+def _labels(record: Mapping[str, Any], spelled: SpelledLabels) -> str:
+    texts = spelled.texts[::-1] if spelled.space == TRUE_FALSE else spelled.texts  # True comes first
+    named = [(text, record["labels"][text]) for text in texts]
     labels = " and ".join(repr(text) if token is None else f"{text!r} {token}" for text, token in named)
     demonstration = record["demonstration"]
     if isinstance(demonstration, str):

@@ -114,6 +114,17 @@ async def test_batches_are_counted_together(opened: Open, server: FakeVLLM) -> N
     assert "constraints: 96 x exactly one is true" in told[1]
 
 
+async def test_labels_of_a_testbed_are_listed_in_its_order(opened: Open) -> None:
+    testbed = Path(__file__).resolve().parents[2] / "docs" / "examples" / "sentiment.yaml"
+    async with opened("--testbed", str(testbed), "--batch_size", "12") as labelling:
+        *_, line = opening(labelling, await labelling.token_record(), "sentiment", 12)
+        texts = labelling.book.labels.texts
+    told = line.partition(";")[0]
+    assert len(texts) == 3
+    places = [told.index(repr(text)) for text in texts]
+    assert places == sorted(places)
+
+
 async def test_type_and_tokens_are_those_that_the_server_is_asked_with(opened: Open, server: FakeVLLM) -> None:
     async with opened("--testbed", "builtin", "--batch_size", "16") as labelling:
         *_, model, labels = opening(labelling, await labelling.token_record(), "builtin", 16)
