@@ -12,7 +12,8 @@ from src.results.run_record import RunRecord
 class Usage:
     """A run's consumption; None where the engine did not say.
 
-    prompt_tokens: sent, cached ones included. output_tokens: one for each prompt that reached the engine. seconds: of
+    prompt_tokens: sent, cached ones included; search_tokens: those of the search, as the engine counted them or else as
+    they were sent. output_tokens: one for each prompt that reached the engine. seconds: of
     the search; of several parts the sum, which is more than the time that passed where they overlap. complete: False
     where the run was resumed, or is not finished, and requests of earlier processes are not counted.
     """
@@ -26,6 +27,7 @@ class Usage:
     from_cache: float
     seconds: float
     complete: bool
+    search_tokens: float = 0.0
 
     @property
     def hit_rate(self) -> float | None:
@@ -83,6 +85,7 @@ def usage_of(run: RunRecord) -> Usage:
         cached = computed = None
     return Usage(
         prompt_tokens=max(sent, api_sent),
+        search_tokens=sent if cached is None or computed is None else cached + computed,
         cached_tokens=cached,
         computed_tokens=computed,
         output_tokens=max(prompts, api.get("engine_prompts", 0)),

@@ -121,7 +121,7 @@ def _costs(runs: Sequence[RunRecord], prices: PriceFile | None) -> list[list[str
     used = [usage_of(run) for run in runs]
     rows = [
         ["time", *(duration(usage.seconds) for usage in used)],
-        ["prompt tokens", *(whole(usage.prompt_tokens) for usage in used)],
+        ["prompt tokens", *(whole(usage.search_tokens) for usage in used)],
         ["computed tokens", *(whole(usage.computed_tokens) for usage in used)],
         ["cache hit rate", *(number(usage.hit_rate, 3) for usage in used)],
         ["requests", *(whole(usage.requests) for usage in used)],

@@ -15,6 +15,7 @@ from src.results.page import render_comparison, render_report
 from src.results.prices import PriceFile
 from src.results.run_reader import BaselineTable, read_run
 from src.results.side_by_side import as_text, compare, shared_curves
+from src.results.text import whole
 from tests.run_examples import write_run
 
 HALF = [n % 2 == 0 for n in range(40)]
@@ -138,6 +139,11 @@ def test_one_series_a_run_and_everything_in_the_tables(tmp_path: Path) -> None:
     assert [grid.title for grid in grids] == ["Settings that differ", "Results", "Cost", "Agreement between runs"]
     assert "0.975 (39 of 40)" in text
     assert re.search(r"seed +1 +2", text)
+    # Those of the search, as the summary of a run says, without what was asked afterwards.
+    cost = first.cost
+    assert first.model_api["prompt_tokens"] > cost["tokens_cached"] + cost["tokens_computed"]
+    of_search = whole(cost["tokens_cached"] + cost["tokens_computed"])
+    assert re.search(rf"prompt tokens +{of_search} ", text)
     page = render_comparison(grids, shared_curves([first, second]), None, [], "a, b")
     assert Elements(page).tags.count("script") == 1
 
