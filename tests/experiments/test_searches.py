@@ -45,6 +45,33 @@ async def label(runs: Path, server: FakeVLLM, *more: str) -> Done:
     return Done(process.returncode, out.decode(), err.decode())
 
 
+async def test_a_table_that_searches_nothing_takes_no_search(server: FakeVLLM, tmp_path: Path) -> None:
+    async def table(*more: str) -> tuple[int, str]:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "src.experiments.commands", "baselines", "--testbed", "builtin", "--quiet"),
+            *("--batch_size", "8", "--test_size", "8", "--seeds", "1", "--model", server.model),
+            *("--runs_dir", str(tmp_path), "--run", "t", *more),
+            env={**os.environ, "VLLM_BASE_URL": server.url, "ICM_SECRETS": os.devnull, "PYTHONPATH": os.getcwd()},
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        _, err = await process.communicate()
+        assert process.returncode is not None
+        return process.returncode, err.decode()
+
+    code, err = await table("--search", "ascent", "--rows", "zero-shot", "many-shot-gold")
+    assert code == 2
+    [line] = err.strip().splitlines()
+    assert (
+        "--search ascent and --rows zero-shot many-shot-gold contradict each other: only the row icm searches" in line
+    )
+    assert not (tmp_path / "t" / "baselines.json").exists()
+    assert (await table("--search", "gibbs", "--gibbs_sweeps", "1", "--rows", "icm"))[0] == 0
+    # Another row of a table with a search is added by the same flags.
+    code, err = await table("--search", "gibbs", "--gibbs_sweeps", "1", "--rows", "zero-shot")
+    assert code == 0, err
+
+
 async def test_a_run_by_bootstrapping_is_labelled_shown_and_read(
     server: FakeVLLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
