@@ -241,6 +241,14 @@ def _found(request: LandscapeRequest, pool: Pool) -> dict[str, Labels]:
                 f"{path}: has no label for {missing} of the pool's {len(labels)} claims. A run of the same pool has "
                 "the same --seed and --batch_size, and is finished"
             )
+        searched = {claim.row for claim in run.claims if claim.searched}
+        predicted = sum(claim.row not in searched for claim in pool.claims)
+        if predicted:
+            print(
+                f"{path}: is of another pool; {predicted} of this one's {len(labels)} labels are predictions from its "
+                "labels, which its search did not judge",
+                file=sys.stderr,
+            )
         name = f"run {run.name}"
         found[name if name not in found else f"run {path}"] = labels
     return found

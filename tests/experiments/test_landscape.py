@@ -191,8 +191,16 @@ async def test_what_a_search_found_stands_out_and_can_be_added_later(icm: Landsc
     code, _, err = await others(*flags, "--found", "searched")
     assert code == 2
     assert "labels other data than builtin" in err
+    assert "is of another pool" not in err
     part = ("--search", "bootstrapping", "--run", "part", "--quiet", "--batch_size", "8")
     assert (await icm(*part, command="label"))[0] == 0
+    assert (await icm(*part[:2], "--run", "rest", *part[4:], "--label_rest", command="label"))[0] == 0
+    code, _, err = await icm(*flags, "--found", "rest")
+    assert code == 0
+    assert (
+        f"{icm.runs / 'rest'}: is of another pool; 8 of this one's 16 labels are predictions from its labels, which "
+        "its search did not judge"
+    ) in err
     code, _, err = await icm(*flags, "--found", "part")
     assert code == 2
     assert "part: has no label for 8 of the pool's 16 claims" in err
