@@ -3,8 +3,8 @@
     icm watch runs/NAME
     icm watch runs/NAME --once
 
-Waits for a run's first step, and ends with the run (exit code 0) or by Ctrl-C (130). It only reads files, so it never
-disturbs a run. In a pipe it prints a line whenever something changed.
+Waits for a run to begin in the folder (--wait) and for its first step, and ends with the run (exit code 0) or by Ctrl-C
+(130). It only reads files, so it never disturbs a run. In a pipe it prints a line whenever something changed.
 """
 
 from __future__ import annotations
@@ -39,6 +39,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--interval", type=_seconds, default=1.0, metavar="S", help="seconds between looks (default: 1)"
     )
+    parser.add_argument(
+        "--wait",
+        type=_seconds,
+        default=600.0,
+        metavar="S",
+        help="seconds to wait for a run that has not begun in the folder (default: 600)",
+    )
     parser.add_argument("--once", action="store_true", help="show where the run stands and end")
     return parser
 
@@ -51,7 +58,7 @@ def _seconds(text: str) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 the run is finished (or --once), 2 no such folder, 130 interrupted."""
+    """Exit codes: 0 the run is finished (or --once), 2 no such folder or no run in it for --wait, 130 interrupted."""
     args = build_parser().parse_args(arguments)
     if not args.run.is_dir():
         what = (
@@ -66,12 +73,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     watch = Watch(args.run)
     screen = Screen(live=sys.stdout.isatty() and not args.once)
+    since = time.monotonic()
     try:
         while True:
             changed, over = watch.poll(), is_finished(args.run)
             screen.show(watch.lines(over), changed or over)
             if over or args.once:
                 return 0
+            if not watch.begun and time.monotonic() - since >= args.wait:
+                print(f"error: {args.run}: no run has begun in it for {duration(args.wait)} (--wait)", file=sys.stderr)
+                return 2
             time.sleep(args.interval)
     except KeyboardInterrupt:
         print("\nno longer watching; the run goes on" if sys.stdout.isatty() else "")
@@ -119,12 +130,17 @@ class Watch:
             changed |= self._searches[path].poll()
         return changed
 
+    @property
+    def begun(self) -> bool:
+        """Whether there is a run in the folder, or anything of one."""
+        return bool(run_document(self.folder)) or any(search.tail.records for search in self._searches.values())
+
     def lines(self, over: bool) -> list[str]:
         """The lines to show. over: whether the run is finished."""
         document = run_document(self.folder)
         started = [search for search in self._searches.values() if search.tail.records]
         if not started:
-            state = "waiting for its first step" if document else "waiting for it to start"
+            state = "waiting for its first step" if self.begun else "waiting for a run to begin in it: no run.json yet"
             return [f"{one_line(self.folder.name)}: {state}"]
         settings = (document or {}).get("settings")
         settings = settings if isinstance(settings, dict) else {}

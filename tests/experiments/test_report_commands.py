@@ -147,7 +147,7 @@ def test_watch_follows_a_run_from_before_its_start_to_its_end(run: Path, tmp_pat
     new = tmp_path / "runs" / "new"
     new.mkdir()
     with watching(new) as process:
-        line_of(process, "waiting for it to start")
+        line_of(process, "new: waiting for a run to begin in it: no run.json yet")
         document = json.loads((run / "run.json").read_text())
         unfinished = {key: value for key, value in document.items() if key not in ("result", "finished")}
         (new / "run.json").write_text(json.dumps(unfinished))
@@ -163,6 +163,40 @@ def test_watch_follows_a_run_from_before_its_start_to_its_end(run: Path, tmp_pat
         (new / "run.json").write_text(json.dumps(document))
         line_of(process, "finished")
         assert process.wait(10) == 0
+
+
+def test_watch_waits_for_a_run_to_begin_only_so_long(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "never").mkdir()
+    assert main(["watch", str(tmp_path / "never"), "--interval", "0.05", "--wait", "0.2"]) == 2
+    told = capsys.readouterr()
+    assert told.out == "never: waiting for a run to begin in it: no run.json yet\n"
+    assert told.err.startswith(f"error: {tmp_path / 'never'}: no run has begun in it for ")
+    assert len(told.err.splitlines()) == 1
+    # One that has begun may take its time.
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    document = json.loads((run / "run.json").read_text())
+    (begun / "run.json").write_text(json.dumps({"settings": document["settings"], "flags": {}}))
+    with subprocess.Popen(
+        [
+            *(sys.executable, "-m", "src.experiments.commands", "watch", str(begun)),
+            "--interval",
+            "0.05",
+            "--wait",
+            "0.1",
+        ],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        line_of(process, "begun: waiting for its first step")
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.kill()
 
 
 def test_ctrl_c_ends_watching_without_a_traceback(tmp_path: Path) -> None:
