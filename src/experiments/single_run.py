@@ -201,34 +201,23 @@ async def _label_pool(
     also: OnRecord | None = None,
 ) -> dict[str, Any]:
     """See label_pool. also: called with every new line of the journal, too."""
-    if known is None:
-        known = await beginning(request, labelling.api, settings, cache_share=cache_share)
-        known["tokens"] = await labelling.token_record()
-        known |= testbed_record(labelling.pool)
-        pool, problem = labelling.pool, labelling.pool.problem
-        if pool.continued is not None:
-            known["continued_from"] = pool.continued.summary()
-        if pool.known is not None:
-            known["known_labels"] = {"labels": problem.num_known, "from": list(pool.known.sources)}
-        folder.write_claims(pool_rows(pool.claims, problem.consistency, pool.names, problem.known))
-        folder.write_run(known)
-    else:
-        check_same_engine(folder, known["engine"], labelling.identity)
-        await check_same_tokens(folder, known.get("tokens"), labelling)
-        determinism_of(request, labelling.api)
-    labelling = labelling.planned_for(known["kv_capacity"])
-    quiet = request.output.quiet or progress is not None
-    labelling, estimate = await with_prior(labelling, known.get("prior_estimate"), quiet=quiet)
-    if estimate is not None and "prior_estimate" not in known:
-        known["prior_estimate"] = estimate.record()
-        folder.write_run(known)
     # Several searches at once cannot share the port, so none of them gets it.
     port = request.output.metrics_port if progress is None else None
-    with (
-        progress or SearchProgress(labelling.pool, request.output.quiet) as shown,
-        _published(port, labelling, folder.path.name, _both(shown.update, also)) as on_record,
-    ):
-        state = await labelling.search(folder, on_record, _lookahead(request, labelling.api.capabilities))
+
+    def on_step(state: Standing, record: Record) -> None:
+        shown.update(state, record)
+
+    # Before anything is written: where the port is taken, no run has begun.
+    with _published(port, labelling, folder.path.name, _both(on_step, also)) as on_record:
+        known = await _begun(request, labelling, folder, settings, known, cache_share)
+        labelling = labelling.planned_for(known["kv_capacity"])
+        quiet = request.output.quiet or progress is not None
+        labelling, estimate = await with_prior(labelling, known.get("prior_estimate"), quiet=quiet)
+        if estimate is not None and "prior_estimate" not in known:
+            known["prior_estimate"] = estimate.record()
+            folder.write_run(known)
+        with progress or SearchProgress(labelling.pool, request.output.quiet) as shown:
+            state = await labelling.search(folder, on_record, _lookahead(request, labelling.api.capabilities))
     records = folder.read_log()
     cost = {key: round(sum(record.get(key, 0) for record in records), 3) for key in COSTS}
     if progress is None and request.output.told and not request.output.quiet:
@@ -263,6 +252,33 @@ async def _label_pool(
     }
     folder.write_run(document)
     return document
+
+
+async def _begun(
+    request: RunRequest,
+    labelling: Labelling,
+    folder: RunFolder,
+    settings: Mapping[str, Any],
+    known: dict[str, Any] | None,
+    cache_share: int,
+) -> dict[str, Any]:
+    """The run.json of a run that goes on, `known`, if it can here, or of a new one, written. As in label_pool."""
+    if known is not None:
+        check_same_engine(folder, known["engine"], labelling.identity)
+        await check_same_tokens(folder, known.get("tokens"), labelling)
+        determinism_of(request, labelling.api)
+        return known
+    known = await beginning(request, labelling.api, settings, cache_share=cache_share)
+    known["tokens"] = await labelling.token_record()
+    known |= testbed_record(labelling.pool)
+    pool, problem = labelling.pool, labelling.pool.problem
+    if pool.continued is not None:
+        known["continued_from"] = pool.continued.summary()
+    if pool.known is not None:
+        known["known_labels"] = {"labels": problem.num_known, "from": list(pool.known.sources)}
+    folder.write_claims(pool_rows(pool.claims, problem.consistency, pool.names, problem.known))
+    folder.write_run(known)
+    return known
 
 
 async def beginning(

@@ -166,6 +166,23 @@ async def test_a_port_that_is_taken_is_an_error_in_one_line(tmp_path: Path) -> N
                 pass
 
 
+async def test_where_the_port_is_taken_no_run_has_begun(tmp_path: Path) -> None:
+    async with FakeVLLM() as server:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "src.experiments.commands", "label", "--testbed", "builtin", "--batch_size",
+            str(POOL), "--num_seed", "2", "--model", server.model, "--runs_dir", str(tmp_path), "--run", "mine",
+            "--quiet", "--metrics_port", str(server.port), cwd=REPOSITORY,
+            env={**os.environ, "VLLM_BASE_URL": server.url, "ICM_SECRETS": os.devnull, "PYTHONPATH": str(REPOSITORY)},
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        _, err = await process.communicate()
+    assert process.returncode == 2
+    assert f"cannot publish metrics at port {server.port}" in err.decode()
+    assert not (tmp_path / "mine" / "run.json").exists()
+    assert not (tmp_path / "mine" / "log.jsonl").exists()
+
+
 async def test_a_search_that_labels_all_claims_at_once_counts_its_rounds() -> None:
     problem, journal = make_problem(bootstrap_rounds=3), Lines()
     await search_named("bootstrapping").run(problem, Model(problem), journal)
