@@ -113,6 +113,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     parameters.RequestOutputKind = Kind
     monkeypatch.setitem(sys.modules, "vllm", module)
     stand_in_platform(monkeypatch, cpu=True)
+    monkeypatch.setattr("core.llm_api.engines.direct.check_hub", lambda *_: None)  # these models are nowhere
     monkeypatch.setitem(sys.modules, "vllm.sampling_params", parameters)
     yield
     assert all(not llm.requests for llm in WritingLLM.made), "nothing is left in the engine"

@@ -27,7 +27,7 @@ from core.llm_api.http.completions import TOP_LOGPROBS, found_or_missing, keep_t
 from core.llm_api.http.pool_tree import tree_of
 from core.llm_api.http.server_errors import MESSAGE_LIMIT
 from core.llm_api.http.together import by_tokens
-from core.llm_api.in_process.options import DirectOptions, check_path, set_cpu_environment
+from core.llm_api.in_process.options import DirectOptions, check_hub, check_path, set_cpu_environment
 from core.llm_api.in_process.vllm_process import PROCESS, Loaded
 from core.llm_api.telemetry import RequestTelemetry
 from core.llm_api.tokens import CANARY_TEXT, fingerprint
@@ -245,10 +245,11 @@ class DirectEngine:
 
     def _load(self) -> EngineIdentity:
         """Start vLLM where no other DirectEngine did."""
-        loaded = self._loaded
+        loaded, token = self._loaded, self._hf_token
         if loaded.llm is None:
             os.environ.setdefault(FAST_PREFIXES, "1")  # as the servers that we launch
             loaded.vllm = self._import()
+            check_hub(self._model, self._revision, None if token is None else token.get_secret_value())
             if self._options.cpu and self._options.dtype == "auto" and "dtype" not in self._options.extra:
                 log.info("%s", fast_type())
             try:

@@ -19,6 +19,9 @@ _CPU_ENVIRONMENT: Final = {
 """From configs/vllm_config.yaml, which gives the reasons; variables that are set already stay. vLLM reads them when
 it is imported."""
 
+HUB_SECONDS: Final = 10.0
+"""To wait for Hugging Face's answer about a name."""
+
 OPENMP: Final = Path(sys.prefix) / "lib" / "libiomp5.so"
 """From the same section: LD_PRELOAD for the processes that vLLM starts. Without it vLLM sets another library, which
 needs a core that stays free."""
@@ -92,12 +95,54 @@ def check_path(model: str) -> None:
     path = Path(model)
     if path.exists() or "://" in model:
         return
-    surely = path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1
-    if surely or (model.count("/") == 1 and path.parent.is_dir() and not _downloaded(model)):
+    if _surely_a_path(model) or (model.count("/") == 1 and path.parent.is_dir() and not _downloaded(model)):
         there = path.parent.is_dir()
         names = sorted(each.name for each in path.parent.iterdir() if each.is_dir())[:10] if there else []
         found = f"{path.parent}/ holds {', '.join(names)}." if names else "Check the path."
         raise ConfigurationError(f"there is no model at {model}.", hint=found)
+
+
+def _surely_a_path(model: str) -> bool:
+    return Path(model).is_absolute() or model.startswith((".", "~")) or model.count("/") > 1
+
+
+def check_hub(model: str, revision: str = "", token: str | None = None) -> None:
+    """Raises ConfigurationError for a name that Hugging Face does not have, or where it cannot be asked: vLLM would
+    ask again and again, for minutes.
+
+    Nothing is asked about a path, a model that was downloaded before, or where vLLM takes models from elsewhere.
+    """
+    elsewhere = "://" in model or _downloaded(model) or os.environ.get("VLLM_USE_MODELSCOPE")
+    if Path(model).exists() or _surely_a_path(model) or elsewhere:
+        return
+    try:
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import (
+            HfHubHTTPError,
+            HFValidationError,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )
+    except ImportError:  # it comes with vLLM, whose absence is told when it is imported
+        return
+    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token)
+    try:
+        api.model_info(model, revision=revision or None, timeout=HUB_SECONDS)
+    except RevisionNotFoundError:
+        raise ConfigurationError(f"{model} has no revision {revision} on Hugging Face.") from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise ConfigurationError(
+            f"there is no model {model} on Hugging Face.",
+            hint="Check the name, or give the path of its folder; a private model needs HF_TOKEN.",
+        ) from None
+    except HfHubHTTPError:  # it answers, and does not say more: vLLM may do better
+        return
+    except Exception as error:  # noqa: BLE001 - of its HTTP library, which is another one from version to version
+        reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
+        raise ConfigurationError(
+            f"{model} is no folder here and was not downloaded, and Hugging Face cannot be asked for it: {reason}.",
+            hint="Give the path of a model's folder.",
+        ) from None
 
 
 def _downloaded(model: str) -> bool:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import ClassVar
 
 import pytest
 from pydantic import SecretStr
 
 from core.cpu import KV_CACHE_SPACE, FastType, kv_cache_gib
 from core.errors import APIError, ConfigurationError, MissingLabel, RequestRejected
-from core.llm_api.engines import open_engine
+from core.llm_api.engines import direct, open_engine
 from core.llm_api.engines.direct import DirectEngine, DirectOptions
 from core.llm_api.in_process import options
+from core.llm_api.in_process.options import check_hub
 from core.llm_api.labels import LabelSpace, SpelledLabels
 from core.llm_api.types import Engine, EngineAnswer, PrefixCacheCounters, Prompt, Segment
 from core.settings import Settings
@@ -95,6 +98,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module.LLM, module.SamplingParams, module.__version__ = FakeLLM, SimpleNamespace, "0.32.0"
     monkeypatch.setitem(sys.modules, "vllm", module)
     stand_in_platform(monkeypatch, cpu=True)
+    monkeypatch.setattr(direct, "check_hub", lambda *_: None)  # these models are nowhere
     return module
 
 
@@ -388,6 +392,85 @@ async def test_scores_are_exact_as_the_launchers_are_unless_told_otherwise(
         assert all(f"{name}={value}" in identity.determinism for name, value in variables.items())
     finally:
         await engine.aclose()
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Hugging Face's route about a model: it has one, one that is closed to strangers, and one whose answer fails."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        there = {"/api/models/owner/name": 200, "/api/models/owner/broken": 500, "/api/models/owner/closed": 401}
+        status = there.get(self.path, 404)
+        body = b'{"id": "owner/name"}' if status == 200 else b"{}"
+        self.send_response(status)
+        if status in (401, 404):
+            self.send_header("X-Error-Code", "RevisionNotFound" if "/revision/" in self.path else "RepoNotFound")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[Hub]]:
+    pytest.importorskip("huggingface_hub")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    Hub.asked.clear()
+    yield Hub
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("model", "revision", "complaint"),
+    [
+        ("owner/nmae", "", "there is no model owner/nmae on Hugging Face. Check the name"),
+        ("owner/closed", "", "a private model needs HF_TOKEN"),
+        ("owner/na me", "", "there is no model owner/na me on Hugging Face"),
+        ("owner/name", "v9", "owner/name has no revision v9 on Hugging Face"),
+    ],
+)
+async def test_a_name_that_hugging_face_does_not_have_is_refused_before_vllm_is_loaded(
+    hub: type[Hub], vllm: ModuleType, monkeypatch: pytest.MonkeyPatch, model: str, revision: str, complaint: str
+) -> None:
+    monkeypatch.setattr(direct, "check_hub", check_hub)
+    engine = DirectEngine(model, revision=revision, hf_token=SecretStr("secret"))
+    with pytest.raises(ConfigurationError) as refused:
+        await engine.start()
+    assert complaint in str(refused.value)
+    assert "secret" not in str(refused.value)
+    assert len(str(refused.value).splitlines()) == 1
+    assert FakeLLM.made == []
+
+
+def test_what_hugging_face_has_or_cannot_say_is_left_to_vllm(
+    hub: type[Hub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for model in ("owner/name", "owner/broken"):
+        check_hub(model)
+    assert len(hub.asked) >= 2
+    hub.asked.clear()
+    (tmp_path / "here").mkdir()
+    (tmp_path / "hub" / "models--owner--kept").mkdir(parents=True)
+    for model in ("here", "owner/kept", "s3://bucket/model", "/models/x", "./x"):
+        check_hub(model)
+    monkeypatch.setenv("VLLM_USE_MODELSCOPE", "1")
+    check_hub("owner/nmae")
+    assert hub.asked == []
+
+
+def test_where_hugging_face_cannot_be_reached_it_says_so(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ConfigurationError, match="was not downloaded, and Hugging Face cannot be asked for it"):
+        check_hub("owner/name")
 
 
 def test_a_path_where_no_model_is_is_refused_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
