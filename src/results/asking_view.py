@@ -128,7 +128,7 @@ def grid_of(run: RunRecord, chosen: Sequence[Doubt], by: str) -> Grid:
     """The table of the terminal."""
     rows = [
         [
-            _short(doubt.claim),
+            _short(doubt.claim, run.compares),
             str(doubt.claim.row),
             run.name_of(doubt.claim.label),
             *(number(getattr(doubt, name)) for name in SCORES),
@@ -138,8 +138,9 @@ def grid_of(run: RunRecord, chosen: Sequence[Doubt], by: str) -> Grid:
     return Grid(f"Claims to ask about, by {by}", run.name, ["claim", "row", "found", *SCORES], rows)
 
 
-def _short(claim: LabelledClaim) -> str:
-    texts = [text for text in (claim.question, claim.choice, claim.choice_2 or "") if text.strip()]
+def _short(claim: LabelledClaim, compares: bool) -> str:
+    second = claim.choice_2 if compares else None
+    texts = [text for text in (claim.question, claim.choice, second or "") if text.strip()]
     each = max(20, 60 // max(1, len(texts)))
     return " / ".join(one_line(text, each) for text in texts) or "(empty)"
 

@@ -12,7 +12,7 @@ import pytest
 
 from src.icm.consistency import Constraint, Relation
 from src.results.asking import Doubt, choose, doubts_of, reason, rounds_of
-from src.results.asking_view import SCORES, buttons_of, sheet_of
+from src.results.asking_view import SCORES, buttons_of, grid_of, sheet_of
 from src.results.run_reader import read_run
 from src.results.run_record import LabelledClaim, RunRecord
 from src.results.run_schema import journal_line
@@ -267,6 +267,13 @@ def test_known_labels_stand_at_the_end() -> None:
         ("1", "", "margin"),
         ("0", "True", "known"),
     ]
+
+
+def test_the_table_shows_what_is_judged() -> None:
+    """The built-in testbed's choice_2 is in no prompt."""
+    doubts = doubts_of(run(claim(0, True, 1.0, choice_2="not this"), claim(1, True, 2.0), testbed="builtin")).found
+    grid = grid_of(run(testbed="builtin"), choose(doubts, 2, "margin"), "margin")
+    assert grid.rows[0] == ["q0 / c0", "0", "True", "1.00", "–", "-50.00"]
 
 
 def test_buttons_of_two_and_of_many_labels() -> None:
