@@ -11,7 +11,20 @@ that the same call again asks nothing twice. docs/library.md has the reference.
 
 from core.errors import APIError, ConfigurationError, ServerUnreachable
 from icm.labelling import alabel, label
+from icm.landscape import LandscapeResult, alandscape, landscape
 from icm.result import Result, load
 from src.icm.values import BadInput
 
-__all__ = ["APIError", "BadInput", "ConfigurationError", "Result", "ServerUnreachable", "alabel", "label", "load"]
+__all__ = [
+    "APIError",
+    "BadInput",
+    "ConfigurationError",
+    "LandscapeResult",
+    "Result",
+    "ServerUnreachable",
+    "alabel",
+    "alandscape",
+    "label",
+    "landscape",
+    "load",
+]

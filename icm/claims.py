@@ -54,9 +54,9 @@ def given(claims: Any) -> Given:
     if hasattr(claims, "to_dicts"):  # polars
         rows = claims.to_dicts()
     elif hasattr(claims, "to_dict") and hasattr(claims, "columns"):  # pandas
-        rows, index = claims.to_dict(orient="records"), list(claims.index)
         if not claims.columns.is_unique:
             raise BadInput("claims: two columns of the data frame have one name")
+        rows, index = claims.to_dict(orient="records"), list(claims.index)
     elif hasattr(claims, "to_pylist"):  # pyarrow
         rows = claims.to_pylist()
     elif isinstance(claims, Iterable):

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from contextlib import contextmanager
+from typing import Any, Final, TypeVar
+
+from core.errors import APIError, ConfigurationError, ServerUnreachable
 
 T = TypeVar("T")
+
+GO_ON: Final = "Nothing is lost: the same call again goes on where this one stopped."
 
 
 def finished(job: Coroutine[Any, Any, T]) -> T:
@@ -17,9 +22,32 @@ def finished(job: Coroutine[Any, Any, T]) -> T:
     A thread has at most one running loop. Where this one has it already, the job gets a thread and a loop of its own.
     """
     try:
+        return asyncio.run(job) if not _runs_here() else _in_own_thread(job)
+    except KeyboardInterrupt as stop:
+        stop.add_note(GO_ON)
+        raise
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Adds to an error in between that nothing is lost, unless nothing had begun."""
+    try:
+        yield
+    except (APIError, OSError, MemoryError) as error:
+        if not isinstance(error, ConfigurationError | ServerUnreachable):
+            error.add_note(GO_ON)
+        raise
+
+
+def _runs_here() -> bool:
+    try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(job)
+        return False
+    return True
+
+
+def _in_own_thread(job: Coroutine[Any, Any, T]) -> T:
     loop = asyncio.new_event_loop()
     task = loop.create_task(job)
 

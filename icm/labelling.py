@@ -7,13 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from core.errors import APIError, ConfigurationError, ServerUnreachable
-from icm.event_loop import finished
+from icm.event_loop import finished, resumable
 from icm.result import Result, load
-from icm.settings import request_of
+from icm.settings import Asked, parsed, quietly
 from src.experiments import ICM
-
-GO_ON = "Nothing is lost: the same call again goes on where this one stopped."
+from src.experiments.request import RunRequest
 
 
 def label(
@@ -62,11 +60,7 @@ def label(
         quiet=quiet,
         **settings,
     )
-    try:
-        return finished(job)
-    except KeyboardInterrupt as stop:
-        stop.add_note(GO_ON)
-        raise
+    return finished(job)
 
 
 async def alabel(
@@ -84,15 +78,11 @@ async def alabel(
 ) -> Result:
     """`label` in a running event loop. Cancelling it stops the run, which the same call resumes."""
     settings |= {"model": model, "runs_dir": runs_dir, "run": run, "quiet": quiet}
-    request, rows = request_of(
-        claims, testbed=testbed, template=template, labels=labels, base_url=base_url, settings=settings
-    )
-    try:
-        folder = await ICM.label(request)
-    except (APIError, OSError, MemoryError) as error:
-        if not isinstance(error, ConfigurationError | ServerUnreachable):  # else nothing has begun
-            error.add_note(GO_ON)
-        raise
+    asked = Asked(claims, testbed, template, labels, base_url)
+    parser = ICM.build_parser()
+    flags, rows = parsed(asked, parser, settings)
+    with resumable():
+        folder = await ICM.label(quietly(RunRequest.of(flags, parser.contradiction), asked))
     assert folder is not None  # neither --check nor --is_complete was asked for
     result = load(folder.path, rows)
     if result.warning:

@@ -1,4 +1,4 @@
-"""Settings as keywords of a function -> a RunRequest: every flag of `icm label`, under its own name.
+"""Settings as keywords of a function -> a command's parsed flags: every flag, under its own name.
 
 The keywords become the words of a command line, so that names, types, ranges and contradictions have one place.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from numbers import Number
 from pathlib import Path
@@ -19,7 +19,6 @@ import yaml
 from icm.claims import FOLDER, Given, given, write_once
 from icm.result import Result
 from src.experiments.arguments import Parser
-from src.experiments.ICM import build_parser
 from src.experiments.request import RunRequest
 from src.icm.testbeds import BadInput
 from src.icm.values import shown
@@ -32,69 +31,70 @@ OF_A_TESTBED: Final = {"columns": "columns", "map": "map", "group_by": "groups"}
 """Settings that a testbed file holds, where there is one: its name of each."""
 
 
-def names() -> tuple[str, ...]:
-    """The names of all settings that `label` takes as keywords."""
-    return tuple(_actions(build_parser()))
+@dataclass(frozen=True)
+class Asked:
+    """What the model is asked about, and where, besides the flags of a command. See `label`."""
+
+    claims: Any
+    testbed: str | Path | Mapping[str, Any] | None
+    template: str | None
+    labels: Sequence[str] | Mapping[str, str] | None
+    base_url: str | Sequence[str] | None
 
 
-def request_of(
-    claims: Any,
-    *,
-    testbed: str | Path | Mapping[str, Any] | None,
-    template: str | None,
-    labels: Sequence[str] | Mapping[str, str] | None,
-    base_url: str | Sequence[str] | None,
-    settings: Mapping[str, Any],
-) -> tuple[RunRequest, Given | None]:
-    """What `icm label` is asked for, and the claims, where they were given as a program has them.
+def names(parser: Parser) -> tuple[str, ...]:
+    """The flags of a command that a function takes as keywords."""
+    return tuple(action.dest for action in parser._actions if action.dest not in ELSEWHERE)
 
-    settings: the other keywords. Raises TypeError for a keyword that there is not, or of a wrong type, and BadInput as
-    the command line does.
+
+def parsed(asked: Asked, parser: Parser, settings: Mapping[str, Any]) -> tuple[argparse.Namespace, Given | None]:
+    """The parsed flags of a command, and the claims, where they were given as a program has them.
+
+    parser: the command's. settings: its flags by name. Raises TypeError for a keyword that there is not, or of a wrong
+    type, and BadInput as the command line does.
     """
-    parser = build_parser()
     parser.raises = True
     _check_names(settings, parser)
     wanted = {name: value for name, value in settings.items() if value is not None}
     folder = Path(wanted["runs_dir"]) / FOLDER
-    rows = None
-    if claims is None and testbed is None:
+    rows, testbed, template = None, asked.testbed, asked.template
+    if asked.claims is None and testbed is None:
         raise BadInput("there are no claims: give a list of dicts, a data frame, a path, or a testbed")
-    if isinstance(claims, str | Path):
-        wanted["data"] = claims
-    elif claims is not None:
-        rows = given(claims)
+    if isinstance(asked.claims, str | Path):
+        wanted["data"] = asked.claims
+    elif asked.claims is not None:
+        rows = given(asked.claims)
         wanted["data"] = rows.write(folder)
     if template is None and testbed is None and rows is not None and rows.texts:
         template = OF_A_TEXT
-    if template is not None or labels is not None or isinstance(testbed, Mapping):
-        keys = _testbed(testbed, template, labels)
+    if template is not None or asked.labels is not None or isinstance(testbed, Mapping):
+        keys = _testbed(testbed, template, asked.labels)
         keys |= {theirs: wanted.pop(ours) for ours, theirs in OF_A_TESTBED.items() if ours in wanted}
         testbed = _write_testbed(keys, folder)
     if testbed is not None:
         wanted["testbed"] = testbed
-    if "num_batches" not in wanted and "passes" not in wanted:
+    if "label_rest" in names(parser) and "num_batches" not in wanted and "passes" not in wanted:
         wanted.setdefault("label_rest", True)
-    request = RunRequest.of(_parsed(parser, wanted), parser.contradiction)
-    if base_url is not None:
+    return _parsed(parser, wanted), rows
+
+
+def quietly(request: RunRequest, asked: Asked) -> RunRequest:
+    """The request, which asks the server that `asked` names, and prints no opening and no summary."""
+    if asked.base_url is not None:
         if request.model.direct:
             raise BadInput("base_url and direct contradict each other: vLLM in this process is no server")
-        urls = (base_url,) if isinstance(base_url, str) else tuple(base_url)
+        urls = (asked.base_url,) if isinstance(asked.base_url, str) else tuple(asked.base_url)
         request = replace(request, model=replace(request.model, base_url=urls))
-    return replace(request, output=replace(request.output, told=False)), rows
-
-
-def _actions(parser: Parser) -> dict[str, argparse.Action]:
-    return {action.dest: action for action in parser._actions if action.dest not in ELSEWHERE}
+    return replace(request, output=replace(request.output, told=False))
 
 
 def _check_names(settings: Mapping[str, Any], parser: Parser) -> None:
-    known = _actions(parser)
-    own = ("testbed", "template", "labels", "base_url")
+    known = names(parser)
     for name in settings:
         if name not in known:
-            close = get_close_matches(name, [*known, *own], n=1)
+            close = get_close_matches(name, [*known, *(each.name for each in fields(Asked))], n=1)
             meant = f"; did you mean {close[0]!r}?" if close else ". docs/library.md lists the settings"
-            raise TypeError(f"label() has no setting {name!r}{meant}")
+            raise TypeError(f"{parser.prog.replace(' ', '.')}() has no setting {name!r}{meant}")
 
 
 def _testbed(
@@ -148,7 +148,7 @@ def _words(action: argparse.Action, value: Any) -> list[str]:
     if name == "continue_from" and isinstance(value, Result):
         return [flag, str(value.run_folder)]
     if action.nargs == "+" and isinstance(value, Sequence) and not isinstance(value, str):
-        return [flag, *map(str, value)]
+        return [flag, *(str(each.run_folder if isinstance(each, Result) else each) for each in value)]
     if isinstance(value, bool) or not isinstance(value, str | Path | Number):
         raise TypeError(f"{name} cannot be {shown(value)}")
     if isinstance(value, Number) and action.type is None and not action.choices:

@@ -113,6 +113,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 async def _run(request: LandscapeRequest) -> int:
+    await survey_pool(request)
+    return 0
+
+
+async def survey_pool(request: LandscapeRequest) -> tuple[LandscapeFolder, Landscape]:
+    """The finished landscape and its folder. The library (icm/) calls it, too."""
     run = request.run
     if run.objective.estimate_prior:
         raise BadInput("--prior auto is estimated for a search; for a landscape, --prior P gives a share")
@@ -135,9 +141,11 @@ async def _run(request: LandscapeRequest) -> int:
             answers.zero_shot = read_odds(known["zero_shot"])
         found_before = {labeling.name: labeling.labels for labeling, _ in before if labeling.kind == "found"}
         if known["finished"] and found.items() <= found_before.items():
-            say_shown_again(known)
-            _tell(folder, _landscape(pool, evaluated(pool.problem, [labeling for labeling, _ in before], answers)))
-            return 0
+            landscape = _landscape(pool, evaluated(pool.problem, [labeling for labeling, _ in before], answers))
+            if run.output.told:
+                say_shown_again(known)
+                _tell(folder, landscape)
+            return folder, landscape
         found = found_before | found
     warn_of_leaks(run, pool)
     with lock:
@@ -155,8 +163,9 @@ async def _run(request: LandscapeRequest) -> int:
             }
             landscape = await _survey(request, labelling, folder, begun, found, answers)
         _draw(folder, landscape, settings)
-    _tell(folder, landscape)
-    return 0
+    if run.output.told:
+        _tell(folder, landscape)
+    return folder, landscape
 
 
 async def _survey(
@@ -172,7 +181,8 @@ async def _survey(
     gold = whole(pool.gold) is not None
     plan = Plan.of(request.labelings, gold=gold)
     most = plan.most(len(pool.names), gold=gold, found=len(found))
-    _say_how_much(pool, most, answers)
+    if request.run.output.told:
+        _say_how_much(pool, most, answers)
 
     def write(labelings: Sequence[Evaluated], finished: str | None) -> None:
         records = labeling_records(labelings, pool.names)

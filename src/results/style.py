@@ -67,17 +67,6 @@ ET.register_namespace("", SVG.strip("{}"))
 ET.register_namespace("xlink", HREF[1:].split("}")[0])
 
 
-def panel() -> tuple[Figure, Axes]:
-    """A figure of one panel, with margins for the ticks' numbers and both labels."""
-    width, height = PANEL
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(width / 72, height / 72))
-        axes = figure.add_subplot()
-        figure.subplots_adjust(62 / width, 38 / height, 1 - 12 / width, 1 - 12 / height)
-        axes.patch.set_visible(False)
-        return figure, axes
-
-
 class Drawn(Figure):
     """A figure that a notebook shows by itself, although pyplot did not make it."""
 
@@ -86,6 +75,17 @@ class Drawn(Figure):
         with mpl.rc_context(STYLE):
             self.savefig(file, dpi=110, format="png")
         return file.getvalue()
+
+
+def panel() -> tuple[Figure, Axes]:
+    """A figure of one panel, with margins for the ticks' numbers and both labels."""
+    width, height = PANEL
+    with mpl.rc_context(STYLE):
+        figure = Drawn(figsize=(width / 72, height / 72))
+        axes = figure.add_subplot()
+        figure.subplots_adjust(62 / width, 38 / height, 1 - 12 / width, 1 - 12 / height)
+        axes.patch.set_visible(False)
+        return figure, axes
 
 
 def panels(rows: int, columns: int) -> tuple[Figure, list[Axes]]:

@@ -32,7 +32,7 @@ async def printed(code: str, folder: Path, url: str) -> list[str]:
 
 async def test_the_programs_run(tmp_path: Path) -> None:
     page = (REPOSITORY / "docs" / "library.md").read_text()
-    ten_lines, own_words = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    ten_lines, own_words, landscape = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert len([line for line in ten_lines.splitlines() if line.strip()]) <= 10
     async with FakeVLLM(model="MODEL") as server:
         lines = await printed(ten_lines, tmp_path, server.url)
@@ -40,3 +40,7 @@ async def test_the_programs_run(tmp_path: Path) -> None:
         assert {line.split()[0] for line in lines} == {"True", "False"}
         lines = await printed(f"{FRAME}{own_words}print(result.labels)", tmp_path, server.url)
         assert len(re.findall("bad|fair|good", lines[0])) == 8
+        claims = ten_lines[: ten_lines.index("result = ")]
+        await printed(f"{claims}{landscape}", tmp_path, server.url)
+    [picture] = (tmp_path / "runs").glob("*/landscape.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")

@@ -246,7 +246,29 @@ def test_claims_that_are_none(claims: Any, said: str, server: FakeVLLM) -> None:
 
 def test_every_flag_is_a_keyword() -> None:
     flags = {action.dest for action in build_parser()._actions}
-    assert flags - set(names()) == {"help", "data", "check", "is_complete"}
+    assert flags - set(names(build_parser())) == {"help", "data", "check", "is_complete"}
+
+
+def test_a_landscape(server: FakeVLLM, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("jinja2")
+    asked = {"model": "fake-8b", "batch_size": 16, "quiet": True, "alpha": 50, "labelings": 30}
+    result = icm.label(CLAIMS, **SMALL, alpha=50)
+    found = icm.landscape(CLAIMS, **asked, found=[result])
+    rows = {row["name"]: row for row in found.rows}
+    assert rows["gold"]["agreement"] == 1
+    searched = rows[f"run {result.run_folder.name}"]
+    pool = result.record.pool
+    assert searched["agreement"] == pytest.approx(sum(claim.label == claim.gold for claim in pool) / len(pool))
+    assert len(searched["labels"]) == 16
+    assert found.plot()._repr_png_().startswith(b"\x89PNG")
+    assert found.verdict in repr(found)
+    assert (found.run_folder / "landscape.html").exists()
+    before = len(server.requests)
+    assert icm.landscape(CLAIMS, **asked, found=[result]).rows == found.rows
+    assert len(server.requests) == before
+    assert capsys.readouterr().out == ""
+    with pytest.raises(TypeError, match=r"icm\.landscape\(\) has no setting 'labelling'; did you mean 'labelings'"):
+        icm.landscape(CLAIMS, **asked, labelling=3)
 
 
 def test_no_server_is_an_exception_and_leaves_no_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
