@@ -19,6 +19,7 @@ STAMPS := $(VENV)/.stamps
 BASE := $(STAMPS)/base
 LOCAL := $(STAMPS)/local
 BROWSER := $(STAMPS)/browser
+NOTEBOOK := $(STAMPS)/notebook
 WEIGHTS := models/$(MODEL)/provenance.json
 # --no-deps: a lock names everything. Bytecode is compiled when first imported: of torch and transformers, a tenth is.
 PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check --no-deps --no-compile -qq
@@ -42,6 +43,9 @@ setup-local: $(LOCAL) $(WEIGHTS) ## Add vLLM for the CPU and a small real model 
 .PHONY: setup-browser
 setup-browser: $(BROWSER) ## Add Playwright, and as root on Debian Chromium: for tests of HTML pages (a minute)
 
+.PHONY: setup-notebook
+setup-notebook: $(NOTEBOOK) ## Add Jupyter's kernel and pandas: for notebooks and their tests (a minute)
+
 .PHONY: icm
 icm: setup-local ## Label the built-in claims with a real model on this machine (ARGS="--seed 2")
 	@$(PY) scripts/run_local.py --model $(MODEL) $(ARGS)
@@ -51,7 +55,7 @@ serve: setup-local ## Serve answers and scores at port 8080 with a real model on
 	@$(PY) -m contrib.serving.command --start local --model $(MODEL) $(ARGS)
 
 .PHONY: test
-test: setup-local $(STAMPS)/tokenizers ## Run every test, those against a real vLLM server included (ARGS="-k tree")
+test: setup-local $(STAMPS)/tokenizers $(NOTEBOOK) ## Run every test, those against a real vLLM server included (ARGS="-k tree")
 	@$(PY) -m pytest -m "not gpu" $(ARGS)
 
 .PHONY: test-fast
@@ -226,6 +230,10 @@ $(LOCAL): requirements/local.lock requirements/torch.txt $(BASE)
 $(BROWSER): requirements/browser.lock $(BASE)
 	@$(STEP) "installing Playwright" $(PIP_INSTALL_LOCK) requirements/browser.lock
 	@scripts/install_chromium.sh
+	@touch $@
+
+$(NOTEBOOK): requirements/notebook.lock $(BASE)
+	@$(STEP) "installing Jupyter's kernel and pandas" $(PIP_INSTALL_LOCK) requirements/notebook.lock
 	@touch $@
 
 $(WEIGHTS): scripts/prepare_model.py | $(LOCAL)

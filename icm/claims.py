@@ -16,7 +16,7 @@ from typing import Any, Final
 from uuid import UUID
 
 from core.files import write_atomically
-from src.icm.values import BadInput, shown
+from src.icm.values import BadInput, is_missing, shown
 
 FOLDER: Final = "data"
 """Under runs_dir: the files that are made of a program's claims."""
@@ -33,14 +33,19 @@ class Given:
     index: Sequence[Any] | None = None
     texts: bool = False
 
-    def write(self, folder: Path) -> Path:
-        """The rows as JSON lines in `folder`, under a name made from their content; written only once.
+    @property
+    def lists_options(self) -> bool:
+        """Whether a row may be several claims, one for each option that it lists."""
+        return any(not isinstance(row.get("choice"), str | None) for row in self.rows)
+
+    def write(self, folder: Path, name: str = "claims") -> Path:
+        """The rows as JSON lines in `folder`, under `name` and a part made from their content; written only once.
 
         Values that no file can hold (objects, say) are left out; they are given back with the labels all the same.
         """
         lines = [json.dumps(plain_row(row)) for row in self.rows]
         content = "".join(f"{line}\n" for line in lines).encode()
-        path = folder / f"claims-{hashlib.sha256(content).hexdigest()[:8]}.jsonl"
+        path = folder / f"{name}-{hashlib.sha256(content).hexdigest()[:8]}.jsonl"
         write_once(path, content)
         return path
 
@@ -72,6 +77,27 @@ def given(claims: Any) -> Given:
         if isinstance(row, Mapping) and (wrong := next((name for name in row if not isinstance(name, str)), None)):
             raise BadInput(f"claims: row {number} has a column {shown(wrong)}, which is no text")
     return Given([{"choice": row} for row in rows] if texts else rows, index, texts)
+
+
+def known(labels: Any, claims: Given | None) -> Given | None:
+    """Known labels as rows that `--known` reads; None where there is none.
+
+    labels: by row number, as a dict; one a claim in the order of the claims (None: not known), as a list, array or
+    series; or rows with a column `label`, as `given` takes them. Raises BadInput where a list has another length.
+    """
+    if isinstance(labels, Mapping):
+        found = list(labels.items())
+    elif hasattr(labels, "columns") or not isinstance(labels, Iterable):
+        return given(labels)
+    else:
+        each = list(labels)
+        if each and isinstance(each[0], Mapping):
+            return given(each)
+        if claims is not None and not claims.lists_options and len(each) != len(claims.rows):
+            raise BadInput(f"known: has {len(each)} labels, and there are {len(claims.rows)} claims (None: not known)")
+        found = list(enumerate(each))
+    rows = [{"row": _plain(row), "label": label} for row, label in found if not is_missing(_plain(label))]
+    return Given(rows) if rows else None
 
 
 def write_once(path: Path, content: bytes) -> None:

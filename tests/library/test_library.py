@@ -384,3 +384,23 @@ def test_a_collapse_is_a_warning(server: FakeVLLM) -> None:
     assert result.warning
     assert "collapsing to one label" in result.warning
     assert [str(each.message) for each in caught if each.category is UserWarning] == [result.warning]
+
+
+def test_known_labels_are_kept(server: FakeVLLM) -> None:
+    asked = {name: value for name, value in SMALL.items() if name != "num_seed"} | {"batch_size": 24}
+    known = [None] * 24
+    known[0], known[3] = False, True
+    result = icm.label(CLAIMS, **asked, known=known)
+    assert [row["label"] for row in result if row["by"] == "known"] == [False, True]
+    assert result.labels[0] is False
+    folders = {
+        icm.label(CLAIMS, **asked, known=same).run_folder
+        for same in ({0: 0, 3: 1}, [{"row": 3, "label": "true"}, {"row": 0, "label": "false"}])
+    }
+    assert folders == {result.run_folder}
+    unknown = icm.label(CLAIMS, **asked, known=[None] * 24)
+    assert unknown.run_folder == icm.label(CLAIMS, **asked).run_folder
+    with pytest.raises(icm.BadInput, match="has 2 labels, and there are 24 claims"):
+        icm.label(CLAIMS, **asked, known=[True, None])
+    with pytest.raises(icm.BadInput, match="label"):
+        icm.label(CLAIMS, **asked, known={0: "perhaps"})
