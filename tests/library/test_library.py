@@ -404,3 +404,14 @@ def test_known_labels_are_kept(server: FakeVLLM) -> None:
         icm.label(CLAIMS, **asked, known=[True, None])
     with pytest.raises(icm.BadInput, match="label"):
         icm.label(CLAIMS, **asked, known={0: "perhaps"})
+
+
+def test_labels_that_are_withheld_are_none(server: FakeVLLM) -> None:
+    whole = icm.label(CLAIMS, **SMALL, run="mine")
+    result = icm.label(CLAIMS, **SMALL, run="mine", abstain_below=1.0)
+    withheld = [number for number, row in enumerate(result) if row["by"] == "abstained"]
+    assert withheld
+    assert [label for number, label in enumerate(result.labels) if number in withheld] == [None] * len(withheld)
+    assert [result.rows[number]["abstained_label"] for number in withheld] == [whole.labels[at] for at in withheld]
+    assert f"{len(withheld)} claims without a label" in repr(result)
+    assert result.probabilities == whole.probabilities
