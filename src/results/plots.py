@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from src.icm.consistency import Label
 from src.icm.label_names import TRUE_FALSE_NAMES, Names, balance_of
@@ -12,6 +12,9 @@ from src.results.curves import curves_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+FEW_POINTS: Final = 12
+"""With fewer than this, each is marked: a line through one point would not be seen."""
 
 
 def plot_curves(
@@ -36,6 +39,7 @@ def draw_curves(records: Sequence[Mapping[str, Any]], gold: Sequence[Label], nam
 
     curves = curves_of(records, gold)
     figure, axes = panels(2, 2)
+    marker = "." if len(curves.iteration) < FEW_POINTS else ""
     shown: tuple[tuple[Sequence[float | None], str, tuple[float, float] | None], ...] = (
         (curves.utility, "U(D)", None),
         (curves.accuracy, "agreement with gold", (0.0, 1.0)),
@@ -45,7 +49,7 @@ def draw_curves(records: Sequence[Mapping[str, Any]], gold: Sequence[Label], nam
     for axis, (values, label, limits) in zip(axes, shown, strict=True):
         if all(value is None for value in values):
             axis.text(0.5, 0.5, "no gold labels", ha="center", va="center", transform=axis.transAxes)
-        axis.plot(curves.iteration, np.array(values, float), drawstyle="steps-post", color=SERIES[0])
+        axis.plot(curves.iteration, np.array(values, float), drawstyle="steps-post", color=SERIES[0], marker=marker)
         axis.set_ylabel(label)
         if limits:
             axis.set_ylim(limits[0] - 0.03, limits[1] + 0.03)
