@@ -86,7 +86,10 @@ class Bench:
         async with self.at_once:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "src.experiments.commands", *words, *more),
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(REPO_ROOT), os.environ.get("PYTHONPATH"))))},
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(filter(None, (str(REPO_ROOT), os.environ.get("PYTHONPATH")))),
+                },
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
             )

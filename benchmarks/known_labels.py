@@ -93,7 +93,10 @@ class Bench:
                 *(sys.executable, "-m", "src.experiments.commands", "baselines", *self._flags, *self._known(cell)),
                 *("--seeds", str(cell.seed), "--rows", *rows, "--quiet"),
                 *("--runs_dir", str(self._args.runs_dir), "--run", cell.run(self._args.name)),
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(REPO_ROOT), os.environ.get("PYTHONPATH"))))},
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(filter(None, (str(REPO_ROOT), os.environ.get("PYTHONPATH")))),
+                },
                 stdout=asyncio.subprocess.DEVNULL,
                 stderr=asyncio.subprocess.PIPE,
             )
