@@ -40,6 +40,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("file", type=Path, nargs="+", metavar="FILE", help="an experiment; several with --check_only")
     parser.add_argument("--check_only", action="store_true", help="check the files and print their command lines")
     parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="print the cells with the questions they will ask, and the tokens where a server answers; run none",
+    )
+    parser.add_argument(
         "--at_once",
         type=at_least(1),
         metavar="N",
@@ -83,6 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if len(loaded) > 1:
         print("error: one experiment at a time (several only with --check_only)", file=sys.stderr)
         return 2
+    if options.dry_run:
+        return _run_cells(loaded[0], more, dry=True)
     try:
         return _run(loaded[0], options.file[0], more)
     except StorageFailed as error:  # the results of the experiment's command are kept
@@ -90,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-_SWITCHES = ("--check_only",)
+_SWITCHES = ("--check_only", "--dry_run")
 
 
 def _run(loaded: Loaded, path: Path, more: Sequence[str]) -> int:
@@ -110,9 +117,10 @@ def _run(loaded: Loaded, path: Path, more: Sequence[str]) -> int:
     return code
 
 
-def _run_cells(loaded: Loaded, more: Sequence[str]) -> int:
-    """Every cell of a sweep."""
+def _run_cells(loaded: Loaded, more: Sequence[str], *, dry: bool = False) -> int:
+    """Every cell of a sweep; dry: only what each will ask."""
     from src.experiments.sweep import run_sweep  # what both commands need: not imported for a single run
+    from src.experiments.sweep_estimate import dry_run
 
     own = Parser(prog="icm run", add_help=False, allow_abbrev=False)
     own.add_argument("--at_once", type=at_least(1))
@@ -122,6 +130,8 @@ def _run_cells(loaded: Loaded, more: Sequence[str]) -> int:
         args = parser_of(loaded.experiment.command).parse_args(sweep.cells[0].arguments)
         print(loaded.experiment.title, file=sys.stderr)
         resume = shlex.join(["icm", "run", str(loaded.path), *more])
+        if dry:
+            return run_resumable(dry_run(sweep, options.at_once), resume)
         code = run_resumable(run_sweep(sweep, at_once=options.at_once, quiet=args.quiet), resume)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)

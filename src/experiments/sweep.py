@@ -57,9 +57,13 @@ class Planned:
 
 @dataclass
 class Engines:
-    """The ModelAPIs of a sweep, each opened when a cell first asks something. at_once: cells that use one together."""
+    """The ModelAPIs of a sweep, each opened when a cell first asks something.
+
+    at_once: cells that use one together. cached: whether answers are kept on the disk.
+    """
 
     at_once: int
+    cached: bool = True
     _open: dict[Engine, ModelAPI] = field(default_factory=dict)
     _failed: dict[Engine, APIError] = field(default_factory=dict)
     _locks: dict[Engine, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
@@ -87,7 +91,7 @@ class Engines:
             self.check(engine)
             if engine not in self._open:
                 try:
-                    api = model_api_of(request)
+                    api = model_api_of(request, {} if self.cached else {"cache_path": None})
                     await api.start()
                 except APIError as error:
                     self._failed[engine] = error
@@ -139,7 +143,7 @@ async def run_sweep(sweep: Sweep, *, at_once: int | None, quiet: bool) -> int:
     folder, cells, engines = planned(sweep, at_once)
     failed: dict[str, str] = {}
     with RunFolder(folder):
-        finished = [each for each in cells if _has_result(each, sweep)]
+        finished = [each for each in cells if has_result(each, sweep)]
         print(_opening(sweep, folder, len(finished), engines), file=sys.stderr, flush=True)
         try:
             with SweepProgress(len(cells), len(finished), quiet) as progress:
@@ -161,7 +165,8 @@ async def run_sweep(sweep: Sweep, *, at_once: int | None, quiet: bool) -> int:
     return _tell_missing(table)
 
 
-def _has_result(each: Planned, sweep: Sweep) -> bool:
+def has_result(each: Planned, sweep: Sweep) -> bool:
+    """Whether the cell was finished before."""
     with suppress(BadInput):  # its own attempt says what is wrong
         return is_finished(each.folder, sweep.loaded.experiment.command)
     return False

@@ -79,13 +79,22 @@ class Sweep:
     @property
     def size_in_words(self) -> str:
         """'24 cells: 2 alpha x 4 model x 3 seed'."""
+        if not self.dimensions:
+            return "one run"
         sizes = " x ".join(f"{len(each.values)} {each.name}" for each in self.dimensions)
         return f"{len(self.cells)} cells: {sizes}" if len(self.cells) != 1 else f"1 cell: {sizes}"
 
 
 def sweep_of(loaded: Loaded, more: Sequence[str]) -> Sweep:
-    """The cells of an experiment with a sweep. Raises BadInput, in one line, for what cannot be run."""
+    """The cells of an experiment: one, which has no name, where it has no sweep.
+
+    Raises BadInput, in one line, for what cannot be run.
+    """
     experiment, parser = loaded.experiment, parser_of(loaded.experiment.command)
+    if experiment.sweep is None:
+        only = Cell("", {}, [*loaded.arguments, *more])
+        _check_cells(loaded, parser, [only])
+        return Sweep(loaded, (), [only], more)
     dimensions = [_dimension(loaded, parser, name, values) for name, values in (experiment.sweep or {}).items()]
     if not dimensions:
         raise BadInput(f"{loaded.path}: sweep: names no setting")
@@ -179,9 +188,9 @@ def _check_cells(loaded: Loaded, parser: Parser, cells: Sequence[Cell]) -> None:
             found.setdefault(str(error), []).append(cell.name)
     if found:
         line, names = next(iter(found.items()))
-        of = f"cell {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+        of = f"sweep: cell {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
         others = f" ({len(found) - 1} more complaints about other cells)" if len(found) > 1 else ""
-        raise BadInput(f"{loaded.path}: sweep: {of}: {line}{others}")
+        raise BadInput(f"{loaded.path}: {of}: {line}{others}" if names[0] else f"{loaded.path}: {line}")
 
 
 def _name(dimensions: Sequence[Dimension], values: Mapping[str, str]) -> str:

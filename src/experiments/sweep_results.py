@@ -15,6 +15,7 @@ from src.icm.testbeds import BadInput
 from src.pipeline.baselines import BASELINES
 from src.pipeline.baselines.row_result import RowResult
 from src.results.by_class import Measure, by_class, over_seeds
+from src.results.costs import usage_of
 from src.results.run_folder import RunFolder
 from src.results.run_reader import read_run
 from src.results.run_record import RunRecord
@@ -48,6 +49,17 @@ def result_line(folder: Path) -> str:
     document = TableFolder(folder).read_table()
     shares = [(row["title"], row["test"]) for row in (document or {}).get("rows", ())]
     return ", ".join(f"{title} {share['mean']:.2f}" for title, share in shares if share is not None)
+
+
+def costs_of(folder: Path, command: str) -> Mapping[str, float]:
+    """What a finished cell cost."""
+    if command == "label":
+        run = read_run(folder)
+        return {**run.cost, "tokens_sent": usage_of(run).prompt_tokens}
+    tables = TableFolder(folder)
+    document = tables.read_table() or {"rows_asked": (), "seeds_asked": ()}
+    results = tables.read_results(document["rows_asked"], document["seeds_asked"])
+    return _cost_of_rows([result for of_row in results.values() for result in of_row.values()])
 
 
 def table_of(sweep: Sweep, folder: Path, failed: Mapping[str, str]) -> SweepTable:
@@ -110,7 +122,9 @@ def _of_searches(folder: Path, cells: Sequence[Cell]) -> tuple[Figures, dict[str
         classes = over_seeds(list(by_seed.values()), 0 if share is None else share.claims)
         each = {seed: by_class(table) for seed, table in by_seed.items()}
         prefix = "" if in_pool else "held-out "
-        figures[f"{prefix}balanced"] = _measure(classes.balanced, {seed: one.balanced for seed, one in each.items()})
+        figures[f"{prefix}balanced accuracy"] = _measure(
+            classes.balanced, {seed: one.balanced for seed, one in each.items()}
+        )
         figures[f"{prefix}F1"] = _measure(classes.f1, {seed: one.f1 for seed, one in each.items()})
     for name, key in (("zero-shot", "zero_shot"), ("zero-shot calibrated", "zero_shot_calibrated")):
         counts = {seed: result.get(key) or (0, 0) for seed, result in results.items()}
@@ -159,7 +173,7 @@ def _of_comparisons(folder: Path, cells: Sequence[Cell]) -> tuple[Figures, dict[
         utilities = dict(zip(map(str, document["seeds"]), document.get("U", ()), strict=False))
         figures[document["row"]] = {
             "held-out": _summary(document["test"]),
-            "held-out balanced": _class_summary(document["test"], "balanced_accuracy"),
+            "held-out balanced accuracy": _class_summary(document["test"], "balanced_accuracy"),
             "held-out F1": _class_summary(document["test"], "f1"),
             "pool": _summary(document["pool"]),
             "U": Figure.of_values(utilities),

@@ -22,6 +22,7 @@ from src.results.sweep_table import Figure, SweepTable
 from src.results.text import number, one_line, visible
 
 MOST_CHARTS: Final = 48
+APART: Final = 0.018  # of an axis of numbers: how far marks of two colours stand from each other
 LONGEST_TICK: Final = 26  # characters of a value along an axis
 ROW: Final = "row"
 COSTED: Final = {
@@ -54,20 +55,20 @@ class Roles:
 
 def sweep_charts(table: SweepTable) -> list[Chart]:
     """Agreement with gold and U; no chart where only one combination was run."""
-    charts = []
+    charts, order = [], _order(table)
     for name in ("agreement", "held-out", "pool", "U"):
         marks = [
             Mark({**row.values, **({ROW: row.label} if row.label else {})}, figure)
             for row in table.rows
             if (figure := row.figures.get(name)) is not None
         ]
-        charts += _multiples(name, "share of claims" if name != "U" else "U", marks, share=name != "U")
+        charts += _multiples(name, "share of claims" if name != "U" else "U", marks, order, share=name != "U")
     return charts[:MOST_CHARTS]
 
 
 def cost_charts(table: SweepTable) -> list[Chart]:
     """Questions, tokens and seconds of a cell, over the same settings."""
-    charts = []
+    charts, order = [], _order(table)
     for name, key in COSTED.items():
         found: dict[tuple[tuple[str, str], ...], dict[str, float]] = {}
         for cost in table.costs:
@@ -81,8 +82,13 @@ def cost_charts(table: SweepTable) -> list[Chart]:
         ]
         if not any(mark.figure.mean for mark in marks):
             continue  # the engine does not say, or the response cache answered everything
-        charts += _multiples(name, f"{name} a cell", marks, share=False)
+        charts += _multiples(name, f"{name} a cell", marks, order, share=False)
     return charts[:MOST_CHARTS]
+
+
+def _order(table: SweepTable) -> dict[str, list[str]]:
+    rows = [{**row.values, ROW: row.label} for row in table.rows]
+    return {name: list(dict.fromkeys(row[name] for row in rows)) for name in (*table.columns, ROW)}
 
 
 def roles_of(marks: Sequence[Mark]) -> Roles | None:
@@ -102,15 +108,18 @@ def roles_of(marks: Sequence[Mark]) -> Roles | None:
     colour = ROW if ROW in colours else max(colours, key=lambda name: sizes[name], default=None)
     if not numeric and along == ROW:
         colour = None  # each combination has its own panel: rows are compared within one
-    return Roles(along, colour, [name for name in others if name != colour], bool(numeric))
+    return Roles(along, colour, tuple(name for name in others if name != colour), bool(numeric))
 
 
-def _multiples(name: str, unit: str, marks: Sequence[Mark], *, share: bool) -> list[Chart]:
+def _multiples(
+    name: str, unit: str, marks: Sequence[Mark], order: Mapping[str, Sequence[str]], *, share: bool
+) -> list[Chart]:
+    """order: the values of each setting, of which each has the same colour in all charts."""
     roles = roles_of(marks)
     if roles is None:
         return []
     limits = (0.0, 1.0) if share else _limits(marks)
-    series = list(dict.fromkeys(mark.values.get(roles.colour, "") for mark in marks)) if roles.colour else [""]
+    series = order.get(roles.colour, [""]) if roles.colour else [""]
     places = list(dict.fromkeys(mark.values.get(roles.along, "") for mark in marks))
     by_panel: dict[tuple[str, ...], list[Mark]] = {}
     for mark in marks:
@@ -136,8 +145,8 @@ def _chart(
     for at, one in enumerate(series):
         own = [mark for mark in marks if not roles.colour or mark.values.get(roles.colour, "") == one]
         if own:
-            shift = (at - (len(series) - 1) / 2) / max(1, len(series))
-            titles |= _draw(axes, own, roles, places, at, one, shift)
+            shift = at - (len(series) - 1) / 2
+            titles |= _draw(axes, own, roles, places, at, one, shift, len(series))
     if roles.numeric:
         axes.set_xlabel(one_line(roles.along, LONGEST_TICK))
         axes.set_ylabel(one_line(unit, LONGEST_TICK))
@@ -154,7 +163,11 @@ def _chart(
         title=f"{name}: {where}" if where else name,
         description=f"{name} ({unit}) by {roles.along}{f', {where}' if where else ''}. {told}",
         figure=figure,
-        legend=[(one if roles.colour == ROW else f"{roles.colour} {one}", at) for at, one in enumerate(series)]
+        legend=[
+            (one if roles.colour == ROW else f"{roles.colour} {one}", at)
+            for at, one in enumerate(series)
+            if any(mark.values.get(roles.colour, "") == one for mark in marks)
+        ]
         if roles.colour
         else (),
         titles=titles,
@@ -162,16 +175,23 @@ def _chart(
 
 
 def _draw(
-    axes: Axes, marks: Sequence[Mark], roles: Roles, places: Sequence[str], number_of: int, name: str, shift: float
+    axes: Axes,
+    marks: Sequence[Mark],
+    roles: Roles,
+    places: Sequence[str],
+    number_of: int,
+    name: str,
+    shift: float,
+    of: int,
 ) -> dict[str, list[str]]:
-    """One colour's marks; returns titles by gid."""
+    """One colour's marks; returns titles by gid. shift: from the middle of `of` colours."""
     color = SERIES[number_of % len(SERIES)]
     if roles.numeric:
         numbers = [float(place) for place in places]
         spots = [(_beside(float(mark.values[roles.along]), numbers, shift), mark) for mark in marks]
         spots.sort(key=lambda found: found[0])
     else:
-        spots = [(places.index(mark.values.get(roles.along, "")) + 0.7 * shift, mark) for mark in marks]
+        spots = [(places.index(mark.values.get(roles.along, "")) + 0.7 * shift / of, mark) for mark in marks]
     gid, seeds, spans = f"mean{number_of}", f"seeds{number_of}", f"interval{number_of}"
     means = [mark.figure.mean for _, mark in spots]
     at = [spot for spot, _ in spots]
@@ -240,8 +260,8 @@ def _beside(value: float, values: Sequence[float], shift: float) -> float:
     """A value moved a little, so that intervals of several colours stand beside each other."""
     low, high = min(values), max(values)
     if _is_wide(values):
-        return float(value * (high / low) ** (0.04 * shift))
-    return value + 0.04 * shift * (high - low)
+        return float(value * (high / low) ** (APART * shift))
+    return value + APART * shift * (high - low)
 
 
 def _limits(marks: Sequence[Mark]) -> tuple[float, float]:

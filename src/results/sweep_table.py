@@ -114,7 +114,7 @@ def summary_of(table: SweepTable) -> str:
 def grid_of(table: SweepTable) -> Grid:
     """For a terminal and a page."""
     heads = table.heads or ["sweep"]
-    several = any(row.cells > 1 for row in table.rows)
+    several = any(row.cells > 1 or row.finished < row.cells for row in table.rows)
     return Grid(
         table.title,
         "mean over seeds ± standard deviation (95% interval over distinct claims)",

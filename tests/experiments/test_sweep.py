@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import csv
+import io
 import json
 import os
+import shutil
 import signal
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,9 @@ import pytest
 from fakes.vllm_server import FakeVLLM
 from src.experiments.experiment_file import load_experiment
 from src.experiments.run_experiment import main
+from src.experiments.sweep import run_sweep
 from src.experiments.sweep_cells import Sweep, sweep_of
+from src.experiments.sweep_estimate import dry_run
 from src.icm.testbeds import BadInput
 from tests.experiments.test_icm_cli import data, server  # noqa: F401 - fixtures
 
@@ -47,6 +52,18 @@ class Run:
         assert process.returncode is not None
         return process.returncode, out.decode(), err.decode()
 
+    async def inside(self, *more: str, dry: bool = False) -> tuple[int, str, str]:
+        """The same in this process, which is faster: what `icm run` does once the file is read."""
+        sweep = sweep_of(load_experiment(self.file), ["--runs_dir", str(self.runs), *more])
+        out, err = io.StringIO(), io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+            patch.delenv("VLLM_BASE_URL", raising=False)
+            for name in ("VLLM_BASE_URL", "ICM_SECRETS"):
+                if name in self.environment:
+                    patch.setenv(name, self.environment[name])
+            code = await (dry_run(sweep) if dry else run_sweep(sweep, at_once=None, quiet=True))
+        return code, out.getvalue(), err.getvalue()
+
     def finished(self, name: str) -> int:
         """How many cells hold a result."""
         return sum('"result"' in path.read_text() for path in (self.runs / name).glob("*/run.json"))
@@ -70,7 +87,7 @@ class Run:
 def write(path: Path, data: Path, sweep: str, command: str = "label", more: str = "") -> Path:  # noqa: F811
     path.write_text(
         f"title: A sweep\ncommand: {command}\n"
-        f"settings: {{data: {data}, model: fake-8b, num_seed: 2, batch_size: 6, K: 12}}\n{more}sweep:\n{sweep}"
+        f"settings: {{data: {data}, model: fake-8b, num_seed: 2, batch_size: 6, K: 8}}\n{more}sweep:\n{sweep}"
     )
     return path
 
@@ -88,9 +105,9 @@ def cells_of(path: Path, *more: str) -> Sweep:
 
 
 async def test_24_cells_killed_twice_end_in_the_same_table_to_the_byte(run: Run) -> None:
-    code, out, err = await run("--quiet", "--run", "whole")
+    code, out, err = await run.inside("--run", "whole")
     assert code == 0, err
-    assert "24 cells: 3 alpha x 2 calibrate x 4 seed, 4 at once" in err
+    assert "24 cells: 3 alpha x 2 calibrate x 4 seed, 4 at once on each engine; in " in err
     await run.ended_after(signal.SIGKILL, 3, "killed")
     await run.ended_after(signal.SIGKILL, 12, "killed")
     before = run.finished("killed")
@@ -114,7 +131,7 @@ async def test_24_cells_killed_twice_end_in_the_same_table_to_the_byte(run: Run)
     page = (run.runs / "whole" / "index.html").read_text()
     assert 'href="alpha-10_calibrate-none_seed-1/labels.jsonl"' in page
     assert "<svg" in page
-    assert json.loads((run.runs / "whole" / "experiment.json").read_text())["file"] == "many.yaml"
+    assert json.loads((run.runs / "killed" / "experiment.json").read_text())["file"] == "many.yaml"
 
 
 async def test_sigterm_stops_all_cells_and_says_how_to_go_on(run: Run) -> None:
@@ -127,7 +144,7 @@ async def test_sigterm_stops_all_cells_and_says_how_to_go_on(run: Run) -> None:
 
 async def test_a_cell_is_what_icm_label_makes_of_its_command_line(run: Run, data: Path, tmp_path: Path) -> None:  # noqa: F811
     write(run.file, data, "  alpha: [10]\n  seed: [5]\n")
-    assert (await run("--quiet"))[0] == 0
+    assert (await run.inside())[0] == 0
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "src.experiments.commands", "label", *cells_of(run.file).cells[0].arguments),
         *("--runs_dir", str(tmp_path / "other"), "--run", "alone", "--quiet"),
@@ -149,7 +166,7 @@ async def test_a_cell_that_fails_stops_no_other_and_is_run_again(run: Run, data:
     run.file.write_text(
         "title: A sweep\ncommand: label\nsettings: {model: fake-8b, num_seed: 2, batch_size: 6}\nsweep:\n" + sweep
     )
-    code, out, err = await run("--quiet")
+    code, out, err = await run.inside()
     assert code == 1
     assert "2 cells not finished; the same command runs only them:" in err
     assert f"  claims-later_seed-2: {missing}: not found" in err
@@ -158,7 +175,7 @@ async def test_a_cell_that_fails_stops_no_other_and_is_run_again(run: Run, data:
     assert "later.jsonl: not found" in (run.runs / "many" / "index.html").read_text()
     before = (run.runs / "many" / "claims-here_seed-1" / "run.json").stat().st_mtime_ns
     missing.write_bytes(data.read_bytes())
-    code, out, err = await run("--quiet")
+    code, out, err = await run.inside()
     assert code == 0, err
     assert "2 finished before" in err
     assert (run.runs / "many" / "claims-here_seed-1" / "run.json").stat().st_mtime_ns == before
@@ -167,11 +184,11 @@ async def test_a_cell_that_fails_stops_no_other_and_is_run_again(run: Run, data:
 
 async def test_a_setting_that_changed_since_is_told_by_each_cell(run: Run, data: Path) -> None:  # noqa: F811
     write(run.file, data, "  alpha: [10, 30]\n")
-    assert (await run("--quiet"))[0] == 0
-    code, _, err = await run("--quiet", "--K", "30")
+    assert (await run.inside())[0] == 0
+    code, _, err = await run.inside("--K", "30")
     assert code == 1
     assert "alpha-10: " in err
-    assert "was started with --K 12, now 30" in err
+    assert "was started with --K 8, now 30" in err
 
 
 async def test_each_model_is_asked_at_its_own_server(run: Run, server: FakeVLLM, data: Path) -> None:  # noqa: F811
@@ -180,7 +197,7 @@ async def test_each_model_is_asked_at_its_own_server(run: Run, server: FakeVLLM,
         write(run.file, data, "  model: [fake-8b, other-1b]\n  seed: [1, 2]\n",
               more=f"servers: {{fake-8b: {server.url}, other-1b: {other.url}}}\n")  # fmt: skip
         run.file.write_text(run.file.read_text().replace("model: fake-8b, ", ""))
-        code, out, err = await run("--quiet")
+        code, out, err = await run.inside()
         assert code == 0, err
         assert [line.split()[0] for line in out.splitlines()[2:4]] == ["fake-8b", "other-1b"]
         asked = {body["model"] for body in other.completions}
@@ -191,7 +208,7 @@ async def test_a_server_that_does_not_answer_fails_its_own_cells_only(run: Run, 
     write(run.file, data, "  model: [fake-8b, other-1b]\n  seed: [1, 2]\n",
           more=f"servers: {{fake-8b: {server.url}, other-1b: http://127.0.0.1:9}}\n")  # fmt: skip
     run.file.write_text(run.file.read_text().replace("model: fake-8b, ", ""))
-    code, _, err = await run("--quiet")
+    code, _, err = await run.inside()
     assert code == 1
     assert run.finished("many") == 2
     assert err.count("http://127.0.0.1:9") == 2
@@ -200,21 +217,64 @@ async def test_a_server_that_does_not_answer_fails_its_own_cells_only(run: Run, 
 
 async def test_batches_and_baselines_are_cells_too(run: Run, data: Path, tmp_path: Path) -> None:  # noqa: F811
     write(run.file, data, "  alpha: [10, 30]\n", more="")
-    code, out, err = await run("--quiet", "--num_batches", "all", "--run", "batches")
+    code, out, err = await run.inside("--num_batches", "all", "--run", "batches")
     assert code == 0, err
     assert (run.runs / "batches" / "alpha-10" / "batch-003" / "labels.jsonl").exists()
     rows = "  alpha: [10, 30]\n  seeds: [1, 2]\n  rows: [[zero-shot, icm]]\n"
     file = write(tmp_path / "held.yaml", data, rows, command="baselines")
     tried = Run(run.environment["VLLM_BASE_URL"], file, run.runs)
-    code, out, err = await tried("--quiet")
+    code, out, err = await tried.inside()
     assert code == 0, err
     found = json.loads((run.runs / "held" / "table.json").read_text())
     assert [(row["values"], row["row"], row["cells"]) for row in found["rows"]] == [
         ({"alpha": alpha, "rows": "zero-shot icm"}, row, 2) for alpha in ("10", "30") for row in ("zero-shot", "icm")
     ]
     assert list(found["rows"][0]["figures"]["held-out"]["seeds"]) == ["1", "2"]
-    code, again, _ = await tried("--quiet")
+    code, again, _ = await tried.inside()
     assert (code, again) == (0, out)
+
+
+async def test_a_dry_run_tells_questions_and_tokens_and_asks_no_pool(run: Run, server: FakeVLLM, data: Path) -> None:  # noqa: F811
+    write(run.file, data, "  batch_size: [6, 12]\n  seed: [1, 2]\n")
+    run.file.write_text(run.file.read_text().replace("batch_size: 6, K: 8", "alpha: 40"))
+    code, out, err = await run.inside(dry=True)
+    assert code == 0, err
+    assert not run.runs.exists()
+    told = {line.split()[0]: [int(n.replace(",", "")) for n in line.split()[1:4]] for line in out.splitlines()[2:6]}
+    assert [claims for claims, _, _ in told.values()] == [6, 6, 12, 12]
+    assert (await run.inside())[0] == 0
+    for name, (claims, questions, tokens) in told.items():
+        cost = json.loads((run.runs / "many" / name / "run.json").read_text())["cost"]
+        assert questions / 4 < cost["asked"] + claims < 3 * questions, name
+        fresh = (cost["asked"] - cost["from_cache"]) / cost["asked"]
+        assert tokens / 4 < cost["tokens_sent"] / fresh < 4 * tokens, name
+    shutil.rmtree(run.runs / "many" / "batch-size-6_seed-2")
+    code, out, _ = await run.inside(dry=True)
+    lines = {line.split()[0]: line.split()[-2:] for line in out.splitlines() if "_seed-" in line}
+    assert lines["batch-size-6_seed-1"] == ["–", "finished"]
+    assert lines["batch-size-6_seed-2"] == ["1", "finished"]
+    run.environment["VLLM_BASE_URL"] = "http://127.0.0.1:9"
+    shutil.rmtree(run.runs)
+    code, out, _ = await run.inside(dry=True)
+    assert code == 0
+    assert "no tokens for fake-8b: no server answers at http://127.0.0.1:9" in out
+
+
+def test_a_dry_run_of_one_experiment_and_of_what_cannot_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_BASE_URL", "http://127.0.0.1:9")
+    rows = "settings: {testbed: builtin, batch_size: 32, seeds: [1, 2], rows: [zero-shot, many-shot-gold, icm]}\n"
+    path = tmp_path / "one.yaml"
+    path.write_text(f"title: t\ncommand: baselines\n{rows}")
+    assert main([str(path), "--runs_dir", str(tmp_path / "runs"), "--dry_run"]) == 0
+    [line] = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  one ")]
+    assert line[1:3] == ["32", "4,700"]  # of each seed: 3 x (32 + 224), and the search
+    path.write_text("title: t\ncommand: label\nsettings: {data: gone.jsonl}\nsweep: {alpha: [1]}\n")
+    assert main([str(path), "--dry_run"]) == 1
+    said = capsys.readouterr()
+    assert "alpha-1: gone.jsonl: not found" in said.err
+    assert "cannot run" in said.out
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 
-from src.results.page import render_comparison, render_landscape, render_report
+from src.results.page import render_comparison, render_landscape, render_report, render_sweep
 from src.results.run_reader import read_run
 from src.results.side_by_side import compare, shared_curves
 from tests.results.test_landscape import landscape, uphill
 from tests.results.test_page import ATTACKS
+from tests.results.test_sweep_table import ALPHAS
 from tests.run_examples import write_run
 
 playwright = pytest.importorskip("playwright.async_api", reason="Playwright is not installed (make setup-browser)")
@@ -157,6 +158,7 @@ async def test_everyone_can_use_it(browser: Any, tmp_path: Path, scheme: str) ->
         "report": render_report([], [bad, good]),
         "compare": render_comparison(compare([bad, good]), shared_curves([bad, good]), None, [], "bad, good"),
         "landscape": render_landscape(landscape(uphill), "builtin, 20 claims"),
+        "sweep": render_sweep(ALPHAS),
     }
     for name, text in pages.items():
         seen = await opened(browser, tmp_path / f"{name}.html", text, color_scheme=scheme, bypass_csp=True)
