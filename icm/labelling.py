@@ -48,19 +48,8 @@ def label(
     ServerUnreachable where no usable server answers, and another APIError where it fails later. After the last one
     and after KeyboardInterrupt ("interrupt kernel") nothing is lost: the same call goes on.
     """
-    job = alabel(
-        claims,
-        model=model,
-        testbed=testbed,
-        template=template,
-        labels=labels,
-        base_url=base_url,
-        runs_dir=runs_dir,
-        run=run,
-        quiet=quiet,
-        **settings,
-    )
-    return finished(job)
+    settings |= {"model": model, "runs_dir": runs_dir, "run": run, "quiet": quiet}
+    return _warned(finished(_labelled(Asked(claims, testbed, template, labels, base_url), settings)))
 
 
 async def alabel(
@@ -78,13 +67,20 @@ async def alabel(
 ) -> Result:
     """`label` in a running event loop. Cancelling it stops the run, which the same call resumes."""
     settings |= {"model": model, "runs_dir": runs_dir, "run": run, "quiet": quiet}
-    asked = Asked(claims, testbed, template, labels, base_url)
+    return _warned(await _labelled(Asked(claims, testbed, template, labels, base_url), settings))
+
+
+async def _labelled(asked: Asked, settings: Mapping[str, Any]) -> Result:
     parser = ICM.build_parser()
     flags, rows = parsed(asked, parser, settings)
     with resumable():
         folder = await ICM.label(quietly(RunRequest.of(flags, parser.contradiction), asked))
     assert folder is not None  # neither --check nor --is_complete was asked for
-    result = load(folder.path, rows)
+    return load(folder.path, rows)
+
+
+def _warned(result: Result) -> Result:
+    """The result; what may be wrong with its labels becomes a warning at the line that called for it."""
     if result.warning:
-        warnings.warn(result.warning, stacklevel=2)
+        warnings.warn(result.warning, stacklevel=3)
     return result

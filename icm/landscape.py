@@ -84,19 +84,8 @@ def landscape(
     The keywords are those of `label`; settings are the flags of `icm landscape`: labelings=100, alpha=50,
     calibrate="mean", batch_size=64, found=[result, ...] for the labels of runs of the same pool. The page needs jinja2.
     """
-    job = alandscape(
-        claims,
-        model=model,
-        testbed=testbed,
-        template=template,
-        labels=labels,
-        base_url=base_url,
-        runs_dir=runs_dir,
-        run=run,
-        quiet=quiet,
-        **settings,
-    )
-    return finished(job)
+    settings |= {"model": model, "runs_dir": runs_dir, "run": run, "quiet": quiet}
+    return finished(_surveyed(Asked(claims, testbed, template, labels, base_url), settings))
 
 
 async def alandscape(
@@ -114,7 +103,10 @@ async def alandscape(
 ) -> LandscapeResult:
     """`landscape` in a running event loop."""
     settings |= {"model": model, "runs_dir": runs_dir, "run": run, "quiet": quiet}
-    asked = Asked(claims, testbed, template, labels, base_url)
+    return await _surveyed(Asked(claims, testbed, template, labels, base_url), settings)
+
+
+async def _surveyed(asked: Asked, settings: Mapping[str, Any]) -> LandscapeResult:
     parser = command.build_parser()
     flags, _ = parsed(asked, parser, settings)
     request = LandscapeRequest.of(flags, parser.contradiction)

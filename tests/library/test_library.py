@@ -383,7 +383,8 @@ def test_a_collapse_is_a_warning(server: FakeVLLM) -> None:
         result = icm.label(["yes " * (1 + n) for n in range(20)], model="fake-8b", quiet=True, num_seed=1)
     assert result.warning
     assert "collapsing to one label" in result.warning
-    assert [str(each.message) for each in caught if each.category is UserWarning] == [result.warning]
+    said = [each for each in caught if each.category is UserWarning]
+    assert [(str(each.message), each.filename) for each in said] == [(result.warning, __file__)]
 
 
 def test_known_labels_are_kept(server: FakeVLLM) -> None:
