@@ -55,7 +55,7 @@ serve: setup-local ## Serve answers and scores at port 8080 with a real model on
 	@$(PY) -m contrib.serving.command --start local --model $(MODEL) $(ARGS)
 
 .PHONY: test
-test: setup-local $(STAMPS)/tokenizers $(NOTEBOOK) ## Run every test, those against a real vLLM server included (ARGS="-k tree")
+test: setup-local $(STAMPS)/tokenizers $(STAMPS)/tracking $(NOTEBOOK) ## Run every test, those against a real vLLM server included (ARGS="-k tree")
 	@$(PY) -m pytest -m "not gpu" $(ARGS)
 
 .PHONY: test-fast
@@ -210,6 +210,10 @@ $(STAMPS)/fuzz: requirements/fuzz.lock $(BASE)
 
 $(STAMPS)/tokenizers: requirements/tokenizers.lock $(BASE)
 	@$(STEP) "installing tokenizers of models, for tests" $(PIP_INSTALL_LOCK) requirements/tokenizers.lock
+	@touch $@
+
+$(STAMPS)/tracking: requirements/tracking.lock $(LOCAL)
+	@$(STEP) "installing tools that runs are logged to, for tests" $(PIP_INSTALL_LOCK) requirements/tracking.lock
 	@touch $@
 
 # pip-audit needs other versions than the tool does: an environment of its own.

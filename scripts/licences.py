@@ -25,6 +25,7 @@ REQUIREMENTS: Final = (
     "fuzz.lock",
     "audit.lock",
     "tokenizers.lock",
+    "tracking.lock",
     "torch.txt",
     "local.lock",
 )

@@ -9,8 +9,9 @@
 # they resolve to CUDA builds beside a CPU torch, break `import transformers`, and no text model needs them.
 # base.lock: what pyproject.toml asks for, with the versions of local.lock where both need a package, since both go into
 # one .venv. Each can be installed without the other, with --no-deps. browser.lock and notebook.lock: what the
-# extras of these names add to base.lock. audit.lock: pip-audit, in a separate environment. fuzz.lock and tokenizers.lock are written by hand. torch.txt has no
-# hashes: the builds of PyTorch's own index and those of mirrors differ.
+# extras of these names add to base.lock. audit.lock: pip-audit, in a separate environment. fuzz.lock, tokenizers.lock
+# and tracking.lock are written by hand. torch.txt has no hashes: the builds of PyTorch's own index and those of mirrors
+# differ.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

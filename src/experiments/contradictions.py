@@ -124,6 +124,8 @@ RULES: Final = (
         Rule(flag, "format", "the whole run is logged, not its labels alone", lambda a: a.format in TRACKERS)
         for flag in ("only", "least", "abstain", "abstain_below")
     ),
+    Rule("hub", "format", "only the folder of datasets is pushed", lambda a: a.format != "datasets", by_default=True),
+    Rule("public", "hub", "nothing is pushed", lambda a: a.hub is None, by_default=True),
     Rule("pairs", "format", "only dpo writes pairs", lambda a: a.format != "dpo", by_default=True),
     Rule("bos", "format", "only axolotl's rows hold that token", lambda a: a.format != "axolotl", by_default=True),
 )

@@ -10,6 +10,8 @@ settings, U, and what gave the labels. docs/recipes.md says how each is used.
 
 --abstain leaves claims without a label that are too likely to be wrong; the last three leave such claims out.
 
+inspect: a log of inspect_ai (FILE.eval, or FILE.json), each claim a sample.
+
 wandb, mlflow, tensorboard: log the run to that tool, as --log_to of icm label does while it is searched. More in
 docs/handover.md.
 """
@@ -20,17 +22,18 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import get_args
 
-from core.errors import StorageFailed
+from core.errors import APIError, StorageFailed
 from src.experiments.arguments_of_reports import parser_of, print_error
 from src.experiments.doubting import add_doubt_arguments, say_doubt, wanted_of
 from src.experiments.request import TRACKERS
 from src.icm.testbeds import BadInput
 from src.results.doubt import doubt_of, with_doubt
 from src.results.exports import Only, Pairs, chosen_claims, plain_rows, preference_pairs, training_rows
-from src.results.handover import write_csv, write_dataset, write_jsonl
+from src.results.handover import DATASET, write_csv, write_dataset, write_jsonl
 from src.results.provenance import beside, write_provenance
 from src.results.run_reader import is_baselines, read_run
 from src.results.run_record import RunRecord
@@ -44,6 +47,7 @@ NAMES = {
     "dpo": "dpo.jsonl",
     "sft": "sft.jsonl",
     "axolotl": "axolotl.jsonl",
+    "inspect": "inspect.eval",
 }
 
 
@@ -61,6 +65,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--pairs", choices=get_args(Pairs), default="best", help="dpo, of single claims: one pair a question, or all"
     )
+    parser.add_argument(
+        "--hub",
+        metavar="NAME",
+        help="datasets: also push the folder into a new private repository of this name at the Hugging Face hub (or at "
+        "HF_ENDPOINT), by huggingface_hub and its token",
+    )
+    parser.add_argument("--public", action="store_true", help="with --hub: for everybody to read")
     parser.add_argument("--bos", default="", metavar="TOKEN", help="axolotl: the token that a prompt begins with")
     return parser
 
@@ -73,7 +84,7 @@ def _nats(text: str) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 written, 1 a tool failed, 2 no such run, nothing to write, or a file that cannot be written."""
+    """Exit codes: 0 written, 1 a tool or hub failed, 2 no such run, nothing to write, or what cannot be written."""
     args = build_parser().parse_args(arguments)
     path = args.output or args.run / NAMES.get(args.format, "")
     try:
@@ -86,11 +97,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
             doubt = doubt_of(run, wanted)
             run = with_doubt(run, doubt)
             say_doubt(doubt)
+        if args.hub is not None:
+            _check_hub(args.hub)
         written = _export(args, run, path)
+        print(f"{path}: {written}", flush=True)
+        if args.hub is not None:
+            _push(args, run, path)
     except (BadInput, StorageFailed, OSError) as error:
         return print_error(error, path)
-    print(f"{path}: {written}")
+    except APIError as error:  # of the hub
+        print_error(error, path)
+        return 1
     return 0
+
+
+def _check_hub(name: str) -> None:
+    """Raises BadInput where nothing can be pushed under this name."""
+    check_package("huggingface_hub", "--hub", "hub")
+    from contrib.hub import check_can_push  # an extra: imported only where it is asked for
+
+    check_can_push(name)
+
+
+def _push(args: argparse.Namespace, run: RunRecord, folder: Path) -> None:
+    from contrib.hub import push
+
+    address = push(
+        folder,
+        [folder / name for name in DATASET],
+        args.hub,
+        public=args.public,
+        message=f"Labels of {run.name}",
+    )
+    print(f"{address}: {'public' if args.public else 'private'}")
+
+
+def check_package(package: str, flag: str, extra: str) -> None:
+    """Raises BadInput where a package is missing, with the extra that brings it."""
+    if find_spec(package) is None:
+        raise BadInput(f"{flag} needs the package {package}, which is not installed: pip install '.[{extra}]' in this "
+                       "project's folder")  # fmt: skip
 
 
 def _log_run(args: argparse.Namespace, run: RunRecord) -> int:
@@ -112,6 +158,8 @@ def _export(args: argparse.Namespace, run: RunRecord, path: Path) -> str:
         raise BadInput(
             f"{args.run}: no label is left to write" + ("" if run.finished else " (the run is not finished)")
         )
+    if args.format == "inspect" and path.suffix not in (".eval", ".json"):
+        raise BadInput(f"{path}: inspect_ai tells its formats by the name: FILE.eval or FILE.json")
     if path.is_dir() and args.format != "datasets":
         raise BadInput(f"{path}: is a folder; name a file")
     left_out = len(run.claims) - len(claims)
@@ -135,6 +183,11 @@ def _export(args: argparse.Namespace, run: RunRecord, path: Path) -> str:
     elif args.format == "sft":
         write_jsonl(path, training_rows(run, claims))
         write_provenance(beside(path), run, claims)
+    elif args.format == "inspect":
+        check_package("inspect_ai", "--format inspect", "inspect")
+        from contrib.inspect_log import write_log  # an extra: imported only where it is asked for
+
+        write_log(path, run, claims)
     elif args.format == "axolotl":
         from contrib.training import axolotl_rows  # an extra: imported only where it is asked for
 

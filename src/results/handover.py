@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import orjson
 import yaml
@@ -17,6 +17,9 @@ from src.results.provenance import FILE, provenance_of, write_provenance
 from src.results.run_record import LabelledClaim, RunRecord
 from src.results.tables import result_text, results_of
 from src.results.text import one_line
+
+DATASET: Final = ("data/train.jsonl", FILE, "README.md")
+"""The files of write_dataset."""
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:

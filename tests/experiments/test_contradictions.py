@@ -208,6 +208,8 @@ def test_what_only_a_comparison_or_an_export_has(capsys: pytest.CaptureFixture[s
         said = complaint(ICM.build_parser(), line, capsys)
         assert f"{line} and no --abstain contradict each other: it says how the other is kept" in said
         assert f"{line} and no --abstain contradict" in complaint(export.build_parser(), f"run {line}", capsys)
+    assert "--hub x and --format jsonl" in complaint(export.build_parser(), "run --hub x", capsys)
+    assert "--public and no --hub" in complaint(export.build_parser(), "run --format datasets --public", capsys)
     for flag, value in NOT_OF_A_WHOLE_RUN.items():
         said = complaint(export.build_parser(), f"run {flag} {value} --format mlflow", capsys)
         assert f"{flag} {value} and --format mlflow contradict each other: the whole run is logged" in said
@@ -221,6 +223,7 @@ NOT_OF_A_WHOLE_RUN = {"--only": "search", "--least": "1", "--abstain": "0.1", "-
 def test_every_rule_is_tried_here() -> None:
     tried = {tuple(re.findall(r"--(?:no-)?(\w+)", line)) for line in AT_ONCE + OF_THE_SEARCH + OF_ONE_SEARCH}
     elsewhere = {("chat_url", "chat_model"), ("restarts", "rows"), ("pairs", "format"), ("bos", "format")}
+    elsewhere |= {("hub", "format"), ("public", "hub")}
     elsewhere |= {("seed", "by"), ("start_share", "prior")}
     elsewhere |= {("abstain_on", "abstain"), ("abstain_labels", "abstain")}
     elsewhere |= {(flag.removeprefix("--"), "format") for flag in NOT_OF_A_WHOLE_RUN}
