@@ -88,7 +88,7 @@ def build_parser() -> Parser:
         metavar="RUN",
         help="start with the labels of another run, finished or not, for its claims that are still in the data, in "
         "place of random ones; then go on with what is new. RUN: its name under --runs_dir, or its folder. They are in "
-        "the pool whatever --batch_size is",
+        "the pool whatever --batch_size is. Of a finished run its answers are taken over too",
     )
     add_doubt_arguments(run)
     run.add_argument("--run", metavar="NAME", help="folder under --runs_dir (default: made from the settings)")
@@ -188,7 +188,7 @@ async def label(request: RunRequest, beside: Beside | None = None) -> RunFolder 
         return None
     warn_of_leaks(request, pool)
     if request.output.told:
-        print_continuing(request, pool)
+        print_continuing(request, pool, None if request.check else folder)
     opened = model_api_of(request) if beside is None else beside.opened(request)
     with nullcontext() if request.check else folder:
         async with opened as api:

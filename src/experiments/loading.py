@@ -17,6 +17,7 @@ from src.pipeline.datafiles import load_data_file, load_testbed, load_testbed_fi
 from src.pipeline.known import KnownLabels, known_labels, merged
 from src.pipeline.labelling import Pool, prepare_batches
 from src.pipeline.testbed_files import read_testbed, testbed_path
+from src.results.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,8 @@ def pools_of(request: RunRequest, count: int | None, held_out: Collection[int] =
     claims = [claim for claim in claims if claim.row not in held_out]
     name = request.continue_from
     continued = None if name is None else read_continued(name, request.output.runs_dir, testbed, claims, path)
+    if continued is not None and request.continue_as_before:
+        continued = replace(continued, as_before=True)
     if continued is not None and continued.known:
         kept = {claims[at].row: label for at in continued.known if (label := continued.labels[at]) is not None}
         known = merged(KnownLabels(kept, (f"the known ones of {continued.run}",)), known)
@@ -114,12 +117,18 @@ def warn_of_leaks(request: RunRequest, pool: Pool) -> None:
         )
 
 
-def print_continuing(request: RunRequest, pool: Pool) -> None:
-    """Print which labels the search starts with, and which of the other run's it cannot take over."""
+def print_continuing(request: RunRequest, pool: Pool, folder: RunFolder | None) -> None:
+    """Print which labels the search starts with, and which of the other run's it cannot take over. folder: of the run,
+    None where nothing is written."""
     if pool.continued is not None:
         file = request.data.name_of(pool.testbed)
         outside = len(pool.rest) + pool.left_out
         for line in pool.continued.notes(
-            file=file, model=request.model.model, pool=len(pool.claims), outside=0 if request.label_rest else outside
+            file=file,
+            model=request.model.model,
+            pool=len(pool.claims),
+            outside=0 if request.label_rest else outside,
+            batch_size=request.data.batch_size,
+            listed="" if folder is None else str(folder.gone_path),
         ):
             print(line, file=sys.stderr)

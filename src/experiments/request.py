@@ -115,6 +115,7 @@ class OutputRequest:
 class RunRequest:
     """Everything that a run is asked for.
 
+    continue_as_before: as versions did that kept no layout at the end (see as_begun).
     doubt: which labels are not handed over; no part of what decides them.
     lookahead: proposals whose questions are asked early; None is auto. check, is_complete: see the flags.
     curves: whether curves.png is drawn. contradiction: why these flags cannot begin a run (see Parser), None where they
@@ -131,6 +132,7 @@ class RunRequest:
     doubt: Wanted = field(default_factory=Wanted)
     label_rest: bool = False
     continue_from: str | None = None
+    continue_as_before: bool = False
     lookahead: int | None = None
     check: bool = False
     is_complete: bool = False

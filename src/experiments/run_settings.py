@@ -53,6 +53,7 @@ def settings_of(request: RunRequest, pool: Pool) -> dict[str, Any]:
         **({} if pool.continued is None else {"continue_from": pool.continued.digest}),
         **({} if pool.known_digest is None else {"known": pool.known_digest}),
         **({"gold_seeds": data.gold_seeds} if data.gold_seeds else {}),
+        **_settings_of_end(pool),
         **decisive,
         "num_seed": pool.problem.settings.num_seed,  # 0 by default where labels are known
     }
@@ -79,11 +80,21 @@ def _settings_of_reading(reading: Reading, pool: Pool) -> dict[str, Any]:
     return found
 
 
+def _settings_of_end(pool: Pool) -> dict[str, Any]:
+    """Where the search begins that goes on from the end of another one; nothing where it starts anew from its labels,
+    as earlier versions did. A pool of other claims than theirs is told by what is in it."""
+    continued = pool.continued
+    if continued is None or continued.as_before:
+        return {}
+    return {"continued": "in place" if continued.end is None or pool.problem.carried is None else continued.end.digest}
+
+
 def as_begun(
     request: RunRequest, settings: Mapping[str, Any], read: Callable[[Mapping[str, Any]], Mapping[str, Any] | None]
 ) -> RunRequest:
     """The request; as an earlier version took the same flags where it began this run: with --group_by none, before rows
-    with the same question became one group, or with --start_share half, before random labels followed --prior.
+    with the same question became one group, with --start_share half, before random labels followed --prior, or in a
+    new order of the demonstrations, before those of the run that it goes on from were kept.
 
     read: the run.json of the run with given settings, which name its folder; None where there is none.
     """
@@ -101,6 +112,12 @@ def as_begun(
             replace(request, search=replace(request.search, start_share="half")),
             "this run was begun with half of its random labels True, and goes on so (--start_share half); in a new "
             "one, they follow --prior",
+        ),
+        (
+            "continued",
+            None,
+            replace(request, continue_as_before=True),
+            "this run was begun with the labels of another one in a new order, and goes on so; a new run keeps theirs",
         ),
     ):
         if given is not None or setting not in settings or changed == request:

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 OF_TESTBED_FILE = ("testbed_sha256", "labels", "label_texts")
 """Settings that come from a testbed file, not from a flag."""
-OF_CONTENT = ("data_sha256", "continue_from", "known")
+OF_CONTENT = ("data_sha256", "continue_from", "continued", "known")
 """Settings that are digests of other files."""
 
 
@@ -54,7 +54,7 @@ def check_same_run(
         if any(name in OF_TESTBED_FILE for name in changed):
             file = known.get("testbed")
             differences.insert(0, f"another content of its testbed file {file} (see {folder.path}/run.json)")
-        if "continue_from" in changed:
+        if not {"continue_from", "continued"}.isdisjoint(changed):
             differences.insert(0, _other_continued(known.get("continue_from"), settings.get("continue_from")))
         if "known" in changed:
             differences = [each for each in differences if not each.startswith("--num_seed ")]

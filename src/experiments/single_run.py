@@ -22,6 +22,7 @@ from src.experiments.same_run import (
     may_be_renamed,
 )
 from src.icm.searches.seam import Record, Standing
+from src.pipeline.continuing import end_record, gone_rows
 from src.pipeline.labelling import Labelling, Pool, result_record
 from src.pipeline.opening import example_prompt, opening, prompt_line, prompt_lines
 from src.pipeline.prior_estimate import with_prior
@@ -32,6 +33,7 @@ from src.results.plots import plot_curves
 from src.results.rows import pool_rows
 from src.results.run_folder import RunFolder, environment, now
 from src.results.run_reader import read_run
+from src.results.text import counted
 
 COSTS = (
     *("asked", "from_cache", "asked_ahead", "ahead_used"),
@@ -211,6 +213,8 @@ async def _label_pool(
     with _published(port, labelling, folder.path.name, _both(on_step, also)) as on_record:
         known = await _begun(request, labelling, folder, settings, known, cache_share)
         labelling = labelling.planned_for(known["kv_capacity"])
+        if not known.get("continued_from", {}).get("answers"):
+            labelling = labelling.without_answers()
         quiet = request.output.quiet or progress is not None
         labelling, estimate = await with_prior(labelling, known.get("prior_estimate"), quiet=quiet)
         if estimate is not None and "prior_estimate" not in known:
@@ -218,6 +222,8 @@ async def _label_pool(
             folder.write_run(known)
         with progress or SearchProgress(labelling.pool, request.output.quiet) as shown:
             state = await labelling.search(folder, on_record, _lookahead(request, labelling.api.capabilities))
+    if (end := end_record(labelling.pool.problem, state)) is not None:
+        folder.write_layout(end)
     records = folder.read_log()
     cost = {key: round(sum(record.get(key, 0) for record in records), 3) for key in COSTS}
     if progress is None and request.output.told and not request.output.quiet:
@@ -273,12 +279,33 @@ async def _begun(
     known |= testbed_record(labelling.pool)
     pool, problem = labelling.pool, labelling.pool.problem
     if pool.continued is not None:
-        known["continued_from"] = pool.continued.summary()
+        taken_over = _taken_over(labelling, known["tokens"], told=request.output.told)
+        known["continued_from"] = pool.continued.summary() | taken_over
+        if pool.continued.gone:
+            folder.write_gone(gone_rows(pool.continued))
     if pool.known is not None:
         known["known_labels"] = {"labels": problem.num_known, "from": list(pool.known.sources)}
     folder.write_claims(pool_rows(pool.claims, problem.consistency, pool.names, problem.known))
     folder.write_run(known)
     return known
+
+
+def _taken_over(labelling: Labelling, tokens: Mapping[str, Any], *, told: bool) -> dict[str, Any]:
+    """For run.json: how many answers of the run that it goes on from need not be asked again; says why where none."""
+    pool = labelling.pool
+    carried, end = pool.problem.carried, None if pool.continued is None else pool.continued.end
+    if carried is None or end is None:
+        return {}
+    answers = len(carried.log_odds) if end.answers_are_of(labelling.identity, tokens) else 0
+    if answers:
+        line = f"{counted(answers, 'answer')} of its search are taken over, in their order: they are not asked again"
+    elif carried.log_odds:
+        line = "its answers are asked again: another engine, or another version of it, gave them"
+    else:
+        line = "its answers are asked again, without the claims that are gone or in another group; their order stays"
+    if told:
+        print(line, file=sys.stderr)
+    return {"answers": answers}
 
 
 async def beginning(

@@ -99,12 +99,23 @@ def proposals(problem: Problem, state: SearchState) -> tuple[int, ...]:
     weights = proposal_weights(state.labels, problem.groups, state.refused)
     if problem.known is not None:
         weights[[claim for claim in range(problem.size) if problem.is_known(claim)]] = 0.0
+    if problem.carried is not None:
+        weights = _what_is_new(problem, state, weights)
     rng = generator(problem.settings.seed, Stream.STEP, state.iteration)
     share = weights / weights.sum()
-    count = min(problem.settings.best_of, problem.size - problem.num_known)
+    count = min(problem.settings.best_of, int(np.count_nonzero(weights)))
     if count == 1:
         return (int(rng.choice(problem.size, p=share)),)
     return tuple(rng.choice(problem.size, size=count, replace=False, p=share).tolist())
+
+
+def _what_is_new(problem: Problem, state: SearchState, weights: np.ndarray) -> np.ndarray:
+    """The weights of a search that goes on from another one's end: of claims that are new and not yet tried, else of
+    all but those that the other one had settled."""
+    resting = problem.resting(state.labels)
+    awake = weights * np.array([claim not in resting for claim in range(problem.size)])
+    new = awake * np.array([label is None and c not in state.refused for c, label in enumerate(state.labels)])
+    return next((found for found in (new, awake) if found.any()), weights)
 
 
 def choose(problem: Problem, state: SearchState, log_odds: Mapping[int, LogOdds]) -> int:
@@ -191,7 +202,7 @@ def explore(
 
 def decide(problem: Problem, state: SearchState, utility: float) -> tuple[bool, float, float]:
     """(accepted, acceptance probability, temperature): Metropolis on U, without overflow for large gains."""
-    temperature = problem.settings.temperature(state.iteration, state.accepted)
+    temperature = problem.temperature(state.iteration, state.accepted)
     gain = utility - state.evaluation.utility
     probability = 1.0 if gain >= 0 else math.exp(gain / temperature)
     draw = np.random.default_rng([problem.settings.seed, Stream.STEP, state.iteration, 2]).random()
@@ -282,7 +293,8 @@ def settled(problem: Problem, state: SearchState) -> bool:
         return True
     if settings.stop == "K" or state.unchanged < settings.patience:
         return False
-    return all(label is not None or claim in state.refused for claim, label in enumerate(state.labels))
+    tried = state.refused | problem.resting(state.labels)
+    return all(label is not None or claim in tried for claim, label in enumerate(state.labels))
 
 
 def wants_mirror(problem: Problem, state: SearchState) -> bool:
@@ -293,6 +305,8 @@ def wants_mirror(problem: Problem, state: SearchState) -> bool:
     by U alone. With two labels it is tried once a run, since a second swap undoes the first. With more labels it is
     tried every time the search settles, until no swap is better.
     """
+    if problem.keeps_side(state.labels):
+        return False
     wanted = problem.settings.mirror and not state.mirror_tried and bool(state.labelled)
     settles = wanted and not state.changes_since_asked and settled(problem, state)
     return settles and bool(mirrors_of(problem, state.labels))

@@ -118,9 +118,7 @@ def _apply(problem: Problem, state: SearchState | None, record: Mapping[str, Any
             raise JournalMismatch("it is of other labels, or of a format that this version does not know")
         seeds = flipped((None,) * problem.size, read_labels(problem, record["labels"]))
         # Laid out before the seeds were repaired.
-        layout = problem.new_layout(
-            [i for i, label in enumerate(seeds) if label is not None], labels=problem.seed_labels()
-        )
+        layout = problem.first_layout(problem.seed_labels())
         return SearchState(0, seeds, layout, read_evaluation(problem, seeds, record))
     if state is None:
         raise JournalMismatch("it does not begin with a start")

@@ -11,13 +11,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
 
 from src.icm.capped_layout import CappedLayout
+from src.icm.carried import Carried
 from src.icm.consistency import Consistency, Labels, Margins
-from src.icm.objective import Objective
+from src.icm.objective import Objective, label_of
 from src.icm.planner import TokenCosts
 from src.icm.prefix_tree import Layout, TreeLayout, UpstreamLayout
 
@@ -119,7 +121,7 @@ class Problem:
     """What stays the same through a search: the pool's groups and constraints, the objective, the settings, and what
     its claims cost on the server it began on. start_labels: what it starts with in place of random labels. known:
     labels that are given and never change, by pool position, None for a claim whose label is searched for; None where
-    no label is known."""
+    no label is known. carried: the end of the search that start_labels are of, where it is known."""
 
     groups: tuple[str, ...]
     consistency: Consistency
@@ -128,6 +130,7 @@ class Problem:
     costs: TokenCosts = field(default_factory=TokenCosts)
     start_labels: Labels | None = None
     known: Labels | None = None
+    carried: Carried | None = None
 
     @property
     def size(self) -> int:
@@ -187,6 +190,48 @@ class Problem:
             return balanced_labels(count, self.num_labels, rng)
         drawn: list[int] = rng.permutation(np.arange(count) < round(count * share)).tolist()
         return drawn
+
+    def first_layout(self, labels: Labels) -> Layout:
+        """The layout that a search begins in with these labels: that of the search that it goes on from, else a new
+        one."""
+        labelled = [claim for claim, label in enumerate(labels) if label is not None]
+        if self.carried is not None:
+            return self.carried.grown(labelled)
+        return self.new_layout(labelled, labels=labels)
+
+    def temperature(self, iteration: int, accepted: int) -> float:
+        """T of a search's iteration, in units of U: that of the search that it goes on from has cooled before."""
+        before = (0, 0) if self.carried is None else (self.carried.iterations, self.carried.accepted)
+        return self.settings.temperature(iteration + before[0], accepted + before[1])
+
+    def keeps_side(self, labels: Labels) -> bool:
+        """Whether two labels swapped everywhere need not be tried: the search that it goes on from has done so, and no
+        label that is known now was another one there."""
+        carried = self.carried
+        if carried is None or not carried.keeps_side(labels):
+            return False
+        return all(
+            before in (None, now) for before, now in zip(carried.labels, self.with_known(carried.labels), strict=True)
+        )
+
+    def resting(self, labels: Labels) -> frozenset[int]:
+        """The claims that are not proposed while these are the labels: what the search that it goes on from had
+        settled, as long as the pool has not doubled."""
+        carried = self.carried
+        if carried is None or carried.has_doubled(labels):
+            return frozenset()
+        return frozenset(claim for claim in self._settled_before if labels[claim] == carried.labels[claim])
+
+    @cached_property
+    def _settled_before(self) -> frozenset[int]:
+        """Claims that kept their label against their own log-odds, or were not taken in, when that search ended."""
+        carried = self.carried
+        if carried is None:
+            return frozenset()
+        offset = self.objective.offset(list(carried.log_odds.values()))
+        disputed = {claim for claim, z in carried.log_odds.items() if label_of(z, offset) != carried.labels[claim]}
+        refused = {claim for claim in carried.claims if carried.labels[claim] is None} if carried.settled else set()
+        return frozenset(disputed | refused)
 
     def seed_labels(self) -> Labels:
         """start_labels where there are any, else random ones (see random_labels) for num_seed claims; the rest None.

@@ -111,7 +111,8 @@ def prepare_batches(
         raise BadInput(f"--prior is the share of one of two labels, and {path} has {len(names)}: {', '.join(names)}")
     if len(claims) < 2:
         raise BadInput(f"{path}: holds one claim; a search needs others to show with each claim, so at least 2")
-    rng, start = generator(settings.seed, Stream.POOL), None
+    objective = replace(objective, num_labels=len(names))
+    rng, start, places = generator(settings.seed, Stream.POOL), None, list[int]()
     if continued is None:
         batches = split_pools(claims, batch_size, count, rng, testbed.grouped_by)
     else:
@@ -126,6 +127,8 @@ def prepare_batches(
         constraints = testbed.consistency(batch, consistency)
         if (complaint := constraints.complaint(len(names))) is not None:
             raise BadInput(f"{path}: {complaint}")
+        groups = tuple(claim.group for claim in batch)
+        carried = None if continued is None else continued.carried(places, groups, settings)
         kept = known
         if seeds_of_gold:
             of_gold = generator(settings.seed, Stream.KNOWN, number)
@@ -134,12 +137,13 @@ def prepare_batches(
         if labels is not None:
             check_known(labels, batch, constraints, names)
         problem = Problem(
-            groups=tuple(claim.group for claim in batch),
+            groups=groups,
             consistency=constraints,
-            objective=replace(objective, num_labels=len(names)),
+            objective=objective,
             settings=settings,
             start_labels=start,
             known=labels,
+            carried=carried,
         )
         pool = Pool(testbed, tuple(batch), rest, problem, digest, continued=continued)
         pools.append(replace(pool, known=kept, known_digest=known_digest))
@@ -226,6 +230,12 @@ class Labelling:
             f"{asked} need prompts of up to {needed} tokens, and {self.identity.model} has a context of "
             f"{limit}: {fit}. Use a smaller {flag}, or start the server with a larger --max-model-len"
         )
+
+    def without_answers(self) -> Labelling:
+        """The same where the answers of the search that it goes on from must be asked anew."""
+        problem = self.pool.problem
+        carried = None if problem.carried is None else replace(problem.carried, log_odds={})
+        return replace(self, pool=replace(self.pool, problem=replace(problem, carried=carried)))
 
     def planned_for(self, kv_capacity: int | None) -> Labelling:
         """The same with rebuilds planned for an engine whose KV cache holds `kv_capacity` tokens.

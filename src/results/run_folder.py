@@ -1,5 +1,6 @@
 """runs/NAME/: run.json (what the run is), claims.jsonl (its pool), prompt.txt (one of its prompts), log.jsonl (the
-journal), labels.jsonl and curves.png (the result).
+journal), labels.jsonl and curves.png (the result), layout.json (the order of the demonstrations at the end), gone.jsonl
+(claims of the run that it goes on from which are no longer in the data).
 
 Only complete lines of the journal count: a line torn by a kill is cut off before the run goes on.
 """
@@ -43,6 +44,7 @@ class RunFolder:
         self.run_path, self.claims_path = path / "run.json", path / "claims.jsonl"
         self.log_path, self.labels_path = path / "log.jsonl", path / "labels.jsonl"
         self.prompt_path, self.curves_path = path / "prompt.txt", path / "curves.png"
+        self.layout_path, self.gone_path = path / "layout.json", path / "gone.jsonl"
         self._lock_path = path / ".lock"
         self._lock: IO[bytes] | None = None
         self._log: FileIO | None = None
@@ -157,6 +159,14 @@ class RunFolder:
     def write_claims(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write the pool, so that a run in progress can be read without its data file."""
         write_atomically(self.claims_path, b"".join(orjson.dumps(row) + b"\n" for row in rows))
+
+    def write_layout(self, record: Mapping[str, Any]) -> None:
+        """Write the layout that the search ended in, so that another one can go on from there."""
+        write_atomically(self.layout_path, orjson.dumps(record))
+
+    def write_gone(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write the claims that are no longer in the data."""
+        write_atomically(self.gone_path, b"".join(orjson.dumps(row) + b"\n" for row in rows))
 
     def write_prompt(self, text: str) -> None:
         """Write one whole prompt as the model is asked it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +76,12 @@ def test_labels_follow_the_text_of_their_claims(tmp_path: Path, finished: bool) 
     start = continued(tmp_path, now)
     assert start.labels == {4: True, 1: False, 2: None}
     assert (start.gone, start.regrouped, start.model) == ((), 0, "m")
-    # Its groups first, in its order and whole; then what has room.
+    # Its claims first, in its order; then what is new in their groups, then what has room.
     places = pool(start, now, 256)
-    assert places == [3, 4, 1, 2, 0]
-    assert start.start_labels(places) == (None, True, False, None, None)
+    assert places == [4, 1, 2, 3, 0]
+    assert start.start_labels(places) == (True, False, None, None, None)
+    # As versions did that kept no order: whole groups.
+    assert pool(replace(start, as_before=True), now, 256) == [3, 4, 1, 2, 0]
 
 
 def test_its_claims_are_in_the_pool_whatever_the_batch_size_is_and_new_groups_stay_whole(tmp_path: Path) -> None:
@@ -111,6 +114,10 @@ def test_what_is_gone_and_what_moved_to_another_group_is_counted_and_named(tmp_p
         "the labels of before were found with m; from here on another is asked",
         "no room for 5 claims of grown.jsonl: --batch_size 9 takes in all",
     ]
+    told = start.notes(file="f", model="m", pool=4, outside=0, batch_size=2, listed="runs/new/gone.jsonl")
+    assert told[1].endswith("and 2 more (all in runs/new/gone.jsonl)")
+    assert "the pool has 4 claims, those of before and their groups, whatever --batch_size 2" in told
+    assert not any("batch_size" in line for line in start.notes(file="f", model="m", pool=4, outside=0, batch_size=4))
     assert start.summary() == {
         "run": "before", "model": "m", "labels": 3, "true_labels": 2, "gone": 5, "regrouped": 1
     }  # fmt: skip

@@ -75,12 +75,15 @@ async def run(problem: Problem, ask: Ask, journal: Journal) -> SearchState:
 async def _start(problem: Problem, ask: Ask) -> SearchState:
     """Evaluate the labels that it starts with and repair their inconsistencies."""
     labels = problem.seed_labels()
-    layout = problem.new_layout([i for i, label in enumerate(labels) if label is not None], labels=labels)
+    layout = problem.first_layout(labels)
+    answered: dict[Labels, Evaluation] = {}
+    if (carried := problem.carried) is not None and carried.log_odds and labels == carried.labels:
+        answered[labels] = problem.objective.evaluate(labels, carried.log_odds, problem.consistency)
 
     async def evaluate(batch: list[Candidate]) -> list[Evaluation]:
         return await ask.evaluate(batch, Intent(None))
 
-    best, evaluation, _ = await _explore(problem, evaluate, Candidate(labels, layout), 0, {})
+    best, evaluation, _ = await _explore(problem, evaluate, Candidate(labels, layout), 0, answered)
     return SearchState(0, best.labels, layout, evaluation)
 
 
@@ -90,7 +93,7 @@ async def _step(problem: Problem, ask: Ask, state: SearchState) -> Outcome | Non
     claim = choose(problem, state, answers)
     log_odds = answers[claim]
     predicted = predicted_label(problem, state, log_odds)
-    temperature = problem.settings.temperature(state.iteration, state.accepted)
+    temperature = problem.temperature(state.iteration, state.accepted)
     if predicted == state.labels[claim]:
         return Outcome(claim, log_odds, predicted, temperature)
     start = proposal(state, claim, predicted)

@@ -28,6 +28,10 @@ in MCMC land", equation 4): the mean of a sample without replacement, taken to b
 be a random sample for it, as in a tree; in other layouts, and with a prior, whose offset is no mean, all N questions
 are asked. A change is only ever *accepted* on all N answers, so U is exact; with error 0 refusals are too.
 
+Where it goes on from the end of another search (Problem.carried), there are no starts: the claims that are new are
+predicted from all that have a label, everything is evaluated once, in the other search's layout with the new claims at
+its end, and the labels climb from there.
+
 All evaluations are in one layout. Nothing new is begun once `ascent_questions` x N questions were asked, but for the
 evaluation of the start that is left, and the mirror of two labels.
 """
@@ -45,6 +49,7 @@ from typing import Final
 import numpy as np
 
 from src.icm.annealing import mirrors_of
+from src.icm.carried import Carried
 from src.icm.consistency import Labels
 from src.icm.objective import Evaluation, LogOdds, margins_of
 from src.icm.prefix_tree import Layout
@@ -94,13 +99,17 @@ async def run(problem: Problem, ask: Ask, journal: Journal) -> Found:
 async def search(problem: Problem, ask: Ask, journal: Journal, *, together: bool) -> Found:
     """As `run`, in one order. together: whether the starts of a round are asked about a block in one batch."""
     asked = RecordedAsk(problem, ask, journal)
-    first = await own_labels(problem, asked)
-    layout = problem.new_layout(range(problem.size), labels=first)
-    climb = Climb(problem, asked, layout, together=together)
-    best = await _best_start(climb, first)
-    [evaluation] = await asked.evaluate([Candidate(best.labels, layout)])
-    labels, evaluation = await climb.up(best.labels, evaluation)
-    if problem.settings.mirror and not _only_confirms(problem):
+    if problem.carried is None:
+        first = await own_labels(problem, asked)
+        layout = problem.new_layout(range(problem.size), labels=first)
+        climb = Climb(problem, asked, layout, together=together)
+        labels, turns = (await _best_start(climb, first)).labels, not _only_confirms(problem)
+    else:
+        labels, layout = await _grown(problem, asked, problem.carried)
+        climb, turns = Climb(problem, asked, layout, together=together), not problem.keeps_side(labels)
+    [evaluation] = await asked.evaluate([Candidate(labels, layout)])
+    labels, evaluation = await climb.up(labels, evaluation)
+    if problem.settings.mirror and turns:
         for turned in mirrors_of(problem, labels):
             if problem.num_labels > 2 and not climb.may_ask:
                 break  # of K labels there are K (K - 1) / 2
@@ -108,6 +117,25 @@ async def search(problem: Problem, ask: Ask, journal: Journal, *, together: bool
             if higher is not None and higher.utility > evaluation.utility:
                 labels, evaluation = await climb.up(turned, higher)
     return asked.standing
+
+
+async def _grown(problem: Problem, asked: RecordedAsk, carried: Carried) -> tuple[Labels, Layout]:
+    """The labels of the search that it goes on from, those of new claims as these predict them, and their layout."""
+    there = Candidate(carried.labels, carried.layout)
+    if carried.log_odds:
+        asked.remember(there, carried.log_odds)
+    given = problem.with_known(carried.labels)
+    shown = tuple(None if label is None else now for label, now in zip(carried.labels, given, strict=True))
+    new = [claim for claim, label in enumerate(given) if label is None]
+    found = await asked.predict(new, there if shown == carried.labels else Candidate(shown, carried.layout))
+    answers = dict(zip(new, found, strict=True))
+    offset = problem.objective.offset([*carried.log_odds.values(), *answers.values()])
+    margins = [
+        margins_of(answers[claim], offset) if claim in answers else held(label, problem.num_labels)
+        for claim, label in enumerate(given)
+    ]
+    labels = problem.likeliest(margins)
+    return labels, carried.grown(range(problem.size))
 
 
 def random_labels(problem: Problem, number: int) -> Labels:
@@ -161,6 +189,13 @@ class Climb:
         count = min(BLOCKS, len(order))
         cuts = [len(order) * at // count for at in range(count + 1)]
         self._blocks = [order[start:end] for start, end in pairwise(cuts)]
+        if layout.tail_length:  # claims that came later: a part of them in each block
+            tree = order[: len(order) - layout.tail_length]
+            cuts = [len(tree) * at // count for at in range(count + 1)]
+            late = [order[len(tree) + at :: count] for at in range(count)]
+            self._blocks = [
+                (*tree[start:end], *later) for (start, end), later in zip(pairwise(cuts), late, strict=True)
+            ]
         members: dict[str, list[int]] = defaultdict(list)
         for claim, group in enumerate(problem.groups):
             members[group].append(claim)
@@ -237,7 +272,10 @@ class Climb:
         """What each group's margins would gain by its likeliest labels (nats), where these are others; and these."""
         target = self._likeliest(labels, evaluation.log_odds)
         gains: dict[int, float] = {}
+        resting = self.problem.resting(labels)
         for group, claims in enumerate(self._groups):
+            if resting.issuperset(claim for claim in claims if labels[claim] != target[claim]):
+                continue  # nothing in it has changed its mind
             for claim in claims:
                 before, after = _known(labels[claim]), _known(target[claim])
                 if before != after:

@@ -45,6 +45,12 @@ class RecordedAsk:
         self._journal = journal
         self._lines = list(enumerate(journal.records, start=1))[::-1]
 
+    def remember(self, candidate: Candidate, log_odds: Mapping[int, LogOdds]) -> None:
+        """Answers that are known from elsewhere, of all of the candidate's claims: they are not asked, nor counted."""
+        counted = self.questions
+        self._keep(candidate, log_odds)
+        self.questions = counted
+
     async def evaluate(self, candidates: Sequence[Candidate], intent: object = None) -> list[Evaluation]:
         """See Ask. Raises JournalMismatch where the journal's next line answers something else."""
         found = [evaluation for each in candidates if (evaluation := self._recorded_evaluation(each)) is not None]
