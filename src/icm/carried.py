@@ -73,7 +73,7 @@ def read_layout(record: Mapping[str, Any], places: Mapping[int, int], groups: Se
         raise ValueError(f"it holds no layout ({type(error).__name__}: {error})") from None
     left = [places[claim] for claim in tail if claim in places]
     layout = TreeLayout(tuple(groups), root, tuple(left), sum(claim in places for claim in tail[:anchors]))
-    if any(count > 1 for count in Counter(layout.questions).values()):
+    if any(count > 1 for count in Counter([*_leaves(root), *left]).values()):
         raise ValueError("it holds a claim twice")
     return layout
 
@@ -90,6 +90,12 @@ def _node(record: object, places: Mapping[int, int]) -> Node | None:
     if left is None or right is None:
         return right if left is None else left
     return left, right
+
+
+def _leaves(node: Node | None) -> tuple[int, ...]:
+    if node is None or isinstance(node, int):
+        return () if node is None else (node,)
+    return (*_leaves(node[0]), *_leaves(node[1]))
 
 
 def _whole(values: Iterable[object]) -> list[int]:

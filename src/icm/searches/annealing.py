@@ -76,14 +76,14 @@ async def _start(problem: Problem, ask: Ask) -> SearchState:
     """Evaluate the labels that it starts with and repair their inconsistencies."""
     labels = problem.seed_labels()
     layout = problem.first_layout(labels)
-    answered: dict[Labels, Evaluation] = {}
     if (carried := problem.carried) is not None and carried.log_odds and labels == carried.labels:
-        answered[labels] = problem.objective.evaluate(labels, carried.log_odds, problem.consistency)
+        # What is inconsistent there, that search has tried to repair.
+        return SearchState(0, labels, layout, problem.objective.evaluate(labels, carried.log_odds, problem.consistency))
 
     async def evaluate(batch: list[Candidate]) -> list[Evaluation]:
         return await ask.evaluate(batch, Intent(None))
 
-    best, evaluation, _ = await _explore(problem, evaluate, Candidate(labels, layout), 0, answered)
+    best, evaluation, _ = await _explore(problem, evaluate, Candidate(labels, layout), 0, {})
     return SearchState(0, best.labels, layout, evaluation)
 
 
