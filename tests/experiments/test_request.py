@@ -20,7 +20,7 @@ PARTS: tuple[type[Any], ...] = (
 )
 NOT_FLAGS = {
     *("data", "model", "search", "objective", "parts", "output", "curves", "doubt", "contradiction", "flags"),
-    *("base_url", "told", "seeds_by_default"),
+    *("base_url", "told", "seeds_by_default", "continue_as_before"),
 }
 """Fields of RunRequest and its parts that no flag has the name of, base_url and told being of the library,
 seeds_by_default what --num_seed leaves open; --data, --model and --search are fields of its parts."""
