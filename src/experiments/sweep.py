@@ -147,7 +147,7 @@ async def run_sweep(sweep: Sweep, *, at_once: int | None, quiet: bool) -> int:
         print(_opening(sweep, folder, len(finished), engines), file=sys.stderr, flush=True)
         try:
             with SweepProgress(len(cells), len(finished), quiet) as progress:
-                for stage in _stages(cells):
+                for stage in stages(cells):
                     async with asyncio.TaskGroup() as group:
                         for each in stage:
                             group.create_task(
@@ -177,7 +177,7 @@ def _opening(sweep: Sweep, folder: Path, finished: int, engines: Engines) -> str
     return f"{sweep.size_in_words}, {engines.at_once} at once on each engine{done}; in {folder}"
 
 
-def _stages(cells: Sequence[Planned]) -> list[list[Planned]]:
+def stages(cells: Sequence[Planned]) -> list[list[Planned]]:
     """Cells that may run at the same time. Models in this process come one after the other: each takes the memory."""
     if not any(each.request.model.direct for each in cells):
         return [list(cells)]

@@ -36,6 +36,10 @@ SAYS_ITSELF: Final = ("testbed", "model", "data", "search")
 """Settings whose values are clear without the setting's name."""
 OF_THE_WHOLE: Final = ("run", "runs_dir", "quiet", "metrics_port")
 """Settings that no cell can have for itself."""
+OF_ONE_RUN: Final = ("check", "is_complete")
+"""Flags that ask about a single run."""
+COLUMNS: Final = ("cell", "cells", "of", "row")
+"""Columns of tables, which no combination of settings can have the name of."""
 SEED: Final = ("seed", "seeds")
 """Settings whose values are repetitions: a table has their mean."""
 
@@ -120,6 +124,8 @@ def sweep_of(loaded: Loaded, more: Sequence[str]) -> Sweep:
 
 def _dimension(loaded: Loaded, parser: Parser, name: str, values: Any) -> Dimension:
     path, actions = loaded.path, actions_of(parser)
+    if name in COLUMNS:
+        raise BadInput(f"{path}: sweep: {name} is a column of the table already; choose another name")
     if isinstance(values, dict) and values:
         return Dimension(name, {str(key): _together(loaded, parser, name, key, each) for key, each in values.items()})
     if name not in actions:
@@ -160,6 +166,9 @@ def _check_names(loaded: Loaded, parser: Parser, dimensions: Sequence[Dimension]
             if name in given:
                 raise BadInput(f"{loaded.path}: --{name} is varied by the sweep; change it in a copy of the file")
             places[name] = f"sweep: {dimension.name}"
+    for name in OF_ONE_RUN:
+        if name in given:
+            raise BadInput(f"{loaded.path}: --{name} is of a single run; --check_only prints each cell's command line")
     if "metrics_port" in {*places, *given}:
         raise BadInput(f"{loaded.path}: metrics_port: of several runs none has the port")
 

@@ -19,11 +19,11 @@ import pytest
 from fakes.vllm_server import FakeVLLM
 from src.experiments.experiment_file import load_experiment
 from src.experiments.run_experiment import main
-from src.experiments.sweep import run_sweep
+from src.experiments.sweep import planned, run_sweep, stages
 from src.experiments.sweep_cells import Sweep, sweep_of
 from src.experiments.sweep_estimate import dry_run
 from src.icm.testbeds import BadInput
-from tests.experiments.test_icm_cli import data, server  # noqa: F401 - fixtures
+from tests.experiments.test_icm_cli import data, server, signed_by_words  # noqa: F401 - fixtures
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLES = ("table.txt", "table.csv", "table.json")
@@ -58,9 +58,8 @@ class Run:
         out, err = io.StringIO(), io.StringIO()
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
             patch.delenv("VLLM_BASE_URL", raising=False)
-            for name in ("VLLM_BASE_URL", "ICM_SECRETS"):
-                if name in self.environment:
-                    patch.setenv(name, self.environment[name])
+            for name in self.environment.keys() & {"VLLM_BASE_URL", "ICM_SECRETS", "ICM_MAX_ATTEMPTS"}:
+                patch.setenv(name, self.environment[name])
             code = await (dry_run(sweep) if dry else run_sweep(sweep, at_once=None, quiet=True))
         return code, out.getvalue(), err.getvalue()
 
@@ -215,6 +214,42 @@ async def test_a_server_that_does_not_answer_fails_its_own_cells_only(run: Run, 
     assert "other-1b_seed-1: " in err
 
 
+async def test_after_a_server_is_lost_nothing_is_begun_and_another_server_goes_on(run: Run, data: Path) -> None:  # noqa: F811
+    run.environment["ICM_MAX_ATTEMPTS"] = "2"
+    write(run.file, data, "  alpha: [10, 30]\n  seed: [1, 2, 3, 4]\n", more="at_once: 2\n")
+    async with FakeVLLM(log_odds=signed_by_words) as first:
+        first.latency = 0.005
+        run.environment["VLLM_BASE_URL"] = first.url
+        task = asyncio.create_task(run.inside())
+        while run.finished("many") < 2:
+            assert not task.done()
+            await asyncio.sleep(0.01)
+    code, _, err = await task
+    assert code == 1, err
+    assert 2 <= run.finished("many") < 6
+    assert err.count(first.url) == 8 - run.finished("many")
+    assert f"{8 - run.finished('many')} cells not finished" in err
+    begun = [path.name for path in (run.runs / "many").iterdir() if path.is_dir()]
+    assert len(begun) <= run.finished("many") + 2
+    async with FakeVLLM(log_odds=signed_by_words) as second:
+        run.environment["VLLM_BASE_URL"] = second.url
+        code, _, err = await run.inside()
+        assert code == 0, err
+    assert run.finished("many") == 8
+
+
+def test_models_in_this_process_come_one_after_the_other(tmp_path: Path) -> None:
+    path = tmp_path / "e.yaml"
+    path.write_text("title: t\ncommand: label\nsettings: {testbed: builtin}\nsweep: {seed: [1, 2], model: [a, b]}\n")
+    _, cells, _ = planned(cells_of(path, "--direct", "--runs_dir", str(tmp_path)))
+    assert [[each.cell.name for each in stage] for stage in stages(cells)] == [
+        ["seed-1_a", "seed-2_a"],
+        ["seed-1_b", "seed-2_b"],
+    ]
+    _, cells, _ = planned(cells_of(path, "--runs_dir", str(tmp_path)))
+    assert [len(stage) for stage in stages(cells)] == [4]
+
+
 async def test_batches_and_baselines_are_cells_too(run: Run, data: Path, tmp_path: Path) -> None:  # noqa: F811
     write(run.file, data, "  alpha: [10, 30]\n", more="")
     code, out, err = await run.inside("--num_batches", "all", "--run", "batches")
@@ -330,6 +365,8 @@ def test_settings_that_change_together_reach_the_command_line(tmp_path: Path) ->
         ),
         ("{prior: [0.2], calibrate: [none, mean], seed: [1, 2]}", [], "and 1 more: --prior 0.2 and --calibrate none"),
         ("{}", [], "sweep: names no setting"),
+        ("{row: {a: {alpha: 1}}}", [], "sweep: row is a column of the table already"),
+        ("{alpha: [1]}", ["--is_complete"], "--is_complete is of a single run"),
         ("{seed: [1, 2], alpha: [1, 2], K: [" + ", ".join(map(str, range(3000))) + "]}", [], "12,000 cells; at most"),
     ],
 )
