@@ -264,7 +264,7 @@ class Rounds:
         rows = []
         for earlier in range(1, number + 1):
             run = read_run(self.out / "runs" / f"batch-{earlier}")
-            rows += list(training_rows(run, chosen_claims(run, least=self.args.least)))
+            rows += list(training_rows(run, chosen_claims(run, least=self.args.least, abstained=False)))
         if not rows:
             raise BadInput(f"--least {self.args.least} leaves no label to train on")
         data, config = self.out / f"train-{number}.jsonl", self.out / f"train-{number}.yaml"
