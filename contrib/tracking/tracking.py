@@ -53,7 +53,7 @@ class Tracking:
     def __init__(self, names: Sequence[str], folder: Path, name: str, place: Path | None = None) -> None:
         """names: of TOOLS. name: the run's. place: as in Tool.open. Raises BadInput where a package is missing."""
         check_installed(names)
-        self._names = names
+        self._names = list(dict.fromkeys(names))
         self._folder = folder
         self._name = name
         self._place = place

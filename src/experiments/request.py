@@ -108,7 +108,7 @@ class OutputRequest:
     quiet: bool = False
     metrics_port: int | None = None
     told: bool = True
-    log_to: Sequence[str] = ()
+    log_to: Sequence[str] | None = None
 
 
 @dataclass(frozen=True, slots=True)

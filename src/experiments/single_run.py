@@ -188,7 +188,7 @@ def log_finished(request: RunRequest, folder: RunFolder) -> None:
         from contrib.tracking.tracking import track_files
 
         run = read_run(folder.path)
-        for name in request.output.log_to:
+        for name in dict.fromkeys(request.output.log_to):
             say_where(track_files(name, folder.path, run, None))
 
 

@@ -145,7 +145,7 @@ def test_a_tool_that_fails_is_warned_of_once_and_others_go_on(
 ) -> None:
     folder = write_run(tmp_path / "a", labels=LABELS)
     monkeypatch.setattr(Notebook, "fail_at", step)
-    tracking = Tracking(["notebook", "other"], folder, "a")
+    tracking = Tracking(["notebook", "other", "notebook"], folder, "a")
     tracking.finish()
     tracking.wait()
     assert tracking.where == []
