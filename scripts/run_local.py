@@ -23,9 +23,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 REPO_ROOT: Final = Path(__file__).resolve().parents[1]
 if str(REPO_ROOT) not in sys.path:  # run as a script, without an installed package
@@ -41,7 +42,7 @@ from src.experiments.ICM import build_parser  # noqa: E402
 from src.experiments.loading import pool_of  # noqa: E402
 from src.experiments.request import RunRequest  # noqa: E402
 from src.experiments.resumable import GO_ON_WITH  # noqa: E402
-from src.experiments.run_settings import run_name, settings_of  # noqa: E402
+from src.experiments.run_settings import as_begun, run_name, settings_of  # noqa: E402
 from src.icm.testbeds import BadInput  # noqa: E402
 from src.pipeline.labelling import Labelling  # noqa: E402
 from src.pipeline.pool_size import choose_pool, measure  # noqa: E402
@@ -82,13 +83,19 @@ def begun_size(model: str, given: Sequence[str]) -> int | None:
         try:
             with contextlib.redirect_stderr(io.StringIO()):  # ICM.py prints the same error later
                 request = _request(model, given, size)
-            settings = settings_of(request, pool_of(request))
-            known = RunFolder(request.output.runs_dir / run_name(request, settings)).read_run()
+                settings = settings_of(request, pool_of(request))
+                request = as_begun(request, settings, partial(_read, request))
+                known = _read(request, settings_of(request, pool_of(request)))
         except (SystemExit, BadInput):
             return None
         if known is not None and known["settings"].get("batch_size") == size:
             return size
     return None
+
+
+def _read(request: RunRequest, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The run.json of the run with these settings; None where there is none."""
+    return RunFolder(request.output.runs_dir / run_name(request, settings)).read_run()
 
 
 async def fitting_size(model: str, given: Sequence[str], url: str, deadline: float) -> int:
@@ -108,7 +115,7 @@ async def fitting_size(model: str, given: Sequence[str], url: str, deadline: flo
     mean = labelling.planned_for(None).pool.problem.costs.mean
     left = deadline - time.monotonic() - check - END_SECONDS
     later = len(labelling.pool.rest)
-    claims, seconds = choose_pool(speed, mean, later, left, list(sizes))
+    claims, seconds = choose_pool(speed, mean, later, left, list(sizes), labelling.pool.problem.settings.search)
     dtype = f" in {api.identity.dtype}" if api.identity.dtype else ""
     print(
         f"{speed.tokens_a_second:,.0f} tokens a second{dtype}: a pool of {claims} of "

@@ -12,7 +12,7 @@ from src.experiments.contradictions import contradicted, message_of, out_of_rang
 from src.experiments.request import DataRequest, ModelRequest
 from src.icm.objective import Calibration
 from src.icm.problem import BootstrapStart, LayoutName, Scheduler, SearchSettings, StartShare, Stop
-from src.icm.searches import SEARCHES
+from src.icm.searches import DEFAULT, SEARCHES, default_search
 from src.icm.testbeds import TESTBEDS, BadInput, ConsistencyMode, GroupedBy
 from src.pipeline.testbed_files import testbed_path
 
@@ -197,7 +197,8 @@ def add_choice_of_search(parser: argparse.ArgumentParser) -> None:
     defaults = SearchSettings()
     search = parser.add_argument_group("which search")
     each = "; ".join(f"{name}: {what}" for name, what in SEARCHES.items())
-    search.add_argument("--search", choices=list(SEARCHES), default=defaults.search, help=each)
+    meant = "" if DEFAULT == "annealing" else ", or annealing where a setting is given that only annealing uses"
+    search.add_argument("--search", choices=list(SEARCHES), help=f"{each} (default: {DEFAULT}{meant})")
     search.add_argument(
         "--bootstrap_rounds",
         type=at_least(1),
@@ -331,7 +332,11 @@ class Parser(argparse.ArgumentParser):
         parsed = super().parse_args(args, namespace)
         absent = object()
         seen = super().parse_args(args, argparse.Namespace(**{action.dest: absent for action in self._actions}))
-        broken = contradicted(parsed, {name for name, value in vars(seen).items() if value is not absent})
+        given = {name for name, value in vars(seen).items() if value is not absent}
+        if "search" in parsed:
+            parsed.search_by_default = parsed.search is None
+            parsed.search = parsed.search or default_search(given)
+        broken = contradicted(parsed, given)
         for rule in broken:
             if not rule.of_the_search:
                 self.error(message_of(rule, parsed))

@@ -127,7 +127,7 @@ def table_text(document: Mapping[str, Any]) -> str:
     head = (
         f"{settings['testbed']}, {settings['model']}, pool of {settings['batch_size']}, alpha {settings['alpha']:g}, "
         f"calibration: {calibration_in_words(settings)}, {len(seeds)} seed{'s' if len(seeds) != 1 else ''}"
-        + (f", search: {settings['search']}" if "search" in settings else "")
+        f", search: {settings.get('search', 'annealing')}"
     )
     width = max([28, *(len(row["title"]) + 2 for row in document["rows"])])
     lines = [

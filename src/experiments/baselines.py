@@ -40,7 +40,7 @@ from src.experiments.run_settings import as_begun, run_name, settings_of
 from src.experiments.same_run import check_same_engine, check_same_run
 from src.experiments.single_run import model_api_of, print_opening, read_or_label
 from src.experiments.summary import say_shown_again
-from src.icm.problem import BootstrapStart, SearchSettings, Stream, generator
+from src.icm.problem import BootstrapStart, Stream, generator
 from src.icm.testbeds import BadInput, Claim, sample_pool
 from src.pipeline.baselines import BASELINES, run_baseline
 from src.pipeline.baselines.row_result import Cost
@@ -172,7 +172,7 @@ async def run_comparison(request: ComparisonRequest, beside: Beside | None = Non
     else:
         refuse(run.contradiction)
         search = run.search.search
-        if "icm" not in rows and search != SearchSettings().search:
+        if "icm" not in rows and not run.search_by_default:
             asked = " ".join(rows)
             raise BadInput(f"--search {search} and --rows {asked} contradict each other: only the row icm searches")
         seeds = sorted(set(request.seeds))

@@ -116,8 +116,9 @@ class RunRequest:
     """Everything that a run is asked for.
 
     continue_as_before: as versions did that kept no layout at the end (see as_begun).
-    doubt: which labels are not handed over; no part of what decides them.
-    lookahead: proposals whose questions are asked early; None is auto. check, is_complete: see the flags.
+    doubt: which labels are not handed over; no part of what decides them. search_by_default: whether no search was
+    named (searches.default_search). lookahead: proposals whose questions are asked early; None is auto. check,
+    is_complete: see the flags.
     curves: whether curves.png is drawn. contradiction: why these flags cannot begin a run (see Parser), None where they
     can. seeds_by_default: whether search.num_seed was not asked for, so that no label is random where some are known.
     flags: all flags of the command as they were given, as text where JSON has no such type.
@@ -130,6 +131,7 @@ class RunRequest:
     parts: PartsRequest
     output: OutputRequest
     doubt: Wanted = field(default_factory=Wanted)
+    search_by_default: bool = False
     label_rest: bool = False
     continue_from: str | None = None
     continue_as_before: bool = False
@@ -155,7 +157,7 @@ class RunRequest:
             doubt=Wanted(**_named(Wanted, args)),
             contradiction=contradiction,
             seeds_by_default=getattr(args, "num_seed", None) is None,
-            flags={name: _plain(value) for name, value in vars(args).items()}
+            flags={name: _plain(value) for name, value in vars(args).items() if name != "search_by_default"}
             | ({"num_seed": search.num_seed} if "num_seed" in args else {}),
             **{name: getattr(args, name) for name in _OF_THE_RUN if name in args},
         )
@@ -180,7 +182,7 @@ def _objective(args: Namespace) -> Objective:
     return Objective(args.alpha, args.calibrate, None if estimated else args.prior, estimate_prior=estimated)
 
 
-_OF_THE_RUN: Final = ("label_rest", "continue_from", "lookahead", "check", "is_complete")
+_OF_THE_RUN: Final = ("search_by_default", "label_rest", "continue_from", "lookahead", "check", "is_complete")
 
 
 def _named(part: type[Any], args: Namespace) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
+from itertools import combinations
 from typing import Any
 
 import orjson
@@ -93,40 +94,50 @@ def as_begun(
     request: RunRequest, settings: Mapping[str, Any], read: Callable[[Mapping[str, Any]], Mapping[str, Any] | None]
 ) -> RunRequest:
     """The request; as an earlier version took the same flags where it began this run: with --group_by none, before rows
-    with the same question became one group, with --start_share half, before random labels followed --prior, or in a
-    new order of the demonstrations, before those of the run that it goes on from were kept.
+    with the same question became one group, with --start_share half, before random labels followed --prior, in a new
+    order of the demonstrations, before those of the run that it goes on from were kept, or with --search annealing,
+    while that was the search where none is named.
 
     read: the run.json of the run with given settings, which name its folder; None where there is none.
     """
-    for setting, given, changed, told in (
-        (
-            "group_by",
-            request.data.group_by,
-            replace(request, data=replace(request.data, group_by="none")),
+
+    def begun(as_then: Mapping[str, Any]) -> bool:
+        known = read(as_then)
+        return known is not None and known.get("settings") == as_then
+
+    named = request.search.search
+    earlier: dict[str, tuple[Callable[[RunRequest], RunRequest], str]] = {}
+    if request.data.group_by is None and "group_by" in settings:
+        earlier["group_by"] = (
+            lambda now: replace(now, data=replace(now.data, group_by="none")),
             "this run was begun with every row as a group by itself, and goes on so (--group_by none); in a new one, "
             "rows with the same question are one group",
-        ),
-        (
-            "start_share",
-            request.flags.get("start_share"),
-            replace(request, search=replace(request.search, start_share="half")),
+        )
+    if request.flags.get("start_share") is None and "start_share" in settings:
+        earlier["start_share"] = (
+            lambda now: replace(now, search=replace(now.search, start_share="half")),
             "this run was begun with half of its random labels True, and goes on so (--start_share half); in a new "
             "one, they follow --prior",
-        ),
-        (
-            "continued",
-            None,
-            replace(request, continue_as_before=True),
+        )
+    if "continued" in settings and not request.continue_as_before:
+        earlier["continued"] = (
+            lambda now: replace(now, continue_as_before=True),
             "this run was begun with the labels of another one in a new order, and goes on so; a new run keeps theirs",
-        ),
-    ):
-        if given is not None or setting not in settings or changed == request:
-            continue
-        before = {name: value for name, value in settings.items() if name != setting}
-        known = read(before)
-        if known is not None and known.get("settings") == before:
-            print(told, file=sys.stderr)
-            return changed
+        )
+    if request.search_by_default and "search" in settings and not begun(settings):
+        earlier["search"] = (
+            lambda now: replace(now, search=replace(now.search, search="annealing"), search_by_default=False),
+            "this run was begun by annealing, which was the search where none is named, and goes on so (--search "
+            f"annealing); a new one is by {named} (--search {named})",
+        )
+    for count in range(1, len(earlier) + 1):
+        for changed in combinations(earlier, count):
+            if begun({name: value for name, value in settings.items() if name not in changed}):
+                for name in changed:
+                    change, told = earlier[name]
+                    request = change(request)
+                    print(told, file=sys.stderr)
+                return request
     return request
 
 

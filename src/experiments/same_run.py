@@ -6,12 +6,13 @@ import logging
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 import orjson
 
 from core.llm_api.types import EngineIdentity, known_to_differ
+from src.icm.problem import SearchSettings
 from src.icm.testbeds import BadInput
 from src.pipeline.labelling import Labelling
 from src.results.run_folder import FORMAT, RunFolder
@@ -22,6 +23,12 @@ OF_TESTBED_FILE = ("testbed_sha256", "labels", "label_texts")
 """Settings that come from a testbed file, not from a flag."""
 OF_CONTENT = ("data_sha256", "continue_from", "continued", "known")
 """Settings that are digests of other files."""
+
+
+def _value(settings: Mapping[str, Any], name: str) -> Any:
+    """Of a run's settings, which leave out some at their defaults."""
+    defaults = {field.name: field.default for field in fields(SearchSettings)}
+    return settings.get(name, defaults.get(name))
 
 
 def check_readable(folder: RunFolder, known: Mapping[str, Any]) -> None:
@@ -50,7 +57,7 @@ def check_same_run(
         changed = [name for name in changed if name != "model"]
     if changed:
         flags = [name for name in changed if name not in (*OF_TESTBED_FILE, *OF_CONTENT)]
-        differences = [f"--{name} {known.get(name)}, now {settings.get(name)}" for name in flags]
+        differences = [f"--{name} {_value(known, name)}, now {_value(settings, name)}" for name in flags]
         if any(name in OF_TESTBED_FILE for name in changed):
             file = known.get("testbed")
             differences.insert(0, f"another content of its testbed file {file} (see {folder.path}/run.json)")

@@ -237,7 +237,8 @@ async def _label_pool(
     folder.write_labels(labelling.label_rows(state, predictions, zero_shot))
     objective = labelling.pool.problem.objective
     model, calibration = request.model.model, calibration_in_words(settings)
-    title = f"{settings['testbed']}, {model}, alpha {objective.alpha:g}, calibration {calibration}"
+    search = settings.get("search", "annealing")
+    title = f"{settings['testbed']}, {model}, alpha {objective.alpha:g}, calibration {calibration}, {search}"
     if request.curves:
         plot_curves(records, labelling.pool.gold_to_find, folder.curves_path, title, labelling.pool.names)
     warning = collapse_warning(

@@ -36,10 +36,10 @@ def print_summary(folder: RunFolder, document: Mapping[str, Any]) -> None:
     """A finished run.json in a few lines; a warning goes to standard error."""
     result, settings, cost = document["result"], document["settings"], document["cost"]
     calibration = calibration_in_words(settings)
-    searched = f"; search: {settings['search']}" if "search" in settings else ""
     print(
         f"{settings['testbed']}: {counted(result['labelled'], 'claim')} labelled by {document['engine']['model']} in "
-        f"{counted(result['iterations'], 'iteration')}, {cost['seconds']:.0f} s (calibration: {calibration}{searched})"
+        f"{counted(result['iterations'], 'iteration')}, {cost['seconds']:.0f} s (calibration: {calibration}; "
+        f"search: {settings.get('search', 'annealing')})"
     )
     run = read_run(folder.path)
     icm, *others = results_of(run)

@@ -25,6 +25,9 @@ COST_OF_SEARCH: Final = {16: 600.0, 32: 1700.0, 64: 8300.0}
 """Tokens that a whole search over so many claims computes, as multiples of the mean length of a claim's demonstration
 and question together. From searches of the built-in claims (docs/lab-log.md, 2026-11-27)."""
 
+ASCENT_EVALUATIONS: Final = 6.0
+"""Evaluations of the whole pool that an ascent asks for: 2 to 13 in docs/results.md, most of them fewer than these."""
+
 
 @dataclass(frozen=True, slots=True)
 class Speed:
@@ -59,26 +62,31 @@ async def measure(labelling: Labelling) -> Speed:
     return Speed(max(1, computed), seconds)
 
 
-def search_tokens(claims: int, mean: float) -> float:
+def search_tokens(claims: int, mean: float, search: str = "annealing") -> float:
     """Tokens that a search over a pool computes. mean: of a claim's demonstration and question together.
 
-    Between the sizes of COST_OF_SEARCH, and outside them, as a power of the pool's size.
+    Between the sizes of COST_OF_SEARCH, and outside them, as a power of the pool's size. An ascent: evaluations of a
+    cold tree, N log2 N demonstrations and N questions each.
     """
+    if search == "ascent":
+        return mean * ASCENT_EVALUATIONS * claims * (1 + float(np.log2(claims)))
     sizes, costs = np.log(np.array(list(COST_OF_SEARCH.items()), dtype=np.float64)).T
     at = min(max(int(np.searchsorted(sizes, np.log(claims))), 1), len(sizes) - 1)
     growth = (costs[at] - costs[at - 1]) / (sizes[at] - sizes[at - 1])
     return mean * float(np.exp(costs[at] + growth * (np.log(claims) - sizes[at])))
 
 
-def choose_pool(speed: Speed, mean: float, asked_later: int, seconds: float, pools: Sequence[int]) -> tuple[int, float]:
+def choose_pool(
+    speed: Speed, mean: float, asked_later: int, seconds: float, pools: Sequence[int], search: str = "annealing"
+) -> tuple[int, float]:
     """The largest pool that is labelled within `seconds`, the smallest if none is; and the seconds that it takes.
 
-    mean: as in search_tokens. asked_later: claims outside the largest pool that are labelled from it. pools: claims of
-    each, the largest first.
+    mean, search: as in search_tokens. asked_later: claims outside the largest pool that are labelled from it. pools:
+    claims of each, the largest first.
     """
     found = []
     for size in pools:
         # Besides the search, the pool is asked zero-shot, and the other claims after its labels.
         asked_once = size + (pools[0] - size + asked_later if asked_later else 0)
-        found.append((size, (search_tokens(size, mean) + asked_once * mean) / speed.tokens_a_second))
+        found.append((size, (search_tokens(size, mean, search) + asked_once * mean) / speed.tokens_a_second))
     return next(((size, needed) for size, needed in found if needed <= seconds), found[-1])

@@ -127,6 +127,7 @@ def _summary(run: RunRecord) -> str:
     settings = run.settings
     said = [f"{run.testbed}, {len(run.pool)} claims in the pool", run.model]
     said += [f"{name} {settings[name]}" for name in ("alpha", "seed", "calibrate", "prior") if name in settings]
+    said.append(f"search {run.search}")
     if run.started:
         said.append(f"started {_clock(run.started)}")
     said.append(f"finished {_clock(run.finished)}" if run.finished else "not finished")

@@ -98,6 +98,7 @@ def _results(runs: Sequence[RunRecord]) -> list[list[str]]:
         table += [[f"{title}, {name}", *(one.get(name, "–") for one in classes)] for name in names]
     last = [[search.journal[-1] for search in run.searches if search.journal] for run in runs]
     table.append(["U(D)", *(number(sum(r["U"] for r in found) / len(found)) if found else "–" for found in last)])
+    table.append(["search", *(run.search for run in runs)])
     table.append(["labelled by the search", *(_labelled(run) for run in runs)])
     table.append(["state", *("finished" if run.finished else "not finished" for run in runs)])
     return table

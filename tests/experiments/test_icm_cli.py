@@ -583,7 +583,7 @@ async def test_a_known_share_of_true_claims_is_a_setting_of_its_own(icm: Command
     assert (await icm("--calibrate", "mean"))[0] == 0
     code, out, err = await icm("--calibrate", "mean", "--prior", "0.75")
     assert code == 0, err
-    assert "(calibration: mean, prior 0.75)" in out
+    assert "(calibration: mean, prior 0.75; search: " in out
     runs = {json.loads(path.read_text())["settings"].get("prior"): path.parent for path in icm.runs.glob("*/run.json")}
     assert runs.keys() == {None, 0.75}
     assert "prior" not in json.loads((runs[None] / "run.json").read_text())["settings"]

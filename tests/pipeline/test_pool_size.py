@@ -13,7 +13,7 @@ from src.experiments.loading import pool_of
 from src.experiments.request import RunRequest
 from src.icm.problem import Candidate, Stream, generator
 from src.pipeline.labelling import Labelling
-from src.pipeline.pool_size import ASKED, COST_OF_SEARCH, Speed, choose_pool, measure, search_tokens
+from src.pipeline.pool_size import ASCENT_EVALUATIONS, ASKED, COST_OF_SEARCH, Speed, choose_pool, measure, search_tokens
 
 MEAN = 33.7  # of the built-in claims, Gemma's tokens
 
@@ -41,6 +41,15 @@ def test_a_larger_pool_takes_longer_and_so_do_longer_claims_and_more_of_them() -
     [none, few, many] = [choose_pool(speed, MEAN, later, 0.0, [20])[1] for later in (0, 100, 1000)]
     assert none == pytest.approx((search_tokens(20, MEAN) + 20 * MEAN) / 1000)
     assert many - few == pytest.approx(900 * MEAN / 1000)
+
+
+def test_an_ascent_takes_a_few_cold_trees() -> None:
+    needed = [search_tokens(size, MEAN, "ascent") for size in (2, 16, 32, 64, 128)]
+    assert needed == sorted(needed)
+    assert needed[3] == pytest.approx(MEAN * ASCENT_EVALUATIONS * (64 * 6 + 64))
+    assert all(search_tokens(size, MEAN, "ascent") < search_tokens(size, MEAN) for size in (16, 32, 64))
+    slow = Speed(800 * 7, 7.0)
+    assert choose_pool(slow, MEAN, 192, 240.0, POOLS, "ascent")[0] > choose_pool(slow, MEAN, 192, 240.0, POOLS)[0]
 
 
 @pytest.mark.parametrize("flags", [[], ["--layout", "upstream"], ["--context_cap", "8"]])

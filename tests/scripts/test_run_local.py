@@ -27,6 +27,7 @@ from src.experiments.ICM import build_parser
 from src.experiments.loading import pool_of
 from src.experiments.request import RunRequest
 from src.experiments.run_settings import run_name, settings_of
+from src.icm import searches
 from src.results.run_folder import RunFolder
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
@@ -161,6 +162,22 @@ def test_a_run_goes_on_with_the_pool_that_it_has(
     assert "--minutes is for a new run: these options began one with --batch_size 16" in told
     folder.run_path.write_text("{")
     assert begun_size("gemma-3-270m", given) is None  # ICM.py says what is wrong with it
+
+
+def test_a_run_that_was_begun_by_annealing_is_found_when_another_search_is_the_default(
+    icm: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--runs_dir", str(icm / "runs")]
+    request = RunRequest.of(build_parser().parse_args([*icm_command("gemma-3-270m", given, 16)[2:], "--K", "3000"]))
+    settings = settings_of(request, pool_of(request))
+    assert "search" not in settings
+    folder = RunFolder(request.output.runs_dir / run_name(request, settings))
+    folder.path.mkdir(parents=True)
+    folder.write_run({"settings": settings})
+    for default in ("annealing", "ascent"):
+        monkeypatch.setattr(searches, "DEFAULT", default)
+        assert begun_size("gemma-3-270m", given) == 16
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(("flag", "value"), [("--data", "nowhere.csv"), ("--alhpa", "7"), ("--K", "many")])

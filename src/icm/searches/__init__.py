@@ -7,7 +7,7 @@ the settings that it uses and not every search does (`seam.Search`). To add one:
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -20,6 +20,18 @@ SEARCHES: Final[Mapping[str, str]] = {
     "gibbs": "labels of one group after another are drawn from the model's answers; the best after any sweep are kept",
 }
 """What each does, in one line."""
+DEFAULT: Final[str] = "annealing"
+"""The search where none is named; see `default_search`."""
+
+
+def default_search(given: Collection[str]) -> str:
+    """The search where none is named. given: the settings that were given, by the names of their flags.
+
+    It is DEFAULT, but annealing where a setting is given that annealing uses and DEFAULT does not: so a command line
+    that was written for annealing, as those of the published code, still means it.
+    """
+    of_annealing = set(search_named("annealing").SETTINGS) - set(search_named(DEFAULT).SETTINGS)
+    return DEFAULT if of_annealing.isdisjoint(given) else "annealing"
 
 
 def search_named(name: str) -> Search:
