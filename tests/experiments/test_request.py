@@ -13,6 +13,7 @@ from src.experiments.baselines import ComparisonRequest
 from src.experiments.request import DataRequest, ModelRequest, OutputRequest, PartsRequest, RunRequest
 from src.icm.objective import Objective
 from src.icm.problem import SearchSettings
+from src.icm.searches import DEFAULT
 from src.results.doubt import Wanted
 
 PARTS: tuple[type[Any], ...] = (
@@ -20,10 +21,10 @@ PARTS: tuple[type[Any], ...] = (
 )
 NOT_FLAGS = {
     *("data", "model", "search", "objective", "parts", "output", "curves", "doubt", "contradiction", "flags"),
-    *("base_url", "told", "seeds_by_default", "continue_as_before"),
+    *("base_url", "told", "seeds_by_default", "search_by_default", "continue_as_before"),
 }
 """Fields of RunRequest and its parts that no flag has the name of, base_url and told being of the library,
-seeds_by_default what --num_seed leaves open; --data, --model and --search are fields of its parts."""
+seeds_by_default and search_by_default what --num_seed and --search leave open; --data, --model and --search are fields of its parts."""
 
 
 def request_of(*flags: str) -> RunRequest:
@@ -39,7 +40,7 @@ def test_every_flag_of_a_run_has_its_field() -> None:
 def test_without_flags_every_part_is_at_its_defaults() -> None:
     request = request_of()
     parts = (request.data, request.model, request.search, request.parts, request.output)
-    assert parts == (DataRequest(), ModelRequest(), SearchSettings(), PartsRequest(), OutputRequest())
+    assert parts == (DataRequest(), ModelRequest(), SearchSettings(search=DEFAULT), PartsRequest(), OutputRequest())
     assert request.objective == Objective(30.0)
     assert not request.parts.several
 

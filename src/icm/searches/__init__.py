@@ -20,7 +20,7 @@ SEARCHES: Final[Mapping[str, str]] = {
     "gibbs": "labels of one group after another are drawn from the model's answers; the best after any sweep are kept",
 }
 """What each does, in one line."""
-DEFAULT: Final[str] = "annealing"
+DEFAULT: Final[str] = "ascent"
 """The search where none is named; see `default_search`."""
 
 
