@@ -145,7 +145,7 @@ def doubt_of(run: RunRecord, wanted: Wanted, checks: Mapping[int, Label] | None 
         checks = _drawn(run, checks, wanted.abstain_labels)
     parts, abstained = [], set[int]()
     for in_pool in (True, False):
-        places = [at for at, claim in enumerate(run.claims) if claim.label is not None and _in_pool(claim) == in_pool]
+        places = [at for at, claim in enumerate(run.claims) if claim.label is not None and claim.in_pool == in_pool]
         if places:
             part, without = _part_of(run, places, wanted, checks)
             parts.append(replace(part, in_pool=in_pool))
@@ -202,10 +202,6 @@ def coverage_of(run: RunRecord) -> Coverage | None:
             area += right / seen / total
         points.append((seen / total, right / seen))
     return Coverage(tuple(points), area, total)
-
-
-def _in_pool(claim: LabelledClaim) -> bool:
-    return claim.in_pool or claim.by == KNOWN
 
 
 def _drawn(run: RunRecord, checks: Mapping[int, Label], count: int | None) -> Mapping[int, Label]:

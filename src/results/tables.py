@@ -91,7 +91,7 @@ def _pairs(run: RunRecord) -> dict[str, Pairs]:
         calibrated = calibration_offset(scores, "mean", search.prior, run.num_labels)
         for title, offset in {"zero-shot": no_offset(run.num_labels), "zero-shot, calibrated": calibrated}.items():
             found[title] += [(label_of(score, offset), gold) for score, gold in known]
-    found[HANDED_OVER] = [(claim.label, claim.gold) for claim in run.claims if not claim.abstained]
+    found[HANDED_OVER] = [(claim.label, claim.gold_to_find) for claim in run.claims if not claim.abstained]
     return {title: tuple(pairs) for title, pairs in found.items()}
 
 

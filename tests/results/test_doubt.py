@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from src.icm.testbeds import BadInput
+from src.results.by_class import by_class_of
 from src.results.charts import coverage_chart
 from src.results.doubt import (
     Doubt,
@@ -174,6 +175,24 @@ def test_known_labels_are_kept_and_check_what_the_model_says_of_their_claims() -
     assert (part.checked, part.wrong, part.kept, doubt.abstained) == (10, 5, 10, frozenset(range(10, 40)))
     assert "5 of the 10 claims whose label is checked (known) are wrong" in doubt_lines(doubt)[0]
     assert "were shown to the search" in doubt_lines(doubt)[1]
+
+
+def test_known_labels_outside_the_pool_check_claims_outside_it() -> None:
+    inside = [claim(at, True, 3.0) for at in range(30)]
+    others = [claim(at, True, 9.0, by="many-shot") for at in range(30, 40)]
+    known = [claim(at, True, 9.0, by="known", outside=True) for at in range(40, 52)]
+    doubt = doubt_of(run(*inside, *others, *known), Wanted(abstain=0.1))
+    assert [(part.in_pool, part.checked, part.kept) for part in doubt.parts] == [(True, 0, 0), (False, 12, 22)]
+
+
+def test_labels_handed_over_are_counted_by_class_without_the_known_ones() -> None:
+    claims = [claim(at, at % 3 > 0, 1.0 + at, gold=at % 2 == 0) for at in range(12)]
+    known = [claim(at, True, 9.0, gold=True, by="known") for at in range(12, 16)]
+    doubted = with_doubt(run(*claims, *known), doubt_of(run(*claims, *known), Wanted(abstain_below=4.0)))
+    [row] = [row for row in results_of(replace(doubted, result={})) if row.title == "handed over"]
+    kept = [each for each in doubted.claims if not each.abstained and each.by == "icm"]
+    assert row.compared == len(kept)
+    assert row.by_class == by_class_of([(each.label, each.gold) for each in kept], 2)
 
 
 def test_without_a_label_to_check_nothing_is_promised() -> None:
