@@ -73,11 +73,13 @@ async def run_parts(request: RunRequest, beside: Beside | None = None) -> RunFol
         check_readable(folder, known)
         check_same_run(folder, known["settings"], settings, renamed=may_be_renamed(known))
         if "result" in known:
-            known = write_doubt(folder, known, request.doubt, told=request.output.told)
+            if not request.is_complete:
+                known = write_doubt(folder, known, request.doubt, told=request.output.told)
             if request.output.told:
                 say_shown_again(known)
                 print_summary(folder, known)
-            log_finished(request, folder)
+            if not request.is_complete:
+                log_finished(request, folder)
             return folder
     else:
         refuse(request.contradiction)

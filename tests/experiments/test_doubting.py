@@ -116,3 +116,5 @@ async def test_what_could_never_be_kept_is_said_before_the_model_is_asked(icm: C
         "warning: --abstain 0.05 keeps labels only where those of at least 19 claims are checked, and here are 6" in err
     )
     assert all(row["label"] is None for row in rows_of(icm.runs / "a" / "labels.jsonl"))
+    assert (await icm("--run", "a", "--is_complete"))[0] == 0
+    assert all(row["label"] is None for row in rows_of(icm.runs / "a" / "labels.jsonl")), "a question changed a run"
