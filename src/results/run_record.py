@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from statistics import fmean
 from typing import Any
 
 from src.icm.consistency import Constraint, Label
@@ -152,6 +153,8 @@ class RunRecord:
         """The offset of the final log-odds, nats: 0 unless calibrated."""
         if self.settings.get("calibrate") != "mean":
             return no_offset(self.num_labels)
+        if self.parts and self.settings.get("prior") == "auto":  # each has its own estimate, or the mean
+            return fmean([part.shift for part in self.parts if part.journal] or [0.0])
         shown = (claim for claim in self.pool if claim.searched or claim.is_known)
         known = [claim.log_odds for claim in shown if claim.log_odds is not None]
         return calibration_offset(known, "mean", self.prior, self.num_labels)
