@@ -191,8 +191,10 @@ async def run_comparison(request: ComparisonRequest, beside: Beside | None = Non
                 "seeds_asked": seeds,
                 "rows_asked": rows,
             }
-            if known is not None and "prior_estimates" in known:
-                document["prior_estimates"] = known["prior_estimates"]
+            if known is None:
+                document["flags"] = run.recorded_flags()
+            else:
+                document |= {name: known[name] for name in ("flags", "prior_estimates") if name in known}
             if beside is not None:
                 beside.progress.begin(len(seeds) * run.data.batch_size)
             for seed in seeds:

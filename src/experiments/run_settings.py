@@ -103,7 +103,10 @@ def as_begun(
 
     def begun(as_then: Mapping[str, Any]) -> bool:
         known = read(as_then)
-        return known is not None and known.get("settings") == as_then
+        if known is None or known.get("settings") != as_then:
+            return False
+        # Without a name to go on under, what a version with these flags began is another run, which was asked for so.
+        return as_then == settings or request.output.run is not None or "start_share" not in (known.get("flags") or {})
 
     named = request.search.search
     earlier: dict[str, tuple[Callable[[RunRequest], RunRequest], str]] = {}

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from fakes.vllm_server import FakeVLLM, encode, hashed_log_odds
+from src.results.run_reader import read_run
 
 YES = encode(" yes")[0]
 TRUES, SIZE = 26, 32
@@ -135,18 +136,58 @@ async def test_each_part_estimates_its_own(icm: Icm) -> None:
     used = sum(part["prior"] is not None for part in parts)
     assert f"estimated without labels in 2 searches: {min(part['share'] for part in parts):.2f} to " in out
     assert f"used as --prior in {used}, the others" in out
+    run = read_run(icm.runs / "a")
+    assert run.offset == pytest.approx(sum(part.shift for part in run.parts) / 2)
+    assert used == 2
+    assert all(
+        margins[claim.label] > 0 for claim in run.pool if (margins := run.margins(claim)) and claim.label is not None
+    )
+
+
+def begun_by_an_earlier_version(run: Path) -> None:
+    """Makes a run of --start_share half, at `run`/run.json, one of a version without that flag."""
+    document = json.loads(run.read_text())
+    assert "start_share" not in document["settings"]
+    del document["flags"]["start_share"]
+    run.write_text(json.dumps(document))
 
 
 async def test_a_run_that_began_with_halves_goes_on_so(icm: Icm) -> None:
     flags = ("--prior", "0.8", "--search", "bootstrapping")
+    assert (await icm("label", *flags, "--start_share", "half"))[0] == 0
+    [old] = icm.runs.glob("*/run.json")
     code, _, err = await icm("label", *flags)
     assert code == 0, err
-    [new] = icm.runs.glob("*/run.json")
+    assert "shown again" not in err, "halves that were asked for by the flag are another run"
+    [new] = [path for path in icm.runs.glob("*/run.json") if path != old]
     assert json.loads(new.read_text())["settings"]["start_share"] == "prior"
-    assert (await icm("label", *flags, "--start_share", "half"))[0] == 0
-    [old] = [path for path in icm.runs.glob("*/run.json") if path != new]
-    assert "start_share" not in json.loads(old.read_text())["settings"]  # as an earlier version wrote it
     new.rename(new.with_name("gone"))
+    begun_by_an_earlier_version(old)
+    code, _, err = await icm("label", *flags)
+    assert code == 0, err
+    assert "goes on so (--start_share half)" in err
+    assert "shown again" in err
+
+
+async def test_a_table_with_halves_is_another_one(icm: Icm) -> None:
+    flags = ("--seeds", "1", "--rows", "icm", "--search", "bootstrapping", "--prior", "0.8", "--batch_size", "24")
+    assert (await icm("baselines", *flags, "--start_share", "half"))[0] == 0
+    code, _, err = await icm("baselines", *flags)
+    assert code == 0, err
+    assert "goes on so" not in err
+    assert len(list(icm.runs.glob("*/baselines.json"))) == 2
+
+
+async def test_an_earlier_run_that_went_on_from_another_and_had_a_share_goes_on(icm: Icm) -> None:
+    """Two settings are new since then, and both are taken as they were."""
+    assert (await icm("label", "--run", "first", "--search", "bootstrapping"))[0] == 0
+    flags = ("--prior", "0.8", "--search", "ascent", "--continue_from", "first", "--run", "second")
+    assert (await icm("label", *flags, "--start_share", "half"))[0] == 0
+    run = icm.runs / "second" / "run.json"
+    begun_by_an_earlier_version(run)
+    document = json.loads(run.read_text())
+    del document["settings"]["continued"]
+    run.write_text(json.dumps(document))
     code, _, err = await icm("label", *flags)
     assert code == 0, err
     assert "goes on so (--start_share half)" in err
