@@ -168,6 +168,16 @@ async def test_a_run_of_the_default_is_shown_although_annealing_has_one_too(
     assert "begun by annealing" not in err
 
 
+async def test_a_run_of_annealing_that_was_asked_for_is_not_the_defaults(
+    icm: InProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await icm("--search", "annealing")
+    monkeypatch.setattr(searches, "DEFAULT", "ascent")
+    out, err = await icm()
+    assert "; search: ascent)" in out
+    assert "begun by annealing" not in err
+
+
 async def test_other_settings_are_refused_and_name_both_searches(
     icm: InProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
