@@ -11,6 +11,7 @@ from typing import Any
 import orjson
 
 from src.experiments.arguments import at_least, finite, share
+from src.icm.consistency import Label
 from src.icm.testbeds import BadInput
 from src.pipeline.labelling import Pool
 from src.results.doubt import Doubt, Wanted, coverage_of, doubt_of
@@ -58,17 +59,16 @@ def check_wanted(wanted: Wanted, pools: Sequence[Pool]) -> None:
     """Before a model is asked: raises BadInput where nothing could be promised, warns where nothing could be kept."""
     if wanted.abstain is None:
         return
-    claims = [claim for pool in pools for claim in pool.claims]
-    outside = pools[0].rest if len(pools) == 1 else ()
     on_gold = wanted.basis == "gold"
-    count = sum(claim.gold is not None for claim in (*claims, *outside)) if on_gold else sum(map(_given, pools))
+    gold = [label for pool in pools for label in _gold_to_find(pool, outside=len(pools) == 1)]
+    count = sum(label is not None for label in gold) if on_gold else sum(map(_given, pools))
     if not count:
         missing = "none of the claims has a gold label" if on_gold else "no label is known to the search"
         raise BadInput(
             f"--abstain {wanted.abstain:g}: {missing}, and nothing can be promised without labels to check: "
             "--abstain_on gold, or --abstain_below NATS, which promises nothing"
         )
-    everyone = on_gold and count == len(claims) + len(outside)
+    everyone = on_gold and count == len(gold)
     checked = min(count, wanted.abstain_labels or ((count + 1) // 2 if everyone else count))
     if checked < wanted.least_labels:
         print(
@@ -78,10 +78,16 @@ def check_wanted(wanted: Wanted, pools: Sequence[Pool]) -> None:
         )
 
 
+def _gold_to_find(pool: Pool, *, outside: bool) -> list[Label]:
+    """Gold of the claims whose label is not known; None where there is none. outside: also those outside the pool."""
+    free = [at for at in range(len(pool.claims)) if not pool.problem.is_known(at)]
+    rest = enumerate(pool.rest if outside else (), start=len(pool.claims))
+    return [pool.claims[at].gold for at in free] + [claim.gold for at, claim in rest if pool.known_outside(at) is None]
+
+
 def _given(pool: Pool) -> int:
     """How many labels the search is given."""
-    known = getattr(pool.problem, "known", None) or ()
-    return sum(label is not None for label in known)
+    return pool.problem.num_known
 
 
 def write_doubt(folder: RunFolder, document: Mapping[str, Any], wanted: Wanted, *, told: bool = True) -> dict[str, Any]:

@@ -205,9 +205,11 @@ def coverage_of(run: RunRecord) -> Coverage | None:
 
 
 def _drawn(run: RunRecord, checks: Mapping[int, Label], count: int | None) -> Mapping[int, Label]:
-    """`count` of the checks, drawn by the run's seed; None: all, or half where every labelled claim has one."""
+    """`count` of the checks, drawn by the run's seed; None: all, or half where every claim that the search
+    labelled has one."""
     if count is None:
-        everyone = all(at in checks for at, claim in enumerate(run.claims) if claim.label is not None)
+        free = (at for at, claim in enumerate(run.claims) if claim.label is not None and claim.by != KNOWN)
+        everyone = all(at in checks for at in free)
         count = (len(checks) + 1) // 2 if everyone else len(checks)
     if count >= len(checks):
         return checks

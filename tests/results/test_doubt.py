@@ -156,6 +156,14 @@ def test_half_of_the_claims_are_drawn_where_all_have_gold_and_all_where_some_do(
     assert again == doubt_of(everyone, Wanted(abstain=0.1, abstain_on="gold", abstain_labels=9))
 
 
+def test_half_of_the_claims_are_drawn_where_all_others_are_known() -> None:
+    """Where all were checked, none would be left to keep."""
+    known = [claim(at, True, 1.0, gold=True, by="known") for at in range(4)]
+    whole = run(*known, *(claim(at, True, 1.0 + at, gold=True) for at in range(4, 44)))
+    [part] = doubt_of(whole, Wanted(abstain=0.1, abstain_on="gold")).parts
+    assert (part.checked, part.compared, part.kept) == (20, 20, 44)
+
+
 def test_claims_outside_the_pool_have_a_threshold_of_their_own() -> None:
     inside = [claim(at, True, 3.0, gold=True if at < 12 else None) for at in range(30)]
     outside = [claim(at, True, 9.0, by="many-shot") for at in range(30, 40)]
