@@ -43,7 +43,7 @@ from src.results.text import counted, one_line
 DEFAULT: Final[By] = "margin"
 NAME: Final = "answers.csv"
 TITLE: Final = "What is right?"
-OF_THE_RUN: Final = ("run", "continue_from", "known", "check", "is_complete")
+OF_THE_RUN: Final = ("run", "continue_from", "known", "gold_seeds", "check", "is_complete")
 """Flags of `icm label` that the next command gets anew."""
 
 
@@ -163,7 +163,8 @@ def _notes(run: RunRecord, doubts: Doubts, chosen: int, asked: int) -> list[str]
 def _next_command(folder: Path, run: RunRecord, path: Path) -> str:
     """The command of the run with the answers, as far as its run.json has its flags."""
     flags = orjson.loads((folder / "run.json").read_bytes()).get("flags")
-    words = _words(flags) if isinstance(flags, dict) and "testbed" in flags else ["FLAGS-OF-THE-RUN"]
+    known = isinstance(flags, dict) and "testbed" in flags
+    words = _words({"search": run.search, **flags}) if known else ["FLAGS-OF-THE-RUN"]
     on = [] if run.parts else ["--continue_from", str(folder)]
     return shlex.join(["icm", "label", *words, *on, "--known", str(path), "--run", _next_name(folder.resolve().name)])
 
@@ -182,6 +183,8 @@ def _words(flags: Mapping[str, Any]) -> list[str]:
     for action in label_parser()._actions:
         # A flag without a default of its own is recorded with the one that it stands for.
         default = getattr(settings, action.dest, None) if action.default is None else action.default
+        if action.dest == "search":  # which one is meant without a name depends on the version and on other flags
+            default = None
         value = flags.get(action.dest)
         plain = default if isinstance(default, str | int | float | bool | None) else str(default)
         if action.dest in OF_THE_RUN or value is None or value == plain:

@@ -16,6 +16,7 @@ import pytest
 from fakes.vllm_server import FakeVLLM
 from src.experiments.ask import TITLE
 from src.experiments.commands import main
+from src.experiments.ICM import build_parser
 from tests.experiments.test_landscape import learns_from_context, write_claims
 from tests.results.test_page import ATTACKS
 from tests.run_examples import write_run
@@ -89,6 +90,20 @@ def test_the_next_command_is_that_of_the_run(run: Path, capsys: pytest.CaptureFi
     assert "--prior" not in command
     assert "--num_seed" not in command
     assert command.count("--run ") == 1
+
+
+@pytest.mark.parametrize("flags", [{"search": "annealing", "gold_seeds": 3}, {"gold_seeds": 0}])
+def test_the_next_command_names_the_search_and_can_be_run(
+    run: Path, flags: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a name another search may be meant; and --known stands for gold labels that the run knew, too."""
+    document = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(document | {"flags": {"testbed": "builtin", **flags}}))
+    assert main(["ask", str(run)]) == 0
+    command = capsys.readouterr().out.partition("  then  ")[2]
+    args = build_parser().parse_args(shlex.split(command)[2:])
+    assert (args.search, args.search_by_default) == ("annealing", False)
+    assert args.known is not None
 
 
 def test_answers_are_not_written_over(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
