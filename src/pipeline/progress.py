@@ -89,8 +89,8 @@ def _widget_bar() -> type[tqdm[NoReturn]] | None:
 
 
 class SearchProgress:
-    """A tqdm bar over labelled claims (--stop labelled) or iterations (--stop K, and searches that label all claims at
-    once), fed journal records.
+    """A tqdm bar over labelled claims (--stop labelled), questions (ascent, which says how many there are at most) or
+    iterations (--stop K, and other searches that label all claims at once), fed journal records.
 
     clock: monotonic seconds.
     """
@@ -99,21 +99,27 @@ class SearchProgress:
         self._pool = pool
         settings, total = pool.problem.settings, None
         self._by_iteration = settings.stop == "K" or settings.search != "annealing"
+        self._by_question = settings.search == "ascent"
         if settings.search == "annealing":
             total = settings.K if self._by_iteration else pool.problem.size
+        elif self._by_question:
+            total = settings.ascent_questions * pool.problem.size
         self._total = total or 1
         self._first = 0
         # With a cap a question is as long at the end as at the beginning.
         self._growth = GROWTH if pool.problem.settings.context_cap is None else 1.0
         # tqdm assumes that all claims cost the same, so `left` is shown in place of its time left.
         behind = " [{elapsed}<{remaining}, {rate_fmt}{postfix}]" if self._by_iteration else " [{elapsed}{postfix}]"
-        self._bar = bar_of(total, "steps" if self._by_iteration else "claims", quiet, behind)
+        unit = "steps" if self._by_iteration else "claims"
+        if self._by_question:  # most searches end well before their last question
+            unit, behind = "questions at most", " [{elapsed}{postfix}]"
+        self._bar = bar_of(total, unit, quiet, behind)
         self._interval = _interval()
         self._clock = clock
         self._begun = self._shown = clock()
         self._started = False
         self._warned = False
-        self._cached = self._computed = 0
+        self._cached = self._computed = self._asked = 0
 
     def __enter__(self) -> SearchProgress:
         return self
@@ -123,7 +129,10 @@ class SearchProgress:
 
     def update(self, state: Standing, record: Record) -> None:
         """Show where the search stands after one journal record."""
+        self._asked += record.get("asked", 0)
         done = state.iteration if self._by_iteration else len(state.labelled)
+        if self._by_question:
+            done = self._asked
         if not self._started:  # a resumed run's earlier part must not count as speed
             self._bar.initial = self._bar.n = self._first = done
             self._started = True
@@ -132,11 +141,9 @@ class SearchProgress:
         self._computed += record.get("tokens_computed", 0)
         left = self._left(done)
         shown = {} if left is None else {"left": tqdm.format_interval(left)}
-        shown |= {
-            "iteration": str(state.iteration),
-            "U": f"{state.evaluation.utility:.1f}",
-            "accepted": f"{state.accepted}/{state.iteration}",
-        }
+        shown["iteration"] = str(state.iteration)
+        if state.labelled:  # an ascent has no labels of its own before its first evaluation
+            shown |= {"U": f"{state.evaluation.utility:.1f}", "accepted": f"{state.accepted}/{state.iteration}"}
         agreeing, compared = accuracy(state.labels, self._pool.gold_to_find)
         if compared:
             shown["accuracy"] = f"{agreeing / compared:.2f}"

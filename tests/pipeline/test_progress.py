@@ -19,7 +19,7 @@ from src.pipeline.progress import ELSEWHERE, GROWTH, PartsProgress, SearchProgre
 def pool(size: int, **settings: Any) -> Any:
     groups = tuple(str(claim) for claim in range(size))
     problem = Problem(groups, Consistency([]), Objective(1.0), SearchSettings(**{"K": size, **settings}))
-    return SimpleNamespace(problem=problem, gold=[True] * size, names=("False", "True"))
+    return SimpleNamespace(problem=problem, gold_to_find=[True] * size, names=("False", "True"))
 
 
 def state(labelled: int, size: int, **more: Any) -> SearchState:
@@ -149,3 +149,16 @@ def test_parts_are_told_in_lines_too(capsys: pytest.CaptureFixture[str]) -> None
     said = capsys.readouterr()
     assert (said.out, "\r" in said.err) == ("", False)
     assert "batch-000: U 1.0" in said.err.splitlines()
+
+
+def test_an_ascent_counts_its_questions_and_has_no_u_before_its_first_evaluation(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    texts = []
+    with SearchProgress(pool(16, search="ascent", ascent_questions=12), quiet=False) as progress:
+        for labelled, asked in ((0, 16), (0, 20), (16, 16)):
+            progress.update(state(labelled, 16), {"asked": asked})
+            progress._bar.refresh()
+            texts.append(capsys.readouterr().err.splitlines()[-1])
+    assert ["16/192 questions at most" in texts[0], "36/192" in texts[1], "52/192" in texts[2]] == [True] * 3
+    assert ["U=" in text for text in texts] == [False, False, True]
