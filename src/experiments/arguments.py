@@ -409,7 +409,10 @@ def up_to_one(text: str) -> float:
 
 def share_or_auto(text: str) -> float | str:
     """The value of --prior."""
-    return text if text == "auto" else share(text)
+    try:
+        return text if text == "auto" else share(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be auto, or a share above 0 and below 1, not {text!r}") from error
 
 
 def chance(text: str) -> float:
@@ -424,7 +427,10 @@ def at_least(least: int) -> Callable[[str], int]:
     """A whole number of at least `least` that every library takes."""
 
     def whole_number(text: str) -> int:
-        value = int(text)
+        try:
+            value = int(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}") from error
         if not least <= value < 2**63:
             raise argparse.ArgumentTypeError(f"must be at least {least} and below 2^63, not {value}")
         return value

@@ -52,7 +52,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = parser_of("icm ask", __doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, as in runs/NAME")
     parser.add_argument(
-        "others", nargs="*", type=Path, metavar="OTHER", help="folders of other runs of the same claims: do they agree?"
+        "others",
+        nargs="*",
+        type=Path,
+        default=[],  # else argparse names OTHER as required, too
+        metavar="OTHER",
+        help="folders of other runs of the same claims: do they agree?",
     )
     parser.add_argument(
         "-n", "--count", type=at_least(1), default=10, metavar="N", help="how many claims (default: 10)"

@@ -44,9 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"error: no command {name!r}. There are: {', '.join(COMMANDS)} (see --help)", file=sys.stderr)
         return 2
-    command: Callable[[Sequence[str]], int] = import_module(COMMANDS[name][0]).main
     try:
+        command: Callable[[Sequence[str]], int] = import_module(COMMANDS[name][0]).main
         return command(rest)
+    except KeyboardInterrupt:  # while modules are imported; a command that has begun says where it goes on
+        print("interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # whoever read the output has seen enough (icm diagnose ... | head)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that nothing is flushed to it at exit
         return 141  # as a shell counts a program that SIGPIPE ended

@@ -97,3 +97,31 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
         process.stdout.close()
         complaint = process.stderr.read()
     assert (process.returncode, complaint) == (141, "")
+
+
+def test_stopped_while_it_starts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def stopped(name: str) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("src.experiments.commands.import_module", stopped)
+    assert main(["run", "any.yaml"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--seed", "abc"], "argument --seed: must be a whole number, not 'abc'"),
+        (["--prior", "half"], "argument --prior: must be auto, or a share above 0 and below 1, not 'half'"),
+    ],
+)
+def test_a_value_is_refused_in_words(flags: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["label", *flags])
+    assert complaint in capsys.readouterr().err
+
+
+def test_what_ask_requires(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["ask"])
+    assert "required: RUN (see" in capsys.readouterr().err

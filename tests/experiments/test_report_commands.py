@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -92,6 +93,25 @@ def test_export_has_nothing_to_write(run: Path, other: Path, capsys: pytest.Capt
     assert main(["export", str(other), "--format", "dpo"]) == 2
     assert "no pair to write" in capsys.readouterr().err
     assert not (run / "export.jsonl").exists()
+
+
+def test_export_writes_over_no_file_of_the_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (run / "run.json").read_bytes()
+    assert main(["export", str(run), "--format", "csv", "-o", str(run / "run.json")]) == 2
+    assert "is a file of the run itself" in capsys.readouterr().err
+    assert (run / "run.json").read_bytes() == before
+    assert main(["export", str(run), "-o", str(run / "mine.jsonl")]) == 0
+    assert main(["export", str(run), "-o", str(run / "mine.jsonl")]) == 0  # its own it does write over
+
+
+def test_export_does_not_write_over_the_claims(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text("the file that the run read")
+    digest = hashlib.sha256(data.read_bytes()).hexdigest()
+    run = write_run(tmp_path / "run", labels=HALF, gold=HALF, settings={"data_sha256": digest})
+    assert main(["export", str(run), "-o", str(data)]) == 2
+    assert "holds the claims that the run labelled" in capsys.readouterr().err
+    assert data.read_text() == "the file that the run read"
 
 
 @pytest.mark.parametrize("command", ["diagnose", "report", "compare", "export"])

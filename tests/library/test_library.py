@@ -202,7 +202,7 @@ def test_pandas_and_polars(server: FakeVLLM) -> None:
         ({"data": "x.jsonl"}, TypeError, "no setting 'data'"),
         ({"check": True}, TypeError, "no setting 'check'"),
         ({"K": "40"}, TypeError, "K is a number, not the text '40'"),
-        ({"K": 2.5}, icm.BadInput, "--K: invalid whole_number value"),
+        ({"K": 2.5}, icm.BadInput, "--K: must be a whole number"),
         ({"K": True}, TypeError, "K cannot be True"),
         ({"alpha": math.nan}, icm.BadInput, "--alpha: must be a finite number"),
         ({"label_rest": 1}, TypeError, "label_rest is True or False, not 1"),
