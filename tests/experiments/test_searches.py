@@ -115,7 +115,7 @@ async def test_a_run_begun_by_one_search_is_not_gone_on_with_by_another(server: 
     assert (await label(tmp_path, server, "--run", "a", "--quiet")).code == 0
     said = await label(tmp_path, server, "--run", "a", "--quiet", "--search", "annealing")
     assert said.code == 2
-    assert "--search bootstrapping, now None" in said.err
+    assert "--search bootstrapping, now annealing" in said.err
 
 
 async def test_a_setting_that_bootstrapping_does_not_use_is_refused(server: FakeVLLM, tmp_path: Path) -> None:
