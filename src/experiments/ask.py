@@ -29,7 +29,7 @@ import orjson
 from core.errors import StorageFailed
 from core.files import write_atomically
 from src.experiments.arguments import at_least
-from src.experiments.arguments_of_reports import parser_of, print_error
+from src.experiments.arguments_of_reports import RUN_FILES, check_keeps, parser_of, print_error
 from src.icm.problem import SearchSettings
 from src.icm.testbeds import BadInput
 from src.results.asking import By, Doubts, choose, doubts_of
@@ -101,6 +101,8 @@ def _ask(args: argparse.Namespace, path: Path) -> None:
         found = "every label is known" if doubts.known else "it has no labels yet"
         raise BadInput(f"{args.run}: there is nothing to ask: {found}")
     _check_output(path)
+    for file in (path, path.with_suffix(".html")):
+        check_keeps(file, [args.run], [run], files=[name for name in RUN_FILES if name != NAME])
     chosen = choose(doubts.found, args.count, args.by, args.seed)
     sheet = sheet_of(run, chosen, doubts.found, doubts.known)
     then = _next_command(args.run, run, path)

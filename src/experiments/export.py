@@ -22,13 +22,12 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
-from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 from typing import get_args
 
 from core.errors import APIError, StorageFailed
-from src.experiments.arguments_of_reports import parser_of, print_error
+from src.experiments.arguments_of_reports import check_keeps, parser_of, print_error
 from src.experiments.doubting import add_doubt_arguments, say_doubt, wanted_of
 from src.experiments.request import TRACKERS
 from src.icm.testbeds import BadInput
@@ -41,8 +40,6 @@ from src.results.run_record import RunRecord
 
 TRAINS = ("dpo", "sft", "axolotl")
 """Formats for training, which hold no claim without a label."""
-RUN_FILES = ("run.json", "log.jsonl", "labels.jsonl", "claims.jsonl", "layout.json", "prompt.txt", "answers.csv")
-"""What a run's folder holds that no export may replace."""
 NAMES = {
     "jsonl": "export.jsonl",
     "csv": "export.csv",
@@ -102,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             say_doubt(doubt)
         if args.hub is not None:
             _check_hub(args.hub)
-        _check_keeps(path, args.run, run)
+        check_keeps(path, [args.run], [run])
         written = _export(args, run, path)
         print(f"{path}: {written}", flush=True)
         if args.hub is not None:
@@ -113,16 +110,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_error(error, path)
         return 1
     return 0
-
-
-def _check_keeps(path: Path, folder: Path, run: RunRecord) -> None:
-    """Raises BadInput where the labels would be written over a file of the run itself, or over its claims."""
-    if not path.is_file():
-        return
-    if path.resolve().parent == folder.resolve() and path.name in RUN_FILES:
-        raise BadInput(f"{path}: is a file of the run itself, which is not written over; choose another -o")
-    if sha256(path.read_bytes()).hexdigest() == run.settings.get("data_sha256"):
-        raise BadInput(f"{path}: holds the claims that the run labelled, and is not written over; choose another -o")
 
 
 def _check_hub(name: str) -> None:

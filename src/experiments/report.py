@@ -17,7 +17,7 @@ from pathlib import Path
 
 from core.errors import StorageFailed
 from core.files import write_atomically
-from src.experiments.arguments_of_reports import parser_of, print_error, run_folders
+from src.experiments.arguments_of_reports import check_keeps, parser_of, print_error, run_folders
 from src.icm.testbeds import BadInput
 from src.results.page import render_report
 from src.results.prices import read_prices
@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         page = render_report(tables, runs, prices)
         if path.is_dir():
             raise BadInput(f"{path}: is a folder; name a file")
+        check_keeps(path, args.runs, runs)
         write_atomically(path, page.encode("utf-8", "replace"))
     except (BadInput, StorageFailed, OSError) as error:
         return print_error(error, path)

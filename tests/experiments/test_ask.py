@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import csv
+import hashlib
 import json
 import os
 import shlex
@@ -211,3 +212,22 @@ async def test_the_printed_command_goes_on_with_the_answers(tmp_path: Path, caps
     told = capsys.readouterr().out
     assert "2 known labels not asked for; they stand at the end of the file" in told
     assert told.rstrip().endswith("--run first-known2")
+
+
+@pytest.mark.parametrize("command", ["ask", "report"])
+def test_claims_and_files_of_the_run_are_not_written_over(
+    command: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    claims = tmp_path / "claims.csv"
+    claims.write_text("question,choice\nq,a\n")
+    record = json.loads((run / "run.json").read_text())
+    record["settings"]["data_sha256"] = hashlib.sha256(claims.read_bytes()).hexdigest()
+    (run / "run.json").write_text(json.dumps(record))
+    before = (run / "log.jsonl").read_bytes()
+    assert main([command, str(run), "-o", str(claims)]) == 2
+    assert "holds the claims that the run labelled" in capsys.readouterr().err
+    assert claims.read_text() == "question,choice\nq,a\n"
+    if command == "report":
+        assert main([command, str(run), "-o", str(run / "log.jsonl")]) == 2
+        assert "is a file of the run itself" in capsys.readouterr().err
+    assert (run / "log.jsonl").read_bytes() == before
