@@ -68,8 +68,8 @@ def load_testbed(name: str, data_dir: Path, on_bad_row: OnBadRow | None = None) 
         path = data_dir / testbed.file
     if not path.exists():
         raise BadInput(
-            f"{path}: not found. Say where the data sets are with --data_dir, "
-            "or fetch the public ones with: python scripts/prepare_data.py"
+            f"{path}: not found. Claims of your own are named with --data FILE. Of the testbed {name} say "
+            "where the data sets are, with --data_dir, or fetch the public ones with: python scripts/prepare_data.py"
         )
     return testbed, claims_of(testbed, read_rows(path), path, on_bad_row=on_bad_row), path
 
