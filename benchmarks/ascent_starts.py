@@ -5,8 +5,9 @@
 
 Every seed's pool is labelled twice by the server of VLLM_BASE_URL: with each start swept by itself, as earlier versions
 did, and with all starts of a round side by side. No answer is kept between the two, but for the server's prefix cache:
-each way begins with a flushed one where the server allows that (POST /reset_prefix_cache), and which way is first
-changes from seed to seed. Ends with exit code 1 where the two find other labels or ask another number of questions.
+each way begins with a flushed one where the server allows that (POST /reset_prefix_cache, with VLLM_SERVER_DEV_MODE=1
+in its environment), and which way is first changes from seed to seed. Where it does not, the second way of a seed finds
+the first one's prompts cached, a line says so, and seconds say little. Ends with exit code 1 where the two find other labels or ask another number of questions.
 """
 
 from __future__ import annotations
@@ -121,6 +122,8 @@ async def main(args: argparse.Namespace) -> int:
     }
     for way, figures in middle.items():
         print(f"median    {way:<22} {figures['batches']:>4.0f} batches {figures['seconds']:>25.2f} s")
+    if not all(row["flushed"] for row in rows):
+        print("seconds are not comparable: the prefix cache was not flushed (the server needs VLLM_SERVER_DEV_MODE=1)")
     print("the same labels and questions" if same else "NOT the same labels or questions")
     if args.out:
         told = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
