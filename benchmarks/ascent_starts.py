@@ -7,7 +7,8 @@ Every seed's pool is labelled twice by the server of VLLM_BASE_URL: with each st
 did, and with all starts of a round side by side. No answer is kept between the two, but for the server's prefix cache:
 each way begins with a flushed one where the server allows that (POST /reset_prefix_cache, with VLLM_SERVER_DEV_MODE=1
 in its environment), and which way is first changes from seed to seed. Where it does not, the second way of a seed finds
-the first one's prompts cached, a line says so, and seconds say little. Ends with exit code 1 where the two find other labels or ask another number of questions.
+the first one's prompts cached, a line says so, and seconds say little. Ends with exit code 1 where the two find other
+labels or ask another number of questions.
 """
 
 from __future__ import annotations
