@@ -143,6 +143,7 @@ class _Worker:
         self._run = run
         self._place = place
         self._tracker: Tracker | None = None
+        self._abandoned = False
         self._jobs: SimpleQueue[Callable[[Tracker], None] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, name=f"tracking {name}", daemon=True)
         self._thread.start()
@@ -163,7 +164,7 @@ class _Worker:
 
     def abandon(self, seconds: float) -> None:
         """Say that it is waited for no longer."""
-        self.where = ""
+        self.where, self._abandoned = "", True
         _say(f"warning: {self.title} did not take in everything in {seconds:g} s and is left behind{self._again}")
 
     def _work(self) -> None:
@@ -171,8 +172,11 @@ class _Worker:
             self._tracker = TOOLS[self._name].open(self._run, self._place)
             while (job := self._jobs.get()) is not None:
                 job(self._tracker)
-            self.where = self._tracker.where
+            if not self._abandoned:
+                self.where = self._tracker.where
         except Exception as error:  # noqa: BLE001  a tool's own errors are of any type, and none may stop a search
+            if self._abandoned:
+                return  # it was said that the tool is left behind
             what = shorten(" ".join(str(error).split()) or "no reason given", LONGEST_REASON)
             _say(f"warning: {self.title} failed, and is told no more of this run: "
                  f"{type(error).__name__}: {what}{self._again}")  # fmt: skip

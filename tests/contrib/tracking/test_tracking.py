@@ -171,6 +171,11 @@ def test_a_tool_that_does_not_answer_is_left_behind(
     assert "waiting until Notebook took in the run" in said
     assert "warning: Notebook did not take in everything in 0.5 s" in said
     assert tracking.where == []
+    monkeypatch.setattr(Notebook, "fail_at", "log")
+    [worker] = tracking._workers
+    worker._thread.join(30)
+    assert not worker.busy
+    assert capsys.readouterr().err == ""  # it was left behind: what becomes of it is not told again
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
