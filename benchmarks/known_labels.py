@@ -84,7 +84,7 @@ class Bench:
         return read_run(self.folder(cell).seed_path(cell.seed))
 
     async def make(self, cell: Cell) -> None:
-        """One table. Raises RuntimeError with the last line of what the command said, where it failed."""
+        """One table. Raises RuntimeError with the error that the command named, where it failed."""
         if cell.how == "chosen":
             await self._base[cell.seed].wait()
         rows = [row for row in self._args.rows if cell.labels or not BASELINES[row].needs_known]
@@ -106,7 +106,9 @@ class Bench:
                 if process.returncode is None:
                     process.terminate()
         if process.returncode:
-            raise RuntimeError(f"{cell}: {said.decode(errors='replace').strip().rpartition(chr(10))[2]}")
+            lines = said.decode(errors="replace").strip().splitlines()
+            errors = [line for line in lines if line.startswith("error:")]
+            raise RuntimeError(f"{cell}: {(errors or lines or ['it was stopped'])[-1]}")
         if cell.how == "none":
             self._base[cell.seed].set()
         print(
