@@ -85,6 +85,6 @@ async def test_it_is_made_stopped_and_gone_on_with(tmp_path: Path) -> None:
         again = await run()
         assert (again[0], again[1]) == (0, out)
         assert len([one for one in server.requests[asked:] if "prompt" in one]) == 0
-        code, _, err = await run("--name", "other", "--consistency", "nothing")
+        code, _, err = await run("--name", "other", "--at_once", "1", "--consistency", "nothing")
         assert code == 1
-        assert err.strip().splitlines()[-1].startswith("error: Cell(seed=1, how='none', labels=0): error: ")
+        assert err.strip().splitlines()[-1].startswith("error: Cell(seed=1, how='none', labels=0): error: argument")
