@@ -299,7 +299,10 @@ def test_a_dry_run_of_one_experiment_and_of_what_cannot_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_BASE_URL", "http://127.0.0.1:9")
-    rows = "settings: {testbed: builtin, batch_size: 32, seeds: [1, 2], rows: [zero-shot, many-shot-gold, icm]}\n"
+    rows = (
+        "settings: {testbed: builtin, batch_size: 32, seeds: [1, 2], search: annealing, "
+        "rows: [zero-shot, many-shot-gold, icm]}\n"
+    )
     path = tmp_path / "one.yaml"
     path.write_text(f"title: t\ncommand: baselines\n{rows}")
     assert main([str(path), "--runs_dir", str(tmp_path / "runs"), "--dry_run"]) == 0

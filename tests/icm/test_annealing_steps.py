@@ -73,7 +73,7 @@ def state_of(p: Problem, *labels: bool | None, **more: Any) -> SearchState:
 
 
 def test_streams_of_random_numbers_are_numbered_for_good() -> None:
-    numbers = {"POOL": 0, "SEEDS": 1, "LAYOUT": 2, "STEP": 3, "PART": 4, "LABELINGS": 5}
+    numbers = {"POOL": 0, "SEEDS": 1, "LAYOUT": 2, "STEP": 3, "PART": 4, "LABELINGS": 5, "KNOWN": 6}
     assert {stream.name: int(stream) for stream in Stream} == numbers
     assert generator(7, Stream.STEP).random() == np.random.default_rng([7, 3, 0]).random()
     assert generator(7, Stream.STEP, 5).random() == np.random.default_rng([7, 3, 5]).random()
