@@ -38,8 +38,8 @@ from src.experiments.request import TRACKERS, OutputRequest, PartsRequest, RunRe
 from src.experiments.resumable import run_resumable
 from src.experiments.run_settings import as_begun, run_name, settings_of
 from src.experiments.same_run import check_readable, check_same_run, may_be_renamed
-from src.experiments.single_run import check_log_to, label_pool, log_finished, model_api_of, print_opening
-from src.experiments.summary import print_summary, say_shown_again
+from src.experiments.single_run import check_log_to, label_pool, model_api_of, print_opening, show_again
+from src.experiments.summary import print_summary
 from src.icm.problem import SearchSettings
 from src.pipeline.labelling import Labelling
 from src.pipeline.prior_estimate import with_prior
@@ -176,13 +176,7 @@ async def label(request: RunRequest, beside: Beside | None = None) -> RunFolder 
         check_readable(folder, known)
         check_same_run(folder, known["settings"], settings, renamed=may_be_renamed(known), continues=True)
         if "result" in known and not request.check:
-            if not request.is_complete:
-                known = write_doubt(folder, known, request.doubt, told=request.output.told)
-            if request.output.told:
-                say_shown_again(known)
-                print_summary(folder, known)
-            if not request.is_complete:
-                log_finished(request, folder)
+            show_again(request, folder, known)
             return folder
     else:
         refuse(request.contradiction)

@@ -25,13 +25,13 @@ from src.experiments.same_run import check_readable, check_same_engine, check_sa
 from src.experiments.single_run import (
     COSTS,
     beginning,
-    log_finished,
     model_api_of,
     print_opening,
     read_or_label,
+    show_again,
     testbed_record,
 )
-from src.experiments.summary import print_summary, say_shown_again
+from src.experiments.summary import print_summary
 from src.icm.label_names import counts_of, read_label
 from src.icm.problem import part_seed
 from src.icm.testbeds import BadInput
@@ -73,13 +73,7 @@ async def run_parts(request: RunRequest, beside: Beside | None = None) -> RunFol
         check_readable(folder, known)
         check_same_run(folder, known["settings"], settings, renamed=may_be_renamed(known))
         if "result" in known:
-            if not request.is_complete:
-                known = write_doubt(folder, known, request.doubt, told=request.output.told)
-            if request.output.told:
-                say_shown_again(known)
-                print_summary(folder, known)
-            if not request.is_complete:
-                log_finished(request, folder)
+            show_again(request, folder, known)
             return folder
     else:
         refuse(request.contradiction)

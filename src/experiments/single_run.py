@@ -12,6 +12,7 @@ from core.determinism.record import manifest_entry, read_record
 from core.llm_api.llm import ModelAPI, open_model_api
 from core.llm_api.types import Capabilities
 from core.settings import Settings
+from src.experiments.doubting import write_doubt
 from src.experiments.loading import bad_rows_record, warn_once
 from src.experiments.request import RunRequest
 from src.experiments.same_run import (
@@ -21,6 +22,7 @@ from src.experiments.same_run import (
     check_same_tokens,
     may_be_renamed,
 )
+from src.experiments.summary import print_summary, say_shown_again
 from src.icm.searches.seam import Record, Standing
 from src.pipeline.continuing import end_record, gone_rows
 from src.pipeline.labelling import Labelling, Pool, result_record
@@ -182,7 +184,18 @@ def check_log_to(request: RunRequest) -> None:
         check_installed(request.output.log_to)
 
 
-def log_finished(request: RunRequest, folder: RunFolder) -> None:
+def show_again(request: RunRequest, folder: RunFolder, known: dict[str, Any]) -> None:
+    """Show a finished run, with the labels handed over that are asked for now; --is_complete changes nothing of it."""
+    if not request.is_complete:
+        known = write_doubt(folder, known, request.doubt, told=request.output.told)
+    if request.output.told:
+        say_shown_again(known)
+        print_summary(folder, known)
+    if not request.is_complete:
+        _log_finished(request, folder)
+
+
+def _log_finished(request: RunRequest, folder: RunFolder) -> None:
     """Log a run that is finished already to the tools of --log_to."""
     if request.output.log_to:
         from contrib.tracking.tracking import track_files
