@@ -129,7 +129,10 @@ def install() -> None:
         return
 
     @functools.wraps(make)
-    def make_remembering(block_size: int, hash_function: Callable[[Any], Any]) -> RememberingHasher:
+    def make_remembering(block_size: int, hash_function: Callable[[Any], Any], lookahead: int = 0) -> Any:
+        # Since vLLM 0.33. A hash then depends on tokens after its block, too.
+        if lookahead:
+            return make(block_size, hash_function, lookahead)
         return RememberingHasher(make(block_size, hash_function), block_size)
 
     make_remembering.remembers = True  # type: ignore[attr-defined]

@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import ModuleType
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from icm_vllm import block_hashes
 from icm_vllm.block_hashes import RememberingHasher
 from icm_vllm.prefixes import STRIDE, common_prefix
 
@@ -115,3 +118,18 @@ def test_two_threads_never_mix_one_prompt_with_anothers_hashes() -> None:
     finally:
         sys.setswitchinterval(interval)
     assert wrong == []
+
+
+def test_installed_in_vllm_of_both_ways_to_ask_for_a_hasher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM 0.33 says how many tokens after its block a hash covers, too; only the usual none of them is ours."""
+    core = ModuleType("vllm.v1.engine.core")
+
+    def make(block_size: int, hash_function: object, lookahead: int = 0) -> Callable[[Request], list[int]]:
+        return PlainHasher()
+
+    core.get_request_block_hasher = make  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm.v1.engine.core", core)
+    block_hashes.install()
+    assert isinstance(core.get_request_block_hasher(BLOCK, hash), RememberingHasher)
+    assert isinstance(core.get_request_block_hasher(BLOCK, hash, 0), RememberingHasher)
+    assert isinstance(core.get_request_block_hasher(BLOCK, hash, 1), PlainHasher)
