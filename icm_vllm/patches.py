@@ -145,6 +145,11 @@ PATCHES: Final = (
         "the chat template is looked for at the first chat",
         "cpu",
     ),
+    Patch(
+        ("vllm.platforms.interface:Platform.check_and_update_config",),
+        "exactness",
+        "what is not exact is refused before anything is loaded",
+    ),
     *_cpu_exact(),
     *_exact(),
 )

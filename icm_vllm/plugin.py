@@ -27,6 +27,9 @@ ALL_REDUCE: Final = "ICM_BATCH_INVARIANT_ALL_REDUCE"
 FP8: Final = "ICM_BATCH_INVARIANT_FP8"
 """Environment variables: "0" keeps vLLM's attention, its sums over GPUs, or its products of fp8 models (exact.py)."""
 
+CHECK: Final = "ICM_BATCH_INVARIANT_CHECK"
+"""Environment variable: "0" starts what is known not to be exact, with a warning (exactness.py)."""
+
 _CHOOSE_KERNELS: Final = ("VLLM_BATCH_INVARIANT", "VLLM_ATTENTION_BACKEND", BATCH_INVARIANT, ATTENTION, ALL_REDUCE, FP8)
 
 
@@ -44,6 +47,9 @@ def register() -> None:
 
         quick_start.install()
     if os.environ.get(BATCH_INVARIANT) == "1":
+        from icm_vllm import exactness
+
+        exactness.install()
         if _on_cpu():
             from icm_vllm import cpu_exact
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import json
 import os
 import shlex
 import socket
@@ -31,6 +32,8 @@ if str(REPO_ROOT) not in sys.path:  # run as a script, without an installed pack
     sys.path.insert(0, str(REPO_ROOT))
 
 from core.cpu import KV_CACHE_SPACE, fast_type, kv_cache_gib  # noqa: E402
+from icm_vllm import exactness  # noqa: E402
+from icm_vllm.plugin import BATCH_INVARIANT, CHECK  # noqa: E402
 
 PROGRAM: Final = "launch_vllm_server"
 """What messages begin with: the script that users call."""
@@ -38,10 +41,10 @@ CONFIG: Final = REPO_ROOT / "configs" / "vllm_config.yaml"
 REPEATABLE: Final = ("middleware",)
 """Options that vLLM takes several times: one on the command line is added to ours."""
 HIDDEN: Final = ("gpu", "other")
-BATCH_INVARIANT: Final = "ICM_BATCH_INVARIANT"
-"""The environment variable that asks our plugin for exact scores (icm_vllm/plugin.py)."""
 FAST_TYPE: Final = "cpu"
 """A section's `dtype` that stands for the type which this machine's CPU computes fast."""
+VLLM_BATCH_INVARIANT: Final = "VLLM_BATCH_INVARIANT"
+"""vLLM's own mode, which exists on GPUs alone."""
 DEFAULT_HOST: Final = "127.0.0.1"
 DEFAULT_PORT: Final = 8000
 
@@ -225,6 +228,8 @@ def command(
         )
     section = _typed(section, rest, environ)
     options = ["--served-model-name", served, *serve_options(section, rest)]
+    if {**section.env, **environ}.get(BATCH_INVARIANT) == "1" and environ.get(CHECK) != "0":
+        check_exactness(model, options, "gpu" if VLLM_BATCH_INVARIANT in section.env else "cpu")
     if any(_name(argument) == "headless" for argument in rest):
         # Workers for a server on another machine, for which nothing listens here: only `vllm serve` does that. The
         # other module accepts --headless and starts a server anyway (vLLM 0.26).
@@ -237,6 +242,43 @@ def command(
     # Our extension of the server is imported from here, wherever the server is started.
     env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPO_ROOT), environ.get("PYTHONPATH", ""))))
     return env, argv
+
+
+def check_exactness(model: str, options: Sequence[str], device: exactness.Device) -> None:
+    """Raises LaunchError for what is known not to be exact, where the model's folder is at hand; vLLM's own process
+    looks at everything else, and warns of what was not measured (icm_vllm/exactness.py)."""
+    try:
+        config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # a name of Hugging Face's, or a file that vLLM itself will complain about
+    if not isinstance(config, dict):
+        return
+    server = exactness.Server(
+        device=device,
+        dtype=_option(options, "dtype", exactness.BF16),
+        backend=_option(options, "attention-config.backend", "") or _option(options, "attention-backend", ""),
+        quantization=_option(options, "quantization", ""),
+        tensor=_count(_option(options, "tensor-parallel-size", "1")),
+        graphs=device == "gpu"
+        and [each for each in options if _name(each) == "enforce-eager"][-1:] != ["--enforce-eager"],
+    )
+    refused = exactness.refusal(exactness.features(config, server), device, exactness.version_here())
+    if refused:
+        raise LaunchError(refused)
+
+
+def _option(options: Sequence[str], name: str, default: str) -> str:
+    """The value of vLLM's option, the last one given."""
+    value = default
+    for position, argument in enumerate(options):
+        if argument.startswith("--") and _name(argument) == name:
+            given = argument.partition("=")[2] if "=" in argument else "".join(options[position + 1 : position + 2])
+            value = given
+    return value
+
+
+def _count(text: str) -> int:
+    return int(text) if text.isdecimal() else 1
 
 
 def _typed(section: Section, extra: Sequence[str], environ: Mapping[str, str]) -> Section:

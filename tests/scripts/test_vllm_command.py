@@ -358,3 +358,33 @@ def test_exact_scores_are_refused_where_vllm_would_not_find_our_plugin(
         command([str(tmp_path)], {})
     assert "ICM_BATCH_INVARIANT" not in command([str(tmp_path), "--no-deterministic"], {})[0]
     assert command([str(tmp_path)], {"ICM_BATCH_INVARIANT": "0"})
+
+
+WINDOWED = '{"model_type": "mistral", "sliding_window": 4096}'
+
+
+@pytest.mark.usefixtures("with_vllm")
+def test_what_is_known_not_to_be_exact_is_refused_by_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_command, "plugin_installed", lambda: True)
+    (folder / "config.json").write_text(WINDOWED)
+    server = [str(folder), "--port", str(free_port())]
+    inexact = ["--attention-config.backend", "FLASH_ATTN"]
+    with pytest.raises(LaunchError, match=r"windows of attention, by FlashAttention: .*--no-deterministic") as refused:
+        command([*server, *inexact], {})
+    assert "\n" not in str(refused.value)
+    command([*server, *inexact, "--no-deterministic"], {})
+    command([*server, *inexact], {"ICM_BATCH_INVARIANT_CHECK": "0"})
+    command([*server, *inexact], {"ICM_BATCH_INVARIANT": "0"})
+    command([*server, "--attention-config.backend=TRITON_ATTN"], {})
+    command(["local", "--model", *server], {})
+    graphs = ["--no-enforce-eager", "--tensor-parallel-size=2", "--attention-config.backend=TRITON_ATTN"]
+    with pytest.raises(LaunchError, match="CUDA graphs with tensor parallelism"):
+        command([*server, *graphs], {})
+
+
+@pytest.mark.usefixtures("with_vllm")
+def test_a_model_that_cannot_be_read_is_left_to_vllm(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_command, "plugin_installed", lambda: True)
+    for text in ("{", "[]"):
+        (folder / "config.json").write_text(text)
+        command([str(folder), "--port", str(free_port())], {})
