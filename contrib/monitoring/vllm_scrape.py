@@ -24,6 +24,7 @@ import orjson
 from aiohttp import web
 
 from core.errors import APIError, ConfigurationError
+from core.flags import FlagParser, whole_number
 from core.llm_api.http.retry import RetryPolicy
 from core.llm_api.http.transport import HttpOptions, HttpTransport
 from core.settings import Settings
@@ -120,13 +121,11 @@ async def serve(scraper: VLLMScraper, host: str, port: int) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """Of `icm metrics`."""
-    parser = argparse.ArgumentParser(
-        prog="icm metrics", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = FlagParser(prog="icm metrics", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", help="base URL, or several with commas (default: VLLM_BASE_URL)")
     parser.add_argument("--pool_id", default="default", help="name of this group of servers (default: default)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=9464, help="port to listen at (default: 9464)")
+    parser.add_argument("--port", type=whole_number, default=9464, help="port to listen at (default: 9464)")
     parser.add_argument("--once", action="store_true", help="print the page and end; exit code 1 if no server answers")
     return parser
 

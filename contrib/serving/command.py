@@ -28,6 +28,7 @@ from typing import Final
 
 from contrib.serving.options import DEFAULT_DOCUMENTS, Limits, read_token
 from core.errors import APIError, ConfigurationError
+from core.flags import FlagParser, number, whole_number
 from core.llm_api.llm import ModelAPI, open_model_api
 from core.settings import REPO_ROOT, Settings
 from core.vllm_server import ServerFailed, VLLMServer
@@ -68,7 +69,7 @@ class ModelSource:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         prog="icm serve",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -205,14 +206,14 @@ def _port(text: str) -> int:
 
 
 def _positive(text: str) -> float:
-    value = float(text)
+    value = number(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError("must be above 0")
     return value
 
 
 def _positive_int(text: str) -> int:
-    value = int(text)
+    value = whole_number(text)
     if value < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
     return value

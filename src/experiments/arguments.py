@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
+from core.flags import FlagParser, number
 from src.experiments.contradictions import contradicted, message_of, out_of_range
 from src.experiments.request import DataRequest, ModelRequest
 from src.icm.objective import Calibration
@@ -308,7 +309,7 @@ def add_reading_arguments(data: Arguments) -> None:
     )
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(FlagParser):
     """Reports bad input in one line, also flags that contradict each other.
 
     contradiction: between two settings of the search in the arguments last parsed, or one setting without a meaning
@@ -377,7 +378,7 @@ def testbed_named(text: str) -> str:
 
 def finite(text: str) -> float:
     """A number that is neither infinite nor NaN."""
-    value = float(text)
+    value = number(text)
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"must be a finite number, not {text}")
     return value
@@ -385,7 +386,7 @@ def finite(text: str) -> float:
 
 def share(text: str) -> float:
     """A number above 0 and below 1."""
-    value = float(text)
+    value = number(text)
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"must be a share above 0 and below 1, not {text}")
     return value
@@ -411,13 +412,13 @@ def share_or_auto(text: str) -> float | str:
     """The value of --prior."""
     try:
         return text if text == "auto" else share(text)
-    except ValueError as error:
+    except argparse.ArgumentTypeError as error:
         raise argparse.ArgumentTypeError(f"must be auto, or a share above 0 and below 1, not {text!r}") from error
 
 
 def chance(text: str) -> float:
     """0, or a number from a millionth on and below a half."""
-    value = float(text)
+    value = number(text)
     if value and not 1e-6 <= value < 0.5:
         raise argparse.ArgumentTypeError(f"must be 0, or a probability from 0.000001 on and below 0.5, not {text}")
     return value

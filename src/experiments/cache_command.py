@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from core.errors import APIError
+from core.flags import FlagParser, number
 from core.llm_api.response_cache import FORMAT_VERSION, CacheState, ResponseCache
 
 DEFAULT = Path(__file__).resolve().parents[2] / "runs" / "responses.sqlite"
@@ -25,7 +26,7 @@ DEFAULT = Path(__file__).resolve().parents[2] / "runs" / "responses.sqlite"
 
 def build_parser() -> argparse.ArgumentParser:
     """stats, verify and prune."""
-    parser = argparse.ArgumentParser(prog="icm cache", description=(__doc__ or "").partition("\n")[0])
+    parser = FlagParser(prog="icm cache", description=(__doc__ or "").partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     for name, purpose in (
         ("stats", "rows, bytes and age"),
@@ -78,7 +79,7 @@ def _table(path: Path, state: CacheState) -> str:
 
 
 def _days(text: str) -> float:
-    days = float(text)
+    days = number(text)
     if not 0 <= days < 1e6:
         raise argparse.ArgumentTypeError(f"must be a number of days from 0 on, not {text}")
     return days

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from core.errors import APIError
+from core.flags import FlagParser, number, whole_number
 from core.llm_api.local_model import LocalModel
 from core.llm_api.text.generation import Generation, Message, Metrics, SamplingOptions
 from core.settings import REPO_ROOT
@@ -120,14 +121,14 @@ CHECKS: Final[dict[str, Callable[[LocalModel], Result]]] = {
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `icm check-direct`."""
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         prog="icm check-direct", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default=str(REPO_ROOT / "models" / "gemma-3-270m"), help="a path or Hugging Face id")
     parser.add_argument("--cpu", action="store_true", help="run on the CPU (make setup-local installs a vLLM for it)")
-    parser.add_argument("--gpu_memory_utilization", type=float, help="share of the GPU's memory, 0 to 1")
-    parser.add_argument("--max_model_len", type=int, default=2048, help="tokens (default: 2048)")
-    parser.add_argument("--tensor_parallel_size", type=int, default=1, help="GPUs (default: 1)")
+    parser.add_argument("--gpu_memory_utilization", type=number, help="share of the GPU's memory, 0 to 1")
+    parser.add_argument("--max_model_len", type=whole_number, default=2048, help="tokens (default: 2048)")
+    parser.add_argument("--tensor_parallel_size", type=whole_number, default=1, help="GPUs (default: 1)")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     parser.add_argument(
         "--chat_template",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from importlib import import_module, metadata
 from typing import Final
 
@@ -42,7 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     name, *rest = given
     if name not in COMMANDS:
-        print(f"error: no command {name!r}. There are: {', '.join(COMMANDS)} (see --help)", file=sys.stderr)
+        near = get_close_matches(name, COMMANDS, n=1)
+        meant = f"; did you mean {near[0]}?" if near else "."
+        print(f"error: no command {name!r}{meant} There are: {', '.join(COMMANDS)} (see --help)", file=sys.stderr)
         return 2
     try:
         command: Callable[[Sequence[str]], int] = import_module(COMMANDS[name][0]).main

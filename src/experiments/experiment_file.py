@@ -7,7 +7,7 @@ the nearest valid one.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
@@ -98,6 +98,7 @@ def load_experiment(path: Path) -> Loaded:
 def parser_of(command: Command) -> Parser:
     """The parser of `icm COMMAND`."""
     parser: Parser = import_module(COMMANDS[command][0]).build_parser()
+    parser.also = ("--check_only", "--dry_run")  # of `icm run`, whose other flags this parser reads
     return parser
 
 
@@ -139,6 +140,24 @@ def arguments_of(
     return arguments
 
 
+_FIGURES: Final = "figures by method, as in {icm: 0.9}"
+_MEANT: Final[dict[tuple[str, ...], str]] = {
+    ("settings",): "flags of the command without their dashes and their values, as in {alpha: 50}",
+    ("settings", "*"): "a value, or a list of texts or of whole numbers",
+    ("sweep",): "settings with several values each, as in {alpha: [10, 50]}",
+    ("at_once",): "a whole number of at least 1",
+    ("servers",): "the URL of each model's server, as in {MODEL: http://gpu1:8000}",
+    ("servers", "*"): "a URL, or a list of URLs",
+    ("paper",): "what the paper reports, with source, accuracy and read",
+    ("paper", "accuracy"): _FIGURES,
+    ("paper", "*"): "a text",
+    ("paper", "accuracy", "*"): "a number, or null",
+    ("yours",): _FIGURES,
+    ("yours", "*"): "a number, or null",
+}
+"""What must stand at a place of a file, which is a text elsewhere."""
+
+
 def _message(error: ValidationError) -> str:
     """The first complaint, a misspelt key with the nearest valid one."""
     first = error.errors()[0]
@@ -149,7 +168,19 @@ def _message(error: ValidationError) -> str:
         return f"{': '.join([*above, ''])}there is no {key!r}{nearest(key, model.model_fields)}"
     if place == ["command"]:
         return f"command: {first['input']!r} is none of {', '.join(get_args(Command))}"
-    return f"{'.'.join(place)}: {first['msg'][0].lower()}{first['msg'][1:]}"
+    if first["type"] == "missing":
+        return f"{': '.join(place)}: is missing"
+    if place[-1] == "[key]":
+        return f"{': '.join(place[:-1])}: is a key, which must be a text"
+    # Of a value that may be of several types, the place goes on with the type that was tried first.
+    deepest = max((each for each in _MEANT if _begins(place, each)), key=len, default=("",))
+    known = place[: len(deepest)]
+    return f"{': '.join(known)}: must be {_MEANT.get(deepest, 'a text')}, not {first['input']!r}"
+
+
+def _begins(place: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether the place is as `pattern`, in which "*" stands for any key, or below it."""
+    return len(place) >= len(pattern) and all(b in ("*", a) for a, b in zip(place, pattern, strict=False))
 
 
 def nearest(key: str, valid: Any) -> str:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import get_args
 
 from core.errors import APIError, StorageFailed
+from core.flags import number
 from src.experiments.arguments_of_reports import check_keeps, parser_of, print_error
 from src.experiments.doubting import add_doubt_arguments, say_doubt, wanted_of
 from src.experiments.request import TRACKERS
@@ -77,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _nats(text: str) -> float:
-    value = float(text)
+    value = number(text)
     if not (math.isfinite(value) and value >= 0):
         raise argparse.ArgumentTypeError(f"must be 0 or more, not {text}")
     return value

@@ -57,7 +57,7 @@ def check_same_run(
         changed = [name for name in changed if name != "model"]
     if changed:
         flags = [name for name in changed if name not in (*OF_TESTBED_FILE, *OF_CONTENT)]
-        differences = [f"--{name} {_value(known, name)}, now {_value(settings, name)}" for name in flags]
+        differences = [_other_value(name, _value(known, name), _value(settings, name)) for name in flags]
         if any(name in OF_TESTBED_FILE for name in changed):
             file = known.get("testbed")
             differences.insert(0, f"another content of its testbed file {file} (see {folder.path}/run.json)")
@@ -76,6 +76,12 @@ def check_same_run(
                 if continues:
                     advice = f"To go on from its labels: --continue_from {folder.path.name} --run NEW"
         raise BadInput(f"{folder.path}: was started with {', '.join(differences)}. {advice}")
+
+
+def _other_value(name: str, before: Any, now: Any) -> str:
+    if before is None:
+        return f"no --{name}, now {now}"
+    return f"--{name} {before}, now without" if now is None else f"--{name} {before}, now {now}"
 
 
 def _other_continued(before: str | None, now: str | None) -> str:

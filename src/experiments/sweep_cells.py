@@ -25,6 +25,7 @@ from math import prod
 from pathlib import PurePath
 from typing import Any, Final
 
+from core.flags import FlagParser
 from src.experiments.arguments import Parser
 from src.experiments.contradictions import refuse
 from src.experiments.experiment_file import Loaded, Value, actions_of, arguments_of, nearest, parser_of
@@ -177,7 +178,7 @@ def _given(parser: Parser, arguments: Sequence[str]) -> set[str]:
     """The settings that a command line names. Raises SystemExit for flags that the command does not have."""
     absent = object()
     empty = argparse.Namespace(**{action.dest: absent for action in parser._actions})
-    found = argparse.ArgumentParser.parse_args(parser, arguments, empty)
+    found = FlagParser.parse_args(parser, arguments, empty)
     return {name for name, value in vars(found).items() if value is not absent}
 
 

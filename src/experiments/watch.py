@@ -20,6 +20,7 @@ from typing import Any
 
 import orjson
 
+from core.flags import number
 from src.experiments.arguments_of_reports import parser_of
 from src.icm.consistency import Label
 from src.icm.label_names import Names, names_of, read_label
@@ -51,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
+    value = number(text)
     if not 0.05 <= value <= 3600:
         raise argparse.ArgumentTypeError(f"must be between 0.05 and 3600 seconds, not {text}")
     return value

@@ -131,7 +131,7 @@ async def test_rows_with_one_question_stay_together_and_the_run_says_so(on: Star
     assert all(first["question"] == second["question"] for first, second in zip(claims[::2], claims[1::2], strict=True))
     code, _, err = await icm("--run", "a", "--K", "2", "--group_by", "none")
     assert code == 2
-    assert "was started with --group_by question, now None" in err
+    assert "was started with --group_by question, now without" in err
 
 
 @pytest.mark.parametrize("named", [True, False])

@@ -97,7 +97,7 @@ async def test_it_is_estimated_once_recorded_and_used_like_a_known_share(icm: Ic
 
     code, _, err = await icm("label", "--run", "a", *search)
     assert code == 2
-    assert "was started with --prior auto, now None" in err
+    assert "was started with --prior auto, now without" in err
 
 
 async def test_answers_in_one_cluster_fall_back_to_the_mean_in_words(tmp_path: Path) -> None:

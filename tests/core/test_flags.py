@@ -1,0 +1,90 @@
+"""A mistyped flag is told with the one that is meant, by every command; a value that is no number in plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+
+import pytest
+
+from core.flags import FlagParser, number, whole_number
+from src.experiments.commands import COMMANDS, main
+
+
+def told(parser: FlagParser, words: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args(words)
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.fixture
+def parser() -> FlagParser:
+    parser = FlagParser(prog="tool")
+    parser.add_argument("--alpha", type=number)
+    parser.add_argument("--count", type=whole_number)
+    commands = parser.add_subparsers()
+    commands.add_parser("prune").add_argument("--older_than")
+    return parser
+
+
+def test_the_nearest_flag_is_named_also_that_of_a_command(
+    parser: FlagParser, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "unrecognized arguments: --alhpa; did you mean --alpha?\n" in told(parser, ["--alhpa"], capsys)
+    assert "unrecognized arguments: --alhpa=3; did you mean --alpha?\n" in told(parser, ["--alhpa=3"], capsys)
+    assert "did you mean --older_than?" in told(parser, ["prune", "--odler_than", "3"], capsys)
+    assert "did you mean" not in told(parser, ["--nothing_like_it"], capsys)
+    parser.also = ("--dry_run",)
+    assert "did you mean --alpha, --dry_run?" in told(parser, ["--alhpa", "--dry-run"], capsys)
+
+
+def test_a_right_line_is_parsed_as_ever(parser: FlagParser) -> None:
+    found = parser.parse_args(["--alpha", "2.5", "--count", "3"])
+    assert (found.alpha, found.count) == (2.5, 3)
+
+
+def test_what_is_no_number_is_told_without_a_function_s_name(
+    parser: FlagParser, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "argument --alpha: must be a number, not 'many'" in told(parser, ["--alpha", "many"], capsys)
+    assert "argument --count: must be a whole number, not '2.5'" in told(parser, ["--count", "2.5"], capsys)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_names_the_flag_that_is_meant(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = import_module(COMMANDS[name][0]).build_parser()
+    assert isinstance(parser, FlagParser)
+    flags = [each for action in parser._actions for each in action.option_strings if each.startswith("--")]
+    flag = "--older_than" if name == "cache" else flags[-1]  # --help where there is no other
+    places = {"cache": ["prune"], "compare": ["a", "b"], "testbed": []}.get(name, ["a"])
+    line = [*places, f"{flag[:-1]}_{flag[-1]}"]
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args(line)
+    assert ended.value.code == 2
+    assert f"; did you mean {flag}?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (["label", "--alpha", "many"], "argument --alpha: must be a number, not 'many'"),
+        (["label", "--ascent_error", "no"], "argument --ascent_error: must be a number, not 'no'"),
+        (["label", "--abstain", "much"], "argument --abstain: must be a number, not 'much'"),
+        (["export", "run", "--least", "much"], "argument --least: must be a number, not 'much'"),
+        (["watch", "run", "--interval", "often"], "argument --interval: must be a number, not 'often'"),
+        (["cache", "prune", "--older_than", "long"], "argument --older_than: must be a number, not 'long'"),
+    ],
+)
+def test_no_message_holds_the_name_of_a_function(
+    line: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(line)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_mistyped_command_is_told_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["lable"]) == 2
+    assert "error: no command 'lable'; did you mean label? There are: label, " in capsys.readouterr().err
