@@ -2,13 +2,16 @@
 
     python benchmarks/make_shape.py 8B /tmp/llama-8b
     scripts/launch_vllm_server.sh /tmp/llama-8b --load-format dummy --served-model-name llama-8b
+    python benchmarks/make_shape.py deepseek-v3 /tmp/deepseek-v3 --layers 5 --weights      # 5 layers of full width
+    python benchmarks/make_shape.py gpt-oss-20b /tmp/tiny-gpt-oss --tiny --weights         # the same layers, narrow
 
 The time of arithmetic does not depend on the weights, so random weights of the same shape are as fast as the real
 model. The answers mean nothing. The tokenizer has one token a word, so that a claim of 40 words has 40 tokens; it also
 has the words of the built-in claims.
 
-vLLM's dummy weights are too small to show differences in rounding. --weights writes random weights like those of a new
-model (normal, standard deviation 0.02; needs PyTorch and transformers), for scripts/test_determinism.py.
+vLLM's dummy weights are too small to show differences in rounding. --weights writes random weights of usual scale as a
+published checkpoint stores them, quantized where it is (needs PyTorch and safetensors; on a GPU seconds for 16 GB), for
+scripts/test_determinism.py. benchmarks/shapes/published.py says where each shape is from. Exit code 2: wrong arguments.
 """
 
 from __future__ import annotations
@@ -17,12 +20,14 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 if str(Path(__file__).resolve().parents[1]) not in sys.path:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.shapes.published import AWQ, FP8_BLOCKS, GPTQ, PUBLISHED, completed, narrowed
 from src.pipeline.datafiles import load_testbed
 
 # The pieces of a byte-level pre-tokenizer: words, numbers and marks, each with the blank before it, and blanks.
@@ -93,6 +98,16 @@ SHAPES: Final[dict[str, dict[str, Any]]] = {
     },
 }
 
+_8B: Final = SHAPES["8B"]
+CONFIGS: Final[dict[str, dict[str, Any]]] = {
+    **{name: LLAMA | shape for name, shape in SHAPES.items()},
+    "8B-fp8-blocks": LLAMA | _8B | {"quantization_config": FP8_BLOCKS},
+    "8B-awq": LLAMA | _8B | {"quantization_config": AWQ},
+    "8B-gptq": LLAMA | _8B | {"quantization_config": GPTQ},
+    **PUBLISHED,
+}
+"""Every shape: what its config.json says."""
+
 
 def word(number: int) -> str:
     """The text of one token: letters only, for digits are tokens of their own. Numbers wrap around at WORDS."""
@@ -140,15 +155,16 @@ def _as_bytes(piece: str) -> str:
     return piece.replace(" ", "Ġ").replace("\n", "Ċ")
 
 
-def make_shape(name: str, folder: Path, layers: int | None = None) -> Path:
+def make_shape(name: str, folder: Path, layers: int | None = None, *, tiny: bool = False) -> Path:
     """Write config.json and the tokenizer of the shape `name` into `folder`, which is made where it is missing.
 
     layers: this many in place of the shape's. With half of them each of two GPUs has as much as each of four has of
-    all.
+    all. tiny: the narrow variant.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    config = narrowed(CONFIGS[name]) if tiny else CONFIGS[name]
     files = {
-        "config.json": LLAMA | SHAPES[name] | ({} if layers is None else {"num_hidden_layers": layers}),
+        "config.json": completed(config | ({} if layers is None else {"num_hidden_layers": layers})),
         "tokenizer.json": tokenizer(),
         "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "unk_token": "<unk>"},
     }
@@ -157,29 +173,26 @@ def make_shape(name: str, folder: Path, layers: int | None = None) -> Path:
     return folder
 
 
-def write_weights(folder: Path) -> None:
-    """Random weights for the config.json in `folder`, bfloat16, made on the GPU where there is one."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(folder)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = AutoModelForCausalLM.from_config(config, torch_dtype=torch.bfloat16)
-    model.save_pretrained(folder)
-
-
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Write the folder and say where it is."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("shape", choices=list(SHAPES))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shape", choices=list(CONFIGS), metavar="SHAPE", help=", ".join(CONFIGS))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, help="that many layers, in place of the shape's own")
+    parser.add_argument("--tiny", action="store_true", help="a narrow variant with few layers, for a CPU")
     parser.add_argument("--weights", action="store_true", help="also write random weights of a model's usual scale")
-    args = parser.parse_args()
-    print(make_shape(args.shape, args.folder, args.layers))
+    parser.add_argument("--adapter", action="store_true", help="with --weights: also a LoRA adapter, in FOLDER/adapter")
+    args = parser.parse_args(arguments)
+    if args.layers is not None and args.layers < 1:
+        parser.error("--layers must be at least 1")
+    if args.adapter and not args.weights:
+        parser.error("--adapter is for --weights")
+    print(make_shape(args.shape, args.folder, args.layers, tiny=args.tiny), flush=True)
     if args.weights:
-        write_weights(args.folder)
+        # PyTorch is not needed for the rest.
+        from benchmarks.shapes.weights import write_weights
+
+        write_weights(args.folder, adapter=args.adapter)
     return 0
 
 
