@@ -118,15 +118,7 @@ class Settings(BaseModel):
     @field_validator("vllm_base_url", mode="before")
     @classmethod
     def _split_urls(cls, value: object) -> tuple[str, ...]:
-        texts = value.split(",") if isinstance(value, str) else value
-        if not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
-            raise ValueError("must be a URL, or several with commas between them")
-        urls = tuple(_clean_url(t.strip()).removesuffix("/v1").rstrip("/") for t in texts if t.strip())
-        if not urls:
-            raise ValueError("names no server")
-        if len({url.lower() for url in urls}) != len(urls):
-            raise ValueError("names a server twice")
-        return urls
+        return server_urls(value)
 
     @field_validator("llama_server_url")
     @classmethod
@@ -157,6 +149,20 @@ class Settings(BaseModel):
     @classmethod
     def _expand(cls, value: Path | None) -> Path | None:
         return None if value is None else value.expanduser()
+
+
+def server_urls(value: object) -> tuple[str, ...]:
+    """The roots of vLLM servers, from a text with commas or a list. Raises ValueError, without the URL, for what cannot
+    be their addresses."""
+    texts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
+        raise ValueError("must be a URL, or several with commas between them")
+    urls = tuple(_clean_url(t.strip()).removesuffix("/v1").rstrip("/") for t in texts if t.strip())
+    if not urls:
+        raise ValueError("names no server")
+    if len({url.lower() for url in urls}) != len(urls):
+        raise ValueError("names a server twice")
+    return urls
 
 
 def read_secrets(path: Path, *, required: bool = False) -> dict[str, str]:

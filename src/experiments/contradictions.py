@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Final
 
 from src.experiments.request import TRACKERS
+from src.icm.columns import KNOWN
 from src.icm.problem import SearchSettings
 from src.icm.searches import search_named
 from src.icm.testbeds import BadInput
@@ -44,6 +45,10 @@ def _always(_: argparse.Namespace) -> bool:
     return True
 
 
+def _known_column(args: argparse.Namespace) -> bool:
+    return KNOWN in {part.partition("=")[0].strip() for part in args.columns.split(",")}
+
+
 _OF_EVERY_SEARCH: Final = {"search", "seed", "layout", "anchors", "context_cap", "start_share"}
 
 
@@ -65,6 +70,7 @@ RULES: Final = (
         lambda a: a.use_vllm is False,
     ),
     Rule("gold_seeds", "known", "gold labels take the place of labels that a file gives", _always),
+    Rule("gold_seeds", "columns", "gold labels take the place of labels that a column gives", _known_column),
     Rule("context_cap", "layout", "a capped sample has its own order", _upstream),
     Rule("anchors", "layout", "upstream's order has no anchors", lambda a: _upstream(a) and a.anchors > 0),
     Rule("max_tail", "layout", "upstream's order has no tail", _upstream),

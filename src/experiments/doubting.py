@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import orjson
@@ -14,7 +14,7 @@ from src.experiments.arguments import at_least, finite, share
 from src.icm.consistency import Label
 from src.icm.testbeds import BadInput
 from src.pipeline.labelling import Pool
-from src.results.doubt import Doubt, Wanted, coverage_of, doubt_of
+from src.results.doubt import Doubt, Wanted, coverage_of, doubt_of, too_many
 from src.results.doubt_words import doubt_lines
 from src.results.rows import ABSTAINED, abstained_row, labelled_row
 from src.results.run_folder import RunFolder
@@ -68,6 +68,9 @@ def check_wanted(wanted: Wanted, pools: Sequence[Pool]) -> None:
             f"--abstain {wanted.abstain:g}: {missing}, and nothing can be promised without labels to check: "
             "--abstain_on gold, or --abstain_below NATS, which promises nothing"
         )
+    there = count if on_gold else count + sum(map(_given_outside, pools))
+    if wanted.abstain_labels is not None and wanted.abstain_labels > there:
+        raise BadInput(too_many(wanted.abstain_labels, there, wanted.basis))
     everyone = on_gold and count == len(gold)
     checked = min(count, wanted.abstain_labels or ((count + 1) // 2 if everyone else count))
     if checked < wanted.least_labels:
@@ -90,13 +93,54 @@ def _given(pool: Pool) -> int:
     return pool.problem.num_known
 
 
+def _given_outside(pool: Pool) -> int:
+    """How many known labels there are of claims outside the pool that are labelled afterwards."""
+    size = len(pool.claims)
+    return sum(pool.known_outside(at) is not None for at in range(size, size + len(pool.rest)))
+
+
 def write_doubt(folder: RunFolder, document: Mapping[str, Any], wanted: Wanted, *, told: bool = True) -> dict[str, Any]:
     """Write a finished run's labels.jsonl and run.json with `wanted`, or with every label where nothing is wanted.
 
     document: its run.json, which is returned as it is now. Nothing is written where nothing changes. told: whether a
     user is told about it.
     """
-    rows = [orjson.loads(line) for line in folder.labels_path.read_bytes().splitlines()]
+    found = _wanted_now(folder, document, wanted)
+    if found.rows != found.before:
+        folder.write_labels(found.rows)
+    if found.document != document:
+        folder.write_run(found.document)
+    if found.doubt is not None and told:
+        say_doubt(found.doubt)
+    elif told and found.doubt is None and any(row.get("by") == ABSTAINED for row in found.before):
+        print("every label is handed over again: this command is without --abstain", file=sys.stderr)
+    return found.document
+
+
+def write_doubt_again(
+    folder: RunFolder, document: Mapping[str, Any], wanted: Wanted, *, told: bool = True
+) -> dict[str, Any]:
+    """write_doubt of a run that was finished before. Where something changes, it is written under the folder's lock:
+    raises BadInput where another process is at work there. Where nothing does, the folder need not be writable."""
+    found = _wanted_now(folder, document, wanted)
+    if found.rows == found.before and found.document == document:
+        return write_doubt(folder, document, wanted, told=told)
+    with folder:
+        return write_doubt(folder, folder.read_run() or document, wanted, told=told)
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """The lines of labels.jsonl as they are, as they should be, and run.json as it should be."""
+
+    before: list[dict[str, Any]]
+    rows: list[dict[str, Any]]
+    document: dict[str, Any]
+    doubt: Doubt | None
+
+
+def _wanted_now(folder: RunFolder, document: Mapping[str, Any], wanted: Wanted) -> _Wanted:
+    before = [orjson.loads(line) for line in folder.labels_path.read_bytes().splitlines()]
     rest = {name: value for name, value in document.items() if name != "doubt"}
     doubt = None
     if wanted:
@@ -106,16 +150,8 @@ def write_doubt(folder: RunFolder, document: Mapping[str, Any], wanted: Wanted, 
         area = {} if found is None else {"area": found.area}
         rest["doubt"] = doubt.record() | area
     abstained = frozenset() if doubt is None else doubt.abstained
-    now = [abstained_row(row) if at in abstained else labelled_row(row) for at, row in enumerate(rows)]
-    if now != rows:
-        folder.write_labels(now)
-    if rest != document:
-        folder.write_run(rest)
-    if doubt is not None and told:
-        say_doubt(doubt)
-    elif told and doubt is None and any(row.get("by") == ABSTAINED for row in rows):
-        print("every label is handed over again: this command is without --abstain", file=sys.stderr)
-    return rest
+    rows = [abstained_row(row) if at in abstained else labelled_row(row) for at, row in enumerate(before)]
+    return _Wanted(before, rows, rest, doubt)
 
 
 def say_doubt(doubt: Doubt) -> None:

@@ -17,6 +17,7 @@ from typing import Any, Final, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from core.settings import server_urls
 from src.experiments.arguments import Parser
 from src.experiments.commands import COMMANDS
 from src.icm.testbeds import BadInput
@@ -92,6 +93,11 @@ def load_experiment(path: Path) -> Loaded:
         for name, given in (("at_once", experiment.at_once), ("servers", experiment.servers)):
             if given:
                 raise BadInput(f"{path}: {name}: is for a sweep, and there is no sweep")
+    for model, urls in experiment.servers.items():
+        try:
+            server_urls(urls)
+        except ValueError as error:
+            raise BadInput(f"{path}: servers: {model}: {error}") from None
     return Loaded(path, experiment, arguments_of(path, parser_of(experiment.command), experiment.settings))
 
 

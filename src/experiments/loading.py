@@ -70,6 +70,11 @@ def pools_of(request: RunRequest, count: int | None, held_out: Collection[int] =
     testbed, claims, path, bad = _load(request.data)
     reading = testbed.reading if testbed.digest else request.data.reading()
     known = known_labels(request.data.known, testbed, claims, path, reading)
+    if known is not None and request.data.gold_seeds:
+        raise BadInput(
+            f"--gold_seeds {request.data.gold_seeds} and known labels ({' and '.join(known.sources)}) contradict each "
+            "other: gold labels take the place of labels that are given"
+        )
     claims = [claim for claim in claims if claim.row not in held_out]
     name = request.continue_from
     continued = None if name is None else read_continued(name, request.output.runs_dir, testbed, claims, path)

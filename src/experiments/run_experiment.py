@@ -63,28 +63,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     first_flag = next((i for i, text in enumerate(given) if text.startswith("--") and text != "--help"), len(given))
     options = build_parser().parse_args([*given[:first_flag], *switches])
     more = given[first_flag:]
+    if options.check_only:
+        return max([_check(path, more) for path in options.file])
     try:
         loaded = [load_experiment(path) for path in options.file]
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if options.check_only:
-        for each in loaded:
-            if each.experiment.sweep is not None:
-                try:
-                    cells = sweep_of(each, more).cells
-                except BadInput as error:
-                    print(f"error: {error}", file=sys.stderr)
-                    return 2
-                for cell in cells:
-                    print(shlex.join(["icm", each.experiment.command, *cell.arguments]))
-                continue
-            parser = parser_of(each.experiment.command)
-            parser.parse_args(each.arguments)
-            if parser.contradiction:
-                parser.error(parser.contradiction)
-            print(shlex.join(["icm", each.experiment.command, *each.arguments]))
-        return 0
     if len(loaded) > 1:
         print("error: one experiment at a time (several only with --check_only)", file=sys.stderr)
         return 2
@@ -95,6 +80,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except StorageFailed as error:  # the results of the experiment's command are kept
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def _check(path: Path, more: Sequence[str]) -> int:
+    """Print the command lines of a file, or what is wrong with it. Returns the exit code."""
+    try:
+        loaded = load_experiment(path)
+        cells = sweep_of(loaded, more if loaded.experiment.sweep is not None else ()).cells
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for cell in cells:
+        print(shlex.join(["icm", loaded.experiment.command, *cell.arguments]))
+    return 0
 
 
 _SWITCHES = ("--check_only", "--dry_run")

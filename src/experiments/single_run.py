@@ -12,7 +12,7 @@ from core.determinism.record import manifest_entry, read_record
 from core.llm_api.llm import ModelAPI, open_model_api
 from core.llm_api.types import Capabilities
 from core.settings import Settings
-from src.experiments.doubting import write_doubt
+from src.experiments.doubting import write_doubt_again
 from src.experiments.loading import bad_rows_record, warn_once
 from src.experiments.request import RunRequest
 from src.experiments.same_run import (
@@ -187,7 +187,7 @@ def check_log_to(request: RunRequest) -> None:
 def show_again(request: RunRequest, folder: RunFolder, known: dict[str, Any]) -> None:
     """Show a finished run, with the labels handed over that are asked for now; --is_complete changes nothing of it."""
     if not request.is_complete:
-        known = write_doubt(folder, known, request.doubt, told=request.output.told)
+        known = write_doubt_again(folder, known, request.doubt, told=request.output.told)
     if request.output.told:
         say_shown_again(known)
         print_summary(folder, known)

@@ -142,6 +142,7 @@ async def run_sweep(sweep: Sweep, *, at_once: int | None, quiet: bool) -> int:
     """Run what is missing, write the table and the page, print the table. Returns the exit code: 1 if cells failed."""
     folder, cells, engines = planned(sweep, at_once)
     failed: dict[str, str] = {}
+    await _check_engines([each for each in cells if not has_result(each, sweep)])
     with RunFolder(folder):
         finished = [each for each in cells if has_result(each, sweep)]
         print(_opening(sweep, folder, len(finished), engines), file=sys.stderr, flush=True)
@@ -163,6 +164,12 @@ async def run_sweep(sweep: Sweep, *, at_once: int | None, quiet: bool) -> int:
     for line in written:
         print(f"  {line}")
     return _tell_missing(table)
+
+
+async def _check_engines(cells: Sequence[Planned]) -> None:
+    """Raises ConfigurationError where the settings name no engine for a cell, or an address that can be none."""
+    for request in {each.engine: each.request for each in cells if not each.engine.direct}.values():
+        await model_api_of(request, {"cache_path": None}).aclose()
 
 
 def has_result(each: Planned, sweep: Sweep) -> bool:

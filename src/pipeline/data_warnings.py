@@ -13,7 +13,7 @@ from core.llm_api.labels import TRUE_FALSE, LabelSpace
 from src.icm.columns import OURS, Reading, as_written, near_misses
 from src.icm.consistency import Relation
 from src.icm.testbeds import BadInput, Claim, Testbed
-from src.icm.values import BadLabel, is_missing, parse_label, shown
+from src.icm.values import BadLabel, is_missing, listed, parse_label, shown
 from src.pipeline.file_kinds import Row
 
 log = logging.getLogger(__name__)
@@ -24,6 +24,8 @@ ALL_ONE_QUESTION: Final = 5
 Multiple-choice questions seldom have more options.
 """
 
+SHOWN_VALUES: Final = 3
+"""Values of a column that --map does not name, as a warning shows them."""
 LONGEST_WORD: Final = 40
 """Characters of a value that an error message still shows how to map."""
 
@@ -34,16 +36,23 @@ FALSE_WORDS: Final = frozenset(("no", "n", "f", "incorrect", "wrong", "negative"
 def warn_of_unused_values(
     rows: Sequence[Row], names: Mapping[tuple[str, ...], Mapping[str, str]], path: Path, reading: Reading
 ) -> None:
-    """Warn of values that --map names and no row has. names: our name by the file's, by a row's columns."""
+    """Warn of values that --map names and no row has, in one line a column. names: our name by the file's, by a row's
+    columns."""
     for column, meanings in reading.values.items():
-        present = {
+        present = Counter(
             as_written(row.fields[theirs])
             for row in rows
             for theirs, ours in names[tuple(row.fields)].items()
-            if ours == column
-        }
-        for value in meanings.keys() - present:
-            log.warning("%s: %s: no row has %r there", path, reading.says("map", column), value)
+            if ours == column and not is_missing(row.fields[theirs])
+        )
+        absent = [value for value in meanings if value not in present]
+        if absent:
+            common = listed([value for value, _ in present.most_common(SHOWN_VALUES)])
+            nothing = f": it changes nothing; the column holds {common}" if len(absent) == len(meanings) else ""
+            log.warning(
+                "%s: %s: no row has %s there%s",
+                *(path, reading.says("map", column), " or ".join(map(repr, absent)), nothing),
+            )
 
 
 def warn_of_near_misses(

@@ -142,7 +142,7 @@ def doubt_of(run: RunRecord, wanted: Wanted, checks: Mapping[int, Label] | None 
     if checks is None:
         checks = {} if wanted.abstain is None else checks_named(run, wanted.basis)
     if wanted.abstain is not None:
-        checks = _drawn(run, checks, wanted.abstain_labels)
+        checks = _drawn(run, checks, wanted.abstain_labels, wanted.basis)
     parts, abstained = [], set[int]()
     for in_pool in (True, False):
         places = [at for at, claim in enumerate(run.claims) if claim.label is not None and claim.in_pool == in_pool]
@@ -204,14 +204,22 @@ def coverage_of(run: RunRecord) -> Coverage | None:
     return Coverage(tuple(points), area, total)
 
 
-def _drawn(run: RunRecord, checks: Mapping[int, Label], count: int | None) -> Mapping[int, Label]:
+def too_many(count: int, there: int, basis: str) -> str:
+    """The refusal of --abstain_labels `count` where only so many are there. basis: as Wanted has it."""
+    kind = f"{basis} label" if basis in ("gold", KNOWN) else f"label in {basis}"
+    return f"--abstain_labels {count}: only {there} claims have a {kind} to check; ask for at most so many"
+
+
+def _drawn(run: RunRecord, checks: Mapping[int, Label], count: int | None, basis: str) -> Mapping[int, Label]:
     """`count` of the checks, drawn by the run's seed; None: all, or half where every claim that the search
     labelled has one."""
     if count is None:
         free = (at for at, claim in enumerate(run.claims) if claim.label is not None and claim.by != KNOWN)
         everyone = all(at in checks for at in free)
         count = (len(checks) + 1) // 2 if everyone else len(checks)
-    if count >= len(checks):
+    if count > len(checks):
+        raise BadInput(f"{run.name}: {too_many(count, len(checks), basis)}")
+    if count == len(checks):
         return checks
     seed = run.settings.get("seed")
     rng = generator(seed if isinstance(seed, int) and seed >= 0 else 0, Stream.LABELINGS, 1)

@@ -27,6 +27,7 @@ AT_ONCE = [
     "--lookahead 4 / --best_of 4",
     "--prior 0.9 / --calibrate none",
     "--gold_seeds 4 / --known answers.csv",
+    "--gold_seeds 4 / --columns known=checked,label=gold",
     "--lookahead 4 / --search bootstrapping",
     "--lookahead 4 / --search gibbs",
     "--continue_from other / --search bootstrapping",

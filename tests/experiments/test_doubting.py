@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from src.experiments.commands import main
+from src.results.run_folder import RunFolder
 from tests.experiments.test_icm_cli import Command, data, icm, server  # noqa: F401  fixtures
 from tests.run_examples import write_run
 
@@ -118,3 +120,47 @@ async def test_what_could_never_be_kept_is_said_before_the_model_is_asked(icm: C
     assert all(row["label"] is None for row in rows_of(icm.runs / "a" / "labels.jsonl"))
     assert (await icm("--run", "a", "--is_complete"))[0] == 0
     assert all(row["label"] is None for row in rows_of(icm.runs / "a" / "labels.jsonl")), "a question changed a run"
+
+
+@pytest.mark.parametrize("basis", ["gold", "known"])
+async def test_more_checked_labels_than_there_are_is_one_line(
+    basis: str,
+    icm: Command,  # noqa: F811
+    server: Any,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    known = tmp_path / "known.csv"
+    known.write_text("row,label\n0,true\n2,false\n4,true\n")
+    flags = ("--known", str(known)) if basis == "known" else ()
+    doubt = ("--abstain", "0.3", "--abstain_on", basis, "--abstain_labels", "99")
+    code, _, err = await icm("--run", "a", *flags, *doubt)
+    assert code == 2
+    assert re.search(rf"error: --abstain_labels 99: only \d+ claims have a {basis} label to check; ask for at", err)
+    assert not server.queries
+    assert (await icm("--run", "a", *flags))[0] == 0
+    before = icm.labels("a")
+    assert (await icm("--run", "a", *flags, *doubt))[0] == 2
+    assert icm.labels("a") == before
+
+
+def test_an_export_refuses_more_checked_labels_than_there_are(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--abstain", "0.3", "--abstain_on", "gold", "--abstain_labels"]
+    assert main(["export", str(run), *flags, "41"]) == 2
+    assert capsys.readouterr().err.endswith(
+        ": --abstain_labels 41: only 40 claims have a gold label to check; ask for at most so many\n"
+    )
+    assert main(["export", str(run), *flags, "40"]) == 0
+
+
+async def test_labels_of_a_finished_run_are_not_withheld_under_another_process(icm: Command) -> None:  # noqa: F811
+    assert (await icm("--run", "a"))[0] == 0
+    before = icm.labels("a")
+    with RunFolder(icm.runs / "a"):
+        code, _, _ = await icm("--run", "a")
+        assert code == 0, "to be shown it needs no lock"
+        code, _, err = await icm("--run", "a", "--abstain_below", "9")
+        assert code == 2
+        assert "another process is working on this run" in err
+        assert icm.labels("a") == before
+    assert (await icm("--run", "a", "--abstain_below", "9"))[0] == 0
+    assert icm.labels("a") != before

@@ -19,6 +19,7 @@ from src.experiments.ICM import build_parser
 from src.experiments.loading import pool_of
 from src.experiments.request import RunRequest
 from src.experiments.run_settings import settings_of
+from src.icm.testbeds import BadInput
 from src.results.run_reader import read_run
 
 Rows = list[dict[str, Any]]
@@ -257,3 +258,17 @@ async def test_a_table_leaves_known_claims_out_of_every_row(icm: Icm) -> None:
     code, _, err = await icm("baselines", "--seeds", "1", "--test_size", "16", "--rows", "few-shot-known")
     assert code == 2
     assert "the row few-shot-known needs known labels: --known FILE, or --gold_seeds N" in err
+
+
+def test_gold_seeds_and_labels_that_are_known_already_are_refused(tmp_path: Path) -> None:
+    rows = [{"question": f"Is {n} even?", "choice": "yes", "label": 1 - n % 2, "checked": 1} for n in range(8)]
+    data, testbed = tmp_path / "claims.jsonl", tmp_path / "mine.yaml"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    testbed.write_text('template: "{question} {choice}:"\ncolumns: {known: checked}\n')
+    args = build_parser().parse_args(["--testbed", str(testbed), "--data", str(data), "--gold_seeds", "2"])
+    with pytest.raises(BadInput) as refused:
+        pool_of(RunRequest.of(args))
+    assert str(refused.value) == (
+        "--gold_seeds 2 and known labels (the column checked of claims.jsonl) contradict each other: gold labels take "
+        "the place of labels that are given"
+    )

@@ -68,6 +68,28 @@ def test_a_wrong_file_is_told_in_one_line(
     assert told in capsys.readouterr().err
 
 
+def test_every_wrong_file_is_told_and_every_right_one_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = {
+        "a": VALID.replace("alpha", "alhpa"),
+        "b": VALID,
+        "c": VALID.replace("alpha: 3", "prior: 0.9"),
+        "d": VALID.replace("alpha: 3", "model: m") + "sweep: {alpha: [x]}\n",
+        "e": VALID.replace("alpha: 3", "model: m") + "sweep: {alpha: [4]}\n",
+    }
+    paths = [tmp_path / f"{name}.yaml" for name in texts]
+    for path, text in zip(paths, texts.values(), strict=True):
+        path.write_text(text)
+    assert main(["--check_only", *map(str, paths)]) == 2
+    told = capsys.readouterr()
+    assert told.out.splitlines() == [
+        "icm label --testbed builtin --alpha 3",
+        "icm label --testbed builtin --model m --alpha 4",
+    ]
+    lines = told.err.splitlines()
+    assert [line.partition(".yaml:")[0].rpartition("/")[2] for line in lines] == ["a", "c", "d"]
+    assert "--prior 0.9 and --calibrate none contradict each other" in lines[1]
+
+
 def test_a_missing_file_is_told(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="not found"):
         load_experiment(tmp_path / "none.yaml")

@@ -392,7 +392,11 @@ def test_a_wrong_sweep_is_told_in_one_line_before_anything_runs(
     [
         ("at_once: 3\n", "at_once: is for a sweep, and there is no sweep"),
         ("servers: {m: 'http://a'}\n", "servers: is for a sweep"),
-        ("at_once: 0\nsweep: {alpha: [1]}\n", "at_once: input should be greater than or equal to 1"),
+        ("at_once: 0\nsweep: {alpha: [1]}\n", "at_once: must be a whole number of at least 1, not 0"),
+        (
+            "servers: {m: 'gpu1:8000'}\nsweep: {alpha: [1]}\n",
+            "servers: m: must start with http:// or https://",
+        ),
         ("swep: {alpha: [1]}\n", "there is no 'swep'; did you mean 'sweep'?"),
         ("servers: {other: 'http://a'}\nsweep: {alpha: [1]}\n", "servers: no cell asks 'other'"),
     ],
@@ -413,3 +417,24 @@ def test_check_only_prints_a_command_line_for_each_cell(tmp_path: Path, capsys: 
         "icm label --testbed builtin --alpha 1",
         "icm label --testbed builtin --alpha 2",
     ]
+
+
+@pytest.mark.parametrize("url", ["", "gpu1:8000"])
+def test_a_sweep_without_a_usable_server_does_not_begin(
+    url: str,
+    data: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("VLLM_BASE_URL", "LLAMA_SERVER_URL", "LLAMA_API_BASE", "USE_VLLM"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ICM_SECRETS", os.devnull)
+    if url:
+        monkeypatch.setenv("VLLM_BASE_URL", url)
+    path = write(tmp_path / "e.yaml", data, "  alpha: [10, 50]\n")
+    assert main([str(path), "--runs_dir", str(tmp_path / "runs")]) == 2
+    told = capsys.readouterr().err
+    assert "error: no model server is configured" in told if not url else "must start with http:// or https://" in told
+    assert "cells" not in told
+    assert not (tmp_path / "runs").exists()

@@ -607,6 +607,15 @@ def test_a_value_that_is_mapped_and_never_there_is_told(tmp_path: Path, caplog: 
     assert warning == f"{path}: --map label: no row has 'noo' there"
 
 
+def test_a_map_that_matches_nothing_is_told_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = written(tmp_path, "d.csv", "question,choice,label\nq,a,1\nr,b,0\ns,b,1\nt,b,\n")
+    load_data_file(path, Reading(values=parse_values(["label=yes:true,no:false"])))
+    [warning] = [record.getMessage() for record in caplog.records]
+    assert warning == (
+        f"{path}: --map label: no row has 'yes' or 'no' there: it changes nothing; the column holds '1', '0'"
+    )
+
+
 @pytest.mark.parametrize(
     ("header", "told"),
     [
