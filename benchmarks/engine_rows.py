@@ -149,9 +149,9 @@ class Measuring:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         self._say(f"{cell.name}: making the shape {folder.name}")
-        log = self._file(cell, ".shape.log").open("wb")
         words = [str(HERE / "make_shape.py"), *_shape_words(cell), str(folder)]
-        process = self._process(words, gpus, log)
+        with self._file(cell, ".shape.log").open("wb") as log:
+            process = self._process(words, gpus, log)
         self._running.append(Running(cell, gpus, process, time.monotonic(), str(folder)))
 
     def _measure(self, cell: Cell, gpus: list[str], folder: str, shape_seconds: float | None = None) -> None:
@@ -327,12 +327,14 @@ def _measure(args: argparse.Namespace, cells: Sequence[Cell], rows: Rows) -> int
     if len(missing) < len(fitting):
         print(f"{len(fitting) - len(missing)} of {len(fitting)} cells were measured before", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, _leave)
+    before = signal.signal(signal.SIGTERM, _leave)
     try:
         Measuring(args, rows).run(missing)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     done = [cell for cell in cells if rows.has(cell, again=True)]
     print(f"{len(done)} of {len(cells)} cells measured: {args.out / 'rows.json'}")
     return 0 if len(done) == len(cells) else 1
