@@ -24,9 +24,10 @@ split, no cascade attention) are needed and stay. Five things are replaced, in e
 
 Compiled code (for CUDA graphs) is cached on disk under a separate name.
 
-Measured with vLLM 0.26.0 on H200s: docs/determinism.md. Sliding windows are not covered, because FlashAttention 3 has
-no exact way to compute them; a server with such a model warns. vLLM 0.32.0 has everything that is replaced here, too; a
-version that lacks any of it is refused.
+Measured with vLLM 0.26.0 on H200s: docs/determinism.md. FlashAttention 3 has no exact way to compute sliding windows; a
+server that computes them with it warns. vLLM's Triton attention has one (triton_attention.py), and compressed keys
+(MLA) have one, too (latent_attention.py); ICM_BATCH_INVARIANT_ATTENTION=0 leaves these as they are as well. vLLM
+0.32.0 has everything that is replaced here, too; a version that lacks any of it is refused.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from typing import Any, Final
 
 import torch
 
+from icm_vllm import latent_attention, triton_attention
 from icm_vllm.batch_invariant import enable_batch_invariant_mode, product, settle_tiles
 from icm_vllm.batch_invariant.collectives import all_reduce
 from icm_vllm.batch_invariant.compiled import TAG
@@ -103,6 +105,8 @@ def install() -> None:
             replaced = ["kernels", "RMS norms"]
             if os.environ.get(ATTENTION) != "0":
                 _replace_attention()
+                triton_attention.replace()
+                latent_attention.replace()
                 replaced.append("attention")
             if os.environ.get(ALL_REDUCE) != "0":
                 _replace_all_reduce()
@@ -264,7 +268,7 @@ def _put_back(variables: Mapping[str, str | None]) -> None:
 def _warn_of_windows() -> None:
     log.warning(
         "this model's attention looks back over a window, for which FlashAttention 3 is not exact: "
-        "scores depend on what is cached (docs/determinism.md)"
+        "scores depend on what is cached; start it with --attention-config.backend TRITON_ATTN (docs/determinism.md)"
     )
 
 

@@ -117,14 +117,17 @@ TABLE: Final[tuple[Feature, ...]] = (
     Feature(OTHER, cpu=None),
     Feature(
         FLASH_WINDOWS,
-        Cell(inexact="FlashAttention 3 has no exact way to compute them, so scores depend on what is cached"),
+        Cell(
+            inexact="FlashAttention 3 has no exact way to compute them, so scores depend on what is cached; start with "
+            "--attention-config.backend TRITON_ATTN"
+        ),
         None,
     ),
-    Feature(TRITON_WINDOWS, cpu=None),
+    Feature(TRITON_WINDOWS, Cell(how="our step of the softmax"), None),
     Feature(OTHER_WINDOWS, cpu=None),
     Feature(CPU_WINDOWS, None, _CPU),
     Feature(SINKS),
-    Feature(MLA),
+    Feature(MLA, Cell(how="all rows over the compressed cache, FLASH_ATTN_MLA")),
     Feature(HYBRID),
     Feature(EXPERTS_16),
     Feature(EXPERTS_FP8),

@@ -96,6 +96,23 @@ def _exact() -> Iterator[Patch]:
         (("vllm.envs:environment_variables",), "compiled models are filed under what they call"),
     ):
         yield Patch(targets, "exact", why, "gpu", required=True)
+    triton, latent = "vllm.v1.attention.ops.triton_unified_attention", "vllm.v1.attention.backends.mla.flashattn_mla"
+    for target, why in (
+        (
+            "vllm.v1.attention.backends.triton_attn:TritonAttentionMetadataBuilder.build",
+            "tiles are chosen by the longest query of a step on some GPUs",
+        ),
+        (f"{triton}:softmax_step", "keys outside a row's window change its bits before 0.33"),
+        (f"{triton}:kernel_unified_attention", "one tile for all rows, where one is asked for"),
+    ):
+        yield Patch((target,), "triton_attention", why, "gpu", required=True)
+    # Not required: without this module vLLM has no such attention, and it cannot be imported without a GPU.
+    for name, why in (
+        ("reorder_batch_threshold", "compressed keys (MLA): all rows over the cache"),
+        ("_build_decode", "its longest query"),
+        ("_schedule_decode", "the same"),
+    ):
+        yield Patch((f"{latent}:FlashAttnMLAMetadataBuilder.{name}",), "latent_attention", why, "gpu")
 
 
 def _cpu_exact() -> Iterator[Patch]:
@@ -172,7 +189,7 @@ def main() -> int:
         other = patch.device not in ("any", here)
         refused = refused or bool(lacks and patch.required and not other)
         state = "has" if not lacks else "REFUSED" if patch.required and not other else "lacks"
-        print(f"  {state:8}{patch.device:4} {patch.by:16}{patch.targets[0]}" + (f"   ({lacks})" if lacks else ""))
+        print(f"  {state:8}{patch.device:4} {patch.by:16} {patch.targets[0]}" + (f"   ({lacks})" if lacks else ""))
     return 1 if refused else 0
 
 

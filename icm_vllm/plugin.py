@@ -30,7 +30,13 @@ FP8: Final = "ICM_BATCH_INVARIANT_FP8"
 CHECK: Final = "ICM_BATCH_INVARIANT_CHECK"
 """Environment variable: "0" starts what is known not to be exact, with a warning (exactness.py)."""
 
-_CHOOSE_KERNELS: Final = ("VLLM_BATCH_INVARIANT", "VLLM_ATTENTION_BACKEND", BATCH_INVARIANT, ATTENTION, ALL_REDUCE, FP8)
+WINDOW_TILE: Final = "ICM_BATCH_INVARIANT_WINDOW_TILE"
+"""Environment variable: the tile of vLLM's Triton attention, which computes windows (triton_attention.py)."""
+
+_CHOOSE_KERNELS: Final = (
+    *("VLLM_BATCH_INVARIANT", "VLLM_ATTENTION_BACKEND"),
+    *(BATCH_INVARIANT, ATTENTION, ALL_REDUCE, FP8, WINDOW_TILE),
+)
 
 
 def register() -> None:

@@ -33,6 +33,7 @@ if str(REPO_ROOT) not in sys.path:  # run as a script, without an installed pack
 
 from core.cpu import KV_CACHE_SPACE, fast_type, kv_cache_gib  # noqa: E402
 from icm_vllm import exactness  # noqa: E402
+from icm_vllm.attention_choice import exact_backend, has_windows, read_config  # noqa: E402
 from icm_vllm.plugin import BATCH_INVARIANT, CHECK  # noqa: E402
 
 PROGRAM: Final = "launch_vllm_server"
@@ -41,6 +42,9 @@ CONFIG: Final = REPO_ROOT / "configs" / "vllm_config.yaml"
 REPEATABLE: Final = ("middleware",)
 """Options that vLLM takes several times: one on the command line is added to ours."""
 HIDDEN: Final = ("gpu", "other")
+BACKEND: Final = "attention-config.backend"
+"""The option by which exact servers name their attention."""
+ALL_BLOCKS: Final = "disable-hybrid-kv-cache-manager"
 FAST_TYPE: Final = "cpu"
 """A section's `dtype` that stands for the type which this machine's CPU computes fast."""
 VLLM_BATCH_INVARIANT: Final = "VLLM_BATCH_INVARIANT"
@@ -226,7 +230,7 @@ def command(
             f"vLLM would not find what makes scores exact: {sys.executable} -m pip install --no-deps {REPO_ROOT}; "
             "or start with --no-deterministic"
         )
-    section = _typed(section, rest, environ)
+    section = _attending(_typed(section, rest, environ), rest, read_config(model))
     options = ["--served-model-name", served, *serve_options(section, rest)]
     if {**section.env, **environ}.get(BATCH_INVARIANT) == "1" and environ.get(CHECK) != "0":
         check_exactness(model, options, "gpu" if VLLM_BATCH_INVARIANT in section.env else "cpu")
@@ -299,6 +303,23 @@ def _typed(section: Section, extra: Sequence[str], environ: Mapping[str, str]) -
             raise LaunchError(f"{KV_CACHE_SPACE}: {gib}: vLLM takes a whole number of GiB")
         env[KV_CACHE_SPACE] = str(kv_cache_gib(dtype, int(gib)))
     return replace(section, env=env, options={**section.options, "dtype": dtype})
+
+
+def _attending(section: Section, extra: Sequence[str], config: Mapping[str, object]) -> Section:
+    """The section with the attention that is exact for the model of this config.json, where it asks for an exact one.
+
+    A model with windows also keeps all blocks of a prompt: vLLM would keep those of the window, and prompts that branch
+    off earlier would find nothing.
+    """
+    options = dict(section.options)
+    if has_windows(config):
+        options.setdefault(ALL_BLOCKS, True)
+    if BACKEND in options:
+        if any(_name(argument) == "attention-backend" for argument in extra):
+            del options[BACKEND]  # vLLM takes one of the two names for it
+        else:
+            options[BACKEND] = exact_backend(config)
+    return replace(section, options=options)
 
 
 def _environment(env: Mapping[str, str]) -> Iterator[tuple[str, str]]:

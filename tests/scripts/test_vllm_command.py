@@ -96,6 +96,40 @@ def test_gpu_servers_are_started_in_vllms_mode_and_ours(size: str) -> None:
     assert "attention-config.backend" not in inexact.options
 
 
+WINDOWS = '{"text_config": {"layer_types": ["full_attention", "sliding_attention"]}}'
+
+
+@pytest.mark.parametrize(
+    ("config", "given", "backend"),
+    [
+        ("{}", [], "FLASH_ATTN"),
+        (WINDOWS, [], "TRITON_ATTN"),
+        ('{"kv_lora_rank": 512}', [], "FLASH_ATTN_MLA"),
+        (WINDOWS, ["--attention-config.backend", "FLEX_ATTENTION"], "FLEX_ATTENTION"),
+        (WINDOWS, ["--attention_config.backend=triton_attn"], "triton_attn"),
+        ("{}", ["--attention-backend", "FLASHINFER"], "FLASHINFER"),
+        (WINDOWS, ["--no-deterministic"], ""),
+    ],
+)
+def test_the_attention_is_the_one_that_is_exact_for_the_model(
+    with_vllm: None, folder: Path, monkeypatch: pytest.MonkeyPatch, config: str, given: list[str], backend: str
+) -> None:
+    monkeypatch.setattr(vllm_command, "plugin_installed", lambda: True)
+    (folder / "config.json").write_text(config)
+    _, argv = command([str(folder), "--port", str(free_port()), *given], {})
+    named = [value for name, value in pairwise([*argv, ""]) if name.endswith("backend")]
+    named += [argument.partition("=")[2] for argument in argv if "backend=" in argument]
+    assert named == [backend] * bool(backend)
+    assert ("--disable-hybrid-kv-cache-manager" in argv) == (config == WINDOWS)
+
+
+def test_all_blocks_of_a_prompt_are_kept_unless_told_otherwise(with_vllm: None, folder: Path) -> None:
+    (folder / "config.json").write_text(WINDOWS)
+    given = [str(folder), "--port", str(free_port()), "--no-deterministic", "--no-disable-hybrid-kv-cache-manager"]
+    _, argv = command(given, {})
+    assert "--disable-hybrid-kv-cache-manager" not in argv
+
+
 def test_the_cpu_server_is_exact_in_our_way_as_vllms_fails_there() -> None:
     section = read_section("local")
     assert "VLLM_BATCH_INVARIANT" not in section.env

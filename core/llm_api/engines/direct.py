@@ -45,6 +45,7 @@ from core.llm_api.types import (
 )
 from core.settings import MissingLabelPolicy, Settings
 from icm_vllm import pool_calls
+from icm_vllm.attention_choice import exact_backend, read_config
 from icm_vllm.plugin import BATCH_INVARIANT, FAST_PREFIXES, config_digest, dtype_of, kernels
 
 if TYPE_CHECKING:
@@ -57,9 +58,6 @@ __all__ = ["DirectEngine", "DirectOptions", "open_engine"]
 
 # A child of vLLM's logger, which shows these lines among its own.
 log = logging.getLogger(f"vllm.{__name__}")
-
-_EXACT_ATTENTION: Final = {"backend": "FLASH_ATTN"}
-"""From configs/vllm_config.yaml, section gpu, which gives the reason."""
 
 
 class DirectEngine:
@@ -302,7 +300,10 @@ class DirectEngine:
         if os.environ.setdefault("VLLM_BATCH_INVARIANT", "1") != "1":
             return {}
         os.environ.setdefault(BATCH_INVARIANT, "1")
-        return {} if "attention_config" in asked else {"attention_config": dict(_EXACT_ATTENTION)}
+        if "attention_config" in asked or "attention_backend" in asked:
+            return {}
+        config = read_config(self._model, self._revision or None)
+        return {"attention_config": {"backend": exact_backend(config)}}  # as the launcher chooses it
 
     def _start(self) -> EngineIdentity:
         identity = self._load()
