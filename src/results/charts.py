@@ -144,7 +144,7 @@ def calibration_chart(run: RunRecord) -> Chart | None:
     Final log-odds are taken less the run's offset, zero-shot log-odds as they are.
     """
     known = [claim for claim in run.claims if claim.gold is not None]
-    final = [(probability(c.odds - run.shift), bool(c.gold)) for c in known if c.odds is not None]
+    final = [(probability(c.odds - run.shift_of(c)), bool(c.gold)) for c in known if c.odds is not None]
     zero_shot = [(probability(c.zero_shot_odds), bool(c.gold)) for c in known if c.zero_shot_odds is not None]
     if not final or run.num_labels > 2:
         return None
@@ -192,7 +192,7 @@ def margin_chart(run: RunRecord) -> Chart | None:
         return None
     by_gold = any(claim.gold is not None for claim in claims)
     basis = "gold" if by_gold else "label"
-    values = [(claim.odds or 0.0) - run.shift for claim in claims]
+    values = [(claim.odds or 0.0) - run.shift_of(claim) for claim in claims]
     reach = max(max(abs(value) for value in values), 0.5)
     bins, step = 2 * BINS, reach / BINS
     counts: dict[int, Counter[int]] = {1: Counter(), 0: Counter()}

@@ -211,7 +211,7 @@ def inversion(run: RunRecord) -> Finding:
             suspicion = Verdict.WATCH
     given = [c for c in run.pool if c.is_known and c.label is not None and c.log_odds is not None]
     if given:
-        right = sum(label_of(c.log_odds, run.offset) == c.label for c in given if c.log_odds is not None)
+        right = sum(label_of(c.log_odds, run.offset_of(c)) == c.label for c in given if c.log_odds is not None)
         sentences.append(f"{right} of {len(given)} known labels are what the model predicts from the others.")
         if wilson_interval(right, len(given))[1] < 0.5:
             suspicion = Verdict.WATCH
@@ -292,10 +292,11 @@ def _contrast(run: RunRecord, labelled: Sequence[LabelledClaim]) -> tuple[str, .
         return ()
     mean = sum(odds) / len(odds)
     spread = sum(abs(value - mean) for value in odds) / len(odds)
-    final = sum(abs((claim.odds or 0.0) - run.shift) for claim in labelled) / len(labelled)
+    final = sum(abs((claim.odds or 0.0) - run.shift_of(claim)) for claim in labelled) / len(labelled)
+    center = "the offset of their batch" if run.offsets else f"{run.shift:+.2f}"
     return (
         f"Log-odds lie {spread:.2f} nat from their mean of {mean:+.2f} without demonstrations, and {final:.2f} nat "
-        f"from {run.shift:+.2f} with all the others shown.",
+        f"from {center} with all the others shown.",
     )
 
 

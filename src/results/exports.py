@@ -50,7 +50,7 @@ def chosen_claims(
 
 
 def plain_rows(run: RunRecord, claims: Iterable[LabelledClaim]) -> Iterator[dict[str, Any]]:
-    """One row a claim, with the columns that `--data` reads; `probability` is P(True) against the pool's offset.
+    """One row a claim, with the columns that `--data` reads; `probability` is P(True) against the offset of its pool.
 
     Other placeholders of a testbed file's template are columns of the same names. Labels other than True and False are
     given by name; `probability` is then that of the label, and log_odds and zero_shot are replaced by one column of
@@ -193,18 +193,19 @@ def _of_claims(run: RunRecord, claims: Sequence[LabelledClaim], pairs: Pairs) ->
             continue
         found = [(better, worse) for better in trues for worse in falses]
         if pairs == "best":
-            found = [max(found, key=lambda pair: _gap(*pair) or 0.0)]
+            found = [max(found, key=lambda pair: _gap(run, *pair) or 0.0)]
         rows += [
-            _pair(run, question, (better.choice, better), (worse.choice, worse), _gap(better, worse))
+            _pair(run, question, (better.choice, better), (worse.choice, worse), _gap(run, better, worse))
             for better, worse in found
         ]
     return PairCount(rows, unpaired, 0)
 
 
-def _gap(better: LabelledClaim, worse: LabelledClaim) -> float | None:
+def _gap(run: RunRecord, better: LabelledClaim, worse: LabelledClaim) -> float | None:
     if better.odds is None or worse.odds is None:
         return None
-    return better.odds - worse.odds
+    apart = 0.0 if better.batch == worse.batch else run.shift_of(better) - run.shift_of(worse)
+    return better.odds - worse.odds - apart
 
 
 def _pair(

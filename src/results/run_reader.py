@@ -19,7 +19,7 @@ from src.icm.consistency import Constraint, Relation
 from src.icm.label_names import Names, names_of, read_label, read_odds
 from src.icm.testbeds import BadInput
 from src.results.rows import ABSTAINED, labelled_row
-from src.results.run_record import KNOWN, LabelledClaim, RunRecord, with_journal_labels
+from src.results.run_record import KNOWN, LabelledClaim, RunRecord, batch_of, with_journal_labels
 from src.results.run_schema import RunDocument, first_complaint, journal_line
 
 BASELINES = "baselines.json"
@@ -133,7 +133,7 @@ def read_run(folder: Path) -> RunRecord:
     if not claims and pool_rows:
         claims = with_journal_labels([_claim(row, names) for row in pool_rows], journal)
     if not claims:
-        claims = [claim for part in parts for claim in part.claims]
+        claims = [replace(claim, batch=batch_of(part.name)) for part in parts for claim in part.claims]
     return RunRecord(
         name=name,
         settings=document.settings,
@@ -242,6 +242,7 @@ def _claim(row: dict[str, Any], names: Names) -> LabelledClaim:
         shown=_shown(row.get("shown")),
         abstained=abstained,
         outside=row.get("outside") is True,
+        batch=batch if isinstance(batch := row.get("batch"), int) else None,
     )
 
 

@@ -6,7 +6,8 @@ Read from files by `src.results.run_reader`; curves, diagnosis, reports, compari
 from __future__ import annotations
 
 import math
-from collections import deque
+import re
+from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -33,7 +34,8 @@ class LabelledClaim:
     unknown. by: "icm" for a label of the search, "vote" for the majority of several, "predicted" for a claim of the
     pool that the search did not take in, "known" for a label that was given and kept, else what gave the label. row:
     index in the data file. shown: what else its testbed's template shows, by placeholder. abstained: whether the label
-    is not to be handed over (see doubt). outside: whether it is a known label of a claim outside the pool.
+    is not to be handed over (see doubt). outside: whether it is a known label of a claim outside the pool. batch: the
+    number of the batch that it was labelled in; None where there are none.
     """
 
     row: int
@@ -49,6 +51,7 @@ class LabelledClaim:
     shown: tuple[tuple[str, str], ...] = ()
     abstained: bool = False
     outside: bool = False
+    batch: int | None = None
 
     @property
     def fields(self) -> dict[str, str]:
@@ -150,7 +153,8 @@ class RunRecord:
 
     @cached_property
     def offset(self) -> LogOdds:
-        """The offset of the final log-odds, nats: 0 unless calibrated."""
+        """The offset of the final log-odds, nats: 0 unless calibrated. Of several batches each has its own (offset_of);
+        this is that of all claims together."""
         if self.settings.get("calibrate") != "mean":
             return no_offset(self.num_labels)
         if self.parts and self.settings.get("prior") == "auto":  # each has its own estimate, or the mean
@@ -159,9 +163,29 @@ class RunRecord:
         known = [claim.log_odds for claim in shown if claim.log_odds is not None]
         return calibration_offset(known, "mean", self.prior, self.num_labels)
 
+    @cached_property
+    def offsets(self) -> dict[int, LogOdds]:
+        """The offset of each batch by its number, nats; of several passes the mean, as a claim has the mean of their
+        log-odds. Empty where there are no batches, or no calibration."""
+        found: dict[int, list[LogOdds]] = defaultdict(list)
+        for part in self.parts if self.settings.get("calibrate") == "mean" else ():
+            batch = batch_of(part.name)
+            if batch is not None and any(claim.log_odds is not None for claim in part.pool):
+                found[batch].append(part.offset)
+        return {batch: _mean(of_passes) for batch, of_passes in sorted(found.items())}
+
+    def offset_of(self, claim: LabelledClaim) -> LogOdds:
+        """The offset of a claim's final log-odds, nats: that of its batch, where there are several."""
+        return self.offset if claim.batch is None else self.offsets.get(claim.batch, self.offset)
+
+    def shift_of(self, claim: LabelledClaim) -> float:
+        """`offset_of` where there are two labels, 0 where there are more."""
+        offset = self.offset_of(claim)
+        return 0.0 if isinstance(offset, tuple) else offset
+
     def margins(self, claim: LabelledClaim) -> tuple[float, ...] | None:
         """The margin of each label of a claim, nats; None where its log-odds are not known."""
-        return None if claim.log_odds is None else margins_of(claim.log_odds, self.offset)
+        return None if claim.log_odds is None else margins_of(claim.log_odds, self.offset_of(claim))
 
     def sureness(self, claim: LabelledClaim) -> float | None:
         """The margin of a claim's likeliest label, nats; None where its log-odds are not known."""
@@ -190,6 +214,8 @@ class RunRecord:
     @property
     def offset_in_words(self) -> str:
         """`offset` in words."""
+        if self.parts:
+            return "the mean of its batch" if self.prior is None else "the offset of its batch"
         return "the pool's mean" if self.prior is None else f"what {100 * self.prior:g}% of the pool's log-odds exceed"
 
     @property
@@ -225,6 +251,18 @@ class RunRecord:
     @property
     def testbed(self) -> str:
         return str(self.settings.get("testbed") or "unknown testbed")
+
+
+def batch_of(part: str) -> int | None:
+    """The number of a part's batch by its name, such as RUN/batch-003-pass-1; None where the name says none."""
+    found = re.search(r"(?:^|/)batch-(\d+)(?:-pass-\d+)?$", part)
+    return None if found is None else int(found[1])
+
+
+def _mean(values: Sequence[LogOdds]) -> LogOdds:
+    if isinstance(values[0], tuple):
+        return tuple(fmean(each) for each in zip(*values, strict=True))
+    return values[0] if len(values) == 1 else fmean(values)  # type: ignore[arg-type]
 
 
 def labels_over_time(journal: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[int, int]]:

@@ -216,6 +216,8 @@ def _margin_note(run: RunRecord) -> str:
         first = run.names[0]
         order = f"Log-odds in nats, each label's against {first}, in the order {', '.join(run.names[1:])}; "
         return order + "the margin is log P of the likeliest label less that of all others together."
+    if run.parts and run.shift:
+        return f"Log-odds in nats; the margin is their distance from {run.offset_in_words}."
     against = f", {run.offset_in_words}" if run.shift else ""
     return f"Log-odds in nats; the margin is their distance from {run.shift:.2f}{against}."
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +21,10 @@ from src.results.exports import (
     spreadsheet_cell,
     training_rows,
 )
+from src.results.provenance import provenance_of
+from src.results.run_reader import read_run
 from src.results.run_record import LabelledClaim, RunRecord
+from tests.run_examples import write_run
 
 
 def claim(row: int, label: bool | None, log_odds: float | None = None, **more: Any) -> LabelledClaim:
@@ -43,6 +50,48 @@ def test_a_margin_is_the_distance_from_what_decides_the_label() -> None:
     assert [found.row for found in kept] == [0, 1]
     [row, *_] = plain_rows(run(*claims, calibrate="mean"), kept)
     assert row["probability"] == pytest.approx(1 / (1 + 2.718281828459045 ** -(6.0 - 5.0666667)), abs=1e-6)
+
+
+def batches(folder: Path, *, passes: int = 1, finished: bool = True) -> Path:
+    """A run of two batches, whose log-odds lie around +5 and -5, each labelled by sign against its own mean."""
+    parts, rows = [], []
+    for batch, middle in enumerate((5.0, -5.0)):
+        odds = [middle + each for each in (2.0, -1.0, 1.0, -2.0)]
+        labels = [value > middle for value in odds]
+        for number in range(passes):
+            parts.append(f"batch-{batch:03d}" + (f"-pass-{number}" if passes > 1 else ""))
+            write_run(folder / parts[-1], labels=labels, log_odds=odds, settings={"calibrate": "mean"})
+        lines = (folder / parts[-1] / "labels.jsonl").read_text().splitlines()
+        rows += [json.loads(line) | {"batch": batch} for line in lines]
+    settings = {"testbed": "claims.jsonl", "calibrate": "mean", "num_batches": 2}
+    (folder / "run.json").write_text(json.dumps({"format": 2, "kind": "parts", "settings": settings, "parts": parts}))
+    if finished:
+        (folder / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.mark.parametrize(("passes", "finished"), [(1, True), (1, False), (3, True)])
+def test_probabilities_of_batches_are_against_the_offset_of_each(passes: int, finished: bool, tmp_path: Path) -> None:
+    whole = read_run(batches(tmp_path / "a", passes=passes, finished=finished))
+    each = [1 / (1 + math.exp(-value)) for value in (2.0, -1.0, 1.0, -2.0)]
+    found = [row["probability"] for row in plain_rows(whole, whole.claims)]
+    assert found == pytest.approx([*each, *each])
+    assert [claim.label for claim in whole.claims] == [value > 0.5 for value in found]
+    assert [row["probability"] for row in training_rows(whole, whole.claims)] == pytest.approx(
+        [max(value, 1 - value) for value in [*each, *each]]
+    )
+    assert len(chosen_claims(whole, least=1.5)) == 4
+    assert provenance_of(whole, whole.claims)["offsets"] == {"batch-000": 5.0, "batch-001": -5.0}
+    if passes == 1:
+        alone = [row["probability"] for part in whole.parts for row in plain_rows(part, part.claims)]
+        assert found == alone
+
+
+def test_the_margin_of_a_pair_of_two_batches_is_of_what_each_is_against(tmp_path: Path) -> None:
+    whole = read_run(batches(tmp_path / "a"))
+    claims = [replace(claim, question="the same") for claim in whole.claims]
+    pairs = preference_pairs(replace(whole, claims=tuple(claims)), claims, "all").pairs
+    assert {pair["margin"] for pair in pairs} == {2.0, 3.0, 4.0}
 
 
 def test_with_a_known_share_a_margin_is_the_distance_from_what_decides_the_label_too() -> None:
