@@ -9,7 +9,7 @@ from typing import Any
 
 from icm.event_loop import finished, resumable
 from icm.result import Result, load
-from icm.settings import Asked, parsed, quietly
+from icm.settings import Asked, Written, parsed, quietly
 from src.experiments import ICM
 from src.experiments.request import RunRequest
 
@@ -37,7 +37,8 @@ def label(
     testbed: name of a built-in one, path of a testbed file, or its keys as a dict (docs/testbeds.md).
     template, labels: the keys `template` and `labels` of a testbed, by themselves.
     base_url: the vLLM server, or several; by default VLLM_BASE_URL and the other settings of docs/servers.md.
-    runs_dir: where the run's folder and the cached answers are kept, by default `runs` in the current folder.
+    runs_dir: where the run's folder and the cached answers are kept, by default `runs` in the current folder; the
+        commands' default is `runs` in the project's folder (--runs_dir).
     run: the name of the run's folder; by default made from the settings.
     quiet: no progress bar.
     settings: any other flag of `icm label` under its name: alpha=50, calibrate="mean", search="ascent",
@@ -72,11 +73,12 @@ async def alabel(
 
 async def _labelled(asked: Asked, settings: Mapping[str, Any]) -> Result:
     parser = ICM.build_parser()
-    flags, rows = parsed(asked, parser, settings)
-    with resumable():
-        folder = await ICM.label(quietly(RunRequest.of(flags, parser.contradiction), asked))
+    with Written() as written:
+        found = parsed(asked, parser, settings, written)
+        with resumable():
+            folder = await ICM.label(quietly(RunRequest.of(found.flags, parser.contradiction), asked))
     assert folder is not None  # neither --check nor --is_complete was asked for
-    return load(folder.path, rows)
+    return load(folder.path, found.rows)
 
 
 def _warned(result: Result) -> Result:

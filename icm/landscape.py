@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from icm.event_loop import finished, resumable
-from icm.settings import Asked, parsed, quietly
+from icm.settings import Asked, Written, parsed, quietly
 from src.experiments import landscape as command
 from src.experiments.landscape import LandscapeRequest
 from src.icm.label_names import written_label
@@ -108,8 +108,8 @@ async def alandscape(
 
 async def _surveyed(asked: Asked, settings: Mapping[str, Any]) -> LandscapeResult:
     parser = command.build_parser()
-    flags, _ = parsed(asked, parser, settings)
-    request = LandscapeRequest.of(flags, parser.contradiction)
-    with resumable():
-        folder, found = await command.survey_pool(replace(request, run=quietly(request.run, asked)))
+    with Written() as written:
+        request = LandscapeRequest.of(parsed(asked, parser, settings, written).flags, parser.contradiction)
+        with resumable():
+            folder, found = await command.survey_pool(replace(request, run=quietly(request.run, asked)))
     return LandscapeResult(folder.path, found)

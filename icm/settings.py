@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from numbers import Number
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Final
 
 import yaml
@@ -42,16 +44,61 @@ class Asked:
     base_url: str | Sequence[str] | None
 
 
+@dataclass(frozen=True)
+class Parsed:
+    """The parsed flags of a command, and the claims, where they were given as a program has them."""
+
+    flags: argparse.Namespace
+    rows: Given | None
+
+
+class Written:
+    """The files that a call made of its arguments: in errors they have the arguments' names.
+
+    Used as a context manager: BadInput that is raised in it names no such file.
+    """
+
+    def __init__(self) -> None:
+        self._files: dict[Path, str] = {}
+
+    def add(self, path: Path, argument: str) -> Path:
+        """The file of an argument; returns it."""
+        self._files[path] = argument
+        return path
+
+    def named(self, message: str) -> str:
+        """The message with arguments in place of files, and rows (from 0) in place of their lines."""
+        for path, argument in self._files.items():
+
+            def row(line: re.Match[str], argument: str = argument) -> str:
+                return f"{argument}, row {int(line[1]) - 1}: "
+
+            message = re.sub(rf"--(?:data|known|testbed) {re.escape(str(path))}(?!:)", argument, message)
+            message = re.sub(rf"{re.escape(str(path))}:\d+: (?=row \d)", f"{argument}: ", message)
+            message = re.sub(rf"{re.escape(str(path))}:(\d+): ", row, message)
+            message = message.replace(str(path), argument).replace(path.name, argument)
+        return message
+
+    def __enter__(self) -> Written:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, BadInput):
+            error.args = (self.named(str(error)),)
+
+
 def names(parser: Parser) -> tuple[str, ...]:
     """The flags of a command that a function takes as keywords."""
     return tuple(action.dest for action in parser._actions if action.dest not in ELSEWHERE)
 
 
-def parsed(asked: Asked, parser: Parser, settings: Mapping[str, Any]) -> tuple[argparse.Namespace, Given | None]:
-    """The parsed flags of a command, and the claims, where they were given as a program has them.
+def parsed(asked: Asked, parser: Parser, settings: Mapping[str, Any], written: Written) -> Parsed:
+    """A call's settings as the flags of a command.
 
-    parser: the command's. settings: its flags by name. Raises TypeError for a keyword that there is not, or of a wrong
-    type, and BadInput as the command line does.
+    parser: the command's. settings: its flags by name. written: gets the files that are made. Raises TypeError for a
+    keyword that there is not, or of a wrong type, and BadInput as the command line does.
     """
     parser.raises = True
     _check_names(settings, parser)
@@ -64,22 +111,24 @@ def parsed(asked: Asked, parser: Parser, settings: Mapping[str, Any]) -> tuple[a
         wanted["data"] = asked.claims
     elif asked.claims is not None:
         rows = given(asked.claims)
-        wanted["data"] = rows.write(folder)
+        wanted["data"] = written.add(rows.write(folder), "claims")
     if not isinstance(wanted.get("known"), str | Path | None):
         labels = known(wanted.pop("known"), rows)
         if labels is not None:
-            wanted["known"] = labels.write(folder, "known")
+            wanted["known"] = written.add(labels.write(folder, "known"), "known")
     if template is None and testbed is None and rows is not None and rows.texts:
         template = OF_A_TEXT
     if template is not None or asked.labels is not None or isinstance(testbed, Mapping):
         keys = _testbed(testbed, template, asked.labels)
         keys |= {theirs: wanted.pop(ours) for ours, theirs in OF_A_TESTBED.items() if ours in wanted}
-        testbed = _write_testbed(keys, folder)
+        argument = "labels" if asked.template is None else "template"
+        argument = "testbed" if isinstance(asked.testbed, Mapping) else argument
+        testbed = written.add(_write_testbed(keys, folder), argument)
     if testbed is not None:
         wanted["testbed"] = testbed
     if "label_rest" in names(parser) and "num_batches" not in wanted and "passes" not in wanted:
         wanted.setdefault("label_rest", True)
-    return _parsed(parser, wanted), rows
+    return Parsed(_parsed(parser, wanted), rows)
 
 
 def quietly(request: RunRequest, asked: Asked) -> RunRequest:

@@ -153,7 +153,12 @@ async def run_comparison(request: ComparisonRequest, beside: Beside | None = Non
     settings = _settings(request, test)
     rows = _rows(request, knows=not {"known", "gold_seeds"}.isdisjoint(settings))
     runs_dir = run.output.runs_dir
-    same = as_begun(run, settings, lambda known: TableFolder(runs_dir / run_name(run, known, "baselines")).read_table())
+
+    def begun(known: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        path = runs_dir / run_name(run, known, "baselines") if beside is None else beside.folder
+        return TableFolder(path).read_table()
+
+    same = as_begun(run, settings, begun)
     if same is not run:
         return await run_comparison(replace(request, run=same), beside)
     folder = TableFolder(runs_dir / run_name(run, settings, "baselines") if beside is None else beside.folder)
@@ -239,7 +244,7 @@ async def _one_seed(
     labelling, estimate = await with_prior(labelling, estimates.get(str(seed)), quiet=request.run.output.quiet)
     if estimate is not None:
         estimates[str(seed)] = estimate.record()
-    options = Options(request.rounds, request.bootstrap_from, request.restarts)
+    options = Options(request.rounds, request.bootstrap_from, request.restarts, request.run.bootstrap_from_halves)
     search, chat = partial(_search, of_seed, api, folder, pool, beside), _chat_model(request, document)
     for row in rows:
         if folder.read_row(row, seed) is not None:
@@ -388,11 +393,17 @@ def _settings(request: ComparisonRequest, test: Sequence[Claim] | None) -> dict[
         "bootstrap_from": request.bootstrap_from,
         # Only where it differs, so that older tables can go on.
         **({} if request.restarts == Options().restarts else {"restarts": request.restarts}),
+        **({"bootstrap_share": "prior"} if _follows_prior(request.run) else {}),
         "test_data": None if request.test_data is None else request.test_data.name,
         "test_sha256": None if request.test_data is None else digest_of(request.test_data),
         "test_size": None if test is None else len(test),
         "chat_model": request.chat_model,
     }
+
+
+def _follows_prior(run: RunRequest) -> bool:
+    """Whether bootstrapping starts with the share of True that --prior says."""
+    return run.search.start_share == "prior" and not run.bootstrap_from_halves
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields, replace
 from itertools import combinations
 from typing import Any
@@ -95,16 +95,18 @@ def as_begun(
 ) -> RunRequest:
     """The request; as an earlier version took the same flags where it began this run: with --group_by none, before rows
     with the same question became one group, with --start_share half, before random labels followed --prior, in a new
-    order of the demonstrations, before those of the run that it goes on from were kept, or with --search annealing,
-    while that was the search where none is named.
+    order of the demonstrations, before those of the run that it goes on from were kept, with --search annealing, while
+    that was the search where none is named, or with bootstrapping from halves, before it followed --prior.
 
     read: the run.json of the run with given settings, which name its folder; None where there is none.
     """
 
-    def begun(as_then: Mapping[str, Any]) -> bool:
+    def begun(as_then: Mapping[str, Any], changed: Collection[str] = ()) -> bool:
         known = read(as_then)
         if known is None or known.get("settings") != as_then:
             return False
+        if list(changed) == ["bootstrap_share"]:  # in which no version had a choice
+            return True
         # Without a name to go on under, what a version with these flags began is another run, which was asked for so.
         return as_then == settings or request.output.run is not None or "start_share" not in (known.get("flags") or {})
 
@@ -122,6 +124,12 @@ def as_begun(
             "this run was begun with half of its random labels True, and goes on so (--start_share half); in a new "
             "one, they follow --prior",
         )
+    if "bootstrap_share" in settings:
+        earlier["bootstrap_share"] = (
+            lambda now: replace(now, bootstrap_from_halves=True),
+            "this table was begun with half of the labels that bootstrapping starts with True, and goes on so; in a "
+            "new one, they follow --prior",
+        )
     if "continued" in settings and not request.continue_as_before:
         earlier["continued"] = (
             lambda now: replace(now, continue_as_before=True),
@@ -135,7 +143,7 @@ def as_begun(
         )
     for count in range(1, len(earlier) + 1):
         for changed in combinations(earlier, count):
-            if begun({name: value for name, value in settings.items() if name not in changed}):
+            if begun({name: value for name, value in settings.items() if name not in changed}, changed):
                 for name in changed:
                     change, told = earlier[name]
                     request = change(request)

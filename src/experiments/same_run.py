@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 
 OF_TESTBED_FILE = ("testbed_sha256", "labels", "label_texts")
 """Settings that come from a testbed file, not from a flag."""
+OF_OTHERS = ("bootstrap_share",)
+"""Settings that follow from others."""
 OF_CONTENT = ("data_sha256", "continue_from", "continued", "known")
 """Settings that are digests of other files."""
 
@@ -56,7 +58,7 @@ def check_same_run(
     if renamed:
         changed = [name for name in changed if name != "model"]
     if changed:
-        flags = [name for name in changed if name not in (*OF_TESTBED_FILE, *OF_CONTENT)]
+        flags = [name for name in changed if name not in (*OF_TESTBED_FILE, *OF_CONTENT, *OF_OTHERS)]
         differences = [_other_value(name, _value(known, name), _value(settings, name)) for name in flags]
         if any(name in OF_TESTBED_FILE for name in changed):
             file = known.get("testbed")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 
 from fakes.vllm_server import FakeVLLM, encode, hashed_log_odds
@@ -246,6 +248,33 @@ async def test_other_restarts_are_another_table_and_tables_from_before_there_wer
     code, _, err = await table("--seeds", "1", "--rows", "bootstrap-best", "--restarts", "2")
     assert code == 2
     assert "--restarts 8, now 2" in err
+
+
+@pytest.mark.parametrize("named", [True, False])
+async def test_bootstrapping_follows_the_prior_but_in_tables_that_began_from_halves(table: Table, named: bool) -> None:
+    """What an earlier version left is the same table without a setting."""
+    flags = ("--prior", "0.75", "--rows", "bootstrap", "--rounds", "1")
+    if not named:
+        table.arguments = table.arguments[:-2]  # --run t
+    code, _, err = await table("--seeds", "1", *flags)
+    assert code == 0, err
+    [folder] = table.runs.glob("*/baselines.json")
+    document = json.loads(folder.read_text())
+    assert document["settings"].pop("bootstrap_share") == "prior"
+    folder.write_text(json.dumps(document))
+    if not named:
+        digest = hashlib.sha256(orjson.dumps(document["settings"], option=orjson.OPT_SORT_KEYS)).hexdigest()[:8]
+        folder.parent.rename(folder.parent.with_name(folder.parent.name[:-8] + digest))
+    code, _, err = await table("--seeds", "2", *flags)
+    assert code == 0, err
+    assert "begun with half of the labels that bootstrapping starts with True, and goes on so" in err
+    [folder] = table.runs.glob("*/baselines.json")
+    document = json.loads(folder.read_text())
+    assert document["seeds"] == [1, 2]
+    assert "bootstrap_share" not in document["settings"]
+    code, _, err = await table("--seeds", "2", *flags[2:])
+    assert (code, "started with --prior 0.75, now without" in err) == ((2, True) if named else (0, False))
+    assert "bootstrap_share" not in err
 
 
 async def test_claims_without_gold_cannot_be_compared(table: Table, tmp_path: Path) -> None:

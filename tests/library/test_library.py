@@ -7,6 +7,7 @@ import datetime
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -166,6 +167,33 @@ def test_bad_rows_are_named_and_can_be_left_out(server: FakeVLLM) -> None:
     assert [row["question"] for row in result] == [row["question"] for row in rows]
 
 
+@pytest.mark.parametrize(
+    ("claims", "keywords", "said"),
+    [
+        ([*CLAIMS[:6], {"question": "What?", "choice": None}], {}, "claims: row 6 has nothing in choice"),
+        ([CLAIMS[0] | {"label": "maybe"}, CLAIMS[1]], {}, "claims: row 0 has the label 'maybe'"),
+        ([{"text": "a"}, {"text": "b"}], {}, "claims: "),
+        (CLAIMS, {"columns": {"choice": "answr"}}, "claims: --columns choice=answr: there is no column 'answr'"),
+        (CLAIMS, {"testbed": "builtin"}, "--testbed builtin and claims contradict each other"),
+        (CLAIMS, {"known": {99: True}}, "known, row 0: names row 99, and claims has no claim of that row"),
+        (CLAIMS, {"known": [{"row": 1, "label": "x"}]}, "known, row 0: has the label 'x'"),
+        (CLAIMS, {"known": {0: True}, "gold_seeds": 2}, "--gold_seeds 2 and known contradict each other"),
+        (CLAIMS, {"template": "{chioce}"}, "template: "),
+        (CLAIMS, {"labels": ["yes", "yes"]}, "labels: "),
+        (CLAIMS, {"testbed": {"template": "{choice}:", "groops": 1}}, "testbed: there is no key 'groops'"),
+    ],
+)
+def test_errors_name_the_argument_and_no_file_that_was_made_of_it(
+    claims: Any, keywords: dict[str, Any], said: str, server: FakeVLLM
+) -> None:
+    for function in (icm.label, icm.landscape):
+        settings = {"model": "fake-8b", "quiet": True, "batch_size": 16} | keywords
+        with pytest.raises(icm.BadInput) as refused:
+            function(claims, **settings)
+        assert str(refused.value).startswith(said)
+        assert not re.search(r"\.jsonl|\.yaml|/data", str(refused.value))
+
+
 def test_values_that_no_file_holds_are_given_back(server: FakeVLLM) -> None:
     there = object()
     day = datetime.date(2026, 11, 27)
@@ -209,7 +237,7 @@ def test_pandas_and_polars(server: FakeVLLM) -> None:
         ({"calibrate": "men"}, icm.BadInput, "invalid choice: 'men'"),
         ({"prior": 0.3}, icm.BadInput, "--prior 0.3 and --calibrate none contradict each other"),
         ({"alpha": -1.0}, icm.BadInput, "--alpha -1 must be above 0"),
-        ({"testbed": "builtin"}, icm.BadInput, "--testbed builtin and --data .* contradict each other"),
+        ({"testbed": "builtin"}, icm.BadInput, "--testbed builtin and claims contradict each other"),
         ({"testbed": "builtin", "template": "{choice}"}, icm.BadInput, "has a template and labels of its own"),
         ({"template": "{chioce}"}, icm.BadInput, "shows neither"),
         ({"columns": {"choice": "answr"}}, icm.BadInput, "no column 'answr'"),

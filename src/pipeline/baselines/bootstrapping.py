@@ -19,7 +19,7 @@ async def run(trial: Trial) -> RowResult:
     """The first round shows random labels, or those of zero-shot answers (calibrated where the objective is).
     bootstrap-consistent: as bootstrap with consistent=True."""
     spending = trial.spending()
-    start = trial.random_labels() if trial.options.start == "random" else await _zero_shot_labels(trial)
+    start = trial.random_start() if trial.options.start == "random" else await _zero_shot_labels(trial)
     pool = await bootstrap(trial, start, consistent=trial.row == "bootstrap-consistent")
     cost = spending.cost()
     return trial.result(pool, await trial.held_out_after(trial.in_order(pool.labels)), cost)

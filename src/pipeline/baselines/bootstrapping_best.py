@@ -21,7 +21,7 @@ async def run(trial: Trial) -> RowResult:
     spending = trial.spending()
     found = []
     for restart in range(trial.options.restarts):
-        pool = await bootstrap(trial, trial.random_labels(restart), consistent=True)
+        pool = await bootstrap(trial, trial.random_start(restart), consistent=True)
         evaluation = await trial.evaluate(trial.in_order(pool.labels))
         found.append((evaluation.utility, pool))
     _, best = max(found, key=lambda each: each[0])

@@ -27,11 +27,13 @@ from src.pipeline.predictions import Prediction, predict
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """rounds: of bootstrapping. start: the labels that its first round shows. restarts: of bootstrap-best."""
+    """rounds: of bootstrapping. start: the labels that its first round shows. restarts: of bootstrap-best. halves:
+    whether random labels to start with are halves even where a share of True is known, as in earlier versions."""
 
     rounds: int = 4
     start: BootstrapStart = "random"
     restarts: int = 8
+    halves: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,15 +106,21 @@ class Trial:
         """The whole pool as demonstrations, in the order that all rows share."""
         return self.problem.new_layout(self.pool_claims)
 
-    def random_labels(self, restart: int = 0) -> Labels:
-        """Equally many of each label, shuffled by the pool's seed and `restart`; then the known ones in their place."""
+    def random_labels(self, restart: int = 0, share: float | None = None) -> Labels:
+        """Equally many of each label, or that share of True, shuffled by the pool's seed and `restart`; then the known
+        ones in their place."""
         rng = generator(self.problem.settings.seed, Stream.SEEDS, 2 + restart)
         size, num_labels = len(self.pool_claims), self.problem.num_labels
         if num_labels == 2:
-            even = np.array([position < size // 2 for position in range(size)])
+            trues = size // 2 if share is None else round(size * share)
+            even = np.array([position < trues for position in range(size)])
         else:
             even = np.arange(size) % num_labels
         return self.problem.with_known(tuple(rng.permutation(even).tolist()))
+
+    def random_start(self, restart: int = 0) -> Labels:
+        """random_labels to start bootstrapping with: with --prior that share of them True, as in a search."""
+        return self.random_labels(restart, None if self.options.halves else self.problem.prior_of_starts)
 
     def in_order(self, labels: Mapping[int, int]) -> Labels:
         """Labels of the whole pool, by position, the known ones as they are known."""

@@ -11,6 +11,7 @@ import pytest
 from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.llm import ModelAPI
 from fakes.vllm_server import FakeVLLM, hashed_log_odds
+from src.icm.consistency import Labels
 from src.icm.objective import Objective
 from src.icm.problem import SearchSettings
 from src.pipeline.baselines import run_baseline
@@ -18,6 +19,7 @@ from src.pipeline.baselines.bootstrapping import bootstrap
 from src.pipeline.baselines.trial import Options, Trial
 from src.pipeline.datafiles import load_testbed
 from src.pipeline.labelling import Labelling, prepare_batches
+from src.pipeline.predictions import Prediction
 
 SIZE, ROUNDS, RESTARTS = 12, 2, 6
 
@@ -74,3 +76,29 @@ async def test_one_start_gives_the_labels_of_bootstrap_consistent(trial: Trial) 
     plain = await run_baseline(replace(trial, row="bootstrap-consistent", options=Options(rounds=ROUNDS)))
     assert (one.pool, one.test, one.utility) == (plain.pool, plain.test, plain.utility)
     assert one.cost.asked == plain.cost.asked + SIZE
+
+
+async def test_with_a_known_share_bootstrapping_starts_from_it(trial: Trial) -> None:
+    problem = trial.labelling.pool.problem
+    known = replace(
+        problem,
+        objective=replace(problem.objective, prior=0.75),
+        settings=replace(problem.settings, start_share="prior"),
+    )
+    skewed = replace(trial, labelling=replace(trial.labelling, pool=replace(trial.labelling.pool, problem=known)))
+    starts = [skewed.random_start(restart) for restart in range(RESTARTS)]
+    assert all(sum(labels) == 9 for labels in starts)
+    assert len(set(starts)) == RESTARTS
+    before = replace(skewed, options=replace(trial.options, halves=True))
+    assert before.random_start(2) == trial.random_start(2) == trial.random_labels(2)
+    assert sum(skewed.random_labels()) == SIZE // 2, "the row of random labels has halves"
+    seen: list[Labels] = []
+
+    class Seen(Trial):
+        async def leave_one_out(self, labels: Labels) -> Prediction:
+            seen.append(labels)
+            return await super().leave_one_out(labels)
+
+    for row in ("bootstrap", "bootstrap-consistent", "bootstrap-best"):
+        await run_baseline(Seen(row, skewed.labelling, Options(rounds=1, restarts=1)))
+    assert seen == [starts[0]] * 3
