@@ -15,6 +15,7 @@ from src.results.run_record import RunRecord
 
 RUN_FILES: Final = (
     *("run.json", "log.jsonl", "labels.jsonl", "claims.jsonl", "layout.json", "prompt.txt", "answers.csv"),
+    *("gone.jsonl", "known.jsonl"),
 )
 """What a run's folder holds that no command may write over."""
 

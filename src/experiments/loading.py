@@ -12,7 +12,7 @@ from typing import Any
 
 from src.experiments.request import DataRequest, RunRequest
 from src.icm.testbeds import BadInput, Claim, Testbed
-from src.pipeline.continuing import read_continued
+from src.pipeline.continuing import Continued, read_continued
 from src.pipeline.datafiles import load_data_file, load_testbed, load_testbed_file
 from src.pipeline.known import KnownLabels, known_labels, merged
 from src.pipeline.labelling import Pool, prepare_batches
@@ -83,6 +83,9 @@ def pools_of(request: RunRequest, count: int | None, held_out: Collection[int] =
     if continued is not None and continued.known:
         kept = {claims[at].row: label for at in continued.known if (label := continued.labels[at]) is not None}
         known = merged(KnownLabels(kept, (f"the known ones of {continued.run}",)), known)
+    outside = None
+    if continued is not None and not request.continue_without_outside:
+        outside = _known_outside(continued, claims, known)
     if request.seeds_by_default and (known is not None or request.data.gold_seeds):
         search = replace(search, num_seed=0)
     pools = prepare_batches(
@@ -96,9 +99,17 @@ def pools_of(request: RunRequest, count: int | None, held_out: Collection[int] =
         settings=search,
         continued=continued,
         known=known,
+        known_outside=outside,
         seeds_of_gold=request.data.gold_seeds,
     )
     return [replace(pool, bad_rows=tuple(bad)) for pool in pools]
+
+
+def _known_outside(continued: Continued, claims: Sequence[Claim], known: KnownLabels | None) -> KnownLabels | None:
+    """The known labels of claims outside the other run's pool that nothing here names anew; None: there are none."""
+    named = {} if known is None else known.labels
+    kept = {claims[at].row: label for at, label in continued.known_outside.items() if claims[at].row not in named}
+    return KnownLabels(kept, (f"the known ones of {continued.run}",)) if kept else None
 
 
 @functools.cache

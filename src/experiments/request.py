@@ -115,8 +115,9 @@ class OutputRequest:
 class RunRequest:
     """Everything that a run is asked for.
 
-    continue_as_before: as versions did that kept no layout at the end (see as_begun). bootstrap_from_halves: as in
-    tables of versions in which the random labels of their bootstrapping did not follow --prior.
+    continue_as_before: as versions did that kept no layout at the end (see as_begun). continue_without_outside: as
+    versions did that did not take over known labels of claims outside the other run's pool. bootstrap_from_halves: as
+    in tables of versions in which the random labels of their bootstrapping did not follow --prior.
     doubt: which labels are not handed over; no part of what decides them. search_by_default: whether no search was
     named (searches.default_search). lookahead: proposals whose questions are asked early; None is auto. check,
     is_complete: see the flags.
@@ -136,6 +137,7 @@ class RunRequest:
     label_rest: bool = False
     continue_from: str | None = None
     continue_as_before: bool = False
+    continue_without_outside: bool = False
     bootstrap_from_halves: bool = False
     lookahead: int | None = None
     check: bool = False

@@ -53,6 +53,7 @@ def settings_of(request: RunRequest, pool: Pool) -> dict[str, Any]:
         **_settings_of_reading(data.reading(), pool),
         **({} if pool.continued is None else {"continue_from": pool.continued.digest}),
         **({} if pool.known_digest is None else {"known": pool.known_digest}),
+        **({} if pool.known_outside_digest is None else {"known_outside": pool.known_outside_digest}),
         **({"gold_seeds": data.gold_seeds} if data.gold_seeds else {}),
         **_settings_of_end(pool),
         **decisive,
@@ -96,7 +97,8 @@ def as_begun(
     """The request; as an earlier version took the same flags where it began this run: with --group_by none, before rows
     with the same question became one group, with --start_share half, before random labels followed --prior, in a new
     order of the demonstrations, before those of the run that it goes on from were kept, with --search annealing, while
-    that was the search where none is named, or with bootstrapping from halves, before it followed --prior.
+    that was the search where none is named, with bootstrapping from halves, before it followed --prior, or without
+    known labels of claims outside the other run's pool, before they were taken over.
 
     read: the run.json of the run with given settings, which name its folder; None where there is none.
     """
@@ -105,7 +107,7 @@ def as_begun(
         known = read(as_then)
         if known is None or known.get("settings") != as_then:
             return False
-        if list(changed) == ["bootstrap_share"]:  # in which no version had a choice
+        if {"bootstrap_share", "known_outside"} >= set(changed):  # in which no version had a choice
             return True
         # Without a name to go on under, what a version with these flags began is another run, which was asked for so.
         return as_then == settings or request.output.run is not None or "start_share" not in (known.get("flags") or {})
@@ -123,6 +125,12 @@ def as_begun(
             lambda now: replace(now, search=replace(now.search, start_share="half")),
             "this run was begun with half of its random labels True, and goes on so (--start_share half); in a new "
             "one, they follow --prior",
+        )
+    if "known_outside" in settings:
+        earlier["known_outside"] = (
+            lambda now: replace(now, continue_without_outside=True),
+            "this run was begun without known labels of claims outside the pool of the run that it goes on from, and "
+            "goes on so; a new one keeps them",
         )
     if "bootstrap_share" in settings:
         earlier["bootstrap_share"] = (

@@ -23,7 +23,7 @@ OF_TESTBED_FILE = ("testbed_sha256", "labels", "label_texts")
 """Settings that come from a testbed file, not from a flag."""
 OF_OTHERS = ("bootstrap_share",)
 """Settings that follow from others."""
-OF_CONTENT = ("data_sha256", "continue_from", "continued", "known")
+OF_CONTENT = ("data_sha256", "continue_from", "continued", "known", "known_outside")
 """Settings that are digests of other files."""
 
 
@@ -68,6 +68,8 @@ def check_same_run(
         if "known" in changed:
             differences = [each for each in differences if not each.startswith("--num_seed ")]
             differences.insert(0, _other_known(known.get("known"), settings.get("known")))
+        elif "known_outside" in changed:
+            differences.insert(0, "other known labels of claims outside the pool of the run that it goes on from")
         advice = "Use the same flags, or another --run"
         if continues and {"known"} <= set(changed) <= {"known", "num_seed"} and settings.get("known") is not None:
             advice = f"To go on from its labels: --continue_from {folder.path.name} --run NEW"

@@ -32,7 +32,7 @@ from src.pipeline.progress import Progress, SearchProgress
 from src.pipeline.search import OnRecord
 from src.results.messages import calibration_in_words, changes_objective, collapse_warning, random_warning
 from src.results.plots import plot_curves
-from src.results.rows import pool_rows
+from src.results.rows import known_rows, pool_rows
 from src.results.run_folder import RunFolder, environment, now
 from src.results.run_reader import read_run
 from src.results.text import counted
@@ -299,6 +299,8 @@ async def _begun(
             folder.write_gone(gone_rows(pool.continued))
     if pool.known is not None:
         known["known_labels"] = {"labels": problem.num_known, "from": list(pool.known.sources)}
+        if pool.known_elsewhere:
+            folder.write_known(known_rows(pool.known_elsewhere, pool.known.labels, pool.names))
     folder.write_claims(pool_rows(pool.claims, problem.consistency, pool.names, problem.known))
     folder.write_run(known)
     return known

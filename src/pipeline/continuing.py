@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,7 +26,7 @@ from src.icm.objective import LogOdds
 from src.icm.problem import Problem, SearchSettings
 from src.icm.searches.seam import Found
 from src.icm.testbeds import BadInput, Claim, Testbed, split_pools
-from src.results.run_reader import read_run
+from src.results.run_reader import read_known_outside, read_run
 from src.results.run_record import LabelledClaim, RunRecord, final_scores
 from src.results.text import counted
 
@@ -79,9 +79,10 @@ class Continued:
     digest: of that pool's texts, groups and labels. labels: by position in the file's claims, in that pool's order;
     None for a claim that its search gave no label. names: of the labels. gone: claims of that pool that are not in the
     file. regrouped: how many are in another group now. known: the claims (by position) whose labels that run was given;
-    they stay known. end: where its search ended, None where that is not known (it is not finished, or of a version that
-    did not keep it). as_before: whether the pool is drawn as by versions without an end, with new claims of a group
-    among its others.
+    they stay known. known_outside: known labels of claims outside its pool, by position. known_gone: how many of those
+    are of claims that are not in the file. end: where its search ended, None where that is not known (it is not
+    finished, or of a version that did not keep it). as_before: whether the pool is drawn as by versions without an end,
+    with new claims of a group among its others.
     """
 
     run: str
@@ -94,6 +95,8 @@ class Continued:
     known: frozenset[int] = frozenset()
     end: End | None = None
     as_before: bool = False
+    known_outside: Mapping[int, int] = field(default_factory=dict)
+    known_gone: int = 0
 
     def carried(self, pool: Sequence[int], groups: Sequence[str], settings: SearchSettings) -> Carried | None:
         """The end of its search in the positions of a pool of the file's claims at `pool`, in groups `groups`; None
@@ -180,6 +183,10 @@ class Continued:
             lines.append(
                 f"{counted(len(self.gone), 'claim')} of {self.run} not in {file}, removed or edited: {named}{more}"
             )
+        if self.known_gone:
+            lines.append(
+                f"{counted(self.known_gone, 'known label')} of {self.run} not kept: of claims that are not in {file}"
+            )
         if self.regrouped:
             lines.append(
                 f"{counted(self.regrouped, 'claim')} of {self.run} in another group (consistency_id) in {file}"
@@ -218,6 +225,8 @@ def read_continued(name: str, runs_dir: Path, testbed: Testbed, claims: Sequence
     if all(label is None for label in labels.values()):
         raise BadInput(f"--continue_from {name}: none of the claims that it labelled is in {path}")
     content = [[text, claim.group, claim.label] for text, claim in zip(texts, known, strict=True)]
+    outside = read_known_outside(folder, run)
+    elsewhere = _matched(outside, [testbed.text(claim.fields) for claim in outside], claims, found.values())
     return Continued(
         end=_end_of(folder, run, tuple(found)),
         run=run.name,
@@ -230,6 +239,8 @@ def read_continued(name: str, runs_dir: Path, testbed: Testbed, claims: Sequence
         known=frozenset(
             at for before, at in found.items() if known[before].is_known and known[before].label is not None
         ),
+        known_outside={at: label for before, at in elsewhere.items() if (label := outside[before].label) is not None},
+        known_gone=len(outside) - len(elsewhere),
     )
 
 
@@ -309,11 +320,13 @@ def _check(run: RunRecord, testbed: Testbed, path: Path) -> None:
         )
 
 
-def _matched(known: Sequence[LabelledClaim], texts: Sequence[str], claims: Sequence[Claim]) -> dict[int, int]:
+def _matched(
+    known: Sequence[LabelledClaim], texts: Sequence[str], claims: Sequence[Claim], others: Collection[int] = ()
+) -> dict[int, int]:
     """Position in the file's claims by position in the run's pool. Of equal texts those of one group belong together,
-    the others in their order."""
+    the others in their order. others: positions in the file that are taken already."""
     found: dict[int, int] = {}
-    taken: set[int] = set()
+    taken = set(others)
     for by_group in (True, False):
         free: dict[tuple[str, str], deque[int]] = defaultdict(deque)
         for at, claim in enumerate(claims):
@@ -323,7 +336,7 @@ def _matched(known: Sequence[LabelledClaim], texts: Sequence[str], claims: Seque
             places = free.get((text, known[before].group if by_group else ""))
             if before not in found and places:
                 found[before] = places.popleft()
-        taken = set(found.values())
+        taken = {*others, *found.values()}
     return dict(sorted(found.items()))
 
 

@@ -46,7 +46,9 @@ class Pool:
 
     rest: other claims of the file, labelled after the search. left_out: how many more are not labelled at all.
     bad_rows: why each unusable row of the file is left out. continued: the run whose labels it starts with. known: the
-    labels that are kept, of this pool's claims and of others; the problem has those of the pool. known_digest: of them.
+    labels that are kept, of this pool's claims and of others; the problem has those of the pool. known_digest: of
+    them, but for those that are taken over from claims outside the other run's pool, whose digest is
+    known_outside_digest. known_elsewhere: the claims outside this pool whose label is known.
     """
 
     testbed: Testbed
@@ -59,6 +61,8 @@ class Pool:
     continued: Continued | None = None
     known: KnownLabels | None = None
     known_digest: str | None = None
+    known_outside_digest: str | None = None
+    known_elsewhere: tuple[Claim, ...] = ()
 
     def known_outside(self, at: int) -> Label:
         """The known label of a claim outside the pool, by its place among all; None where it has none."""
@@ -97,14 +101,16 @@ def prepare_batches(
     settings: SearchSettings,
     continued: Continued | None = None,
     known: KnownLabels | None = None,
+    known_outside: KnownLabels | None = None,
     seeds_of_gold: int = 0,
 ) -> list[Pool]:
     """`count` pools (None: as many as hold all claims) of whole groups, and their constraints, from `settings.seed`.
 
     Pools have at most batch_size claims and share none; `rest` of each are the claims that are in no pool. continued:
-    one pool, which begins with the claims that the other run labelled. known: labels that are kept. seeds_of_gold: how
-    many gold labels of each pool are kept, drawn by the seed. Raises BadInput where a constraint or the prior cannot be
-    of the testbed's labels, and where known labels contradict each other.
+    one pool, which begins with the claims that the other run labelled. known: labels that are kept. known_outside: more
+    of them, of claims outside the other run's pool. seeds_of_gold: how many gold labels of each pool are kept, drawn by
+    the seed. Raises BadInput where a constraint or the prior cannot be of the testbed's labels, and where known labels
+    contradict each other.
     """
     names = testbed.space.names
     if (objective.prior is not None or objective.estimate_prior) and len(names) > 2:
@@ -129,10 +135,10 @@ def prepare_batches(
             raise BadInput(f"{path}: {complaint}")
         groups = tuple(claim.group for claim in batch)
         carried = None if continued is None else continued.carried(places, groups, settings)
-        kept = known
+        kept = merged(known_outside, known)
         if seeds_of_gold:
             of_gold = generator(settings.seed, Stream.KNOWN, number)
-            kept = merged(known, gold_seeds(batch, constraints, seeds_of_gold, of_gold))
+            kept = merged(kept, gold_seeds(batch, constraints, seeds_of_gold, of_gold))
         labels = None if kept is None else kept.of(batch)
         if labels is not None:
             check_known(labels, batch, constraints, names)
@@ -146,7 +152,11 @@ def prepare_batches(
             carried=carried,
         )
         pool = Pool(testbed, tuple(batch), rest, problem, digest, continued=continued)
-        pools.append(replace(pool, known=kept, known_digest=known_digest))
+        inside = {claim.row for claim in batch}
+        elsewhere = () if kept is None else (c for c in claims if c.row in kept.labels and c.row not in inside)
+        pool = replace(pool, known=kept, known_digest=known_digest, known_elsewhere=tuple(elsewhere))
+        outside_digest = None if known_outside is None else known_outside.digest(claims)
+        pools.append(replace(pool, known_outside_digest=outside_digest))
     return pools
 
 

@@ -65,6 +65,11 @@ def pool_rows(
     return rows
 
 
+def known_rows(claims: Sequence[Claim], labels: Mapping[int, int], names: Names) -> list[dict[str, Any]]:
+    """The lines of known.jsonl: known labels of claims outside the pool. labels: by row."""
+    return [claim_row(claim) | {"label": written_label(labels[claim.row], names), "by": "known"} for claim in claims]
+
+
 def abstained_row(row: Mapping[str, Any]) -> dict[str, Any]:
     """The line of labels.jsonl of a claim without a label."""
     whole = labelled_row(row)

@@ -1,6 +1,6 @@
 """runs/NAME/: run.json (what the run is), claims.jsonl (its pool), prompt.txt (one of its prompts), log.jsonl (the
 journal), labels.jsonl and curves.png (the result), layout.json (the order of the demonstrations at the end), gone.jsonl
-(claims of the run that it goes on from which are no longer in the data).
+(claims of the run that it goes on from which are no longer in the data), known.jsonl (known labels of other claims).
 
 Only complete lines of the journal count: a line torn by a kill is cut off before the run goes on.
 """
@@ -45,6 +45,7 @@ class RunFolder:
         self.log_path, self.labels_path = path / "log.jsonl", path / "labels.jsonl"
         self.prompt_path, self.curves_path = path / "prompt.txt", path / "curves.png"
         self.layout_path, self.gone_path = path / "layout.json", path / "gone.jsonl"
+        self.known_path = path / "known.jsonl"
         self._lock_path = path / ".lock"
         self._lock: IO[bytes] | None = None
         self._log: FileIO | None = None
@@ -167,6 +168,10 @@ class RunFolder:
     def write_gone(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write the claims that are no longer in the data."""
         write_atomically(self.gone_path, b"".join(orjson.dumps(row) + b"\n" for row in rows))
+
+    def write_known(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write the known labels of claims outside the pool, for a run that goes on from this one."""
+        write_atomically(self.known_path, b"".join(orjson.dumps(row) + b"\n" for row in rows))
 
     def write_prompt(self, text: str) -> None:
         """Write one whole prompt as the model is asked it."""

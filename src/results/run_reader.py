@@ -155,6 +155,18 @@ def read_run(folder: Path) -> RunRecord:
     )
 
 
+def read_known_outside(folder: Path, run: RunRecord) -> list[LabelledClaim]:
+    """The claims outside the pool of the run in `folder` whose label was known. Runs of earlier versions kept those
+    that they labelled after the search. Raises BadInput where a line is damaged."""
+    path = folder / "known.jsonl"
+    if not _is_file(path):
+        return [claim for claim in run.claims if claim.is_known and not claim.in_pool]
+    rows, damaged = _json_lines(path)
+    if damaged:
+        raise BadInput(f"{path}: {damaged} lines are damaged")
+    return [replace(_claim(row, run.names), outside=True) for row in rows]
+
+
 def read_all(folders: Sequence[Path]) -> tuple[list[BaselineTable], list[RunRecord]]:
     """Every table and run of `folders`, in the order given."""
     tables, runs = [], []

@@ -17,6 +17,7 @@ import pytest
 
 from fakes.vllm_server import FakeVLLM, encode, hashed_log_odds
 from src.icm.objective import wilson_interval
+from tests.experiments.program import Program
 
 YES = encode(" yes")[0]
 
@@ -43,32 +44,17 @@ def write_claims(path: Path, numbers: range) -> Path:
     return path
 
 
-class Table:
+class Table(Program):
     """`icm baselines` in a process of its own."""
 
     def __init__(self, url: str, data: Path, runs: Path) -> None:
         self.runs = runs
-        self.arguments = [
+        arguments = [
             *(sys.executable, "-m", "src.experiments.commands", "baselines", "--data", str(data)),
             *("--model", "fake-8b", "--runs_dir", str(runs), "--quiet", "--num_seed", "4", "--batch_size", "12"),
             *("--calibrate", "mean", "--run", "t"),
         ]
-        self.environment = {**os.environ, "VLLM_BASE_URL": url, "ICM_SECRETS": os.devnull, "PYTHONPATH": os.getcwd()}
-
-    async def start(self, *more: str) -> asyncio.subprocess.Process:
-        return await asyncio.create_subprocess_exec(
-            *self.arguments,
-            *more,
-            env=self.environment,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-        )
-
-    async def __call__(self, *more: str) -> tuple[int, str, str]:
-        process = await self.start(*more)
-        out, err = await process.communicate()
-        assert process.returncode is not None
-        return process.returncode, out.decode(), err.decode()
+        super().__init__(arguments, url, PYTHONPATH=os.getcwd())
 
     @property
     def document(self) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import shlex
 import shutil
 import signal
@@ -22,6 +21,7 @@ from aiohttp import web
 
 from fakes.vllm_server import BOS, FALSE, TRUE, FakeVLLM, Fault
 from tests.core.fake_endpoint import FakeEndpoint
+from tests.experiments.program import Program
 
 SCRIPT = Path(__file__).resolve().parents[2] / "src" / "experiments" / "ICM.py"
 
@@ -51,33 +51,16 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
-class Command:
+class Command(Program):
     """ICM.py in a process of its own, against one server and one folder of runs."""
 
     def __init__(self, url: str, data: Path, runs: Path) -> None:
         self.runs = runs
-        self.arguments = [
+        arguments = [
             *(sys.executable, str(SCRIPT), "--data", str(data), "--model", "fake-8b", "--runs_dir", str(runs)),
             *("--quiet", "--num_seed", "4", "--batch_size", "16", "--max_tail", "4"),
         ]
-        self.environment = {**os.environ, "VLLM_BASE_URL": url, "ICM_SECRETS": os.devnull}
-
-    async def start(self, *more: str) -> asyncio.subprocess.Process:
-        return await asyncio.create_subprocess_exec(
-            *self.arguments,
-            *more,
-            env=self.environment,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            # Ignored where the tests run in the background, and a child would inherit that.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-
-    async def __call__(self, *more: str) -> tuple[int, str, str]:
-        process = await self.start(*more)
-        out, err = await process.communicate()
-        assert process.returncode is not None
-        return process.returncode, out.decode(), err.decode()
+        super().__init__(arguments, url)
 
     def labels(self, run: str) -> bytes:
         return (self.runs / run / "labels.jsonl").read_bytes()

@@ -18,7 +18,7 @@ from src.experiments import compare, diagnose, export, report, watch
 from src.experiments.ICM import build_parser
 from src.experiments.loading import pool_of
 from src.experiments.request import RunRequest
-from src.experiments.run_settings import settings_of
+from src.experiments.run_settings import as_begun, settings_of
 from src.icm.testbeds import BadInput
 from src.results.run_reader import read_run
 
@@ -272,3 +272,61 @@ def test_gold_seeds_and_labels_that_are_known_already_are_refused(tmp_path: Path
         "--gold_seeds 2 and known labels (the column checked of claims.jsonl) contradict each other: gold labels take "
         "the place of labels that are given"
     )
+
+
+@pytest.mark.parametrize("rest", [True, False])
+async def test_known_labels_outside_the_pool_go_on_with_the_run(icm: Icm, tmp_path: Path, rest: bool) -> None:
+    """Through a run that labels nothing outside its pool, too."""
+    known = {row: row // 2 % 2 == 1 for row in range(0, 256, 8)}
+    file = tmp_path / "known.csv"
+    file.write_text("row,label\n" + "".join(f"{row},{int(label)}\n" for row, label in known.items()))
+    await icm.label("a", "--search", "ascent", "--known", str(file), *(["--label_rest"] if rest else []))
+    inside = {row["row"] for row in icm.rows("a") if row["by"] == "known" and not row.get("outside")}
+    assert 0 < len(inside) < len(known)
+    on = ("--search", "ascent", "--batch_size", "24", "--continue_from")
+    _, err = await icm.label("b", *on, "a")
+    assert "from the known ones of a, kept; " in err
+    settings = icm.document("b")["settings"]
+    assert settings["known"] != settings["known_outside"]
+    _, err = await icm.label("c", "--search", "ascent", "--batch_size", "48", "--continue_from", "b", "--label_rest")
+    given = {row["row"]: row["label"] for row in icm.rows("c") if row["by"] == "known"}
+    assert given == known
+    new = {row["row"] for row in icm.rows("c") if row["by"] == "known" and not row.get("outside")} - inside
+    assert new, "no known claim came into the pool"
+    _, err = await icm.label("d", *on, "a", "--known", str(file))
+    assert "known_outside" not in icm.document("d")["settings"], "what is named anew is no other run than before"
+
+
+async def test_known_labels_of_a_version_without_a_file_of_them_and_a_run_that_it_began(
+    icm: Icm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "known.csv"
+    file.write_text("row,label\n" + "".join(f"{row},{row // 2 % 2}\n" for row in range(0, 256, 8)))
+    await icm.label("a", "--search", "ascent", "--known", str(file), "--label_rest")
+    (icm.runs / "a" / "known.jsonl").unlink()
+    line = [
+        "--testbed",
+        "builtin",
+        "--search",
+        "ascent",
+        "--batch_size",
+        "16",
+        "--model",
+        "fake",
+        "--calibrate",
+        "mean",
+    ]
+    line += ["--seed", "3", "--runs_dir", str(icm.runs), "--run", "b", "--continue_from", "a"]
+    request = RunRequest.of(build_parser().parse_args(line))
+    pool = pool_of(request)
+    settings = settings_of(request, pool)
+    assert pool.known is not None
+    assert sorted(pool.known.labels) == list(range(0, 256, 8))
+    before = {name: value for name, value in settings.items() if name != "known_outside"}
+    same = as_begun(request, settings, lambda known: {"settings": before, "flags": {"start_share": None}})
+    assert same.continue_without_outside
+    assert settings_of(same, pool_of(same)) == before
+    assert as_begun(request, settings, lambda known: {"settings": settings}) is request
+    (icm.runs / "a" / "known.jsonl").write_text("torn\n")
+    with pytest.raises(BadInput, match=r"known\.jsonl: 1 lines are damaged"):
+        pool_of(request)

@@ -23,34 +23,20 @@ from src.experiments.sweep import planned, run_sweep, stages
 from src.experiments.sweep_cells import Sweep, sweep_of
 from src.experiments.sweep_estimate import dry_run
 from src.icm.testbeds import BadInput
+from tests.experiments.program import Program
 from tests.experiments.test_icm_cli import data, server, signed_by_words  # noqa: F401 - fixtures
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLES = ("table.txt", "table.csv", "table.json")
 
 
-class Run:
+class Run(Program):
     """`icm run FILE` in a process of its own."""
 
     def __init__(self, url: str, file: Path, runs: Path) -> None:
         self.file, self.runs = file, runs
-        self.environment = {**os.environ, "VLLM_BASE_URL": url, "ICM_SECRETS": os.devnull, "PYTHONPATH": str(ROOT)}
-
-    async def start(self, *more: str) -> asyncio.subprocess.Process:
-        return await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "src.experiments.commands", "run", str(self.file), "--runs_dir", str(self.runs)),
-            *more,
-            env=self.environment,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-
-    async def __call__(self, *more: str) -> tuple[int, str, str]:
-        process = await self.start(*more)
-        out, err = await process.communicate()
-        assert process.returncode is not None
-        return process.returncode, out.decode(), err.decode()
+        command = (sys.executable, "-m", "src.experiments.commands", "run", str(file), "--runs_dir", str(runs))
+        super().__init__(command, url, PYTHONPATH=str(ROOT))
 
     async def inside(self, *more: str, dry: bool = False) -> tuple[int, str, str]:
         """The same in this process, which is faster: what `icm run` does once the file is read."""
