@@ -62,6 +62,11 @@ test: setup-local $(STAMPS)/tokenizers $(STAMPS)/tracking $(NOTEBOOK) ## Run eve
 test-fast: setup ## Run the tests that need no vLLM
 	@$(PY) -m pytest -m "not gpu and not real_server" $(ARGS)
 
+.PHONY: test-oldest
+test-oldest: setup-local ## Run the plugin's tests with the oldest vLLM that is supported, in a fresh environment (ARGS="-k pools")
+	@$(PY) scripts/versions.py oldest --run -- -m pytest tests/icm_vllm -m "not gpu" \
+	  --ignore tests/icm_vllm/test_batch_invariant.py $(ARGS)
+
 .PHONY: chaos
 chaos: setup ## Break runs in every way that we know (docs/robustness.md; an hour and more)
 	@$(PY) -m tests.faults.campaign --runs 1000 --kills 200 --seed 1 --jobs 2 $(ARGS)

