@@ -249,12 +249,12 @@ def measure_norms(_: argparse.Namespace, record: Record) -> None:
 
 PRODUCTS: Final = (
     (6144, 4096, "Llama-3.1-8B qkv"),
+    (10240, 2560, "in no table"),
     (4096, 14336, "Llama-3.1-8B down"),
-    (28672, 4096, "Llama-3.1-8B gate and up"),
     (12288, 2048, "Qwen3-1.7B gate and up"),
     (2048, 6144, "Qwen3-1.7B down"),
+    (28672, 4096, "Llama-3.1-8B gate and up"),
     (128256, 4096, "Llama-3.1-8B vocabulary"),
-    (10240, 2560, "in no table"),
 )
 """(columns of the result, inner dimension, what it is): most are in 0.33's table of tiles for Hopper."""
 
@@ -714,7 +714,7 @@ class Runner:
 
     def __init__(self, options: argparse.Namespace, logs: Path, program: Sequence[str] = ()) -> None:
         self.options, self.logs = options, logs
-        self._program = list(program) or [sys.executable, str(Path(__file__).resolve())]
+        self._program = list(program) or [sys.executable, "-P", str(Path(__file__).resolve())]
         self.stopped = threading.Event()
         self._end = time.monotonic() + options.seconds
         self._gpus: queue.Queue[str | None] = queue.Queue()
@@ -971,6 +971,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.table:
         print(tables(records), end="")
         return 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as `timeout` ends it: the parts must end, too
     new, interrupted = [], False
     with tempfile.TemporaryDirectory() as temporary:
         logs = options.logs or Path(temporary)

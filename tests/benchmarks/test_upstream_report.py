@@ -279,7 +279,10 @@ def test_parts_share_the_gpus_that_are_named(
     assert len(json.loads(path.read_text())["records"]) == 1
 
 
-def test_ctrl_c_stops_the_part_and_says_what_is_left(program: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_part_and_says_what_is_left(
+    ending: signal.Signals, program: list[str], tmp_path: Path
+) -> None:
     starter = tmp_path / "starter.py"
     starter.write_text(
         f"import sys\nsys.path.insert(0, {str(REPO_ROOT)!r})\n"
@@ -294,7 +297,7 @@ def test_ctrl_c_stops_the_part_and_says_what_is_left(program: list[str], tmp_pat
     assert process.stderr is not None
     while "one" not in process.stderr.readline():
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(ending)
     _, told = process.communicate(timeout=30)
     assert process.returncode == 130
     assert told.splitlines()[-1] == "stopped; for the rest: --parts norms products"
