@@ -20,7 +20,10 @@ split, no cascade attention) are needed and stay. Five things are replaced, in e
   not seen to work in one.
 - On Hopper the products of fp8 models (Cutlass), which vLLM's mode computes with one tile for any number of rows, by
   icm_vllm/batch_invariant/scaled.py, which chooses among tiles (faster). ICM_BATCH_INVARIANT_FP8=0 leaves them as they
-  are, and so do tiles that should differ. Scales of blocks (DeepSeek's format) stay vLLM's.
+  are, and so do tiles that should differ.
+
+What only some models compute with is in experts.py (mixtures of experts), quantized.py (weights other than those) and
+adapters.py (LoRA), for the features that exactness.py finds.
 
 Compiled code (for CUDA graphs) is cached on disk under a separate name.
 
@@ -44,7 +47,7 @@ from typing import Any, Final
 
 import torch
 
-from icm_vllm import latent_attention, triton_attention
+from icm_vllm import adapters, exactness, experts, latent_attention, quantized, triton_attention
 from icm_vllm.batch_invariant import enable_batch_invariant_mode, product, settle_tiles
 from icm_vllm.batch_invariant.collectives import all_reduce
 from icm_vllm.batch_invariant.compiled import TAG
@@ -115,6 +118,7 @@ def install() -> None:
             if os.environ.get(FP8) != "0":
                 _replace_scaled_products()
                 replaced.append("fp8 products")
+            replaced += _for_this_model()
             _name_what_is_compiled()
         except (ImportError, AttributeError) as error:
             raise RuntimeError(f"this vLLM cannot be made exact, it lacks what is replaced: {error}") from error
@@ -124,6 +128,15 @@ def install() -> None:
     source.enable_batch_invariant_mode = enable  # type: ignore[attr-defined]
     if source._batch_invariant_MODE:
         enable()
+
+
+def _for_this_model() -> list[str]:
+    """Replace what only some models compute with; what that is, in words."""
+    config = importlib.import_module("vllm.config").get_current_vllm_config_or_none()
+    if config is None or config.model_config is None:
+        return []
+    features = exactness.features(config.model_config.hf_config.to_dict(), exactness.server_of(config, "gpu"))
+    return [name for part in (experts, quantized, adapters) for name in part.install(features)]
 
 
 def _device() -> torch.device:

@@ -128,6 +128,49 @@ def _cpu_exact() -> Iterator[Patch]:
         yield Patch((target,), "cpu_exact", why, "cpu", required=True)
 
 
+def _of_some_models() -> Iterator[Patch]:
+    """Needed by models and servers that use them alone."""
+    moe = "vllm.model_executor.layers.fused_moe"
+    linear = "vllm.model_executor.kernels.linear"
+    quantization = "vllm.model_executor.layers.quantization"
+    lora = "vllm.lora.ops.triton_ops"
+    for target, by, why in (
+        (f"{moe}.fused_moe:get_default_config", "experts", "experts: one configuration with larger tiles"),
+        (
+            f"{moe}.router.gate_linear:GateLinear.__init__",
+            "experts",
+            "gates of experts have other kernels for few tokens",
+        ),
+        (
+            "vllm._custom_ops:dsv3_fused_a_gemm",
+            "experts",
+            "a projection of DeepSeek's has another kernel for few tokens",
+        ),
+        (f"{moe}.oracle.mxfp4:backend_to_kernel_cls", "experts", "experts of mxfp4 are computed in 16 bits"),
+        (
+            f"{quantization}.mxfp4:GptOssMxfp4MoEMethod.process_weights_after_loading",
+            "experts",
+            "experts of mxfp4 become 16 bits when they are loaded",
+        ),
+        (f"{linear}:_POSSIBLE_FP8_BLOCK_KERNELS", "quantized", "fp8 with scales of blocks: Triton"),
+        (
+            f"{quantization}.utils.fp8_utils:get_w8a8_block_fp8_configs",
+            "quantized",
+            "its configurations, by the number of rows",
+        ),
+        (
+            f"{linear}.mixed_precision.MPLinearKernel:MPLinearKernel.__init__",
+            "quantized",
+            "weights in integers become 16 bits when they are loaded",
+        ),
+        ("vllm._custom_ops:awq_dequantize", "quantized", "AWQ in bfloat16, too"),
+        (f"{lora}.utils:get_lora_op_configs", "adapters", "LoRA: one configuration for any number of tokens"),
+        (f"{lora}.lora_shrink_op:get_lora_op_configs", "adapters", "the same, as it is imported there"),
+        (f"{lora}.lora_expand_op:get_lora_op_configs", "adapters", "the same"),
+    ):
+        yield Patch((target,), by, why, "gpu")
+
+
 PATCHES: Final = (
     Patch(
         ("vllm.v1.engine.core:get_request_block_hasher",),
@@ -173,6 +216,7 @@ PATCHES: Final = (
     ),
     *_cpu_exact(),
     *_exact(),
+    *_of_some_models(),
 )
 
 

@@ -27,6 +27,9 @@ ALL_REDUCE: Final = "ICM_BATCH_INVARIANT_ALL_REDUCE"
 FP8: Final = "ICM_BATCH_INVARIANT_FP8"
 """Environment variables: "0" keeps vLLM's attention, its sums over GPUs, or its products of fp8 models (exact.py)."""
 
+EXPERTS: Final = "ICM_BATCH_INVARIANT_EXPERTS"
+"""Environment variable: "0" keeps vLLM's tiles for mixtures of experts (experts.py)."""
+
 CHECK: Final = "ICM_BATCH_INVARIANT_CHECK"
 """Environment variable: "0" starts what is known not to be exact, with a warning (exactness.py)."""
 
@@ -35,7 +38,7 @@ WINDOW_TILE: Final = "ICM_BATCH_INVARIANT_WINDOW_TILE"
 
 _CHOOSE_KERNELS: Final = (
     *("VLLM_BATCH_INVARIANT", "VLLM_ATTENTION_BACKEND"),
-    *(BATCH_INVARIANT, ATTENTION, ALL_REDUCE, FP8, WINDOW_TILE),
+    *(BATCH_INVARIANT, ATTENTION, ALL_REDUCE, FP8, WINDOW_TILE, EXPERTS),
 )
 
 

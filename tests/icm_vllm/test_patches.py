@@ -29,6 +29,10 @@ READ_ONLY = {
     "vllm.model_executor.layers.vocab_parallel_embedding",
     "vllm._custom_ops",
     "vllm.v1.engine.core",
+    "vllm.config",
+    "vllm.model_executor.layers.fused_moe.config",
+    "vllm.model_executor.layers.fused_moe.experts.triton_moe",
+    "vllm.model_executor.layers.quantization.awq_triton",
 }
 
 
