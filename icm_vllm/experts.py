@@ -133,7 +133,9 @@ def _experts_in_16_bits() -> None:
 
     @functools.wraps(own)
     def classes(backend: Any) -> Any:
-        # Of vLLM's own, emulation is the one that keeps the weights as they are in the file.
+        if backend.name == "HUMMING":
+            return []  # said to be batch-invariant, but vLLM would choose it whether it is installed or not
+        # Emulation keeps the weights as they are in the file.
         return [_experts_class()] if backend.name == "EMULATION" else own(backend)
 
     @functools.wraps(own_process)

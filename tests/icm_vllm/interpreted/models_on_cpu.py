@@ -163,6 +163,7 @@ def test_experts_of_mxfp4_are_computed_as_those_of_16_bits(vllm: Any) -> None:
     for _ in range(2):
         assert experts.install([exactness.EXPERTS_MXFP4])[-1] == "experts of mxfp4 in 16 bits"
     assert oracle.backend_to_kernel_cls(SimpleNamespace(name="MARLIN")) == ["MARLIN"]
+    assert oracle.backend_to_kernel_cls(SimpleNamespace(name="HUMMING")) == []
     (ours,) = oracle.backend_to_kernel_cls(SimpleNamespace(name="EMULATION"))
     assert issubclass(ours, TritonExperts)
     assert ours._supports_quant_scheme("mxfp4", None)
