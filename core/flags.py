@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 ALIKE: Final = 0.6
 """How much of a mistyped flag must be right, from 0 to 1."""
@@ -31,6 +31,10 @@ class FlagParser(argparse.ArgumentParser):
     """As argparse's. also: flags that another parser of the same command line takes, which can be meant as well."""
 
     also: Sequence[str] = ()
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the program with one line and exit code 2."""
+        self.exit(2, f"error: {message} (see --help)\n")
 
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None

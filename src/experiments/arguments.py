@@ -324,7 +324,7 @@ class Parser(FlagParser):
     def error(self, message: str) -> NoReturn:
         if self.raises:
             raise BadInput(message)
-        self.exit(2, f"error: {message} (see --help)\n")
+        super().error(message)
 
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: None = None

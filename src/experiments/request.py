@@ -51,10 +51,11 @@ class DataRequest:
         flags = {"columns": self.columns, "map": self.map, "group_by": self.group_by}
         given = [f"--{name}" for name, value in flags.items() if value is not None]
         file = testbed_path(self.testbed)
+        told = f"{' and '.join(given)} {'say' if len(given) > 1 else 'says'} how a --data file is read"
         if file is not None and given:
-            raise BadInput(f"{' and '.join(given)} say how a --data file is read; here {file} does")
+            raise BadInput(f"{told}; here {file} does")
         if self.data is None and given:
-            raise BadInput(f"{' and '.join(given)} say how a --data file is read; a testbed's files are known")
+            raise BadInput(f"{told}; a testbed's files are known")
         return Reading(
             columns={} if self.columns is None else parse_columns(self.columns),
             values=parse_values(self.map or ()),

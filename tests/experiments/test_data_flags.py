@@ -194,7 +194,7 @@ async def test_flags_of_a_file_are_refused_for_a_testbed(on: Start, flags: list[
     icm.arguments[at : at + 2] = ["--testbed", "builtin"]
     code, _, err = await icm(*flags)
     assert code == 2
-    assert f"{flags[0]} say how a --data file is read; a testbed's files are known" in err
+    assert f"{flags[0]} says how a --data file is read; a testbed's files are known" in err
 
 
 async def test_one_claim_is_refused(on: Start, server: FakeVLLM) -> None:

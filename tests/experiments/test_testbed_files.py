@@ -142,7 +142,7 @@ async def test_data_replaces_the_data_of_a_testbed_file_and_of_no_other(icm: Com
 async def test_how_a_testbed_s_data_is_read_is_said_in_its_file(icm: Command, flags: list[str]) -> None:
     code, _, err = await icm(*flags)
     assert code == 2
-    assert re.search(rf"{flags[0]} say how a --data file is read; here .*yes-no.yaml does", err)
+    assert re.search(rf"{flags[0]} says how a --data file is read; here .*yes-no.yaml does", err)
 
 
 def shared(words: dict[str, list[str]]) -> Callable[[Sequence[int]], dict[int, float]]:
