@@ -1,6 +1,7 @@
 """Whether the attention of a row depends on the batch, by FlashAttention's settings: to choose those for exact scores.
 
     python benchmarks/attention_rows.py --json benchmarks/results/attention-rows.json       # some minutes
+    python benchmarks/attention_rows.py --backends triton latent      # windows, sinks, compressed keys alone
 
 Needs one NVIDIA GPU (compute capability 9 for FlashAttention 3) and vLLM 0.26 or newer. The last tokens of a sequence
 are computed again with all before them read from the paged KV cache: 1, 2, 15, 16, 17, 64, half or all of them at a
@@ -8,19 +9,30 @@ time, alone and in a batch of others. Every value must have the bits it had when
 call. Settings: FlashAttention's version, the number of splits, the longest query it is given (the real one; 2; just
 above FlashAttention 3's small tile, as icm_vllm/exact.py does; a constant), pack_gqa, and scheduler metadata; for
 head sizes 64 and 128, 4 and 8 query heads a key head, with and without a sliding window.
+
+Of vLLM's Triton attention, in its batch-invariant mode: with vLLM's step of the softmax and with ours
+(icm_vllm/triton_attention.py), and with other tiles (ICM_BATCH_INVARIANT_WINDOW_TILE), with windows and sinks. Of
+compressed keys (MLA) the way that icm_vllm/latent_attention.py takes. Beside each: milliseconds to compute all
+sequences whole.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib.util
 import json
 import math
+import os
+import statistics
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+
+os.environ.setdefault("VLLM_BATCH_INVARIANT", "1")  # vLLM's Triton attention looks at it when it is imported
 
 if str(Path(__file__).resolve().parents[1]) not in sys.path:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -29,10 +41,17 @@ import torch
 
 from icm_vllm.query_length import least_query_length
 
+BACKENDS: Final = ("flash3", "triton", "latent", "flash2", "packed")
+
 LENGTH: Final = 1021
 """Tokens of the sequence: not a multiple of any block."""
 
-ASKED: Final = (1, 2, 15, 16, 17, 64, LENGTH // 2, LENGTH)
+LONG: Final = 2999
+"""The same where a window of 1,024 tokens is to matter."""
+
+FEW: Final = (1, 2, 15, 16, 17, 64)
+"""Tokens that are computed again; and half of all, and all."""
+
 OTHERS: Final = ((300, 300), (77, 1), (2000, 40), (16, 16), (513, 17), (1400, 1), (64, 3))
 """(length, query tokens) of the sequences beside it."""
 
@@ -66,24 +85,55 @@ OLDER: Final = tuple(Setting(2, splits, longest) for splits in (0, 1) for longes
 """Asked after the others: on Hopper the driver compiles FlashAttention 2's kernels when they are first called, for
 minutes (vLLM 0.26)."""
 
+
+@dataclass(frozen=True, slots=True)
+class Triton:
+    """vLLM's Triton attention. ours: our step of the softmax in place of vLLM's. tile: of all rows; "": vLLM's own."""
+
+    ours: bool = True
+    tile: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"Triton, {'our' if self.ours else 'own'} step" + (f", tile {self.tile}" if self.tile else "")
+
+
+TRITON: Final = (
+    *(Triton(ours=False), Triton()),
+    *(Triton(tile=tile) for tile in ("32x32", "64x32", "64x64", "128x32", "128x64x8x2", "64x64x4x2")),
+)
+LATENT: Final = tuple(Setting(3, 1, longest, scheduled=True) for longest in ("real", "floor"))
+
 PACKED: Final = tuple(Setting(3, 1, longest, pack=pack) for longest in ("real", "floor") for pack in (True, False))
 """Called without vLLM's interface, and last: if one reads out of bounds, the GPU can no longer be used."""
 
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """Shape of the attention: head size, query and key heads, tokens of a cache block, sliding window in tokens."""
+    """Shape of the attention: head size, query and key heads, tokens of a cache block, sliding window in tokens, a sink
+    for each query head, tokens of the sequence; compressed: size of a compressed key, beside which `size` is that of
+    its rotated part (MLA)."""
 
     size: int
     queries: int
     keys: int
     block: int = 16
     window: int | None = None
+    sinks: bool = False
+    length: int = LENGTH
+    compressed: int = 0
 
     @property
     def name(self) -> str:
         window = f", window {self.window}" if self.window else ""
-        return f"head size {self.size}, {self.queries}/{self.keys} heads, blocks of {self.block}{window}"
+        parts = (f"compressed to {self.compressed}" if self.compressed else "", "sinks" if self.sinks else "")
+        more = "".join(f", {part}" for part in parts if part)
+        return f"head size {self.size}, {self.queries}/{self.keys} heads, blocks of {self.block}{window}{more}"
+
+    @property
+    def asked(self) -> tuple[int, ...]:
+        """How many of the last tokens are computed again."""
+        return (*FEW, self.length // 2, self.length)
 
 
 SHAPES: Final = (
@@ -100,13 +150,29 @@ SHAPES: Final = (
 )
 
 
+WINDOWS: Final = (
+    Heads(256, 8, 4, window=1024, length=LONG),  # Gemma 3 4B
+    Heads(256, 8, 4),
+    Heads(64, 64, 8, window=128, sinks=True),  # gpt-oss
+    Heads(64, 64, 8, sinks=True),
+    Heads(128, 32, 8, window=128),
+    Heads(128, 32, 8, window=512),
+    Heads(128, 32, 8, window=1024, length=LONG),
+)
+COMPRESSED: Final = (
+    Heads(64, 128, 1, compressed=512),  # DeepSeek V3 on one GPU, on four, on eight
+    Heads(64, 32, 1, compressed=512),
+    Heads(64, 16, 1, compressed=512),
+)
+
+
 class Cache:
     """Paged keys and values of the sequence and the others, in vLLM's layout, and the queries of all their tokens."""
 
     def __init__(self, heads: Heads, dtype: torch.dtype) -> None:
         generator = torch.Generator(device=DEVICE).manual_seed(0)
         self.heads = heads
-        self.lengths = [LENGTH, *(length for length, _ in OTHERS)]
+        self.lengths = [heads.length, *(length for length, _ in OTHERS)]
         blocks = [-(-length // heads.block) for length in self.lengths]
         total, widest = sum(blocks), max(blocks)
 
@@ -114,15 +180,20 @@ class Cache:
             return torch.randn(*shape, device=DEVICE, generator=generator).to(dtype)
 
         # (blocks, heads, tokens, keys and values next to each other), seen as (blocks, tokens, heads, size)
-        stored = random(total, heads.keys, heads.block, 2 * heads.size)
-        self.keys, self.values = stored.transpose(1, 2).split(heads.size, dim=-1)
-        self.queries = [random(length, heads.queries, heads.size) * 2 for length in self.lengths]
+        if heads.compressed:  # the rotated part is the keys, the compressed one is both
+            stored = random(total, heads.block, 1, heads.compressed + heads.size)
+            self.values, self.keys = stored.split([heads.compressed, heads.size], dim=-1)
+        else:
+            stored = random(total, heads.keys, heads.block, 2 * heads.size)
+            self.keys, self.values = stored.transpose(1, 2).split(heads.size, dim=-1)
+        self.queries = [random(length, heads.queries, heads.compressed + heads.size) * 2 for length in self.lengths]
+        self.sinks = random(heads.queries) if heads.sinks else None
         order = torch.randperm(total, generator=torch.Generator().manual_seed(1)).tolist()
         self.tables = torch.zeros(len(blocks), widest, device=DEVICE, dtype=torch.int32)
         for row, count in enumerate(blocks):
             self.tables[row, :count] = torch.tensor([order.pop() for _ in range(count)], device=DEVICE)
 
-    def attend(self, setting: Setting, asked: list[tuple[int, int]]) -> list[torch.Tensor]:
+    def attend(self, setting: Setting | Triton, asked: list[tuple[int, int]]) -> list[torch.Tensor]:
         """Outputs (tokens, heads, size) of the last tokens of sequences: asked is [(which, how many), ...]."""
         heads = self.heads
         queries = torch.cat([self.queries[which][self.lengths[which] - count :] for which, count in asked])
@@ -130,6 +201,9 @@ class Cache:
         rows = torch.tensor([which for which, _ in asked], device=DEVICE)
         used = torch.tensor([self.lengths[which] for which, _ in asked], device=DEVICE, dtype=torch.int32)
         real = max(count for _, count in asked)
+        if isinstance(setting, Triton):
+            out = self._triton(setting, queries, starts, used, self.tables[rows].contiguous(), real)
+            return list(out.split([count for _, count in asked]))
         floor = {
             "real": 1,
             "2": 2,
@@ -142,6 +216,50 @@ class Cache:
         window = (-1, -1) if heads.window is None else (heads.window - 1, 0)
         out = self._call(setting, queries, starts, used, self.tables[rows].contiguous(), longest, furthest, window)
         return list(out.split([count for _, count in asked]))
+
+    def milliseconds(self, setting: Setting | Triton, repeats: int = 5) -> float:
+        """To compute all sequences whole, in one call; the median."""
+        every = list(enumerate(self.lengths))
+        seconds = []
+        for _ in range(repeats + 1):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            self.attend(setting, every)
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+        return 1000 * statistics.median(seconds[1:])
+
+    def _triton(
+        self,
+        setting: Triton,
+        queries: torch.Tensor,
+        starts: torch.Tensor,
+        used: torch.Tensor,
+        tables: torch.Tensor,
+        longest: int,
+    ) -> torch.Tensor:
+        out = torch.empty_like(queries)
+        heads = self.heads
+        _triton_kernels(setting).unified_attention(
+            q=queries,
+            k=self.keys,
+            v=self.values,
+            out=out,
+            cu_seqlens_q=starts,
+            max_seqlen_q=max(longest, 2),
+            seqused_k=used,
+            max_seqlen_k=int(used.max()),
+            softmax_scale=1 / math.sqrt(heads.size),
+            causal=True,
+            window_size=(heads.window - 1, 0) if heads.window else (-1, -1),
+            block_table=tables,
+            softcap=0,
+            q_descale=None,
+            k_descale=None,
+            v_descale=None,
+            sinks=self.sinks,
+        )
+        return out
 
     def _call(
         self,
@@ -156,8 +274,12 @@ class Cache:
     ) -> torch.Tensor:
         from vllm.vllm_flash_attn import flash_attn_interface as interface
 
-        heads, scale = self.heads, 1 / math.sqrt(self.heads.size)
-        metadata = None
+        heads = self.heads
+        # Of compressed keys the scale is that of what they stand for: 128 numbers beside the rotated ones.
+        scale = 1 / math.sqrt(heads.size + (128 if heads.compressed else 0))
+        metadata, compressed = None, None
+        if heads.compressed:
+            compressed, queries = queries.split([heads.compressed, heads.size], dim=-1)
         if setting.scheduled:
             metadata = interface.get_scheduler_metadata(
                 batch_size=len(used),
@@ -166,6 +288,7 @@ class Cache:
                 num_heads_q=heads.queries,
                 num_heads_kv=heads.keys,
                 headdim=heads.size,
+                headdim_v=heads.compressed or None,
                 cache_seqlens=used,
                 qkv_dtype=queries.dtype,
                 cu_seqlens_q=starts,
@@ -179,6 +302,8 @@ class Cache:
                 q=queries,
                 k=self.keys,
                 v=self.values,
+                q_v=compressed,
+                s_aux=self.sinks,
                 max_seqlen_q=longest,
                 cu_seqlens_q=starts,
                 max_seqlen_k=furthest,
@@ -216,9 +341,26 @@ class Cache:
         return out
 
 
-def compare(cache: Cache, setting: Setting) -> dict[str, dict[int, tuple[int, float]]]:
+@functools.cache
+def _triton_kernels(setting: Triton) -> Any:
+    """vLLM's module with a kernel of its own for each setting: one that was compiled would not see the change."""
+
+    from icm_vllm.triton_attention import OneTile, softmax_step, tile_of
+
+    name = "vllm.v1.attention.ops.triton_unified_attention"
+    module: Any = importlib.util.module_from_spec(importlib.util.find_spec(name))  # type: ignore[arg-type]
+    module.__loader__.exec_module(module)
+    if setting.ours:
+        module.softmax_step = softmax_step
+    if setting.tile:
+        module.kernel_unified_attention = OneTile(module.kernel_unified_attention, tile_of(setting.tile))
+    return module
+
+
+def compare(cache: Cache, setting: Setting | Triton) -> dict[str, dict[int, tuple[int, float]]]:
     """By what is beside it (nothing, a batch after or before it) and tokens: differing elements, largest gap."""
-    whole = cache.attend(setting, [(0, LENGTH)])[0]
+    length = cache.heads.length
+    whole = cache.attend(setting, [(0, length)])[0]
     others = [(number + 1, count) for number, (_, count) in enumerate(OTHERS)]
     short = [(which, 1) for which, _ in others]
     found: dict[str, dict[int, tuple[int, float]]] = {}
@@ -227,11 +369,12 @@ def compare(cache: Cache, setting: Setting) -> dict[str, dict[int, tuple[int, fl
         ("first of a batch", [], others),
         ("last of a batch", others, []),
         ("among single tokens", short, short),
+        ("last of sixteen", [*short, *short, (1, 1)], []),
     ):
         found[company] = {}
-        for count in ASKED:
+        for count in cache.heads.asked:
             part = cache.attend(setting, [*before, (0, count), *after])[len(before)]
-            difference = (part.float() - whole[LENGTH - count :].float()).abs()
+            difference = (part.float() - whole[length - count :].float()).abs()
             found[company][count] = (int((difference != 0).sum()), float(difference.max()))
     return found
 
@@ -246,13 +389,14 @@ class Report:
         self._start = time.monotonic()
         self._end = self._start + seconds
 
-    def measure(self, heads: Heads, settings: Sequence[Setting]) -> None:
+    def measure(self, heads: Heads, settings: Sequence[Setting | Triton]) -> None:
         """One shape of attention, under each setting."""
         if time.monotonic() > self._end:
             self.failures.append(f"{heads.name}: out of time")
             return
         print(
-            f"\n{heads.name}: elements that differ with {', '.join(map(str, ASKED))} of {LENGTH} tokens computed",
+            f"\n{heads.name}: elements that differ with {', '.join(map(str, heads.asked))} of {heads.length} tokens "
+            "computed",
             flush=True,
         )
         try:
@@ -263,6 +407,7 @@ class Report:
         for setting in settings:
             try:
                 found = compare(cache, setting)
+                milliseconds = cache.milliseconds(setting)
             except Exception as error:  # noqa: BLE001
                 self._failed(f"{heads.name}, {setting.name}", error)
                 continue
@@ -270,7 +415,15 @@ class Report:
             largest = max(value for by_count in found.values() for _, value in by_count.values())
             exact = not any(number for numbers in counts.values() for number in numbers)
             self._results.append(
-                {"heads": heads.name, "setting": setting.name, "exact": exact, "largest": largest, "differing": counts}
+                {
+                    "heads": heads.name,
+                    "setting": setting.name,
+                    "exact": exact,
+                    "largest": largest,
+                    "tokens": list(heads.asked),
+                    "differing": counts,
+                    "milliseconds": round(milliseconds, 3),
+                }
             )
             detail = "exact"
             if not exact:
@@ -278,7 +431,7 @@ class Report:
                 detail = f"up to {largest:.1e}: alone {counts['alone']}"
                 if counts[worst] != counts["alone"]:
                     detail += f", {worst} {counts[worst]}"
-            print(f"  {setting.name}: {detail}", flush=True)
+            print(f"  {setting.name}: {detail}; {milliseconds:.3f} ms for all whole", flush=True)
 
     def exact_everywhere(self, setting: str) -> bool:
         """Whether a setting was measured, and exact in every measurement."""
@@ -294,7 +447,6 @@ class Report:
             "torch": torch.__version__,
             "vllm": self._vllm,
             "seconds": round(time.monotonic() - self._start, 1),
-            "tokens": list(ASKED),
             "failures": self.failures,
             "results": self._results,
         }
@@ -310,6 +462,9 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write all counts here")
+    parser.add_argument(
+        "--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS), help="in this order (default: all)"
+    )
     parser.add_argument("--seconds", type=float, default=110.0, help="start no further shape after this long")
     return parser
 
@@ -326,11 +481,20 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"benchmarks/attention_rows.py needs vLLM: {error}", file=sys.stderr)
         return 2
     report = Report(vllm.__version__, options.json, options.seconds)
-    for settings in (SETTINGS, OLDER, PACKED):
-        for heads in SHAPES:
+    groups: dict[str, tuple[Sequence[Setting | Triton], tuple[Heads, ...]]] = {
+        "flash3": (SETTINGS, (*SHAPES, *(heads for heads in WINDOWS if heads.sinks))),
+        "triton": (TRITON, WINDOWS),
+        "latent": (LATENT, COMPRESSED),
+        "flash2": (OLDER, (*SHAPES, *(heads for heads in WINDOWS if not heads.sinks))),
+        "packed": (PACKED, SHAPES),
+    }
+    names = []
+    for backend in options.backends:
+        settings, shapes = groups[backend]
+        names += [setting.name for setting in settings]
+        for heads in shapes:
             report.measure(heads, settings)
         report.write()
-    names = [setting.name for setting in (*SETTINGS, *OLDER, *PACKED)]
     exact = [name for name in names if report.exact_everywhere(name)]
     print(f"\nexact for every shape that ran: {exact or 'none'}; {len(report.failures)} failures")
     return 0
