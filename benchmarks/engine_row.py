@@ -178,7 +178,6 @@ def determinism_result(printed: str) -> dict[str, Any] | None:
         "differing": len(differing),
         "largest": max(numbers, default=0.0),
         "other_tokens": any(found["largest"] == "other tokens" for found in differing),
-        "prompts": max(found["prompts"] for found in rows),
         "each": rows,
     }
 
