@@ -128,7 +128,13 @@ TABLE: Final[tuple[Feature, ...]] = (
     Feature(CPU_WINDOWS, None, _CPU),
     Feature(SINKS),
     Feature(MLA, Cell(how="all rows over the compressed cache, FLASH_ATTN_MLA")),
-    Feature(HYBRID),
+    Feature(
+        HYBRID,
+        Cell(
+            inexact="vLLM's batch-invariant mode refuses them: their state is added up in pieces of tokens that are "
+            "counted from the first one that is not cached"
+        ),
+    ),
     Feature(EXPERTS_16, Cell(how="vLLM's Triton kernel in one configuration, our gates")),
     Feature(EXPERTS_FP8, Cell(how="the same")),
     Feature(EXPERTS_MXFP4, Cell(how="made bfloat16 when they are loaded, in four times the memory")),
