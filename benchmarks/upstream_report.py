@@ -314,18 +314,22 @@ def measure_experts(_: argparse.Namespace, record: Record) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """Shape of the attention: head size, query heads, key heads, sliding window in tokens (0: none)."""
+    """Shape of the attention: head size, query heads, key heads, sliding window in tokens (0: none).
+
+    negative: queries and keys are such that every score is below 0, where a running maximum that is not kept at minus
+    infinity over masked keys shows.
+    """
 
     size: int
     queries: int
     keys: int
     window: int = 0
+    negative: bool = False
 
     @property
     def name(self) -> str:
-        return f"head size {self.size}, {self.queries}/{self.keys} heads" + (
-            f", window {self.window}" if self.window else ""
-        )
+        window = f", window {self.window}" if self.window else ""
+        return f"head size {self.size}, {self.queries}/{self.keys} heads{window}" + ", scores < 0" * self.negative
 
     @property
     def raised(self) -> int:
@@ -344,6 +348,8 @@ HEADS: Final = (
     Heads(128, 32, 8, 512),
     Heads(64, 64, 8, 128),
     Heads(256, 8, 4, 512),
+    Heads(64, 32, 8, 512, negative=True),
+    Heads(128, 32, 8, 512, negative=True),
 )
 
 NEIGHBOUR: Final = (300, 200)
@@ -439,6 +445,8 @@ class Cache:
         shape = (sum(blocks), BLOCK, heads.keys, heads.size)
         self.keys, self.values = normal(*shape, seed=1), normal(*shape, seed=2)
         self.queries = [normal(length, heads.queries, heads.size, scale=2.0, seed=3) for length in self.lengths]
+        if heads.negative:
+            self.keys, self.queries = self.keys - 2, [queries / 2 + 0.5 for queries in self.queries]
         order = torch.randperm(sum(blocks), generator=torch.Generator().manual_seed(1)).tolist()
         self.tables = torch.zeros(2, max(blocks), device=device(), dtype=torch.int32)
         for row, count in enumerate(blocks):
