@@ -285,6 +285,30 @@ def test_checks_that_cannot_run_say_why(tmp_path: Path, monkeypatch: pytest.Monk
     assert set(row.seconds) == {"start", "smoke", "step", "stop"}
 
 
+def test_a_row_holds_what_every_check_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole way, against a server that behaves like vLLM."""
+    launcher = tmp_path / "launch.sh"
+    fake = Path(__file__).with_name("fake_server.py")
+    launcher.write_text(f'#!/bin/sh\nPYTHONPATH="{REPOSITORY}" exec "{sys.executable}" "{fake}" "$@"\n')
+    launcher.chmod(0o755)
+    monkeypatch.setattr(engine_row, "LAUNCHER", launcher)
+    asked = cell(prompts=2, step=["--quick", "--cases", "c", "d", "e", "--claim_tokens", "12"])
+    row = measure(asked, "/m/tiny", tmp_path / "x.json", cpu=False)
+    assert (row.state, row.failure) == ("done", "")
+    assert row.smoke == {"checks": 8, "failed": {}}
+    assert row.determinism is not None
+    assert row.determinism["whole"]
+    assert row.determinism["rows"] > 20
+    assert row.determinism["differing"] == 0
+    assert row.step is not None
+    assert row.step["bounds"] == 6
+    assert row.step["broken"] == []
+    assert row.log == ["Using FLASH_ATTN attention backend out of ['A']"]
+    assert list(row.seconds) == ["start", "smoke", "determinism", "step", "stop"]
+    shown = table([json.loads((tmp_path / "x.json").read_text())]).splitlines()[-1]
+    assert shown.startswith(f"| x | **0 of {row.determinism['rows']}** | 0 | as the tree should | 0.")
+
+
 PRINTED = """Determinism check: each row asks the same prompts in another way.
                                                 differ largest, nats  labels  U moves decisions  cached
 100 times, 10 at a time                           0/12             0       0        0      0.50
