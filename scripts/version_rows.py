@@ -202,7 +202,7 @@ def tables(rows: Sequence[Row]) -> Iterator[str]:
         "smoke check",
         "determinism check",
         "bounds on tokens",
-        "tokens of a step: upstream's order, a cold tree, one label appended, all cached",
+        "tokens of a step: cold, a label appended, all cached",
         "",
     )
     for row in rows:
@@ -265,7 +265,7 @@ def _checks(row: Row) -> Iterator[str]:
         yield "-"
     else:
         yield f"{tokens.bounds - len(tokens.violated)} of {tokens.bounds} hold"
-        yield ", ".join(f"{tokens.computed[case]:,}" if case in tokens.computed else "?" for case in "bcde")
+        yield ", ".join(f"{tokens.computed[case]:,}" if case in tokens.computed else "?" for case in "cde")
 
 
 def _remarks(row: Row) -> Iterator[str]:

@@ -59,7 +59,9 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--again", action="store_true", help="also where there is a row already")
     made.add_argument("--url", help="for --here: a running server of this Python's vLLM, which nobody else may use")
-    made.add_argument("--log", type=Path, help="for --url: its log, for what our plugin warned of in it")
+    made.add_argument(
+        "--log", type=Path, help="for --here: where the server's log goes; for --url: where it is, for its warnings"
+    )
     made.add_argument(
         "--model", default=MODEL, help=f"a name in models/, or for --here on a GPU a folder (default: {MODEL})"
     )
@@ -73,8 +75,6 @@ def wrong(args: argparse.Namespace, behind: Sequence[str]) -> str:
         return "versions are for environments that are made: leave them out with --here and --page"
     if (args.url or args.log) and not args.here:
         return f"{'--url' if args.url else '--log'} is for --here"
-    if args.log and not args.url:
-        return "--log is for --url: the log of a server that is started is looked at anyway"
     if args.url and behind:
         return "server options behind -- are for a server that is started, not for --url"
     if behind and not (args.here or args.run):

@@ -97,7 +97,7 @@ def test_a_row_that_passes_is_one_line() -> None:
         "| 0.32.0 CPU | 2 cores | 1 of 1 | in 30 s | 1 of 1 pass | 0 of 22 rows differ, 2 prompts | 16 of 16 hold |"
         in text
     )
-    assert "| 9,000, 7,000, 800, 500 | **passes** |" in text
+    assert "| 7,000, 800, 500 | **passes** |" in text
     assert "Nothing is missing, nothing failed." in text
 
 
@@ -220,7 +220,6 @@ def test_a_version_that_has_a_row_is_not_measured_again(
         (["0.32.0", "--here"], "leave them out"),
         (["--url", "http://a"], "--url is for --here"),
         (["--log", "a"], "--log is for --here"),
-        (["--here", "--log", "a"], "--log is for --url"),
         (["--here", "--url", "http://a", "--", "--x"], "server options behind --"),
         (["0.32.0", "--", "--x"], "is for --here or --run"),
         (["0.32.0", "--run"], "--run takes one version"),
@@ -262,8 +261,8 @@ async def test_a_running_server_is_measured_by_the_real_commands(tmp_path: Path)
     assert found.determinism.rows > 10
     assert found.determinism.differing == []
     assert found.tokens is not None
-    assert found.tokens.bounds == 10
-    assert set(found.tokens.computed) >= set("bcde")
+    assert found.tokens.bounds == 6
+    assert set(found.tokens.computed) >= set("cde")
     assert found.passed == (not found.tokens.violated)
 
 
