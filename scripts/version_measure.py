@@ -46,7 +46,8 @@ _CAUSE: Final = re.compile(
 )
 
 
-_REFUSED: Final = re.compile(r"^ *(launch_vllm_server: .+)$", re.MULTILINE)
+_REFUSED: Final = re.compile(r"^ *(launch_vllm_server: (?!\w+, because ).+)$", re.MULTILINE)
+"""Why the launcher started nothing; what it says first, the type it chose and why, is not that."""
 
 
 class NotMeasurable(Exception):
@@ -73,7 +74,8 @@ class Served:
 
 def measure(*, model: str, url: str | None, options: Sequence[str], log: Path | None) -> Row:
     """A row for this environment. url: of a running server; else one is started with `model`, a folder or the name of
-    one in models/, and vLLM's `options`. log: of the running server, for the warnings in it; or where that of a started one is kept.
+    one in models/, and vLLM's `options`. log: of the running server, for the warnings in it, or where that of a started
+    one is kept.
 
     Raises NotMeasurable without vLLM, or with a server of another version. A check that fails is part of the row.
     """

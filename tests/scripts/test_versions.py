@@ -298,6 +298,16 @@ def test_a_server_that_does_not_start_is_a_row(monkeypatch: pytest.MonkeyPatch, 
     assert not kept.passed
 
 
+@pytest.mark.usefixtures("here")
+def test_what_the_launcher_refuses_is_no_row(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    results, log = tmp_path / "rows.json", tmp_path / "vllm.log"
+    given = ["--here", "--model", "no-such-model", "--results", str(results), "--log", str(log)]
+    assert versions.main(given) == 2
+    assert "error: launch_vllm_server: there is no model in models/no-such-model" in capsys.readouterr().err
+    assert not results.exists()
+    assert "no-such-model" in log.read_text()
+
+
 def test_an_environment_without_vllm_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(version_measure.sys, "executable", str(_without_vllm()))
     with pytest.raises(NotMeasurable, match="icm_vllm"):
