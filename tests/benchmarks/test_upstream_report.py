@@ -351,7 +351,8 @@ def test_the_page_names_every_part_and_shows_the_results() -> None:
     _, after = rest.split("<!-- end of the tables -->\n")
     shown = "Not measured yet.\n"
     if RESULTS.exists():
-        shown = tables(upstream_report.read_records(RESULTS))
+        link = f"All numbers: [file](../{RESULTS.relative_to(REPO_ROOT)})."
+        shown = f"{link}\n\n{tables(upstream_report.read_records(RESULTS))}"
     expected = (
         f"{before}<!-- tables of benchmarks/upstream_report.py -->\n\n{shown}\n<!-- end of the tables -->\n{after}"
     )
