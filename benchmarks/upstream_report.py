@@ -28,6 +28,7 @@ import math
 import os
 import queue
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -145,7 +146,8 @@ def spans(numbers: Sequence[int]) -> str:
 
 
 def _one_line(text: str, most: int = 300) -> str:
-    return " ".join(text.split())[:most]
+    """Without line breaks, and without the folders of files."""
+    return re.sub(r"(?<![\w/])(?:/[\w.@+-]+)+/(?=[\w.])", "", " ".join(text.split()))[:most]
 
 
 # Kernels

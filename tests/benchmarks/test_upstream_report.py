@@ -212,7 +212,7 @@ def measure(options, record):
     if kind == "crashes":
         os.abort()
     if kind == "fails":
-        raise RuntimeError("no such\\nkernel")
+        raise RuntimeError("no such\\nkernel in /a/b-1/site/k.so, 1/2 there")
     record.add(u.Row("two", 3, 0, 0.0, "rows"))
 u.PARTS["norms"] = u.Part("Norms", measure)
 raise SystemExit(u.main())
@@ -233,7 +233,7 @@ def options(*arguments: str) -> argparse.Namespace:
     ("kind", "rows", "failure"),
     [
         ("measures", 2, None),
-        ("fails", 1, "RuntimeError: no such kernel"),
+        ("fails", 1, "RuntimeError: no such kernel in k.so, 1/2 there"),
         ("crashes", 1, f"ended with code {-signal.SIGABRT}: a line of the log"),
         ("hangs", 1, "stopped after "),
     ],

@@ -32,7 +32,9 @@ def test_the_nearest_flag_is_named_also_that_of_a_command(
     parser: FlagParser, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "unrecognized arguments: --alhpa; did you mean --alpha? (see --help)\n" in told(parser, ["--alhpa"], capsys)
-    assert "unrecognized arguments: --alhpa=3; did you mean --alpha? (see --help)\n" in told(parser, ["--alhpa=3"], capsys)
+    assert "unrecognized arguments: --alhpa=3; did you mean --alpha? (see --help)\n" in told(
+        parser, ["--alhpa=3"], capsys
+    )
     assert "did you mean --older_than?" in told(parser, ["prune", "--odler_than", "3"], capsys)
     assert "did you mean" not in told(parser, ["--nothing_like_it"], capsys)
     parser.also = ("--dry_run",)
