@@ -1,6 +1,6 @@
 """Where vLLM's batch-invariant mode is not invariant: vLLM alone, each cause by itself. For docs/upstream-report.md.
 
-    python benchmarks/upstream_report.py --json report.json                      # every part, some 8 minutes on one GPU
+    python benchmarks/upstream_report.py --json report.json                   # every part, in 20 minutes at most
     python benchmarks/upstream_report.py --json report.json --parts norms attention-fa3 scores-fa3 --seconds 110
     python benchmarks/upstream_report.py --json report.json --model FOLDER --gpus 0 1 2 3     # a part a GPU at a time
     python benchmarks/upstream_report.py --json report.json --table               # the tables again, nothing is run
