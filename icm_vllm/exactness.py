@@ -114,7 +114,7 @@ TABLE: Final[tuple[Feature, ...]] = (
     Feature(BIAS, Cell(how="added within our product")),
     Feature(FLASH, _H200, None),
     Feature(TRITON, cpu=None),
-    Feature(OTHER, cpu=None),
+    Feature(OTHER, Cell(how="vLLM's mode takes FlexAttention alone, or refuses prefix caching"), None),
     Feature(
         FLASH_WINDOWS,
         Cell(
