@@ -6,6 +6,7 @@
 Matrix products: rows of a large product against the same rows in products of other sizes and orders, and the cost of
 blocks of rows. Attention: the last tokens of a sequence, computed again with the others in a paged cache, alone and in
 batches, against the whole sequence in one call; as whole requests, and in the pieces of icm_vllm/cpu_exact.py.
+Mixtures of experts: rows of a large batch against the same rows in smaller ones, as vLLM computes them.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ LAYERS: Final = ((640, 1536), (1024, 640), (640, 4096), (2048, 640))
 """(K, N) of Gemma 3 270M's linear layers."""
 HEADS: Final = ((4, 1, 256), (9, 3, 64), (8, 2, 128), (32, 4, 64), (16, 16, 64))
 """(query heads, key heads, head size)."""
+EXPERTS: Final = ((128, 8, 1024, 384), (32, 4, 1024, 1024), (8, 2, 2048, 768))
+"""(experts, those of each token, hidden size, inner size)."""
 LENGTHS: Final = (100, 1000, 2000)
 BLOCK: Final = 32
 
@@ -147,10 +150,41 @@ def attend(
     return list(out[rows].split([len(queries) - first for queries, _, _, first in batch]))
 
 
+def experts(torch: Any, ops: Any, instruction_sets: Sequence[str]) -> None:
+    """Differing rows of mixtures of experts, among all that were compared."""
+    print(f"\n{'experts, of each token, sizes':>30} {'instructions':>13} {'type':>9} {'rows':>7} {'differ':>7}")
+    for count, chosen, hidden, inner in EXPERTS:
+        for isa in instruction_sets:
+            for dtype in (torch.bfloat16, torch.float32) if isa == "vec" else (torch.bfloat16,):
+                gate_up = torch.randn(count, 2 * inner, hidden).mul(hidden**-0.5).to(dtype)
+                down = torch.randn(count, hidden, inner).mul(inner**-0.5).to(dtype)
+                packed = [ops.cpu_prepack_moe_weight(weights, isa) for weights in (gate_up, down)]
+                x = torch.randn(300, hidden).to(dtype)
+                shares, numbers = torch.randn(len(x), count).softmax(-1).topk(chosen, -1)
+
+                def way(
+                    rows: Any, packed: Any = packed, x: Any = x, of: Any = (shares, numbers), isa: str = isa
+                ) -> Any:
+                    y = torch.empty_like(x[rows])
+                    parts = [part[rows].contiguous() for part in (x, of[0], of[1].int())]
+                    ops.cpu_fused_moe(y, parts[0], *packed, None, None, *parts[1:], "silu", isa)
+                    return y
+
+                compared = differing = 0
+                whole = way(torch.arange(len(x)))
+                for size in (1, 2, 3, 5, 8, 17, 64, 100):
+                    for start in range(0, len(x) - size, 37):
+                        rows = torch.arange(start, start + size)
+                        differing += int((way(rows) != whole[rows]).any(1).sum())
+                        compared += size
+                sizes, name = f"{count}, {chosen}, {hidden} x {inner}", str(dtype).removeprefix("torch.")
+                print(f"{sizes:>30} {isa:>13} {name:>9} {compared:>7} {differing:>7}")
+
+
 def main() -> int:
-    """Print both tables."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=("products", "attention", "both"), default="both")
+    parser.add_argument("--part", choices=("products", "attention", "experts", "all"), default="all")
     args = parser.parse_args()
     try:
         import torch
@@ -165,10 +199,12 @@ def main() -> int:
     torch.manual_seed(0)
     amx = torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
     print(f"threads {torch.get_num_threads()}, AMX {'yes' if amx else 'no'}")
-    if args.part != "attention":
+    if args.part in ("products", "all"):
         products(torch, ops)
-    if args.part != "products":
+    if args.part in ("attention", "all"):
         attention(torch, ops, ["amx", "vec", "vec16"] if amx else ["vec", "vec16"])
+    if args.part in ("experts", "all"):
+        experts(torch, ops, ["amx", "vec"] if amx else ["vec"])
     return 0
 
 

@@ -135,7 +135,11 @@ TABLE: Final[tuple[Feature, ...]] = (
             "counted from the first one that is not cached"
         ),
     ),
-    Feature(EXPERTS_16, Cell(how="vLLM's Triton kernel in one configuration, our gates")),
+    Feature(
+        EXPERTS_16,
+        Cell(how="vLLM's Triton kernel in one configuration, our gates"),
+        Cell(how="with AVX-512 no row of vLLM's kernel alone differed"),
+    ),
     Feature(EXPERTS_FP8, Cell(how="the same")),
     Feature(EXPERTS_MXFP4, Cell(how="made bfloat16 when they are loaded, in four times the memory")),
     Feature(
