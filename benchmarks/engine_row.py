@@ -38,6 +38,7 @@ TELLING: Final = re.compile(
 """Lines of a server's log that say what it computes with."""
 _STAMP: Final = re.compile(r"^(?:\([^)]*\)\s*)?(?:[A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d )?(?:\[[^\]]*\]\s*)?")
 _ESCAPES: Final = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_FOLDERS: Final = re.compile(r"(?<![\w.:/])/(?:[\w.+@-]+/)+(?=[\w.+@-])")
 KEPT_LINES: Final = 24
 _ROW: Final = re.compile(r"^(.{44}) +(\d+)/(\d+) +(other tokens|[\d.e+-]+) ", re.MULTILINE)
 """A line of scripts/test_determinism.py: name, how many prompts differ of how many, the largest difference."""
@@ -79,7 +80,7 @@ def measure(cell: Cell, folder: str, out: Path, *, cpu: bool) -> Row:
     try:
         _measured(row, filled, folder, out, cpu=cpu)
     except ServerFailed as error:
-        row.state, row.failure = FAILED, _without(folder, str(error))
+        row.state, row.failure = FAILED, without_paths(str(error))
     except SystemExit:  # SIGTERM: the time is over
         row.state, row.failure = OVER, f"after {', '.join(row.seconds) or 'nothing'}"
         raise
@@ -126,7 +127,7 @@ def _measured(row: Row, cell: Cell, folder: str, out: Path, *, cpu: bool) -> Non
                 failures.append("the server ended: " + " / ".join(_last_lines(out.with_suffix(".server.log"))))
                 break
     timed("stop")
-    row.failure = "; ".join(filter(None, failures))
+    row.failure = without_paths("; ".join(filter(None, failures)))
     row.state = FAILED if row.failure else DONE
 
 
@@ -244,13 +245,14 @@ def _last_lines(path: Path, count: int = 6) -> list[str]:
 
 def telling_lines(log: str) -> list[str]:
     """The lines of a server's log that say what it computes with, without stamps, each once."""
-    lines = (_STAMP.sub("", _ESCAPES.sub("", line)).strip()[:300] for line in log.splitlines())
-    return list(dict.fromkeys(line for line in lines if TELLING.search(line)))[:KEPT_LINES]
+    lines = (_STAMP.sub("", _ESCAPES.sub("", line)).strip() for line in log.splitlines())
+    found = (line for line in lines if TELLING.search(line) and not line.startswith("env "))  # the launcher's command
+    return list(dict.fromkeys(without_paths(line)[:300] for line in found))[:KEPT_LINES]
 
 
-def _without(folder: str, text: str) -> str:
-    """`text` without the folders above the model's."""
-    return text.replace(str(Path(folder).parent) + os.sep, "")
+def without_paths(text: str) -> str:
+    """`text` with the absolute paths in it cut to their last part: those of a machine are nobody's business."""
+    return _FOLDERS.sub("", text)
 
 
 def _version(package: str) -> str:

@@ -33,7 +33,7 @@ if str(Path(__file__).resolve().parents[1]) not in sys.path:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.engine_cells import BadCells, Cell, read_cells
-from benchmarks.engine_row import DONE, FAILED, OVER, Row
+from benchmarks.engine_row import DONE, FAILED, OVER, Row, without_paths
 from benchmarks.engine_table import table
 from core.files import write_atomically
 
@@ -203,7 +203,7 @@ class Measuring:
         lines = self._file(running.cell, ".shape.log").read_text(errors="replace").strip().splitlines()[-3:]
         state = OVER if running.told is not None else FAILED
         row = Row(running.cell.name, running.cell.model_dump(mode="json"), state)
-        row.failure = "the shape was not made: " + " / ".join(lines)
+        row.failure = without_paths("the shape was not made: " + " / ".join(lines))
         self._rows.add(asdict(row))
         self._say(f"{running.cell.name}: {row.failure}")
 

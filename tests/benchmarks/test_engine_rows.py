@@ -338,10 +338,12 @@ def test_telling_lines_are_kept_without_stamps() -> None:
         "(EngineCore pid=8) INFO 11-21 13:17:29 [cuda.py:2] Using FLASH_ATTN attention backend out of ['A', 'B']\n"
         "(EngineCore pid=9) INFO 11-21 13:17:30 [cuda.py:2] Using FLASH_ATTN attention backend out of ['A', 'B']\n"
         "INFO: something else\n(Worker pid=3) exact scores: in place are RMS norms\n"
+        "env A=exact scores /x/python -m vllm\nUsing the kernel of /opt/site/vllm/tuned.json at http://a/b/c and a/b\n"
     )
     assert telling_lines(log) == [
         "Using FLASH_ATTN attention backend out of ['A', 'B']",
         "exact scores: in place are RMS norms",
+        "Using the kernel of tuned.json at http://a/b/c and a/b",
     ]
 
 
