@@ -410,10 +410,13 @@ def up_to_one(text: str) -> float:
 
 def share_or_auto(text: str) -> float | str:
     """The value of --prior."""
+    if text == "auto":
+        return text
     try:
-        return text if text == "auto" else share(text)
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"must be auto, or a share above 0 and below 1, not {text!r}") from error
+        float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be auto, or a share above 0 and below 1, not {text!r}") from None
+    return share(text)
 
 
 def chance(text: str) -> float:
