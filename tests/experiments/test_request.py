@@ -22,6 +22,7 @@ PARTS: tuple[type[Any], ...] = (
 NOT_FLAGS = {
     *("data", "model", "search", "objective", "parts", "output", "curves", "doubt", "contradiction", "flags"),
     *("base_url", "told", "seeds_by_default", "search_by_default", "continue_as_before"),
+    *("continue_without_outside", "bootstrap_from_halves"),
 }
 """Fields of RunRequest and its parts that no flag has the name of, base_url and told being of the library,
 seeds_by_default and search_by_default what --num_seed and --search leave open; --data, --model and --search are fields
