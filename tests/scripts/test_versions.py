@@ -7,6 +7,8 @@ import json
 import os
 import sys
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +214,38 @@ def test_a_version_that_has_a_row_is_not_measured_again(
     assert versions.main(["0.31.0", "0.32.0", "--again", "--results", str(path)]) == 2
     assert made == ["0.31.0", "0.32.0"]
     assert "error: vLLM 0.31.0: no network" in capsys.readouterr().err
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Environments whose Python ends with 7 after it wrote their version and its arguments into this file."""
+    calls = tmp_path / "calls"
+
+    @contextmanager
+    def environment(version: str) -> Iterator[Path]:
+        python = tmp_path / "python"
+        python.write_text(f'#!/bin/sh\necho {version} "$@" >>{calls}\nexit 7\n')
+        python.chmod(0o755)
+        yield python
+        python.unlink()
+
+    monkeypatch.setattr(versions, "environment", environment)
+    return calls
+
+
+def test_each_version_is_measured_in_an_environment_of_its_own(made: Path, tmp_path: Path) -> None:
+    results = tmp_path / "rows.json"
+    assert versions.main(["0.31.0", "0.30.0", "--results", str(results)]) == 7
+    script = REPOSITORY / "scripts" / "versions.py"
+    assert made.read_text().splitlines() == [
+        f"{version} {script} --here --model gemma-3-270m --results {results}" for version in ("0.31.0", "0.30.0")
+    ]
+    assert not (tmp_path / "python").exists()
+
+
+def test_something_else_is_run_in_an_environment(made: Path) -> None:
+    assert versions.main(["oldest", "--run", "--", "-m", "pytest", "-q"]) == 7
+    assert made.read_text() == f"{versions.VERSIONS[-1]} -m pytest -q\n"
 
 
 @pytest.mark.parametrize(
