@@ -62,10 +62,12 @@ test: setup-local $(STAMPS)/tokenizers $(STAMPS)/tracking $(NOTEBOOK) ## Run eve
 test-fast: setup ## Run the tests that need no vLLM
 	@$(PY) -m pytest -m "not gpu and not real_server" $(ARGS)
 
+# What these test is for GPUs, and takes minutes.
+FOR_GPUS := test_batch_invariant.py test_exact.py test_exactness.py test_model_parts.py test_triton_attention.py
 .PHONY: test-oldest
 test-oldest: setup-local ## Run the plugin's tests with the oldest vLLM that is supported, in a fresh environment (ARGS="-k pools")
 	@$(PY) scripts/versions.py oldest --run -- -m pytest tests/icm_vllm -m "not gpu" \
-	  --ignore tests/icm_vllm/test_batch_invariant.py $(ARGS)
+	  $(FOR_GPUS:%=--ignore tests/icm_vllm/%) $(ARGS)
 
 .PHONY: chaos
 chaos: setup ## Break runs in every way that we know (docs/robustness.md; an hour and more)

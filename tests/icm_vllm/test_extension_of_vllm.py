@@ -76,7 +76,10 @@ GUARDED = """
 import asyncio
 from types import SimpleNamespace
 from fastapi import FastAPI
-from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+try:
+    from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+except ImportError:  # before 0.29
+    from vllm.entrypoints.serve.utils.server_utils import AuthenticationMiddleware
 from icm_vllm.prompt_tree import PATH
 from icm_vllm.label_logprobs import LabelLogprobs
 
