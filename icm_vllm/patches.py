@@ -19,7 +19,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Final, Literal
 
-TRIED: Final = {"0.26.0": "GPU", "0.27.1": "CPU", "0.32.0": "CPU"}
+TRIED: Final = {
+    "0.26.0": "GPU",
+    "0.27.1": "CPU",
+    "0.28.0": "CPU",
+    "0.29.0": "CPU",
+    "0.30.0": "CPU",
+    "0.31.0": "CPU",
+    "0.32.0": "CPU",
+}
 """The versions of vLLM that passed every check of scripts/versions.py, and on what; 0.26.0 before there was that."""
 
 BATCH_INVARIANT_MODES: Final = (
