@@ -43,6 +43,12 @@ LEAST_GREEDY: Final = -22 * math.log(2)
 """Nats: the most probable of 2**22 tokens has a log-probability above this, and no model knows as many."""
 
 
+def two_ids(token_ids: Sequence[int]) -> tuple[int, int]:
+    """Two different token ids that the model has: of the prompt, or where it repeats one, that and its neighbour."""
+    ids = sorted(set(token_ids))
+    return (ids[-2], ids[-1]) if len(ids) > 1 else (ids[0], ids[0] - 1 if ids[0] else 1)
+
+
 @dataclass(frozen=True, slots=True)
 class Counting:
     """Prompt tokens that a server counts beyond those that it was sent: per request, and per prompt."""
@@ -117,7 +123,7 @@ class Canary:
 
     async def _probe_exact(self, prompt: Prompt) -> bool:
         """Ask for two arbitrary tokens by id. A server that ignores the field lists one token; others list both."""
-        a, b = sorted(set(prompt.token_ids))[-2:]
+        a, b = two_ids(prompt.token_ids)
         body = token_body(vllm_fields(self.model, (a, b)), [prompt])
         try:
             top = (await self._listed(body, [prompt])).top[0]

@@ -8,7 +8,7 @@ import pytest
 
 from core.errors import ConfigurationError, ServerChanged
 from core.llm_api.engines.vllm import VLLMClient
-from core.llm_api.http.identity_check import Counting
+from core.llm_api.http.identity_check import Counting, two_ids
 from core.llm_api.http.retry import RetryPolicy
 from core.llm_api.http.transport import HttpOptions
 from fakes.vllm_server import FakeVLLM
@@ -64,3 +64,9 @@ async def test_numbers_that_are_no_probabilities_are_refused_though_none_is_abov
 
 def test_what_is_counted_beyond_what_was_sent() -> None:
     assert [Counting(1, 0).beyond(5), Counting(0, 1).beyond(5), Counting().beyond(5)] == [1, 5, 0]
+
+
+@pytest.mark.parametrize(("ids", "two"), [([5, 9, 7, 9], (7, 9)), ([4, 4, 4], (4, 3)), ([0, 0], (0, 1))])
+def test_two_tokens_are_asked_for_by_id_also_where_the_prompt_repeats_one(ids: list[int], two: tuple[int, int]) -> None:
+    """A tokenizer without a token for any of its words makes one unknown token of each."""
+    assert two_ids(ids) == two
