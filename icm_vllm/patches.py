@@ -27,8 +27,9 @@ TRIED: Final = {
     "0.30.0": "CPU",
     "0.31.0": "CPU",
     "0.32.0": "CPU",
+    "0.33.0": "GPU",
 }
-"""The versions of vLLM that passed every check of scripts/versions.py, and on what; 0.26.0 before there was that."""
+"""The versions of vLLM that passed every check of scripts/versions.py, and on what."""
 
 BATCH_INVARIANT_MODES: Final = (
     "vllm.model_executor.determinism.batch_invariant",

@@ -132,7 +132,7 @@ VOLUME = "-v icm-hf-cache:/home/icm/.cache/huggingface"
 KEYS = "-e VLLM_MODEL -e MAX_MODEL_LEN -e HF_TOKEN -e VLLM_API_KEY"
 RUN = f"run --name icm-vllm --init --ipc=host --gpus all -p 127.0.0.1:9001:8000 {VOLUME} {KEYS}"
 COMPOSED = "compose -f vllm/docker-compose.yml"
-IMAGE = "icm-vllm:0.26.0"
+IMAGE = "icm-vllm:0.33.0"
 TARGETS = {
     "vllm-build": f"build -f vllm/Dockerfile -t {IMAGE} .",
     "vllm-run": f"{RUN} --rm {IMAGE} --seed 1",
