@@ -6,8 +6,8 @@
 A score is exact where it depends on its prompt alone, to the last bit. Where exact scores are asked for, what is known
 not to be exact is refused by name, and what was never measured with this vLLM starts with one line that names it.
 
-To change a row after measuring (scripts/test_determinism.py): `measured` gets the version of vLLM and on what, or
-`inexact` the reason. Then UPDATE_DOCS=1 pytest tests/icm_vllm/test_exactness.py writes the page.
+To change a row after measuring (scripts/test_determinism.py, benchmarks/engine_rows.py): `measured` gets the version of
+vLLM and on what, or `inexact` the reason. Then UPDATE_DOCS=1 pytest tests/icm_vllm/test_exactness.py writes the page.
 """
 
 from __future__ import annotations
@@ -103,17 +103,42 @@ FP8_CACHE: Final = "KV cache in fp8"
 MULTIMODAL: Final = "pictures or sound beside text"
 NOT_HOPPER: Final = "GPUs other than Hopper"
 
-_H200: Final = Cell({"0.26": "one H200, 1B and 8B shapes"})
+_DENSE: Final = Cell({"0.26": "one H200, 1B and 8B shapes", "0.33": "one H100, 1B shape and 8B shape"})
+_WINDOWS: Final = "one H100, 12 layers of the gpt-oss-20B shape"
+_DEEPSEEK: Final = "one H100, 5 layers of the DeepSeek-V3 shape"
+_8B: Final = "one H100, 12 layers of the 8B shape"
 _CPU: Final = Cell({"0.32": "2 cores, Gemma 3 270M"})
 
 TABLE: Final[tuple[Feature, ...]] = (
-    Feature(BF16, _H200, _CPU),
+    Feature(BF16, _DENSE, _CPU),
     Feature(FP16),
     Feature(FP32, cpu=Cell({"0.32": "2 cores kept to AVX2, Gemma 3 270M"})),
-    Feature(QK_NORM, Cell(how="our RMS norm"), _CPU),
-    Feature(BIAS, Cell(how="added within our product")),
-    Feature(FLASH, _H200, None),
-    Feature(TRITON, cpu=None),
+    Feature(
+        QK_NORM,
+        Cell(
+            {"0.33": "one H100, 16 layers of the Qwen3-8B shape and 18 layers of the Gemma 3 12B shape"},
+            how="our RMS norm",
+        ),
+        _CPU,
+    ),
+    Feature(
+        BIAS,
+        Cell(
+            {
+                "0.26": "one H100, Qwen2.5-Coder-1.5B",
+                "0.33": "one H100, Qwen2.5-Coder-1.5B and 12 layers of the gpt-oss-20B shape",
+            },
+            how="added within our product",
+        ),
+    ),
+    Feature(FLASH, _DENSE, None),
+    Feature(
+        TRITON,
+        Cell(
+            {"0.33": "one H100, 18 layers of the Gemma 3 12B shape and 12 layers of the gpt-oss-20B shape"},
+        ),
+        None,
+    ),
     Feature(OTHER, Cell(how="vLLM's mode takes FlexAttention alone, or refuses prefix caching"), None),
     Feature(
         FLASH_WINDOWS,
@@ -123,41 +148,60 @@ TABLE: Final[tuple[Feature, ...]] = (
         ),
         None,
     ),
-    Feature(TRITON_WINDOWS, Cell(how="our step of the softmax"), None),
+    Feature(TRITON_WINDOWS, Cell({"0.33": _WINDOWS}, how="windows of 128 tokens; our step of the softmax"), None),
     Feature(OTHER_WINDOWS, cpu=None),
     Feature(CPU_WINDOWS, None, _CPU),
-    Feature(SINKS),
-    Feature(MLA, Cell(how="all rows over the compressed cache, FLASH_ATTN_MLA")),
+    Feature(SINKS, Cell({"0.33": _WINDOWS})),
+    Feature(MLA, Cell({"0.33": _DEEPSEEK}, how="all rows over the compressed cache, FLASH_ATTN_MLA")),
     Feature(
         HYBRID,
         Cell(
-            inexact="vLLM's batch-invariant mode refuses them: their state is added up in pieces of tokens that are "
-            "counted from the first one that is not cached"
+            inexact="vLLM's batch-invariant mode refuses them (0.33: \"VLLM batch_invariant mode is not supported for "
+            'GDN_ATTN"): their state is added up in pieces of tokens that are counted from the first one that is not '
+            "cached"
         ),
     ),
     Feature(
         EXPERTS_16,
-        Cell(how="vLLM's Triton kernel in one configuration, our gates"),
+        Cell(
+            {"0.33": "one H100, 12 layers of the Qwen3-30B-A3B shape"},
+            how="vLLM's Triton kernel in one configuration, our gates",
+        ),
         Cell({"0.32": "2 cores with AVX-512, narrow shape of Qwen3-30B-A3B"}),
     ),
-    Feature(EXPERTS_FP8, Cell(how="the same")),
-    Feature(EXPERTS_MXFP4, Cell(how="made bfloat16 when they are loaded, in four times the memory")),
+    Feature(EXPERTS_FP8, Cell({"0.33": _DEEPSEEK}, how="the same; scales of blocks")),
+    Feature(
+        EXPERTS_MXFP4, Cell({"0.33": _WINDOWS}, how="made bfloat16 when they are loaded, in four times the memory")
+    ),
     Feature(
         EXPERTS_INTEGERS, Cell(how="vLLM's mode: Triton in one configuration, or none, and then it does not start")
     ),
     Feature(EXPERTS_OTHER),
     Feature(FP8_ROWS, Cell({"0.26": "one H200, 1B shape"}, how="our products")),
-    Feature(FP8_BLOCKS, Cell(how="vLLM's Triton kernel in one configuration")),
-    Feature(AWQ, Cell(how="made 16 bits at every step")),
-    Feature(GPTQ, Cell(how="made 16 bits when they are loaded, in the memory of a model that is not quantized")),
+    Feature(FP8_BLOCKS, Cell({"0.33": _8B}, how="vLLM's Triton kernel in one configuration")),
+    Feature(AWQ, Cell({"0.33": _8B}, how="made 16 bits at every step")),
+    Feature(
+        GPTQ,
+        Cell(
+            {"0.33": _8B},
+            how="GPTQ; made 16 bits when they are loaded, in the memory of a model that is not quantized",
+        ),
+    ),
     Feature(OTHER_WEIGHTS),
-    Feature(LORA, Cell(how="vLLM's kernels in one configuration")),
-    Feature(TENSOR_2, Cell({"0.26": "two H200, 8B shape"}, how="our sums over GPUs")),
+    Feature(LORA, Cell({"0.33": _8B}, how="vLLM's kernels in one configuration")),
+    Feature(TENSOR_2, Cell({"0.26": "two H200, 8B shape", "0.33": "two H100, 8B shape"}, how="our sums over GPUs")),
     Feature(TENSOR_N, Cell(how="our sums over GPUs, tested without GPUs")),
     Feature(PIPELINE),
     Feature(EXPERT_PARALLEL),
     Feature(DATA_PARALLEL),
-    Feature(GRAPHS, Cell({"0.26": "one H200, 1B shape in bfloat16"}), None),
+    Feature(
+        GRAPHS,
+        Cell(
+            {"0.26": "one H200, 1B shape in bfloat16", "0.33": "one H100, 8B shape"},
+            how="in 0.33 vLLM's mode makes graphs of what is not compiled",
+        ),
+        None,
+    ),
     Feature(
         GRAPHS_TENSOR,
         Cell(inexact=f"our sums over GPUs are not made for CUDA graphs (--enforce-eager, or {ALL_REDUCE}=0)"),
