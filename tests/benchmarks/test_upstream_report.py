@@ -24,7 +24,7 @@ torch = pytest.importorskip("torch")
 REPO_ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = REPO_ROOT / "benchmarks" / "upstream_report.py"
 PAGE = REPO_ROOT / "docs" / "upstream-report.md"
-RESULTS = REPO_ROOT / "benchmarks" / "results" / "upstream-report-h200.json"
+RESULTS = REPO_ROOT / "benchmarks" / "results" / "upstream-report-h100.json"
 NEW = {"vllm": "0.33.0", "torch": "2.14.0", "mode": "on", "device": "NVIDIA H200"}
 OLD = {"vllm": "0.26.0", "torch": "2.11.0", "mode": "on", "device": "NVIDIA H200"}
 
