@@ -107,8 +107,8 @@ class Report:
         self._bar: tqdm[Any] = tqdm(disable=True)
         self._names: Sequence[str] = ()
 
-    def begin(self, names: Sequence[str]) -> None:
-        """Print the heading. names: of the rows to come."""
+    def begin(self, names: Sequence[str], lengths: Sequence[int] = ()) -> None:
+        """Print the heading. names: of the rows to come; lengths: of the prompts, tokens."""
         self.close()
         self._names = names
         self._bar = tqdm(
@@ -124,6 +124,9 @@ class Report:
             "Determinism check: each row asks the same prompts in another way, beside others or partly cached. 0 of "
             "them should differ from when each is asked alone:"
         )
+        if lengths:
+            # A window of attention that is longer is not tried.
+            self.say(f"prompts of {min(lengths):,} to {max(lengths):,} tokens")
         self.say(
             f"{'':<44} {'differ':>9} {'largest, nats':>13} {'labels':>7} {'U moves':>8} {'decisions':>9} {'cached':>7}"
         )
@@ -191,6 +194,8 @@ async def check(engine: Engine, args: argparse.Namespace, report: Report, earlie
     amount, size = QUICK if args.quick else WHOLE
     if args.prompts is not None:
         amount = replace(amount, prompts=args.prompts)
+    if args.demonstrations is not None:
+        amount = replace(amount, demonstrations=args.demonstrations)
     begun = time.monotonic()
     block = await engine.engine.kv_block_size()
 
@@ -206,7 +211,7 @@ async def check(engine: Engine, args: argparse.Namespace, report: Report, earlie
         earlier = last.references
     matrix = Matrix(engine.asker, engine.engine, material, size, seed=time.time_ns())
     names, found = matrix.names(earlier), list[Row]()
-    report.begin(names)
+    report.begin(names, [len(prompt) for prompt in material.prompts])
     async with aclosing(matrix.rows(earlier)) as rows:
         async for row in rows:
             found.append(row)
@@ -307,6 +312,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="12 prompts, no generated text, no restart: in a minute")
     parser.add_argument("--prompts", type=int, metavar="N", help="compare N prompts, 1 to 256 (default: 256, quick 12)")
     parser.add_argument(
+        "--demonstrations",
+        type=int,
+        metavar="N",
+        help="in each prompt, 2 to 250 (default: 24, quick 10): many make prompts longer than a window of attention",
+    )
+    parser.add_argument(
         "--seconds",
         type=float,
         metavar="S",
@@ -339,6 +350,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     if args.prompts is not None and not 1 <= args.prompts <= 256:
         print("error: --prompts must be from 1 to 256", file=sys.stderr)
+        return 2
+    if args.demonstrations is not None and not 2 <= args.demonstrations <= 250:
+        print("error: --demonstrations must be from 2 to 250", file=sys.stderr)
+        return 2
+    if args.demonstrations is not None and args.seconds is not None:
+        print("error: --seconds chooses how many demonstrations there are: leave out --demonstrations", file=sys.stderr)
         return 2
     if args.seconds is not None and not args.quick:
         print("error: --seconds is for --quick", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -46,6 +47,18 @@ async def test_an_exact_server_passes_and_is_remembered(tmp_path: Path) -> None:
         passed, second = await check(server, tmp_path)
     assert passed
     assert second["in the check before this one"].compared.prompts == 12
+
+
+async def test_prompts_can_be_made_longer_than_a_window(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    async with FakeVLLM() as server:
+        lengths = []
+        for more in ([], ["--demonstrations", "60"]):
+            given = ["--url", server.url, "--quick", "--prompts", "2", "--runs_dir", str(tmp_path), *more]
+            assert (await run(build_parser().parse_args(given), Report(quiet=False))).passed
+            told = re.search(r"^prompts of ([\d,]+) to [\d,]+ tokens$", capsys.readouterr().out, re.MULTILINE)
+            assert told is not None
+            lengths.append(int(told[1].replace(",", "")))
+    assert lengths[1] > 5 * lengths[0]
 
 
 async def test_a_server_that_answers_by_count_fails(tmp_path: Path) -> None:
@@ -152,6 +165,8 @@ def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["--quick", "--seconds", "0"], "--seconds must be above 0"),
         (["--seconds", "9"], "--seconds is for --quick"),
         (["--prompts", "0"], "--prompts must be from 1 to 256"),
+        (["--demonstrations", "1"], "--demonstrations must be from 2 to 250"),
+        (["--quick", "--seconds", "9", "--demonstrations", "20"], "leave out --demonstrations"),
         (["--url", "http://127.0.0.1:9", "--option", "x"], "--option is for --start"),
         (["--url", "http://127.0.0.1:9", "--cpu"], "--cpu is for --direct"),
         (["--block_size", "32"], "--block_size is for --direct"),
