@@ -260,7 +260,7 @@ def chosen(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
     for wanted in only:
         matching = [c for c in cells if c.name == wanted or (wanted[-1:] == "*" and c.name.startswith(wanted[:-1]))]
         if not matching:
-            raise BadCells(f"there is no cell {wanted!r}: {', '.join(cell.name for cell in cells)}")
+            raise BadCells(f"there is no cell {wanted!r}: {', '.join(repr(cell.name) for cell in cells)}")
         found += [cell for cell in matching if cell not in found]
     return found
 
@@ -304,10 +304,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise BadCells("--limit must be above 0")
         if len(set(args.gpus)) < len(args.gpus):
             raise BadCells("--gpus names one twice")
+    except FileNotFoundError as error:
+        print(f"error: {error.filename}: not found", file=sys.stderr)
+        return 2
     except (BadCells, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if args.table:
+        if not any(cell.name in rows.rows for cell in cells):
+            print(f"error: {args.out / 'rows.json'} has none of these cells: nothing was measured", file=sys.stderr)
+            return 2
         print(table([rows.rows[cell.name] for cell in cells if cell.name in rows.rows]))
         return 0
     if args.list:

@@ -56,6 +56,9 @@ class Cell:
     how: str
     labels: int
 
+    def __str__(self) -> str:
+        return f"seed {self.seed}, {self.labels} labels known ({self.how})"
+
     def run(self, prefix: str) -> str:
         """The name of its folder."""
         return f"{prefix}-seed{self.seed}-{self.how}{self.labels}"
@@ -108,14 +111,11 @@ class Bench:
         if process.returncode:
             lines = said.decode(errors="replace").strip().splitlines()
             errors = [line for line in lines if line.startswith("error:")]
-            raise RuntimeError(f"{cell}: {(errors or lines or ['it was stopped'])[-1]}")
+            said_last = (errors or lines or ["it was stopped"])[-1]
+            raise RuntimeError(f"{cell}: {said_last.removeprefix('error: ')}")
         if cell.how == "none":
             self._base[cell.seed].set()
-        print(
-            f"seed {cell.seed}, {cell.labels} labels known ({cell.how}): {self._line(cell)}",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"{cell}: {self._line(cell)}", file=sys.stderr, flush=True)
 
     def _known(self, cell: Cell) -> list[str]:
         if cell.how == "random":
@@ -212,8 +212,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 done, 1 a table failed (the same command goes on), 130 interrupted."""
-    args, flags = build_parser().parse_known_args(arguments)
+    """Exit codes: 0 done, 1 a table failed (the same command goes on), 2 wrong arguments, 130 interrupted."""
+    parser = build_parser()
+    args, flags = parser.parse_known_args(arguments)
+    if min(args.labels) < 0:
+        parser.error("--labels must be at least 0")
+    if args.at_once < 1:
+        parser.error("--at_once must be at least 1")
     cells = list(cells_of(args.seeds, args.labels, args.how))
 
     async def run() -> Bench:

@@ -18,10 +18,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Final
 
 REPO_ROOT: Final = Path(__file__).resolve().parents[1]
@@ -37,6 +40,12 @@ from scripts.version_rows import PAGE, all_rows, keep, page_with, read_rows, res
 VERSIONS: Final = ("0.32.0", "0.31.0", "0.30.0", "0.29.0", "0.28.0", "0.27.1")
 """vLLM for the CPU, of every minor version its newest patch; the last is the oldest that is supported."""
 MODEL: Final = "gemma-3-270m"
+_WHOLE: Final = re.compile(r"\d+\.\d+\.\d+(\.?(a|b|rc|post|dev)\d+)*")
+"""A version as its row names it: 0.32 would be another than 0.32.0."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: ends as Ctrl-C does, so that the environment is removed."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -81,6 +90,11 @@ def wrong(args: argparse.Namespace, behind: Sequence[str]) -> str:
         return "what stands behind -- is for --here or --run"
     if args.run and (not behind or len(args.versions) != 1):
         return "--run takes one version, and what to run behind --"
+    if args.results and (args.page or args.run):
+        return "--results is for versions that are measured: the page is made of the rows in benchmarks/results"
+    for version in args.versions:
+        if not _WHOLE.fullmatch(version):
+            return f"{version!r} is no version of vLLM: give all three numbers, as in {VERSIONS[0]}"
     if args.again and (args.here or args.page or args.run):
         return "--again is for versions that are measured in environments of their own"
     return ""
@@ -109,6 +123,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on with the version that it was at", file=sys.stderr)
         return 130
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    raise Terminated
 
 
 def write_page() -> None:
@@ -154,10 +172,13 @@ def _python(python: Path, arguments: Sequence[str]) -> int:
     process = subprocess.Popen([str(python), *arguments], cwd=REPO_ROOT, env=environ)
     try:
         return process.wait()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
+        if isinstance(stopped, Terminated):  # Ctrl-C reached it already
+            process.terminate()
         process.wait()
         raise
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _leave)
     sys.exit(main())

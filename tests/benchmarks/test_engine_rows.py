@@ -115,7 +115,7 @@ def test_wrong_files_get_one_line(
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--only", "z"], "there is no cell 'z': x"),
+        (["--only", "z"], "there is no cell 'z': 'x'"),
         (["--limit", "0"], "--limit must be above 0"),
         (["--gpus", "1", "1"], "--gpus names one twice"),
     ],
@@ -393,8 +393,15 @@ def test_list_and_table_measure_nothing(stubs: Path, tmp_path: Path, capsys: pyt
     path = cells_file(tmp_path, {"cells": [{"name": "x", "model": "m"}]})
     assert run(path, stubs, "--list") == 0
     assert "not measured" in capsys.readouterr().out
-    assert run(path, stubs, "--table") == 0
+    assert run(path, stubs, "--table") == 2
+    assert "nothing was measured" in capsys.readouterr().err
     assert not stubs.exists()
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "no.yaml"
+    assert engine_rows.main([str(path), "--out", str(tmp_path / "o")]) == 2
+    assert capsys.readouterr().err == f"error: {path}: not found\n"
 
 
 def test_no_cell_of_a_name_is_an_error() -> None:

@@ -8,7 +8,9 @@ import os
 import sys
 from pathlib import Path
 
-from benchmarks.known_labels import Cell, cells_of, counts_of, table_of
+import pytest
+
+from benchmarks.known_labels import Cell, cells_of, counts_of, main, table_of
 from fakes.vllm_server import FakeVLLM, hashed_log_odds
 from src.pipeline.baselines.row_result import Answer, Cost, RowResult
 
@@ -49,6 +51,25 @@ def test_the_table_has_a_line_for_each_method_and_way() -> None:
     ]
 
 
+@pytest.mark.parametrize("wrong", [["--labels", "4", "-1"], ["--at_once", "0"]])
+def test_numbers_that_mean_nothing_are_refused(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(wrong)
+    assert f"error: {wrong[0]} must be at least" in capsys.readouterr().err
+
+
+def test_a_table_that_fails_is_named_with_its_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("VLLM_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("ICM_SECRETS", os.devnull)
+    flags = ["--testbed", "builtin", "--model", "m", "--batch_size", "8", "--runs_dir", str(tmp_path)]
+    assert main([*flags, "--seeds", "3", "--labels", "0"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: seed 3, 0 labels known (none): no server answers at http://127.0.0.1:9")
+    assert said.count("\n") == 1
+
+
 async def test_it_is_made_stopped_and_gone_on_with(tmp_path: Path) -> None:
     async with FakeVLLM(log_odds=hashed_log_odds) as server:
         flags = [
@@ -87,4 +108,4 @@ async def test_it_is_made_stopped_and_gone_on_with(tmp_path: Path) -> None:
         assert len([one for one in server.requests[asked:] if "prompt" in one]) == 0
         code, _, err = await run("--name", "other", "--at_once", "1", "--consistency", "nothing")
         assert code == 1
-        assert err.strip().splitlines()[-1].startswith("error: Cell(seed=1, how='none', labels=0): error: argument")
+        assert err.strip().splitlines()[-1].startswith("error: seed 1, 0 labels known (none): argument")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -256,6 +257,9 @@ def test_something_else_is_run_in_an_environment(made: Path) -> None:
         (["0.32.0", "--run"], "--run takes one version"),
         (["--run", "--", "-V"], "--run takes one version"),
         (["--here", "--again"], "--again is for"),
+        (["--page", "--results", "a"], "--results is for"),
+        (["0.32"], "'0.32' is no version of vLLM: give all three numbers"),
+        (["newest"], "'newest' is no version of vLLM"),
     ],
 )
 def test_flags_that_mean_nothing_together_are_refused(
@@ -265,6 +269,29 @@ def test_flags_that_mean_nothing_together_are_refused(
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+def test_sigterm_leaves_no_environment_behind(tmp_path: Path) -> None:
+    uv, temporary = tmp_path / "uv", tmp_path / "tmp"
+    uv.write_text("#!/bin/sh\nexec sleep 60\n")
+    uv.chmod(0o755)
+    temporary.mkdir()
+    with subprocess.Popen(
+        [sys.executable, str(REPOSITORY / "scripts" / "versions.py"), "0.32.0", "--results", str(tmp_path / "rows")],
+        env={**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "TMPDIR": str(temporary)},
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        try:
+            lines = [process.stderr.readline() for _ in range(2)]
+            assert "resolving" in lines[1]
+            assert list(temporary.glob("icm-versions-*"))
+            process.terminate()
+            assert process.wait(timeout=30) == 130
+        finally:
+            process.kill()
+    assert not list(temporary.glob("icm-versions-*"))
 
 
 # Measuring
