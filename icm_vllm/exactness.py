@@ -273,7 +273,8 @@ def _of_model(config: Mapping[str, Any], server: Server) -> Iterator[str]:
         yield QK_NORM
     if kind in _WITH_BIAS or kind.startswith("qwen2") or any(text.get(k) for k in _BIASES):
         yield BIAS
-    attention = {"": FLASH, "FLASH_ATTN": FLASH, "TRITON_ATTN": TRITON}.get(server.backend, OTHER)
+    backends = {"": FLASH, "AUTO": FLASH, "FLASH_ATTN": FLASH, "TRITON_ATTN": TRITON}
+    attention = backends.get(server.backend.upper(), OTHER)
     if text.get("kv_lora_rank"):
         yield MLA
     else:
@@ -283,12 +284,7 @@ def _of_model(config: Mapping[str, Any], server: Server) -> Iterator[str]:
         yield windows if server.device == "gpu" else CPU_WINDOWS
     if kind.startswith("gpt_oss") or any("sink" in key for key, value in text.items() if value):
         yield SINKS
-    layers = [str(layer) for layer in text.get("layer_types") or text.get("layers_block_type") or ()]
-    if (
-        any(sign in layer for layer in layers for sign in _RECURRENT_LAYERS)
-        or any(key.startswith(_RECURRENT_KEYS) for key, value in text.items() if value)
-        or kind.startswith(_RECURRENT_MODELS)
-    ):
+    if _recurrent(text, kind):
         yield HYBRID
     if any(config.get(part) for part in ("vision_config", "audio_config", "vision_tower", "encoder_config")):
         yield MULTIMODAL
@@ -297,11 +293,28 @@ def _of_model(config: Mapping[str, Any], server: Server) -> Iterator[str]:
 _BIASES: Final = ("attention_bias", "mlp_bias", "use_bias", "qkv_bias", "bias", "add_bias_linear", "use_qkv_bias")
 
 
+def _recurrent(text: Mapping[str, Any], kind: str) -> bool:
+    """Whether some layers have a state. Where layers are named, sizes of such layers count for nothing: Granite 4.0
+    has them in models that attend in each layer."""
+    layers = _layers(text, "layer_types") or _layers(text, "layers_block_type")
+    if kind.startswith(_RECURRENT_MODELS) or any(sign in layer for layer in layers for sign in _RECURRENT_LAYERS):
+        return True
+    if layers and all("attention" in layer for layer in layers):
+        return False
+    return any(key.startswith(_RECURRENT_KEYS) for key, value in text.items() if value)
+
+
+def _layers(text: Mapping[str, Any], key: str) -> list[str]:
+    """The kinds of a model's layers; [] where it does not list them."""
+    found = text.get(key)
+    return [str(layer) for layer in found] if isinstance(found, list | tuple) else []
+
+
 def _windows(text: Mapping[str, Any]) -> bool:
     """Whether some layers attend to the last tokens alone."""
-    layers = text.get("layer_types")
+    layers = _layers(text, "layer_types")
     if layers:
-        return any("sliding" in str(layer) or "chunked" in str(layer) for layer in layers)
+        return any("sliding" in layer or "chunked" in layer for layer in layers)
     return bool(text.get("sliding_window") or text.get("attention_chunk_size")) and (
         text.get("use_sliding_window") is not False
     )
@@ -355,8 +368,12 @@ def _weights(described: Mapping[str, Any], given: str) -> str:
 def _compressed(described: Mapping[str, Any]) -> str:
     """Of weights by llm-compressor."""
     kinds = set()
-    for group in (described.get("config_groups") or {}).values():
-        weights = group.get("weights") or {}
+    groups = described.get("config_groups")
+    for group in groups.values() if isinstance(groups, Mapping) else ():
+        weights = group.get("weights") if isinstance(group, Mapping) else None
+        if not isinstance(weights, Mapping):
+            kinds.add(OTHER_WEIGHTS)
+            continue
         if weights.get("type") == "float" and weights.get("num_bits") == 8 and group.get("input_activations"):
             kinds.add(FP8_BLOCKS if weights.get("strategy") == "block" else FP8_ROWS)
         elif weights.get("type") == "int" and not group.get("input_activations"):
@@ -528,6 +545,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = json.loads((Path(given[0]) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         print(f"there is no model in {given[0]}: {error}", file=sys.stderr)
+        return 2
+    if not isinstance(config, Mapping):
+        print(f"there is no model in {given[0]}: its config.json is not an object", file=sys.stderr)
         return 2
     for device in ("gpu", "cpu"):
         names = features(config, Server(device=device))

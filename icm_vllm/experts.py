@@ -104,8 +104,8 @@ def _one_projection() -> None:
         return
 
     @functools.wraps(own)
-    def project(output: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-        product(a, b, out=output)
+    def project(output: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *_: bool, **__: bool) -> None:
+        product(a, b, out=output)  # newer versions also say when the kernel may begin
 
     project.exact = True  # type: ignore[attr-defined]
     operators.dsv3_fused_a_gemm = project

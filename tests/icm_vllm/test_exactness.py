@@ -47,6 +47,7 @@ GPT_OSS = {
 }
 QWEN3_NEXT = QWEN3_MOE | {"model_type": "qwen3_next", "layer_types": ["linear_attention", "full_attention"]}
 JAMBA = {"model_type": "jamba", "mamba_d_state": 16, "num_experts": 16}
+GRANITE = {"model_type": "granitemoehybrid", "mamba_d_conv": 4, "num_local_experts": 0}
 DENSE = ["bfloat16", exactness.FLASH]
 PARALLEL = [exactness.PIPELINE, exactness.EXPERT_PARALLEL, exactness.DATA_PARALLEL]
 
@@ -80,6 +81,16 @@ def compressed(weights: dict[str, object], activations: object) -> dict[str, obj
         ),
         (QWEN3_NEXT, ["bfloat16", exactness.QK_NORM, exactness.FLASH, exactness.HYBRID, exactness.EXPERTS_16]),
         (JAMBA, [*DENSE, exactness.HYBRID, exactness.EXPERTS_16]),
+        (GRANITE | {"layer_types": ["mamba", "attention"]}, [*DENSE, exactness.HYBRID]),
+        (GRANITE | {"layer_types": ["attention", "attention"]}, DENSE),
+        (GRANITE, [*DENSE, exactness.HYBRID]),
+        ({}, DENSE),
+        ({"layer_types": 5, "text_config": None, "model_type": None, "quantization_config": []}, DENSE),
+        (
+            LLAMA | {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": ["a"]}},
+            [*DENSE, exactness.OTHER_WEIGHTS],
+        ),
+        (compressed({}, None) | {"layer_types": "full_attention"}, [*DENSE, exactness.OTHER_WEIGHTS]),
         (LLAMA | {"quantization_config": {"quant_method": "awq", "bits": 4}}, [*DENSE, exactness.AWQ]),
         (LLAMA | {"quantization_config": {"quant_method": "gptq", "bits": 4}}, [*DENSE, exactness.GPTQ]),
         (LLAMA | {"quantization_config": {"quant_method": "fbgemm_fp8"}}, [*DENSE, exactness.FP8_ROWS]),
@@ -111,6 +122,8 @@ def test_the_features_of_a_model(config: dict[str, Any], found: list[str]) -> No
     [
         (Server(dtype="float16"), ["float16", exactness.FLASH]),
         (Server(backend="TRITON_ATTN"), ["bfloat16", exactness.TRITON]),
+        (Server(backend="triton_attn"), ["bfloat16", exactness.TRITON]),
+        (Server(backend="auto"), DENSE),
         (Server(backend="FLASHINFER"), ["bfloat16", exactness.OTHER]),
         (Server(quantization="fp8"), [*DENSE, exactness.FP8_ROWS]),
         (Server(quantization="bitsandbytes"), [*DENSE, exactness.OTHER_WEIGHTS]),
@@ -281,6 +294,9 @@ def test_a_model_is_looked_up_in_the_table(tmp_path: Path, capsys: pytest.Captur
     assert "  windows of attention, by FlashAttention: **refused**" in capsys.readouterr().out
     assert main([str(tmp_path / "none")]) == 2
     assert "there is no model in" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text("[]")
+    assert main([str(tmp_path)]) == 2
+    assert "its config.json is not an object" in capsys.readouterr().err
     assert main([]) == 0
     assert capsys.readouterr().out == page()
 
