@@ -543,8 +543,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         config = json.loads((Path(given[0]) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        print(f"there is no model in {given[0]}: {error}", file=sys.stderr)
+    except OSError:
+        print(f"there is no model in {given[0]}: a folder with a config.json was expected", file=sys.stderr)
+        return 2
+    except ValueError as error:
+        print(f"there is no model in {given[0]}: its config.json is not JSON: {error}", file=sys.stderr)
         return 2
     if not isinstance(config, Mapping):
         print(f"there is no model in {given[0]}: its config.json is not an object", file=sys.stderr)

@@ -293,10 +293,13 @@ def test_a_model_is_looked_up_in_the_table(tmp_path: Path, capsys: pytest.Captur
     assert main([str(tmp_path)]) == 0
     assert "  windows of attention, by FlashAttention: **refused**" in capsys.readouterr().out
     assert main([str(tmp_path / "none")]) == 2
-    assert "there is no model in" in capsys.readouterr().err
-    (tmp_path / "config.json").write_text("[]")
-    assert main([str(tmp_path)]) == 2
-    assert "its config.json is not an object" in capsys.readouterr().err
+    assert capsys.readouterr().err == (
+        f"there is no model in {tmp_path / 'none'}: a folder with a config.json was expected\n"
+    )
+    for broken, said in (("[]", "its config.json is not an object"), ("{", "its config.json is not JSON: ")):
+        (tmp_path / "config.json").write_text(broken)
+        assert main([str(tmp_path)]) == 2
+        assert said in capsys.readouterr().err
     assert main([]) == 0
     assert capsys.readouterr().out == page()
 
