@@ -228,7 +228,7 @@ class _ClaimsByName:
 
 def _label(fields: Mapping[str, Any], testbed: Testbed, reading: Reading) -> Label:
     if "label" not in fields:
-        raise BadInput(f"has no column label; it has {listed(list(fields))}")
+        raise BadInput(f"has no column label (empty where it is not known); it has {listed(list(fields))}")
     value = fields["label"]
     names = [name.strip().casefold() for name in testbed.space.names]
     text = "" if is_missing(value) else as_written(value)

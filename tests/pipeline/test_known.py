@@ -65,7 +65,10 @@ def test_space_that_an_editor_changes_does_not_count(tmp_path: Path) -> None:
 
 
 WRONG: dict[str, tuple[list[dict[str, Any]], str]] = {
-    "no label column": ([{"row": 1, "truth": 1}], "k.jsonl:1: has no column label; it has 'row', 'truth'"),
+    "no label column": (
+        [{"row": 1, "truth": 1}],
+        "k.jsonl:1: has no column label (empty where it is not known); it has 'row', 'truth'",
+    ),
     "no name": ([{"label": 1, "reason": "?"}], "k.jsonl:1: names no claim: it has no row, and nothing in choice"),
     "no such row": ([{"label": 1, "row": 999}], "names row 999, and "),
     "no number": ([{"label": 1, "row": "three"}], "has the row 'three', which is no number of a row"),
