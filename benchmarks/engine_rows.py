@@ -41,7 +41,7 @@ HERE: Final = Path(__file__).resolve().parent
 GRACE: Final = 25.0
 """Seconds for a cell to stop its server."""
 MADE: Final = "made.json"
-"""Written into a shape's folder last, so that half of one is made again."""
+"""In a shape's folder: what was made, or null until it is, so that half of one is made again."""
 
 
 @dataclass
@@ -148,6 +148,7 @@ class Measuring:
     def _make(self, cell: Cell, gpus: list[str], folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
+        write_atomically(folder / MADE, b"null\n")
         self._say(f"{cell.name}: making the shape {folder.name}")
         words = [str(HERE / "make_shape.py"), *_shape_words(cell), str(folder)]
         with self._file(cell, ".shape.log").open("wb") as log:
@@ -241,6 +242,11 @@ def _is_made(cell: Cell, folder: Path) -> bool:
         return False
 
 
+def _is_of_others(folder: Path) -> bool:
+    """Whether something lies there that this command did not make."""
+    return folder.exists() and not (folder / MADE).is_file() and (not folder.is_dir() or any(folder.iterdir()))
+
+
 def _in_words(row: dict[str, Any]) -> str:
     words = [row["state"]]
     if row["failure"]:
@@ -332,6 +338,13 @@ def _measure(args: argparse.Namespace, cells: Sequence[Cell], rows: Rows) -> int
     missing = [cell for cell in fitting if not rows.has(cell, again=args.again)]
     if len(missing) < len(fitting):
         print(f"{len(fitting) - len(missing)} of {len(fitting)} cells were measured before", flush=True)
+    for folder in {Path(cell.folder(args.shapes_dir)) for cell in missing if cell.shape is not None}:
+        if _is_of_others(folder):
+            print(
+                f"error: {folder} would be made anew, and is no shape of this command: --shapes_dir FOLDER",
+                file=sys.stderr,
+            )
+            return 2
     args.out.mkdir(parents=True, exist_ok=True)
     before = signal.signal(signal.SIGTERM, _leave)
     try:

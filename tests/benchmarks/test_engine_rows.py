@@ -203,9 +203,24 @@ def test_half_of_a_shape_is_made_again(stubs: Path, tmp_path: Path) -> None:
     half = tmp_path / "shapes" / "8B-3-layers"
     half.mkdir(parents=True)
     (half / "model-00001.safetensors").write_text("half")
+    (half / engine_rows.MADE).write_text("null\n")
     assert run(path, stubs) == 0
     assert not (half / "model-00001.safetensors").exists()
     assert (half / "config.json").read_text() == "8B --layers 3 --weights"
+
+
+def test_a_folder_of_someone_elses_is_left_alone(
+    stubs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = cells_file(tmp_path, {"cells": [{"name": "x", "shape": "8B"}]})
+    theirs = tmp_path / "shapes" / "8B" / "model.safetensors"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("weights")
+    assert run(path, stubs) == 2
+    assert "is no shape of this command" in capsys.readouterr().err
+    assert theirs.read_text() == "weights"
+    theirs.unlink()
+    assert run(path, stubs) == 0
 
 
 def test_the_time_for_all_stops_what_runs_and_begins_nothing_more(
