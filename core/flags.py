@@ -27,6 +27,14 @@ def whole_number(text: str) -> int:
         raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}") from None
 
 
+def port_number(text: str) -> int:
+    """A port to listen at."""
+    found = int(text) if text.isdecimal() else -1
+    if not 0 <= found <= 65535:  # getaddrinfo would take it modulo 65536
+        raise argparse.ArgumentTypeError(f"must be between 0 (any that is free) and 65535, not {text}")
+    return found
+
+
 class FlagParser(argparse.ArgumentParser):
     """As argparse's. also: flags that another parser of the same command line takes, which can be meant as well."""
 

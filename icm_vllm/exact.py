@@ -134,6 +134,7 @@ def _for_this_model() -> list[str]:
     """Replace what only some models compute with; what that is, in words."""
     config = importlib.import_module("vllm.config").get_current_vllm_config_or_none()
     if config is None or config.model_config is None:
+        log.warning("which model this worker computes is not known: its experts and quantized weights stay vLLM's")
         return []
     features = exactness.features(config.model_config.hf_config.to_dict(), exactness.server_of(config, "gpu"))
     return [name for part in (experts, quantized, adapters) for name in part.install(features)]

@@ -24,7 +24,7 @@ import orjson
 from aiohttp import web
 
 from core.errors import APIError, ConfigurationError
-from core.flags import FlagParser, whole_number
+from core.flags import FlagParser, port_number
 from core.llm_api.http.retry import RetryPolicy
 from core.llm_api.http.transport import HttpOptions, HttpTransport
 from core.settings import Settings
@@ -125,7 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--url", help="base URL, or several with commas (default: VLLM_BASE_URL)")
     parser.add_argument("--pool_id", default="default", help="name of this group of servers (default: default)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
-    parser.add_argument("--port", type=whole_number, default=9464, help="port to listen at (default: 9464)")
+    parser.add_argument("--port", type=port_number, default=9464, help="port to listen at (default: 9464)")
     parser.add_argument("--once", action="store_true", help="print the page and end; exit code 1 if no server answers")
     return parser
 

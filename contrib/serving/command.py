@@ -28,7 +28,7 @@ from typing import Final
 
 from contrib.serving.options import DEFAULT_DOCUMENTS, Limits, read_token
 from core.errors import APIError, ConfigurationError
-from core.flags import FlagParser, number, whole_number
+from core.flags import FlagParser, number, port_number, whole_number
 from core.llm_api.llm import ModelAPI, open_model_api
 from core.settings import REPO_ROOT, Settings
 from core.vllm_server import ServerFailed, VLLMServer
@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--documents", type=Path, default=DEFAULT_DOCUMENTS, help="folder of .txt, .md and .rst files")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=_port, default=8080, help="(default: %(default)s)")
+    parser.add_argument("--port", type=port_number, default=8080, help="(default: %(default)s)")
     parser.add_argument("--server_log", type=Path, default=REPO_ROOT / "runs" / "serve_vllm.log", help="of --start")
     parser.add_argument("vllm_options", nargs="*", metavar="VLLM_OPTION", help="with --start, after --")
     limits = parser.add_argument_group("limits")
@@ -196,13 +196,6 @@ def _quiet_end() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _port(text: str) -> int:
-    port = int(text) if text.isdecimal() else -1
-    if not 0 <= port <= 65535:  # getaddrinfo would take it modulo 65536
-        raise argparse.ArgumentTypeError(f"must be between 0 (any that is free) and 65535, not {text}")
-    return port
 
 
 def _positive(text: str) -> float:

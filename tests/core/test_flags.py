@@ -77,7 +77,8 @@ def test_every_command_names_the_flag_that_is_meant(name: str, capsys: pytest.Ca
         (["watch", "run", "--interval", "often"], "argument --interval: must be a number, not 'often'"),
         (["cache", "prune", "--older_than", "long"], "argument --older_than: must be a number, not 'long'"),
         (["serve", "--concurrent", "some"], "argument --concurrent: must be a whole number, not 'some'"),
-        (["metrics", "--port", "any"], "argument --port: must be a whole number, not 'any'"),
+        (["metrics", "--port", "any"], "argument --port: must be between 0 (any that is free) and 65535, not any"),
+        (["metrics", "--port", "65536"], "argument --port: must be between 0 (any that is free) and 65535, not 65536"),
         (["check-direct", "--max_model_len", "x"], "argument --max_model_len: must be a whole number, not 'x'"),
     ],
 )

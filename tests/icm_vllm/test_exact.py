@@ -147,6 +147,7 @@ def test_the_plugin_replaces_what_vllm_computes_with(order: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert "nccl 7 None 0" in done.stdout  # as it was asked for, not as vLLM limits it
     assert "lengths (17, 5) (40, 5) (17, 513) (17, 4096)" in done.stdout
+    assert "which model this worker computes is not known" in done.stdout + done.stderr
     # Two models with windows were seen, one warning is enough.
     assert (done.stdout + done.stderr).count("for which FlashAttention 3 is not exact") == 1
     assert done.stdout.endswith("done\n")
