@@ -345,7 +345,11 @@ def _measure(args: argparse.Namespace, cells: Sequence[Cell], rows: Rows) -> int
                 file=sys.stderr,
             )
             return 2
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"error: --out {args.out}: {error.strerror}", file=sys.stderr)
+        return 2
     before = signal.signal(signal.SIGTERM, _leave)
     try:
         Measuring(args, rows).run(missing)

@@ -256,7 +256,8 @@ def look(here: Device) -> list[Found]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table for the vLLM of this environment; 1 where a required name for this device is missing."""
+    """Print the table for the vLLM of this environment; 1 where a required name for this device is missing, 2 without a
+    vLLM and where the file cannot be written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write version, device and every row there")
     options = parser.parse_args(arguments)
@@ -276,7 +277,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"  {state:8}{row.device:4} {row.by:16} {row.target}" + (f"   ({row.reason})" if row.reason else ""))
     if options.json is not None:
         document = {"vllm": version, "package": package, "device": here, "patches": [asdict(row) for row in rows]}
-        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        try:
+            options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            print(f"cannot write {options.json}: {error.strerror}", file=sys.stderr)
+            return 2
     return 1 if any(row.state == "refused" for row in rows) else 0
 
 

@@ -223,6 +223,12 @@ def test_a_folder_of_someone_elses_is_left_alone(
     assert run(path, stubs) == 0
 
 
+def test_results_cannot_be_kept_in_a_file(stubs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = cells_file(tmp_path, {"cells": [{"name": "x", "model": "m"}]})
+    assert run(path, path) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
 def test_the_time_for_all_stops_what_runs_and_begins_nothing_more(
     stubs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

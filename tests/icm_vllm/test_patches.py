@@ -9,6 +9,7 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -114,6 +115,18 @@ def test_a_missing_name_is_refused_only_where_it_is_required_on_this_device(monk
     }
     assert found[1] == Found("b", gone, "any", "lacks", "module 'json' has no attribute 'no_such'")
     assert found[0].reason == ""
+
+
+def test_a_file_that_cannot_be_written_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(patches, "look", lambda here: [])
+    monkeypatch.setattr(patches, "_installed", lambda name: True)
+    monkeypatch.setattr(patches.metadata, "version", lambda name: "0.32.0")
+    platform = SimpleNamespace(is_cpu=lambda: True)
+    monkeypatch.setitem(sys.modules, "vllm.platforms", SimpleNamespace(current_platform=platform))
+    assert patches.main(["--json", str(tmp_path / "none" / "x")]) == 2
+    assert capsys.readouterr().err == f"cannot write {tmp_path / 'none' / 'x'}: No such file or directory\n"
 
 
 @pytest.mark.real_server
