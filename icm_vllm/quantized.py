@@ -55,9 +55,8 @@ def _triton_for_blocks() -> None:
     linear._POSSIBLE_FP8_BLOCK_KERNELS[platform._enum] = [linear.TritonFp8BlockScaledMMKernel]
     if not hasattr(tuned, "get_w8a8_block_fp8_configs"):
         raise AttributeError("get_w8a8_block_fp8_configs")
-    tuned.get_w8a8_block_fp8_configs = lambda *sizes: (
-        None
-    )  # configurations by the number of rows; newer modes skip them
+    # No configurations by the number of rows, which newer modes skip themselves.
+    tuned.get_w8a8_block_fp8_configs = lambda *sizes: None
 
 
 def _awq_in_triton() -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import errno
 import importlib.util
-import json
 import os
 import shlex
 import socket
@@ -230,10 +229,11 @@ def command(
             f"vLLM would not find what makes scores exact: {sys.executable} -m pip install --no-deps {REPO_ROOT}; "
             "or start with --no-deterministic"
         )
-    section = _attending(_typed(section, rest, environ), rest, read_config(model))
+    of_model = read_config(model)
+    section = _attending(_typed(section, rest, environ), rest, of_model)
     options = ["--served-model-name", served, *serve_options(section, rest)]
-    if {**section.env, **environ}.get(BATCH_INVARIANT) == "1" and environ.get(CHECK) != "0":
-        check_exactness(model, options, "gpu" if VLLM_BATCH_INVARIANT in section.env else "cpu")
+    if of_model and {**section.env, **environ}.get(BATCH_INVARIANT) == "1" and environ.get(CHECK) != "0":
+        check_exactness(of_model, options, "gpu" if VLLM_BATCH_INVARIANT in section.env else "cpu")
     if any(_name(argument) == "headless" for argument in rest):
         # Workers for a server on another machine, for which nothing listens here: only `vllm serve` does that. The
         # other module accepts --headless and starts a server anyway (vLLM 0.26).
@@ -248,15 +248,10 @@ def command(
     return env, argv
 
 
-def check_exactness(model: str, options: Sequence[str], device: exactness.Device) -> None:
-    """Raises LaunchError for what is known not to be exact, where the model's folder is at hand; vLLM's own process
-    looks at everything else, and warns of what was not measured (icm_vllm/exactness.py)."""
-    try:
-        config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return  # a name of Hugging Face's, or a file that vLLM itself will complain about
-    if not isinstance(config, dict):
-        return
+def check_exactness(config: Mapping[str, object], options: Sequence[str], device: exactness.Device) -> None:
+    """Raises LaunchError for what is known not to be exact of the model of this config.json. vLLM's own process looks
+    at everything else, and at models that are not at hand, and warns of what was not measured (icm_vllm/exactness.py).
+    """
     server = exactness.Server(
         device=device,
         dtype=_option(options, "dtype", exactness.BF16),

@@ -105,7 +105,11 @@ def write_doubt(folder: RunFolder, document: Mapping[str, Any], wanted: Wanted, 
     document: its run.json, which is returned as it is now. Nothing is written where nothing changes. told: whether a
     user is told about it.
     """
-    found = _wanted_now(folder, document, wanted)
+    return _write(folder, document, _wanted_now(folder, document, wanted), told=told)
+
+
+def _write(folder: RunFolder, document: Mapping[str, Any], found: _Wanted, *, told: bool) -> dict[str, Any]:
+    """What of `found` is not there yet."""
     if found.rows != found.before:
         folder.write_labels(found.rows)
     if found.document != document:
@@ -124,7 +128,7 @@ def write_doubt_again(
     raises BadInput where another process is at work there. Where nothing does, the folder need not be writable."""
     found = _wanted_now(folder, document, wanted)
     if found.rows == found.before and found.document == document:
-        return write_doubt(folder, document, wanted, told=told)
+        return _write(folder, document, found, told=told)
     with folder:
         return write_doubt(folder, folder.read_run() or document, wanted, told=told)
 
