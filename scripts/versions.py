@@ -12,6 +12,7 @@ For each: which of our patches go in (icm_vllm/patches.py), whether a server sta
 check (--quick) and the token counts of benchmarks/step.py --quick. Environments are made in a temporary folder, some
 4 GB each, and removed. Results are kept version by version in benchmarks/results/versions-cpu.json or -gpu.json: an
 interrupted call is repeated to go on. Exit code 0: all passed; 1: something failed or was refused; 2: it could not run.
+With --run it is that of what was run; 125: there is no environment to run it in.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ VERSIONS: Final = ("0.32.0", "0.31.0", "0.30.0", "0.29.0", "0.28.0", "0.27.1")
 MODEL: Final = "gemma-3-270m"
 _WHOLE: Final = re.compile(r"\d+\.\d+\.\d+(\.?(a|b|rc|post|dev)\d+)*")
 """A version as its row names it: 0.32 would be another than 0.32.0."""
+NO_ENVIRONMENT: Final = 125
+"""Exit code of --run where nothing was run; pytest, which also ends with 2, has no such one."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -119,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _here(args, behind) if args.here else _environments(args)
     except (NotMeasurable, NoEnvironment, ConfigurationError, StorageFailed, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return NO_ENVIRONMENT if args.run else 2
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on with the version that it was at", file=sys.stderr)
         return 130

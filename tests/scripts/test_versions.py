@@ -246,6 +246,18 @@ def test_something_else_is_run_in_an_environment(made: Path) -> None:
     assert made.read_text() == f"{versions.VERSIONS[-1]} -m pytest -q\n"
 
 
+def test_nothing_run_for_want_of_an_environment_is_told_from_what_ends_with_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("scripts.version_environment._step", _no_network)
+    assert versions.main(["oldest", "--run", "--", "-c", "raise SystemExit(2)"]) == versions.NO_ENVIRONMENT
+    assert capsys.readouterr().err == "error: no network\n"
+
+
+def _no_network(what: str, *command: str) -> None:
+    raise NoEnvironment("no network")
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
