@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from src.icm.objective import wilson_interval
 from src.results.curves import Curves
 from src.results.doubt import KNOWN, coverage_of
+from src.results.plots import FEW_POINTS
 from src.results.run_record import RunRecord, probability
 from src.results.style import FAINT, INK, SERIES, page_svg, panel
 from src.results.text import one_line, visible
@@ -104,7 +105,9 @@ def line_chart(
         axes.vlines(marks, 0, 1, transform=axes.get_xaxis_transform(), color=FAINT, linewidth=1, linestyle=":")
     for number, (name, points) in enumerate(lines):
         thinned = _thinned(points)
-        axes.plot([x for x, _ in thinned], [y for _, y in thinned], color=_color(number), label=visible(name))
+        marker = "." if len(points) < FEW_POINTS else ""
+        axes.plot([x for x, _ in thinned], [y for _, y in thinned], color=_color(number), marker=marker,
+                  label=visible(name))  # fmt: skip
     return Chart(
         title=title,
         description=f"{title} ({unit}) over iterations. " + "; ".join(_range(*line) for line in lines if line[1]),

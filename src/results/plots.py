@@ -61,4 +61,5 @@ def draw_curves(records: Sequence[Mapping[str, Any]], gold: Sequence[Label], nam
         axes[0].axvline(iteration, color=FAINT, linewidth=0.6, alpha=0.5)
     for axis in axes[2:]:
         axis.set_xlabel("iteration")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     return figure

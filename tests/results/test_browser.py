@@ -105,6 +105,13 @@ async def test_without_javascript_everything_but_the_filters_is_there(browser: A
     assert await page.locator("figure svg path[stroke='var(--s0)']").first.bounding_box()
 
 
+async def test_no_column_of_the_results_is_cut_off_on_a_wide_screen(browser: Any, tmp_path: Path) -> None:
+    seen = await opened(browser, tmp_path / "r.html", report(tmp_path))
+    tables = await seen.page.eval_on_selector_all(".wide", "all => all.map(one => [one.scrollWidth, one.clientWidth])")
+    assert tables
+    assert all(content <= room for content, room in tables)
+
+
 async def test_nothing_is_asked_of_any_network(browser: Any, tmp_path: Path) -> None:
     seen = await opened(browser, tmp_path / "r.html", report(tmp_path))
     assert seen.requests == [(tmp_path / "r.html").as_uri()]

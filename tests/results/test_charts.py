@@ -23,6 +23,7 @@ from src.results.charts import (
     scatter,
 )
 from src.results.curves import curves_of
+from src.results.plots import draw_curves
 from src.results.run_reader import read_run
 from src.results.style import PANEL, VARIABLES, write_png
 from tests.run_examples import write_run
@@ -88,6 +89,22 @@ def test_lines_stay_inside_their_frame(values: list[float | None]) -> None:
     for x, y in line_points(chart):
         assert axes.x0 * PANEL[0] - 0.01 <= x <= axes.x1 * PANEL[0] + 0.01
         assert (1 - axes.y1) * PANEL[1] - 0.01 <= y <= (1 - axes.y0) * PANEL[1] + 0.01
+
+
+@pytest.mark.parametrize(("points", "marked"), [(1, True), (3, True), (40, False)])
+def test_few_points_are_marked_for_a_line_through_one_is_not_seen(points: int, marked: bool) -> None:
+    chart = line_chart("U", [("a", range(1, points + 1), [float(n) for n in range(points)])], "units")
+    assert chart is not None
+    (line,) = chart.figure.axes[0].get_lines()
+    assert (line.get_marker() not in ("", "None")) is marked
+
+
+def test_the_picture_of_one_iteration_has_no_fractions_of_iterations(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "a", labels=HALF, gold=HALF))
+    figure = draw_curves(run.journal[:1], run.gold)
+    for axis in figure.axes[2:]:
+        low, high = axis.get_xlim()
+        assert all(float(tick).is_integer() for tick in axis.get_xticks() if low <= tick <= high)
 
 
 def test_a_long_line_is_thinned_and_keeps_its_extremes() -> None:
