@@ -33,6 +33,10 @@ from typing import Final, get_args
 if str(Path(__file__).resolve().parents[1]) not in sys.path:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+    from core.packages import OF_FILES, need_packages
+
+    need_packages(OF_FILES)
+
 from core.files import write_atomically
 from src.experiments.ask import main as ask
 from src.icm.consistency import Consistency, Label

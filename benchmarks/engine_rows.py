@@ -32,6 +32,10 @@ from typing import Any, Final
 if str(Path(__file__).resolve().parents[1]) not in sys.path:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+    from core.packages import OF_FILES, need_packages
+
+    need_packages(OF_FILES)
+
 from benchmarks.engine_cells import BadCells, Cell, read_cells
 from benchmarks.engine_row import DONE, FAILED, OVER, Row, without_paths
 from benchmarks.engine_table import table

@@ -28,6 +28,10 @@ from typing import Any, Final
 if str(Path(__file__).resolve().parents[1]) not in sys.path:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+    from core.packages import need_packages
+
+    need_packages()
+
 from benchmarks.step_cases import Cases
 from benchmarks.step_machine import commit, hardware, without_folders
 from benchmarks.step_measure import Backend, Budget, HttpEngine, Progress

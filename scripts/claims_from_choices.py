@@ -19,10 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+    from core.packages import OF_FILES, need_packages
+
+    need_packages(OF_FILES)
+
+import numpy as np
 
 from core.errors import StorageFailed
 from src.icm.values import BadInput, options_of

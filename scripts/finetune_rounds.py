@@ -26,11 +26,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-import orjson
-
 ROOT = Path(__file__).resolve().parents[1]
 if __package__ in (None, ""):
     sys.path.insert(0, str(ROOT))
+
+    from core.packages import need_packages
+
+    need_packages()
+
+import orjson  # noqa: E402
 
 from contrib.training import Trainer, axolotl_rows, beginning_token, read_extra, trainer_config  # noqa: E402
 from core.errors import StorageFailed  # noqa: E402

@@ -24,12 +24,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-import orjson
-from tqdm import tqdm
-
 REPO_ROOT: Final = Path(__file__).resolve().parents[1]
 if str(REPO_ROOT) not in sys.path:  # run as a script, without an installed package
     sys.path.insert(0, str(REPO_ROOT))
+
+    from core.packages import need_packages
+
+    need_packages()
+
+import orjson  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 from core.determinism.asking import Asker, DirectAsker, HttpAsker, Listed  # noqa: E402
 from core.determinism.matrix import Material, Matrix, Row, Size  # noqa: E402

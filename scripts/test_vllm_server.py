@@ -26,6 +26,10 @@ REPO_ROOT: Final = Path(__file__).resolve().parents[1]
 if str(REPO_ROOT) not in sys.path:  # run as a script, without an installed package
     sys.path.insert(0, str(REPO_ROOT))
 
+    from core.packages import need_packages
+
+    need_packages()
+
 from core.errors import APIError, ConfigurationError, RequestRejected  # noqa: E402
 from core.llm_api.engines.vllm import VLLMClient  # noqa: E402
 from core.llm_api.engines.vllm_group import ALIKE_HINT, difference  # noqa: E402

@@ -32,6 +32,10 @@ REPO_ROOT: Final = Path(__file__).resolve().parents[1]
 if str(REPO_ROOT) not in sys.path:  # run as a script, without an installed package
     sys.path.insert(0, str(REPO_ROOT))
 
+    from core.packages import need_packages
+
+    need_packages()
+
 from core.errors import ConfigurationError, StorageFailed  # noqa: E402
 from core.files import write_atomically  # noqa: E402
 from scripts.version_environment import NoEnvironment, environment  # noqa: E402

@@ -19,6 +19,10 @@ REPO_ROOT: Final = Path(__file__).resolve().parents[1]
 if str(REPO_ROOT) not in sys.path:  # run as a script, without an installed package
     sys.path.insert(0, str(REPO_ROOT))
 
+    from core.packages import need_packages
+
+    need_packages()
+
 from core.vllm_server import ServerFailed, VLLMServer  # noqa: E402
 from scripts.run_local import again_by, run_icm  # noqa: E402
 

@@ -20,7 +20,7 @@ ROWS = (
 )
 """The packages, each row below the next one."""
 ROWS_OF_CORE = (
-    ("core.errors", "core.cpu", "core.flags", "core.vllm_log"),
+    ("core.errors", "core.cpu", "core.flags", "core.packages", "core.vllm_log"),
     ("core.settings", "core.files"),
     ("core.vllm_server", "core.llm_api.types", "core.llm_api.telemetry"),
     ("core.llm_api.labels",),

@@ -20,6 +20,10 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script, from any folder, without an installed package
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+    from core.packages import need_packages
+
+    need_packages()
+
 from src.experiments.arguments import (
     AddedUp,
     Parser,
