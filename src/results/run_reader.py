@@ -15,6 +15,7 @@ from typing import Any
 import orjson
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from core.settings import REPO_ROOT
 from src.icm.consistency import Constraint, Relation
 from src.icm.label_names import Names, names_of, read_label, read_odds
 from src.icm.testbeds import BadInput
@@ -23,6 +24,8 @@ from src.results.run_record import KNOWN, LabelledClaim, RunRecord, batch_of, wi
 from src.results.run_schema import RunDocument, first_complaint, journal_line
 
 BASELINES = "baselines.json"
+RUNS = REPO_ROOT / "runs"
+"""Where commands keep runs unless told otherwise, from whatever folder they are run."""
 
 
 class SeedCount(BaseModel):
@@ -195,7 +198,11 @@ def _within(parent: str, run: RunRecord) -> RunRecord:
 def _run_document(folder: Path) -> RunDocument:
     path = folder / "run.json"
     if not folder.is_dir():
-        raise BadInput(f"{folder}: no such folder; name a run's folder, as in runs/NAME")
+        there = next(
+            (run for run in (Path("runs", folder.name), RUNS / folder.name) if _is_file(run / "run.json")), None
+        )
+        hint = f"did you mean {there}?" if there else "name a run's folder, as in runs/NAME"
+        raise BadInput(f"{folder}: no such folder; {hint}")
     try:
         return RunDocument.model_validate(orjson.loads(path.read_bytes()))
     except FileNotFoundError:

@@ -18,6 +18,7 @@ from fakes.vllm_server import FakeVLLM
 from src.experiments.ask import TITLE
 from src.experiments.commands import main
 from src.experiments.ICM import build_parser
+from src.results import run_reader
 from tests.experiments.test_landscape import learns_from_context, write_claims
 from tests.results.test_page import ATTACKS
 from tests.run_examples import write_run
@@ -125,6 +126,20 @@ def test_terminal_output_holds_no_escape_of_a_claim(tmp_path: Path, capsys: pyte
     run = write_run(tmp_path / "a", labels=HALF, claims=evil, settings={"model": "\x1b[31m"})
     assert main(["ask", str(run), "-n", "20"]) == 0
     assert "\x1b" not in capsys.readouterr().out
+
+
+def test_a_run_that_is_named_without_its_folder_is_pointed_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path / "runs" / "a", labels=HALF)
+    monkeypatch.chdir(tmp_path)
+    assert main(["ask", "a"]) == 2
+    assert capsys.readouterr().err == "error: a: no such folder; did you mean runs/a?\n"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setattr(run_reader, "RUNS", tmp_path / "runs")  # the project's, whatever the folder
+    assert main(["ask", "runs/a"]) == 2
+    assert capsys.readouterr().err == f"error: runs/a: no such folder; did you mean {tmp_path / 'runs' / 'a'}?\n"
 
 
 @pytest.mark.parametrize(
