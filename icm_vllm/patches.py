@@ -21,6 +21,7 @@ from typing import Final, Literal
 
 TRIED: Final = {
     "0.26.0": "GPU",
+    "0.27.0": "CPU",
     "0.27.1": "CPU",
     "0.28.0": "CPU",
     "0.29.0": "CPU",

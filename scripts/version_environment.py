@@ -85,7 +85,7 @@ def _uv(home: Path) -> str:
     """The uv of this machine, or one of its own."""
     if found := shutil.which("uv"):
         return found
-    _step("installing uv", sys.executable, "-m", "venv", str(home / "uv"))
+    _step("making an environment for uv", sys.executable, "-m", "venv", str(home / "uv"))
     pip = (str(home / "uv" / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check", "-q")
     _step("installing uv", *pip, "uv")
     return str(home / "uv" / "bin" / "uv")
