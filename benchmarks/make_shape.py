@@ -105,6 +105,10 @@ CONFIGS: Final[dict[str, dict[str, Any]]] = {
     "8B-awq": LLAMA | _8B | {"quantization_config": AWQ},
     "8B-gptq": LLAMA | _8B | {"quantization_config": GPTQ},
     **PUBLISHED,
+    **{
+        f"{name}-bf16": {key: value for key, value in PUBLISHED[name].items() if key != "quantization_config"}
+        for name in ("deepseek-v3", "gpt-oss-20b")
+    },
 }
 """Every shape: what its config.json says."""
 

@@ -39,6 +39,7 @@ class RandomWeights:
         self._device = device
         self._generator = torch.Generator(device).manual_seed(seed)
         self._stored = _stored_as(quantization)
+        self._quantized = quantization is not None
 
     def of(self, tensor: Tensor) -> Iterator[tuple[str, Any]]:
         """(name, numbers on the device) of everything that is stored for `tensor`."""
@@ -66,6 +67,8 @@ class RandomWeights:
                 # Steps from 0.001 to 0.1 before softplus, as state-space models are initialized with.
                 step = 10 ** self._uniform(size, -3.0, -1.0)
                 yield tensor.name, step.expm1().log().bfloat16()
+            case Kind.EXPERTS_MXFP4 if not self._quantized:  # as (experts, in, out) then
+                yield tensor.name, self._normal((size[0], size[2], size[1]), scale_of(size[2]))
             case Kind.EXPERTS_MXFP4:
                 yield from self._mxfp4(tensor.name, *size)
 
