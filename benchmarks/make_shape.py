@@ -36,6 +36,9 @@ _PIECE: Final = re.compile(r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?\d+| ?[^\s\w]+|\
 LABELS: Final = (" True", " False")
 WORDS: Final = 4000
 BOS: Final = "<|begin_of_text|>"
+TOKENIZER: Final = "tokenizer"
+"""A folder of the tokenizer alone, for vLLM's --tokenizer: beside a config.json of Qwen2's, transformers 5 reads any
+tokenizer.json as pieces of Qwen's own words, and every word here becomes one unknown token."""
 
 LLAMA: Final[dict[str, Any]] = {
     "architectures": ["LlamaForCausalLM"],
@@ -172,6 +175,9 @@ def make_shape(name: str, folder: Path, layers: int | None = None, *, tiny: bool
         "tokenizer.json": tokenizer(),
         "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "unk_token": "<unk>"},
     }
+    if config["model_type"] == "qwen2":
+        (folder / TOKENIZER).mkdir(exist_ok=True)
+        files |= {f"{TOKENIZER}/{file}": files[file] for file in ("tokenizer.json", "tokenizer_config.json")}
     for file, content in files.items():
         (folder / file).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return folder

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.make_shape import CONFIGS, main, make_shape
+from benchmarks.make_shape import CONFIGS, LABELS, TOKENIZER, main, make_shape
 from benchmarks.shapes.published import PUBLISHED, completed
 from benchmarks.shapes.tensors import Kind, tensors
 
@@ -58,6 +58,20 @@ def test_names_and_sizes_are_those_of_transformers(name: str, tmp_path: Path) ->
     }
     assert numbers(experts) == numbers(theirs_of_experts)
     assert bool(experts) == any(word in name for word in ("a3b", "deepseek", "oss"))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_tokenizer_is_read_by_transformers_as_it_was_written(name: str, tmp_path: Path) -> None:
+    folder = make_shape(name, tmp_path, tiny=True)
+    place = folder / TOKENIZER if (folder / TOKENIZER).exists() else folder
+    read = transformers.AutoTokenizer.from_pretrained(place)
+    assert [len(read(label, add_special_tokens=False).input_ids) for label in LABELS] == [1, 1]
+    assert len({read(label).input_ids[-1] for label in LABELS}) == 2
+
+
+def test_experts_that_are_not_quantized_are_stored_as_transformers_has_them(tmp_path: Path) -> None:
+    found = {name: tuple(tensor.shape) for name, tensor in made("gpt-oss-20b-bf16", tmp_path).items()}
+    assert found == in_transformers(tmp_path)
 
 
 def numbers(sizes: dict[str, tuple[int, ...]]) -> int:

