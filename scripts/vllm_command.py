@@ -30,7 +30,7 @@ REPO_ROOT: Final = Path(__file__).resolve().parents[1]
 if str(REPO_ROOT) not in sys.path:  # run as a script, without an installed package
     sys.path.insert(0, str(REPO_ROOT))
 
-from core.cpu import KV_CACHE_SPACE, fast_type, kv_cache_gib  # noqa: E402
+from core.cpu import KV_CACHE_SPACE, cpu_flags, fast_type, kv_cache_gib  # noqa: E402
 from icm_vllm import exactness  # noqa: E402
 from icm_vllm.attention_choice import exact_backend, has_windows, read_config  # noqa: E402
 from icm_vllm.plugin import BATCH_INVARIANT, CHECK  # noqa: E402
@@ -46,6 +46,11 @@ BACKEND: Final = "attention-config.backend"
 ALL_BLOCKS: Final = "disable-hybrid-kv-cache-manager"
 FAST_TYPE: Final = "cpu"
 """A section's `dtype` that stands for the type which this machine's CPU computes fast."""
+LOCAL: Final = "local"
+"""The section of a server on the CPU."""
+AMX: Final = "amx_tile"
+WITH_AMX: Final = (exactness.FP8_BLOCKS, exactness.EXPERTS_FP8, exactness.EXPERTS_MXFP4)
+"""Weights that vLLM computes on a CPU with AMX alone (0.32)."""
 VLLM_BATCH_INVARIANT: Final = "VLLM_BATCH_INVARIANT"
 """vLLM's own mode, which exists on GPUs alone."""
 DEFAULT_HOST: Final = "127.0.0.1"
@@ -215,7 +220,7 @@ def command(
         raise LaunchError("give the key in the environment instead: VLLM_API_KEY=...")
     section = read_section(size, config, deterministic=deterministic)
     wanted, rest = take("model", rest, section.model)
-    if size == "local" and "/" not in wanted:
+    if size == LOCAL and "/" not in wanted:
         wanted = f"models/{wanted}"
     host, rest = take("host", rest, DEFAULT_HOST)
     port_text, rest = take("port", rest, str(DEFAULT_PORT))
@@ -232,6 +237,8 @@ def command(
     of_model = read_config(model)
     section = _attending(_typed(section, rest, environ), rest, of_model)
     options = ["--served-model-name", served, *serve_options(section, rest)]
+    if size == LOCAL and environ.get(CHECK) != "0":
+        check_kernels(of_model, options, cpu_flags())
     if of_model and {**section.env, **environ}.get(BATCH_INVARIANT) == "1" and environ.get(CHECK) != "0":
         check_exactness(of_model, options, "gpu" if VLLM_BATCH_INVARIANT in section.env else "cpu")
     if any(_name(argument) == "headless" for argument in rest):
@@ -246,6 +253,22 @@ def command(
     # Our extension of the server is imported from here, wherever the server is started.
     env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPO_ROOT), environ.get("PYTHONPATH", ""))))
     return env, argv
+
+
+def check_kernels(config: Mapping[str, object], options: Sequence[str], flags: frozenset[str]) -> None:
+    """Raises LaunchError for weights that vLLM has no kernel for on this CPU, which it would say after half a minute.
+
+    flags: the CPU's, as core.cpu.cpu_flags reads them; where they are not known nothing is refused.
+    """
+    if not flags or AMX in flags:
+        return
+    server = exactness.Server(device="cpu", quantization=_option(options, "quantization", ""))
+    for name in exactness.features(config, server):
+        if name in WITH_AMX:
+            raise LaunchError(
+                f"vLLM computes {name} on a CPU with AMX alone, which this one lacks: take a checkpoint in 16 bits. "
+                f"{CHECK}=0 tries it"
+            )
 
 
 def check_exactness(config: Mapping[str, object], options: Sequence[str], device: exactness.Device) -> None:

@@ -422,3 +422,30 @@ def test_a_model_that_cannot_be_read_is_left_to_vllm(folder: Path, monkeypatch: 
     for text in ("{", "[]"):
         (folder / "config.json").write_text(text)
         command([str(folder), "--port", str(free_port())], {})
+
+
+QUANTIZED = {
+    "fp8 with scales of blocks": '{"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}',
+    "mixture of experts, mxfp4": '{"num_local_experts": 8, "quantization_config": {"quant_method": "mxfp4"}}',
+}
+
+
+@pytest.mark.usefixtures("with_vllm")
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_weights_that_this_cpu_has_no_kernel_for_are_refused_at_once(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_command, "plugin_installed", lambda: True)
+    monkeypatch.setattr(vllm_command, "cpu_flags", lambda: frozenset({"avx512f"}))
+    (folder / "config.json").write_text(QUANTIZED[name])
+    port = ["--port", str(free_port())]
+    server = ["local", "--model", str(folder), *port]
+    for given in ([], ["--no-deterministic"]):
+        with pytest.raises(LaunchError, match=f"vLLM computes {name} on a CPU with AMX alone") as refused:
+            command([*server, *given], {})
+        assert "\n" not in str(refused.value)
+    command(server, {"ICM_BATCH_INVARIANT_CHECK": "0"})
+    command([str(folder), *port], {})
+    for flags in (frozenset[str](), frozenset({"avx512f", "amx_tile"})):
+        monkeypatch.setattr(vllm_command, "cpu_flags", lambda flags=flags: flags)
+        command(server, {})
