@@ -292,7 +292,7 @@ TINY: Final[Config] = {
     "head_dim": 64,
     "hidden_size": 256,
     "intermediate_size": 512,
-    "kv_lora_rank": 128,
+    "kv_lora_rank": 512,  # the one size that vLLM computes on a CPU
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "moe_intermediate_size": 256,
