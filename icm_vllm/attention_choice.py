@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from icm_vllm.exactness import FLASH_WINDOWS, MLA, Server, features
+from icm_vllm.exactness import FLASH_WINDOWS, HYBRID, MLA, Server, features
 
 FLASH: Final = "FLASH_ATTN"
 TRITON: Final = "TRITON_ATTN"
@@ -38,6 +38,11 @@ def read_config(model: str, revision: str | None = None) -> dict[str, Any]:
 def has_windows(config: Mapping[str, Any]) -> bool:
     """Whether a layer's attention looks back over a limited number of tokens (Gemma 2 and 3, gpt-oss, Mistral 7B)."""
     return FLASH_WINDOWS in features(config, Server())
+
+
+def has_states(config: Mapping[str, Any]) -> bool:
+    """Whether a layer keeps a state in place of keys and values (Qwen3-Next, Qwen3.5, Mamba)."""
+    return HYBRID in features(config, Server())
 
 
 def exact_backend(config: Mapping[str, Any]) -> str:

@@ -102,16 +102,19 @@ SPECULATIVE: Final = "speculative decoding"
 FP8_CACHE: Final = "KV cache in fp8"
 MULTIMODAL: Final = "pictures or sound beside text"
 NOT_HOPPER: Final = "GPUs other than Hopper"
+WITH_AMX: Final = "mixtures of experts, AWQ, GPTQ or MLA on a CPU with AMX"
 
 _DENSE: Final = Cell({"0.26": "one H200, 1B and 8B shapes", "0.33": "one H100, 1B shape and 8B shape"})
 _WINDOWS: Final = "one H100, 12 layers of the gpt-oss-20B shape"
 _DEEPSEEK: Final = "one H100, 5 layers of the DeepSeek-V3 shape"
 _8B: Final = "one H100, 12 layers of the 8B shape"
 _CPU: Final = Cell({"0.32": "2 cores, Gemma 3 270M"})
+_NARROW: Final = "2 cores with AVX-512, narrow shapes of "
+_WITH_AMX: Final = Cell(how="vLLM 0.32 has kernels for them with AMX alone: without, they are refused")
 
 TABLE: Final[tuple[Feature, ...]] = (
     Feature(BF16, _DENSE, _CPU),
-    Feature(FP16),
+    Feature(FP16, cpu=Cell({"0.32": f"{_NARROW}Llama in float16"})),
     Feature(FP32, cpu=Cell({"0.32": "2 cores kept to AVX2, Gemma 3 270M"})),
     Feature(
         QK_NORM,
@@ -130,6 +133,7 @@ TABLE: Final[tuple[Feature, ...]] = (
             },
             how="added within our product",
         ),
+        Cell({"0.32": f"{_NARROW}Qwen2.5-7B and gpt-oss-20B in bf16"}),
     ),
     Feature(FLASH, _DENSE, None),
     Feature(
@@ -150,15 +154,26 @@ TABLE: Final[tuple[Feature, ...]] = (
     ),
     Feature(TRITON_WINDOWS, Cell({"0.33": _WINDOWS}, how="windows of 128 tokens; our step of the softmax"), None),
     Feature(OTHER_WINDOWS, cpu=None),
-    Feature(CPU_WINDOWS, None, _CPU),
-    Feature(SINKS, Cell({"0.33": _WINDOWS})),
-    Feature(MLA, Cell({"0.33": _DEEPSEEK}, how="all rows over the compressed cache, FLASH_ATTN_MLA")),
+    Feature(CPU_WINDOWS, None, Cell({"0.32": "2 cores, Gemma 3 270M with prompts longer than its windows"})),
+    Feature(SINKS, Cell({"0.33": _WINDOWS}), Cell({"0.32": f"{_NARROW}gpt-oss-20B in bf16"})),
+    Feature(
+        MLA,
+        Cell({"0.33": _DEEPSEEK}, how="all rows over the compressed cache, FLASH_ATTN_MLA"),
+        Cell(
+            {"0.32": f"{_NARROW}DeepSeek-V3 in bf16"},
+            how="without a prefix cache, which vLLM takes away from them there",
+        ),
+    ),
     Feature(
         HYBRID,
         Cell(
             inexact="vLLM's batch-invariant mode refuses them (0.33: \"VLLM batch_invariant mode is not supported for "
             'GDN_ATTN"): their state is added up in pieces of tokens that are counted from the first one that is not '
             "cached"
+        ),
+        Cell(
+            inexact="their scores depend on what is cached and computed with them (vLLM 0.32, 2 cores with AVX-512, narrow "
+            "shapes of Qwen3-Next-80B-A3B and Qwen3.5-9B: 22 of 24 rows differ in each)"
         ),
     ),
     Feature(
@@ -167,25 +182,28 @@ TABLE: Final[tuple[Feature, ...]] = (
             {"0.33": "one H100, 12 layers of the Qwen3-30B-A3B shape"},
             how="vLLM's Triton kernel in one configuration, our gates",
         ),
-        Cell({"0.32": "2 cores with AVX-512, narrow shape of Qwen3-30B-A3B"}),
+        Cell({"0.32": f"{_NARROW}Qwen3-30B-A3B and gpt-oss-20B in bf16 and DeepSeek-V3 in bf16"}),
     ),
-    Feature(EXPERTS_FP8, Cell({"0.33": _DEEPSEEK}, how="the same; scales of blocks")),
+    Feature(EXPERTS_FP8, Cell({"0.33": _DEEPSEEK}, how="the same; scales of blocks"), _WITH_AMX),
     Feature(
-        EXPERTS_MXFP4, Cell({"0.33": _WINDOWS}, how="made bfloat16 when they are loaded, in four times the memory")
+        EXPERTS_MXFP4,
+        Cell({"0.33": _WINDOWS}, how="made bfloat16 when they are loaded, in four times the memory"),
+        _WITH_AMX,
     ),
     Feature(
         EXPERTS_INTEGERS, Cell(how="vLLM's mode: Triton in one configuration, or none, and then it does not start")
     ),
     Feature(EXPERTS_OTHER),
-    Feature(FP8_ROWS, Cell({"0.26": "one H200, 1B shape"}, how="our products")),
-    Feature(FP8_BLOCKS, Cell({"0.33": _8B}, how="vLLM's Triton kernel in one configuration")),
-    Feature(AWQ, Cell({"0.33": _8B}, how="made 16 bits at every step")),
+    Feature(FP8_ROWS, Cell({"0.26": "one H200, 1B shape"}, how="our products"), _WITH_AMX),
+    Feature(FP8_BLOCKS, Cell({"0.33": _8B}, how="vLLM's Triton kernel in one configuration"), _WITH_AMX),
+    Feature(AWQ, Cell({"0.33": _8B}, how="made 16 bits at every step"), Cell({"0.32": f"{_NARROW}Llama in AWQ"})),
     Feature(
         GPTQ,
         Cell(
             {"0.33": _8B},
             how="GPTQ; made 16 bits when they are loaded, in the memory of a model that is not quantized",
         ),
+        Cell({"0.32": f"{_NARROW}Llama in GPTQ"}, how="GPTQ"),
     ),
     Feature(OTHER_WEIGHTS),
     Feature(LORA, Cell({"0.33": _8B}, how="vLLM's kernels in one configuration")),
@@ -217,6 +235,7 @@ TABLE: Final[tuple[Feature, ...]] = (
     Feature(FP8_CACHE),
     Feature(MULTIMODAL, Cell(how="ICM asks with text alone"), Cell(how="ICM asks with text alone")),
     Feature(NOT_HOPPER, cpu=None),
+    Feature(WITH_AMX, None, Cell(how="vLLM has other kernels for these there")),
 )
 """Every feature, in the order of the page."""
 
@@ -226,7 +245,7 @@ class Server:
     """What of a server's settings may decide whether scores are exact.
 
     backend: of attention, FLASH_ATTN or so; empty: vLLM's choice. quantization: as given to the server, beside what the
-    model's configuration says. capability: of the GPU, 90 for Hopper; 0: not known.
+    model's configuration says. capability: of the GPU, 90 for Hopper; 0: not known. amx: whether the CPU has AMX.
     """
 
     device: Device = "gpu"
@@ -242,11 +261,17 @@ class Server:
     graphs: bool = False
     speculative: bool = False
     capability: int = 0
+    amx: bool = False
+
+
+_OTHER_WITH_AMX: Final = {MLA, EXPERTS_16, EXPERTS_INTEGERS, AWQ, GPTQ}
 
 
 def features(config: Mapping[str, Any], server: Server) -> list[str]:
     """Names of the features that a model (its config.json) and a server use, in the order of the table."""
     found = {*_of_model(config, server), *_of_weights(config, server), *_of_server(server)}
+    if server.amx and found & _OTHER_WITH_AMX:
+        found.add(WITH_AMX)
     known = [feature.name for feature in TABLE if feature.on(server.device) is not None]
     return [name for name in known if name in found]
 
@@ -464,7 +489,16 @@ def server_of(config: Any, device: Device, capability: int = 0) -> Server:
         graphs=device == "gpu" and not getattr(model, "enforce_eager", True),
         speculative=getattr(config, "speculative_config", None) is not None,
         capability=capability,
+        amx=device == "cpu" and _has_amx(),
     )
+
+
+def _has_amx(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether Linux says so."""
+    try:
+        return "amx_tile" in cpuinfo.read_text(errors="replace").split()
+    except OSError:
+        return False
 
 
 def install() -> None:

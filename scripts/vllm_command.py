@@ -32,7 +32,7 @@ if str(REPO_ROOT) not in sys.path:  # run as a script, without an installed pack
 
 from core.cpu import KV_CACHE_SPACE, cpu_flags, fast_type, kv_cache_gib  # noqa: E402
 from icm_vllm import exactness  # noqa: E402
-from icm_vllm.attention_choice import exact_backend, has_windows, read_config  # noqa: E402
+from icm_vllm.attention_choice import exact_backend, has_states, has_windows, read_config  # noqa: E402
 from icm_vllm.plugin import BATCH_INVARIANT, CHECK  # noqa: E402
 
 PROGRAM: Final = "launch_vllm_server"
@@ -49,7 +49,7 @@ FAST_TYPE: Final = "cpu"
 LOCAL: Final = "local"
 """The section of a server on the CPU."""
 AMX: Final = "amx_tile"
-WITH_AMX: Final = (exactness.FP8_BLOCKS, exactness.EXPERTS_FP8, exactness.EXPERTS_MXFP4)
+WITH_AMX: Final = (exactness.FP8_ROWS, exactness.FP8_BLOCKS, exactness.EXPERTS_FP8, exactness.EXPERTS_MXFP4)
 """Weights that vLLM computes on a CPU with AMX alone (0.32)."""
 VLLM_BATCH_INVARIANT: Final = "VLLM_BATCH_INVARIANT"
 """vLLM's own mode, which exists on GPUs alone."""
@@ -256,7 +256,7 @@ def command(
 
 
 def check_kernels(config: Mapping[str, object], options: Sequence[str], flags: frozenset[str]) -> None:
-    """Raises LaunchError for weights that vLLM has no kernel for on this CPU, which it would say after half a minute.
+    """Raises LaunchError for weights that vLLM has no kernel for on this CPU, which it says where its start has failed.
 
     flags: the CPU's, as core.cpu.cpu_flags reads them; where they are not known nothing is refused.
     """
@@ -327,10 +327,12 @@ def _attending(section: Section, extra: Sequence[str], config: Mapping[str, obje
     """The section with the attention that is exact for the model of this config.json, where it asks for an exact one.
 
     A model with windows also keeps all blocks of a prompt: vLLM would keep those of the window, and prompts that branch
-    off earlier would find nothing.
+    off earlier would find nothing. One with states cannot: its layers have no kind of block in common.
     """
     options = dict(section.options)
-    if has_windows(config):
+    if has_states(config):
+        options.pop(ALL_BLOCKS, None)
+    elif has_windows(config):
         options.setdefault(ALL_BLOCKS, True)
     if BACKEND in options:
         if any(_name(argument) == "attention-backend" for argument in extra):

@@ -163,8 +163,8 @@ def test_fp8_in_blocks_and_whole_decodes_to_weights_of_usual_scale(tmp_path: Pat
     name = "model.layers.0.self_attn.kv_a_proj_with_mqa"
     weights, scales = found[f"{name}.weight"], found[f"{name}.weight_scale_inv"]
     assert weights.dtype == torch.float8_e4m3fn
-    assert tuple(scales.shape) == (2, 2)  # 192 x 256
-    whole = weights.float() * scales.repeat_interleave(128, 0)[:192].repeat_interleave(128, 1)
+    assert tuple(scales.shape) == (5, 2)  # 576 x 256
+    whole = weights.float() * scales.repeat_interleave(128, 0)[:576].repeat_interleave(128, 1)
     assert float(whole.std()) == pytest.approx(256**-0.5, rel=0.1)
     found = made("405B-fp8", tmp_path / "whole")
     weights = found[f"{(name := 'model.layers.0.mlp.up_proj')}.weight"].float() * found[f"{name}.weight_scale"]

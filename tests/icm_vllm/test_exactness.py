@@ -145,6 +145,30 @@ def test_windows_on_a_cpu_are_another_matter() -> None:
     assert names == ["bfloat16", exactness.QK_NORM, exactness.CPU_WINDOWS, exactness.MULTIMODAL]
 
 
+@pytest.mark.parametrize(
+    ("config", "other"),
+    [
+        (LLAMA, False),
+        (GEMMA, False),
+        (DEEPSEEK, True),
+        (QWEN3_MOE, True),
+        (LLAMA | {"quantization_config": {"quant_method": "awq", "bits": 4}}, True),
+    ],
+)
+def test_cpus_with_amx_have_other_kernels_for_some_weights(config: dict[str, Any], other: bool) -> None:
+    assert (exactness.WITH_AMX in features(config, Server(device="cpu", amx=True))) is other
+    assert exactness.WITH_AMX not in features(config, Server(device="cpu"))
+
+
+def test_amx_is_read_from_what_linux_says(tmp_path: Path) -> None:
+    said = tmp_path / "cpuinfo"
+    assert not exactness._has_amx(said)
+    said.write_text("flags\t\t: avx512f amx_bf16\n")
+    assert not exactness._has_amx(said)
+    said.write_text("flags\t\t: avx512f amx_bf16 amx_tile\n")
+    assert exactness._has_amx(said)
+
+
 def test_sums_that_are_left_to_vllm_go_with_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ALL_REDUCE, "0")
     assert exactness.GRAPHS_TENSOR not in features(LLAMA, Server(tensor=2, graphs=True))

@@ -424,6 +424,24 @@ def test_a_model_that_cannot_be_read_is_left_to_vllm(folder: Path, monkeypatch: 
         command([str(folder), "--port", str(free_port())], {})
 
 
+RECURRENT = '{"model_type": "qwen3_next", "layer_types": ["linear_attention", "full_attention"]}'
+
+
+@pytest.mark.usefixtures("with_vllm")
+def test_recurrent_layers_are_refused_on_a_cpu_and_start_without_exact_scores(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_command, "plugin_installed", lambda: True)
+    (folder / "config.json").write_text(RECURRENT)
+    server = ["local", "--model", str(folder), "--port", str(free_port())]
+    with pytest.raises(LaunchError, match=r"recurrent layers .*--no-deterministic starts it"):
+        command(server, {})
+    _, argv = command([*server, "--no-deterministic"], {})
+    assert "--disable-hybrid-kv-cache-manager" not in argv
+    (folder / "config.json").write_text("{}")
+    assert "--disable-hybrid-kv-cache-manager" in command(server, {})[1]
+
+
 QUANTIZED = {
     "fp8 with scales of blocks": '{"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}',
     "mixture of experts, mxfp4": '{"num_local_experts": 8, "quantization_config": {"quant_method": "mxfp4"}}',
