@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from icm_vllm.exactness import FLASH_WINDOWS, HYBRID, MLA, Server, features
+from icm_vllm.exactness import FLASH_LATENT, FLASH_WINDOWS, HYBRID, MLA, Server, features
 
 FLASH: Final = "FLASH_ATTN"
 TRITON: Final = "TRITON_ATTN"
-FLASH_LATENT: Final = "FLASH_ATTN_MLA"
-"""Values of vLLM's --attention-config.backend."""
+"""Values of vLLM's --attention-config.backend, as is FLASH_LATENT."""
 
 
 def read_config(model: str, revision: str | None = None) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from icm_vllm.plugin import ALL_REDUCE, CHECK
+from icm_vllm.plugin import ALL_REDUCE, CHECK, TILE
 
 log = logging.getLogger(f"vllm.{__name__}")
 
@@ -79,6 +79,9 @@ OTHER_WINDOWS: Final = "windows of attention, by another backend"
 CPU_WINDOWS: Final = "windows of attention on a CPU"
 SINKS: Final = "attention sinks"
 MLA: Final = "latent attention (MLA)"
+OTHER_MLA: Final = "latent attention (MLA), by another backend than FLASH_ATTN_MLA"
+MLA_NOT_HOPPER: Final = "latent attention (MLA) on a GPU other than Hopper"
+SPARSE: Final = "sparse latent attention (DeepSeek V3.2)"
 HYBRID: Final = "recurrent layers (hybrid models)"
 EXPERTS_16: Final = "mixture of experts, not quantized"
 EXPERTS_FP8: Final = "mixture of experts, fp8"
@@ -89,6 +92,7 @@ FP8_ROWS: Final = "fp8 with scales of tensors or rows"
 FP8_BLOCKS: Final = "fp8 with scales of blocks"
 AWQ: Final = "AWQ"
 GPTQ: Final = "GPTQ, and other weights in integers"
+COMPRESSED: Final = "weights in integers by compressed-tensors"
 OTHER_WEIGHTS: Final = "other quantized weights"
 LORA: Final = "LoRA adapters"
 TENSOR_2: Final = "tensor parallelism, two devices"
@@ -165,6 +169,20 @@ TABLE: Final[tuple[Feature, ...]] = (
         ),
     ),
     Feature(
+        OTHER_MLA,
+        Cell(how="vLLM's mode refuses them, but for TRITON_MLA, which has no prefix cache in it"),
+        None,
+    ),
+    Feature(
+        MLA_NOT_HOPPER,
+        Cell(
+            inexact="vLLM has FLASH_ATTN_MLA for Hopper alone, and would stop in a worker; with "
+            "--attention-config.backend TRITON_MLA it starts without a prefix cache, which was not measured"
+        ),
+        None,
+    ),
+    Feature(SPARSE, Cell(inexact="vLLM's batch-invariant mode has no such attention")),
+    Feature(
         HYBRID,
         Cell(
             inexact="vLLM's batch-invariant mode refuses them (0.33: \"VLLM batch_invariant mode is not supported for "
@@ -204,6 +222,10 @@ TABLE: Final[tuple[Feature, ...]] = (
             how="GPTQ; made 16 bits when they are loaded, in the memory of a model that is not quantized",
         ),
         Cell({"0.32": f"{_NARROW}Llama in GPTQ"}, how="GPTQ"),
+    ),
+    Feature(
+        COMPRESSED,
+        Cell(how="0.33: unpacked at every step, by vLLM's mode; 0.26: made 16 bits when they are loaded, as GPTQ"),
     ),
     Feature(OTHER_WEIGHTS),
     Feature(LORA, Cell({"0.33": _8B}, how="vLLM's kernels in one configuration")),
@@ -291,6 +313,14 @@ _RECURRENT_KEYS: Final = ("mamba_", "ssm_", "linear_num_key_heads", "linear_attn
 _RECURRENT_MODELS: Final = ("mamba", "jamba", "bamba", "zamba", "falcon_h1", "rwkv", "recurrent_gemma", "minimax_text")
 
 
+FLASH_LATENT: Final = "FLASH_ATTN_MLA"
+"""The backend of vLLM that is exact for compressed keys."""
+
+
+def _not_hopper(server: Server) -> bool:
+    return bool(server.capability) and server.capability // 10 != 9
+
+
 def _of_model(config: Mapping[str, Any], server: Server) -> Iterator[str]:
     text = _text(config)
     kind = str(text.get("model_type") or config.get("model_type") or "")
@@ -301,7 +331,13 @@ def _of_model(config: Mapping[str, Any], server: Server) -> Iterator[str]:
     backends = {"": FLASH, "AUTO": FLASH, "FLASH_ATTN": FLASH, "TRITON_ATTN": TRITON}
     attention = backends.get(server.backend.upper(), OTHER)
     if text.get("kv_lora_rank"):
-        yield MLA
+        chosen = server.backend.upper()
+        by_vllm = chosen in ("", "AUTO") and not _not_hopper(server)
+        yield MLA if chosen == FLASH_LATENT or by_vllm or server.device == "cpu" else OTHER_MLA
+        if chosen == FLASH_LATENT and _not_hopper(server):
+            yield MLA_NOT_HOPPER
+        if text.get("index_topk"):
+            yield SPARSE
     else:
         yield attention
     if _windows(text):
@@ -354,6 +390,8 @@ def _of_weights(config: Mapping[str, Any], server: Server) -> Iterator[str]:
     experts = any(isinstance(count, int | float) and count > 1 for count in counts)
     described = config.get("quantization_config") or text.get("quantization_config") or {}
     weights = _weights(described if isinstance(described, Mapping) else {}, server.quantization)
+    if weights == COMPRESSED:
+        yield GPTQ
     if weights and not (experts and weights == MXFP4):  # gpt-oss: the experts alone
         yield weights if weights != MXFP4 else OTHER_WEIGHTS
     if experts:
@@ -363,6 +401,7 @@ def _of_weights(config: Mapping[str, Any], server: Server) -> Iterator[str]:
             FP8_BLOCKS: EXPERTS_FP8,
             AWQ: EXPERTS_INTEGERS,
             GPTQ: EXPERTS_INTEGERS,
+            COMPRESSED: EXPERTS_INTEGERS,
             MXFP4: EXPERTS_MXFP4,
         }
         yield by_weights.get(weights, EXPERTS_OTHER)
@@ -402,7 +441,7 @@ def _compressed(described: Mapping[str, Any]) -> str:
         if weights.get("type") == "float" and weights.get("num_bits") == 8 and group.get("input_activations"):
             kinds.add(FP8_BLOCKS if weights.get("strategy") == "block" else FP8_ROWS)
         elif weights.get("type") == "int" and not group.get("input_activations"):
-            kinds.add(GPTQ)
+            kinds.add(COMPRESSED)
         else:
             kinds.add(OTHER_WEIGHTS)
     return kinds.pop() if len(kinds) == 1 else OTHER_WEIGHTS
@@ -416,7 +455,7 @@ def _of_server(server: Server) -> Iterator[str]:
         yield GRAPHS
         if server.tensor > 1 and os.environ.get(ALL_REDUCE) != "0":
             yield GRAPHS_TENSOR
-    if server.capability and server.capability // 10 != 9:
+    if _not_hopper(server):
         yield NOT_HOPPER
     for used, name in (
         (server.pipeline > 1, PIPELINE),
@@ -531,7 +570,11 @@ def _capability(platform: Any) -> int:
 
 
 def check(config: Any, device: Device, capability: int = 0, warn: Callable[[str], None] | None = None) -> None:
-    """Refuse (RuntimeError) or warn by the table, for a vllm_config with a model."""
+    """Refuse (RuntimeError) or warn by the table, for a vllm_config with a model. Raises ValueError for a tile
+    that this GPU has not."""
+    if device == "gpu" and os.environ.get(TILE):
+        tiles: Any = importlib.import_module("icm_vllm.batch_invariant.tiles")
+        tiles.tiles(importlib.import_module("torch").bfloat16, divmod(capability, 10))
     model = config.model_config.hf_config.to_dict()
     names, version = features(model, server_of(config, device, capability)), version_here()
     warn = warn or _warn_once

@@ -36,6 +36,9 @@ CHECK: Final = "ICM_BATCH_INVARIANT_CHECK"
 WINDOW_TILE: Final = "ICM_BATCH_INVARIANT_WINDOW_TILE"
 """Environment variable: the tile of vLLM's Triton attention, which computes windows (triton_attention.py)."""
 
+TILE: Final = "ICM_BATCH_INVARIANT_TILE"
+"""Environment variable: the tile of matrix products (batch_invariant/tiles.py, which needs PyTorch)."""
+
 _CHOOSE_KERNELS: Final = (
     *("VLLM_BATCH_INVARIANT", "VLLM_ATTENTION_BACKEND"),
     *(BATCH_INVARIANT, ATTENTION, ALL_REDUCE, FP8, WINDOW_TILE, EXPERTS),
@@ -43,7 +46,10 @@ _CHOOSE_KERNELS: Final = (
 
 
 def register() -> None:
-    """Called by vLLM, possibly several times in a process."""
+    """Called by vLLM, possibly several times in a process. Raises ValueError for a wrong value of our variables."""
+    from icm_vllm import environment
+
+    environment.check()
     if os.environ.get(FAST_PREFIXES) == "1":
         from icm_vllm import block_hashes, block_lookup, pools, uncached_tokens
 

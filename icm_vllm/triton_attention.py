@@ -20,15 +20,13 @@ import functools
 import importlib
 import os
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any
 
 import triton
 import triton.language as tl
 
+from icm_vllm.environment import window_tile
 from icm_vllm.plugin import WINDOW_TILE
-
-ENTRIES: Final = (2, 4)
-"""Numbers in the name of a tile: queries and keys; and warps and stages."""
 
 
 @triton.jit
@@ -48,14 +46,7 @@ def softmax_step(scores, largest, total):  # type: ignore[no-untyped-def]
 
 def tile_of(text: str) -> tuple[int, ...]:
     """(queries, keys) or (queries, keys, warps, stages) of `64x32`, `64x32x4x2`; () of "". Raises ValueError."""
-    if not text:
-        return ()
-    numbers = tuple(int(part) if part.isascii() and part.isdecimal() else 0 for part in text.split("x"))
-    if len(numbers) not in ENTRIES or min(numbers) < 1:
-        raise ValueError(f"{WINDOW_TILE}={text}: QUERIESxKEYS or QUERIESxKEYSxWARPSxSTAGES was expected, as in 64x32")
-    if any(size < 16 or size & (size - 1) for size in numbers[:2]):
-        raise ValueError(f"{WINDOW_TILE}={text}: queries and keys must be powers of 2, and 16 or more")
-    return numbers
+    return window_tile(WINDOW_TILE, text)
 
 
 class OneTile:

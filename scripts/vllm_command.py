@@ -31,9 +31,10 @@ if str(REPO_ROOT) not in sys.path:  # run as a script, without an installed pack
     sys.path.insert(0, str(REPO_ROOT))
 
 from core.cpu import KV_CACHE_SPACE, cpu_flags, fast_type, kv_cache_gib  # noqa: E402
-from icm_vllm import exactness  # noqa: E402
+from icm_vllm import environment, exactness  # noqa: E402
 from icm_vllm.attention_choice import exact_backend, has_states, has_windows, read_config  # noqa: E402
 from icm_vllm.plugin import BATCH_INVARIANT, CHECK  # noqa: E402
+from scripts.vllm_options import count_of, is_on, option_name, option_names, spelled_out, value_of  # noqa: E402
 
 PROGRAM: Final = "launch_vllm_server"
 """What messages begin with: the script that users call."""
@@ -144,21 +145,16 @@ def locate_model(model: str, root: Path = REPO_ROOT) -> str:
 
 def serve_options(section: Section, extra: Sequence[str]) -> list[str]:
     """vLLM's arguments except --model; an option in `extra` replaces the section's."""
-    given = {_name(argument) for argument in extra if argument.startswith("--")}
+    given = set(option_names(extra))
     arguments: list[str] = []
     for option, value in section.options.items():
-        if _name(f"--{option}") in given and option not in REPEATABLE:
+        if option_name(f"--{option}") in given and option not in REPEATABLE:
             continue
         if isinstance(value, bool):
             arguments.append(f"--{'' if value else 'no-'}{option}")
         else:
             arguments += [f"--{option}", str(value)]
     return [*arguments, *extra]
-
-
-def _name(argument: str) -> str:
-    """`some-option`, of `--some-option=1`, `--some_option` and `--no-some-option`."""
-    return argument[2:].split("=", 1)[0].replace("_", "-").removeprefix("no-")
 
 
 def take(name: str, arguments: Sequence[str], default: str) -> tuple[str, list[str]]:
@@ -213,9 +209,14 @@ def command(
             "usage: launch_vllm_server.sh {405B|70B|8B|local|PATH_OR_HF_ID} [--port P] [--host H] "
             "[--deterministic | --no-deterministic] [--print]"
         )
+    try:
+        environment.check(environ)
+    except ValueError as error:
+        raise LaunchError(str(error)) from None
     size, *rest = arguments
     deterministic, rest = _deterministic(rest)
-    if any(_name(argument) == "api-key" for argument in rest if argument.startswith("--")):
+    rest = spelled_out(rest)
+    if "api-key" in option_names(rest):
         # An argument is seen by everyone who can list processes or read the log.
         raise LaunchError("give the key in the environment instead: VLLM_API_KEY=...")
     section = read_section(size, config, deterministic=deterministic)
@@ -241,7 +242,7 @@ def command(
         check_kernels(of_model, options, cpu_flags())
     if of_model and {**section.env, **environ}.get(BATCH_INVARIANT) == "1" and environ.get(CHECK) != "0":
         check_exactness(of_model, options, "gpu" if VLLM_BATCH_INVARIANT in section.env else "cpu")
-    if any(_name(argument) == "headless" for argument in rest):
+    if "headless" in option_names(rest):
         # Workers for a server on another machine, for which nothing listens here: only `vllm serve` does that. The
         # other module accepts --headless and starts a server anyway (vLLM 0.26).
         argv = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, *options]
@@ -262,7 +263,7 @@ def check_kernels(config: Mapping[str, object], options: Sequence[str], flags: f
     """
     if not flags or AMX in flags:
         return
-    server = exactness.Server(device="cpu", quantization=_option(options, "quantization", ""))
+    server = exactness.Server(device="cpu", quantization=value_of(options, "quantization", ""))
     for name in exactness.features(config, server):
         if name in WITH_AMX:
             raise LaunchError(
@@ -277,30 +278,18 @@ def check_exactness(config: Mapping[str, object], options: Sequence[str], device
     """
     server = exactness.Server(
         device=device,
-        dtype=_option(options, "dtype", exactness.BF16),
-        backend=_option(options, "attention-config.backend", "") or _option(options, "attention-backend", ""),
-        quantization=_option(options, "quantization", ""),
-        tensor=_count(_option(options, "tensor-parallel-size", "1")),
-        graphs=device == "gpu"
-        and [each for each in options if _name(each) == "enforce-eager"][-1:] != ["--enforce-eager"],
+        dtype=value_of(options, "dtype", exactness.BF16),
+        backend=value_of(options, BACKEND, "") or value_of(options, "attention-backend", ""),
+        quantization=value_of(options, "quantization", ""),
+        tensor=count_of(options, "tensor-parallel-size"),
+        pipeline=count_of(options, "pipeline-parallel-size"),
+        data=count_of(options, "data-parallel-size"),
+        expert_parallel=is_on(options, "enable-expert-parallel"),
+        graphs=device == "gpu" and not is_on(options, "enforce-eager"),
     )
     refused = exactness.refusal(exactness.features(config, server), device, exactness.version_here())
     if refused:
         raise LaunchError(refused)
-
-
-def _option(options: Sequence[str], name: str, default: str) -> str:
-    """The value of vLLM's option, the last one given."""
-    value = default
-    for position, argument in enumerate(options):
-        if argument.startswith("--") and _name(argument) == name:
-            given = argument.partition("=")[2] if "=" in argument else "".join(options[position + 1 : position + 2])
-            value = given
-    return value
-
-
-def _count(text: str) -> int:
-    return int(text) if text.isdecimal() else 1
 
 
 def _typed(section: Section, extra: Sequence[str], environ: Mapping[str, str]) -> Section:
@@ -335,7 +324,7 @@ def _attending(section: Section, extra: Sequence[str], config: Mapping[str, obje
     elif has_windows(config):
         options.setdefault(ALL_BLOCKS, True)
     if BACKEND in options:
-        if any(_name(argument) == "attention-backend" for argument in extra):
+        if "attention-backend" in option_names(extra):
             del options[BACKEND]  # vLLM takes one of the two names for it
         else:
             options[BACKEND] = exact_backend(config)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from core.errors import ConfigurationError
-from core.settings import REPO_ROOT, Settings, read_secrets
+from core.settings import _BARE_NAMES, REPO_ROOT, Settings, read_secrets
 
 KEY = "sk-planted-0123456789"
 
@@ -190,3 +190,9 @@ def test_the_example_files_hold_every_key_and_only_defaults() -> None:
         assert f"\n{name}: " in config
     loaded = Settings.load(config_path=REPO_ROOT / "configs" / "client.yaml", environ={})
     assert loaded.model_dump(exclude={"vllm_base_url"}) | {} == Settings().model_dump(exclude={"vllm_base_url"})
+
+
+def test_every_setting_is_in_the_page_of_environment_variables() -> None:
+    page = (REPO_ROOT / "docs" / "environment.md").read_text()
+    names = [name.upper() if name in _BARE_NAMES else f"ICM_{name.upper()}" for name in Settings.model_fields]
+    assert [name for name in (*names, "ICM_SECRETS", "ICM_SERVE_TOKEN") if f"`{name}`" not in page] == []

@@ -49,6 +49,8 @@ QWEN3_NEXT = QWEN3_MOE | {"model_type": "qwen3_next", "layer_types": ["linear_at
 JAMBA = {"model_type": "jamba", "mamba_d_state": 16, "num_experts": 16}
 GRANITE = {"model_type": "granitemoehybrid", "mamba_d_conv": 4, "num_local_experts": 0}
 DENSE = ["bfloat16", exactness.FLASH]
+INTEGERS = [exactness.GPTQ, exactness.COMPRESSED]
+INTEGER_GROUP = {"group_0": {"weights": {"type": "int", "num_bits": 4}, "targets": ["Linear"]}}
 PARALLEL = [exactness.PIPELINE, exactness.EXPERT_PARALLEL, exactness.DATA_PARALLEL]
 
 
@@ -100,7 +102,11 @@ def compressed(weights: dict[str, object], activations: object) -> dict[str, obj
             QWEN3_MOE | {"quantization_config": {"quant_method": "gptq"}},
             ["bfloat16", exactness.QK_NORM, exactness.FLASH, exactness.EXPERTS_INTEGERS, exactness.GPTQ],
         ),
-        (compressed({"type": "int", "num_bits": 4, "strategy": "group"}, None), [*DENSE, exactness.GPTQ]),
+        (compressed({"type": "int", "num_bits": 4, "strategy": "group"}, None), [*DENSE, *INTEGERS]),
+        (
+            QWEN3_MOE | {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": INTEGER_GROUP}},
+            ["bfloat16", exactness.QK_NORM, exactness.FLASH, exactness.EXPERTS_INTEGERS, *INTEGERS],
+        ),
         (compressed({"type": "float", "num_bits": 8, "strategy": "channel"}, {}), [*DENSE, exactness.OTHER_WEIGHTS]),
         (
             compressed({"type": "float", "num_bits": 8, "strategy": "channel"}, {"strategy": "token"}),
@@ -138,6 +144,36 @@ def test_the_features_of_a_model(config: dict[str, Any], found: list[str]) -> No
 )
 def test_the_features_of_a_server(server: Server, found: list[str]) -> None:
     assert features(LLAMA, server) == found
+
+
+@pytest.mark.parametrize(
+    ("server", "more", "found"),
+    [
+        (Server(), {}, [exactness.MLA]),
+        (Server(backend="FLASH_ATTN_MLA", capability=90), {}, [exactness.MLA]),
+        (Server(backend="flash_attn_mla", capability=100), {}, [exactness.MLA, exactness.MLA_NOT_HOPPER]),
+        (Server(backend="TRITON_MLA", capability=80), {}, [exactness.OTHER_MLA]),
+        (Server(capability=80), {}, [exactness.OTHER_MLA]),
+        (Server(), {"index_topk": 2048}, [exactness.MLA, exactness.SPARSE]),
+        (Server(device="cpu"), {}, [exactness.MLA]),
+    ],
+)
+def test_attention_over_compressed_keys_is_exact_on_hopper_alone(
+    server: Server, more: dict[str, Any], found: list[str]
+) -> None:
+    of_attention = [exactness.MLA, exactness.OTHER_MLA, exactness.MLA_NOT_HOPPER, exactness.SPARSE]
+    assert [name for name in features(DEEPSEEK | more, server) if name in of_attention] == found
+    told = refusal(found, server.device, "0.33")
+    assert bool(told) == (len(found) == 2)
+    assert "\n" not in told
+
+
+def test_weights_by_compressed_tensors_are_not_taken_for_gptqs() -> None:
+    names = features(compressed({"type": "int", "num_bits": 4, "strategy": "group"}, None), Server())
+    assert warning(names, "gpu", "0.33").startswith(
+        "whether scores are exact was not measured on vLLM 0.33 with weights in integers by compressed-tensors ("
+    )
+    assert warning(features(LLAMA | {"quantization_config": {"quant_method": "gptq"}}, Server()), "gpu", "0.33") == ""
 
 
 def test_windows_on_a_cpu_are_another_matter() -> None:

@@ -467,3 +467,73 @@ def test_weights_that_this_cpu_has_no_kernel_for_are_refused_at_once(
     for flags in (frozenset[str](), frozenset({"avx512f", "amx_tile"})):
         monkeypatch.setattr(vllm_command, "cpu_flags", lambda flags=flags: flags)
         command(server, {})
+
+
+BOTH = ["--no-enforce-eager", "--attention-config.backend", "TRITON_ATTN"]
+
+
+@pytest.mark.usefixtures("with_vllm")
+@pytest.mark.parametrize(
+    "given",
+    [
+        *(["-tp", "2", *BOTH], ["-tp=2", *BOTH], ["-t", "2", *BOTH], ["--tensor-para", "2", *BOTH]),
+        ["--tensor_parallel_size=2", *BOTH],
+        ["-tp", "2", "--no-enf", *BOTH[1:]],
+        *(["-ac.backend", "FLASH_ATTN"], ["-ac", '{"backend": "FLASH_ATTN"}'], ["-ac.backend=FLASH_ATTN"]),
+        ["--attention-config", '{"backend": "FLASH_ATTN", "flash_attn_version": 3}'],
+        ['--attention_conf={"backend": "FLASH_ATTN"}'],
+        ["--attention-b=FLASH_ATTN"],
+    ],
+)
+def test_what_is_not_exact_is_refused_however_it_is_spelled(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, given: list[str]
+) -> None:
+    monkeypatch.setattr(vllm_command, "plugin_installed", lambda: True)
+    (folder / "config.json").write_text(WINDOWED)
+    with pytest.raises(LaunchError, match="scores would not be exact with"):
+        command([str(folder), "--port", str(free_port()), *given], {})
+
+
+@pytest.mark.usefixtures("with_vllm")
+def test_the_attention_of_a_json_object_takes_the_place_of_the_configured_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_command, "plugin_installed", lambda: True)
+    given = ["-ac", '{"backend": "TRITON_ATTN", "flash_attn_version": 3}']
+    _, argv = command([str(folder), "--port", str(free_port()), *given], {})
+    assert argv[-4:] == [
+        *("--attention-config.backend", "TRITON_ATTN", "--attention-config.flash_attn_version", "3"),
+    ]
+    assert "FLASH_ATTN" not in argv, "vLLM would take the last of two"
+
+
+@pytest.mark.usefixtures("with_vllm")
+def test_the_launchers_own_options_may_be_abbreviated(folder: Path, config: Path) -> None:
+    port = str(free_port())
+    _, argv = command([str(folder), "--por", port, "--ho=0.0.0.0", "--ser", "x", "-q", "fp8"], {}, config)
+    assert argv[argv.index("--port") + 1] == port
+    assert argv[argv.index("--host") + 1] == "0.0.0.0"
+    assert argv[argv.index("--served-model-name") + 1] == "x"
+    assert argv[-2:] == ["--quantization", "fp8"]
+    with pytest.raises(LaunchError, match="VLLM_API_KEY"):
+        command([str(folder), "--api-k", "sk-1"], {}, config)
+
+
+@pytest.mark.usefixtures("with_vllm")
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *("ICM_BATCH_INVARIANT_WINDOW_TILE=abc", "ICM_BATCH_INVARIANT_WINDOW_TILE=63x64"),
+        *("ICM_BATCH_INVARIANT_WINDOW_TILE=64x32x3x2", "ICM_BATCH_INVARIANT_TILE=64x128"),
+        *("ICM_BATCH_INVARIANT=true", "ICM_BATCH_INVARIANT_FP8=off", "ICM_FAST_PREFIXES=yes", "ICM_QUICK_START=2"),
+    ],
+)
+def test_a_wrong_value_of_a_variable_is_refused_by_name(
+    folder: Path, config: Path, wrong: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, _, value = wrong.partition("=")
+    monkeypatch.setenv(name, value)
+    assert main([str(folder)]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"launch_vllm_server: {wrong}: ")
+    assert told.count("\n") == 1

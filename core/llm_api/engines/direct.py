@@ -44,7 +44,7 @@ from core.llm_api.types import (
     sum_known,
 )
 from core.settings import MissingLabelPolicy, Settings
-from icm_vllm import pool_calls
+from icm_vllm import environment, pool_calls
 from icm_vllm.attention_choice import exact_backend, read_config
 from icm_vllm.plugin import BATCH_INVARIANT, FAST_PREFIXES, config_digest, dtype_of, kernels
 
@@ -245,6 +245,10 @@ class DirectEngine:
         """Start vLLM where no other DirectEngine did."""
         loaded, token = self._loaded, self._hf_token
         if loaded.llm is None:
+            try:
+                environment.check()
+            except ValueError as error:
+                raise ConfigurationError(f"{error}.") from None
             os.environ.setdefault(FAST_PREFIXES, "1")  # as the servers that we launch
             loaded.vllm = self._import()
             check_hub(self._model, self._revision, None if token is None else token.get_secret_value())
