@@ -25,6 +25,7 @@ from src.experiments.arguments_of_reports import parser_of
 from src.icm.consistency import Label
 from src.icm.label_names import Names, names_of, read_label
 from src.results.curves import Curves, curves_of
+from src.results.run_reader import a_cell_of
 from src.results.run_record import IN_POOL, KNOWN
 from src.results.tail import JournalTail, is_finished, run_document, searches_in
 from src.results.text import duration, one_line
@@ -71,6 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if (args.run / "landscape.json").exists() and not (args.run / "run.json").exists():
         print(f"error: {args.run}: holds a landscape, which has no steps to watch", file=sys.stderr)
+        return 2
+    if cell := a_cell_of(args.run):
+        print(f"error: {args.run}: is a sweep; name one of its cells, as in {cell}", file=sys.stderr)
         return 2
     watch = Watch(args.run)
     screen = Screen(live=sys.stdout.isatty() and not args.once)

@@ -183,6 +183,13 @@ def read_all(folders: Sequence[Path]) -> tuple[list[BaselineTable], list[RunReco
     return tables, runs
 
 
+def a_cell_of(folder: Path) -> Path | None:
+    """The first run in the folder of a sweep (docs/experiments.md); None where it is none."""
+    if not _is_file(folder / "experiment.json") or _is_file(folder / "run.json") or is_baselines(folder):
+        return None
+    return min((file.parent for name in ("run.json", BASELINES) for file in folder.glob(f"*/{name}")), default=None)
+
+
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
@@ -206,7 +213,9 @@ def _run_document(folder: Path) -> RunDocument:
     try:
         return RunDocument.model_validate(orjson.loads(path.read_bytes()))
     except FileNotFoundError:
-        raise BadInput(f"{folder}: holds no run (it has no run.json)") from None
+        cell = a_cell_of(folder)
+        what = f"is a sweep; name one of its cells, as in {cell}" if cell else "holds no run (it has no run.json)"
+        raise BadInput(f"{folder}: {what}") from None
     except OSError as error:
         raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
     except orjson.JSONDecodeError as error:

@@ -134,6 +134,21 @@ def test_an_output_that_cannot_be_written(
     assert "is a folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["watch", "report", "ask", "diagnose", "export"])
+def test_of_a_sweep_a_cell_is_to_be_named(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = tmp_path / "sweep"
+    for cell in ("alpha-50", "alpha-10"):
+        write_run(sweep / cell, labels=HALF)
+    (sweep / "experiment.json").write_text("{}")
+    (sweep / "table.json").write_text("{}")
+    assert main([command, str(sweep), *(["--wait", "0.1"] if command == "watch" else [])]) == 2
+    told = capsys.readouterr()
+    assert (told.out, told.err) == (
+        "",
+        f"error: {sweep}: is a sweep; name one of its cells, as in {sweep / 'alpha-10'}\n",
+    )
+
+
 def test_watch_a_finished_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["watch", str(run)]) == 0
     told = capsys.readouterr().out

@@ -17,9 +17,10 @@ import pytest
 from src.results.page import render_comparison, render_landscape, render_report, render_sweep
 from src.results.run_reader import read_run
 from src.results.side_by_side import compare, shared_curves
+from src.results.sweep_table import Figure
 from tests.results.test_landscape import landscape, uphill
 from tests.results.test_page import ATTACKS
-from tests.results.test_sweep_table import ALPHAS
+from tests.results.test_sweep_table import ALPHAS, figure, table
 from tests.run_examples import write_run
 
 playwright = pytest.importorskip("playwright.async_api", reason="Playwright is not installed (make setup-browser)")
@@ -106,10 +107,17 @@ async def test_without_javascript_everything_but_the_filters_is_there(browser: A
 
 
 async def test_no_column_of_the_results_is_cut_off_on_a_wide_screen(browser: Any, tmp_path: Path) -> None:
-    seen = await opened(browser, tmp_path / "r.html", report(tmp_path))
-    tables = await seen.page.eval_on_selector_all(".wide", "all => all.map(one => [one.scrollWidth, one.clientWidth])")
-    assert tables
-    assert all(content <= room for content, room in tables)
+    shares = ("agreement", "balanced accuracy", "F1", "zero-shot", "zero-shot calibrated")
+    counts = {"U": 94.5, "labelled": 13.0, "inconsistent pairs": 0.5, "iterations": 205.5}
+    figures = {name: figure(0.5, 0.4, 0.6) for name in shares} | {
+        name: Figure(mean, 10.0, {}) for name, mean in counts.items()
+    }
+    wide = table({("10", "none"): figures, ("50", "mean"): figures}, ("alpha", "calibrate"))
+    for name, text in {"report": report(tmp_path), "sweep": render_sweep(wide)}.items():
+        seen = await opened(browser, tmp_path / f"{name}.html", text)
+        tables = await seen.page.eval_on_selector_all(".wide", "all => all.map(e => [e.scrollWidth, e.clientWidth])")
+        assert tables
+        assert all(content <= room for content, room in tables), name
 
 
 async def test_nothing_is_asked_of_any_network(browser: Any, tmp_path: Path) -> None:
