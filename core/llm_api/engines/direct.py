@@ -27,7 +27,13 @@ from core.llm_api.http.completions import TOP_LOGPROBS, found_or_missing, keep_t
 from core.llm_api.http.pool_tree import tree_of
 from core.llm_api.http.server_errors import MESSAGE_LIMIT
 from core.llm_api.http.together import by_tokens
-from core.llm_api.in_process.options import DirectOptions, check_hub, check_path, set_cpu_environment
+from core.llm_api.in_process.options import (
+    ALL_BLOCKS,
+    DirectOptions,
+    check_hub,
+    check_path,
+    set_cpu_environment,
+)
 from core.llm_api.in_process.vllm_process import PROCESS, Loaded
 from core.llm_api.telemetry import RequestTelemetry
 from core.llm_api.tokens import CANARY_TEXT, fingerprint
@@ -45,7 +51,7 @@ from core.llm_api.types import (
 )
 from core.settings import MissingLabelPolicy, Settings
 from icm_vllm import environment, pool_calls
-from icm_vllm.attention_choice import exact_backend, read_config
+from icm_vllm.attention_choice import exact_backend, has_states, read_config
 from icm_vllm.plugin import BATCH_INVARIANT, FAST_PREFIXES, config_digest, dtype_of, kernels
 
 if TYPE_CHECKING:
@@ -233,6 +239,8 @@ class DirectEngine:
 
     def _arguments(self) -> dict[str, object]:
         arguments = {"model": self._model, **self._options.engine_arguments()}
+        if ALL_BLOCKS not in self._options.extra and has_states(read_config(self._model, self._revision or None)):
+            arguments.pop(ALL_BLOCKS, None)  # its layers have no kind of block in common; as the launcher
         if self._revision:
             arguments |= {"revision": self._revision, "tokenizer_revision": self._revision}
         if self._hf_token is not None:

@@ -19,6 +19,8 @@ _CPU_ENVIRONMENT: Final = {
 """From configs/vllm_config.yaml, which gives the reasons; variables that are set already stay. vLLM reads them when
 it is imported."""
 
+ALL_BLOCKS: Final = "disable_hybrid_kv_cache_manager"
+"""The argument by which all layers share one kind of cache block, and all blocks of a prompt are kept."""
 HUB_SECONDS: Final = 10.0
 """To wait for Hugging Face's answer about a name."""
 
@@ -73,7 +75,7 @@ class DirectOptions:
             "gpu_memory_utilization": self.gpu_memory_utilization,
             "block_size": self.block_size or (32 if self.cpu else None),
             "runner": self.runner,
-            "disable_hybrid_kv_cache_manager": True if self.cpu else None,
+            ALL_BLOCKS: True if self.cpu else None,
         }
         return {
             "dtype": self.chosen_dtype,

@@ -309,6 +309,17 @@ def test_cpu_mode_takes_the_local_servers_settings_where_none_are_given(
     assert "block_size" not in DirectOptions().engine_arguments()
 
 
+def test_layers_with_states_share_no_block_with_others(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"layer_types": ["linear_attention", "full_attention"]}')
+    shared = "disable_hybrid_kv_cache_manager"
+    cpu = DirectOptions(cpu=True, dtype="bfloat16")
+    assert shared not in DirectEngine(str(tmp_path), cpu)._arguments()
+    asked = DirectOptions(cpu=True, dtype="bfloat16", extra={shared: True})
+    assert DirectEngine(str(tmp_path), asked)._arguments()[shared] is True
+    (tmp_path / "config.json").write_text('{"layer_types": ["sliding_attention", "full_attention"]}')
+    assert DirectEngine(str(tmp_path), cpu)._arguments()[shared] is True
+
+
 @pytest.mark.parametrize("preloaded", [None, "/lib/theirs.so"])
 def test_all_cores_are_used_only_with_the_library_whose_threads_sleep(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, preloaded: str | None
