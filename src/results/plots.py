@@ -54,7 +54,7 @@ def draw_curves(records: Sequence[Mapping[str, Any]], gold: Sequence[Label], nam
         if limits:
             axis.set_ylim(limits[0] - 0.03, limits[1] + 0.03)
             axis.axhline(1 / len(names), color=FAINT, linewidth=0.8, linestyle=":")
-    axes[2].yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[2].yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if curves.rebuilds:
         axes[0].set_title("grey: the tree is built anew", fontsize="small", loc="right", color=FAINT)
     for iteration in curves.rebuilds:

@@ -260,7 +260,7 @@ def test_what_cannot_be_used_is_an_exception(
         ([], "there are none"),
         (None, "there are no claims"),
         ({"question": "?"}, "give a list of dicts"),
-        (7, "are a int"),
+        (7, "are of type int"),
         (["a", {"choice": "b"}], "row 1 is"),
         ([{"choice": "b"}, 5], "row 1 is 5"),
         ([{1: "b"}], "which is no text"),

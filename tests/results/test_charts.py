@@ -99,12 +99,12 @@ def test_few_points_are_marked_for_a_line_through_one_is_not_seen(points: int, m
     assert (line.get_marker() not in ("", "None")) is marked
 
 
-def test_the_picture_of_one_iteration_has_no_fractions_of_iterations(tmp_path: Path) -> None:
-    run = read_run(write_run(tmp_path / "a", labels=HALF, gold=HALF))
-    figure = draw_curves(run.journal[:1], run.gold)
-    for axis in figure.axes[2:]:
-        low, high = axis.get_xlim()
-        assert all(float(tick).is_integer() for tick in axis.get_xticks() if low <= tick <= high)
+def test_the_picture_of_one_iteration_has_no_fractions_of_iterations_or_claims(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "a", labels=HALF[:4], gold=HALF[:4]))
+    _, _, labelled, balance = draw_curves(run.journal[:1], run.gold).axes
+    for axis in (labelled.xaxis, labelled.yaxis, balance.xaxis):
+        low, high = axis.get_view_interval()
+        assert all(float(tick).is_integer() for tick in axis.get_majorticklocs() if low <= tick <= high)
 
 
 def test_a_long_line_is_thinned_and_keeps_its_extremes() -> None:
