@@ -26,6 +26,9 @@ from core.errors import ConfigurationError
 from icm_vllm.prompt_tree import MAX_PROMPTS_PER_REQUEST
 
 REPO_ROOT: Final = Path(__file__).resolve().parents[1]
+KEPT_IN: Final = REPO_ROOT if (REPO_ROOT / "pyproject.toml").is_file() else Path()
+"""Where runs/ and data/ are unless told otherwise: this folder; installed as a package, whose folder may go with the
+next version, the current one."""
 DEFAULT_SECRETS: Final = REPO_ROOT / "SECRETS"
 DEFAULT_CONFIG: Final = REPO_ROOT / "configs" / "client.yaml"
 

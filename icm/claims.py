@@ -67,7 +67,9 @@ def given(claims: Any) -> Given:
     elif isinstance(claims, Iterable):
         rows = list(claims)
     else:
-        raise BadInput(f"claims: are of type {type(claims).__name__}; give a list of dicts or texts, a data frame or a path")
+        raise BadInput(
+            f"claims: are of type {type(claims).__name__}; give a list of dicts or texts, a data frame or a path"
+        )
     if not rows:
         raise BadInput("claims: there are none")
     texts = isinstance(rows[0], str)

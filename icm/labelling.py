@@ -38,7 +38,7 @@ def label(
     template, labels: the keys `template` and `labels` of a testbed, by themselves.
     base_url: the vLLM server, or several; by default VLLM_BASE_URL and the other settings of docs/servers.md.
     runs_dir: where the run's folder and the cached answers are kept, by default `runs` in the current folder; the
-        commands' default is `runs` in the project's folder (--runs_dir).
+        commands' default is `runs` in the project's folder (--runs_dir), unless it is installed as a package.
     run: the name of the run's folder; by default made from the settings.
     quiet: no progress bar.
     settings: any other flag of `icm label` under its name: alpha=50, calibrate="mean", search="ascent",

@@ -20,8 +20,9 @@ from pathlib import Path
 from core.errors import APIError
 from core.flags import FlagParser, number
 from core.llm_api.response_cache import FORMAT_VERSION, CacheState, ResponseCache
+from core.settings import KEPT_IN
 
-DEFAULT = Path(__file__).resolve().parents[2] / "runs" / "responses.sqlite"
+DEFAULT = KEPT_IN / "runs" / "responses.sqlite"
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
 
-from core.settings import REPO_ROOT
+from core.settings import KEPT_IN
 from src.icm.columns import GroupedBy, Reading, parse_columns, parse_values
 from src.icm.objective import Objective
 from src.icm.problem import SearchSettings
@@ -32,7 +32,7 @@ class DataRequest:
 
     testbed: str = "gsm8k"
     data: Path | None = None
-    data_dir: Path = REPO_ROOT / "data"
+    data_dir: Path = KEPT_IN / "data"
     batch_size: int = 256
     consistency: ConsistencyMode = "gold-free"
     columns: str | None = None
@@ -105,7 +105,7 @@ class OutputRequest:
     """
 
     run: str | None = None
-    runs_dir: Path = REPO_ROOT / "runs"
+    runs_dir: Path = KEPT_IN / "runs"
     quiet: bool = False
     metrics_port: int | None = None
     told: bool = True

@@ -20,7 +20,7 @@ from typing import Final
 
 from core.llm_api.llm import ModelAPI, open_model_api
 from core.llm_api.tokens import pieces
-from core.settings import REPO_ROOT, Settings
+from core.settings import KEPT_IN, Settings
 from src.experiments.arguments import Parser, at_least, command_parser, testbed_named
 from src.experiments.resumable import run_resumable
 from src.icm.prompts import PromptBook
@@ -51,7 +51,7 @@ def build_parser() -> Parser:
         help="demonstrations in the prompt",
     )
     parser.add_argument("--data", type=Path, metavar="FILE", help="claims in place of those that the testbed names")
-    parser.add_argument("--data_dir", type=Path, default=REPO_ROOT / "data", help="where the testbeds' files lie")
+    parser.add_argument("--data_dir", type=Path, default=KEPT_IN / "data", help="where the testbeds' files lie")
     model = parser.add_argument_group("model")
     model.add_argument("--model", help="name under which the model is served; default: no tokens are shown")
     model.add_argument(

@@ -15,7 +15,7 @@ from typing import Any
 import orjson
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from core.settings import REPO_ROOT
+from core.settings import KEPT_IN
 from src.icm.consistency import Constraint, Relation
 from src.icm.label_names import Names, names_of, read_label, read_odds
 from src.icm.testbeds import BadInput
@@ -24,7 +24,7 @@ from src.results.run_record import KNOWN, LabelledClaim, RunRecord, batch_of, wi
 from src.results.run_schema import RunDocument, first_complaint, journal_line
 
 BASELINES = "baselines.json"
-RUNS = REPO_ROOT / "runs"
+RUNS = KEPT_IN / "runs"
 """Where commands keep runs unless told otherwise, from whatever folder they are run."""
 
 

@@ -1,5 +1,7 @@
 """`icm COMMAND`: every command is there, explains itself, and refuses what it does not know."""
 
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Coroutine
@@ -125,3 +127,23 @@ def test_what_ask_requires(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["ask"])
     assert "required: RUN (see" in capsys.readouterr().err
+
+
+def test_an_installed_package_keeps_nothing_in_its_own_folder(tmp_path: Path) -> None:
+    """What lies beside its modules goes with the next version. In a checkout it is the checkout, from any folder."""
+    asked = (
+        "from src.experiments import cache_command, request\n"
+        "from src.results import run_reader\n"
+        "print(request.OutputRequest().runs_dir, request.DataRequest().data_dir, cache_command.DEFAULT)\n"
+        "print(run_reader.RUNS)"
+    )
+    installed = tmp_path / "site-packages"
+    for package in ("contrib", "core", "icm_vllm", "src"):
+        shutil.copytree(ROOT / package, installed / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for root, home in ((ROOT, ROOT), (installed, Path())):
+        environment = os.environ | {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", asked], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        runs = home / "runs"
+        assert done.stdout.split() == [str(runs), str(home / "data"), str(runs / "responses.sqlite"), str(runs)]
