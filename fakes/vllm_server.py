@@ -16,7 +16,7 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -111,7 +111,10 @@ class FakeVLLM:
         drops_connections: bool = False,  # after every answer, and without a word about it
         distribution: Callable[[Sequence[int]], dict[int, float]] | None = None,  # in place of log_odds: log P by token
         tree_labels: int | None = prompt_tree.MAX_LABELS,  # of a tree; None: two, and says nothing, as at first
+        adapters: Mapping[str, Callable[[Sequence[int]], float]] | None = None,  # LoRA, by name: their log-odds
+        adapter_trees: bool = True,  # our extension takes trees for them; it did not at first
     ) -> None:
+        self.adapters, self.adapter_trees = dict(adapters or {}), adapter_trees
         self.distribution, self.tree_labels = distribution, tree_labels
         self.chat_template = chat_template
         self.prefix, self.tokenizes, self.tells_token_ids = prefix, tokenizes, tells_token_ids
@@ -156,6 +159,7 @@ class FakeVLLM:
         app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_get(prompt_tree.PATH, self._describe)
         app.router.add_post(prompt_tree.PATH, self._label_logprobs)
+        app.router.add_post(prompt_tree.ADAPTER_PATH, self._label_logprobs)
         self.more_routes(app)
         if self.prefix:
             inner, app = app, web.Application(client_max_size=2**30)
@@ -210,7 +214,8 @@ class FakeVLLM:
 
     async def _models(self, _: web.Request) -> web.Response:
         card = {"id": self.model, "object": "model", "root": self.root, "max_model_len": self.max_model_len}
-        return web.json_response({"object": "list", "data": [card]})
+        of_adapters = [card | {"id": name, "root": f"/adapters/{name}", "parent": self.model} for name in self.adapters]
+        return web.json_response({"object": "list", "data": [card, *of_adapters]})
 
     async def _version(self, _: web.Request) -> web.Response:
         return web.json_response({"version": self.version})
@@ -273,17 +278,20 @@ class FakeVLLM:
                 "config": self.config,
             }
             | ({} if self.tree_labels is None else {"max_labels": self.tree_labels})
+            | ({"adapters": list(self.adapters)} if self.adapter_trees else {})
         )
 
     async def _label_logprobs(self, request: web.Request) -> web.StreamResponse:
         """The same prompts by another way: what a test knows of a completion holds for it, faults included."""
-        if not self.trees:
+        for_adapters = request.path.endswith(prompt_tree.ADAPTER_PATH)
+        if not self.trees or (for_adapters and not self.adapter_trees):
             raise web.HTTPNotFound
-        tree, labels = prompt_tree.read_request(await request.read())
+        tree, labels, adapter = prompt_tree.read_request(await request.read())
         if self.tree_labels is None and len(labels) != 2:
             return web.json_response({"error": {"message": "labels must be two token ids"}}, status=400)
         prompts = [ids for ids, _ in tree.prompts()]
-        body = {"model": self.model, "prompt": prompts, "logprobs": 2, "logprob_token_ids": labels, "tree": True}
+        model = adapter if adapter is not None and self.adapter_trees else self.model
+        body = {"model": model, "prompt": prompts, "logprobs": 2, "logprob_token_ids": labels, "tree": True}
         return await self._serve(request, {**body, "return_tokens_as_token_ids": True})
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
@@ -312,7 +320,9 @@ class FakeVLLM:
             return web.json_response(fault.body, status=fault.status, headers=fault.headers)
         error = self._refusal(body)
         if error:
-            return web.json_response({"error": {"message": error, "type": "BadRequestError", "code": 400}}, status=400)
+            status, kind = (404, "NotFoundError") if "does not exist" in error else (400, "BadRequestError")
+            said = {"error": {"message": error, "type": kind, "code": status}}
+            return web.json_response(said, status=status)
         hits = self.hits
         answer: Any = self._complete(body)
         if body.get("prompt") == continuation.COUNTING:
@@ -333,7 +343,7 @@ class FakeVLLM:
         return Fault()
 
     def _refusal(self, body: dict[str, Any]) -> str:
-        if body["model"] != self.model:
+        if body["model"] not in (self.model, *self.adapters):
             return f"The model `{body['model']}` does not exist."
         if (body.get("logprobs") or 0) > self.max_logprobs:
             return f"Requested sample logprobs of {body['logprobs']}, which is greater than max allowed."
@@ -380,10 +390,12 @@ class FakeVLLM:
     def _logprobs(self, tokens: list[int], body: dict[str, Any]) -> dict[str, Any] | None:
         if not self.logprobs or body.get("logprobs") is None:
             return None
-        self._count_blocks(tokens, str(body.get("cache_salt", "")))
+        log_odds = self.adapters.get(body["model"])
+        self._count_blocks(tokens, f"{body.get('cache_salt', '')}{body['model'] if log_odds else ''}")
         named = self._known | {v: k for k, v in _FIXED.items()}
         if self.distribution is None:
-            likely = dict(zip((TRUE, FALSE), label_distribution(self.log_odds(tokens)), strict=True))
+            found = (log_odds or self.log_odds)(tokens)
+            likely = dict(zip((TRUE, FALSE), label_distribution(found), strict=True))
         else:
             likely = self.distribution(tokens)
         # Fillers share the last tenth; which ones they are depends on the salt.

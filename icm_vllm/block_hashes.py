@@ -62,7 +62,7 @@ class PathHasher:
     a prompt takes over the hashes that it shares with the one before, and because one pool is much like the next,
     hashes are remembered by what determines them, the hash of the block before and the block's token ids.
 
-    shared: how many tokens the next new request has in common with the last one.
+    shared: how many tokens the next new request has in common with the last one, of the same adapter.
     fresh: how many tokens of the last one cannot be in the cache from prompts before it.
     """
 
@@ -79,24 +79,28 @@ class PathHasher:
         tokens, size = request.prompt_token_ids, self._block_size
         if request.block_hashes or request.num_tokens != len(tokens):  # it has begun to generate
             return self._own(request)
+        adapter = request.lora_request
+        # vLLM hashes its name into every block, and since 0.32 its path; it stands where the first block has no other
+        # before it.
+        start = None if adapter is None else (adapter.lora_name, adapter.lora_path)
         hashes = self._last[: self.shared // size]
         blocks = len(tokens) // size
-        while len(hashes) < blocks and (found := self._known.get(self._parts(tokens, hashes, len(hashes)))):
+        while len(hashes) < blocks and (found := self._known.get(self._parts(start, tokens, hashes, len(hashes)))):
             hashes.append(found)
         remembered = len(hashes)
         hashes = continued(self._own, request, hashes)
         if len(self._known) * size > REMEMBERED_TOKENS:
             self._known.clear()
         for block in range(remembered, len(hashes)):
-            self._known[self._parts(tokens, hashes, block)] = hashes[block]
+            self._known[self._parts(start, tokens, hashes, block)] = hashes[block]
         self._last = hashes
         self.fresh = len(tokens) - remembered * size
         return list(hashes)
 
-    def _parts(self, tokens: list[int], hashes: list[Any], block: int) -> tuple[Any, ...]:
-        """What determines the hash of a block, for prompts without images, adapters and salts."""
-        start = block * self._block_size
-        return (hashes[block - 1] if block else None, *tokens[start : start + self._block_size])
+    def _parts(self, start: object, tokens: list[int], hashes: list[Any], block: int) -> tuple[Any, ...]:
+        """What determines the hash of a block, for prompts without images and salts. start: before the first block."""
+        first = block * self._block_size
+        return (hashes[block - 1] if block else start, *tokens[first : first + self._block_size])
 
 
 def continued(hasher: Hasher, request: Any, known: list[Any]) -> list[Any]:

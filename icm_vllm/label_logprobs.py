@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from icm_vllm import block_hashes, pool_calls, pools
 from icm_vllm.plugin import config_digest, dtype_of, kernels
-from icm_vllm.prompt_tree import FORMAT, MAX_LABELS, PATH, PromptTree, read_request
+from icm_vllm.prompt_tree import ADAPTER_PATH, FORMAT, MAX_LABELS, PATH, PromptTree, read_request
 
 log = logging.getLogger(__name__)
 
@@ -40,12 +40,13 @@ class LabelLogprobs:
         if scope["type"] == "lifespan":
             scope["app"].router.add_route(PATH, _describe, methods=["GET"])
             scope["app"].router.add_route(PATH, _answer, methods=["POST"])
+            scope["app"].router.add_route(ADAPTER_PATH, _answer, methods=["POST"])
         await self._app(scope, receive, send)
 
 
 async def _describe(request: Any) -> Any:
-    """The format of this route, its models, the most labels, whether shared prefixes are computed once, and the
-    kernels, type and configuration of the engine."""
+    """The format of this route, its models, its LoRA adapters, the most labels, whether shared prefixes are computed
+    once, and the kernels, type and configuration of the engine."""
     models = [path.name for path in request.app.state.openai_serving_models.base_model_paths]
     config = getattr(request.app.state.engine_client, "vllm_config", None)
     return _json(
@@ -53,6 +54,7 @@ async def _describe(request: Any) -> Any:
         {
             "format": FORMAT,
             "models": models,
+            "adapters": list(_adapters(request)),
             "max_labels": MAX_LABELS,
             "fast_prefixes": block_hashes.installed(),
             "kernels": kernels(getattr(config, "attention_config", None)),
@@ -62,6 +64,11 @@ async def _describe(request: Any) -> Any:
     )
 
 
+def _adapters(request: Any) -> dict[str, Any]:
+    """The server's LoRA adapters by name, vLLM's LoRARequests; also those that were loaded while it ran."""
+    return getattr(request.app.state.openai_serving_models, "lora_requests", {})
+
+
 async def _answer(request: Any) -> Any:
     """Label logprobs (nats) of every prompt of a PromptTree, in order: a list of one number a label for each.
 
@@ -69,10 +76,14 @@ async def _answer(request: Any) -> Any:
     """
     engine = request.app.state.engine_client
     try:
-        tree, labels = read_request(await request.body())
+        tree, labels, named = read_request(await request.body())
+        adapter = None if named is None else _adapters(request).get(named)
+        if named is not None and adapter is None:  # as vLLM says it
+            error = {"message": f"The model `{named}` does not exist.", "type": "NotFoundError", "code": 404}
+            return _json(404, {"error": error})
         lengths = pool_calls.check(tree, labels, engine.model_config)
         ask = _pool if pool_calls.usable(engine.vllm_config) else _one_by_one
-        scoring = asyncio.create_task(ask(engine, f"pool-{uuid.uuid4().hex}", tree, labels))
+        scoring = asyncio.create_task(ask(engine, f"pool-{uuid.uuid4().hex}", tree, labels, adapter))
         leaving = asyncio.create_task(_client_left(request))
         try:
             await asyncio.wait((scoring, leaving), return_when=asyncio.FIRST_COMPLETED)
@@ -91,11 +102,11 @@ async def _answer(request: Any) -> Any:
 
 
 async def _pool(
-    engine: Any, name: str, tree: PromptTree, labels: Sequence[int]
+    engine: Any, name: str, tree: PromptTree, labels: Sequence[int], adapter: Any
 ) -> tuple[Sequence[Sequence[float]], int | None]:
     """Logprobs (nats) of every prompt, and how many of their tokens were cached; cancelled, it cancels the prompts."""
-    client = engine.engine_core
-    scoring = asyncio.create_task(client.call_utility_async(pools.SCORE, *pool_calls.arguments(name, tree, labels)))
+    client, arguments = engine.engine_core, pool_calls.arguments(name, tree, labels, adapter)
+    scoring = asyncio.create_task(client.call_utility_async(pools.SCORE, *arguments))
     try:
         while not (await asyncio.wait((scoring,), timeout=pool_calls.ALIVE_S))[0]:
             if engine.errored:
@@ -127,7 +138,7 @@ def _ended(task: asyncio.Task[object]) -> None:
 
 
 async def _one_by_one(
-    engine: Any, name: str, tree: PromptTree, labels: Sequence[int]
+    engine: Any, name: str, tree: PromptTree, labels: Sequence[int], adapter: Any
 ) -> tuple[Sequence[Sequence[float]], int | None]:
     """As _pool, with a vLLM request for each prompt."""
     from vllm.sampling_params import RequestOutputKind
@@ -140,7 +151,8 @@ async def _one_by_one(
 
     async def one(number: int, ids: list[int]) -> tuple[list[float], int | None]:
         prompt = {"type": "token", "prompt_token_ids": ids}
-        outputs = [output async for output in engine.generate(prompt, parameters, f"{name}-{number}")]
+        answers = engine.generate(prompt, parameters, f"{name}-{number}", lora_request=adapter)
+        outputs = [output async for output in answers]
         if not outputs or not outputs[-1].outputs or not outputs[-1].outputs[0].logprobs:
             raise pool_calls.Stopped(f"prompt {number} was stopped")
         output = outputs[-1]

@@ -224,6 +224,15 @@ PATCHES: Final = (
         "exactness",
         "what is not exact is refused before anything is loaded",
     ),
+    *(
+        Patch(
+            (f"vllm.lora.ops.torch_ops.lora_ops:{name}",),
+            "cpu_adapters",
+            "requests for no adapter are not computed with one, before 0.33",
+            "cpu",
+        )
+        for name in ("bgmv_shrink", "bgmv_expand", "bgmv_expand_slice")
+    ),
     *_cpu_exact(),
     *_exact(),
     *_of_some_models(),

@@ -57,6 +57,10 @@ def register() -> None:
         block_lookup.install()
         pools.install()
         uncached_tokens.install()
+    if "1" in (os.environ.get(FAST_PREFIXES), os.environ.get(BATCH_INVARIANT)) and _on_cpu():
+        from icm_vllm import cpu_adapters
+
+        cpu_adapters.install()
     if os.environ.get(QUICK_START) == "1" and _on_cpu():
         from icm_vllm import quick_start
 

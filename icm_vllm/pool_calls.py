@@ -57,9 +57,10 @@ def check(tree: PromptTree, labels: Sequence[int], model_config: Any) -> list[in
     return lengths
 
 
-def arguments(name: str, tree: PromptTree, labels: Sequence[int]) -> tuple[object, ...]:
-    """The arguments of a SCORE call."""
-    return name, tree.segments, tree.parents, tree.pieces, tree.ends, list(labels)
+def arguments(name: str, tree: PromptTree, labels: Sequence[int], adapter: Any = None) -> tuple[object, ...]:
+    """The arguments of a SCORE call. adapter: vLLM's LoRARequest; None: the base model."""
+    of_base = name, tree.segments, tree.parents, tree.pieces, tree.ends, list(labels)
+    return of_base if adapter is None else (*of_base, adapter)
 
 
 def usable(vllm_config: Any) -> bool:

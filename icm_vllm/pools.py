@@ -50,6 +50,7 @@ class _Pool:
     prompts: Iterator[tuple[int, tuple[list[int], int]]]  # those that the engine has not been given yet
     left: int
     logprobs: list[list[float] | None]
+    adapter: Any = None  # vLLM's LoRARequest; None: the base model
     times: list[tuple[float, float]] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
     future: Future[dict[str, object]] = field(default_factory=Future)
@@ -81,10 +82,15 @@ class Pools:
         core.post_step = self._then_answer(after_step)
         core._send_abort_outputs = self._and_ours(send_aborts)
 
-    def score(self, name: str, tree: PromptTree, labels: Sequence[int]) -> Future[dict[str, object]]:
-        """Begin a pool. PoolAnswer.read reads the result, which is set when the last prompt is answered."""
+    def score(
+        self, name: str, tree: PromptTree, labels: Sequence[int], adapter: Any = None
+    ) -> Future[dict[str, object]]:
+        """Begin a pool. PoolAnswer.read reads the result, which is set when the last prompt is answered.
+
+        adapter: vLLM's LoRARequest that its prompts are for; None: the base model.
+        """
         size = len(tree.ends)
-        pool = _Pool(name, labels, label_parameters(labels), enumerate(tree.prompts()), size, [None] * size)
+        pool = _Pool(name, labels, label_parameters(labels), enumerate(tree.prompts()), size, [None] * size, adapter)
         self._waiting.append(pool)
         self._feed()
         self._answer()
@@ -130,6 +136,7 @@ class Pools:
             prompt_token_ids=tokens,
             sampling_params=pool.parameters,
             pooling_params=None,
+            lora_request=pool.adapter,
             block_hasher=self._hasher,
         )
         self._core.add_request(request)
@@ -252,8 +259,18 @@ def _score(
     pieces: list[int],
     ends: list[int],
     labels: list[int],
+    adapter: Any = None,
 ) -> Future[dict[str, object]]:
-    return _pools(self).score(name, PromptTree(segments, parents, pieces, ends), labels)
+    return _pools(self).score(name, PromptTree(segments, parents, pieces, ends), labels, _adapter(adapter))
+
+
+def _adapter(given: Any) -> Any:
+    """vLLM's LoRARequest, which arrives from another process as the list of its fields."""
+    if not isinstance(given, list):
+        return given
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(*given)
 
 
 def _cancel(self: Any, name: str) -> None:

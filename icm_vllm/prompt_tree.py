@@ -16,6 +16,10 @@ from typing import Final, TypeGuard
 PATH: Final = "/v1/label_logprobs"
 """Where a server with our extension takes a PromptTree. Under /v1, so that vLLM's --api-key guards it."""
 
+ADAPTER_PATH: Final = f"{PATH}/adapter"
+"""Where it takes one for a LoRA adapter, which the request names: a path of its own, because a server of an earlier
+version does not read that name, and would answer for its base model."""
+
 FORMAT: Final = 1
 """Raise when the request or the answer changes; a client only uses an extension of the same format.
 
@@ -94,8 +98,9 @@ class PromptTree:
         return until
 
 
-def read_request(body: bytes) -> tuple[PromptTree, list[int]]:
-    """The tree of a request, and the ids of the tokens that it asks for after every prompt (`labels`).
+def read_request(body: bytes) -> tuple[PromptTree, list[int], str | None]:
+    """The tree of a request, the ids of the tokens that it asks for after every prompt (`labels`), and the name of the
+    LoRA adapter that it is for (`adapter`; None: the base model).
 
     Raises ValueError that says what is wrong with it.
     """
@@ -106,7 +111,10 @@ def read_request(body: bytes) -> tuple[PromptTree, list[int]]:
     labels = fields.get("labels") if isinstance(fields, dict) else None
     if not _is_ids(labels) or len(labels) > MAX_LABELS or len({*labels}) < len(labels):
         raise ValueError(f"labels must be 1 to {MAX_LABELS} different token ids")
-    return PromptTree.read(fields.get("tree")), labels
+    adapter = fields.get("adapter")
+    if adapter is not None and not (isinstance(adapter, str) and adapter):
+        raise ValueError("adapter must be the name of a LoRA adapter")
+    return PromptTree.read(fields.get("tree")), labels, adapter
 
 
 def _is_ints(value: object) -> TypeGuard[list[int]]:

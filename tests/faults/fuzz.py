@@ -109,7 +109,7 @@ def tree_answer(content: bytes) -> None:
 
 def tree_request(content: bytes) -> None:
     with contextlib.suppress(ValueError):
-        tree, _ = read_request(content)
+        tree, *_ = read_request(content)
         tree.lengths()
         list(tree.prompts())
 

@@ -24,7 +24,7 @@ from typing import Any, Literal, Self
 
 from icm_vllm import prompt_tree
 
-SCORING = ("/v1/completions", prompt_tree.PATH)
+SCORING = ("/v1/completions", prompt_tree.PATH, prompt_tree.ADAPTER_PATH)
 Owed = Literal["goes on", "may stop"]
 """What a run owes under a fault that ends: to go on by itself, or to stop with a reason and be resumable."""
 
@@ -606,8 +606,8 @@ async def _read_body(reader: asyncio.StreamReader, headers: dict[str, str]) -> b
 
 
 def _prompts(path: str, body: bytes) -> list[tuple[int, ...]]:
-    if path == prompt_tree.PATH:
-        tree, _ = prompt_tree.read_request(body)
+    if path != "/v1/completions":
+        tree, *_ = prompt_tree.read_request(body)
         return [tuple(ids) for ids, _ in tree.prompts()]
     prompt = json.loads(body)["prompt"]
     return [tuple(map(ord, p)) if isinstance(p, str) else tuple(p) for p in prompt]

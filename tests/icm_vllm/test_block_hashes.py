@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -18,6 +19,14 @@ BLOCK = 4
 TOKENS = st.lists(st.integers(0, 1), max_size=30)
 
 
+@dataclass(frozen=True)
+class Adapter:
+    """What vLLM's hashers look at of its LoRARequest."""
+
+    lora_name: str
+    lora_path: str
+
+
 @dataclass
 class Request:
     """What vLLM's hashers look at of its Request."""
@@ -26,7 +35,7 @@ class Request:
     output: list[int] = field(default_factory=list)
     block_hashes: list[int] = field(default_factory=list)
     mm_features: list[str] = field(default_factory=list)
-    lora_request: str | None = None
+    lora_request: Adapter | None = None
     cache_salt: str | None = None
 
     @property
@@ -46,7 +55,7 @@ class PlainHasher:
         new = []
         for start in range(len(hashes) * BLOCK, len(tokens) - BLOCK + 1, BLOCK):
             parent = (hashes + new)[-1] if hashes + new else 0
-            new.append(hash((parent, request.cache_salt, *tokens[start : start + BLOCK])))
+            new.append(hash((parent, request.lora_request, request.cache_salt, *tokens[start : start + BLOCK])))
             self.blocks += 1
         return new
 
@@ -76,12 +85,13 @@ def test_a_shared_prefix_is_hashed_once() -> None:
     assert plain.blocks == 25
 
 
-def test_a_salted_request_takes_over_nothing_and_leaves_nothing() -> None:
+@pytest.mark.parametrize("salt", [{"cache_salt": "s"}, {"lora_request": Adapter("tuned", "/a")}], ids=["salt", "LoRA"])
+def test_a_salted_request_takes_over_nothing_and_leaves_nothing(salt: dict[str, Any]) -> None:
     remembering = RememberingHasher(PlainHasher(), BLOCK)
     tokens = list(range(12))
     remembering(Request(tokens))
-    salted = remembering(Request(tokens, cache_salt="s"))
-    assert salted == PlainHasher()(Request(tokens, cache_salt="s"))
+    salted = remembering(Request(tokens, **salt))
+    assert salted == PlainHasher()(Request(tokens, **salt)) != PlainHasher()(Request(tokens))
     assert remembering(Request(tokens)) == PlainHasher()(Request(tokens))
 
 

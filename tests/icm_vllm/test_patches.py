@@ -24,6 +24,7 @@ READ_ONLY = {
     "vllm.tokenizers.registry",
     "vllm.sampling_params",
     "vllm.v1.request",
+    "vllm.lora.request",
     "vllm.v1.engine",
     "vllm.v1.metrics.stats",
     "vllm.model_executor.layers.linear",

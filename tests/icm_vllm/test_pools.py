@@ -16,18 +16,21 @@ from hypothesis import strategies as st
 
 from core.llm_api.http.pool_tree import tree_of
 from core.llm_api.types import Prompt, Segment
-from icm_vllm import block_hashes, pool_calls
+from icm_vllm import block_hashes, pool_calls, pools
 from icm_vllm.block_hashes import PathHasher, RememberingHasher
 from icm_vllm.pool_calls import PoolAnswer, Stopped
 from icm_vllm.pools import Pools, Tokens
 from icm_vllm.prompt_tree import PromptTree
-from tests.icm_vllm.test_block_hashes import BLOCK, PlainHasher
+from tests.icm_vllm.test_block_hashes import BLOCK, Adapter, PlainHasher
 from tests.icm_vllm.test_block_hashes import Request as Hashed
 
 TREE = PromptTree(segments=[[1, 2, 3], [4], [5, 6]], parents=[-1, 0, 0, 1], pieces=[0, 1, 2, 2], ends=[1, 2, 3])
 """Three prompts: 1 2 3 4, 1 2 3 5 6 and 1 2 3 4 5 6."""
 
 LABELS = (7, 9)
+ADAPTERS = (None, Adapter("one", "/1"), Adapter("two", "/2"), Adapter("one", "/later"))
+"""No adapter, two, and one under the name of another."""
+PATHS = st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=9), min_size=1, max_size=9)
 
 
 class Scheduler:
@@ -93,7 +96,7 @@ class Request(SimpleNamespace):
 
     def __init__(self, *, block_hasher: Any, **fields: Any) -> None:
         self.block_hashes: list[int] = []
-        super().__init__(**fields, lora_request=None, mm_features=[], cache_salt=None, output=[], hasher=block_hasher)
+        super().__init__(**fields, mm_features=[], cache_salt=None, output=[], hasher=block_hasher)
         self.hash()
 
     def hash(self) -> None:
@@ -143,8 +146,10 @@ def test_a_pools_prompts_share_their_tokens_and_are_answered_together() -> None:
     assert result.tokens == Tokens(prompt=15, computed=13, cached=2, external=0)
 
 
-@given(st.lists(st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=9), min_size=1, max_size=9), max_size=3))
-def test_blocks_have_the_hashes_that_they_have_without_the_tree(pools_of_paths: list[list[list[int]]]) -> None:
+@given(st.lists(st.tuples(PATHS, st.sampled_from(ADAPTERS)), max_size=4))
+def test_blocks_have_the_hashes_that_they_have_without_the_tree(
+    pools_of_paths: list[tuple[list[list[int]], Adapter | None]],
+) -> None:
     segments = [Segment(str(i), list(range(i, i + 1 + i % 3))) for i in range(5)]
     plain = PlainHasher()
     core = Core(RememberingHasher(plain, BLOCK))
@@ -152,17 +157,59 @@ def test_blocks_have_the_hashes_that_they_have_without_the_tree(pools_of_paths: 
         patch.setitem(sys.modules, "vllm.v1.request", SimpleNamespace(Request=Request))
         patch.setitem(sys.modules, "vllm.sampling_params", SimpleNamespace(SamplingParams=SimpleNamespace))
         asking = Pools(core)
-        for number, paths in enumerate(pools_of_paths):
+        for number, (paths, adapter) in enumerate(pools_of_paths):
             tree = tree_of([Prompt(tuple(segments[i] for i in path)) for path in paths])
-            asking.score(str(number), tree, LABELS)
+            asking.score(str(number), tree, LABELS, adapter)
     asked = list(core.scheduler.requests.values())
-    every = {tuple(request.prompt_token_ids[:end]) for request in asked for end in range(BLOCK, 99, BLOCK)}
+    every = {
+        (request.lora_request, *request.prompt_token_ids[:end])
+        for request in asked
+        for end in range(BLOCK, len(request.prompt_token_ids) + 1, BLOCK)
+    }
     assert plain.blocks <= len(every)  # each is hashed once, whichever pools it is in
     for written in ([3], [3, 1, 4, 1, 5]):
         for request in asked:
             request.output[:] = written
             request.hash()
-            assert request.block_hashes == PlainHasher()(Hashed(request.prompt_token_ids, written))
+            alone = Hashed(request.prompt_token_ids, written, lora_request=request.lora_request)
+            assert request.block_hashes == PlainHasher()(alone)
+
+
+@pytest.mark.parametrize("other", ADAPTERS[1:], ids=["another", "and another", "another path"])
+def test_pools_of_two_adapters_in_turns_share_no_block(other: Adapter) -> None:
+    """The engine has a step's prompts of one pool, then of the next: what it remembers of one is not the other's."""
+    core = Core(RememberingHasher(PlainHasher(), BLOCK), step=1)
+    tree = PromptTree([[1, 2, 3, 4, 5, 6, 7, 8], [4] * 4, [5] * 4], [-1, 0, 0], [0, 1, 2], [1, 2])
+    asking = Pools(core)
+    hashes: dict[Any, list[list[int]]] = {}
+    for turn in range(6):
+        adapter = (None, ADAPTERS[1], other)[turn % 3]
+        asking.score(str(turn), tree, LABELS, adapter)
+    while core.scheduler.requests:
+        for request in core.scheduler.requests.values():
+            assert request.block_hashes == PlainHasher()(
+                Hashed(request.prompt_token_ids, lora_request=request.lora_request)
+            )
+            hashes.setdefault(request.lora_request, []).append(list(request.block_hashes))
+        core.step(*(answer(key, {7: -1.0, 9: -2.0}) for key in list(core.scheduler.requests)))
+    assert len(hashes) == len({None, ADAPTERS[1], other})
+    every = [{block for request in of_one for block in request} for of_one in hashes.values()]
+    assert sum(map(len, every)) == len(set().union(*every)) == 4 * len(hashes)
+
+
+def test_an_adapter_of_another_process_arrives_as_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's way between processes writes a LoRARequest as its fields, without their names."""
+    request = ModuleType("vllm.lora.request")
+    request.LoRARequest = Adapter  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm.lora", ModuleType("vllm.lora"))
+    monkeypatch.setitem(sys.modules, "vllm.lora.request", request)
+    tuned = Adapter("tuned", "/tuned")
+    of_base, of_adapter = pool_calls.arguments("p", TREE, LABELS), pool_calls.arguments("p", TREE, LABELS, tuned)
+    assert of_adapter == (*of_base, tuned)
+    for sent, expected in ((of_base, None), (of_adapter, tuned), ((*of_base, ["tuned", "/tuned"]), tuned)):
+        core = Core()
+        pools._score(core, *sent)
+        assert {asked.lora_request for asked in core.scheduler.requests.values()} == {expected}
 
 
 def test_remembered_hashes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +218,7 @@ def test_remembered_hashes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     hasher = PathHasher(plain, BLOCK)
     for start in range(40):
         tokens = list(range(start, start + 3 * BLOCK))
-        request = Request(prompt_token_ids=tokens, block_hasher=hasher)
+        request = Request(prompt_token_ids=tokens, lora_request=None, block_hasher=hasher)
         assert request.block_hashes == PlainHasher()(Hashed(tokens))
         assert len(hasher._known) <= 6 + 3
 

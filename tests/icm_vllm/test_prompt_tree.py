@@ -25,8 +25,8 @@ PATHS = st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=6), min_size=1
 def test_a_tree_gives_back_every_prompt(paths: list[list[int]]) -> None:
     prompts = [Prompt(tuple(SEGMENTS[i] for i in path)) for path in paths]
     body = orjson.dumps({"labels": [3, 4], "tree": tree_of(prompts)})
-    tree, labels = read_request(body)
-    assert labels == [3, 4]
+    tree, labels, adapter = read_request(body)
+    assert (labels, adapter) == ([3, 4], None)
     whole = [ids for ids, _ in tree.prompts()]
     assert whole == [prompt.token_ids for prompt in prompts]
     before: list[int] = []
@@ -97,6 +97,15 @@ def test_any_number_of_tokens_is_asked_for(labels: list[int]) -> None:
 def test_tokens_that_are_none_are_refused(labels: object) -> None:
     with pytest.raises(ValueError, match="labels must be 1 to 20 different token ids"):
         read_request(json.dumps({"labels": labels, "tree": GOOD}).encode())
+
+
+def test_an_adapter_is_named_or_left_out() -> None:
+    of_base = {"labels": [1, 2], "tree": GOOD}
+    assert read_request(json.dumps({**of_base, "adapter": "tuned"}).encode())[2] == "tuned"
+    assert read_request(json.dumps({**of_base, "adapter": None}).encode())[2] is None
+    for name in ("", 7, ["tuned"], True):
+        with pytest.raises(ValueError, match="adapter must be the name"):
+            read_request(json.dumps({**of_base, "adapter": name}).encode())
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ from core.llm_api.http.identity_check import Canary, Counting, IdentityCheck
 from core.llm_api.http.retry import RetryPolicy
 from core.llm_api.http.together import by_tokens
 from core.llm_api.http.transport import HttpOptions, HttpTransport
-from core.llm_api.http.vllm_extension import VLLMExtension, tree_body
+from core.llm_api.http.vllm_extension import VLLMExtension
 from core.llm_api.http.vllm_metrics import kv_block_size, kv_cache_capacity, prefix_cache_counters
 from core.llm_api.http.vllm_questions import VLLMQuestions
 from core.llm_api.tokens import fingerprint
@@ -293,7 +293,7 @@ class VLLMClient(HttpTexts):
         """Bytes of the request. A tree's has to be made to be measured."""
         prompts = _prompts(queries)
         if self._sends_trees(batch.token_ids):
-            return len(tree_body(prompts, batch.token_ids))
+            return len(self._extension.body(prompts, batch.token_ids))
         return len(token_pieces(batch.fields, prompts))
 
     def _sends_trees(self, token_ids: Sequence[int]) -> bool:

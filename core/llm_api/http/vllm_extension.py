@@ -15,7 +15,7 @@ from core.llm_api.http.pool_tree import tree_of
 from core.llm_api.http.transport import HttpTransport
 from core.llm_api.http.vllm_questions import VLLMQuestions
 from core.llm_api.types import Prompt
-from icm_vllm.prompt_tree import FORMAT, PATH
+from icm_vllm.prompt_tree import ADAPTER_PATH, FORMAT, PATH
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +38,7 @@ class VLLMExtension:
         self.takes_trees = False
         self.fast_prefixes = False
         self.kernels = self.dtype = self.config = ""
+        self._is_adapter = False  # a LoRA adapter of the server's model
         self._most_labels = 0  # tokens that a tree's request may ask for, where the server says so; two always
         self.again: float | None = None  # when to ask about it again, monotonic seconds; None: no need
 
@@ -46,7 +47,10 @@ class VLLMExtension:
         return self.takes_trees and (len(token_ids) == 2 or len(token_ids) <= self._most_labels)
 
     async def probe(self) -> None:
-        """Ask whether the server has our extension, in our format and for our model (not for a LoRA adapter of it)."""
+        """Ask whether the server has our extension, in our format and for our model or LoRA adapter.
+
+        Extensions of earlier versions take no adapters.
+        """
         self.again = None
         self.takes_trees = False
         try:
@@ -62,9 +66,10 @@ class VLLMExtension:
         self.config = str(said.get("config", ""))
         most = said.get("max_labels")
         self._most_labels = most if isinstance(most, int) else 0
-        models = said.get("models")
-        fits = said.get("format") == FORMAT and isinstance(models, list) and self._model in models
-        self.takes_trees = self._used and fits
+        models, adapters = said.get("models"), said.get("adapters")
+        is_base = isinstance(models, list) and self._model in models
+        self._is_adapter = not is_base and isinstance(adapters, list) and self._model in adapters
+        self.takes_trees = self._used and said.get("format") == FORMAT and (is_base or self._is_adapter)
 
     async def look_again(self) -> None:
         """Ask whether a lost extension is back, where it is time to."""
@@ -78,9 +83,11 @@ class VLLMExtension:
                 self.again = again
 
     async def ask(self, prompts: Sequence[Prompt], token_ids: Sequence[int]) -> Answers | None:
-        """The answers; None where the server no longer has its extension, as after a restart without it."""
+        """The answers; None where the server no longer has its extension, as after a restart without it, or no longer
+        has the adapter, which vLLM says itself where it is asked by whole prompts."""
         try:
-            said = await self._http.send("POST", PATH, tree_body(prompts, token_ids))
+            path = ADAPTER_PATH if self._is_adapter else PATH
+            said = await self._http.send("POST", path, self.body(prompts, token_ids))
             with of_an_answer():
                 return read_tree_answer(said, token_ids, prompts)
         except RequestRejected as error:
@@ -91,7 +98,7 @@ class VLLMExtension:
         self.again = time.monotonic() + TREES_AGAIN
         return None
 
-
-def tree_body(prompts: Sequence[Prompt], token_ids: Sequence[int]) -> bytes:
-    """A request for these tokens after each of the prompts."""
-    return orjson.dumps({"labels": token_ids, "tree": tree_of(prompts)})
+    def body(self, prompts: Sequence[Prompt], token_ids: Sequence[int]) -> bytes:
+        """A request for these tokens after each of the prompts."""
+        named = {"adapter": self._model} if self._is_adapter else {}
+        return orjson.dumps({**named, "labels": token_ids, "tree": tree_of(prompts)})

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -29,7 +29,7 @@ from core.llm_api.http.transport import HttpOptions
 from core.llm_api.tokens import CANARY_TEXT, spell_labels
 from core.llm_api.types import Engine, EngineAnswer, Prompt, Segment
 from fakes.vllm_server import BOS, FALSE, TRUE, FakeVLLM, Fault, hashed_log_odds
-from icm_vllm.prompt_tree import PATH
+from icm_vllm.prompt_tree import ADAPTER_PATH, PATH
 from tests.core.two_labels import log_odds, two
 
 KEY = "sk-planted-0123456789"
@@ -164,6 +164,71 @@ async def test_a_server_that_loses_its_extension_gets_whole_prompts(caplog: pyte
             assert [log_odds(a) for a in answer.logprobs] == pytest.approx([hashed_log_odds(p.token_ids) for p in pool])
         assert not engine.takes_trees
         assert caplog.text.count("no longer takes pools as trees") == 1
+
+
+def tuned_log_odds(tokens: Sequence[int]) -> float:
+    return -hashed_log_odds(tokens)
+
+
+async def scored(engine: VLLMClient, pool: Sequence[Prompt]) -> list[float]:
+    return [log_odds(answer) for answer in (await engine.score(LABELS.queries(pool))).logprobs]
+
+
+async def test_an_adapters_pools_are_trees_that_name_it() -> None:
+    async with FakeVLLM(trees=True, adapters={"tuned": tuned_log_odds}) as server, AsyncExitStack() as closing:
+        base, tuned = await started(server), await started(server, model="tuned")
+        closing.push_async_callback(base.aclose)
+        closing.push_async_callback(tuned.aclose)
+        assert base.takes_trees
+        assert tuned.takes_trees
+        pool = prompts(3)
+        odds = [hashed_log_odds(prompt.token_ids) for prompt in pool]
+        for _ in range(2):
+            assert await scored(base, pool) == pytest.approx(odds)
+            assert await scored(tuned, pool) == pytest.approx([-value for value in odds])
+        assert [(body["model"], "tree" in body) for body in server.pools] == [("fake-8b", True), ("tuned", True)] * 2
+        assert (server.requests.count(PATH), server.requests.count(ADAPTER_PATH)) == (2 + 2, 2)
+
+
+async def test_an_extension_that_takes_no_adapters_gets_whole_prompts_for_them() -> None:
+    adapters = {"tuned": tuned_log_odds}
+    async with FakeVLLM(trees=True, adapters=adapters, adapter_trees=False) as server, AsyncExitStack() as closing:
+        tuned = await started(server, model="tuned")
+        closing.push_async_callback(tuned.aclose)
+        assert not tuned.takes_trees
+        pool = prompts(3)
+        assert await scored(tuned, pool) == pytest.approx([-hashed_log_odds(prompt.token_ids) for prompt in pool])
+        assert [(body["model"], "tree" in body) for body in server.pools] == [("tuned", False)]
+
+
+async def test_an_adapter_is_never_answered_for_by_its_base_model(caplog: pytest.LogCaptureFixture) -> None:
+    """Where an extension that knew adapters is followed by one that does not read their names."""
+    async with FakeVLLM(trees=True, adapters={"tuned": tuned_log_odds}) as server, AsyncExitStack() as closing:
+        tuned = await started(server, model="tuned")
+        closing.push_async_callback(tuned.aclose)
+        server.adapter_trees = False
+        pool = prompts(3)
+        for _ in range(2):
+            assert await scored(tuned, pool) == pytest.approx([-hashed_log_odds(prompt.token_ids) for prompt in pool])
+        assert not any("tree" in body for body in server.pools)
+        assert caplog.text.count("no longer takes pools as trees") == 1
+
+
+async def test_an_adapter_that_was_unloaded_is_missed_in_vllms_words_and_used_when_it_is_back() -> None:
+    async with FakeVLLM(trees=True, adapters={"tuned": tuned_log_odds}) as server, AsyncExitStack() as closing:
+        tuned = await started(server, model="tuned")
+        closing.push_async_callback(tuned.aclose)
+        pool = prompts(3)
+        unloaded = server.adapters.pop("tuned")
+        with pytest.raises(RequestRejected, match="The model `tuned` does not exist"):
+            await scored(tuned, pool)
+        server.adapters["tuned"] = unloaded
+        odds = [-hashed_log_odds(prompt.token_ids) for prompt in pool]
+        assert await scored(tuned, pool) == pytest.approx(odds)
+        assert not tuned.takes_trees
+        tuned._extension.again = 0.0
+        assert await scored(tuned, pool) == pytest.approx(odds)
+        assert tuned.takes_trees
 
 
 async def test_a_label_without_a_logprob_is_missing_in_a_tree_too() -> None:
