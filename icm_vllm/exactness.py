@@ -190,8 +190,9 @@ TABLE: Final[tuple[Feature, ...]] = (
             "cached"
         ),
         Cell(
-            inexact="their scores depend on what is cached and computed with them (vLLM 0.32, 2 cores with AVX-512, "
-            "narrow shapes of Qwen3-Next-80B-A3B and Qwen3.5-9B: 22 of 24 rows differ in each)"
+            inexact="their scores depend on what is cached and on what is computed with them",
+            how="vLLM 0.32, 2 cores with AVX-512, narrow shapes of Qwen3-Next-80B-A3B and Qwen3.5-9B: 22 of 24 rows "
+            "differ in each",
         ),
     ),
     Feature(

@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
-from core.determinism.matrix import Material
+from core.determinism.matrix import SUFFIXES, Material
 from core.llm_api.types import Engine
 from src.icm.prompts import PromptBook
 from src.icm.testbeds import BadInput
@@ -35,7 +35,7 @@ class Amount:
 async def material_for(engine: Engine, amount: Amount, *, context: int | None, block: int | None) -> Material:
     """The material for one engine. context: its longest prompt and answer, tokens; block: tokens of a cache block.
 
-    Raises BadInput where the engine's context is too short for it.
+    Raises BadInput where the engine's context is too short for it, or its cache blocks too long.
     """
     _, claims, _ = load_testbed("builtin", Path())
     book = await PromptBook.open(engine, [claim.text for claim in claims])
@@ -55,6 +55,13 @@ async def material_for(engine: Engine, amount: Amount, *, context: int | None, b
     room = (context or 2 * longest) - 1
     if longest > room:
         raise BadInput(f"the check asks up to {longest} tokens, and the model's context is {room + 1}")
+    least, size = min(map(len, prompts)), block or 16
+    if least < (needed := size + max(SUFFIXES)):
+        enough = -(-needed * amount.demonstrations // least) + 2
+        raise BadInput(
+            f"prompts of {least} tokens are too short for cache blocks of {size}, of which one must fit: more "
+            f"demonstrations make them longer (--demonstrations {enough})"
+        )
     words = sorted({token for question in book.questions for token in question.tokens or ()})
     length = min(amount.long_tokens // amount.long, room)
     return Material(
@@ -63,7 +70,7 @@ async def material_for(engine: Engine, amount: Amount, *, context: int | None, b
         others=tuple(_spread([word for word in words if word not in (true, false)], OTHER_TOKENS)),
         long=tuple(tuple(rng.choices(words, k=length)) for _ in range(amount.long)),
         short=tuple(tuple(rng.choices(words, k=3 + at)) for at in range(amount.short)),
-        block=block or 16,
+        block=size,
     )
 
 

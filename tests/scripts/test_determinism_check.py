@@ -20,6 +20,7 @@ from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.http.transport import HttpOptions, HttpTransport
 from fakes.vllm_server import FakeVLLM, hashed_log_odds
 from scripts.test_determinism import LESS, QUICK, Report, build_parser, fitting, run
+from src.icm.testbeds import BadInput
 from src.pipeline.determinism_material import Amount, material_for
 from tests.conftest import RunningServer
 
@@ -59,6 +60,16 @@ async def test_prompts_can_be_made_longer_than_a_window(capsys: pytest.CaptureFi
             assert told is not None
             lengths.append(int(told[1].replace(",", "")))
     assert lengths[1] > 5 * lengths[0]
+
+
+async def test_prompts_that_fill_no_cache_block_are_refused_and_the_number_told_suffices(tmp_path: Path) -> None:
+    async with FakeVLLM(block=544) as server:
+        given = ["--url", server.url, "--quick", "--prompts", "2", "--runs_dir", str(tmp_path)]
+        with pytest.raises(BadInput, match=r"too short for cache blocks of 544, .*--demonstrations (\d+)") as refused:
+            await run(build_parser().parse_args(given), Report(quiet=True))
+        told = re.search(r"--demonstrations \d+", str(refused.value))
+        assert told is not None
+        assert (await run(build_parser().parse_args([*given, *told[0].split()]), Report(quiet=True))).passed
 
 
 async def test_a_server_that_answers_by_count_fails(tmp_path: Path) -> None:
