@@ -25,6 +25,7 @@ if str(Path(__file__).resolve().parents[1]) not in sys.path:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.step_machine import commit, hardware
+from core.flags import FlagParser
 
 LIMITED: Final = {
     "NCCL_MIN_NCHANNELS": "1",
@@ -98,7 +99,7 @@ def table(found: dict[str, dict[str, Any]], tokens: Sequence[int]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 2 without two GPUs."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 256, 2048, 8192], help="rows of a sum")
     parser.add_argument("--hidden", type=int, default=8192, help="numbers of a row (default: 8192, a 70B model's)")
     parser.add_argument("--repeats", type=int, default=20, help="of each (default: 20)")

@@ -28,6 +28,7 @@ import aiohttp
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from core.flags import FlagParser
 from core.llm_api.labels import SpelledLabels
 from core.llm_api.llm import open_model_api
 from core.llm_api.types import PoolScores, Prompt
@@ -133,7 +134,7 @@ async def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="name under which the model is served")
     parser.add_argument("--testbed", default="builtin")
     parser.add_argument("--data_dir", type=Path, default=Path("data"))

@@ -38,6 +38,7 @@ if str(Path(__file__).resolve().parents[1]) not in sys.path:
     need_packages(OF_FILES)
 
 from core.files import write_atomically
+from core.flags import FlagParser
 from src.experiments.ask import main as ask
 from src.icm.consistency import Consistency, Label
 from src.results.asking import By
@@ -259,9 +260,7 @@ async def measured(args: argparse.Namespace, flags: Sequence[str]) -> list[Round
 
 def main() -> int:
     """Print every round and the table; with --json also write them."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--counts", type=int, nargs="+", default=[10, 20, 40], help="answers in all, after each round")
     parser.add_argument("--by", nargs="+", choices=get_args(By), default=list(get_args(By)), help="ways to choose")

@@ -39,6 +39,7 @@ if str(Path(__file__).resolve().parents[1]) not in sys.path:
 
 import torch
 
+from core.flags import FlagParser
 from icm_vllm.query_length import least_query_length
 
 BACKENDS: Final = ("flash3", "triton", "latent", "flash2", "packed")
@@ -454,9 +455,9 @@ class Report:
         print(f"  FAILED {self.failures[-1]}", flush=True)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> FlagParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write all counts here")
     parser.add_argument(
         "--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS), help="in this order (default: all)"

@@ -32,6 +32,8 @@ if str(Path(__file__).resolve().parents[1]) not in sys.path:
 
 import torch
 
+from core.flags import FlagParser
+
 SHAPES: Final = ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096), (4096, 128256))
 """(K, N) of the linear layers of an 8B model: qkv, output, gate and up, down, vocabulary."""
 
@@ -347,9 +349,9 @@ def norms(found: Measurements, vllm: Any) -> None:
             print(f"log_softmax, {way}: differ {differing}, error {error:.1e} nat, {time_:.3f} ms", flush=True)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> FlagParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write everything that was measured here")
     parser.add_argument("--seconds", type=float, default=165.0, help="start no further speed after this long")
     parser.add_argument("--no_sweep", action="store_true", help="measure only the chosen tiles")

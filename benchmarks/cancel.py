@@ -24,6 +24,7 @@ if str(Path(__file__).resolve().parents[1]) not in sys.path:
 
 from benchmarks.step_machine import hardware
 from core.errors import APIError
+from core.flags import FlagParser
 from core.llm_api.engines.vllm_group import vllm_engine
 from core.llm_api.http.transport import HttpOptions, HttpTransport
 from core.llm_api.http.vllm_metrics import requests_in_work
@@ -98,7 +99,7 @@ async def measure(settings: Settings, model: str, count: int, limit: float, chat
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; exit code 1 if a slot stayed taken for longer than the limit."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--server", help="base URL (default: VLLM_BASE_URL)")
     parser.add_argument("--model", required=True)
     parser.add_argument("--count", type=int, default=100)

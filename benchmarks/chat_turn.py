@@ -30,6 +30,7 @@ from benchmarks.own_process import stand_in
 from benchmarks.step_machine import hardware
 from benchmarks.streams import serve
 from core.errors import APIError
+from core.flags import FlagParser
 from core.llm_api.engines.direct import DirectOptions
 from core.llm_api.engines.vllm_group import vllm_engine
 from core.llm_api.http.transport import HttpOptions, HttpTransport
@@ -112,7 +113,7 @@ async def in_process(model: str, turns: int, cpu: bool) -> dict[str, object]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="gemma-3-270m", help="a folder in models/, or what --server serves")
     parser.add_argument("--turns", type=int, default=40)
     parser.add_argument("--only", choices=("http", "in-process", "stand-in"), help="measure one of them")

@@ -31,6 +31,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from core.flags import FlagParser
 from core.llm_api.llm import open_model_api
 from core.llm_api.types import Segment
 from core.settings import Settings
@@ -169,7 +170,7 @@ async def measure(args: argparse.Namespace) -> dict[str, object]:
 
 def main() -> int:
     """Print the table; with --json also write it."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = FlagParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--testbed", default="truthfulQA-preference", type=testbed_named, metavar="{NAME,FILE}")
     parser.add_argument("--data_dir", type=Path, default=Path("data"))
     parser.add_argument("--model", default="gemma-3-270m")

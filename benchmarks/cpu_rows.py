@@ -22,6 +22,7 @@ from typing import Any, Final
 if str(Path(__file__).resolve().parents[1]) not in sys.path:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from core.flags import FlagParser
 from icm_vllm.cpu_exact import ROWS, in_blocks, piece_size, pieces
 
 LAYERS: Final = ((640, 1536), (1024, 640), (640, 4096), (2048, 640))
@@ -183,7 +184,7 @@ def experts(torch: Any, ops: Any, instruction_sets: Sequence[str]) -> None:
 
 def main() -> int:
     """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("products", "attention", "experts", "all"), default="all")
     args = parser.parse_args()
     try:

@@ -26,6 +26,7 @@ if str(Path(__file__).resolve().parents[1]) not in sys.path:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.step_machine import hardware
+from core.flags import FlagParser
 from core.llm_api.http.pool_tree import tree_of
 from core.llm_api.types import Prompt, Segment
 from icm_vllm.block_hashes import PathHasher, RememberingHasher
@@ -111,7 +112,7 @@ class EngineCore:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; with --json also write it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=256, help="claims (default 256)")
     parser.add_argument("--claim_tokens", type=int, default=40)
     parser.add_argument("--block_size", type=int, default=16, help="tokens (default 16)")

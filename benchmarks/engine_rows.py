@@ -40,6 +40,7 @@ from benchmarks.engine_cells import BadCells, Cell, read_cells
 from benchmarks.engine_row import DONE, FAILED, OVER, Row, without_paths
 from benchmarks.engine_table import table
 from core.files import write_atomically
+from core.flags import FlagParser
 
 HERE: Final = Path(__file__).resolve().parent
 GRACE: Final = 25.0
@@ -275,9 +276,9 @@ def chosen(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
     return found
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> FlagParser:
     """Every flag."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("cells", type=Path, nargs="+", help="files of cells, YAML or JSON")
     made.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="rows.json, logs")
     made.add_argument(

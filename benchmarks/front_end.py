@@ -28,6 +28,7 @@ if str(Path(__file__).resolve().parents[1]) not in sys.path:
 from benchmarks.step_machine import hardware
 from benchmarks.step_measure import Backend, Progress
 from core.errors import APIError
+from core.flags import FlagParser
 from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.engines.vllm_group import vllm_engine
 from core.llm_api.llm import ModelAPI
@@ -95,7 +96,7 @@ async def measure(args: argparse.Namespace) -> dict[str, object]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; with --json also write it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--server", required=True, metavar="URL")
     parser.add_argument("--model", required=True, help="as the server names it")
     parser.add_argument("--size", type=int, default=256, help="claims (default 256)")

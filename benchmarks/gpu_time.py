@@ -23,6 +23,8 @@ from typing import Any
 if str(Path(__file__).resolve().parents[1]) not in sys.path:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from core.flags import FlagParser
+
 BLOCK = 16
 """Tokens of a block of the prefix cache."""
 
@@ -37,7 +39,7 @@ def pool(seed: int, prompts: int, shared: int, own: int) -> list[dict[str, list[
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 2 without a GPU."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a folder, such as benchmarks/make_shape.py makes")
     parser.add_argument("--no_deterministic", action="store_true", help="vLLM's own kernels")
     parser.add_argument("--prompts", type=int, default=40, help="of a pool (default: 40)")

@@ -29,6 +29,7 @@ from typing import Any, Final, get_args
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from core.files import write_atomically
+from core.flags import FlagParser
 from core.settings import REPO_ROOT
 from src.experiments.baseline_table import TableFolder
 from src.icm.consistency import Consistency
@@ -194,11 +195,9 @@ async def measure(bench: Bench, cells: Sequence[Cell]) -> None:
             group.create_task(bench.make(cell))
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> FlagParser:
     """The flags of the experiment; all others go to `icm baselines`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="one pool each")
     parser.add_argument("--labels", type=int, nargs="+", default=[0, 4, 8, 16, 32], help="how many are known")
     parser.add_argument("--how", nargs="+", choices=("random", "chosen"), default=["random", "chosen"])

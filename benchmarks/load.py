@@ -45,6 +45,7 @@ if str(Path(__file__).resolve().parents[1]) not in sys.path:
 from benchmarks.own_process import serve_until_stopped, stand_in, start_without_ctrl_c
 from benchmarks.step_machine import commit, hardware
 from benchmarks.step_measure import Progress
+from core.flags import FlagParser
 from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.http.transport import HttpOptions
 from core.llm_api.labels import TRUE_FALSE, SpelledLabels
@@ -471,7 +472,7 @@ def _in_a_process(case: Case) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; see the module for the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = ("memory", "throughput", "slow")
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--runs", type=int, default=64, help="runs at once (default 64)")

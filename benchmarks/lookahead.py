@@ -27,6 +27,7 @@ from aiohttp import web
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from core.flags import FlagParser
 from core.llm_api.llm import open_model_api
 from core.settings import Settings
 from fakes.vllm_server import FakeVLLM, hashed_log_odds
@@ -104,7 +105,7 @@ async def one(args: argparse.Namespace, name: str, lookahead: int | None) -> tup
 
 async def main() -> int:
     """Run all, print the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = FlagParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--size", type=int, default=64, help="claims in the pool")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=2)

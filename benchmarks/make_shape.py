@@ -28,6 +28,7 @@ if str(Path(__file__).resolve().parents[1]) not in sys.path:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.shapes.published import AWQ, FP8_BLOCKS, GPTQ, PUBLISHED, completed, narrowed
+from core.flags import FlagParser
 from src.pipeline.datafiles import load_testbed
 
 # The pieces of a byte-level pre-tokenizer: words, numbers and marks, each with the blank before it, and blanks.
@@ -185,7 +186,7 @@ def make_shape(name: str, folder: Path, layers: int | None = None, *, tiny: bool
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the folder and say where it is."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", choices=list(CONFIGS), metavar="SHAPE", help=", ".join(CONFIGS))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, help="that many layers, in place of the shape's own")

@@ -10,7 +10,6 @@ tree holds. The same steps are walked with every rule, so the columns differ by 
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections import OrderedDict
@@ -22,6 +21,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from core.flags import FlagParser
 from src.icm.annealing import (
     Outcome,
     SearchState,
@@ -145,7 +145,7 @@ def walk(scenario: Scenario, max_tail: int | None) -> tuple[int, int]:
 
 def main() -> int:
     """Print computed tokens (millions) and rebuilds of every rule and scenario."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = FlagParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--accept", type=float, default=0.7)

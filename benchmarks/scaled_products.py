@@ -25,6 +25,7 @@ if str(Path(__file__).resolve().parents[1]) not in sys.path:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.step_machine import commit, hardware
+from core.flags import FlagParser
 
 SHAPES: Final = {"qkv": (16384, 4608), "output": (4096, 16384), "gate and up": (16384, 26624), "down": (13312, 16384)}
 """(K, N) of the linear layers."""
@@ -174,7 +175,7 @@ def table(ways: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Exit code 1 if a way failed, 2 without a GPU."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--sweep", action="store_true", help="time other tiles, too")
     parser.add_argument("--json", type=Path, help="write the result here")

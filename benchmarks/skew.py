@@ -26,6 +26,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from core.errors import APIError
+from core.flags import FlagParser
 from core.llm_api.llm import ModelAPI, open_model_api
 from core.settings import Settings
 from src.icm.objective import LogOdds, Objective, calibration_offset
@@ -201,7 +202,7 @@ def _row(trues: int, asked: str, offset: str, found: Sequence[Right], **more: fl
 
 def main() -> int:
     """Print the table; with --json also write it."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = FlagParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", default="gemma-3-270m")
     parser.add_argument("--size", type=int, default=64, help="claims of a pool, at most 128")
     parser.add_argument("--true", type=int, nargs="+", default=[32, 51, 61, 62], help="how many of them are True")

@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from core.errors import APIError
 from core.files import write_atomically
+from core.flags import FlagParser
 from core.llm_api.llm import ModelAPI, open_model_api
 from core.settings import Settings
 from src.icm.consistency import Labels
@@ -325,9 +326,7 @@ def losses(testbed: str, rows: Sequence[Row], percents: Sequence[int]) -> list[s
 
 def main() -> int:
     """Print the table; with --json also keep it. Exit codes: 0 done, 1 the model failed, 2 bad input, 130 stopped."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--model", default="gemma-3-270m", help="name under which the model is served")
     parser.add_argument("--testbeds", nargs="+", default=["builtin"], help="testbeds with two labels")
     parser.add_argument("--data_dir", type=Path, default=Path("data"), help="where the testbeds' files lie")

@@ -39,6 +39,7 @@ from benchmarks.step_report import CASES, Report, read_json, token_checks, write
 from benchmarks.step_run import RunSimulation
 from benchmarks.step_table import tables
 from core.errors import APIError
+from core.flags import FlagParser
 from core.llm_api.engines.direct import DirectEngine, DirectOptions
 from core.llm_api.engines.vllm_group import vllm_engine
 from core.llm_api.llm import ModelAPI
@@ -53,9 +54,9 @@ class BadOptions(Exception):
     """One line about the command line."""
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> FlagParser:
     """The options, without those after --."""
-    made = argparse.ArgumentParser(
+    made = FlagParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage="step.py [options] [-- ...]"
     )
     where = made.add_argument_group("what is measured (one of them)").add_mutually_exclusive_group(required=True)

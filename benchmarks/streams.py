@@ -24,6 +24,7 @@ if str(Path(__file__).resolve().parents[1]) not in sys.path:
 
 from benchmarks.own_process import serve_until_stopped, stand_in
 from benchmarks.step_machine import hardware
+from core.flags import FlagParser
 from core.llm_api.engines.vllm import VLLMClient
 from core.llm_api.http.transport import HttpOptions
 from core.llm_api.llm import ModelAPI
@@ -93,7 +94,7 @@ async def measure(url: str, streams: int, at_once: int, tokens: int) -> dict[str
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; exit code 1 if an event was wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, default=10_000)
     parser.add_argument("--at_once", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=20, help="tokens of each stream")

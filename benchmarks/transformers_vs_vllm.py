@@ -30,6 +30,7 @@ if str(Path(__file__).resolve().parents[1]) not in sys.path:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.step_machine import commit, hardware
+from core.flags import FlagParser
 from core.llm_api.engines.direct import DirectOptions
 from core.llm_api.engines.vllm_group import vllm_engine
 from core.llm_api.llm import ModelAPI, open_model_api
@@ -268,7 +269,7 @@ def result(engines: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; exit code 1 if an engine failed; the others' numbers are still written."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="gemma-3-270m", help="a folder in models/, a path or a Hugging Face id")
     parser.add_argument("--gpu", action="store_true", help="on one GPU, in place of the CPU")
     parser.add_argument("--at_once", type=int, nargs="+", default=[1, 8, 32], help="requests at once, or batch size")

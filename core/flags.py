@@ -1,14 +1,23 @@
-"""Command lines: a flag that there is not is told with the nearest one, a value that is no number in plain words."""
+"""Command lines: a flag or name that there is not is told with the nearest one, what is no number in plain words."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from typing import Any, Final, NoReturn
 
 ALIKE: Final = 0.6
-"""How much of a mistyped flag must be right, from 0 to 1."""
+"""How much of a mistyped flag or name must be right, from 0 to 1."""
+
+
+def meant(name: str, names: Iterable[str]) -> str:
+    """`; did you mean NAME?`: the one of `names` that is nearest to a mistyped one, in small letters or capitals; ""
+    where none is near."""
+    by_small = {each.casefold(): each for each in names}
+    near = get_close_matches(name.casefold(), by_small, n=1, cutoff=ALIKE)
+    return f"; did you mean {by_small[near[0]]}?" if near else ""
 
 
 def number(text: str) -> float:
@@ -39,20 +48,33 @@ class FlagParser(argparse.ArgumentParser):
     """As argparse's. also: flags that another parser of the same command line takes, which can be meant as well."""
 
     also: Sequence[str] = ()
+    _given: Sequence[str] = ()
 
     def error(self, message: str) -> NoReturn:
         """Ends the program with one line and exit code 2."""
+        if message.startswith("the following arguments are required"):  # perhaps one that was mistyped
+            flags = list(_flags_of(self))
+            given = [word.partition("=")[0] for word in self._given]
+            message += self._meant([word for word in given if not any(flag.startswith(word) for flag in flags)])
         self.exit(2, f"error: {message} (see --help)\n")
 
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> argparse.Namespace:
         """As argparse does; a mistyped flag is told with the nearest one. Ends the program by `error`."""
+        self._given = list(sys.argv[1:] if args is None else args)
         parsed: argparse.Namespace
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}{self._meant(unknown)}")
         return parsed
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            nearest = meant(str(value), map(str, action.choices or ()))
+            raise argparse.ArgumentError(action, error.message.replace(" (choose", f"{nearest} (choose", 1)) from None
 
     def _meant(self, unknown: Sequence[str]) -> str:
         flags = [*_flags_of(self), *self.also]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from icm.event_loop import finished, resumable
 from icm.result import Result, load
 from icm.settings import Asked, Written, parsed, quietly
 from src.experiments import ICM
 from src.experiments.request import RunRequest
+
+NOT_THE_CALLER: Final = (Path(__file__).parent, Path(asyncio.__file__).parent)
 
 
 def label(
@@ -84,5 +88,15 @@ async def _labelled(asked: Asked, settings: Mapping[str, Any]) -> Result:
 def _warned(result: Result) -> Result:
     """The result; what may be wrong with its labels becomes a warning at the line that called for it."""
     if result.warning:
-        warnings.warn(result.warning, stacklevel=3)
+        warnings.warn(result.warning, stacklevel=_frames_to_the_caller())
     return result
+
+
+def _frames_to_the_caller() -> int:
+    """How many frames above `_warned` the code stands that asked: past this file, and past asyncio's, which run a
+    coroutine that nobody awaits directly."""
+    count, frame = 1, inspect.currentframe()
+    frame = frame and frame.f_back
+    while frame is not None and Path(frame.f_code.co_filename).parent in NOT_THE_CALLER:
+        count, frame = count + 1, frame.f_back
+    return count

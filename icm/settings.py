@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -31,6 +32,10 @@ OF_A_TEXT: Final = "Claim: {choice}\nI think this claim is"
 """The template of claims that are plain texts."""
 OF_A_TESTBED: Final = {"columns": "columns", "map": "map", "group_by": "groups"}
 """Settings that a testbed file holds, where there is one: its name of each."""
+SKIPPED: Final = "(--skip_bad_rows): line "
+OTHER_LINE: Final = re.compile(r"(\bas )line (\d+)")
+OTHER_LINES: Final = re.compile(r"(\): |; )(?:line )?(\d+)(?=: )")
+"""Lines that a warning names besides the one that it begins with: of an equal claim, of rows that are left out."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +60,12 @@ class Parsed:
 class Written:
     """The files that a call made of its arguments: in errors they have the arguments' names.
 
-    Used as a context manager: BadInput that is raised in it names no such file.
+    Used as a context manager: neither BadInput that is raised in it nor a warning that is logged names such a file.
     """
 
     def __init__(self) -> None:
         self._files: dict[Path, str] = {}
+        self._loggers: list[logging.Logger] = []
 
     def add(self, path: Path, argument: str) -> Path:
         """The file of an argument; returns it."""
@@ -76,15 +82,32 @@ class Written:
             message = re.sub(rf"--(?:data|known|testbed) {re.escape(str(path))}(?!:)", argument, message)
             message = re.sub(rf"{re.escape(str(path))}:\d+: (?=row \d)", f"{argument}: ", message)
             message = re.sub(rf"{re.escape(str(path))}:(\d+): ", row, message)
+            if message.startswith((argument, f"{path}: ")):
+                lines = OTHER_LINES if SKIPPED in message else OTHER_LINE
+                message = lines.sub(lambda line: f"{line[1]}row {int(line[2]) - 1}", message)
             message = message.replace(str(path), argument).replace(path.name, argument)
         return message
 
+    def filter(self, record: logging.LogRecord) -> bool:
+        """As a filter of logging: lets every record pass, by its message with arguments in place of files."""
+        message = record.getMessage()
+        if (told := self.named(message)) != message:
+            record.msg, record.args = told, None
+        return True
+
     def __enter__(self) -> Written:
+        # A filter is not asked about what is logged below a logger, so each of this project's has it.
+        known = [name for name in logging.root.manager.loggerDict if name.startswith("src.")]
+        self._loggers = [logging.getLogger(name) for name in known]
+        for logger in self._loggers:
+            logger.addFilter(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        for logger in self._loggers:
+            logger.removeFilter(self)
         if isinstance(error, BadInput):
             error.args = (self.named(str(error)),)
 

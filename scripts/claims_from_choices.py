@@ -29,6 +29,7 @@ if __package__ in (None, ""):
 import numpy as np
 
 from core.errors import StorageFailed
+from core.flags import FlagParser
 from src.icm.values import BadInput, options_of
 from src.pipeline.datafiles import read_rows
 from src.results.handover import write_jsonl
@@ -116,12 +117,10 @@ def claims_of(items: Sequence[Item]) -> Iterator[dict[str, Any]]:
             yield row if right is None else row | {"label": int(right)}
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> FlagParser:
     """The script's flags."""
     text = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=text[0], epilog=text[2], formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = FlagParser(description=text[0], epilog=text[2], formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", nargs="?", type=Path, help="of any kind that --data takes")
     parser.add_argument("--form", choices=list(FORMS), help="whose file it is")
     parser.add_argument("--question", metavar="FIELD", help="of a file of your own: the question")

@@ -39,6 +39,7 @@ import orjson  # noqa: E402
 from contrib.training import Trainer, axolotl_rows, beginning_token, read_extra, trainer_config  # noqa: E402
 from core.errors import StorageFailed  # noqa: E402
 from core.files import write_atomically  # noqa: E402
+from core.flags import FlagParser  # noqa: E402
 from core.vllm_server import ServerFailed, VLLMServer  # noqa: E402
 from src.experiments.arguments import Parser, add_reading_arguments, testbed_named  # noqa: E402
 from src.experiments.loading import check_bad_rows  # noqa: E402
@@ -64,12 +65,10 @@ from src.results.tail import is_finished  # noqa: E402
 ICM = [sys.executable, str(ROOT / "src" / "experiments" / "ICM.py")]
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> FlagParser:
     """The script's flags; everything after -- is ICM.py's."""
     text = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=text[0], epilog=text[2], formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = FlagParser(description=text[0], epilog=text[2], formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [name for name, testbed in TESTBEDS.items() if testbed.file]
     parser.add_argument(
         "--testbed", type=testbed_named, metavar="{NAME,FILE}", help=f"{', '.join(names)}, or mine.yaml, or mine.py"

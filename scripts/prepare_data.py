@@ -33,6 +33,11 @@ from pathlib import Path
 from typing import Any, Final
 
 REPO_ROOT: Final = Path(__file__).resolve().parents[1]
+if str(REPO_ROOT) not in sys.path:  # run as a script, without an installed package
+    sys.path.insert(0, str(REPO_ROOT))
+
+from core.flags import FlagParser  # noqa: E402
+
 SUMS: Final = "SHA256SUMS"
 TIMEOUT: Final = 60.0
 MAX_BYTES: Final = 32 * 1024 * 1024
@@ -318,7 +323,7 @@ def prepare_gsm8k(folder: Path, given: Path | None, solutions: Path | None) -> N
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, default=REPO_ROOT / "data", help="where to write (default: data/)")
     parser.add_argument("--from", dest="given", type=Path, metavar="FOLDER", help="holds the files, fetched by hand")
     parser.add_argument("--only", choices=("truthfulqa", "gsm8k"), help="one data set instead of both")

@@ -27,6 +27,11 @@ from pathlib import Path
 from typing import Final
 
 REPO_ROOT: Final = Path(__file__).resolve().parents[1]
+if str(REPO_ROOT) not in sys.path:  # run as a script, without an installed package
+    sys.path.insert(0, str(REPO_ROOT))
+
+from core.flags import FlagParser  # noqa: E402
+
 PROVENANCE: Final = "provenance.json"
 LABELS: Final = (" True", " False")
 
@@ -233,7 +238,7 @@ class _Step:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(MODELS), default="gemma-3-270m")
     parser.add_argument("--dir", type=Path, default=REPO_ROOT / "models", help="where models lie (default: models/)")
     options = parser.parse_args(arguments)

@@ -27,6 +27,7 @@ if str(REPO_ROOT) not in sys.path:  # run as a script, without an installed pack
     sys.path.insert(0, str(REPO_ROOT))
 
 from core.errors import APIError, RequestRejected  # noqa: E402
+from core.flags import FlagParser  # noqa: E402
 from core.llm_api.http.retry import RetryPolicy  # noqa: E402
 from core.llm_api.http.transport import HttpOptions, HttpTransport  # noqa: E402
 
@@ -146,7 +147,7 @@ async def _run(options: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prometheus", default="http://127.0.0.1:9090", help="base URL (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=10.0, help="how far back (default: 10)")
     parser.add_argument("--interval", default="30s", help="over which rates are taken (default: 30s)")

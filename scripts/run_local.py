@@ -34,6 +34,7 @@ if str(REPO_ROOT) not in sys.path:  # run as a script, without an installed pack
 
 from core.determinism.record import needs_check, read_record  # noqa: E402
 from core.errors import APIError  # noqa: E402
+from core.flags import FlagParser  # noqa: E402
 from core.llm_api.engines.vllm import VLLMClient  # noqa: E402
 from core.llm_api.llm import ModelAPI  # noqa: E402
 from core.settings import Settings  # noqa: E402
@@ -202,9 +203,7 @@ def check_once(url: str, runs_dir: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--model", default="gemma-3-270m", help="a model that scripts/prepare_model.py knows")
     parser.add_argument(
         "--minutes",

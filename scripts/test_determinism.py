@@ -39,6 +39,7 @@ from core.determinism.asking import Asker, DirectAsker, HttpAsker, Listed  # noq
 from core.determinism.matrix import Material, Matrix, Row, Size  # noqa: E402
 from core.determinism.record import Record, needs_check, read_record, row_record, write_record  # noqa: E402
 from core.errors import APIError, ConfigurationError  # noqa: E402
+from core.flags import FlagParser  # noqa: E402
 from core.llm_api.engines.direct import DirectEngine, DirectOptions  # noqa: E402
 from core.llm_api.engines.vllm import START_HINT, VLLMClient  # noqa: E402
 from core.llm_api.http.transport import HttpOptions, HttpTransport  # noqa: E402
@@ -291,9 +292,9 @@ async def _check_started(
             return await check(engine, args, report, earlier)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> FlagParser:
     """Every flag."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--url", help="base URL of a running server (default: VLLM_BASE_URL)")
     which.add_argument(

@@ -31,6 +31,7 @@ if str(REPO_ROOT) not in sys.path:  # run as a script, without an installed pack
     need_packages()
 
 from core.errors import APIError, ConfigurationError, RequestRejected  # noqa: E402
+from core.flags import FlagParser  # noqa: E402
 from core.llm_api.engines.vllm import VLLMClient  # noqa: E402
 from core.llm_api.engines.vllm_group import ALIKE_HINT, difference  # noqa: E402
 from core.llm_api.http.retry import RetryPolicy  # noqa: E402
@@ -330,7 +331,7 @@ async def _prefix_cached(client: VLLMClient, labels: SpelledLabels, context: int
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", help="base URL, or several with commas (default: VLLM_BASE_URL)")
     parser.add_argument("--model", help="name under which it is served (default: the first one it serves)")
     parser.add_argument("--wait", type=float, default=0.0, metavar="SECONDS", help="how long they may take to start")

@@ -38,6 +38,7 @@ if str(REPO_ROOT) not in sys.path:  # run as a script, without an installed pack
 
 from core.errors import ConfigurationError, StorageFailed  # noqa: E402
 from core.files import write_atomically  # noqa: E402
+from core.flags import FlagParser  # noqa: E402
 from scripts.version_environment import NoEnvironment, environment  # noqa: E402
 from scripts.version_measure import NotMeasurable, measure  # noqa: E402
 from scripts.version_rows import PAGE, all_rows, keep, page_with, read_rows, results_of  # noqa: E402
@@ -55,9 +56,9 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM: ends as Ctrl-C does, so that the environment is removed."""
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> FlagParser:
     """Every flag."""
-    made = argparse.ArgumentParser(
+    made = FlagParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="versions.py [options] [VERSION ...] [-- server options]",

@@ -31,9 +31,11 @@ if str(REPO_ROOT) not in sys.path:  # run as a script, without an installed pack
     sys.path.insert(0, str(REPO_ROOT))
 
 from core.cpu import KV_CACHE_SPACE, cpu_flags, fast_type, kv_cache_gib  # noqa: E402
+from core.flags import meant  # noqa: E402
 from icm_vllm import environment, exactness  # noqa: E402
 from icm_vllm.attention_choice import exact_backend, has_states, has_windows, read_config  # noqa: E402
 from icm_vllm.plugin import BATCH_INVARIANT, CHECK  # noqa: E402
+from scripts.prepare_model import MODELS  # noqa: E402
 from scripts.vllm_options import count_of, is_on, option_name, option_names, spelled_out, value_of  # noqa: E402
 
 PROGRAM: Final = "launch_vllm_server"
@@ -91,7 +93,9 @@ def read_section(size: str, config: Path = CONFIG, *, deterministic: bool = True
     if "/" in size or Path(size).is_dir():
         other = _resolve("other", sections, config, deterministic)
         return Section(size, other.env, other.options)
-    raise LaunchError(f"unknown size {size!r}: give one of {', '.join(sizes)}, a folder, or a Hugging Face id")
+    near = meant(size, sizes)
+    give = f"{near} Give" if near else ": give"
+    raise LaunchError(f"unknown size {size!r}{give} one of {', '.join(sizes)}, a folder, or a Hugging Face id")
 
 
 def _resolve(name: str, sections: Mapping[str, Mapping[str, object]], config: Path, deterministic: bool) -> Section:
@@ -137,10 +141,17 @@ def locate_model(model: str, root: Path = REPO_ROOT) -> str:
         if (folder / "config.json").is_file():
             return str(folder.resolve())
     if model.startswith("models/"):
-        raise LaunchError(f"there is no model in {model}: run `make setup-local MODEL={Path(model).name}` first")
+        name = Path(model).name
+        if name not in MODELS and (near := meant(name, {*MODELS, *_folders(root / "models")})):
+            raise LaunchError(f"there is no model in {model}{near}")
+        raise LaunchError(f"there is no model in {model}: run `make setup-local MODEL={name}` first")
     if model.startswith((".", "/", "~")) or Path(model).is_dir() or model.count("/") != 1:
         raise LaunchError(f"there is no model in {model}: a folder with a config.json was expected")
     return model
+
+
+def _folders(parent: Path) -> list[str]:
+    return [each.name for each in parent.iterdir() if each.is_dir()] if parent.is_dir() else []
 
 
 def serve_options(section: Section, extra: Sequence[str]) -> list[str]:

@@ -23,6 +23,7 @@ if str(REPO_ROOT) not in sys.path:  # run as a script, without an installed pack
 
     need_packages()
 
+from core.flags import FlagParser  # noqa: E402
 from core.vllm_server import ServerFailed, VLLMServer  # noqa: E402
 from scripts.run_local import again_by, run_icm  # noqa: E402
 
@@ -32,9 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     cut = given.index("--") if "--" in given else len(given)
     command = given[cut + 1 :]
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--model", default="gemma-3-270m", help="name of a folder in models/")
     parser.add_argument("--server_log", type=Path, default=REPO_ROOT / "runs" / "vllm_server.log")
     parser.add_argument("command", nargs="*", help="behind --, with its arguments")

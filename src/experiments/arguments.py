@@ -8,14 +8,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-from core.flags import FlagParser, number
+from core.flags import FlagParser, meant, number
 from src.experiments.contradictions import contradicted, message_of, out_of_range
 from src.experiments.request import DataRequest, ModelRequest
 from src.icm.objective import Calibration
 from src.icm.problem import BootstrapStart, LayoutName, Scheduler, SearchSettings, StartShare, Stop
 from src.icm.searches import DEFAULT, SEARCHES, default_search
 from src.icm.testbeds import TESTBEDS, BadInput, ConsistencyMode, GroupedBy
-from src.pipeline.testbed_files import testbed_path
+from src.pipeline.testbed_files import SUFFIXES, testbed_path
 
 Arguments = argparse._ArgumentGroup | argparse.ArgumentParser
 
@@ -370,8 +370,10 @@ def command_parser(
 def testbed_named(text: str) -> str:
     """The name of a testbed, or the path of a file that defines one."""
     if text not in TESTBEDS and testbed_path(text) is None:
+        here = [file for suffix in SUFFIXES if (file := f"{text}{suffix}") and Path(file).is_file()]
+        nearest = f"; did you mean {here[0]}?" if here else meant(text, TESTBEDS)
         raise argparse.ArgumentTypeError(
-            f"invalid choice: {text!r} (choose from {', '.join(TESTBEDS)}, or a file: mine.yaml)"
+            f"invalid choice: {text!r}{nearest} (choose from {', '.join(TESTBEDS)}, or a file: mine.yaml)"
         )
     return text
 

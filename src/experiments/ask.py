@@ -17,6 +17,7 @@ import argparse
 import ast
 import csv
 import io
+import itertools
 import re
 import shlex
 import sys
@@ -173,13 +174,15 @@ def _next_command(folder: Path, run: RunRecord, path: Path) -> str:
     known = isinstance(flags, dict) and "testbed" in flags
     words = _words({"search": run.search, **flags}) if known else ["FLAGS-OF-THE-RUN"]
     on = [] if run.parts else ["--continue_from", str(folder)]
-    return shlex.join(["icm", "label", *words, *on, "--known", str(path), "--run", _next_name(folder.resolve().name)])
+    return shlex.join(["icm", "label", *words, *on, "--known", str(path), "--run", _next_name(folder.resolve())])
 
 
-def _next_name(name: str) -> str:
-    """Of the run that goes on: mine-known after mine, then mine-known2, and so on."""
-    before = re.fullmatch(r"(.*-known)(\d*)", name)
-    return f"{before[1]}{int(before[2] or 1) + 1}" if before else f"{name}-known"
+def _next_name(folder: Path) -> str:
+    """Of the run that goes on: mine-known after mine, then mine-known2, and so on; one that no folder beside it has."""
+    before = re.fullmatch(r"(.*-known)(\d*)", folder.name)
+    stem, number = (before[1], int(before[2] or 1) + 1) if before else (f"{folder.name}-known", 1)
+    names = (stem if count == 1 else f"{stem}{count}" for count in itertools.count(number))
+    return next(name for name in names if not (folder.parent / name).exists())
 
 
 def _words(flags: Mapping[str, Any]) -> list[str]:

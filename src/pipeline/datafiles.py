@@ -15,6 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from core.flags import meant
 from src.icm.columns import KNOWN, Reading
 from src.icm.consistency import Relation
 from src.icm.testbeds import TESTBEDS, BadInput, Claim, GroupedBy, Testbed, custom_testbed
@@ -61,7 +62,10 @@ def load_testbed(name: str, data_dir: Path, on_bad_row: OnBadRow | None = None) 
     """A built-in testbed, its claims, and their file: part of the package for `builtin`, else in data_dir."""
     testbed = TESTBEDS.get(name)
     if testbed is None:
-        raise BadInput(f"unknown testbed {name!r}; choose one of {', '.join(TESTBEDS)}, or give a file with --data")
+        names = ", ".join(TESTBEDS)
+        raise BadInput(
+            f"unknown testbed {name!r}{meant(name, TESTBEDS)}; choose one of {names}, or give a file with --data"
+        )
     if name == "builtin":
         path = Path(str(resources.files("src.icm") / "builtin_testbed.jsonl"))
     else:

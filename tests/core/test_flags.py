@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
-from core.flags import FlagParser, number, whole_number
+from core.flags import FlagParser, meant, number, whole_number
 from src.experiments.commands import COMMANDS, main
 
 
@@ -39,6 +42,44 @@ def test_the_nearest_flag_is_named_also_that_of_a_command(
     assert "did you mean" not in told(parser, ["--nothing_like_it"], capsys)
     parser.also = ("--dry_run",)
     assert "did you mean --alpha, --dry_run?" in told(parser, ["--alhpa", "--dry-run"], capsys)
+
+
+def test_a_mistyped_flag_that_is_required_is_told(parser: FlagParser, capsys: pytest.CaptureFixture[str]) -> None:
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--dir", required=True)
+    assert "are required: --model; did you mean --model? (see" in told(parser, ["--modle=x", "--dir", "y"], capsys)
+    assert "are required: --model (see --help)" in told(parser, ["--dir", "y", "--alp", "3"], capsys)
+
+
+def test_scripts_and_benchmarks_have_this_parser() -> None:
+    """But for the report that is run with vLLM alone, without this project."""
+    root = Path(__file__).resolve().parents[2]
+    files = [file for folder in ("scripts", "benchmarks") for file in (root / folder).glob("*.py")]
+    plain = {file.name for file in files if "argparse.ArgumentParser(" in file.read_text()}
+    assert plain == {"upstream_report.py"}
+
+
+@pytest.mark.parametrize("script", ["scripts/prepare_model.py", "benchmarks/planner.py"])
+def test_a_script_tells_a_wrong_flag_in_one_line(script: str, tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, str(root / script), "--hlep"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: unrecognized arguments: --hlep; did you mean --help? (see --help)\n"
+
+
+def test_the_nearest_of_the_choices_is_named(parser: FlagParser, capsys: pytest.CaptureFixture[str]) -> None:
+    parser.add_argument("--search", choices=("ascent", "annealing"))
+    assert (
+        "argument --search: invalid choice: 'asccent'; did you mean ascent? (choose from 'ascent', 'annealing') (see"
+        in told(parser, ["--search", "asccent"], capsys)
+    )
+    assert "invalid choice: 'xyz' (choose from" in told(parser, ["--search", "xyz"], capsys)
+
+
+def test_the_nearest_name_whatever_its_capitals() -> None:
+    assert meant("TRUTHFULqa", ["gsm8k", "truthfulQA"]) == "; did you mean truthfulQA?"
+    assert meant("nothing", ["gsm8k", "truthfulQA"]) == meant("", ["a"]) == meant("a", []) == ""
 
 
 def test_a_right_line_is_parsed_as_ever(parser: FlagParser) -> None:

@@ -94,6 +94,14 @@ def test_the_next_command_is_that_of_the_run(run: Path, capsys: pytest.CaptureFi
     assert command.count("--run ") == 1
 
 
+def test_the_next_command_names_a_run_that_is_not_there_yet(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for taken, free in (("", "a-known"), ("a-known", "a-known2"), ("a-known2", "a-known3")):
+        if taken:
+            (run.parent / taken).mkdir()
+        assert main(["ask", str(run)]) == 0
+        assert capsys.readouterr().out.rstrip().endswith(f"--run {free}")
+
+
 @pytest.mark.parametrize("flags", [{"search": "annealing", "gold_seeds": 3}, {"gold_seeds": 0}])
 def test_the_next_command_names_the_search_and_can_be_run(
     run: Path, flags: dict[str, Any], capsys: pytest.CaptureFixture[str]

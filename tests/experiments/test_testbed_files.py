@@ -194,7 +194,11 @@ async def test_three_labels_four_and_labels_of_several_tokens_from_file_to_label
 
 
 async def test_testbeds_that_are_not_there_are_one_line(icm: Command) -> None:
-    for name, complaint in (("nowhere.yaml", "nowhere.yaml: not found"), ("nothing", "invalid choice: 'nothing'")):
+    for name, complaint in (
+        ("nowhere.yaml", "nowhere.yaml: not found"),
+        ("nothing", "invalid choice: 'nothing' (choose"),
+        ("TruthfulQa", "invalid choice: 'TruthfulQa'; did you mean truthfulQA? (choose"),
+    ):
         icm.arguments[icm.arguments.index("--testbed") + 1] = name
         code, _, err = await icm()
         assert code == 2

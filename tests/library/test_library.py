@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import datetime
 import json
+import logging
 import math
 import os
 import re
@@ -413,6 +414,40 @@ def test_a_collapse_is_a_warning(server: FakeVLLM) -> None:
     assert "collapsing to one label" in result.warning
     said = [each for each in caught if each.category is UserWarning]
     assert [(str(each.message), each.filename) for each in said] == [(result.warning, __file__)]
+
+
+@pytest.mark.parametrize("how", ["awaited", "run", "task"])
+def test_a_warning_of_a_coroutine_names_the_callers_line(how: str, server: FakeVLLM) -> None:
+    server.log_odds = lambda tokens: 3.0
+    claims = ["yes " * (1 + n) for n in range(20)]
+
+    async def awaited() -> icm.Result:
+        return await icm.alabel(claims, model="fake-8b", quiet=True, num_seed=1)
+
+    async def task() -> icm.Result:
+        return await asyncio.create_task(icm.alabel(claims, model="fake-8b", quiet=True, num_seed=1))
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        job = icm.alabel(claims, model="fake-8b", quiet=True, num_seed=1) if how == "run" else None
+        asyncio.run(job or (awaited() if how == "awaited" else task()))
+    assert [each.filename for each in caught if each.category is UserWarning] == [__file__]
+
+
+def test_warnings_about_the_claims_name_rows_and_no_file_that_was_made_of_them(
+    server: FakeVLLM, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [*CLAIMS, CLAIMS[0] | {"label": 1}, CLAIMS[0] | {"label": 0}, {"question": "", "choice": None}, {}]
+    result = icm.label(rows, **SMALL, skip_bad_rows=True)
+    assert (result.run_folder.parent / "data").is_dir()
+    said = [record.getMessage() for record in caplog.records]
+    first, second = len(CLAIMS) + 2, len(CLAIMS) + 3
+    assert any(each.startswith(f"claims: 2 rows are left out (--skip_bad_rows): row {first}: ") for each in said), said
+    assert any(f"; row {second}: " in each for each in said)
+    assert any(each.startswith("claims, row ") and ": is the same claim as row " in each for each in said), said
+    assert not [each for each in said if ".jsonl" in each or "line" in each]
+    logging.getLogger("src.pipeline.datafiles").warning("%s/claims.jsonl:3: later", result.run_folder)
+    assert caplog.records[-1].getMessage().endswith("claims.jsonl:3: later")
 
 
 def test_known_labels_are_kept(server: FakeVLLM) -> None:

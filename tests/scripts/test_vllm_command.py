@@ -243,6 +243,8 @@ def test_a_folder_and_an_id_are_told_apart(folder: Path) -> None:
             locate_model(missing)
     with pytest.raises(LaunchError, match="make setup-local MODEL=tiny"):
         locate_model("models/tiny", folder.parent)
+    with pytest.raises(LaunchError, match=r"no model in models/gema-3; did you mean gemma-3-270m\?"):
+        locate_model("models/gema-3", folder.parent)
 
 
 @pytest.mark.usefixtures("with_vllm")

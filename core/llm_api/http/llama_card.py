@@ -9,6 +9,7 @@ from typing import Any, Final
 import orjson
 
 from core.errors import ConfigurationError
+from core.flags import meant
 from core.llm_api.http.transport import HttpTransport
 
 OWNER: Final = "llamacpp"
@@ -32,7 +33,7 @@ async def llama_card(http: HttpTransport, path: str, model: str) -> dict[str, An
     if served and model not in served:
         names = ", ".join(map(repr, served))
         raise ConfigurationError(
-            f"the llama-server at {http.base_url} serves {names}, not {model!r}.",
+            f"the llama-server at {http.base_url} serves {names}, not {model!r}{meant(model, served) or '.'}",
             hint="Give its name as --model, or start it with --alias.",
         )
     return served.get(model)

@@ -13,6 +13,7 @@ from typing import Any, Final
 import orjson
 
 from core.errors import ConfigurationError, NotLogprobs, RequestRejected, TransientError
+from core.flags import meant
 from core.llm_api.http.completions import Answers, read_answers
 from core.llm_api.http.gather import all_or_cancel
 from core.llm_api.http.llama_card import OWNER as LLAMA_SERVER
@@ -49,8 +50,9 @@ class VLLMQuestions:
             if card.get("id") == self._model:
                 return card
         served = ", ".join(repr(card.get("id")) for card in cards) or "no model"
+        nearest = meant(self._model, [str(card.get("id")) for card in cards])
         raise ConfigurationError(
-            f"the server at {self._http.base_url} serves {served}, not {self._model!r}.",
+            f"the server at {self._http.base_url} serves {served}, not {self._model!r}{nearest or '.'}",
             hint="Ask for what it serves, or start it with this model.",
         )
 

@@ -11,6 +11,7 @@ from typing import Final
 
 from core.cpu import KV_CACHE_SPACE, fast_type, kv_cache_gib
 from core.errors import ConfigurationError
+from core.flags import meant
 
 _CPU_ENVIRONMENT: Final = {
     "TORCHDYNAMO_DISABLE": "1",
@@ -99,9 +100,10 @@ def check_path(model: str) -> None:
         return
     if _surely_a_path(model) or (model.count("/") == 1 and path.parent.is_dir() and not _downloaded(model)):
         there = path.parent.is_dir()
-        names = sorted(each.name for each in path.parent.iterdir() if each.is_dir())[:10] if there else []
-        found = f"{path.parent}/ holds {', '.join(names)}." if names else "Check the path."
-        raise ConfigurationError(f"there is no model at {model}.", hint=found)
+        names = sorted(each.name for each in path.parent.iterdir() if each.is_dir()) if there else []
+        found = f"{path.parent}/ holds {', '.join(names[:10])}." if names else "Check the path."
+        near = meant(path.name, names)
+        raise ConfigurationError(f"there is no model at {model}{near or '.'}", hint=found)
 
 
 def _surely_a_path(model: str) -> bool:

@@ -491,7 +491,7 @@ def test_a_path_where_no_model_is_is_refused_at_once(monkeypatch: pytest.MonkeyP
     for missing in ("models/gema", "./gemma", str(tmp_path / "gemma"), "a/b/c"):
         with pytest.raises(ConfigurationError, match="there is no model at"):
             open_engine("direct", Settings(), missing)
-    with pytest.raises(ConfigurationError, match="models/ holds gemma"):
+    with pytest.raises(ConfigurationError, match=r"; did you mean gemma\? models/ holds gemma"):
         open_engine("direct", Settings(), "models/gema")
     (tmp_path / "hub" / "models--models--gema").mkdir(parents=True)
     for left_to_vllm in ("models/gema", "models/gemma", "owner/name", "gpt2"):

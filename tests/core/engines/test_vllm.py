@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -437,10 +438,11 @@ async def test_a_server_that_restarts_is_waited_for() -> None:
 
 
 async def test_a_wrong_model_is_named_with_what_is_served(server: FakeVLLM) -> None:
-    engine = client(server, model="llama-405b")
-    with pytest.raises(ConfigurationError, match="serves 'fake-8b', not 'llama-405b'"):
-        await engine.start()
-    await engine.aclose()
+    for wrong, told in (("llama-405b", "."), ("Fake-8B", "; did you mean fake-8b?")):
+        engine = client(server, model=wrong)
+        with pytest.raises(ConfigurationError, match=re.escape(f"serves 'fake-8b', not '{wrong}'{told} Ask for what")):
+            await engine.start()
+        await engine.aclose()
 
 
 @pytest.mark.parametrize("support", ["ignored", "rejected"])
