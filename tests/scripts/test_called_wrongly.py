@@ -1,4 +1,4 @@
-"""Scripts that a reader of the docs runs, with a Python that has none of this project's packages."""
+"""Scripts that a reader of the docs runs: with a Python that has none of the project's packages, and called wrongly."""
 
 from __future__ import annotations
 
@@ -22,6 +22,9 @@ SCRIPTS = (
     "src/experiments/ICM.py",
 )
 
+HAND_ON = {"benchmarks/asking.py"}
+"""Flags that they do not know are those of `icm label`."""
+
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_one_line_says_which_python_to_take(script: str, tmp_path: Path) -> None:
@@ -32,3 +35,12 @@ def test_one_line_says_which_python_to_take(script: str, tmp_path: Path) -> None
     [line] = done.stderr.splitlines()
     assert line.startswith(f"error: {sys.executable} has no package ")
     assert line.endswith("/.venv/bin/activate")
+
+
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if name not in HAND_ON])
+def test_a_flag_that_there_is_not_is_told_in_one_line(script: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(REPOSITORY / script), "--no-such-flag-at-all"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert line.startswith("error: ")
