@@ -107,7 +107,15 @@ def used_on_cpu(row: dict[str, Any]) -> list[str]:
     def option(name: str, default: str) -> str:
         return str(options[options.index(name) + 1]) if name in options else default
 
-    server = Server(device="cpu", dtype=option("--dtype", "bfloat16"), quantization=option("--quantization", ""))
+    server = Server(
+        device="cpu",
+        dtype=option("--dtype", "bfloat16"),
+        quantization=option("--quantization", ""),
+        cache_dtype=option("--kv-cache-dtype", "auto"),
+        tensor=int(option("--tensor-parallel-size", "1")),
+        pipeline=int(option("--pipeline-parallel-size", "1")),
+        speculative="--speculative-config" in options,
+    )
     config = CONFIGS[cell["shape"]]
     return features(completed(narrowed(config) if cell["tiny"] else config), server)
 
