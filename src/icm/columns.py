@@ -165,4 +165,4 @@ def near_misses(columns: Sequence[str], read: Collection[str], has_gold: bool) -
 
 def _check_ours(flag: str, name: str) -> None:
     if name not in (*OURS, KNOWN):
-        raise BadInput(f"{flag}: no column {name!r} is read{nearest(name, OURS)}")
+        raise BadInput(f"{flag}: no column {name!r} is read{nearest(name, (*OURS, KNOWN))}")

@@ -43,6 +43,7 @@ def test_values_are_mapped_without_case_space_or_a_float_s_zero() -> None:
     ("text", "complaint"),
     [
         ("questoin=prompt", "no column 'questoin' is read; did you mean 'question'?"),
+        ("knwon=mine", "no column 'knwon' is read; did you mean 'known'?"),
         ("prompt", "is not OURS=THEIRS"),
         ("question=", "is not OURS=THEIRS"),
         ("question=a,question=b", "names 'question' twice"),

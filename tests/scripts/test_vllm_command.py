@@ -275,6 +275,22 @@ def test_options_of_several_machines_reach_vllm() -> None:
 
 @pytest.mark.usefixtures("with_vllm")
 @pytest.mark.usefixtures("with_vllm")
+@pytest.mark.parametrize(
+    ("host", "key", "warned"),
+    [("0.0.0.0", "", True), ("::", "", True), ("0.0.0.0", "secret", False), ("127.0.0.2", "", False),
+     ("localhost", "", False)],
+)  # fmt: skip
+def test_a_server_that_others_reach_without_a_key_is_warned_of(
+    host: str, key: str, warned: bool, folder: Path, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    environ = {"VLLM_API_KEY": key} if key else {}
+    command([str(folder), "--host", host, "--port", "18431"], environ, config)
+    told = capsys.readouterr().err
+    assert told.startswith(f"launch_vllm_server: --host {host}: whoever reaches this machine") == warned
+    assert len(told.splitlines()) == warned
+
+
+@pytest.mark.usefixtures("with_vllm")
 def test_a_file_of_the_callers_folder_is_no_module_of_the_server(folder: Path, config: Path, tmp_path: Path) -> None:
     env, argv = command([str(folder), "--port", "18431"], {}, config)
     (tmp_path / "shadowing.py").write_text("")

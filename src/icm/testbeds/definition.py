@@ -77,7 +77,7 @@ class Definition(BaseModel):
         for key, names in (("columns", self.columns), ("map", self.map)):
             for ours in names:
                 if ours not in OURS and ours not in columns and ours != KNOWN:
-                    raise BadInput(f"{key}: no column {ours!r} is read{nearest(ours, [*OURS, *columns])}")
+                    raise BadInput(f"{key}: no column {ours!r} is read{nearest(ours, [*OURS, KNOWN, *columns])}")
         theirs = list(self.columns.values())
         twice = next((each for each in theirs if theirs.count(each) > 1), None)
         if twice is not None:
