@@ -63,11 +63,11 @@ class Settings(BaseModel):
     model_revision: str | None = None
     hf_token: SecretStr | None = None
 
-    connect_timeout: float = Field(default=10.0, gt=0)
+    connect_timeout: float = Field(default=10.0, gt=0, allow_inf_nan=False)
     read_timeout: float = Field(default=900.0, gt=0)
     liveness_timeout: float = Field(default=60.0, gt=0)
     max_attempts: int = Field(default=6, ge=1)
-    retry_base: float = Field(default=0.5, gt=0)
+    retry_base: float = Field(default=0.5, gt=0, allow_inf_nan=False)
     retry_deadline: float = Field(default=1800.0, gt=0)
     prompts_per_request: int | None = Field(default=None, ge=1, le=MAX_PROMPTS_PER_REQUEST)
     max_concurrent_requests: int = Field(default=64, ge=1)

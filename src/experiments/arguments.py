@@ -88,7 +88,7 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="split a pool into requests of this many prompts (default: one request)",
     )
-    model.add_argument("--read_timeout", type=finite, default=None, help="seconds for one answer (default: 900)")
+    model.add_argument("--read_timeout", type=above_zero, default=None, help="seconds for one answer (default: 900)")
 
     search = parser.add_argument_group("search")
     search.add_argument("--alpha", type=finite, default=30.0, help="weight of mutual predictability in U")
@@ -370,7 +370,8 @@ def command_parser(
 def testbed_named(text: str) -> str:
     """The name of a testbed, or the path of a file that defines one."""
     if text not in TESTBEDS and testbed_path(text) is None:
-        here = [file for suffix in SUFFIXES if (file := f"{text}{suffix}") and Path(file).is_file()]
+        beside = {file.name for file in Path().iterdir()}
+        here = [file for suffix in SUFFIXES if (file := f"{text}{suffix}") in beside]
         nearest = f"; did you mean {here[0]}?" if here else meant(text, TESTBEDS)
         raise argparse.ArgumentTypeError(
             f"invalid choice: {text!r}{nearest} (choose from {', '.join(TESTBEDS)}, or a file: mine.yaml)"
@@ -399,6 +400,14 @@ def not_negative(text: str) -> float:
     value = finite(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"must be 0 or more, not {text}")
+    return value
+
+
+def above_zero(text: str) -> float:
+    """A finite number above 0."""
+    value = finite(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
     return value
 
 

@@ -56,6 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output has seen enough (icm diagnose ... | head)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that nothing is flushed to it at exit
         return 141  # as a shell counts a program that SIGPIPE ended
+    except OSError as error:  # that no command foresees: a path that is too long, a disk that is gone
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 def _version() -> str:

@@ -120,6 +120,10 @@ RULES: Final = (
         lambda a: "bootstrap-best" not in (a.rows or ()),
         by_default=True,
     ),
+    Rule(
+        *("chat_model", "rows", "only the row zero-shot-chat asks a chat model, and it is not asked for"),
+        lambda a: bool(a.rows) and "zero-shot-chat" not in a.rows,
+    ),
     Rule("seed", "by", "only a random choice depends on it", lambda a: a.by != "random", by_default=True),
     Rule("abstain_below", "abstain", "the other finds the margin that this one would give", _always),
     *(
@@ -146,11 +150,16 @@ def contradicted(args: argparse.Namespace, given: Collection[str]) -> list[Rule]
     ]
 
 
+LARGEST_ALPHA: Final = 1e100
+
+
 def out_of_range(args: argparse.Namespace) -> str | None:
     """One line about a setting of the search without a meaning, with which an earlier version could begin runs."""
     alpha = getattr(args, "alpha", None)
-    if alpha is None or alpha > 0:
+    if alpha is None or 0 < alpha <= LARGEST_ALPHA:
         return None
+    if alpha > 0:
+        return f"--alpha {alpha:g} must be at most {LARGEST_ALPHA:g}, or U has no number"
     return f"--alpha {alpha:g} must be above 0, or predictable labels are worth nothing"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import sys
@@ -29,6 +30,9 @@ def run_resumable(job: Coroutine[Any, Any, int], resume: str) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (APIError, OSError, MemoryError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
         said = "out of memory." if isinstance(error, MemoryError) else error
         print(f"error: {said}\nNothing is lost; go on with:\n  {resume}", file=sys.stderr)
         return 1

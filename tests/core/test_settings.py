@@ -196,3 +196,9 @@ def test_every_setting_is_in_the_page_of_environment_variables() -> None:
     page = (REPO_ROOT / "docs" / "environment.md").read_text()
     names = [name.upper() if name in _BARE_NAMES else f"ICM_{name.upper()}" for name in Settings.model_fields]
     assert [name for name in (*names, "ICM_SECRETS", "ICM_SERVE_TOKEN") if f"`{name}`" not in page] == []
+
+
+@pytest.mark.parametrize("name", ["CONNECT_TIMEOUT", "RETRY_BASE"])
+def test_a_time_that_must_end_is_finite(load, name: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"{name.lower()} .from the environment.: .*finite"):
+        load(env={f"ICM_{name}": "inf"})

@@ -16,6 +16,10 @@ from src.experiments.commands import COMMANDS, main
 ROOT = Path(__file__).resolve().parents[2]
 
 
+LONG = "a" * 300
+"""Longer than a file's name can be."""
+
+
 def test_usage_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     told = capsys.readouterr().out
@@ -114,6 +118,7 @@ def test_stopped_while_it_starts(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     ("flags", "complaint"),
     [
         (["--seed", "abc"], "argument --seed: must be a whole number, not 'abc'"),
+        (["--read_timeout", "0"], "argument --read_timeout: must be above 0, not 0"),
         (["--prior", "half"], "argument --prior: must be auto, or a share above 0 and below 1, not 'half'"),
     ],
 )
@@ -121,6 +126,24 @@ def test_a_value_is_refused_in_words(flags: list[str], complaint: str, capsys: p
     with pytest.raises(SystemExit):
         main(["label", *flags])
     assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(["diagnose", LONG], ["watch", LONG, "--once"], ["report", LONG], ["ask", LONG], ["export", LONG]),
+        *(["testbed", LONG], ["label", "--testbed", LONG], ["label", "--data", LONG], ["run", LONG]),
+    ],
+)
+def test_a_path_that_is_too_long_is_one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code = main(words)
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    told = capsys.readouterr().err
+    assert code == 2
+    assert told.startswith("error: ")
+    assert told.count("\n") == 1
 
 
 def test_what_ask_requires(capsys: pytest.CaptureFixture[str]) -> None:

@@ -175,8 +175,11 @@ def test_an_alpha_that_is_not_above_zero_is_told(command: object) -> None:
     for alpha in ("0", "-5"):
         parser.parse_args(["--alpha", alpha])
         assert f"--alpha {alpha} must be above 0" in (parser.contradiction or "")
-    parser.parse_args(["--alpha", "0.001"])
-    assert parser.contradiction is None
+    parser.parse_args(["--alpha", "1e101"])
+    assert "--alpha 1e+101 must be at most 1e+100" in (parser.contradiction or "")
+    for alpha in ("0.001", "1e100"):
+        parser.parse_args(["--alpha", alpha])
+        assert parser.contradiction is None
 
 
 @pytest.mark.parametrize("line", TOGETHER)
@@ -201,6 +204,10 @@ def test_what_only_a_comparison_or_an_export_has(capsys: pytest.CaptureFixture[s
     assert "--restarts 3 and no --rows" in complaint(baselines.build_parser(), "--restarts 3", capsys)
     said = complaint(baselines.build_parser(), "--restarts 3 --rows icm zero-shot", capsys)
     assert "--restarts 3 and --rows icm zero-shot contradict each other" in said
+    said = complaint(baselines.build_parser(), "--chat_model x --rows icm zero-shot", capsys)
+    assert "--chat_model x and --rows icm zero-shot contradict each other" in said
+    for rows in ("", "--rows icm zero-shot-chat"):
+        assert baselines.build_parser().parse_args(["--chat_model", "x", *rows.split()]).chat_model == "x"
     assert baselines.build_parser().parse_args(["--restarts", "3", "--rows", "bootstrap-best", "icm"]).restarts == 3
     assert "--pairs all and --format jsonl" in complaint(export.build_parser(), "run --pairs all", capsys)
     assert "--seed 3 and --by margin" in complaint(ask.build_parser(), "run --seed 3", capsys)
@@ -226,6 +233,7 @@ def test_every_rule_is_tried_here() -> None:
     tried = {tuple(re.findall(r"--(?:no-)?(\w+)", line)) for line in AT_ONCE + OF_THE_SEARCH + OF_ONE_SEARCH}
     elsewhere = {("chat_url", "chat_model"), ("restarts", "rows"), ("pairs", "format"), ("bos", "format")}
     elsewhere |= {("hub", "format"), ("public", "hub")}
+    elsewhere |= {("chat_model", "rows")}
     elsewhere |= {("seed", "by"), ("start_share", "prior")}
     elsewhere |= {("abstain_on", "abstain"), ("abstain_labels", "abstain")}
     elsewhere |= {(flag.removeprefix("--"), "format") for flag in NOT_OF_A_WHOLE_RUN}

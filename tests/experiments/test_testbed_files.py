@@ -205,6 +205,15 @@ async def test_testbeds_that_are_not_there_are_one_line(icm: Command) -> None:
         assert complaint in err.strip().splitlines()[-1]
 
 
+async def test_a_testbed_file_named_without_its_ending_is_pointed_to(
+    icm: Command, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    icm.arguments[icm.arguments.index("--testbed") + 1] = "yes-no"
+    code, _, err = await icm()
+    assert (code, "invalid choice: 'yes-no'; did you mean yes-no.yaml? (choose" in err) == (2, True)
+
+
 async def test_a_testbed_file_called_as_a_built_in_one_is_its_own(icm: Command, folder: Path) -> None:
     file = folder / "builtin.yaml"
     file.write_text((folder / "yes-no.yaml").read_text())
