@@ -229,7 +229,11 @@ TABLE: Final[tuple[Feature, ...]] = (
         Cell(how="0.33: unpacked at every step, by vLLM's mode; 0.26: made 16 bits when they are loaded, as GPTQ"),
     ),
     Feature(OTHER_WEIGHTS),
-    Feature(LORA, Cell({"0.33": _8B}, how="vLLM's kernels in one configuration")),
+    Feature(
+        LORA,
+        Cell({"0.33": _8B}, how="vLLM's kernels in one configuration"),
+        Cell({"0.32": f"{_NARROW}Llama with a LoRA adapter"}, how="rows of no adapter are left alone"),
+    ),
     Feature(
         TENSOR_2,
         Cell(

@@ -367,8 +367,8 @@ def test_a_model_is_looked_up_in_the_table(tmp_path: Path, capsys: pytest.Captur
 START = """
 import sys
 from icm_vllm import exactness
-if sys.argv[2] == "refused":
-    exactness.TABLE = (exactness.Feature(exactness.LORA, cpu=exactness.Cell(inexact="of a test")),)
+found = exactness.Cell(inexact="of a test") if sys.argv[2] == "refused" else exactness.Cell()
+exactness.TABLE = (exactness.Feature(exactness.LORA, cpu=found),)
 from vllm.engine.arg_utils import EngineArgs
 EngineArgs(sys.argv[1], enable_lora=True, max_model_len=512, enforce_eager=True).create_engine_config()
 print("configured")
@@ -376,7 +376,7 @@ print("configured")
 
 
 @pytest.mark.real_server
-@pytest.mark.parametrize("table", ["real", "refused"])
+@pytest.mark.parametrize("table", ["not measured", "refused"])
 def test_a_real_engine_warns_and_is_refused(table: str) -> None:
     model = REPOSITORY / "models" / "gemma-3-270m"
     done = subprocess.run(
@@ -388,7 +388,7 @@ def test_a_real_engine_warns_and_is_refused(table: str) -> None:
         timeout=120,
     )
     said = done.stdout + done.stderr
-    if table == "real":
+    if table == "not measured":
         assert done.returncode == 0, said[-2000:]
         assert said.count("whether scores are exact was not measured on vLLM") == 1
         assert "LoRA adapters" in said

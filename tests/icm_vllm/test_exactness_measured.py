@@ -115,6 +115,7 @@ def used_on_cpu(row: dict[str, Any]) -> list[str]:
         tensor=int(option("--tensor-parallel-size", "1")),
         pipeline=int(option("--pipeline-parallel-size", "1")),
         speculative="--speculative-config" in options,
+        lora="--enable-lora" in options,
     )
     config = CONFIGS[cell["shape"]]
     return features(completed(narrowed(config) if cell["tiny"] else config), server)
