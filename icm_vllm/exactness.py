@@ -240,9 +240,10 @@ TABLE: Final[tuple[Feature, ...]] = (
             {"0.26": "two H200, 8B shape", "0.33": "two H100, 8B shape"},
             how="our sums over GPUs; 0.33 with --disable-custom-all-reduce",
         ),
+        Cell({"0.32": f"{_NARROW}Llama on two workers"}),
     ),
     Feature(TENSOR_N, Cell(how="our sums over GPUs, tested without GPUs")),
-    Feature(PIPELINE),
+    Feature(PIPELINE, cpu=Cell(how="vLLM 0.32 ends there at the first request")),
     Feature(EXPERT_PARALLEL),
     Feature(DATA_PARALLEL),
     Feature(
@@ -258,8 +259,10 @@ TABLE: Final[tuple[Feature, ...]] = (
         Cell(inexact=f"our sums over GPUs are not made for CUDA graphs (--enforce-eager, or {ALL_REDUCE}=0)"),
         None,
     ),
-    Feature(SPECULATIVE),
-    Feature(FP8_CACHE),
+    Feature(
+        SPECULATIVE, cpu=Cell(how="vLLM 0.32 answers HTTP 500 there to requests with log-probabilities, by n-grams")
+    ),
+    Feature(FP8_CACHE, cpu=Cell({"0.32": f"{_NARROW}Llama with a cache in fp8"})),
     Feature(MULTIMODAL, Cell(how="ICM asks with text alone"), Cell(how="ICM asks with text alone")),
     Feature(NOT_HOPPER, cpu=None),
     Feature(WITH_AMX, None, Cell(how="vLLM has other kernels for these there")),
