@@ -198,6 +198,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--layers must be at least 1")
     if args.adapter and not args.weights:
         parser.error("--adapter is for --weights")
+    try:
+        args.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"{args.folder} cannot be made: {error.strerror}")
     print(make_shape(args.shape, args.folder, args.layers, tiny=args.tiny), flush=True)
     if args.weights:
         # PyTorch is not needed for the rest.

@@ -345,6 +345,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DataError as error:
         print(f"prepare_data: {error}.", file=sys.stderr)
         return 2
+    except OSError as error:  # --dir cannot be written, a file cannot be read
+        print(f"prepare_data: {error.filename}: {error.strerror}.", file=sys.stderr)
+        return 2
     return 0
 
 

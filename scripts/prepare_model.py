@@ -248,6 +248,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PreparationError as error:
         print(f"prepare_model: {error}.", file=sys.stderr)
         return 2
+    except OSError as error:  # --dir cannot be written, or the disk is full
+        print(f"prepare_model: {error.filename or folder}: {error.strerror}.", file=sys.stderr)
+        return 2
     print(f"{folder} {'is ready' if made else 'was there already'}")
     return 0
 

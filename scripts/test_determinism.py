@@ -379,6 +379,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("error: --model is for a server; --direct names its model itself", file=sys.stderr)
         return 2
     only_json = args.json is not None and str(args.json) == "-"
+    if args.json is not None and not only_json and (args.json.is_dir() or not args.json.parent.is_dir()):
+        print(f"error: --json {args.json}: name a file in a folder that is there", file=sys.stderr)
+        return 2
     report = Report(quiet=only_json)
     try:
         record = asyncio.run(run(args, report))

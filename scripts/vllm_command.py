@@ -57,6 +57,7 @@ WITH_AMX: Final = (exactness.FP8_ROWS, exactness.FP8_BLOCKS, exactness.EXPERTS_F
 """Weights that vLLM computes on a CPU with AMX alone (0.32)."""
 VLLM_BATCH_INVARIANT: Final = "VLLM_BATCH_INVARIANT"
 """vLLM's own mode, which exists on GPUs alone."""
+SERVED: Final = "served-model-name"
 DEFAULT_HOST: Final = "127.0.0.1"
 DEFAULT_PORT: Final = 8000
 
@@ -246,7 +247,9 @@ def command(
     host, rest = take("host", rest, DEFAULT_HOST)
     port_text, rest = take("port", rest, str(DEFAULT_PORT))
     model = locate_model(wanted)
-    served, rest = take("served-model-name", rest, Path(model).name if model.startswith("/") else model)
+    name = Path(model).name if model.startswith("/") else model
+    # vLLM takes several names behind one option.
+    served = [] if SERVED in option_names(rest) else [f"--{SERVED}", name]
     if not vllm_installed():
         how = "run `make setup-local`" if size == "local" else f"{sys.executable} -m pip install '.[gpu]'"
         raise LaunchError(f"vLLM is not installed for {sys.executable}: {how}")
@@ -257,7 +260,7 @@ def command(
         )
     of_model = read_config(model)
     section = _attending(_typed(section, rest, environ), rest, of_model)
-    options = ["--served-model-name", served, *serve_options(section, rest)]
+    options = [*served, *serve_options(section, rest)]
     if size == LOCAL and environ.get(CHECK) != "0":
         check_kernels(of_model, options, cpu_flags())
     if of_model and {**section.env, **environ}.get(BATCH_INVARIANT) == "1" and environ.get(CHECK) != "0":

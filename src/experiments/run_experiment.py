@@ -61,7 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     switches = [text for text in given if text in _SWITCHES]
     given = [text for text in given if text not in _SWITCHES]
     first_flag = next((i for i, text in enumerate(given) if text.startswith("--") and text != "--help"), len(given))
-    options = build_parser().parse_args([*given[:first_flag], *switches])
+    parser = build_parser()
+    if first_flag == 0 and len(given) > 1:
+        parser.error(f"name the file first, and then flags of its command such as {given[0]}")
+    options = parser.parse_args([*given[:first_flag], *switches])
     more = given[first_flag:]
     if options.check_only:
         return max([_check(path, more) for path in options.file])

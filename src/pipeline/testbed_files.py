@@ -52,7 +52,7 @@ def _run(path: Path) -> Testbed:
         testbed = runpy.run_path(str(path)).get("TESTBED")
     except SyntaxError as error:
         raise BadInput(f"{path}:{error.lineno}: is not Python ({error.msg})") from None
-    except Exception as error:  # noqa: BLE001  (whatever a user's code raises)
+    except (Exception, SystemExit) as error:  # noqa: BLE001  (whatever a user's code raises)
         frames = reversed(extract_tb(error.__traceback__))
         line = next((frame.lineno for frame in frames if frame.filename == str(path)), 0)
         raise BadInput(f"{path}:{line}: {type(error).__name__}: {' '.join(str(error).split())}") from None

@@ -68,6 +68,26 @@ def test_a_script_tells_a_wrong_flag_in_one_line(script: str, tmp_path: Path) ->
     assert done.stderr == "error: unrecognized arguments: --hlep; did you mean --help? (see --help)\n"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["scripts/prepare_data.py", "--dir"],
+        ["scripts/prepare_model.py", "--dir"],
+        ["benchmarks/make_shape.py", "tiny"],
+        ["scripts/test_determinism.py", "--quick", "--json"],
+    ],
+)
+def test_a_script_that_cannot_write_says_so_in_one_line(words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, str(root / words[0]), *words[1:], str(tmp_path / "file" / "below")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    told = done.stderr.splitlines()
+    assert done.returncode == 2, done.stderr
+    assert str(tmp_path / "file") in told[-1]
+    assert len(told) == 1
+
+
 def test_the_nearest_of_the_choices_is_named(parser: FlagParser, capsys: pytest.CaptureFixture[str]) -> None:
     parser.add_argument("--search", choices=("ascent", "annealing"))
     assert (

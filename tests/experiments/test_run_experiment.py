@@ -90,6 +90,13 @@ def test_every_wrong_file_is_told_and_every_right_one_shown(tmp_path: Path, caps
     assert "--prior 0.9 and --calibrate none contradict each other" in lines[1]
 
 
+def test_flags_before_the_file_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--at_once", "2", "mine.yaml"])
+    assert ended.value.code == 2
+    assert "name the file first, and then flags of its command such as --at_once" in capsys.readouterr().err
+
+
 def test_a_missing_file_is_told(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="not found"):
         load_experiment(tmp_path / "none.yaml")

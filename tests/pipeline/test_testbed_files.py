@@ -131,6 +131,7 @@ def test_a_py_file_s_digest_is_that_of_its_code(tmp_path: Path) -> None:
     [
         ("x = 1\n", "defines no TESTBED = Testbed"),
         ("x = 1\ny = (\n", r"mine.py:2: is not Python"),
+        ("import sys\n\nsys.exit(3)\n", r"mine.py:3: SystemExit: 3"),
         ("def f():\n    return 1 / 0\n\n\nTESTBED = f()\n", r"mine.py:2: ZeroDivisionError: division by zero"),
     ],
 )

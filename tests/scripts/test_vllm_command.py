@@ -552,6 +552,14 @@ def test_the_launchers_own_options_may_be_abbreviated(folder: Path, config: Path
 
 
 @pytest.mark.usefixtures("with_vllm")
+def test_a_model_may_have_several_names(folder: Path, config: Path) -> None:
+    given = ["--served-model-name", "a", "b", "--dtype", "half"]
+    _, argv = command([str(folder), "--port", str(free_port()), *given], {}, config)
+    assert argv[-len(given) :] == given
+    assert argv.count("--served-model-name") == 1
+
+
+@pytest.mark.usefixtures("with_vllm")
 @pytest.mark.parametrize(
     "wrong",
     [
