@@ -42,6 +42,12 @@ def check_readable(folder: RunFolder, known: Mapping[str, Any]) -> None:
         )
 
 
+def _flag_of(name: str, *both: Mapping[str, Any]) -> str:
+    """The flag that a setting is from: a data file has its name in place of a testbed's."""
+    files = all("." in str(settings.get("testbed")) and "testbed_sha256" not in settings for settings in both)
+    return "data" if name == "testbed" and files else name
+
+
 def check_same_run(
     folder: RunFolder,
     known: Mapping[str, Any],
@@ -59,7 +65,9 @@ def check_same_run(
         changed = [name for name in changed if name != "model"]
     if changed:
         flags = [name for name in changed if name not in (*OF_TESTBED_FILE, *OF_CONTENT, *OF_OTHERS)]
-        differences = [_other_value(name, _value(known, name), _value(settings, name)) for name in flags]
+        differences = [
+            _other_value(_flag_of(name, known, settings), _value(known, name), _value(settings, name)) for name in flags
+        ]
         if any(name in OF_TESTBED_FILE for name in changed):
             file = known.get("testbed")
             differences.insert(0, f"another content of its testbed file {file} (see {folder.path}/run.json)")

@@ -432,6 +432,9 @@ async def test_a_grown_file_goes_on_from_what_is_labelled(icm: Command, data: Pa
     removed = before["Is 3 even?", "yes"] if ("Is 3 even?", "yes") in before else next(iter(before.values()))
     grown = grow(data, new=3, without=[removed["row"]])
     there = Command(icm.environment["VLLM_BASE_URL"], grown, icm.runs)
+    code, _, err = await there("--run", "a")
+    assert code == 2
+    assert "a: was started with --data claims.jsonl, now grown.jsonl. Use the same flags" in err
     code, _, err = await there("--run", "b", "--continue_from", "a", "--batch_size", "20", "--K", "0")
     assert code == 0, err
     kept = {at: label for at, label in labelled.items() if at != (removed["question"], removed["choice"])}
