@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Final
 
 from icm_vllm.plugin import (
@@ -94,9 +95,15 @@ VARIABLES: Final[Mapping[str, Variable]] = {
 
 
 def check(environ: Mapping[str, str] = os.environ) -> None:
-    """Raises ValueError, in one line with its name, for the first variable whose value is wrong."""
+    """Raises ValueError, in one line with its name, for the first variable whose value is wrong, and for one that begins
+    as these do and does not exist."""
     for name, variable in VARIABLES.items():
         variable.read(name, environ.get(name, ""))
+    for name in environ:
+        if name.startswith(f"{BATCH_INVARIANT}_") and name not in VARIABLES:
+            near = get_close_matches(name, VARIABLES, n=1)
+            meant = f"; did you mean {near[0]}?" if near else f": there are {', '.join(VARIABLES)}"
+            raise ValueError(f"{name} is no variable of this package{meant}")
 
 
 def main() -> int:

@@ -39,6 +39,12 @@ def test_a_wrong_value_is_told_in_one_line(name: str, value: str) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_a_mistyped_name_is_told_with_the_nearest_one() -> None:
+    with pytest.raises(ValueError, match=r"_WINDOWTILE is no variable of .*; did you mean \w+_WINDOW_TILE\?$"):
+        environment.check({"ICM_BATCH_INVARIANT_WINDOWTILE": "64x64"})
+    environment.check({"ICM_BATCH_INVARIANTS": "x", "ICM_READ_TIMEOUT": "3", "ICM_OF_MINE": "y"})
+
+
 def test_right_values_and_empty_ones_are_taken() -> None:
     for name in environment.VARIABLES:
         for value in ("", *RIGHT.get(name, ("0", "1"))):
