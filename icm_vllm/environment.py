@@ -95,8 +95,8 @@ VARIABLES: Final[Mapping[str, Variable]] = {
 
 
 def check(environ: Mapping[str, str] = os.environ) -> None:
-    """Raises ValueError, in one line with its name, for the first variable whose value is wrong, and for one that begins
-    as these do and does not exist."""
+    """Raises ValueError, in one line with its name, for the first variable whose value is wrong, and for one that
+    begins as these do and does not exist."""
     for name, variable in VARIABLES.items():
         variable.read(name, environ.get(name, ""))
     for name in environ:
