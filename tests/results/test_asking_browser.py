@@ -53,6 +53,13 @@ async def saved(seen: Seen, press: str = "s") -> bytes:
     return Path(await (await download.value).path()).read_bytes()
 
 
+async def says(told: Any, text: str) -> None:
+    """Waits for it: a key is pressed before the page has answered it."""
+    from playwright.async_api import expect
+
+    await expect(told).to_have_text(text)
+
+
 def labels_of(content: bytes) -> list[str]:
     return [row["label"] for row in csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""))]
 
@@ -61,15 +68,15 @@ async def test_ten_claims_are_answered_by_keyboard(browser: Any, tmp_path: Path)
     sheet, page = made(tmp_path)
     seen = await opened(browser, tmp_path / "answers.html", page)
     told = seen.page.locator("output")
-    assert await told.inner_text() == "0 of 10 answered"
+    await says(told, "0 of 10 answered")
     for key in "12u12u1212":
         await seen.page.keyboard.press(key)
-    assert await told.inner_text() == "10 of 10 answered"
+    await says(told, "10 of 10 answered")
     assert await seen.page.locator("progress").get_attribute("value") == "10"
     content = await saved(seen)
     given = ["True", "False", "unsure", "True", "False", "unsure", "True", "False", "True", "False"]
     assert labels_of(content) == given
-    assert await told.inner_text() == "10 of 10 answered; answers.csv saved"
+    await says(told, "10 of 10 answered; answers.csv saved")
     expected = sheet.content
     for label in given:
         expected = expected.replace(',"",', f',"{label}",', 1)
@@ -130,18 +137,18 @@ async def test_answers_survive_a_reload_and_can_be_taken_back(browser: Any, tmp_
         await seen.page.keyboard.press(key)
     await seen.page.reload()
     told = seen.page.locator("output")
-    assert await told.inner_text() == "3 of 10 answered"
+    await says(told, "3 of 10 answered")
     await seen.page.keyboard.press("1")  # of the fourth: the first without an answer
-    assert await told.inner_text() == "4 of 10 answered"
+    await says(told, "4 of 10 answered")
     await seen.page.keyboard.press("ArrowUp")
     await seen.page.keyboard.press("1")
-    assert await told.inner_text() == "3 of 10 answered"
+    await says(told, "3 of 10 answered")
     assert labels_of(await saved(seen))[:5] == ["True", "False", "unsure", "", ""]
     # Answers belong to these claims: another list of claims begins empty.
     _, fewer = made(tmp_path, 5)
     (tmp_path / "answers.html").write_text(fewer)
     await seen.page.reload()
-    assert await told.inner_text() == "0 of 5 answered"
+    await says(told, "0 of 5 answered")
 
 
 async def test_clicks_and_tabs_do_the_same(browser: Any, tmp_path: Path) -> None:
