@@ -19,7 +19,7 @@ from core.flags import meant
 from src.icm.columns import KNOWN, Reading
 from src.icm.consistency import Relation
 from src.icm.testbeds import TESTBEDS, BadInput, Claim, GroupedBy, Testbed, custom_testbed
-from src.icm.testbeds.pools import check_relations, grouped_by_question
+from src.icm.testbeds.pools import BadRow, check_relations, grouped_by_question
 from src.icm.values import UNSURE, BadLabel, is_missing, listed, options_of, parse_label, shown
 from src.pipeline.data_warnings import (
     check_may_be_empty,
@@ -275,6 +275,8 @@ def _claims_of(
         try:
             claims = _without_lost(claims, [rows[index] for index, _ in bad], testbed.grouped_by)
             check_relations(claims)
+        except BadRow as error:
+            raise BadInput(f"{path}:{rows[error.of_row].line}: {error}") from None
         except BadInput as error:
             raise BadInput(f"{path}: {error}") from None
     check_may_be_empty(testbed, rows, path)

@@ -21,8 +21,16 @@ def grouped_by_question(claims: Sequence[Claim]) -> list[Claim]:
     return [replace(claim, group=groups.setdefault(claim.question.strip(), claim.group)) for claim in claims]
 
 
+class BadRow(BadInput):
+    """Of the row with this index among those of its file (of_row)."""
+
+    def __init__(self, of_row: int, message: str) -> None:
+        super().__init__(message)
+        self.of_row = of_row
+
+
 def check_relations(claims: Sequence[Claim]) -> None:
-    """Raises BadInput where rows of a group state different relations, or exactly one of its claims cannot be true."""
+    """Raises BadRow where rows of a group state different relations, or exactly one of its claims cannot be true."""
     groups: dict[str, list[Claim]] = defaultdict(list)
     for claim in claims:
         if claim.option is None:
@@ -32,20 +40,26 @@ def check_relations(claims: Sequence[Claim]) -> None:
         for claim in members[1:]:
             if claim.relation is not first.relation:
                 stated = ["none" if each.relation is None else each.relation.value for each in (first, claim)]
-                raise BadInput(
+                raise BadRow(
+                    claim.of_row,
                     f"rows {first.of_row} and {claim.of_row} are of one group ({shown(first.group)}), and their "
-                    f"consistency_relation differs: {stated[0]}, {stated[1]}"
+                    f"consistency_relation differs: {stated[0]}, {stated[1]}",
                 )
         if first.relation is Relation.EXACTLY_ONE:
             seen: dict[str, Claim] = {}
             for claim in members:
                 if (other := seen.setdefault(claim.text, claim)) is not claim:
-                    raise BadInput(
+                    raise BadRow(
+                        claim.of_row,
                         f"rows {other.of_row} and {claim.of_row} are the same claim, and exactly one of their "
-                        f"group ({shown(first.group)}) must be true"
+                        f"group ({shown(first.group)}) must be true",
                     )
             if len(members) == 1:
-                raise BadInput(f"row {first.of_row} is the only one of its group, of which exactly one must be true")
+                raise BadRow(
+                    first.of_row,
+                    f"row {first.of_row} is the only one of its group ({shown(first.group)}), of which exactly one must "
+                    'be true: add the group\'s other rows, or say "at most one" or "none" in its consistency_relation',
+                )
 
 
 def sample_pool(claims: Sequence[Claim], batch_size: int, rng: np.random.Generator) -> list[Claim]:
