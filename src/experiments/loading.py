@@ -102,7 +102,35 @@ def pools_of(request: RunRequest, count: int | None, held_out: Collection[int] =
         known_outside=outside,
         seeds_of_gold=request.data.gold_seeds,
     )
+    if (complaint := prior_complaint(request, pools)) is not None:
+        warn_once(complaint)
     return [replace(pool, bad_rows=tuple(bad)) for pool in pools]
+
+
+def prior_complaint(request: RunRequest, pools: Sequence[Pool]) -> str | None:
+    """One line where no labels of the pools' claims that break no constraint have the share of True that --prior says,
+    or where --prior auto estimates a share that they fix; None elsewhere. pools: of two labels.
+    """
+    objective = request.objective
+    if objective.prior is None and not objective.estimate_prior:
+        return None
+    size = sum(len(pool.claims) for pool in pools)
+    bounds = [pool.problem.consistency.trues(len(pool.claims)) for pool in pools]
+    least, most = sum(low for low, _ in bounds) / size, sum(high for _, high in bounds) / size
+    half = 0.5 / size  # of one claim: a share that is rounded to claims is meant so
+    if objective.prior is None:
+        if least < most:
+            return None
+        flag = "--prior auto"
+    else:
+        if least - half <= objective.prior <= most + half:
+            return None
+        flag = f"--prior {objective.prior:g}"
+    share = f"at {least:.2f}" if least == most else f"between {least:.2f} and {most:.2f}"
+    return (
+        f"{flag}: what must hold in each group keeps the share of True among the pool's claims {share}, whatever "
+        "--prior says; --consistency none lets the labels have another share"
+    )
 
 
 def _known_outside(continued: Continued, claims: Sequence[Claim], known: KnownLabels | None) -> KnownLabels | None:

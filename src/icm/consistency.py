@@ -23,6 +23,8 @@ Margins = float | Sequence[float]
 
 MOST_ASSIGNMENTS: Final = 4096
 """Up to this number of assignments, `nearest` tries them all."""
+MOST_COUNTED: Final = 256
+"""Up to this number of assignments of linked claims, `trues` tries them all."""
 MOST_REPAIRS: Final = 120
 """Assignments that one repair may have to evaluate."""
 
@@ -182,6 +184,19 @@ class Consistency:
         """I(D): the number of inconsistent pairs, and of sets that must hold a true claim and are all False."""
         return sum(c.inconsistencies(labels) for c in self.constraints)
 
+    def trues(self, size: int) -> tuple[int, int]:
+        """The fewest and the most of `size` claims, of two labels, that can be True where no constraint is broken.
+
+        Bounds, which may be too wide where many claims are linked by several constraints.
+        """
+        neighbours = self._neighbours()
+        least, most = 0, size
+        for members in _components(neighbours):
+            held = list({id(c): c for member in members for c in neighbours[member]}.values())
+            fewest, largest = _trues_of_linked(members, held)
+            least, most = least + fewest, most - len(members) + largest
+        return least, most
+
     def linked(self) -> list[list[int]]:
         """The claims that constraints link, directly or through others: each set in ascending order."""
         return list(_components(self._neighbours()))
@@ -246,6 +261,17 @@ def _components(neighbours: Mapping[int, Sequence[Constraint]]) -> Iterator[list
                 waiting += new
         seen |= found
         yield sorted(found)
+
+
+def _trues_of_linked(members: Sequence[int], constraints: Sequence[Constraint]) -> tuple[int, int]:
+    """The fewest and the most True claims among linked ones; (0, all) where nothing is known."""
+    if len(constraints) == 1 and constraints[0].relation.of_true:
+        return int(constraints[0].relation is Relation.EXACTLY_ONE), 1
+    if 2 ** len(members) > MOST_COUNTED:
+        return 0, len(members)
+    every = (dict(zip(members, labels, strict=True)) for labels in product((False, True), repeat=len(members)))
+    counts = [sum(labels.values()) for labels in every if not any(c.inconsistencies(labels) for c in constraints)]
+    return (min(counts), max(counts)) if counts else (0, len(members))
 
 
 def _decide_exactly(

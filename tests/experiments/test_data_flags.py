@@ -11,7 +11,8 @@ import pytest
 
 from fakes.vllm_server import FakeVLLM
 from src.experiments.ICM import build_parser
-from src.experiments.request import DataRequest
+from src.experiments.loading import pool_of, warn_once
+from src.experiments.request import DataRequest, RunRequest
 from src.icm.values import BadInput
 from tests.experiments.test_baselines import Table
 from tests.experiments.test_icm_cli import Command, signed_by_words
@@ -237,3 +238,44 @@ async def test_a_test_file_of_a_table_is_read_as_its_data_is(on: Start, server: 
     assert code == 0, err
     assert "test.jsonl: 1 row is left out (--skip_bad_rows): line 25: row 24 lacks" in err
     assert table.row("zero-shot")["test"]["claims"] == 24
+
+
+@pytest.mark.parametrize(
+    ("relation", "single", "flags", "said"),
+    [
+        (
+            "exactly one",
+            0,
+            ("--prior", "0.3"),
+            "--prior 0.3: what must hold in each group keeps the share of True among ",
+        ),
+        ("exactly one", 0, ("--prior", "0.3"), "the pool's claims at 0.50, whatever --prior says; --consistency none"),
+        ("exactly one", 0, ("--prior", "auto"), "--prior auto: what must hold in each group keeps"),
+        ("exactly one", 0, ("--prior", "0.5"), None),
+        ("exactly one", 0, ("--prior", "0.3", "--consistency", "none"), None),
+        ("exactly one", 0, (), None),
+        ("at most one", 0, ("--prior", "0.7"), "the pool's claims between 0.00 and 0.50, whatever"),
+        ("at most one", 0, ("--prior", "0.3"), None),
+        ("none", 0, ("--prior", "0.3"), None),
+        ("exactly one", 24, ("--prior", "0.3"), None),  # the others may all be False
+        ("exactly one", 24, ("--prior", "0.1"), "the pool's claims between 0.25 and 0.75, whatever"),
+        ("exactly one", 24, ("--prior", "auto"), None),
+    ],
+)
+def test_a_share_of_true_that_the_groups_do_not_allow_is_told(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    relation: str,
+    single: int,
+    flags: tuple[str, ...],
+    said: str | None,
+) -> None:
+    rows = [{**row, "consistency_id": row["question"]} for row in questions(consistency_relation=relation)]
+    rows += [{"question": f"Is {n} odd?", "choice": "yes", "consistency_id": f"by itself {n}"} for n in range(single)]
+    path = tmp_path / "claims.jsonl"
+    path.write_text("".join(json.dumps({"consistency_relation": "", **row}) + "\n" for row in rows))
+    warn_once.cache_clear()
+    pool_of(RunRequest.of(build_parser().parse_args(["--data", str(path), "--calibrate", "mean", *flags])))
+    told = [message for message in caplog.messages if "the share of True" in message]
+    assert len(told) == (said is not None)
+    assert said is None or said in told[0]

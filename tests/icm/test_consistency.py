@@ -121,3 +121,29 @@ def test_an_overview_counts_groups_and_relations() -> None:
     assert (overview.groups, overview.smallest, overview.median, overview.largest) == (3, 1, 3, 4)
     assert overview.constraints == {"agree": 2, "exactly one is true": 1}
     assert overview.grouped_by == "question"
+
+
+@st.composite
+def few_constraints(draw: st.DrawFn) -> list[Constraint]:
+    """Up to four constraints between some of six claims, which can link them all."""
+    return [
+        Constraint(
+            tuple(sorted(draw(st.sets(st.integers(0, 5), min_size=2, max_size=4)))), draw(st.sampled_from(Relation))
+        )
+        for _ in range(draw(st.integers(0, 4)))
+    ]
+
+
+@given(few_constraints())
+def test_how_many_claims_can_be_true_is_what_trying_all_labels_says(constraints: list[Constraint]) -> None:
+    constraints = [c for c in constraints if c.relation is not Relation.DIFFERENT or len(c.claims) == 2]
+    consistency = Consistency(constraints)
+    counts = [sum(labels) for labels in product((False, True), repeat=6) if not consistency.broken(labels)]
+    if counts:
+        assert consistency.trues(6) == (min(counts), max(counts))
+
+
+def test_one_large_group_says_how_many_claims_can_be_true() -> None:
+    assert Consistency([Constraint(tuple(range(20)), Relation.EXACTLY_ONE)]).trues(23) == (1, 4)
+    assert Consistency([Constraint(tuple(range(20)), Relation.AT_MOST_ONE)]).trues(20) == (0, 1)
+    assert Consistency([Constraint((0, at), Relation.AGREE) for at in range(1, 20)]).trues(20) == (0, 20)

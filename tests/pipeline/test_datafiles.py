@@ -829,13 +829,16 @@ def test_a_row_that_cannot_be_told_may_have_been_the_true_one_of_every_group(tmp
 @pytest.mark.parametrize(
     ("rows", "complaint"),
     [
-        (["q,a,g,exactly one", "q,b,g,agree"], "d.csv:3: rows 0 and 1 are of one group ('g'), and their consistency_relation"),
+        (
+            ["q,a,g,exactly one", "q,b,g,agree"],
+            "d.csv:3: rows 0 and 1 are of one group ('g'), and their consistency_relation",
+        ),
         (["q,a,g,exactly one", "q,b,g,"], "differs: exactly one is true, none"),
         (["q,a,g,exactly one", "q,a,g,exactly one"], "rows 0 and 1 are the same claim, and exactly one"),
         (
             ["q,a,h,", "q,a,g,exactly one"],
-            "d.csv:3: row 1 is the only one of its group ('g'), of which exactly one must be true: add the group's other "
-            'rows, or say "at most one" or "none" in its consistency_relation',
+            "d.csv:3: row 1 is the only one of its group ('g'), of which exactly one must be true: add the group's "
+            'other rows, or say "at most one" or "none" in its consistency_relation',
         ),
     ],
 )

@@ -57,8 +57,9 @@ def check_relations(claims: Sequence[Claim]) -> None:
             if len(members) == 1:
                 raise BadRow(
                     first.of_row,
-                    f"row {first.of_row} is the only one of its group ({shown(first.group)}), of which exactly one must "
-                    'be true: add the group\'s other rows, or say "at most one" or "none" in its consistency_relation',
+                    f"row {first.of_row} is the only one of its group ({shown(first.group)}), of which exactly one "
+                    'must be true: add the group\'s other rows, or say "at most one" or "none" in its '
+                    "consistency_relation",
                 )
 
 
