@@ -60,11 +60,11 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
     )
     data.add_argument(
         "--gold_seeds",
-        type=at_least(1),
+        type=at_least(0),
         default=of_data.gold_seeds,
         metavar="N",
         help="for experiments: the gold labels of N claims of the pool are known, drawn at random by the seed "
-        "(default: none)",
+        "(default: 0, none)",
     )
 
     model = parser.add_argument_group("model")

@@ -69,8 +69,11 @@ RULES: Final = (
         *("prompts_per_request", "use_vllm", "an external API gets one prompt a request"),
         lambda a: a.use_vllm is False,
     ),
-    Rule("gold_seeds", "known", "gold labels take the place of labels that a file gives", _always),
-    Rule("gold_seeds", "columns", "gold labels take the place of labels that a column gives", _known_column),
+    Rule("gold_seeds", "known", "gold labels take the place of labels that a file gives", lambda a: a.gold_seeds > 0),
+    Rule(
+        *("gold_seeds", "columns", "gold labels take the place of labels that a column gives"),
+        lambda a: a.gold_seeds > 0 and _known_column(a),
+    ),
     Rule("context_cap", "layout", "a capped sample has its own order", _upstream),
     Rule("anchors", "layout", "upstream's order has no anchors", lambda a: _upstream(a) and a.anchors > 0),
     Rule("max_tail", "layout", "upstream's order has no tail", _upstream),

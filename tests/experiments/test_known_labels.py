@@ -128,6 +128,20 @@ async def test_without_known_labels_nothing_says_so(icm: Icm) -> None:
     assert "known" not in document["result"]
 
 
+async def test_no_gold_seeds_are_as_without_the_flag(icm: Icm, tmp_path: Path) -> None:
+    on = ("--data_dir", str(tmp_path / "none"), "--search", "ascent")
+    await icm.label("a", *on)
+    _, err = await icm.label("a", *on, "--gold_seeds", "0")
+    assert "finished" in err
+    document = icm.document("a")
+    known = write_answers(tmp_path / "k.csv", icm.rows("a"), {icm.rows("a")[0]["row"]: 1})
+    await icm.label("b", *on, "--gold_seeds", "0")
+    assert icm.document("b")["settings"] == document["settings"]
+    assert icm.document("b")["flags"] == document["flags"] | {"run": "b"}
+    await icm.label("c", *on, "--gold_seeds", "0", "--known", str(known))
+    assert icm.document("c")["result"]["known"] == 1
+
+
 async def test_random_seeds_beside_known_labels_where_they_are_asked_for(icm: Icm) -> None:
     await icm.label("a", "--gold_seeds", "3", "--num_seed", "4", "--K", "0")
     assert icm.document("a")["settings"]["num_seed"] == 4
