@@ -12,10 +12,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
+from inspect import isfunction
 from numbers import Number
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, get_type_hints
 
 import yaml
 
@@ -227,6 +228,14 @@ def _words(action: argparse.Action, value: Any) -> list[str]:
         return [flag, *(str(each.run_folder if isinstance(each, Result) else each) for each in value)]
     if isinstance(value, bool) or not isinstance(value, str | Path | Number):
         raise TypeError(f"{name} cannot be {shown(value)}")
+    if isinstance(value, str) and _is_number(action):
+        raise TypeError(f"{name} is a number, not the text {shown(value)}")
     if isinstance(value, Number) and action.type is None and not action.choices:
         raise TypeError(f"{name} is a text, not the number {value}")
     return [f"{flag}={value}"]
+
+
+def _is_number(action: argparse.Action) -> bool:
+    """Whether every value of the flag is a number, unlike that of a flag that takes a word, too (auto, all)."""
+    kind = action.type
+    return kind in (int, float) or (isfunction(kind) and get_type_hints(kind).get("return") in (int, float))
