@@ -31,6 +31,8 @@ command -v "$python" >/dev/null || { echo "launch_vllm_server: there is no ${pyt
 "$python" -c 'import yaml' 2>/dev/null ||
   { echo "launch_vllm_server: ${python} has no PyYAML: run 'make setup' first, or name another with PYTHON=" >&2; exit 2; }
 
+# Behind all else, as the size comes first.
+if $print_only && ((${#arguments[@]})); then arguments+=(--print); fi
 line=$("$python" "$root/scripts/vllm_command.py" ${arguments[@]+"${arguments[@]}"}) || exit 2
 if $print_only; then
   echo "$line"

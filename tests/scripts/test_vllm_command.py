@@ -393,6 +393,23 @@ def test_the_launcher_prints_the_command_instead_of_running_it(tmp_path: Path, f
     assert words[-2:] == ["--seed", "1"]
 
 
+def test_a_port_in_use_does_not_matter_to_what_is_only_printed(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").touch()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        done = launch("--print", str(folder), "--port", port, PYTHONPATH=str(tmp_path))
+        assert done.returncode == 0, done.stderr
+        words = shlex.split(done.stdout)
+        assert words[words.index("--port") + 1] == port
+        assert "--print" not in words
+        refused = launch(str(folder), "--port", port, PYTHONPATH=str(tmp_path))
+    assert refused.returncode == 2
+    assert "in use" in refused.stderr
+
+
 @pytest.mark.parametrize("arguments", [("9B",), (), ("/no/such/model",)])
 def test_the_launcher_refuses_in_one_line_with_exit_code_2(arguments: tuple[str, ...]) -> None:
     done = launch(*arguments)
