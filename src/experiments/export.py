@@ -33,7 +33,15 @@ from src.experiments.doubting import add_doubt_arguments, say_doubt, wanted_of
 from src.experiments.request import TRACKERS
 from src.icm.testbeds import BadInput
 from src.results.doubt import doubt_of, with_doubt
-from src.results.exports import Only, Pairs, chosen_claims, plain_rows, preference_pairs, training_rows
+from src.results.exports import (
+    Only,
+    Pairs,
+    check_makes_pairs,
+    chosen_claims,
+    plain_rows,
+    preference_pairs,
+    training_rows,
+)
 from src.results.handover import DATASET, write_csv, write_dataset, write_jsonl
 from src.results.provenance import beside, write_provenance
 from src.results.run_reader import is_baselines, read_run
@@ -154,6 +162,8 @@ def _log_run(args: argparse.Namespace, run: RunRecord) -> int:
 
 def _export(args: argparse.Namespace, run: RunRecord, path: Path) -> str:
     """Write the labels; returns one line on what was written. Raises BadInput where there is nothing to write."""
+    if args.format == "dpo":
+        check_makes_pairs(run)
     trains = args.format in TRAINS
     claims = chosen_claims(run, args.only, args.least, abstained=not trains)
     if not claims:

@@ -98,6 +98,14 @@ def _probability(run: RunRecord, claim: LabelledClaim) -> float | None:
     return None if margins is None or label is None else probability(margins[label])
 
 
+def check_makes_pairs(run: RunRecord) -> None:
+    """Raises BadInput where the labels are not True and False, of which preference pairs are made."""
+    if not run.says_true:
+        raise BadInput(
+            f"preference pairs are made of True and False; the labels of this run are {', '.join(run.names)}"
+        )
+
+
 def preference_pairs(run: RunRecord, claims: Sequence[LabelledClaim], pairs: Pairs = "best") -> PairCount:
     """prompt, chosen, rejected, and the margin in nats between the two; then what trainers do not read, see _pair.
 
@@ -105,10 +113,7 @@ def preference_pairs(run: RunRecord, claims: Sequence[LabelledClaim], pairs: Pai
     other. For single claims a True one is chosen over a False one of the same question: the pair with the largest
     margin, or every pair. Raises BadInput where the labels are not True and False.
     """
-    if not run.says_true:
-        raise BadInput(
-            f"preference pairs are made of True and False; the labels of this run are {', '.join(run.names)}"
-        )
+    check_makes_pairs(run)
     return _of_comparisons(run, claims) if run.compares else _of_claims(run, claims, pairs)
 
 

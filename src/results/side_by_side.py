@@ -14,7 +14,7 @@ from src.results.costs import usage_of
 from src.results.curves import curves_of
 from src.results.prices import PriceFile, bill_of
 from src.results.run_record import RunRecord
-from src.results.tables import ResultRow, results_of
+from src.results.tables import HANDED_OVER, ResultRow, handed_over, results_of
 from src.results.text import duration, number, one_line, visible, whole
 
 
@@ -85,9 +85,11 @@ def _results(runs: Sequence[RunRecord]) -> list[list[str]]:
     table = []
     for title in titles:
         cells = []
-        for rows in found:
+        for run, rows in zip(runs, found, strict=True):
             row = rows.get(title)
-            if row is None or row.interval is None:
+            if row is not None and row.interval is None and title == HANDED_OVER:
+                cells.append(f"{handed_over(run)} labels")
+            elif row is None or row.interval is None:
                 cells.append("–")
             else:
                 low, high = row.interval

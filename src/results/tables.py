@@ -71,6 +71,12 @@ def result_text(row: ResultRow, names: Sequence[str]) -> str:
     return f"{text}; {', '.join(known)}" if known else text
 
 
+def handed_over(run: RunRecord) -> str:
+    """'12 of 16': how many labels are not withheld, of all."""
+    given = [claim for claim in run.claims if claim.label is not None]
+    return f"{sum(not claim.abstained for claim in given)} of {len(given)}"
+
+
 def _with_classes(row: ResultRow, pairs: Pairs, num_labels: int) -> ResultRow:
     table = confusion(pairs, num_labels)
     whole = sum(map(sum, table)) == row.compared > 0
@@ -114,11 +120,7 @@ def _rows(run: RunRecord) -> list[ResultRow]:
     }
     kept = [claim.agrees for claim in run.claims if not claim.abstained and claim.agrees is not None]
     if any(claim.abstained for claim in run.claims):
-        given = [claim for claim in run.claims if claim.label is not None]
-        handed = sum(not claim.abstained for claim in given)
-        rows.append(
-            ResultRow(HANDED_OVER, f"labels that are not withheld, {handed} of {len(given)}", sum(kept), len(kept))
-        )
+        rows.append(ResultRow(HANDED_OVER, f"labels that are not withheld, {handed_over(run)}", sum(kept), len(kept)))
     rows += [
         ResultRow(str(by), notes.get(by, ""), *_counts(counts)) for by, counts in result.get("predicted", {}).items()
     ]

@@ -95,6 +95,33 @@ def test_export_has_nothing_to_write(run: Path, other: Path, capsys: pytest.Capt
     assert not (run / "export.jsonl").exists()
 
 
+def withhold(run: Path) -> None:
+    """As where no label is sure enough to be handed over."""
+    rows = [json.loads(line) for line in (run / "labels.jsonl").read_text().splitlines()]
+    rows = [row | {"label": None, "by": "abstained", "abstained_label": row["label"]} for row in rows]
+    (run / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_pairs_of_three_labels_are_refused_as_such_where_all_are_withheld(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = json.loads((run / "run.json").read_text())
+    document["settings"]["labels"] = ["red", "green", "blue"]
+    (run / "run.json").write_text(json.dumps(document))
+    withhold(run)
+    assert main(["export", str(run), "--format", "dpo"]) == 2
+    assert "made of True and False; the labels of this run are red, green, blue" in capsys.readouterr().err
+
+
+def test_compare_counts_the_labels_handed_over_where_none_can_be_compared(
+    run: Path, other: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    withhold(other)
+    assert main(["compare", str(run), str(other)]) == 0
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  handed over ")]
+    assert line.split() == ["handed", "over", "–", "0", "of", "40", "labels"]
+
+
 def test_export_writes_over_no_file_of_the_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (run / "run.json").read_bytes()
     assert main(["export", str(run), "--format", "csv", "-o", str(run / "run.json")]) == 2
