@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from copy import copy
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -20,7 +21,7 @@ from core.errors import ConfigurationError, MissingLabel, RequestRejected
 from core.llm_api.answer_store import AnswerStore
 from core.llm_api.engines import open_engine
 from core.llm_api.labels import TRUE_FALSE, LabelSpace, SpelledLabels
-from core.llm_api.response_cache import ResponseCache, cache_keys, earlier_keys
+from core.llm_api.response_cache import ResponseCache, cache_keys, can_be_made, earlier_keys
 from core.llm_api.telemetry import HasTelemetry, RequestTelemetry, TextTelemetry
 from core.llm_api.tokens import QUESTION, spell_labels
 from core.llm_api.types import (
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 class ModelAPI:
     """An engine behind a cache. Queries are never sent twice at once, and finished answers outlive a failure.
 
+    cache: where a path is given, the file is made once the engine has answered, so that a start that fails leaves none.
     accept_floored: whether cached answers that lacked a token and were floored count (see missing_label). scores: False
     only connects: nothing is asked of the model at start, and `score` raises. For engines without logprobs.
     """
@@ -56,14 +58,15 @@ class ModelAPI:
         self,
         engine: Engine,
         *,
-        cache: ResponseCache | None = None,
+        cache: ResponseCache | Path | None = None,
         accept_floored: bool = False,
         scores: bool = True,
     ) -> None:
         self.stats = ScoreStats()
         self.texts = TextTelemetry()
         self._engine = engine
-        self._answers = None if cache is None else AnswerStore(cache)
+        self._answers = AnswerStore(cache) if isinstance(cache, ResponseCache) else None
+        self._cache_to_make = cache if isinstance(cache, Path) else None
         self._accept_floored = accept_floored
         self._scores = scores
         self._identity: EngineIdentity | None = None
@@ -87,6 +90,8 @@ class ModelAPI:
         """
         try:
             self._identity = await (self._engine.start() if self._scores else self._writer.engine.connect())
+            if self._cache_to_make is not None:
+                self._answers, self._cache_to_make = AnswerStore(ResponseCache(self._cache_to_make)), None
         except RequestRejected as error:
             await self.aclose()
             if error.status != 404:  # a refused key, for example, can be set, and the same command works
@@ -349,7 +354,9 @@ def open_model_api(
         raise ConfigurationError("vLLM in this process was asked for and vLLM was ruled out.", hint="Drop one flag.")
     name = "direct" if direct else _engine_of(settings, use_vllm)
     engine = open_engine(name, settings, model, direct_options if direct else None)
-    cache = None if settings.cache_path is None else ResponseCache(settings.cache_path)
+    path = settings.cache_path
+    # One that is there, or that cannot be made, is opened now: what is wrong with it is told before a model loads.
+    cache = path if path is None or can_be_made(path) else ResponseCache(path)
     return ModelAPI(engine, cache=cache, accept_floored=settings.missing_label == "floor", scores=scores)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import os
 import sqlite3
 import struct
 import time
@@ -74,6 +75,17 @@ class CacheState:
     newest: int | None
     bytes: int
     faults: tuple[str, ...]
+
+
+def can_be_made(path: Path) -> bool:
+    """Whether there is no file yet, and the nearest folder above that exists can be written to."""
+    try:
+        if os.path.lexists(path):
+            return False
+        above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+        return above.is_dir() and os.access(above, os.W_OK | os.X_OK)
+    except (OSError, ValueError):  # such as a name that is too long
+        return False
 
 
 def cache_keys(identity: EngineIdentity, tokens: NextTokens, prompt_digests: Sequence[str]) -> list[bytes]:

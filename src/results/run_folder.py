@@ -36,7 +36,8 @@ the lock to that child for some milliseconds, and may be started again at once."
 class RunFolder:
     """One run's files. Used as a context manager it holds a lock, so that two processes never share a run.
 
-    A run that does not begin (because its server cannot be used, for example) leaves no folder.
+    A run that does not begin (because its server cannot be used, for example) leaves no folder, nor those above that
+    were made for it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -48,11 +49,13 @@ class RunFolder:
         self.known_path = path / "known.jsonl"
         self._lock_path = path / ".lock"
         self._lock: IO[bytes] | None = None
+        self._made: list[Path] = []
         self._log: FileIO | None = None
 
     def __enter__(self) -> RunFolder:
         try:
             while self._lock is None:
+                self._made += [each for each in self.path.parents if not each.exists()]
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._lock = self._lock_path.open("wb")
                 _lock(self._lock)
@@ -86,6 +89,8 @@ class RunFolder:
                 self.prompt_path.unlink(missing_ok=True)
                 self._lock_path.unlink()
                 self.path.rmdir()
+                for folder in self._made:  # the innermost comes first
+                    folder.rmdir()
 
     def _close(self) -> None:
         for file in (self._log, self._lock):

@@ -94,6 +94,26 @@ async def test_a_run_writes_its_labels_curves_and_journal(icm: Command) -> None:
     assert run["engine"]["fingerprint"]
 
 
+@pytest.mark.parametrize("there", [False, True])
+async def test_a_run_that_nobody_answers_leaves_nothing(
+    server: FakeVLLM, data: Path, tmp_path: Path, there: bool
+) -> None:
+    runs = tmp_path / "new" / "runs"
+    if there:
+        runs.mkdir(parents=True)
+    icm = Command(server.url, data, runs)
+    icm.environment["VLLM_BASE_URL"] = "http://127.0.0.1:9"
+    code, _, err = await icm("--run", "a")
+    assert code == 2, err
+    assert runs.exists() is there
+    assert (tmp_path / "new").exists() is there
+    assert not there or not list(runs.iterdir())
+    icm.environment["VLLM_BASE_URL"] = server.url
+    code, _, err = await icm("--run", "a")
+    assert code == 0, err
+    assert (runs / "responses.sqlite").exists()
+
+
 async def test_a_finished_run_is_shown_without_a_server(icm: Command, server: FakeVLLM) -> None:
     assert (await icm("--run", "a", "--is_complete"))[0] == 1
     assert (await icm("--run", "a"))[0] == 0
