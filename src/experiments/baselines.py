@@ -56,6 +56,10 @@ HELD_OUT_SEED: Final = 0
 """Held-out claims are drawn with this seed whatever the pool's is, so every pool is tested on the same ones."""
 
 
+_OF_KNOWN: Final = "few-shot-known"
+"""The row whose demonstrations are the known labels."""
+
+
 @dataclass(frozen=True, slots=True)
 class ComparisonRequest:
     """What a comparison is asked for; fields have the names of their flags. run: the search of every seed."""
@@ -164,6 +168,8 @@ async def run_comparison(request: ComparisonRequest, beside: Beside | None = Non
     folder = TableFolder(runs_dir / run_name(run, settings, "baselines") if beside is None else beside.folder)
     lock = RunFolder(folder.path)
     known = folder.read_table()
+    if "known" in settings and (known is None or _OF_KNOWN not in known["rows_asked"]):
+        rows = _where_known(request, rows, shared)
     if known is not None:
         defaults = {"restarts": Options().restarts}  # recorded only where it differs
         check_same_run(lock, defaults | known["settings"], defaults | settings)
@@ -342,6 +348,27 @@ def _rows(request: ComparisonRequest, *, knows: bool) -> list[str]:
         if BASELINES[row].needs_known and not knows:
             raise BadInput(f"the row {row} needs known labels: --known FILE, or --gold_seeds N")
     return [row for row in BASELINES if row in chosen]
+
+
+def _where_known(request: ComparisonRequest, rows: list[str], held_out: frozenset[int]) -> list[str]:
+    """The rows without the one that shows known labels, where no seed's pool has any, which is told; so are seeds
+    whose pool has none. Raises BadInput where that row was asked for by name."""
+    if _OF_KNOWN not in rows:
+        return rows
+    seeds = sorted(set(request.seeds))
+    pools = {seed: pool_of(request.searching(seed, label_rest=False), held_out) for seed in seeds}
+    without = [seed for seed, pool in pools.items() if pool.problem.known is None]
+    if not without:
+        return rows
+    named = f"seed{'s' if len(without) > 1 else ''} {', '.join(map(str, without))}"
+    why = f"no claim in the pool of {named} has a known label"
+    if len(without) < len(seeds):
+        print(f"warning: {why}: the row {_OF_KNOWN} is zero-shot there", file=sys.stderr)
+        return rows
+    if request.rows:
+        raise BadInput(f"the row {_OF_KNOWN} shows known labels, and {why}: use a larger --batch_size")
+    print(f"the row {_OF_KNOWN} is left out: {why}", file=sys.stderr)
+    return [row for row in rows if row != _OF_KNOWN]
 
 
 def _held_out(request: ComparisonRequest) -> tuple[list[Claim] | None, frozenset[int]]:

@@ -274,6 +274,34 @@ async def test_a_table_leaves_known_claims_out_of_every_row(icm: Icm) -> None:
     assert "the row few-shot-known needs known labels: --known FILE, or --gold_seeds N" in err
 
 
+async def test_a_table_whose_pools_have_no_known_label_has_no_row_of_them(icm: Icm, tmp_path: Path) -> None:
+    flags = ("--seeds", "1", "2", "--test_size", "16", "--search", "ascent")
+    code, _, err = await icm("baselines", *flags, "--run", "t", "--rows", "icm")
+    assert code == 0, err
+    first, second = (
+        {row["row"] for row in map(json.loads, (icm.runs / "t" / seed / "claims.jsonl").read_text().splitlines())}
+        for seed in ("seed-1", "seed-2")
+    )
+    nowhere = min(set(range(256)) - first - second)
+    file = tmp_path / "known.csv"
+    file.write_text(f"row,label\n{nowhere},1\n")
+    rows = ("--rows", "few-shot-known", "icm")
+    code, _, err = await icm("baselines", *flags, "--known", str(file), *rows)
+    assert code == 2
+    why = "no claim in the pool of seeds 1, 2 has a known label"
+    assert err.endswith(f"the row few-shot-known shows known labels, and {why}: use a larger --batch_size\n")
+    code, out, err = await icm("baselines", *flags, "--known", str(file), "--run", "u")
+    assert code == 0, err
+    assert f"the row few-shot-known is left out: {why}\n" in err
+    assert "few-shot, known labels" not in out
+    assert "many-shot, gold labels" in out
+    file.write_text(f"row,label\n{min(first - second)},1\n")
+    code, out, err = await icm("baselines", *flags, "--known", str(file), *rows, "--run", "v")
+    assert code == 0, err
+    assert "warning: no claim in the pool of seed 2 has a known label: the row few-shot-known is zero-shot there" in err
+    assert "few-shot, known labels" in out
+
+
 def test_gold_seeds_and_labels_that_are_known_already_are_refused(tmp_path: Path) -> None:
     rows = [{"question": f"Is {n} even?", "choice": "yes", "label": 1 - n % 2, "checked": 1} for n in range(8)]
     data, testbed = tmp_path / "claims.jsonl", tmp_path / "mine.yaml"
