@@ -29,14 +29,16 @@ from src.results.text import counted, whole
 
 OF_ANNEALING: Final = 1.5
 """Questions of a search by annealing, as a multiple of the pool's size squared. Searches of pools of 24 to 256 claims
-asked 0.5 to 2.6 (benchmarks/results/variants-*.json, searches-qwen1.5b-h200.json)."""
+asked 0.5 to 2.6 (benchmarks/results/variants-*.json, searches-qwen1.5b-h200.json); of random answers and
+of a model with random weights, 1 to 6 times the estimate."""
 SHOWN_BY_ANNEALING: Final = 0.5
 """Demonstrations that its average question shows, as a share of the pool, which grows as it goes on."""
 OF_OTHERS: Final = 12
 """Questions for each claim of the pool of a search that nothing is known of here."""
-HOW: Final = """Questions from the settings: a search by annealing may ask a third of them or twice as many, the
-others ask at most so many. Tokens: of the mean demonstration, as many as searches have shown. Finished cells of other
-seeds tell both better. What several cells ask alike is asked once, which is not counted here."""
+HOW: Final = """Questions from the settings. Searches by annealing were measured to ask a third of them to twice as
+many, and up to 6 times as many where the model had random weights; the others ask about so many at most. Tokens: of
+the mean demonstration, as many as searches have shown. Finished cells of other seeds tell both better. What several
+cells ask alike is asked once, which is not counted here."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from typing import Final, NoReturn, Protocol, TextIO
 from tqdm import tqdm
 
 from src.icm.objective import accuracy
+from src.icm.searches.ascent import most_questions
 from src.icm.searches.seam import Record, Standing
 from src.pipeline.labelling import Pool
 from src.results.messages import collapse_warning
@@ -103,7 +104,7 @@ class SearchProgress:
         if settings.search == "annealing":
             total = settings.K if self._by_iteration else pool.problem.size
         elif self._by_question:
-            total = settings.ascent_questions * pool.problem.size
+            total = most_questions(pool.problem)
         self._total = total or 1
         self._first = 0
         # With a cap a question is as long at the end as at the beginning.
@@ -133,6 +134,8 @@ class SearchProgress:
         done = state.iteration if self._by_iteration else len(state.labelled)
         if self._by_question:
             done = self._asked
+            if self._bar.total is not None:  # a search that was stopped can ask some questions again
+                self._bar.total = max(self._bar.total, done)
         if not self._started:  # a resumed run's earlier part must not count as speed
             self._bar.initial = self._bar.n = self._first = done
             self._started = True

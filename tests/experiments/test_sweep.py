@@ -261,6 +261,7 @@ async def test_a_dry_run_tells_questions_and_tokens_and_asks_no_pool(run: Run, s
     code, out, err = await run.inside(dry=True)
     assert code == 0, err
     assert not run.runs.exists()
+    assert "up to 6 times as many where the model had random weights" in out
     told = {line.split()[0]: [int(n.replace(",", "")) for n in line.split()[1:4]] for line in out.splitlines()[2:6]}
     assert [claims for claims, _, _ in told.values()] == [6, 6, 12, 12]
     assert (await run.inside())[0] == 0

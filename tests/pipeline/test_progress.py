@@ -160,5 +160,13 @@ def test_an_ascent_counts_its_questions_and_has_no_u_before_its_first_evaluation
             progress.update(state(labelled, 16), {"asked": asked})
             progress._bar.refresh()
             texts.append(capsys.readouterr().err.splitlines()[-1])
-    assert ["16/192 questions at most" in texts[0], "36/192" in texts[1], "52/192" in texts[2]] == [True] * 3
+    assert ["16/240 questions at most" in texts[0], "36/240" in texts[1], "52/240" in texts[2]] == [True] * 3
     assert ["U=" in text for text in texts] == [False, False, True]
+
+
+def test_an_ascent_that_asks_again_after_a_stop_keeps_a_total(capsys: pytest.CaptureFixture[str]) -> None:
+    with SearchProgress(pool(16, search="ascent", ascent_questions=1), quiet=False) as progress:
+        progress.update(state(16, 16), {"asked": 64})
+        progress.update(state(16, 16), {"asked": 5})
+        progress._bar.refresh()
+    assert "69/69 questions at most" in capsys.readouterr().err.splitlines()[-1]

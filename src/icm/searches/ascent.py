@@ -33,7 +33,7 @@ predicted from all that have a label, everything is evaluated once, in the other
 its end, and the labels climb from there.
 
 All evaluations are in one layout. Nothing new is begun once `ascent_questions` x N questions were asked, but for the
-evaluation of the start that is left, and the mirror of two labels.
+evaluation of the start that is left, and the mirror of two labels: with what was begun before, at most MOST_AFTER x N.
 """
 
 from __future__ import annotations
@@ -65,10 +65,17 @@ SETTINGS: Final = (
 BLOCKS: Final = 4
 LEAST_SAMPLE: Final = 12
 """Answers before a change is refused on a part of them: the test takes their mean to be normally distributed."""
+MOST_AFTER: Final = 3
+"""Questions a claim beyond `ascent_questions`: what a step that began before still asks, an evaluation, a mirror."""
 MOST_STUCK: Final = 3
 """Single groups refused in a row before climbing ends."""
 
 Answers = Mapping[int, LogOdds]
+
+
+def most_questions(problem: Problem) -> int:
+    """What one search asks at most, but for questions that are asked again after a stop."""
+    return (problem.settings.ascent_questions + MOST_AFTER) * problem.size
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,16 @@ from src.icm.annealing import mirrored_labels
 from src.icm.consistency import Consistency, Constraint, Labels, Relation
 from src.icm.objective import LogOdds, Objective
 from src.icm.problem import Candidate, Problem
-from src.icm.searches.ascent import BLOCKS, LEAST_SAMPLE, Chain, Climb, random_labels, run, search
+from src.icm.searches.ascent import (
+    BLOCKS,
+    LEAST_SAMPLE,
+    Chain,
+    Climb,
+    most_questions,
+    random_labels,
+    run,
+    search,
+)
 from src.icm.searches.recorded import RecordedAsk
 from src.icm.searches.seam import JournalMismatch
 from tests.icm.searches.answers import Lines, Model, Stopped, check_stops_anywhere, make_problem
@@ -70,6 +79,26 @@ async def test_it_ends_with_the_best_of_what_it_evaluated(case: str) -> None:
         found.evaluation.utility, abs=1e-12
     )
     assert len(model.asked) == len(set(model.asked)), "it asked a question twice"
+
+
+@pytest.mark.parametrize("questions", [1, 2, 3, 6, 12])
+@pytest.mark.parametrize("case", CASES)
+async def test_no_search_asks_more_than_it_says(case: str, questions: int) -> None:
+    for seed in range(4):
+        problem = make_problem(**CASES[case] | {"ascent_questions": questions, "seed": seed})
+        model = Model(problem)
+        await run(problem, model, Lines())
+        assert len(model.asked) <= most_questions(problem)
+
+
+async def test_a_search_can_ask_as_much_as_it_says() -> None:
+    problem = make_problem(layout="upstream", ascent_questions=1)
+    asked = []
+    for seed in range(20):
+        model = Model(problem, lean=seed / 4 - 2.5)
+        await run(problem, model, Lines())
+        asked.append(len(model.asked))
+    assert max(asked) == most_questions(problem)
 
 
 @pytest.mark.parametrize("case", CASES)
