@@ -746,7 +746,9 @@ class Runner:
             record.failures.append("not begun: out of time")
             return record
         tell(f"{name}: begins" + (f" on GPU {gpu}" if gpu is not None else ""))
-        result, log = self.logs / f"{name}.json", self.logs / f"{name}.log"
+        # The same part may run on another GPU at the same time.
+        stem = name if gpu is None else f"{name}-gpu{gpu}"
+        result, log = self.logs / f"{stem}.json", self.logs / f"{stem}.log"
         result.unlink(missing_ok=True)
         start = told = time.monotonic()
         with log.open("w") as output:
