@@ -399,7 +399,7 @@ def _of_weights(config: Mapping[str, Any], server: Server) -> Iterator[str]:
     described = config.get("quantization_config") or text.get("quantization_config") or {}
     weights = _weights(described if isinstance(described, Mapping) else {}, server.quantization)
     if weights == COMPRESSED:
-        yield GPTQ
+        yield GPTQ  # by which what replaces vLLM's kernels (quantized.py) is chosen for both
     if weights and not (experts and weights == MXFP4):  # gpt-oss: the experts alone
         yield weights if weights != MXFP4 else OTHER_WEIGHTS
     if experts:
@@ -540,10 +540,14 @@ def server_of(config: Any, device: Device, capability: int = 0) -> Server:
     )
 
 
+AMX: Final = "amx_tile"
+"""What Linux calls it."""
+
+
 def _has_amx(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     """Whether Linux says so."""
     try:
-        return "amx_tile" in cpuinfo.read_text(errors="replace").split()
+        return AMX in cpuinfo.read_text(errors="replace").split()
     except OSError:
         return False
 

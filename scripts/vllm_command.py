@@ -52,7 +52,6 @@ FAST_TYPE: Final = "cpu"
 """A section's `dtype` that stands for the type which this machine's CPU computes fast."""
 LOCAL: Final = "local"
 """The section of a server on the CPU."""
-AMX: Final = "amx_tile"
 WITH_AMX: Final = (exactness.FP8_ROWS, exactness.FP8_BLOCKS, exactness.EXPERTS_FP8, exactness.EXPERTS_MXFP4)
 """Weights that vLLM computes on a CPU with AMX alone (0.32)."""
 VLLM_BATCH_INVARIANT: Final = "VLLM_BATCH_INVARIANT"
@@ -298,7 +297,7 @@ def check_kernels(config: Mapping[str, object], options: Sequence[str], flags: f
 
     flags: the CPU's, as core.cpu.cpu_flags reads them; where they are not known nothing is refused.
     """
-    if not flags or AMX in flags:
+    if not flags or exactness.AMX in flags:
         return
     server = exactness.Server(device="cpu", quantization=value_of(options, "quantization", ""))
     for name in exactness.features(config, server):

@@ -33,7 +33,7 @@ from src.experiments.arguments import (
 from src.experiments.baseline_table import TableFolder, row_documents, table_text
 from src.experiments.beside import Beside
 from src.experiments.contradictions import refuse
-from src.experiments.loading import check_bad_rows, load_claims, pool_of
+from src.experiments.loading import Loaded, check_bad_rows, load, pool_of
 from src.experiments.request import OutputRequest, RunRequest
 from src.experiments.resumable import run_resumable
 from src.experiments.run_settings import as_begun, run_name, settings_of
@@ -153,8 +153,9 @@ async def run_comparison(request: ComparisonRequest, beside: Beside | None = Non
     beside: where this is one of several runs, which print nothing.
     """
     run = request.run
-    test, shared = _held_out(request)
-    settings = _settings(request, test)
+    loaded = load(run.data)
+    test, shared = _held_out(request, loaded)
+    settings = _settings(request, test, loaded)
     rows = _rows(request, knows=not {"known", "gold_seeds"}.isdisjoint(settings))
     runs_dir = run.output.runs_dir
 
@@ -169,7 +170,7 @@ async def run_comparison(request: ComparisonRequest, beside: Beside | None = Non
     lock = RunFolder(folder.path)
     known = folder.read_table()
     if "known" in settings and (known is None or _OF_KNOWN not in known["rows_asked"]):
-        rows = _where_known(request, rows, shared)
+        rows = _where_known(request, rows, shared, loaded)
     if known is not None:
         defaults = {"restarts": Options().restarts}  # recorded only where it differs
         check_same_run(lock, defaults | known["settings"], defaults | settings)
@@ -211,7 +212,7 @@ async def run_comparison(request: ComparisonRequest, beside: Beside | None = Non
             for seed in seeds:
                 _save(folder, document, rows, seeds)
                 if any(folder.read_row(row, seed) is None for row in rows):
-                    await _one_seed(request, api, folder, document, rows, seed, test, shared, beside)
+                    await _one_seed(request, api, folder, document, rows, seed, test, shared, loaded, beside)
                 if beside is not None:
                     beside.progress.finish(f"seed-{seed}", run.data.batch_size, "")
         finished = _save(folder, document | {"finished": now()}, rows, seeds)
@@ -234,11 +235,12 @@ async def _one_seed(
     seed: int,
     test: Sequence[Claim] | None,
     held_out: frozenset[int],
+    loaded: Loaded,
     beside: Beside | None,
 ) -> None:
     """Every missing row of one seed."""
     of_seed = request.searching(seed, label_rest=test is None)
-    pool = pool_of(of_seed, held_out)
+    pool = pool_of(of_seed, held_out, loaded)
     if test is not None:
         pool = replace(pool, rest=tuple(test))
     _check_gold(pool)
@@ -350,13 +352,13 @@ def _rows(request: ComparisonRequest, *, knows: bool) -> list[str]:
     return [row for row in BASELINES if row in chosen]
 
 
-def _where_known(request: ComparisonRequest, rows: list[str], held_out: frozenset[int]) -> list[str]:
+def _where_known(request: ComparisonRequest, rows: list[str], held_out: frozenset[int], loaded: Loaded) -> list[str]:
     """The rows without the one that shows known labels, where no seed's pool has any, which is told; so are seeds
     whose pool has none. Raises BadInput where that row was asked for by name."""
     if _OF_KNOWN not in rows:
         return rows
     seeds = sorted(set(request.seeds))
-    pools = {seed: pool_of(request.searching(seed, label_rest=False), held_out) for seed in seeds}
+    pools = {seed: pool_of(request.searching(seed, label_rest=False), held_out, loaded) for seed in seeds}
     without = [seed for seed, pool in pools.items() if pool.problem.known is None]
     if not without:
         return rows
@@ -371,12 +373,12 @@ def _where_known(request: ComparisonRequest, rows: list[str], held_out: frozense
     return [row for row in rows if row != _OF_KNOWN]
 
 
-def _held_out(request: ComparisonRequest) -> tuple[list[Claim] | None, frozenset[int]]:
+def _held_out(request: ComparisonRequest, loaded: Loaded) -> tuple[list[Claim] | None, frozenset[int]]:
     """(held-out claims that all seeds share, rows of the data file that are therefore in no pool).
 
     None where each seed tests on whatever is outside its pool.
     """
-    testbed, claims, _ = load_claims(request.run.data)
+    testbed, claims, *_ = loaded
     rng = generator(HELD_OUT_SEED, Stream.POOL, 1)
     if request.test_data is not None:
         reading, bad = testbed.reading if testbed.digest else request.run.data.reading(), list[str]()
@@ -409,10 +411,10 @@ def _check_gold(pool: Pool) -> None:
         raise BadInput("no held-out claim has a gold label; give a --test_data file, or a smaller --batch_size")
 
 
-def _settings(request: ComparisonRequest, test: Sequence[Claim] | None) -> dict[str, Any]:
+def _settings(request: ComparisonRequest, test: Sequence[Claim] | None, loaded: Loaded) -> dict[str, Any]:
     """Everything that decides the numbers, except the seeds and the rows."""
     search = request.searching(0, label_rest=True)
-    settings = settings_of(search, pool_of(search))
+    settings = settings_of(search, pool_of(search, loaded=loaded))
     for name in ("seed", "label_rest"):
         del settings[name]
     return settings | {

@@ -23,14 +23,12 @@ log = logging.getLogger(__name__)
 
 SHOWN_BAD_ROWS = 3
 
-
-def load_claims(request: DataRequest) -> tuple[Testbed, list[Claim], Path]:
-    """The claims of --data or --testbed."""
-    return _load(request)[:3]
+Loaded = tuple[Testbed, list[Claim], Path, list[str]]
+"""A testbed, its claims, their file, and why each row was left out."""
 
 
-def _load(request: DataRequest) -> tuple[Testbed, list[Claim], Path, list[str]]:
-    """As load_claims, and why each row was left out. Without --skip_bad_rows raises BadInput for the first one."""
+def load(request: DataRequest) -> Loaded:
+    """The claims of --data or --testbed. Without --skip_bad_rows raises BadInput for the first row to leave out."""
     bad: list[str] = []
     reading = request.reading()
     if (file := testbed_path(request.testbed)) is not None:
@@ -56,18 +54,21 @@ def check_bad_rows(request: DataRequest, path: Path, bad: Sequence[str]) -> None
     warn_once(f"{path}: {count} left out (--skip_bad_rows): line {shown}{more}")
 
 
-def pool_of(request: RunRequest, held_out: Collection[int] = ()) -> Pool:
-    """The pool and its constraints, from flags and files alone. held_out: rows that must not be in it."""
-    [pool] = pools_of(request, 1, held_out)
+def pool_of(request: RunRequest, held_out: Collection[int] = (), loaded: Loaded | None = None) -> Pool:
+    """The pool and its constraints, from flags and files alone. held_out: rows that must not be in it. loaded: the
+    claims, where they were loaded before."""
+    [pool] = pools_of(request, 1, held_out, loaded)
     return pool if request.label_rest else replace(pool, rest=(), left_out=len(pool.rest))
 
 
-def pools_of(request: RunRequest, count: int | None, held_out: Collection[int] = ()) -> list[Pool]:
+def pools_of(
+    request: RunRequest, count: int | None, held_out: Collection[int] = (), loaded: Loaded | None = None
+) -> list[Pool]:
     """As pool_of, for `count` pools that share no claim; None: as many as hold all claims."""
     search = request.search
     if search.initial_T <= 0 or search.final_T <= 0 or search.decay <= 0:
         raise BadInput("--initial_T, --final_T and --decay must be above 0")
-    testbed, claims, path, bad = _load(request.data)
+    testbed, claims, path, bad = loaded or load(request.data)
     reading = testbed.reading if testbed.digest else request.data.reading()
     known = known_labels(request.data.known, testbed, claims, path, reading)
     if known is not None and request.data.gold_seeds:
