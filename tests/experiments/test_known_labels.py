@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from fakes.vllm_server import FakeVLLM, hashed_log_odds
-from src.experiments import compare, diagnose, export, report, watch
+from src.experiments import baselines, compare, diagnose, export, report, watch
 from src.experiments.ICM import build_parser
 from src.experiments.loading import pool_of
 from src.experiments.request import RunRequest
@@ -300,6 +300,19 @@ async def test_a_table_whose_pools_have_no_known_label_has_no_row_of_them(icm: I
     assert code == 0, err
     assert "warning: no claim in the pool of seed 2 has a known label: the row few-shot-known is zero-shot there" in err
     assert "few-shot, known labels" in out
+
+
+def test_a_table_tells_once_what_is_wrong_with_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("VLLM_BASE_URL", "http://127.0.0.1:9")  # nobody answers: files are read before that is found
+    data, known = tmp_path / "claims.jsonl", tmp_path / "known.csv"
+    rows = [{"question": "q", "choice": f"claim {at % 11}", "label": at % 2} for at in range(24)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    known.write_text("row,label\n0,0\n")
+    files = ("--data", str(data), "--known", str(known), "--runs_dir", str(tmp_path / "runs"))
+    assert baselines.main([*files, "--model", "m", "--batch_size", "8", "--seeds", "1", "2", "3"]) == 2
+    assert caplog.text.count("with the other gold label") == 1
 
 
 def test_gold_seeds_and_labels_that_are_known_already_are_refused(tmp_path: Path) -> None:
